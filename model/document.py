@@ -1,0 +1,141 @@
+"""Documents: ordered text and image segments, the form of all data before tokens and after sampling.
+
+A plain document is a page or an image-caption pair. A conversation is a document whose segments carry a role;
+consecutive segments of one role are one turn.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, Literal
+
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+Role = Literal["user", "assistant"]
+ROLES: tuple[Role, ...] = ("user", "assistant")
+
+# Above this many pixels an image is refused before it is decoded (a decompression bomb); 64 megapixels.
+MAX_PIXELS = 64_000_000
+
+
+class UnreadableImage(ValueError):
+    """The bytes are not an image that can be decoded; the message says why."""
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    role: Role | None = None
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image segment: encoded bytes (PNG, JPEG, WebP, ...) or a PIL image, with the caption or label it came with."""
+
+    data: bytes | PILImage.Image
+    caption: str | None = None
+    role: Role | None = None
+
+    def open(self) -> PILImage.Image:
+        """Decode to an upright RGB image. Raises UnreadableImage."""
+        if isinstance(self.data, PILImage.Image):
+            return self.data.convert("RGB")
+        try:
+            with PILImage.open(io.BytesIO(self.data)) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise UnreadableImage(
+                        f"{opened.width}x{opened.height} pixels are more than the {MAX_PIXELS} allowed"
+                    )
+                upright = ImageOps.exif_transpose(opened)
+                if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                    layer = upright.convert("RGBA")
+                    canvas = PILImage.new("RGBA", layer.size, "white")
+                    upright = PILImage.alpha_composite(canvas, layer)
+                return upright.convert("RGB")
+        except UnreadableImage:
+            raise
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            raise UnreadableImage(f"not a readable image: {error}") from error
+
+    def png(self) -> bytes:
+        """The image as PNG bytes. Raises UnreadableImage."""
+        if isinstance(self.data, bytes) and self.data.startswith(b"\x89PNG\r\n\x1a\n"):
+            return self.data
+        buffer = io.BytesIO()
+        self.open().save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+Segment = Text | Image
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role | None
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    segments: tuple[Segment, ...]
+    source: str = ""
+    license: str = ""
+    url: str = ""
+    metadata: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def images(self) -> list[Image]:
+        return [s for s in self.segments if isinstance(s, Image)]
+
+    @property
+    def text(self) -> str:
+        """All text segments, joined without separator."""
+        return "".join(s.text for s in self.segments if isinstance(s, Text))
+
+    @property
+    def is_conversation(self) -> bool:
+        return any(s.role is not None for s in self.segments)
+
+    def turns(self) -> Iterator[Turn]:
+        """Runs of consecutive segments of one role, in order."""
+        for role, segments in groupby(self.segments, key=lambda s: s.role):
+            yield Turn(role, tuple(segments))
+
+    def to_row(self) -> dict[str, Any]:
+        """As a table row (see `from_row`): PIL images become PNG bytes."""
+        segments: list[dict[str, Any]] = []
+        for s in self.segments:
+            if isinstance(s, Text):
+                segments.append({"kind": "text", "text": s.text, "image": None, "caption": None, "role": s.role})
+            else:
+                data = s.data if isinstance(s.data, bytes) else s.png()
+                segments.append({"kind": "image", "text": None, "image": data, "caption": s.caption, "role": s.role})
+        return {"segments": segments, "source": self.source, "license": self.license, "url": self.url}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Document:
+        """The inverse of `to_row`. Raises ValueError on an unknown segment kind or role."""
+        segments: list[Segment] = []
+        for s in row["segments"]:
+            role = s.get("role")
+            if role is not None and role not in ROLES:
+                raise ValueError(f"role {role!r} is not one of {', '.join(ROLES)}")
+            if s["kind"] == "text":
+                segments.append(Text(s["text"], role))
+            elif s["kind"] == "image":
+                segments.append(Image(bytes(s["image"]), s.get("caption"), role))
+            else:
+                raise ValueError(f"segment kind {s['kind']!r} is neither text nor image")
+        return cls(
+            tuple(segments),
+            source=row.get("source") or "",
+            license=row.get("license") or "",
+            url=row.get("url") or "",
+        )
+
+    def with_role(self, role: Role) -> Document:
+        return replace(self, segments=tuple(replace(s, role=role) for s in self.segments))
