@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,12 +28,12 @@ def sums(logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor, image_mask_V: 
     """
     log_z_BT = torch.logsumexp(logits_BTV, dim=-1)
     nll_BT = log_z_BT - logits_BTV.gather(-1, targets_BT[..., None])[..., 0]
-    image_BT = F.embedding(targets_BT, image_mask_V[:, None].float())[..., 0] * mask_BT
-    text_BT = mask_BT - image_BT
+    image_BT = image_mask_V[targets_BT] & mask_BT
+    text_BT = mask_BT & ~image_BT
     return LossSums(
         text_nll=(nll_BT * text_BT).sum(),
-        text_count=text_BT.sum(),
+        text_count=text_BT.sum().float(),
         image_nll=(nll_BT * image_BT).sum(),
-        image_count=image_BT.sum(),
+        image_count=image_BT.sum().float(),
         z_sum=(log_z_BT.square() * mask_BT).sum(),
     )

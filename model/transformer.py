@@ -6,6 +6,9 @@ width, V vocabulary, S cache slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -172,6 +175,12 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.width, config.vocabulary_size, bias=False)
         self.register_buffer("rope", torch.empty(0), persistent=False)
         self.rebuild_rope(self.embedding.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts of the module; bf16 cannot hold positions beyond 256, so the table is made anew instead."""
+        super()._apply(fn, recurse)
+        self.rebuild_rope(self.embedding.weight.device)
+        return self
 
     def rebuild_rope(self, device: torch.device | str) -> None:
         """Make the rotary table on a device: it is no weight, and stays float32 whatever the weights are."""

@@ -1,0 +1,103 @@
+"""What is asked of the engine and what it reports: token ids only, never text or HTTP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Mode = Literal["text", "image", "interleaved"]
+Phase = Literal["text", "image"]
+Finish = Literal["stop", "length", "aborted"]
+MODES: tuple[Mode, ...] = ("text", "image", "interleaved")
+
+
+class PromptTooLong(ValueError):
+    """The prompt and the least room its answer needs exceed the context; the message gives the lengths."""
+
+
+@dataclass(frozen=True)
+class PhaseSampling:
+    """How tokens of one phase are drawn. Defaults are the public release's (paper, "Generation").
+
+    temperature: 0 takes the most likely token. top_p: the smallest set of most likely tokens whose mass reaches it.
+    repetition_penalty: 1 is none; text tokens the request has generated get their logit divided by it when positive
+    and multiplied by it when negative (CTRL, arXiv 1909.05858). Raises ValueError on a value out of range.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature {self.temperature} must be 0 or more")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must lie in 0..1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be more than 0")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request is answered.
+
+    mode: "text" never begins an image; "image" answers with exactly one image, of the model's fixed length, whatever
+    `max_tokens` says; "interleaved" alternates freely, with at most `max_images`.
+    max_tokens: most tokens of the answer, all of an image's counted, the closing stop id not.
+    guidance_text, guidance_image: scales of classifier-free guidance in image phases; 1 and 1 is none.
+    seed: the same seed, prompt and parameters give the same tokens; None draws one.
+    Raises ValueError on a value out of range.
+    """
+
+    max_tokens: int = 512
+    mode: Mode = "text"
+    max_images: int = 8
+    text: PhaseSampling = field(default_factory=lambda: PhaseSampling(repetition_penalty=1.2))
+    image: PhaseSampling = field(default_factory=PhaseSampling)
+    guidance_text: float = 3.0
+    guidance_image: float = 1.2
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens {self.max_tokens} must be 1 or more")
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
+        if self.max_images < 0:
+            raise ValueError(f"max_images {self.max_images} must be 0 or more")
+        if self.image.repetition_penalty != 1:
+            raise ValueError("repetition_penalty applies to text; image codes repeat by nature, so leave it 1 there")
+        for name in ("guidance_text", "guidance_image"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)} must be a finite number")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} does not fit in 64 bits")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (token ids from bos on, images whole) to be continued."""
+
+    id: str
+    tokens: list[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one engine step added to a request.
+
+    tokens: the new ids, all of one phase; an image's begin and end ids belong to its image phase. The stop id (eos or
+    end_turn) that ends an answer is not among them, so a last event may have none.
+    finish: None while the request goes on; "stop": a stop id, or the image of mode "image" is complete; "length":
+    max_tokens or the context is used up; "aborted".
+    logprobs: for each token its natural log-probability among the ids its phase allows, after guidance, before
+    repetition penalty, temperature and top-p. 0 for forced ids.
+    """
+
+    request_id: str
+    tokens: list[int]
+    phase: Phase
+    finish: Finish | None = None
+    logprobs: list[float] = field(default_factory=list)

@@ -1,0 +1,96 @@
+"""Text round trips, and nothing that a user types becomes a special or image id."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from calumma.model import MixedModalModel
+from calumma.model.text_tokenizer import train_text_tokenizer
+from calumma.model.vocabulary import Vocabulary
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+symbols = st.sampled_from(
+    [
+        "<image>",
+        "</image>",
+        "<end_turn>",
+        "<image:3>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<pad>",
+        "<0x41>",
+        "▁",
+        "\0",
+        "IMGIMGAAAAZ",
+    ]
+)
+
+
+@given(text=any_text)
+@example(text="<racm3:break>IMGIMGAAAAZ<eoss>")
+@example(text="▁a ▁ \0 b\u2028\r\n")
+def test_any_text_round_trips(model: MixedModalModel, text: str) -> None:
+    assert model.text_tokenizer.decode(model.text_tokenizer.encode(text)) == text
+
+
+@given(parts=st.lists(symbols | any_text, max_size=6))
+def test_user_text_is_only_text_ids(model: MixedModalModel, parts: list[str]) -> None:
+    assert set(model.text_tokenizer.encode("".join(parts))) <= set(model.vocabulary.text_ids)
+
+
+@given(text=any_text)
+def test_streaming_never_shows_a_broken_character(model: MixedModalModel, text: str) -> None:
+    stream = model.text_tokenizer.stream_decoder()
+    shown = ""
+    for token in model.text_tokenizer.encode(text):
+        shown += stream.push(token)
+        assert text.startswith(shown)
+    assert shown + stream.finish() == text
+
+
+def test_a_truncated_character_is_replaced_at_the_end(model: MixedModalModel) -> None:
+    ids = model.text_tokenizer.encode("é")
+    assert model.text_tokenizer.decode(ids[:1]) == "\ufffd"
+
+
+def test_lone_surrogates_are_refused(model: MixedModalModel) -> None:
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        model.text_tokenizer.encode("a\ud800")
+
+
+def test_every_id_is_text_image_or_special(model: MixedModalModel) -> None:
+    vocabulary = model.vocabulary
+    kinds = [vocabulary.special_ids, vocabulary.image_ids, vocabulary.text_ids]
+    assert sorted(token for ids in kinds for token in ids) == list(range(vocabulary.size))
+    for ids in kinds:
+        assert vocabulary.mask(ids).nonzero()[:, 0].tolist() == ids
+    assert [vocabulary.code_of[i] for i in vocabulary.image_codes] == list(range(len(vocabulary.image_codes)))
+
+
+def test_the_public_releases_ids_fit() -> None:
+    vocabulary = Vocabulary(
+        size=65536,
+        bos=0,
+        pad=1,
+        eos=2,
+        unknown=3,
+        image_codes=list(range(4, 8196)),
+        end_image=8196,
+        begin_image=8197,
+        end_turn=8710,
+    )
+    assert len(vocabulary.text_ids) == 65536 - 8192 - 7
+
+
+def test_an_id_with_two_meanings_is_refused() -> None:
+    with pytest.raises(ValidationError, match="given twice"):
+        Vocabulary(size=10, bos=0, pad=1, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=[6, 7])
+
+
+def test_too_little_text_for_the_vocabulary_is_a_clear_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="no BPE vocabulary of 5000 ids"):
+        train_text_tokenizer(["abc"], tmp_path, vocabulary_size=5000, image_codes=4)
