@@ -28,7 +28,7 @@ def silent(done: float, total: float, note: str = "") -> None:
 
 
 class LogLines:
-    """Progress as plain lines, for a log that nobody watches live: one at most every `interval` seconds, and the last."""
+    """Progress as plain lines, for a log nobody watches live: one every `interval` seconds at most, and the last."""
 
     def __init__(
         self,

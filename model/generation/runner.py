@@ -8,6 +8,8 @@ Shape suffixes: B sequences (the R requests' full contexts first, then branches)
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -99,7 +101,12 @@ class Runner:
             sampled.append(token_R)
             logprobs.append(logprob_R)
             token_B = token_R[owner_B]
-        return torch.stack(sampled, dim=1).tolist(), torch.stack(logprobs, dim=1).tolist()
+        tokens_RS, logprobs_RS = torch.stack(sampled, dim=1).tolist(), torch.stack(logprobs, dim=1).tolist()
+        if any(math.isnan(logprob) for row in logprobs_RS for logprob in row):
+            raise FloatingPointError(
+                "the model's logits are not numbers: its weights are broken, or overflow their dtype"
+            )
+        return tokens_RS, logprobs_RS
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

@@ -93,8 +93,8 @@ class Sampler:
         """LongTensor [R, 1]: the cumulative distribution of the top-p set, inverted at a uniform number of 0..1."""
         sorted_RV, order_RV = probabilities_RV.sort(stable=True, dim=-1, descending=True)
         cumulative_RV = sorted_RV.cumsum(-1)
-        kept_RV = (cumulative_RV - sorted_RV < top_p_R[:, None]) & (sorted_RV > 0)
-        last_R1 = (kept_RV.sum(-1, keepdim=True) - 1).clamp(min=0)
+        kept_RV = cumulative_RV - sorted_RV < top_p_R[:, None]
+        last_R1 = (kept_RV.sum(-1, keepdim=True) - 1).clamp(min=0)  # top_p 0 keeps the most likely one
         threshold_R1 = uniform_R[:, None] * cumulative_RV.gather(1, last_R1)
-        # rounding may put the threshold on the set's very end: never beyond its last token
+        # numbers end at 1 - 2**-24, so the threshold is below the set's mass; only NaN logits point beyond its end
         return order_RV.gather(1, torch.searchsorted(cumulative_RV, threshold_R1, right=True).minimum(last_R1))

@@ -1,4 +1,4 @@
-"""Real handwritten digits: 1,797 scans of 43 writers (UCI Optical Recognition of Handwritten Digits, part of scikit-learn).
+"""Real handwritten digits: 1,797 scans of 43 writers (UCI, Optical Recognition of Handwritten Digits; in scikit-learn).
 
 Every use of a scan goes through `split`: a scan belongs to training or is held out, before anything is made of it.
 """
@@ -67,7 +67,7 @@ def read_scans() -> list[Scan]:
 
 
 def split(scans: list[Scan], seed: int, held_out: float = 0.2) -> tuple[list[Scan], list[Scan]]:
-    """(training, held out): disjoint, together all, each digit with the same share held out; the same for the same seed."""
+    """(training, held out): disjoint, together all, the same share of each digit held out; equal for equal seeds."""
     random = np.random.default_rng(seed)
     kept: list[Scan] = []
     away: list[Scan] = []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calumma.model.config import ModelConfig
-from calumma.model.generation import Engine, Event, PhaseSampling, PromptTooLong, Request, SamplingParams
+from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
@@ -26,14 +26,25 @@ GREEDY = PhaseSampling(temperature=0, repetition_penalty=1.3)
 GREEDY_IMAGE = PhaseSampling(temperature=0)
 
 
-class Eager(Transformer):
-    """Always wants to begin an image, and never to stop."""
+class Talker(Transformer):
+    """Never wants to stop."""
+
+    begin_image = 1.0
 
     def forward(self, tokens_BT: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits_BTV = super().forward(tokens_BT, *args, **kwargs)
-        logits_BTV[..., V.begin_image] += 100
         logits_BTV[..., list(STOPS)] -= 100
+        logits_BTV[..., V.begin_image] += self.begin_image
         return logits_BTV
+
+
+class Eager(Talker):
+    """Wants to begin an image always."""
+
+    begin_image = 100.0
+
+
+KINDS = [Transformer, Talker, Eager]
 
 
 def tiny(kind: type[Transformer] = Transformer, seed: int = 0) -> Transformer:
@@ -90,15 +101,30 @@ def images_in(tokens: list[int]) -> list[list[int]]:
     return images
 
 
+def draw(logits_V: Tensor, sampling: PhaseSampling, number: float) -> int:
+    """Greedy, or the token at which the mass of the most likely ones passes `number` of the top-p set's."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    ranked = sorted(enumerate((logits_V / sampling.temperature).softmax(-1).tolist()), key=lambda item: -item[1])
+    kept: list[tuple[int, float]] = []
+    while not kept or sum(p for _, p in kept) < min(sampling.top_p, 1 - 1e-6):
+        kept.append(ranked[len(kept)])
+    left = number * sum(p for _, p in kept)
+    while len(kept) > 1 and left >= kept[0][1]:
+        left -= kept.pop(0)[1]
+    return kept[0][0]
+
+
 @torch.no_grad()
 def reference(
     transformer: Transformer, prompt: list[int], params: SamplingParams
 ) -> tuple[list[int], list[float], str]:
-    """Greedy decoding by the letter of the paper: three whole forward passes a code, no cache, one sequence."""
+    """One sequence by the letter of the paper: three whole forward passes for each code, no cache."""
 
     def logits(context: list[int]) -> Tensor:
         return transformer(torch.tensor([context]))[0, -1]
 
+    numbers = iter(torch.rand(CONTEXT, generator=torch.Generator().manual_seed(params.seed or 0)).tolist())
     generated: list[int] = []
     logprobs: list[float] = []
     limit = N + 2 if params.mode == "image" else min(params.max_tokens, CONTEXT - len(prompt))
@@ -127,7 +153,8 @@ def reference(
             for token in {t for t in generated if t in V.text_ids}:
                 penalty = params.text.repetition_penalty
                 chosen_V[token] = chosen_V[token] / penalty if chosen_V[token] > 0 else chosen_V[token] * penalty
-        token = int(chosen_V.argmax())
+        forced = params.mode == "image" and not generated  # begin_image is not drawn
+        token = allowed[0] if forced else draw(chosen_V, params.text if codes is None else params.image, next(numbers))
         if codes is None and token in STOPS:
             return generated, logprobs, "stop"
         generated.append(token)
@@ -154,17 +181,18 @@ PROMPTS = {
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
 @pytest.mark.parametrize("scales", [(3.0, 1.2), (1.0, 1.0), (2.0, 2.0), (2.0, 1.0), (1.0, 1.7), (0.0, 0.5)])
-def test_greedy_equals_uncached_three_pass_guidance(prompt: str, mode: Any, scales: tuple[float, float]) -> None:
-    params = SamplingParams(
-        40, mode, text=GREEDY, image=GREEDY_IMAGE, guidance_text=scales[0], guidance_image=scales[1], max_images=3
-    )
-    kind = Eager if mode == "interleaved" else Transformer
-    for seed in range(3):
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_tokens_equal_uncached_passes_with_the_papers_guidance(
+    prompt: str, mode: Any, scales: tuple[float, float], temperature: float
+) -> None:
+    for seed, kind in enumerate(KINDS):
         transformer = tiny(kind, seed)
+        text, image = PhaseSampling(temperature, 0.95, 1.4), PhaseSampling(temperature, 0.8)
+        params = SamplingParams(40, mode, 3, text, image, *scales, seed=seed)
         tokens, logprobs, finish = reference(transformer, PROMPTS[prompt], params)
         events = run(engine_of(transformer), Request("r", PROMPTS[prompt], params))["r"]
         assert tokens_of(events) == tokens
-        assert [value for event in events for value in event.logprobs] == pytest.approx(logprobs, abs=1e-4)
+        assert [value for event in events for value in event.logprobs] == pytest.approx(logprobs, abs=1e-3)
         assert events[-1].finish == finish
 
 
@@ -184,7 +212,7 @@ def many(seeded: bool) -> list[Request]:
     return requests
 
 
-@pytest.mark.parametrize("kind", [Transformer, Eager])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("max_sequences", [3, 7, 27])
 def test_a_request_does_not_notice_its_company(kind: type[Transformer], seeded: bool, max_sequences: int) -> None:
@@ -240,6 +268,14 @@ def test_a_seed_repeats_and_another_differs() -> None:
     assert len({tuple(drawn(None)) for _ in range(8)}) > 1
 
 
+def test_a_model_in_training_answers_without_dropout() -> None:
+    request = Request("r", PROMPTS["text"], SamplingParams(30, seed=1))
+    expected = answer(tiny(Talker), request)
+    transformer = tiny(Talker)
+    transformer.train()
+    assert answer(transformer, request) == expected
+
+
 def test_fewer_tokens_are_a_prefix_of_more() -> None:
     transformer = tiny(Eager)
     short, long = (
@@ -258,7 +294,7 @@ def test_fewer_tokens_are_a_prefix_of_more() -> None:
     prompt=st.sampled_from(list(PROMPTS.values())),
     padding=st.integers(0, 40),
     guidance=st.sampled_from([1.0, 1.2, 3.0]),
-    eager=st.booleans(),
+    kind=st.sampled_from(KINDS),
 )
 def test_answers_follow_the_grammar(
     seed: int,
@@ -268,14 +304,14 @@ def test_answers_follow_the_grammar(
     prompt: list[int],
     padding: int,
     guidance: float,
-    eager: bool,
+    kind: type[Transformer],
 ) -> None:
     hot = PhaseSampling(2.0, 1.0)
     params = SamplingParams(
         max_tokens, mode, max_images, text=hot, image=hot, guidance_text=guidance, guidance_image=guidance, seed=seed
     )
     prompt = prompt + [16] * padding
-    engine = engine_of(tiny(Eager if eager else Transformer))
+    engine = engine_of(tiny(kind))
     events = run(engine, Request("r", prompt, params))["r"]
     tokens = tokens_of(events)
     images = images_in(tokens)
@@ -287,7 +323,7 @@ def test_answers_follow_the_grammar(
         assert len(tokens) <= limit
         assert events[-1].finish == ("length" if len(tokens) == limit else "stop")
         assert len(images) <= (max_images if mode == "interleaved" else 0)
-        if eager and mode == "interleaved":  # begins wherever it may: as often as it fits, at once
+        if kind is Eager and mode == "interleaved":  # begins wherever it may: as often as it fits, at once
             assert len(images) == min(max_images, limit // (N + 2))
             assert len(images_in(tokens[: len(images) * (N + 2)])) == len(images)
     for event in events:
@@ -297,96 +333,16 @@ def test_answers_follow_the_grammar(
     assert engine.free_sequences == engine.max_sequences
 
 
-def test_a_second_image_computes_nothing_again_and_unneeded_branches_never_run() -> None:
-    transformer = tiny(Eager)
-    passes: list[tuple[int, int]] = []
-    transformer.register_forward_pre_hook(lambda module, arguments: passes.append(tuple(arguments[0].shape)))
-    params = SamplingParams(2 * (N + 2), "interleaved", 2, text=GREEDY, guidance_text=3.0, guidance_image=1.2)
-    run(engine_of(transformer), Request("r", [V.bos], params))
-    first = [(1, 1), (1, 1), *[(2, 1)] * N, (1, 1), (1, 1)]  # bos; branch u: bos; codes with u; last code; end_image
-    second = [(2, 2), *[(3, 1)] * N, (1, 1)]  # branch i goes on in u's slot with (last code, end), u anew; codes; last
-    assert passes == [*first, *second]
-    passes.clear()
-    run(engine_of(transformer), Request("r", [V.bos, *IMAGE], SamplingParams(mode="image", guidance_image=3.0)))
-    assert passes == [(2, 7), *[(2, 1)] * N, (1, 1)]  # equal scales cancel branch i; u's bos is padded
-    passes.clear()
-    run(engine_of(transformer), Request("r", [V.bos], SamplingParams(mode="image", guidance_text=1.0)))
-    assert passes == [(1, 1), *[(1, 1)] * (N + 1)]  # no image before: i is u, and f is left alone
-
-
-def test_abort_frees_the_slots_at_once_and_disturbs_nobody() -> None:
-    transformer = tiny(Eager)
-    kept = Request("kept", PROMPTS["text"], SamplingParams(20, text=GREEDY))
-    expected = answer(transformer, kept)
-    engine = engine_of(transformer, max_sequences=4)
-    engine.add(kept)
-    engine.add(Request("running", PROMPTS["image"], SamplingParams(mode="image")))
-    engine.add(Request("waiting", PROMPTS["image"], SamplingParams(mode="image")))
-    events = engine.step()
-    assert (engine.running, engine.waiting, engine.free_sequences) == (2, 1, 0)
-    engine.abort("waiting")
-    engine.abort("running")
-    engine.abort("running")
-    engine.abort("never seen")
-    while engine.has_work:
-        events += engine.step()
-        assert engine.waiting == 0
-    assert [(e.request_id, e.tokens) for e in events if e.finish == "aborted"] == [("waiting", []), ("running", [])]
-    assert tokens_of([e for e in events if e.request_id == "kept"]) == expected
-    assert engine.free_sequences == 4
-    engine.add(Request("running", PROMPTS["image"], SamplingParams(mode="image")))  # the id is free again
-
-
-def test_refused_requests_disturb_nobody() -> None:
-    transformer = tiny(Eager)
-    kept = Request("kept", PROMPTS["text"], SamplingParams(20, text=GREEDY))
-    expected = answer(transformer, kept)
-    engine = engine_of(transformer, max_sequences=2)
-    engine.add(kept)
-    events = engine.step()
-    with pytest.raises(PromptTooLong, match=r"64 tokens and 1 for an answer .* context of 64"):
-        engine.add(Request("long", [V.bos] * CONTEXT))
-    with pytest.raises(PromptTooLong, match=r"59 tokens and the 6 of an image .* context of 64"):
-        engine.add(Request("long", [V.bos] * (CONTEXT - N - 1), SamplingParams(mode="image")))
-    with pytest.raises(ValueError, match=r"3 sequences at once.* has 2"):
-        engine.add(Request("wide", PROMPTS["image"], SamplingParams(mode="image")))
-    with pytest.raises(ValueError, match="'kept' is being answered"):
-        engine.add(kept)
-    with pytest.raises(ValueError, match="no tokens"):
-        engine.add(Request("empty", []))
-    with pytest.raises(ValueError, match=r"0\.\.27: 0\.\.28"):
-        engine.add(Request("foreign", [V.bos, V.size]))
-    with pytest.raises(ValueError, match=r"image at token 1 .* not whole"):
-        engine.add(Request("cut", [V.bos, *IMAGE[:-1], 15]))
-    while engine.has_work:
-        events += engine.step()
-    assert tokens_of(events) == expected
-    assert {event.request_id for event in events} == {"kept"}
-
-
 def test_the_longest_prompts_that_fit_share_a_prefill_with_short_ones() -> None:
     transformer = tiny(Eager)
     params = SamplingParams(mode="image", text=GREEDY, image=GREEDY_IMAGE)
     prompts = [[V.bos] + [15 + i % 9 for i in range(n)] for n in (CONTEXT - N - 3, 30, 1, 45)]
     prompts.append([V.bos, *IMAGE, *[17] * (CONTEXT - 2 * N - 5)])
     requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
-    found = run(engine_of(transformer), *requests)
+    # in parts of 50, the end of the first goes with the second, which is longer than the room that is left behind it
+    found = run(engine_of(transformer, prefill_tokens=50), *requests)
     for request in requests:
         assert tokens_of(found[request.id]) == reference(transformer, request.tokens, params)[0]
-
-
-def test_more_requests_than_slots_all_finish_in_order_of_need() -> None:
-    transformer = tiny()
-    engine = engine_of(transformer, max_sequences=3)
-    modes = ["interleaved", "image", "text"]
-    requests = [
-        Request(str(i), list(PROMPTS.values())[i % 3], SamplingParams(30, cast(Any, modes[i % 3]), seed=i))
-        for i in range(12)
-    ]
-    events = run(engine, *requests)
-    assert all(events[request.id][-1].finish in ("stop", "length") for request in requests)
-    assert engine.free_sequences == 3
-    assert engine.step() == []
 
 
 def test_sampled_frequencies_follow_the_temperature() -> None:

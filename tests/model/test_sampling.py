@@ -9,6 +9,7 @@ import torch
 
 from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.model.generation.sampler import Sampler
+from calumma.model.generation.sequence import Sequence
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,13 @@ def test_the_largest_uniform_number_stays_among_the_possible() -> None:
 def test_parameters_out_of_range_are_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"-1|nan|1\.1|0|video|inf|image codes|64 bits"):
         wrong()
+
+
+def test_a_slot_keeps_what_a_new_context_shares_with_it() -> None:
+    sequence = Sequence(0, [0, 4, 7, 8, 9], cached=4)
+    sequence.become([0, 4, 7, 6, 5])
+    assert (sequence.cached, sequence.pending) == (3, 1)
+    sequence.become([0, 4])  # the last token is always decoded anew, for its logits
+    assert (sequence.cached, sequence.pending) == (1, 0)
+    sequence.become([1, 4, 7])
+    assert (sequence.cached, sequence.pending) == (0, 2)

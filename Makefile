@@ -1,0 +1,45 @@
+# calumma: `make quickstart` needs nothing but Python 3.11 and this folder.
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PACKAGES := jobs model platform serve
+PYTHON ?= $(shell for name in python3.11 python3; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check clean
+
+help:
+	@echo 'make quickstart   install into $(VENV), then train, evaluate and serve a small model (ARGS="--workdir DIR …")'
+	@echo 'make install      install the pinned packages and calumma into $(VENV); does nothing when nothing changed'
+	@echo 'make test         all tests, with coverage (ARGS="tests/model -k name" picks some)'
+	@echo 'make check        formatting, lint, types'
+	@echo 'make clean        remove $(VENV) and everything built; results in quickstart/ and mlflow/ stay'
+
+install: $(INSTALLED)
+
+# Installed again only when what is installed, or how, has changed.
+$(INSTALLED): constraints.txt pyproject.toml infra/install.py
+	@test -n "$(PYTHON)" || { echo 'error: calumma needs Python 3.11 or newer, and found neither python3.11 nor a' \
+		'python3 that new. Install it (say `apt install python3.11 python3.11-venv`), or name one:' \
+		'make PYTHON=/path/to/python $(MAKECMDGOALS)' >&2; exit 1; }
+	@"$(PYTHON)" infra/install.py $(VENV)
+	@touch $@
+
+quickstart: $(INSTALLED)
+	@$(BIN)/calumma quickstart $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+# mypy does not follow setuptools' package-dir: it gets a folder of links that looks as calumma is imported.
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p build/types/calumma
+	@for package in $(PACKAGES); do ln -sfn "../../../$$package" "build/types/calumma/$$package"; done
+	$(BIN)/mypy build/types/calumma infra/install.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

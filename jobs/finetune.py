@@ -1,0 +1,20 @@
+"""Job `finetune`: supervised fine-tuning on packed conversations, the loss on answers only (paper section 3)."""
+
+from __future__ import annotations
+
+import sys
+
+from calumma.platform.config import FinetuneSpecification
+from calumma.platform.data.manifest import Manifest
+from calumma.platform.progress import Progress
+from calumma.platform.runner import main
+from calumma.platform.tracking import Run
+from calumma.platform.training.stage import run_stage
+
+
+def run(spec: FinetuneSpecification, run: Run, progress: Progress) -> Manifest:
+    return run_stage(spec, run, progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main("finetune"))

@@ -1,0 +1,76 @@
+"""Curated documents in Parquet: one document a row, in shards that a manifest publishes.
+
+Reading needs no cluster: training jobs and the evaluation iterate `read_documents`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from calumma.model.document import Document
+from calumma.platform import storage
+from calumma.platform.config import SpecificationError
+from calumma.platform.data.manifest import Manifest
+
+CURATED = "curated"  # Manifest.kind
+DOCUMENTS_AT_ONCE = 64
+
+
+def schema() -> Any:
+    """The Arrow schema of `Document.to_row`."""
+    import pyarrow as pa
+
+    text = pa.string()
+    segment = [("kind", text), ("text", text), ("image", pa.binary()), ("caption", text), ("role", text)]
+    return pa.schema([("segments", pa.list_(pa.struct(segment))), *((n, text) for n in ("source", "license", "url"))])
+
+
+def to_parquet(documents: Sequence[Document]) -> bytes:
+    """A shard's bytes (zstd); equal documents give equal bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    # Small row groups, so that images are held a few at a time both here and where the shard is read.
+    with pq.ParquetWriter(buffer, schema(), compression="zstd", use_dictionary=["source", "license", "url"]) as writer:
+        for begin in range(0, len(documents), DOCUMENTS_AT_ONCE):
+            rows = [document.to_row() for document in documents[begin : begin + DOCUMENTS_AT_ONCE]]
+            writer.write_table(pa.Table.from_pylist(rows, schema()))
+    return buffer.getvalue()
+
+
+def read_shard(uri: str) -> Iterator[Document]:
+    """Documents of one shard, in order. Raises StorageError."""
+    import pyarrow.parquet as pq
+
+    with storage.open_read(uri) as file:
+        for batch in pq.ParquetFile(cast(Any, file)).iter_batches(DOCUMENTS_AT_ONCE):
+            for row in batch.to_pylist():
+                yield Document.from_row(row)
+
+
+def read_documents(uri_dir: str) -> Iterator[Document]:
+    """All documents of a published directory, in the order of its manifest.
+
+    Raises StorageError (NotFound when nothing is published there) and SpecificationError when it holds no documents.
+    """
+    for uri in shard_uris(uri_dir):
+        yield from read_shard(uri)
+
+
+def shard_uris(uri_dir: str, manifest: Manifest | None = None) -> list[str]:
+    """URIs of a curated directory's shards, in order. Raises as `read_documents`."""
+    manifest = manifest or curated(uri_dir)
+    return [storage.join(uri_dir, entry.path) for entry in manifest.files]
+
+
+def curated(uri_dir: str) -> Manifest:
+    """The manifest of a directory of curated documents. Raises as `read_documents`."""
+    manifest = Manifest.find(uri_dir)
+    if manifest is None:
+        raise SpecificationError(f"{uri_dir}: no documents are published there; run the job curate for them first")
+    if manifest.kind != CURATED:
+        raise SpecificationError(f"{uri_dir} holds {manifest.kind!r}, not curated documents")
+    return manifest

@@ -1,0 +1,219 @@
+"""One training stage from the driver: check, plan, start the workers, register the model, publish the manifest.
+
+OUTPUT/checkpoints/...  OUTPUT/model/ (a model directory)  OUTPUT/manifest.json (last)
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pydantic import ValidationError
+
+from calumma.model import config as model_config
+from calumma.model import vocabulary as model_vocabulary
+from calumma.model.config import ImageTokenizerConfig, ModelConfig
+from calumma.model.vocabulary import Vocabulary
+from calumma.platform import cluster, storage, tracking
+from calumma.platform.config import SpecificationError, TrainSpecification
+from calumma.platform.data.manifest import MANIFEST, FileEntry, Manifest, fingerprints
+from calumma.platform.progress import Progress
+from calumma.platform.tracking import Run
+from calumma.platform.training import checkpoint, loop, schedule, workers
+from calumma.platform.training.checkpoint import Checkpoint
+from calumma.platform.training.loop import MODEL, Assignment
+
+KIND = "stage"
+
+
+def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifest:
+    """Train a stage to its end, going on from its newest checkpoint, and publish it.
+
+    Raises SpecificationError before anything starts, TrainingFailed, StorageError, TrackingError.
+    """
+    from calumma.platform.data.plan import PlanError
+    from calumma.platform.data.stream import PlanDataConfig
+
+    began = time.monotonic()
+    given, spec = spec, workers.absolute(spec)
+    number = cluster.require(spec.resources)
+    assignment = prepare(spec, run)
+    mixture = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
+    manifests = {uri: Manifest.read(uri) for uri in mixture}
+    try:
+        data = PlanDataConfig(spec.seed, mixture, manifests, spec.micro_batches, assignment.first_step, spec.steps)
+    except PlanError as error:
+        raise SpecificationError(f"mixture: {error}") from error
+    if data.plan.context is not None and data.plan.context > assignment.config.context:
+        raise SpecificationError(
+            f"the token shards hold sequences of {data.plan.context} tokens, the model's context is "
+            f"{assignment.config.context}: tokenize with a smaller `context`, or enlarge `model.context`"
+        )
+    finished = assignment.first_step >= spec.steps  # only what follows training is missing
+    report = workers.fit(
+        loop.train,
+        {"assignment": assignment},
+        workers=number,
+        resources=spec.resources,
+        name=spec.job,
+        run=run,
+        steps=spec.steps,
+        progress=progress,
+        data=None if finished else data,
+        datasets=None if finished else PlanDataConfig.datasets(),
+    )
+    report |= {"steps": spec.steps, "workers": number, "run": run.id, "seconds": time.monotonic() - began}
+    return _publish(given, assignment, report)
+
+
+def prepare(spec: TrainSpecification, run: Run) -> Assignment:
+    """Settle everything that the workers share, and clear away what another specification has left.
+
+    Raises SpecificationError, in the terms of the specification.
+    """
+    schedule.check(spec.schedule)
+    _token_shards(spec)
+    vocabulary = _vocabulary(spec)
+    initial = _initial(spec)
+    config = _model(spec, vocabulary, initial)
+    _check_samples(spec, config)
+    output = spec.locate(spec.output)
+    inputs = fingerprints(
+        [
+            *(spec.locate(uri) for uri in spec.mixture),
+            spec.locate(spec.text_tokenizer),
+            spec.locate(spec.image_tokenizer),
+            *([initial] if initial else []),
+        ]
+    )
+    resume = checkpoint.newest(output, checkpoint.continues(spec, inputs))
+    storage.delete(storage.join(output, MANIFEST))  # from here on the output is in the making
+    if resume is None:
+        storage.delete(checkpoint.folder(output))
+    return Assignment(
+        spec=spec,
+        config=config,
+        vocabulary=vocabulary,
+        run=run,
+        output=output,
+        inputs=inputs,
+        initial=initial,
+        continued=_continued(spec),
+        resume=resume,
+    )
+
+
+def _token_shards(spec: TrainSpecification) -> None:
+    named = [("mixture", uri) for uri in spec.mixture] + [("held_out", uri) for uri in spec.held_out.values()]
+    for field, uri in named:
+        manifest = Manifest.find(spec.locate(uri))
+        if manifest is None:
+            raise SpecificationError(
+                f"{field}: no token shards are published at {spec.locate(uri)}; run the job tokenize for them first"
+            )
+        if not manifest.row_groups:
+            raise SpecificationError(f"{field}: {spec.locate(uri)} holds {manifest.kind!r} without token shards")
+
+
+def _vocabulary(spec: TrainSpecification) -> Vocabulary:
+    """The vocabulary of the text tokenizer, checked against the image tokenizer."""
+    text, image = spec.locate(spec.text_tokenizer), spec.locate(spec.image_tokenizer)
+    found = _read("text_tokenizer", storage.join(text, model_vocabulary.FILE), "train_text_tokenizer", Vocabulary)
+    shape = _read(
+        "image_tokenizer", storage.join(image, model_config.FILE), "train_image_tokenizer", ImageTokenizerConfig
+    )
+    if shape.codebook_size != len(found.image_codes):
+        raise SpecificationError(
+            f"the text tokenizer at {text} has {len(found.image_codes)} image codes, the image tokenizer at {image} "
+            f"{shape.codebook_size}: train the text tokenizer with image_codes: {shape.codebook_size}"
+        )
+    return found
+
+
+def _read(field: str, uri: str, job: str, kind: Any) -> Any:
+    try:
+        return kind.model_validate_json(storage.read_bytes(uri))
+    except storage.NotFound as error:
+        raise SpecificationError(f"{field}: there is no {uri}; run the job {job} first") from error
+    except ValidationError as error:
+        raise SpecificationError(f"{field}: {uri} is not valid: {error}") from error
+
+
+def _initial(spec: TrainSpecification) -> str | None:
+    """The model directory that `initial` names: a stage's output, a model directory, or models:/..."""
+    if spec.initial is None:
+        return None
+    if spec.initial.startswith("models:"):
+        return tracking.model_source(spec.initial, spec.tracking)
+    uri = spec.locate(spec.initial)
+    if Manifest.find(storage.join(uri, MODEL)) is not None:
+        return storage.join(uri, MODEL)
+    if storage.exists(storage.join(uri, model_config.FILE)):
+        return uri
+    raise SpecificationError(f"initial: {uri} holds neither a finished stage nor a model directory")
+
+
+def _model(spec: TrainSpecification, vocabulary: Vocabulary, initial: str | None) -> ModelConfig:
+    """The architecture: the given one or that of `initial`, with the vocabulary's size and the given dropout."""
+    if initial is not None:
+        found: ModelConfig = _read("initial", storage.join(initial, model_config.FILE), "pretrain", ModelConfig)
+    else:
+        assert spec.model is not None  # the specification has checked it
+        found = spec.model
+    size = found.vocabulary_size or vocabulary.size
+    if size != vocabulary.size:
+        raise SpecificationError(
+            f"the model has {size} ids, the vocabulary at {spec.locate(spec.text_tokenizer)} {vocabulary.size}: "
+            "leave model.vocabulary_size away to take the vocabulary's"
+        )
+    dropout = found.dropout if spec.dropout is None else spec.dropout
+    return found.model_copy(update={"vocabulary_size": size, "dropout": dropout})
+
+
+def _continued(spec: TrainSpecification) -> Checkpoint | None:
+    """The checkpoint whose optimizer and schedule this stage goes on with."""
+    if not spec.continue_schedule:
+        return None
+    assert spec.initial is not None  # the specification has checked it
+    found = None if spec.initial.startswith("models:") else checkpoint.newest(spec.locate(spec.initial))
+    if found is None:
+        raise SpecificationError(
+            f"continue_schedule: {spec.initial} has no checkpoint to take optimizer and step count from"
+        )
+    return found
+
+
+def _check_samples(spec: TrainSpecification, config: ModelConfig) -> None:
+    """A prompt that cannot fit should say so now, not after training."""
+    if not spec.samples:
+        return
+    from calumma.model.text_tokenizer import TextTokenizer
+
+    with storage.local_copy(spec.locate(spec.text_tokenizer)) as path:
+        tokenizer = TextTokenizer.read(path)
+    for prompt in spec.samples:
+        length = len(tokenizer.encode(prompt)) + 2  # begin of sequence, end of turn
+        if length >= config.context:
+            raise SpecificationError(
+                f"samples: the prompt {prompt[:40]!r}... has {length} tokens, the model's context is {config.context}"
+            )
+
+
+def _publish(given: TrainSpecification, assignment: Assignment, report: dict[str, Any]) -> Manifest:
+    """Register the model if asked to, then write the stage's manifest, with the specification as it was given."""
+    spec = assignment.spec
+    uri = storage.join(assignment.output, MODEL)
+    model = Manifest.read(uri)
+    if spec.register_as:
+        report["model_uri"] = tracking.register(spec.tracking, spec.register_as, uri, assignment.run.id, spec.alias)
+    files = [entry.model_copy(update={"path": f"{MODEL}/{entry.path}"}) for entry in model.files]
+    files.append(FileEntry.of(f"{MODEL}/{MANIFEST}", storage.read_bytes(storage.join(uri, MANIFEST))))
+    manifest = Manifest(
+        kind=KIND,
+        files=files,
+        specification=given.model_dump(mode="json"),
+        report={**report, "model": MODEL},
+        inputs=assignment.inputs | fingerprints(spec.locate(held) for held in spec.held_out.values()),
+    )
+    manifest.write(assignment.output)
+    return manifest

@@ -1,0 +1,174 @@
+"""Manifests: published last, read back as they were, and compared with the specification that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from calumma.platform import storage
+from calumma.platform.config import TokenizeSpecification, TrainSpecification
+from calumma.platform.data.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    ManifestError,
+    entries,
+    fingerprints,
+    finished,
+)
+
+
+def specification(**changes: Any) -> TokenizeSpecification:
+    return TokenizeSpecification.model_validate({"storage": "s3://b/root", "documents": ["curated"], **changes})
+
+
+@st.composite
+def file_entries(draw: st.DrawFn, path: str) -> FileEntry:
+    groups = draw(st.integers(0, 5))
+    size = draw(st.integers(1, 7))
+    rows = (groups - 1) * size + draw(st.integers(1, size)) if groups else 0
+    given_size = size if groups else None
+    tokens = draw(st.fixed_dictionaries({"text": st.integers(0, 10**12), "image": st.integers(0, 10**12)}))
+    data = draw(st.binary(max_size=20))
+    return FileEntry.of(path, data, rows=rows, row_groups=groups, tokens=tokens, sequences_per_row_group=given_size)
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    files=st.lists(st.integers(0, 99), unique=True, max_size=5).flatmap(
+        lambda numbers: st.tuples(*(file_entries(f"part/{n}.parquet") for n in numbers))
+    ),
+    report=st.dictionaries(st.text(), values, max_size=4),
+)
+def test_what_is_written_is_read(files: tuple[FileEntry, ...], report: dict[str, Any], tmp_path_factory: Any) -> None:
+    folder = str(tmp_path_factory.mktemp("manifest"))
+    manifest = Manifest(kind="tokens", files=list(files), specification={"a": 1}, report=report)
+    assert Manifest.find(folder) is None
+    manifest.write(folder)
+    assert Manifest.read(folder) == manifest
+    assert manifest.rows == sum(file.rows for file in files)
+    assert manifest.tokens["image"] == sum(file.tokens["image"] for file in files)
+    for file in files:
+        assert sum(file.sequences(group) for group in range(file.row_groups)) == file.rows
+
+
+def test_an_entry_knows_its_content() -> None:
+    entry = FileEntry.of("x", b"hello")
+    assert (entry.bytes, entry.sha256) == (5, hashlib.sha256(b"hello").hexdigest())
+    assert entry.tokens == {"text": 0, "image": 0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"path": "/etc/x"}, "must be relative"),
+        ({"path": "a/../../x"}, "must be relative"),
+        ({"rows": 2, "row_groups": 3}, "cannot hold"),
+        ({"rows": 9, "row_groups": 2, "sequences_per_row_group": 4}, "are not 2 row groups of 4"),
+        ({"sha256": "abc"}, "sha256"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_impossible_entries_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        FileEntry.model_validate({"path": "x", "bytes": 0, "sha256": "0" * 64, **fields})
+
+
+def test_row_groups_that_the_entry_does_not_describe() -> None:
+    entry = FileEntry.of("x", b"", rows=9, row_groups=4)  # 3 3 3 0? 2 2 2 3? it does not say
+    with pytest.raises(ManifestError, match="does not say"):
+        entry.sequences(0)
+    with pytest.raises(ManifestError, match="no number 4"):
+        entry.sequences(4)
+
+
+def test_a_manifest_names_a_file_once() -> None:
+    with pytest.raises(ValidationError, match="named twice: x"):
+        Manifest(kind="k", files=[FileEntry.of("x", b"a"), FileEntry.of("x", b"b")])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"kind": 3}', b'{"kind": "k", "surprise": 1}', b"\xff"])
+def test_an_unreadable_manifest_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(ManifestError, match=str(tmp_path / MANIFEST)):
+        Manifest.find(str(tmp_path))
+
+
+def test_files_are_verified(tmp_path: Path) -> None:
+    for name, data in (("a", b"one"), ("below/b", b"two")):
+        storage.write_bytes(str(tmp_path / name), data)
+    manifest = Manifest(kind="k", files=entries(str(tmp_path)))
+    manifest.write(str(tmp_path))
+    assert [entry.path for entry in entries(str(tmp_path))] == ["a", "below/b"], "a manifest does not name itself"
+    manifest.verify(str(tmp_path), content=True)
+    (tmp_path / "a").write_bytes(b"onE")
+    manifest.verify(str(tmp_path))
+    with pytest.raises(ManifestError, match="content of a"):
+        manifest.verify(str(tmp_path), content=True)
+    (tmp_path / "a").write_bytes(b"longer")
+    with pytest.raises(ManifestError, match="a has 6 bytes, where the manifest says 3"):
+        manifest.verify(str(tmp_path))
+    (tmp_path / "a").unlink()
+    with pytest.raises(ManifestError, match="a is in the manifest and not in storage"):
+        manifest.verify(str(tmp_path))
+
+
+def test_a_finished_job_is_recognized_by_its_specification(tmp_path: Path) -> None:
+    folder, made_by = str(tmp_path), specification(context=512)
+    assert finished(folder, made_by) is None
+    Manifest(kind="tokens", specification=made_by.model_dump(mode="json")).write(folder)
+    assert finished(folder, made_by) is not None
+    elsewhere = {
+        "tracking": {"uri": "sqlite:///x"},
+        "resources": {"workers": {"min": 1, "max": 9}},
+        "run_name": "again",
+    }
+    assert finished(folder, specification(context=512, **elsewhere)) is not None
+    assert finished(folder, specification(context=513)) is None
+    assert finished(folder, specification(context=512, seed=1)) is None
+    other = TrainSpecification.model_construct(job="pretrain")
+    assert finished(folder, other) is None, "another kind of job made it"
+
+
+def test_a_specification_of_before_a_field_was_added_still_counts(tmp_path: Path) -> None:
+    old = specification().model_dump(mode="json")
+    del old["micro_batches_per_shard"]
+    Manifest(kind="tokens", specification=old).write(str(tmp_path))
+    assert finished(str(tmp_path), specification()) is not None
+    assert finished(str(tmp_path), specification(micro_batches_per_shard=7)) is None
+
+
+def test_a_job_is_not_finished_when_its_inputs_changed(tmp_path: Path) -> None:
+    raw, made = str(tmp_path / "raw"), str(tmp_path / "made")
+    Manifest(kind="raw", report={"version": 1}).write(raw)
+    dumped = specification().model_dump(mode="json")
+    Manifest(kind="tokens", specification=dumped, inputs=fingerprints([raw])).write(made)
+    assert finished(made, specification()) is not None
+    Manifest(kind="raw", report={"version": 2}).write(raw)
+    assert finished(made, specification()) is None
+    Path(raw, MANIFEST).unlink()
+    assert finished(made, specification()) is None
+
+
+def test_manifests_are_json_for_people(tmp_path: Path) -> None:
+    Manifest(kind="tokens", files=[FileEntry.of("x", b"")]).write(str(tmp_path))
+    text = (tmp_path / MANIFEST).read_text()
+    assert json.loads(text)["files"][0]["path"] == "x"
+    assert len(text.splitlines()) > 5

@@ -1,0 +1,118 @@
+"""Packing: nothing is lost, nothing is cut that must stay whole, rows are full, and masks say what is trained."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calumma.model.encoding import Encoded
+from calumma.model.vocabulary import Vocabulary
+from calumma.platform.data.packing import ImageTooLong, PackedRow, pack, split
+
+PAD = 1
+VOCABULARY = Vocabulary(
+    size=40, bos=0, pad=PAD, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=list(range(7, 11))
+)
+IMAGE = [4, 7, 8, 9, 10, 5]
+LENGTH = 16
+
+texts = st.lists(st.integers(11, 39), max_size=12)
+
+
+@st.composite
+def sequences(draw: st.DrawFn, longest: int = LENGTH) -> Encoded:
+    ids = draw(st.lists(st.integers(11, 39), min_size=1, max_size=longest))
+    return Encoded(ids, draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
+
+
+@st.composite
+def pages(draw: st.DrawFn) -> Encoded:
+    """A plain document: bos, texts and images in any order, eos."""
+    parts = draw(st.lists(texts | st.just(IMAGE), max_size=8))
+    ids = [0, *(token for part in parts for token in part), 2]
+    return Encoded(ids, [True] * len(ids))
+
+
+def unpack(row: PackedRow) -> list[Encoded]:
+    mask = np.ones(len(row.tokens), bool) if row.loss_mask is None else row.loss_mask
+    numbers = sorted(set(row.segments.tolist()) - {-1})
+    return [Encoded(row.tokens[row.segments == n].tolist(), mask[row.segments == n].tolist()) for n in numbers]
+
+
+@given(st.lists(sequences(), max_size=30))
+def test_unpacking_gives_every_sequence_back_once(given: list[Encoded]) -> None:
+    rows = pack(given, LENGTH, PAD)
+    assert sorted(s for row in rows for s in unpack(row)) == sorted(given)
+
+
+@given(st.lists(sequences(), max_size=30))
+def test_rows_have_one_shape_and_padding_at_their_end_is_never_trained(given: list[Encoded]) -> None:
+    for row in pack(given, LENGTH, PAD):
+        assert row.tokens.shape == row.segments.shape == (LENGTH,)
+        assert (row.tokens.dtype, row.segments.dtype) == (np.int32, np.int32)
+        filled = LENGTH - row.padding
+        assert (row.segments[:filled] >= 0).all()
+        assert (np.diff(row.segments[:filled]) >= 0).all()
+        assert (row.segments[filled:] == -1).all()
+        assert (row.tokens[filled:] == PAD).all()
+        if row.loss_mask is None:
+            assert row.padding == 0
+            assert row.trained == LENGTH
+        else:
+            assert row.loss_mask.dtype == np.bool_
+            assert not row.loss_mask.all()
+            assert not row.loss_mask[filled:].any()
+
+
+@given(st.lists(sequences(), max_size=30))
+def test_no_two_rows_would_fit_into_one(given: list[Encoded]) -> None:
+    fill = [LENGTH - row.padding for row in pack(given, LENGTH, PAD)]
+    # Best fit opens a row only for what fits nowhere, so a later row's first sequence fits no earlier row.
+    assert all(a + b > LENGTH for i, a in enumerate(fill) for b in fill[i + 1 :])
+
+
+@given(st.lists(sequences(), max_size=30))
+def test_packing_is_deterministic(given: list[Encoded]) -> None:
+    for one, other in zip(pack(given, LENGTH, PAD), pack(given, LENGTH, PAD), strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.segments, other.segments)
+
+
+def test_a_sequence_goes_to_the_fullest_row_that_has_room() -> None:
+    def of(size: int, token: int) -> Encoded:
+        return Encoded([token] * size, [True] * size)
+
+    rows = pack([of(9, 11), of(12, 12), of(4, 13)], LENGTH, PAD)
+    assert [set(row.tokens.tolist()) for row in rows] == [{11, PAD}, {12, 13}]
+
+
+@pytest.mark.parametrize("size", [0, LENGTH + 1])
+def test_a_sequence_that_fits_no_row_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"{size} tokens does not fit a row of {LENGTH}"):
+        pack([Encoded([11] * size, [True] * size)], LENGTH, PAD)
+
+
+@given(pages())
+def test_pieces_are_the_document_with_no_image_cut(page: Encoded) -> None:
+    pieces = split(page, LENGTH, VOCABULARY)
+    assert [token for piece in pieces for token in piece.ids] == page.ids
+    for index, piece in enumerate(pieces):
+        assert 0 < len(piece.ids) <= LENGTH
+        assert piece.ids.count(4) == piece.ids.count(5) == sum(token in range(7, 11) for token in piece.ids) / 4
+        assert piece.trained == [index == 0, *[True] * (len(piece.ids) - 1)]
+
+
+@given(pages())
+def test_pieces_are_as_long_as_an_image_at_their_end_allows(page: Encoded) -> None:
+    pieces = split(page, LENGTH, VOCABULARY)
+    for piece, following in pairwise(pieces):
+        assert len(piece.ids) == LENGTH or (following.ids[0] == 4 and len(piece.ids) + len(IMAGE) > LENGTH)
+
+
+def test_an_image_longer_than_a_row_is_an_error() -> None:
+    with pytest.raises(ImageTooLong, match="more than the 5 tokens"):
+        split(Encoded([0, *IMAGE, 2], [True] * 8), 5, VOCABULARY)

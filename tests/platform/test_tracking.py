@@ -1,0 +1,189 @@
+"""Tracking: where runs go, what they hold, and models found again through the registry."""
+
+from __future__ import annotations
+
+import pickle
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from calumma.platform import tracking
+from calumma.platform.config import PretrainSpecification, Tracking
+from calumma.platform.tracking import BackgroundWriter, Run, TrackingError
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+    """One database for the module: creating it runs all of MLflow's migrations."""
+    return Tracking(uri=str(tmp_path_factory.mktemp("mlflow")), experiment="tests")
+
+
+def specification(server: Tracking, **fields: Any) -> PretrainSpecification:
+    values: dict[str, Any] = {
+        "storage": "/data",
+        "mixture": {"tokens/a b": 1.0},
+        "output": "stage",
+        "steps": 1,
+        "micro_batches": 1,
+        "model": {"layers": 1, "width": 8, "heads": 1, "kv_heads": 1, "ffn_width": 8},
+    }
+    return PretrainSpecification(tracking=server, **(values | fields))
+
+
+@pytest.fixture
+def run(server: Tracking) -> Iterator[Run]:
+    with tracking.run(specification(server)) as current:
+        yield current
+
+
+@pytest.fixture
+def model_directory(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_without_a_uri_runs_go_to_the_environments_server_or_below_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.resolve(Tracking()) == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
+    assert (tmp_path / "mlflow").is_dir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert tracking.resolve(Tracking()) == "http://server:5000"
+    assert tracking.resolve(Tracking(uri="sqlite:///own.db")) == f"sqlite:///{tmp_path}/own.db"
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrackingError, match="cannot create the folder"):
+        tracking.resolve(Tracking(uri=str(tmp_path / "file" / "mlflow")))
+
+
+def test_a_run_holds_parameters_metrics_and_pictures_and_ends_as_finished(server: Tracking) -> None:
+    with tracking.run(specification(server, run_name="stage1")) as run:
+        run.log_metrics({"loss": 2.0}, step=1)
+        run.log_metrics({"loss": 1.0}, step=2)
+        run.log_image(Image.new("RGB", (4, 4), "red"), "samples/0.png")
+        assert run.latest() == {"loss": 1.0}
+    found = run.client.get_run(run.id)
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "stage1"
+    assert found.data.params["mixture.tokens/a b"] == "1.0"
+    assert found.data.params["model.layers"] == "1"
+    assert [m.step for m in run.client.get_metric_history(run.id, "loss")] == [1, 2]
+    assert [a.path for a in run.client.list_artifacts(run.id, "samples")] == ["samples/0.png"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")]
+)
+def test_a_run_that_stops_early_says_how(server: Tracking, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), tracking.run(specification(server)) as run:
+        raise error
+    assert run.client.get_run(run.id).info.status == status
+
+
+def test_artifacts_lie_beside_the_database(run: Run) -> None:
+    folder = Path(run.uri.removeprefix("sqlite:///")).parent
+    assert run.client.get_run(run.id).info.artifact_uri.startswith((folder / "artifacts").as_uri())
+
+
+def test_a_run_can_be_written_from_another_process(run: Run) -> None:
+    run.log_metrics({"here": 1.0})
+    copy = pickle.loads(pickle.dumps(run))
+    copy.log_metrics({"there": 2.0})
+    assert run.latest() == {"here": 1.0, "there": 2.0}
+
+
+def test_metrics_that_mlflow_does_not_take_are_sent_again_in_order(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    send, broken = run.client.log_batch, True
+
+    def flaky(*arguments: Any, **fields: Any) -> None:
+        if broken:
+            raise sqlite3.OperationalError("database is locked")
+        send(*arguments, **fields)
+
+    monkeypatch.setattr(run.client, "log_batch", flaky)
+    writer = BackgroundWriter(run)
+    for step in range(5):
+        writer.log({"loss": 5.0 - step}, step)
+    writer._executor.submit(lambda: None).result()  # all five were refused
+    broken = False
+    writer.log({"loss": 0.0}, 5)
+    assert writer.close() == 0
+    assert [(m.step, m.value) for m in run.client.get_metric_history(run.id, "loss")] == [
+        (step, 5.0 - step) for step in range(6)
+    ]
+
+
+def test_a_server_that_stays_away_stops_nothing_and_is_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **fields: Any) -> None:
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(run.client, "log_batch", refuse)
+    monkeypatch.setattr(run.client, "log_dict", refuse)
+    writer = BackgroundWriter(run)
+    writer.log({"loss": 1.0, "z": 2.0}, 1)
+    writer.log_dict({"a": 1}, "a.json")
+    assert writer.close() == 2
+
+
+def test_a_registered_model_is_found_by_alias_and_by_version(server: Tracking, run: Run, model_directory: Path) -> None:
+    assert (
+        tracking.register(server, "by-alias", str(model_directory), run.id, "champion") == "models:/by-alias@champion"
+    )
+    assert tracking.register(server, "by-alias", str(model_directory), run.id) == "models:/by-alias/2"
+    for uri in ("models:/by-alias@champion", "models:/by-alias/1", "models:/by-alias/2", str(model_directory)):
+        with tracking.resolve_model(uri, server) as path:
+            assert path == model_directory
+    assert run.client.get_model_version("by-alias", "1").run_id == run.id
+
+
+def test_the_alias_moves_to_the_newest_registration(server: Tracking, run: Run, model_directory: Path) -> None:
+    tracking.register(server, "moving", "/elsewhere", run.id, "champion")
+    tracking.register(server, "moving", str(model_directory), run.id, "champion")
+    assert tracking.model_source("models:/moving@champion", server) == str(model_directory)
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("models:/known@nobody", r"'known' has versions 1 and aliases @champion"),
+        ("models:/known/7", r"'known' has versions 1"),
+        ("models:/unknown@champion", r"It has: .*known"),
+        ("models:/known", r"models:/NAME@ALIAS"),
+        ("/nowhere/at/all", r"there is no model directory"),
+    ],
+)
+def test_a_model_that_is_not_there_is_an_error_that_says_what_is(
+    server: Tracking, run: Run, model_directory: Path, uri: str, said: str
+) -> None:
+    if "known" not in {model.name for model in run.client.search_registered_models()}:
+        tracking.register(server, "known", str(model_directory), run.id, "champion")
+    with pytest.raises(TrackingError, match=said), tracking.resolve_model(uri, server):
+        pass
+
+
+def test_a_registered_model_whose_files_are_gone_is_an_error_that_says_where(server: Tracking, run: Run) -> None:
+    tracking.register(server, "gone", "/data/gone", run.id, "champion")
+    with (
+        pytest.raises(TrackingError, match="registered as /data/gone"),
+        tracking.resolve_model("models:/gone@champion", server),
+    ):
+        pass
+
+
+def test_a_server_that_cannot_be_used_is_an_error_that_names_it() -> None:
+    with pytest.raises(TrackingError, match="nosuch://x"), tracking.run(specification(Tracking(uri="nosuch://x"))):
+        pass
+
+
+def test_parameter_names_are_what_mlflow_accepts() -> None:
+    flat = tracking.flatten({"a": {"b": [1, 2], "c d": {}}, "ü(x)": 1, "tracking": Tracking()})
+    assert flat == {"a.b": [1, 2], "a.c d": {}, "ü_x_": 1, "tracking.uri": None, "tracking.experiment": "calumma"}

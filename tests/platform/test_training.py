@@ -1,0 +1,487 @@
+"""Training: the same step on any number of workers, checkpoints that survive a killed upload, and a whole stage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from calumma.model import load
+from calumma.model.config import ImageTokenizerConfig, ModelConfig
+from calumma.model.document import Document, Image, Text
+from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.transformer import Transformer
+from calumma.platform import storage, tracking
+from calumma.platform.config import (
+    FinetuneSpecification,
+    ImageTokenizerSpecification,
+    PretrainSpecification,
+    SpecificationError,
+    TextTokenizerSpecification,
+    TokenizeSpecification,
+    Tracking,
+    TrainSpecification,
+)
+from calumma.platform.data import shards
+from calumma.platform.data.manifest import FileEntry, Manifest, finished
+from calumma.platform.progress import silent
+from calumma.platform.tracking import Run
+from calumma.platform.training import checkpoint, engine, held_out, image_tokenizer, samples, text_tokenizer
+from calumma.platform.training.stage import prepare, run_stage
+
+MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=64, dropout=0.1)
+CODES = 16
+
+
+# -- documents, tokenizers and token shards of a small corpus --
+
+
+def picture(seed: int, size: int = 8) -> PILImage.Image:
+    """A bright square on a dark ground: something that can be learned."""
+    random = np.random.default_rng(seed)
+    pixels = np.full((size, size, 3), 20, np.uint8)
+    x, y = random.integers(0, size // 2, 2)
+    pixels[y : y + size // 2, x : x + size // 2] = random.integers(100, 255, 3)
+    return PILImage.fromarray(pixels)
+
+
+def publish_documents(uri: str, documents: list[Document]) -> None:
+    data = shards.to_parquet(documents)
+    storage.write_bytes(storage.join(uri, "documents.parquet"), data)
+    Manifest(kind="curated", files=[FileEntry.of("documents.parquet", data, rows=len(documents))]).write(uri)
+
+
+def publish_tokens(root: str, name: str) -> None:
+    from calumma.platform.data.tokenize import Tokenizer, tokenize_window
+
+    spec = TokenizeSpecification(storage=root, documents=[f"curated/{name}"], context=MODEL.context, micro_batch=2)
+    output = storage.join(root, "tokens", name)
+    tokenizer = Tokenizer(f"{root}/tokenizers/text", f"{root}/tokenizers/image", "cpu", 1)
+    made = tokenize_window(
+        tokenizer.encoder,
+        {
+            "specification": spec.model_dump(mode="json"),
+            "shards": shards.shard_uris(f"{root}/curated/{name}"),
+            "seed": 0,
+            "output": output,
+            "stem": "tokens",
+        },
+    )
+    files = [FileEntry.model_validate(entry) for entry in made["files"]]
+    Manifest(kind="tokens", files=files, specification=spec.model_dump(mode="json")).write(output)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Storage with curated documents, tokenizers and token shards: pictures with captions, lines of text."""
+    root = str(tmp_path_factory.mktemp("storage"))
+    words = ["one", "two", "three", "four"]
+    pairs = [Document((Text(words[i % 4] + " "), Image(picture(i)))) for i in range(24)]
+    lines = [Document((Text(f"{words[i % 4]} follows {words[(i + 3) % 4]}. " * 3),)) for i in range(24)]
+    publish_documents(f"{root}/curated/pairs", pairs)
+    publish_documents(f"{root}/curated/lines", lines)
+    spec = TextTokenizerSpecification(
+        storage=root, documents=["curated/pairs", "curated/lines"], vocabulary_size=320, image_codes=CODES
+    )
+    with recorded(spec, f"{root}/mlflow") as run:
+        text_tokenizer.train_text_tokenizer(spec, run, silent)
+    torch.manual_seed(0)
+    shape = ImageTokenizerConfig(
+        resolution=8, codebook_size=CODES, embedding=4, base_channels=4, multipliers=[1, 1], residual_blocks=1
+    )
+    ImageTokenizer(shape).save(f"{root}/tokenizers/image")
+    for name in ("pairs", "lines"):
+        publish_tokens(root, name)
+    return root
+
+
+@contextmanager
+def recorded(spec: Any, folder: str) -> Iterator[Run]:
+    with tracking.run(spec.model_copy(update={"tracking": Tracking(uri=folder)})) as run:
+        yield run
+
+
+def stage(root: str, **fields: Any) -> PretrainSpecification:
+    values: dict[str, Any] = {
+        "storage": root,
+        "tracking": {"uri": f"{root}/mlflow"},
+        "resources": {"workers": 2, "cpus_per_worker": 1},
+        "mixture": {"tokens/pairs": 0.5, "tokens/lines": 0.5},
+        "held_out": {"lines": "tokens/lines"},
+        "output": "stages/one",
+        "model": MODEL.model_dump(exclude={"vocabulary_size"}),
+        "steps": 12,
+        "micro_batches": 3,
+        "optimizer": {"learning_rate": 0.01},
+        "schedule": {"kind": "cosine", "warmup_steps": 2, "final": 0.1},
+        "precision": "float32",
+        "checkpoint_every": 8,
+        "log_every": 2,
+        "samples": ["one two"],
+    }
+    return PretrainSpecification.model_validate(values | fields)
+
+
+# -- one step is the same on any number of workers --
+
+
+@dataclass
+class Rows:
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    segments: torch.Tensor
+
+
+def rows(step: int, number: int) -> Rows:
+    """Micro-batches with very different numbers of trained tokens: averaging averages would show."""
+    generator = torch.Generator().manual_seed(100 * step + number)
+    tokens = torch.randint(0, 50, (2, 17), generator=generator)
+    return Rows(tokens, torch.rand(2, 17, generator=generator) < 0.1 + 0.4 * number, torch.zeros_like(tokens))
+
+
+def take_steps(rank: int, world: int, zero_stage: int, folder: str) -> None:
+    """A worker that takes three steps of three micro-batches; the first writes weights, losses and gradient norms."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world
+    )
+    config = MODEL.model_copy(update={"vocabulary_size": 50})
+    spec = stage("/nowhere", zero_stage=zero_stage, optimizer={"learning_rate": 0.01, "eps": 1e-3})
+    run = engine.initialize(Transformer(config).initialize(0), spec, world)
+    image_mask_V = torch.arange(50) >= 40
+    empty = Rows(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
+    seen = []
+    for step in range(3):
+        group = [rows(step, number) for number in range(rank, 3, world)]
+        group += [empty] * (engine.micro_batches_a_worker(spec, world) - len(group))
+        counts = engine.count(group, image_mask_V, run.device)
+        sums = engine.everywhere(engine.step(run, group, counts, image_mask_V, 1e-3, world, (0, step, rank)))
+        seen.append([*sums.tolist(), *counts, float(run.get_global_grad_norm())])
+    weights = engine.gathered_weights(run, keep=rank == 0)
+    if rank == 0:
+        torch.save({"weights": weights, "seen": seen}, f"{folder}/{world}.pt")
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_one_and_two_workers_take_the_same_steps(tmp_path: Path, zero_stage: int) -> None:
+    """Three micro-batches: two workers need an empty one. Dropout is on: it too follows the micro-batch."""
+    for world in (1, 2):
+        torch.multiprocessing.spawn(take_steps, (world, zero_stage, str(tmp_path)), nprocs=world)
+    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    assert two["seen"] == [pytest.approx(values, rel=1e-4) for values in one["seen"]]
+    initial = Transformer(MODEL.model_copy(update={"vocabulary_size": 50})).initialize(0).state_dict()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=2e-5)
+        assert not torch.equal(weight, initial[name])
+
+
+class Counted:
+    """A stand-in for a DeepSpeed engine in evaluation: a plain module with a device."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module: Transformer) -> None:
+        self.module = module
+
+    def __call__(self, tokens: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        return self.module(tokens, segments)
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def train(self) -> None:
+        self.module.train()
+
+
+def test_the_held_out_loss_is_the_mean_over_all_trained_tokens(root: str) -> None:
+    size = json.loads(Path(root, "tokenizers/text/vocabulary.json").read_text())["size"]
+    transformer = Transformer(MODEL.model_copy(update={"vocabulary_size": size, "dropout": 0.5})).initialize(0)
+    image_mask_V = torch.zeros(size, dtype=torch.bool)
+    found = held_out.measure(Counted(transformer), f"{root}/tokens/pairs", image_mask_V, 0, 1)
+    total, number = 0.0, 0
+    transformer.eval()
+    for shard, group in held_out.row_groups(f"{root}/tokens/pairs"):
+        batch = held_out.read(shard, group)
+        with torch.no_grad():
+            logits = transformer(batch.tokens[:, :-1])
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+        total += float(losses[batch.mask[:, 1:]].sum())
+        number += int(batch.mask[:, 1:].sum())
+    assert found["loss"] == pytest.approx(total / number, rel=1e-5)
+    assert "loss_image" not in found  # nothing was an image by that mask
+
+
+def test_settings_become_deepspeeds_and_raw_ones_have_the_last_word() -> None:
+    spec = stage("/x", deepspeed={"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
+    made = engine.settings(spec, world=2, parameters=1000)
+    assert made["gradient_accumulation_steps"] == 2  # three micro-batches on two workers
+    assert made["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 1000,
+        "allgather_bucket_size": 1000,
+        "offload_optimizer": {"device": "cpu"},
+    }
+    assert made["gradient_clipping"] == spec.optimizer.gradient_clip
+
+
+def test_norms_do_not_decay_and_every_weight_is_in_one_group() -> None:
+    transformer = Transformer(MODEL.model_copy(update={"vocabulary_size": 50}))
+    decayed, kept = engine.parameter_groups(transformer, 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in transformer.named_parameters()}
+    assert sorted(names[id(p)] for group in (decayed, kept) for p in group["params"]) == sorted(names.values())
+    assert all("norm" in names[id(p)] for p in kept["params"])
+    assert not any("norm" in names[id(p)] for p in decayed["params"])
+
+
+# -- what is checked before anything starts --
+
+
+@pytest.fixture
+def run(root: str) -> Iterator[Run]:
+    with recorded(stage(root), f"{root}/mlflow") as current:
+        yield current
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"mixture": {"tokens/none": 1.0}}, r"mixture: no token shards .*tokens/none; run the job tokenize"),
+        ({"held_out": {"x": "tokens/none"}}, r"held_out: no token shards"),
+        ({"mixture": {"curated/lines": 1.0}}, r"mixture: .*'curated' without token shards"),
+        ({"text_tokenizer": "none"}, r"text_tokenizer: .*run the job train_text_tokenizer"),
+        ({"image_tokenizer": "none"}, r"image_tokenizer: .*run the job train_image_tokenizer"),
+        ({"model": MODEL.model_copy(update={"vocabulary_size": 99}).model_dump()}, r"has 99 ids, the vocabulary"),
+        ({"model": None, "initial": "stages/none"}, r"initial: .*neither a finished stage nor a model directory"),
+        ({"samples": ["one " * 200]}, r"samples: the prompt 'one one .* tokens, the model's context is 64"),
+        ({"schedule": {"kind": "exponential", "final": 0}}, r"schedule\.final"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_the_terms_of_the_specification(
+    root: str, run: Run, fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SpecificationError, match=said):
+        prepare(stage(root, **fields), run)
+
+
+# -- checkpoints --
+
+
+def leave_checkpoint(spec: TrainSpecification, step: int, inputs: dict[str, str]) -> None:
+    report = {"step": step, "schedule_step": step, "tokens": {"text": 0.0, "image": 0.0}}
+    Manifest(kind="checkpoint", specification=spec.model_dump(mode="json"), report=report, inputs=inputs).write(
+        checkpoint.location(spec.locate(spec.output), step)
+    )
+
+
+def test_a_stage_goes_on_from_its_newest_whole_checkpoint(root: str, run: Run, tmp_path: Path) -> None:
+    spec = stage(root, output=str(tmp_path / "stage"))
+    inputs = prepare(spec, run).inputs
+    for step in (2, 4):
+        leave_checkpoint(spec, step, inputs)
+    storage.write_bytes(f"{checkpoint.location(spec.output, 6)}/state/part", b"killed before its manifest")
+    again = spec.model_copy(update={"log_every": 1, "samples": []})
+    assert prepare(again, run).first_step == 4
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"micro_batches": 4}, {"steps": 13}, {"z_loss": 0.0}, {"mixture": {"tokens/pairs": 1.0}}]
+)
+def test_another_training_does_not_go_on_with_these_checkpoints(
+    root: str, run: Run, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    spec = stage(root, output=str(tmp_path / "stage"))
+    leave_checkpoint(spec, 4, prepare(spec, run).inputs)
+    assert prepare(spec.model_copy(update=change), run).first_step == 0
+    assert checkpoint.newest(spec.output) is None  # and they are gone, not mixed with the new ones
+
+
+def test_other_data_under_the_same_name_starts_anew(root: str, run: Run, tmp_path: Path) -> None:
+    spec = stage(root, output=str(tmp_path / "stage"))
+    inputs = prepare(spec, run).inputs
+    leave_checkpoint(spec, 4, dict.fromkeys(inputs, "another fingerprint"))
+    assert prepare(spec, run).first_step == 0
+
+
+def test_a_stage_can_be_lengthened_when_its_schedule_is_longer_than_it(root: str, run: Run, tmp_path: Path) -> None:
+    schedule = {"kind": "cosine", "warmup_steps": 2, "total_steps": 100}
+    spec = stage(root, output=str(tmp_path / "stage"), schedule=schedule)
+    leave_checkpoint(spec, 12, prepare(spec, run).inputs)
+    assert prepare(spec.model_copy(update={"steps": 20}), run).first_step == 12
+
+
+# -- a whole stage on a cluster --
+
+
+def model_weights(uri: str) -> dict[str, torch.Tensor]:
+    return load(Path(uri)).transformer.state_dict()
+
+
+@pytest.mark.cluster
+def test_a_stage_trains_publishes_resumes_and_is_continued(ray_cluster: None, root: str) -> None:
+    spec = stage(root, register_as="tiny", alias="champion")
+    progress: list[tuple[float, float]] = []
+    with tracking.run(spec) as run:
+        manifest = run_stage(spec, run, lambda done, total, note="": progress.append((done, total)))
+
+    # Losses fall, and everything is in MLflow.
+    losses = [m.value for m in run.client.get_metric_history(run.id, "loss")]
+    steps = [m.step for m in run.client.get_metric_history(run.id, "loss")]
+    assert steps == [1, 2, 4, 6, 8, 10, 12]
+    assert losses[-1] < losses[0] - 0.5
+    names = {"loss", "loss_text", "loss_image", "learning_rate", "gradient_norm", "tokens_per_second", "z"}
+    latest = run.latest()
+    assert names | {"held_out/lines/loss"} <= set(latest)
+    assert all(np.isfinite(value) for value in latest.values())
+    assert latest["tokens_per_second"] > 0
+    artifacts = [a.path for folder in ("samples", "checkpoints") for a in run.client.list_artifacts(run.id, folder)]
+    assert artifacts == ["samples/00.png", "checkpoints/step-00000008.json", "checkpoints/step-00000012.json"]
+    assert progress[0] == (0, 12)
+
+    # The manifest, the model directory and the registry agree.
+    assert finished(f"{root}/stages/one", spec) == manifest
+    manifest.verify(f"{root}/stages/one", content=True)
+    report = manifest.report
+    assert (report["steps"], report["workers"], report["model_uri"]) == (12, 2, "models:/tiny@champion")
+    assert report["held_out"]["lines"]["loss"] == pytest.approx(latest["held_out/lines/loss"])
+    assert report["tokens"]["text"] > 0
+    assert report["tokens"]["image"] > 0
+    with tracking.resolve_model(report["model_uri"], spec.tracking) as path:
+        assert path == Path(root, "stages/one/model")
+        answer = load(path).transformer(torch.tensor([[0, 5, 6]]))
+    assert answer.shape[:2] == (1, 3)
+
+    # Killed while it uploaded its last checkpoint: the run before it is repeated to the same weights.
+    straight = model_weights(f"{root}/stages/one/model")
+    Path(checkpoint.location(f"{root}/stages/one", 12), "manifest.json").unlink()
+    Path(root, "stages/one/manifest.json").unlink()
+    with tracking.run(spec) as again:
+        repeated = run_stage(spec, again, silent)
+    assert [m.step for m in again.client.get_metric_history(again.id, "loss")] == [9, 10, 12]
+    for name, weight in model_weights(f"{root}/stages/one/model").items():
+        torch.testing.assert_close(weight, straight[name], rtol=0, atol=1e-6)
+    assert repeated.report["tokens"] == report["tokens"]
+
+    # The next stage goes on with optimizer and schedule; on another number of workers, with the weights alone.
+    second = FinetuneSpecification.model_validate(
+        stage(root).model_dump(exclude={"job", "model"})
+        | {"initial": "stages/one", "continue_schedule": True, "output": "stages/two", "steps": 1, "dropout": 0.0}
+        | {"resources": {"workers": 1}, "schedule": {"kind": "cosine", "warmup_steps": 2, "total_steps": 100}}
+    )
+    with tracking.run(second) as run:
+        manifest = run_stage(second, run, silent)
+    assert manifest.report["schedule_step"] == 13
+    assert run.latest()["loss"] < losses[0] - 0.5  # it did not start from scratch
+    assert load(Path(root, "stages/two/model")).config.dropout == 0.0
+
+
+# -- tokenizers --
+
+
+def test_the_text_tokenizer_is_published_with_its_report(root: str) -> None:
+    manifest = Manifest.read(f"{root}/tokenizers/text")
+    manifest.verify(f"{root}/tokenizers/text", content=True)
+    assert {entry.path for entry in manifest.files} == {"text_tokenizer.model", "vocabulary.json"}
+    assert manifest.report["vocabulary_size"] == 320
+    assert 1 < manifest.report["bytes_per_token"] < 20
+    assert manifest.report["characters"] > 1000
+
+
+def test_a_vocabulary_that_the_texts_do_not_support_is_refused(root: str, run: Run) -> None:
+    spec = TextTokenizerSpecification(storage=root, documents=["curated/lines"], output="x", vocabulary_size=9000)
+    with pytest.raises(SpecificationError, match="no BPE vocabulary of 9000 ids"):
+        text_tokenizer.train_text_tokenizer(spec, run, silent)
+    assert not storage.exists(f"{root}/x")
+
+
+def test_a_limit_of_characters_leaves_no_source_out() -> None:
+    long = [Document((Text("a" * 50),)) for _ in range(100)]
+    short = [Document((Text("b" * 10),)), Document((Image(picture(0)), Text("c" * 10)))]
+    taken = "".join(text_tokenizer.up_to(text_tokenizer.texts([long, short]), 150))
+    assert len(taken) == 150
+    assert {"a", "b", "c"} == set(taken)
+
+
+def test_each_worker_reads_its_share_of_the_images_and_a_sample_of_too_many() -> None:
+    documents = [Document((Text("x"), Image(picture(i)), Image(picture(i + 50)))) for i in range(10)]
+    everything = image_tokenizer.read_images(documents, 8)
+    assert everything.shape == (20, 3, 8, 8)
+    assert torch.equal(everything[0], torch.from_numpy(np.asarray(picture(0)).transpose(2, 0, 1).copy()))
+    parts = [image_tokenizer.read_images(documents, 8, (rank, 3)) for rank in range(3)]
+    assert [len(part) for part in parts] == [7, 7, 6]
+    assert torch.equal(parts[1], everything[1::3])
+    few = image_tokenizer.read_images(documents, 8, memory=5 * 3 * 64)
+    assert len(few) == 5
+    assert all(any(torch.equal(kept, image) for image in everything) for kept in few)
+
+
+class Exact(ImageTokenizer):
+    """Reconstructs every value as 0, whatever the codes."""
+
+    def decode(self, codes_BN: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(codes_BN), 3, 8, 8)
+
+
+def test_reconstruction_errors_are_in_their_units() -> None:
+    tokenizer = Exact(
+        ImageTokenizerConfig(resolution=8, codebook_size=4, embedding=4, base_channels=4, multipliers=[1])
+    )
+    white = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
+    found = image_tokenizer.measure(tokenizer, white, batch=2)
+    assert (found.squared, found.absolute) == pytest.approx((1.0, 127.5))
+    assert 1 <= int(found.used_K.sum()) <= 4
+
+
+@pytest.mark.cluster
+def test_the_image_tokenizer_learns_and_uses_its_codebook(ray_cluster: None, root: str) -> None:
+    spec = ImageTokenizerSpecification(
+        storage=root,
+        tracking=Tracking(uri=f"{root}/mlflow"),
+        documents=["curated/pairs"],
+        held_out=["curated/pairs"],
+        output="tokenizers/trained",
+        model=ImageTokenizerConfig(
+            resolution=8, codebook_size=CODES, embedding=8, base_channels=8, multipliers=[1, 2], residual_blocks=1
+        ),
+        steps=120,
+        batch=8,
+        learning_rate=3e-3,
+    )
+    with tracking.run(spec) as run:
+        manifest = image_tokenizer.train_image_tokenizer(spec, run, silent)
+    before = [m.value for m in run.client.get_metric_history(run.id, "reconstruction")]
+    assert before[-1] < 0.5 * before[0]
+    assert manifest.report["image_reconstruction_error"] < 0.5 * before[0]
+    assert manifest.report["codebook_used"] > 0.5
+    assert [a.path for a in run.client.list_artifacts(run.id, "samples")] == ["samples/reconstructions.png"]
+    assert finished(f"{root}/tokenizers/trained", spec) == manifest
+    read = ImageTokenizer.read(f"{root}/tokenizers/trained")
+    pixels = image_tokenizer.read_images(shards.read_documents(f"{root}/curated/pairs"), 8)
+    assert image_tokenizer.measure(read, pixels).squared == pytest.approx(
+        manifest.report["image_reconstruction_error"], rel=1e-3
+    )
+
+
+# -- sample pictures --
+
+
+def test_an_answer_is_drawn_with_all_of_its_parts() -> None:
+    red = PILImage.new("RGB", (8, 8), "red")
+    answer = Document((Text("here is one\nand more"), Image(red), Text("")))
+    drawn = samples.render("Draw a red square.", answer)
+    colors = {color for _, color in drawn.getcolors(1 << 20) or []}
+    assert (255, 0, 0) in colors  # the image
+    assert (0, 0, 0) in colors  # the text
+    assert drawn.height > samples.render("Draw a red square.", Document((Text("here is one"),))).height

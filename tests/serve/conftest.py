@@ -1,0 +1,87 @@
+"""A tiny random model directory, and the HTTP application over it in this process."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PILImage
+from starlette.testclient import TestClient
+
+from calumma.model import MixedModalModel, load
+from calumma.model.config import ImageTokenizerConfig, ModelConfig
+from calumma.model.directory import save_model
+from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.text_tokenizer import train_text_tokenizer
+from calumma.model.transformer import Transformer
+from calumma.serve.endpoints import create_app
+from calumma.serve.replica import EngineReplica
+from calumma.serve.settings import ServeSettings
+
+CONTEXT = 128
+IMAGE_SIZE = 8  # pixels; 16 codes
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("serve")
+    torch.manual_seed(0)
+    texts = ["Which digit is this? seven", "Draw a three.", "Count from two to four, with pictures."] * 20
+    vocabulary = train_text_tokenizer(texts, root, vocabulary_size=320, image_codes=16)
+    tokenizer = ImageTokenizer(
+        ImageTokenizerConfig(
+            resolution=IMAGE_SIZE,
+            codebook_size=16,
+            embedding=8,
+            base_channels=8,
+            multipliers=[1, 1],
+            residual_blocks=1,
+        )
+    )
+    tokenizer.save(root / "image")
+    transformer = Transformer(
+        ModelConfig(
+            vocabulary_size=vocabulary.size, layers=2, width=32, heads=2, kv_heads=2, ffn_width=64, context=CONTEXT
+        )
+    )
+    save_model(root / "model", transformer, root, root / "image")
+    return root / "model"
+
+
+@pytest.fixture(scope="session")
+def model(model_directory: Path) -> MixedModalModel:
+    return load(model_directory)
+
+
+@pytest.fixture(scope="session")
+def replica(model: MixedModalModel) -> Iterator[EngineReplica]:
+    replica = EngineReplica(model, max_sequences=12)
+    yield replica
+    replica.close()
+
+
+@pytest.fixture(scope="session")
+def settings(model_directory: Path) -> ServeSettings:
+    return ServeSettings(model=str(model_directory), name="tiny", max_body_mebibytes=0.25)
+
+
+@pytest.fixture
+def client(replica: EngineReplica, settings: ServeSettings) -> Iterator[TestClient]:
+    with TestClient(create_app(replica, settings)) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def png() -> bytes:
+    buffer = io.BytesIO()
+    PILImage.new("RGB", (12, 9), (200, 30, 60)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
