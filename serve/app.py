@@ -114,7 +114,7 @@ def locate(model: str, settings: Tracking | None = None) -> str:
     """
     source = tracking.model_source(model, settings)
     if "://" not in source:
-        source = str(Path(source).expanduser().absolute())
+        source = str(Path(source).expanduser().resolve())
     elif not source.startswith(("s3://", "file://")):
         return source  # an artifact of an MLflow server: the replica downloads it
     origin = "" if source == model else f" ({model} leads there)"

@@ -8,9 +8,13 @@ bad (unreadable); more bad input than allowed fails the source, which then publi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image as PILImage
+from PIL import ImageOps
 
 from calumma.model.document import Document, Image, Segment, Text, UnreadableImage
 from calumma.platform import storage
@@ -19,13 +23,14 @@ from calumma.platform.data import pipeline, shards, sources
 from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints
 from calumma.platform.data.sources import BadInput
 from calumma.platform.data.tally import Tally
+from calumma.platform.evaluation.sheet import Cell, contact_sheet
 from calumma.platform.progress import Progress
 
 if TYPE_CHECKING:
     from calumma.platform.tracking import Run
 
 MAX_TASKS = 1024  # a source; with more files than that, neighbours share a task
-SAMPLES = 32  # pictures on a contact sheet
+SAMPLES, SIDE = 32, 72  # pictures on a contact sheet, and their width in pixels
 
 
 class TooMuchBadInput(ValueError):
@@ -277,10 +282,19 @@ def _publish(spec: CurateSpecification, w: _Work, run: Run) -> Manifest:
     )
     pipeline.publish(w.output, manifest)
     if w.tally.images:
-        from calumma.platform.data.contact_sheet import contact_sheet
-
-        run.log_image(contact_sheet(shards.read_documents(w.output), SAMPLES), f"samples/{w.source.name}.png")
+        run.log_image(samples(shards.read_documents(w.output)), f"samples/{w.source.name}.png")
     return manifest
+
+
+def samples(documents: Iterable[Document]) -> PILImage.Image:
+    """A contact sheet of the first images, each over its caption or the words of its document."""
+    labelled = ((i, i.caption or d.text) for d in documents for i in d.images)
+    cells = [
+        # Square, because a sheet's cells are: nothing is stretched.
+        Cell(ImageOps.pad(image.open(), (SIDE, SIDE), PILImage.Resampling.NEAREST), " ".join(words.split()))
+        for image, words in islice(labelled, SAMPLES)
+    ]
+    return contact_sheet(cells, columns=8, side=SIDE)
 
 
 def _metrics(manifest: Manifest) -> dict[str, float]:

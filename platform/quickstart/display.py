@@ -79,7 +79,7 @@ class Board:
             for row in self.rows.values():
                 self._tasks[row.name] = self._bars.add_task(row.title, total=None, start=False, note="", row=row.name)
             self._tasks[""] = self._bars.add_task(
-                "[bold]everything", total=sum(r.usual for r in self.rows.values()), note="", row=""
+                "[bold]Everything", total=sum(r.usual for r in self.rows.values()), note="", row=""
             )
             self._bars.start()
         return self
@@ -115,13 +115,13 @@ class Board:
         """What a finished step took."""
         return self.rows[name].seconds or 0.0
 
-    def skip(self, name: str, seconds: float | None) -> None:
-        """A step whose result stands; `seconds` it took when it ran, if known."""
+    def skip(self, name: str, seconds: float | None, why: str = "already done") -> None:
+        """A step with nothing to do; `seconds` it took when it ran, if known."""
         row = self.rows[name]
         row.skipped, row.seconds = True, seconds or 0.0
         if self._bars is None:
-            self.console.print(f"{row.title}: already done", highlight=False)
-        self._fill(row, note="already done")
+            self.console.print(f"{row.title}: {why}", highlight=False)
+        self._fill(row, note=why)
 
     def update(self, row: Row, note: str) -> None:
         from rich.markup import escape
@@ -131,10 +131,13 @@ class Board:
             self._bars.update(self._tasks[row.name], completed=row.done, total=total, note=escape(note))
             self._whole()
 
-    def _fill(self, row: Row, note: str = "") -> None:
+    def _fill(self, row: Row, note: str | None = None) -> None:
         if self._bars is not None:
             task = self._tasks[row.name]
-            self._bars.update(task, total=1, completed=1, description=f"[green]{row.title}", note=note)
+            self._bars.start_task(task)  # a skipped one has not been
+            self._bars.update(task, total=1, completed=1, description=f"[green]{row.title}")
+            if note is not None:
+                self._bars.update(task, note=note)
             self._whole()
 
     def _whole(self) -> None:
@@ -163,9 +166,16 @@ class _Listener:
 
 
 def _bars(board: Board) -> Bars:
+    from rich.console import RenderableType
     from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bars
     from rich.text import Text
+
+    class Mark(SpinnerColumn):
+        """Nothing, turning, or done."""
+
+        def render(self, task: Task) -> RenderableType:
+            return super().render(task) if task.started else Text(" ")
 
     class Times(ProgressColumn):
         """Time spent and time left, from the board's own rows."""
@@ -185,7 +195,7 @@ def _bars(board: Board) -> Bars:
             return text
 
     return Bars(
-        SpinnerColumn(finished_text="[green]✓"),
+        Mark(finished_text="[green]✓"),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TaskProgressColumn(),

@@ -88,7 +88,6 @@ def write(spec: DocumentsSpecification, progress: Progress = silent) -> Manifest
     """Write the documents of a specification, a manifest for each source, and the whole's last. Raises StorageError."""
     from calumma.platform import storage
     from calumma.platform.data.manifest import MANIFEST, FileEntry, Manifest
-    from calumma.platform.data.pipeline import publish
 
     root = spec.locate(spec.output)
     storage.delete(storage.join(root, MANIFEST))
@@ -103,8 +102,9 @@ def write(spec: DocumentsSpecification, progress: Progress = silent) -> Manifest
         for file, data, rows in make():
             storage.write_bytes(storage.join(place, file), data)
             entries.append(FileEntry.of(file, data, rows=rows))
+        _clear(place, name, keep={entry.path for entry in entries})
         source = Manifest(kind="documents", files=entries, specification={**specification, "source": name})
-        publish(place, source)
+        source.write(place)
         documents[name] = source.rows
         everything += [entry.model_copy(update={"path": f"{name}/{entry.path}"}) for entry in entries]
     report = {"documents": documents, "scans": _scan_report(spec)}
@@ -112,6 +112,17 @@ def write(spec: DocumentsSpecification, progress: Progress = silent) -> Manifest
     manifest.write(root)
     progress(len(makers), len(makers), f"{sum(documents.values()):,} documents")
     return manifest
+
+
+def _clear(place: str, name: str, keep: set[str]) -> None:
+    """Delete files that another specification, or a call that was interrupted, has left; none but our own."""
+    from calumma.platform import storage
+
+    ours = re.compile(rf"{name}(-\d{{5}})?\.(tar|jsonl|parquet)")
+    for uri in storage.list_files(place):
+        file = storage.relative(uri, place)
+        if ours.fullmatch(file) and file not in keep:
+            storage.delete(uri)
 
 
 def scans(spec: DocumentsSpecification) -> tuple[list[Scan], list[Scan]]:

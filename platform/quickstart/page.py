@@ -9,7 +9,7 @@ from html import escape
 from calumma.platform.progress import spoken
 from calumma.platform.quickstart import steps
 from calumma.platform.quickstart.questions import Answer
-from calumma.platform.quickstart.report import MEASURED, STAGES, TARGETS, Curve, Story, shown
+from calumma.platform.quickstart.report import MEASURED, STAGES, TARGETS, Curve, Story, goal, shown
 
 TEXT, IMAGE = "#3b82f6", "#f08c2e"  # readable on white and on black
 INK = "#010203"  # stands for the page's own text colour in drawings
@@ -40,7 +40,8 @@ p.note { color: var(--miss); font-weight: 600; }
 .turn { margin: 0 0 1.3rem; }
 .turn:last-child { margin-bottom: 0; }
 .question { background: var(--question); border-radius: 12px 12px 2px 12px; padding: .5rem .8rem; margin-left: 2rem; }
-.answer { padding: .6rem .2rem 0; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+.answer { padding: .6rem .2rem 0; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
+  overflow-wrap: anywhere; }
 .digit { width: 72px; height: 72px; image-rendering: pixelated; border-radius: 8px; display: block; }
 .question .digit { margin-top: .4rem; }
 table { border-collapse: collapse; width: 100%; }
@@ -97,7 +98,7 @@ def _head(story: Story) -> str:
 
 def _number(name: str, value: float) -> str:
     reached = value >= TARGETS[name]
-    title = escape(f"{MEASURED[name]}, target {TARGETS[name]:.0%}")
+    title = escape(f"{MEASURED[name]} (target {goal(name)})")
     return f'<div class="card{"" if reached else " miss"}"><b>{shown(name, value)}</b><span>{title}</span></div>'
 
 
@@ -204,7 +205,7 @@ def _results(story: Story) -> str:
     rows = []
     for name, title in MEASURED.items():
         value = story.results[name]
-        target = f"at least {TARGETS[name]:.0%}" if name in TARGETS else ""
+        target = goal(name) if name in TARGETS else ""
         if name in TARGETS:
             target += ": reached" if value >= TARGETS[name] else ": missed"
         rows.append(f'<tr><td>{escape(title)}</td><td class="number">{shown(name, value)}</td><td>{target}</td></tr>')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import tempfile
 from dataclasses import dataclass, field
@@ -29,10 +30,10 @@ MEASURED = {
     "recognition_accuracy": "Recognition: held-out scan to word",
     "generation_accuracy": "Generation: word to picture, judged",
     "judge_accuracy": "The judge itself, on held-out scans",
-    "interleaved_valid": "Interleaved answers: alternation valid",
-    "interleaved_words": "Interleaved answers: all words right",
-    "interleaved_digits": "Interleaved answers: pictures right, judged",
-    "image_reconstruction_error": "Image tokenizer: squared error on held-out scans, values in [-1, 1]",
+    "interleaved_valid": "Interleaved: alternation valid",
+    "interleaved_words": "Interleaved: all words right",
+    "interleaved_digits": "Interleaved: pictures right, judged",
+    "image_reconstruction_error": "Image tokenizer: squared error, held out",
     "codebook_used": "Image tokenizer: codes in use",
 }
 FROM_IMAGE_TOKENIZER = ("image_reconstruction_error", "codebook_used")
@@ -134,9 +135,9 @@ def sheets(outcome: Outcome) -> dict[str, bytes]:
 
     place = runner.output_of(outcome.specifications["evaluate"])
     titles = {
-        "generation": "Digits the model drew, under the word it was asked for",
-        "interleaved": "Pictures of interleaved answers, under the word before each",
-        "recognition": "Held-out scans, under the word the model read",
+        "generation": "Digits the model drew, each above the word it was asked for",
+        "interleaved": "Pictures in interleaved answers, each above the word the model put before it",
+        "recognition": "Held-out scans, each above the word the model read",
     }
     found = {title: storage.read_bytes(storage.join(place, f"{name}.png")) for name, title in titles.items()}
     reconstructions = _artifact(outcome, "train_image_tokenizer", "samples/reconstructions.png")
@@ -150,6 +151,7 @@ def _artifact(outcome: Outcome, step: str, path: str) -> bytes | None:
 
     from calumma.platform.tracking import Run
 
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it would end in the terminal
     run = Run(outcome.tracking_uri, str(outcome.manifests[step].report.get("run")))
     with tempfile.TemporaryDirectory(prefix="calumma-report-") as folder:
         try:
@@ -170,6 +172,11 @@ def commands(outcome: Outcome) -> list[tuple[str, str]]:
     ]
 
 
+def goal(name: str) -> str:
+    """A target in few characters."""
+    return f"≥ {TARGETS[name]:.0%}" if TARGETS[name] < 1 else "100%"
+
+
 def shown(name: str, value: float) -> str:
     """A result as people read it."""
     return f"{value:.4f}" if name == "image_reconstruction_error" else f"{value:.1%}"
@@ -179,19 +186,24 @@ def table(found: dict[str, Any], workdir: Path) -> Table:
     """The closing table: what, measured, target, where to look."""
     from rich.table import Table
 
-    places = dict.fromkeys(MEASURED, f"{workdir / PAGE}")
-    places |= dict.fromkeys(("judge_accuracy", "interleaved_words", "interleaved_digits"), "MLflow, run evaluate")
-    places |= dict.fromkeys(FROM_IMAGE_TOKENIZER, "MLflow, run train_image_tokenizer")
-    made = Table("What", "Measured", "Target", "Where to look", title="calumma quickstart", title_justify="left")
+    places = dict.fromkeys(MEASURED, PAGE)
+    places |= dict.fromkeys(("judge_accuracy", "interleaved_words", "interleaved_digits"), "MLflow: evaluate")
+    places |= dict.fromkeys(FROM_IMAGE_TOKENIZER, "MLflow: train_image_tokenizer")
+    made = Table(title="calumma quickstart", title_justify="left")
+    made.add_column("What", overflow="fold")
+    made.add_column("Measured", justify="right", overflow="fold")
+    made.add_column("Target", justify="right", no_wrap=True)
+    made.add_column("Where to look", overflow="fold")
     for name, title in MEASURED.items():
-        target = f"≥ {TARGETS[name]:.0%}" if name in TARGETS else ""
+        target = goal(name) if name in TARGETS else ""
         colour = "" if name not in TARGETS else "[green]" if found[name] >= TARGETS[name] else "[yellow]"
         made.add_row(title, f"{colour}{shown(name, found[name])}", target, places[name])
     made.add_section()
     titles = {step.name: step.title for step in (*steps.STEPS, steps.CLUSTER)}
     for name, seconds in found["seconds"].items():
-        made.add_row(f"[dim]Time of {titles[name]}", f"[dim]{spoken(seconds)}", "", "")
+        made.add_row(f"[dim]{titles[name]}", f"[dim]{spoken(seconds)}", "", "")
     made.add_row("All steps", spoken(sum(found["seconds"].values())), "", f"{workdir / RESULTS}")
     made.add_section()
-    made.add_row("Model", found["model_uri"], "", found["model_directory"])
+    made.add_row("Report, with pictures", "", "", f"{workdir / PAGE}")
+    made.add_row("Model", "", "", f"{found['model_uri']}\n{found['model_directory']}")
     return made

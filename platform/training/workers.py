@@ -181,8 +181,8 @@ def _following(run: Run, steps: int, progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt here. Ray Train's handler aborts the workers, but then exits with success, and it
-    stays installed."""
+    """Ctrl-C is a KeyboardInterrupt here. Ray Train's handler aborts the workers and then leaves by SystemExit, with 0
+    or, from within Ray's own code, 1; and it stays installed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -190,7 +190,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        if error.code:  # SIGTERM, say: not Ray Train's doing
+        if error.code not in (0, 1):  # SIGTERM, say: not Ray Train's doing
             raise
         raise KeyboardInterrupt from error
     finally:

@@ -223,7 +223,7 @@ def test_curated_documents_are_published_by_source_and_as_a_whole(tmp_path: Path
     assert recorder.metrics["text/kept"] == 30
     sheet = recorder.images["samples/pairs.png"]
     assert len(recorder.images) == 1
-    assert (np.asarray(sheet) == (7, 0, 99)).all(axis=-1).sum() == 96 * 96  # the eighth picture, at its size
+    assert (np.asarray(sheet) == (7, 0, 99)).all(axis=-1).sum() == 72 * 72  # the eighth picture, at its size
 
 
 def test_equal_specifications_make_equal_bytes(tmp_path: Path, here: list[str]) -> None:

@@ -47,7 +47,9 @@ def test_text_split_over_parts_is_one_text() -> None:
 
 
 def test_messages_of_one_role_are_one_turn() -> None:
-    turns = list(chat_prompt(request(user("one"), user("two"), {"role": "assistant", "content": "3"}, user("4"))).turns())
+    turns = list(
+        chat_prompt(request(user("one"), user("two"), {"role": "assistant", "content": "3"}, user("4"))).turns()
+    )
     assert [(t.role, t.segments[0]) for t in turns] == [
         ("user", Text("one\ntwo", "user")),
         ("assistant", Text("3", "assistant")),
@@ -140,7 +142,14 @@ def test_what_a_request_leaves_open_comes_from_the_settings() -> None:
 
 def test_a_request_overrides_the_settings() -> None:
     asked = request(
-        user("x"), temperature=0, top_p=0.4, seed=5, image_temperature=1.5, image_top_p=0.2, guidance_image=1, max_images=2
+        user("x"),
+        temperature=0,
+        top_p=0.4,
+        seed=5,
+        image_temperature=1.5,
+        image_top_p=0.2,
+        guidance_image=1,
+        max_images=2,
     )
     params = sampling_params(asked, asked.modalities, SamplingDefaults())
     assert (params.text.temperature, params.text.top_p, params.seed) == (0, 0.4, 5)
@@ -154,7 +163,8 @@ def test_max_completion_tokens_goes_before_max_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"n": 2}, {"stop": ["."]}, {"tools": [{}]}, {"logprobs": True}, {"response_format": {"type": "json_object"}}]
+    "fields",
+    [{"n": 2}, {"stop": ["."]}, {"tools": [{}]}, {"logprobs": True}, {"response_format": {"type": "json_object"}}],
 )
 def test_openai_fields_that_would_change_the_answer_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(WireError, match="leave it out") as error:

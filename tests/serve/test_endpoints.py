@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,7 +82,7 @@ def test_parts_are_the_order_of_text_and_images(client: TestClient) -> None:
     assert "".join(p["text"] for p in message["parts"] if p["type"] == "text") == message["content"]
     assert [p for p in message["parts"] if p["type"] == "image_url"] == message["images"]
     kinds = [p["type"] for p in message["parts"]]
-    assert all(a != "text" or b != "text" for a, b in zip(kinds, kinds[1:], strict=False))
+    assert all(a != "text" or b != "text" for a, b in itertools.pairwise(kinds))
 
 
 def test_a_stream_brings_the_same_answer_as_a_whole_one(client: TestClient) -> None:
@@ -218,8 +220,6 @@ def test_bad_requests(client: TestClient, body: Any, status: int, param: str | N
     error = error_of(response)
     assert response.status_code == status
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
-    import re
-
     assert re.search(says, error["message"])
 
 
@@ -232,8 +232,6 @@ def test_bad_requests(client: TestClient, body: Any, status: int, param: str | N
     ],
 )
 def test_bodies_that_are_no_json(client: TestClient, content: bytes, headers: dict[str, str], says: str) -> None:
-    import re
-
     response = client.post(CHAT, content=content, headers=headers)
     assert response.status_code == 400
     assert re.search(says, error_of(response)["message"])

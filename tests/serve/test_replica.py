@@ -1,0 +1,143 @@
+"""An engine replica answers many at once, forgets those who leave, and tells when it is broken."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import pytest
+from PIL import Image as PILImage
+
+from calumma.model import MixedModalModel
+from calumma.model.document import Document, Image, Text
+from calumma.model.generation import Engine, PhaseSampling, SamplingParams, generate
+from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece
+from calumma.serve.replica import EngineReplica
+
+T = TypeVar("T")
+PROMPT = Document((Text("Draw a three.", "user"),))
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(work, 300))
+
+
+def params(seed: int, mode: Any = "interleaved", **fields: Any) -> SamplingParams:
+    free = PhaseSampling(1.5, 1.0)
+    return SamplingParams(mode=mode, seed=seed, text=free, image=free, **fields)
+
+
+async def pieces_of(replica: EngineReplica, job: Job) -> list[Piece]:
+    async with aclosing(replica.generate(job)) as pieces:
+        return [piece async for piece in pieces]
+
+
+def parts(pieces: list[Piece]) -> list[str | tuple[int, ...]]:
+    """Text, and images as pixels, with adjacent texts joined."""
+    found: list[Any] = []
+    for piece in pieces:
+        if isinstance(piece, ImagePiece):
+            found.append(tuple(PILImage.open(io.BytesIO(piece.png)).convert("RGB").tobytes()))
+        elif isinstance(piece, TextPiece):
+            if found and isinstance(found[-1], str):
+                found[-1] += piece.text
+            else:
+                found.append(piece.text)
+    return found
+
+
+def test_what_is_streamed_is_what_the_engine_generates(replica: EngineReplica, model: MixedModalModel) -> None:
+    prompts = [Document((Text(text, "user"),)) for text in ("Draw a three.", "seven", "Count from two to four.")] * 4
+    each = [params(seed, max_tokens=60) for seed in range(len(prompts))]
+
+    async def all_at_once() -> list[list[Piece]]:
+        jobs = [Job(str(k), p, s, max_tokens=60) for k, (p, s) in enumerate(zip(prompts, each, strict=True))]
+        return await asyncio.gather(*(pieces_of(replica, job) for job in jobs))
+
+    answers = run(all_at_once())
+    expected = generate(model, prompts, each)
+    seen = [
+        [s.text if isinstance(s, Text) else tuple(s.open().tobytes()) for s in document.segments]
+        for document in expected
+    ]
+    assert [parts(answer) for answer in answers] == seen
+    assert any(isinstance(part, tuple) for answer in seen for part in answer), "some answer should hold an image"
+    for answer in answers:
+        assert isinstance(answer[0], Started)
+        assert isinstance(answer[-1], Finished)
+
+
+def test_progress_is_told_when_asked(replica: EngineReplica) -> None:
+    told = run(pieces_of(replica, Job("p", PROMPT, params(1, "image"), progress=True)))
+    assert any(isinstance(piece, Drawing) for piece in told)
+    silent = run(pieces_of(replica, Job("q", PROMPT, params(1, "image"))))
+    assert not any(isinstance(piece, Drawing) for piece in silent)
+
+
+def test_a_prompt_too_long_is_refused_and_disturbs_nobody(replica: EngineReplica) -> None:
+    async def both() -> tuple[list[Piece], list[Piece]]:
+        long = Document((Text("x" * 500, "user"),))
+        good = pieces_of(replica, Job("good", PROMPT, params(3, "image")))
+        return tuple(await asyncio.gather(good, pieces_of(replica, Job("long", long, params(3)))))  # type: ignore[return-value]
+
+    good, long = run(both())
+    assert isinstance(good[-1], Finished)
+    (refused,) = long
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.code, refused.param) == (400, "context_length_exceeded", "messages")
+
+
+def test_an_unreadable_image_is_refused(replica: EngineReplica) -> None:
+    (refused,) = run(pieces_of(replica, Job("bad", Document((Image(b"no", role="user"),)), params(0))))
+    assert isinstance(refused, Refused)
+    assert refused.status == 400
+
+
+def test_who_leaves_is_forgotten(model: MixedModalModel) -> None:
+    replica = EngineReplica(model, max_sequences=3)
+
+    async def leave_then_ask() -> list[Piece]:
+        async with aclosing(replica.generate(Job("left", PROMPT, params(0, "image"), progress=True))) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Drawing):
+                    break
+        # All three sequences were the leaver's: this one is answered only if they were given back.
+        return await pieces_of(replica, Job("next", PROMPT, params(1, "image")))
+
+    try:
+        assert isinstance(run(leave_then_ask())[-1], Finished)
+        assert replica.loop.running == 0
+    finally:
+        replica.close()
+
+
+def test_a_broken_engine_fails_its_requests_and_its_health(
+    model: MixedModalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = EngineReplica(model)
+    replica.check_health()
+
+    def step(engine: Engine) -> AsyncIterator[Any]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Engine, "step", step)
+    pieces = run(pieces_of(replica, Job("a", PROMPT, params(0))))
+    assert isinstance(pieces[-1], Refused)
+    assert (pieces[-1].status, pieces[-1].code) == (500, "engine_failed")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        replica.check_health()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(replica.describe())
+    later = run(pieces_of(replica, Job("b", PROMPT, params(0))))
+    assert isinstance(later[-1], Refused), "nobody waits for an engine that has ended"
+
+
+def test_a_replica_that_shuts_down_says_so(model: MixedModalModel) -> None:
+    replica = EngineReplica(model)
+    replica.close()
+    last = run(pieces_of(replica, Job("a", PROMPT, params(0))))[-1]
+    assert isinstance(last, Refused)
+    assert (last.status, last.code) == (503, "unavailable")
