@@ -1,24 +1,11 @@
-"""Evaluate a model on recognition, generation and interleaved tasks. `python -m calumma.jobs.evaluate --config FILE`"""
-
-from __future__ import annotations
+"""Job `evaluate`: recognition, generation and interleaved tasks, judged by an independent classifier."""
 
 import sys
-from typing import TYPE_CHECKING
 
-from calumma.platform.config import EvaluateSpecification
-from calumma.platform.evaluation.benchmark import evaluate
-from calumma.platform.progress import Progress
+from calumma.platform.evaluation.benchmark import evaluate as run
+from calumma.platform.runner import main
 
-if TYPE_CHECKING:
-    from calumma.platform.data.manifest import Manifest
-    from calumma.platform.tracking import Run
-
-
-def run(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manifest:
-    return evaluate(spec, run, progress)
-
+__all__ = ["run"]
 
 if __name__ == "__main__":
-    from calumma.platform.runner import main
-
     sys.exit(main("evaluate"))

@@ -7,7 +7,7 @@ consecutive segments of one role are one turn.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -139,3 +139,23 @@ class Document:
 
     def with_role(self, role: Role) -> Document:
         return replace(self, segments=tuple(replace(s, role=role) for s in self.segments))
+
+
+def without_layout(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Segments without the white space between a text and an image of the same role, and without the texts that leaves
+    empty. Training and serving both do this: else "three" and "three " before an image were two things to learn."""
+    kept: list[Segment] = []
+    for index, segment in enumerate(segments):
+        if isinstance(segment, Text):
+            text = segment.text
+            before = segments[index - 1] if index else None
+            after = segments[index + 1] if index + 1 < len(segments) else None
+            if isinstance(before, Image) and before.role == segment.role:
+                text = text.lstrip()
+            if isinstance(after, Image) and after.role == segment.role:
+                text = text.rstrip()
+            if not text:
+                continue
+            segment = replace(segment, text=text)
+        kept.append(segment)
+    return tuple(kept)

@@ -121,7 +121,7 @@ def _inside(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(inner))
         yield inner
-        waiting += [getattr(inner, "cause", None), getattr(inner, "controller_failure", None), inner.__cause__]
+        waiting += [getattr(inner, name, None) for name in ("cause", "_base_exc", "controller_failure", "__cause__")]
         failures = getattr(inner, "worker_failures", None)
         waiting += list(failures.values()) if isinstance(failures, dict) else []
 

@@ -214,10 +214,11 @@ def _start_http(settings: ServeSettings) -> None:
 
 
 def _failure(name: str) -> str:
-    """What Ray Serve says about an application that did not come up."""
+    """What Ray Serve says about an application that did not come up: the last line is the exception's."""
     from ray import serve
 
     with contextlib.suppress(Exception):
         overview = serve.status().applications[APPLICATION_PREFIX + name]
-        return "; ".join(d.message for d in overview.deployments.values() if d.message) or overview.message
+        said = [d.message for d in overview.deployments.values() if d.message] or [overview.message]
+        return "; ".join(message.strip().splitlines()[-1] for message in said if message.strip())
     return ""

@@ -6,7 +6,7 @@ import base64
 import binascii
 from collections.abc import Collection, Iterable
 
-from calumma.model.document import Document, Image, Role, Segment, Text, UnreadableImage
+from calumma.model.document import Document, Image, Role, Segment, Text, UnreadableImage, without_layout
 from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.serve.settings import SamplingDefaults
 from calumma.serve.wire import ChatRequest, ImagePart, Message, Sampling, WireError
@@ -34,7 +34,7 @@ def chat_prompt(request: ChatRequest) -> Document:
         segments += new
     if request.messages[-1].role != "user":
         raise WireError("the last message must be a user's: it is what gets answered", param="messages")
-    return Document(tuple(_joined(segments)))
+    return Document(without_layout(_joined(segments)))
 
 
 def _segments(message: Message, role: Role, where: str) -> list[Segment]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from calumma.model.document import Document, Image, Segment, Text, UnreadableImage
+from calumma.model.document import Document, Image, Text, UnreadableImage, without_layout
 from calumma.platform import storage
 from calumma.platform.config import CurateSpecification, Source, SpecificationError
 from calumma.platform.data import pipeline, shards, sources
@@ -51,7 +51,7 @@ def prepare(item: sources.Item, spec: CurateSpecification) -> Document | Dropped
     """Check a raw document and put it into its final order."""
     if isinstance(item, BadInput):
         return item
-    document = replace(item, segments=_trimmed(item.segments))
+    document = replace(item, segments=without_layout(item.segments))
     if problem := _unreadable(document):
         return problem
     if not document.segments:
@@ -75,26 +75,6 @@ def ordered(document: Document, seed: int, image_first: float) -> Document:
     caption = Text(image.caption)
     first = int.from_bytes(digest[:8]) / 2**64 < image_first
     return replace(document, segments=(image, caption) if first else (caption, image))
-
-
-def _trimmed(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-    """Without the white space between a text and an image of the same speaker, which is layout, and without the
-    texts that leaves empty. A model would have to learn "three" and "three " before an image as two things."""
-    kept: list[Segment] = []
-    for index, segment in enumerate(segments):
-        if isinstance(segment, Text):
-            text = segment.text
-            before = segments[index - 1] if index else None
-            after = segments[index + 1] if index + 1 < len(segments) else None
-            if isinstance(before, Image) and before.role == segment.role:
-                text = text.lstrip()
-            if isinstance(after, Image) and after.role == segment.role:
-                text = text.rstrip()
-            if not text:
-                continue
-            segment = replace(segment, text=text)
-        kept.append(segment)
-    return tuple(kept)
 
 
 def _unreadable(document: Document) -> BadInput | None:

@@ -38,7 +38,8 @@ def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manif
     Raises NothingToLearn, NotACase, StorageError, SpecificationError.
     """
     from calumma.platform import storage
-    from calumma.platform.data.manifest import FileEntry, Manifest
+    from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints
+    from calumma.platform.tracking import model_source
 
     progress(0, 1, "judge")
     judge = Judge.train(_labelled(spec.locate(spec.judge_training)))
@@ -64,7 +65,11 @@ def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manif
         publish(f"{task.name}.png", _png(sheet), 0)
     run.log_metrics(metrics)
     report = {**metrics, "run": run.id, "cases": {name: len(cases) for name, cases in tasks.items()}}
-    manifest = Manifest(kind="evaluation", files=entries, specification=spec.model_dump(mode="json"), report=report)
+    read_from = [task.documents for task in spec.tasks] + [spec.judge_training, spec.judge_held_out]
+    inputs = fingerprints([model_source(_model(spec), spec.tracking), *map(spec.locate, read_from)])
+    manifest = Manifest(
+        kind="evaluation", files=entries, specification=spec.model_dump(mode="json"), report=report, inputs=inputs
+    )
     manifest.write(output)
     return manifest
 
@@ -122,8 +127,7 @@ def _answers(spec: EvaluateSpecification, cases: list[Case], progress: Progress)
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
     )
     threads = max(1, round(resources.cpus_per_worker))
-    model = spec.model if spec.model.startswith("models:/") else spec.locate(spec.model)
-    actors = [actor.remote(model, spec.tracking, spec.batch, threads) for _ in range(workers)]
+    actors = [actor.remote(_model(spec), spec.tracking, spec.batch, threads) for _ in range(workers)]
     chunks = [list(range(i, min(i + 2 * spec.batch, len(cases)))) for i in range(0, len(cases), 2 * spec.batch)]
     progress(0, len(cases), f"loading the model in {workers} workers")
     done = 0
@@ -138,6 +142,11 @@ def _answers(spec: EvaluateSpecification, cases: list[Case], progress: Progress)
     finally:
         for a in actors:
             ray.kill(a)
+
+
+def _model(spec: EvaluateSpecification) -> str:
+    """The model's URI: of the registry as it is, any other below the storage."""
+    return spec.model if spec.model.startswith("models:") else spec.locate(spec.model)
 
 
 def _cases(task: EvaluationTask, spec: EvaluateSpecification) -> list[Case]:

@@ -43,9 +43,9 @@ class Sizes(Section):
     """How much is written. None: all there is."""
 
     scans: int | None = None
-    copies: int = 2  # turned and shifted pictures of each training scan, beside the scan itself
+    copies: int = 3  # turned and shifted pictures of each training scan, beside the scan itself
     pages: int = 800
-    recognition: int = 3000
+    recognition: int = 9000
     drawing: int = 2000
     counting: int = 1500
     text_characters: int = 300_000

@@ -227,7 +227,7 @@ def _tracked_documents(spec: DocumentsSpecification, progress: Progress) -> Mani
 
 def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Progress) -> Manifest:
     from calumma.platform import storage, tracking
-    from calumma.platform.data.manifest import FileEntry, Manifest
+    from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints
 
     asked = questions(documents.scans(spec.scans)[1])
     answers: list[Answer] = []
@@ -248,6 +248,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
         files=[FileEntry.of("answers.json", data, rows=len(answers))],
         specification=spec.model_dump(mode="json"),
         report={"run": run.id},
+        inputs=fingerprints([tracking.model_source(spec.model, spec.tracking), runner.output_of(spec.scans)]),
     )
     manifest.write(output)
     return manifest

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from calumma.model import Document, Image, MixedModalModel, Text
-from calumma.model.document import UnreadableImage
+from calumma.model.document import UnreadableImage, without_layout
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 picture = st.integers(0, 255).map(lambda shade: PILImage.new("RGB", (16, 16), (shade, 255 - shade, 128)))
@@ -147,3 +147,10 @@ def test_decompression_bombs_are_refused() -> None:
     PILImage.new("1", (9000, 9000)).save(buffer, format="PNG")
     with pytest.raises(UnreadableImage, match="more than"):
         Image(buffer.getvalue()).open()
+
+
+def test_white_space_beside_an_image_is_layout() -> None:
+    picture = Image(PILImage.new("RGB", (4, 4)))
+    trimmed = without_layout([Text(" a "), picture, Text(" \n"), picture, Text("\tb c "), Text(" d", "user")])
+    assert trimmed == (Text(" a"), picture, picture, Text("b c "), Text(" d", "user"))
+    assert without_layout([Image(picture.data, role="user"), Text(" x", "assistant")])[1] == Text(" x", "assistant")

@@ -177,11 +177,13 @@ def test_ctrl_c_says_how_to_resume() -> None:
 
 def test_errors_of_the_user_are_found_inside_those_of_ray(capsys: pytest.CaptureFixture[str]) -> None:
     from ray.exceptions import RayTaskError
-    from ray.train import ControllerError, WorkerGroupError  # type: ignore[attr-defined]
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     cause = StorageError("cannot write /data: disk full")
     task = RayTaskError("write", "Traceback …", cause).as_instanceof_cause()
-    for error in (task, WorkerGroupError("rank 1 failed", {1: task}), ControllerError(task)):
+    wrapped = UserExceptionWithTraceback(cause, "Traceback …")
+    for error in (task, WorkerGroupError("rank 1 failed", {1: wrapped}), ControllerError(task)):
         assert told(error) == (1, "cannot write /data: disk full")
     outer = RuntimeError("the dataset failed")
     outer.__cause__ = cause

@@ -26,9 +26,9 @@ def image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def test_text_and_images_keep_their_order(data_url: str, png: bytes) -> None:
+def test_text_and_images_keep_their_order_without_the_space_between(data_url: str, png: bytes) -> None:
     prompt = chat_prompt(request(user([{"type": "text", "text": "Which digit? "}, image(data_url), image(data_url)])))
-    assert prompt.segments == (Text("Which digit? ", "user"), Image(png, role="user"), Image(png, role="user"))
+    assert prompt.segments == (Text("Which digit?", "user"), Image(png, role="user"), Image(png, role="user"))
 
 
 def test_an_image_url_may_be_a_plain_string(data_url: str, png: bytes) -> None:
