@@ -186,10 +186,14 @@ class TrainSpecification(JobSpecification):
 
 
 class PretrainSpecification(TrainSpecification):
+    """Pre-training on a mixture of packed token shards, stage 1 or 2 (paper section 2); writes a model directory."""
+
     job: Literal["pretrain"] = "pretrain"
 
 
 class FinetuneSpecification(TrainSpecification):
+    """Supervised fine-tuning on packed conversations, the loss on answers only (paper section 3)."""
+
     job: Literal["finetune"] = "finetune"
     schedule: Schedule = Schedule(kind="cosine", warmup_steps=0)
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
@@ -207,6 +211,8 @@ class EvaluationTask(Section):
 
 
 class EvaluateSpecification(JobSpecification):
+    """A model's answers to held-out conversations, judged by their words and by an independent classifier."""
+
     job: Literal["evaluate"] = "evaluate"
     model: str = Field(description="model directory, or models:/name@alias")
     tasks: list[EvaluationTask] = Field(min_length=1)

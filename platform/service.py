@@ -153,16 +153,19 @@ def authentication() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def connected(address: str) -> Iterator[None]:
-    """Be a driver of our head for the length of the block. Ray must not have been imported before: it reads the
-    authentication settings when it is. Raises ClusterError."""
-    os.environ.update(cluster.QUIET | authentication())
+def connected(address: str, ours: bool) -> Iterator[None]:
+    """Be a driver, silent on the terminal, of our head or of a cluster elsewhere for the length of the block.
+
+    For our own, Ray must not have been imported before: it reads the authentication settings when it is.
+    Raises ClusterError.
+    """
+    os.environ.update(cluster.QUIET | (authentication() if ours else {}))
     import ray
 
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:
-        raise ClusterError(f"our own Ray head at {address} does not answer: {error}") from error
+        raise ClusterError(f"no Ray cluster answers at {address!r}: {error}") from error
     try:
         yield
     finally:

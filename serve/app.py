@@ -150,7 +150,7 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
     from ray import serve
 
     source = locate(settings.model, settings.tracking)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its notes on every deployment are in Ray's logs
+    _quiet()
     _start_http(settings)
     try:
         serve.run(build(settings, source), name=APPLICATION_PREFIX + settings.name, route_prefix="/")
@@ -186,9 +186,15 @@ def undeploy(name: str = "calumma") -> None:
     """Take the application down, and Ray Serve with it when nothing else runs there."""
     from ray import serve
 
+    _quiet()
     serve.delete(APPLICATION_PREFIX + name)
     if not serve.status().applications:
         serve.shutdown()
+
+
+def _quiet() -> None:
+    """Ray Serve's notes on every deployment stay in its log files; the terminal gets warnings."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def _start_http(settings: ServeSettings) -> None:

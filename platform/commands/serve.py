@@ -114,7 +114,7 @@ def stop() -> None:
             if service_.pid is None:
                 from calumma.serve.app import undeploy
 
-                with cluster.connected(service_.address):
+                with service.connected(service_.address, ours=False):
                     undeploy(service_.name)
             service_.end()
     typer.echo(f"stopped {service_.name} at {service_.url}")
@@ -203,7 +203,7 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
     )
     try:
         begun.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
-        with console.status(f"loading {settings.model}"), service.connected(head.address):
+        with console.status(f"loading {settings.model}"), service.connected(head.address, ours=True):
             serving.deploy(settings)
     except BaseException:
         begun.end()
@@ -214,7 +214,7 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
 def _start_elsewhere(values: dict[str, Any], address: str, console: Console) -> Service:
     """On a cluster that runs already."""
     settings = _settings(values)
-    with console.status(f"loading {settings.model} on {address}"), cluster.connected(address):
+    with console.status(f"loading {settings.model} on {address}"), service.connected(address, ours=False):
         from calumma.serve import app as serving
 
         url = serving.deploy(settings, wait=False)

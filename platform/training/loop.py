@@ -5,6 +5,7 @@ The driver's side is `stage.py`. Nothing here decides what to train on: the plan
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import tempfile
@@ -205,7 +206,7 @@ def _steps(
             uri = checkpoint.location(assignment.output, done)
             checkpoint.save(run, uri, spec, assignment.inputs, report)
             if writer is not None:
-                writer.log_dict({"uri": uri, **report}, f"checkpoints/step-{done:08d}.json")
+                writer.log_dict(copy.deepcopy({"uri": uri, **report}), f"checkpoints/step-{done:08d}.json")
             interval.began = time.monotonic() if interval.tokens == 0 else interval.began
     report["tokens_per_second"] = seen / max(time.monotonic() - began, 1e-9)
     return report

@@ -26,6 +26,7 @@ from calumma.platform.config import (
     FinetuneSpecification,
     ImageTokenizerSpecification,
     PretrainSpecification,
+    Resources,
     SpecificationError,
     TextTokenizerSpecification,
     TokenizeSpecification,
@@ -452,6 +453,7 @@ def test_the_image_tokenizer_learns_and_uses_its_codebook(ray_cluster: None, roo
         documents=["curated/pairs"],
         held_out=["curated/pairs"],
         output="tokenizers/trained",
+        resources=Resources(workers=2),
         model=ImageTokenizerConfig(
             resolution=8, codebook_size=CODES, embedding=8, base_channels=8, multipliers=[1, 2], residual_blocks=1
         ),

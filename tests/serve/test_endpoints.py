@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import itertools
@@ -312,3 +313,45 @@ def test_an_unforeseen_error_tells_no_secrets(settings: ServeSettings) -> None:
     assert response.status_code == 500
     assert "1234" not in response.text
     assert error_of(response)["type"] == "server_error"
+
+
+def test_the_work_of_a_client_that_leaves_is_given_up(settings: ServeSettings) -> None:
+    closed = []
+
+    class Endless(Breaking):
+        async def generate(self, job: Any) -> Any:
+            try:
+                yield Started(TokenCount(3))
+                await asyncio.Event().wait()
+            finally:
+                closed.append(job.id)
+
+    app = create_app(Endless([]), settings)
+
+    async def leave() -> None:
+        body = json.dumps(ask()).encode()
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": CHAT,
+            "raw_path": CHAT.encode(), "query_string": b"", "headers": [(b"content-type", b"application/json")],
+            "scheme": "http", "server": ("test", 80), "client": ("test", 1), "root_path": "",
+        }  # fmt: skip
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            raise AssertionError("nothing is there to be sent yet")
+
+        request = asyncio.create_task(app(scope, receive, send))
+        with TestClient(app) as client:
+            while metric(client, "calumma_requests_running") == 0:
+                await asyncio.sleep(0.01)
+        request.cancel()  # what Ray Serve does when the client is gone
+        with pytest.raises(asyncio.CancelledError):
+            await request
+
+    asyncio.run(leave())
+    assert len(closed) == 1
+    with TestClient(app) as client:
+        assert metric(client, "calumma_requests_running") == 0
+        assert metric(client, f'calumma_requests_total{{endpoint="{CHAT}",status="499"}}') == 1
