@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -147,13 +148,15 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The float32 weights of a checkpoint of any partitioning, put together on the CPU."""
+    """The weights of a checkpoint of any partitioning, float32 on the CPU.
+
+    From ZeRO 1 in bfloat16 they are the rounded ones: DeepSpeed does not put its optimizer's own copy together.
+    """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with storage.local_copy(checkpoint.uri) as path:
-        if checkpoint.manifest.report["zero_stage"] == 0:
-            import torch
-
+        report = checkpoint.manifest.report
+        if report["zero_stage"] == 0 or (report["zero_stage"], report["precision"]) == (1, "bfloat16"):
             saved = torch.load(path / _TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
             return {name: weight.float() for name, weight in saved["module"].items()}
         merged = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_TAG)

@@ -6,7 +6,6 @@ The driver's side is `stage.py`. Nothing here decides what to train on: the plan
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import tempfile
 import time
@@ -32,7 +31,6 @@ from calumma.platform.training.workers import TrainingFailed, Worker, join
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-logger = logging.getLogger(__name__)
 MODEL = "model"  # folder of the model directory in a stage's output
 
 
@@ -55,6 +53,11 @@ class Assignment:
     """Checkpoint of this stage."""
 
     @property
+    def found(self) -> Checkpoint | None:
+        """The checkpoint to start from."""
+        return self.resume or self.continued
+
+    @property
     def offset(self) -> int:
         """Steps of the schedule that earlier stages have taken."""
         return self.continued.schedule_step if self.continued else 0
@@ -74,7 +77,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     assignment: Assignment = config["assignment"]
     worker = join()
     torch.manual_seed(assignment.spec.seed)
-    starting = _starting_checkpoint(assignment, worker)
+    found = assignment.found
+    starting = found if found and checkpoint.fits(found, assignment.spec, worker.world) else None
     transformer = _build(assignment, whole=starting is None)
     run = engine.initialize(transformer, assignment.spec, worker.world)
     if starting:
@@ -99,30 +103,13 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _starting_checkpoint(assignment: Assignment, worker: Worker) -> Checkpoint | None:
-    """The checkpoint whose optimizer state these workers can take as it is."""
-    found = assignment.resume or assignment.continued
-    if found is None or checkpoint.fits(found, assignment.spec, worker.world):
-        return found
-    if worker.leads:
-        was = found.manifest.report
-        logger.warning(
-            "%s was written by %s workers at ZeRO stage %s in %s, now there are %s at stage %s in %s: "
-            "going on with its weights and step, with a fresh optimizer state",
-            *(found.uri, was["world_size"], was["zero_stage"], was["precision"]),
-            *(worker.world, assignment.spec.zero_stage, assignment.spec.precision),
-        )
-    return None
-
-
 def _build(assignment: Assignment, whole: bool) -> Transformer:
     """The Transformer, with its starting weights unless (`whole` is false) a checkpoint brings them."""
     transformer = Transformer(assignment.config)
     if not whole:
         return transformer
-    found = assignment.resume or assignment.continued
-    if found:
-        transformer.load_state_dict(checkpoint.weights(found))
+    if assignment.found:
+        transformer.load_state_dict(checkpoint.weights(assignment.found))
     elif assignment.initial:
         from calumma.model.directory import read_transformer
 

@@ -5,6 +5,7 @@ OUTPUT/checkpoints/...  OUTPUT/model/ (a model directory)  OUTPUT/manifest.json 
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -23,6 +24,7 @@ from calumma.platform.training import checkpoint, loop, schedule, workers
 from calumma.platform.training.checkpoint import Checkpoint
 from calumma.platform.training.loop import MODEL, Assignment
 
+logger = logging.getLogger(__name__)
 KIND = "stage"
 
 
@@ -38,6 +40,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     given, spec = spec, workers.absolute(spec)
     number = cluster.require(spec.resources)
     assignment = prepare(spec, run)
+    _warn_of_fresh_optimizer(assignment, number)
     mixture = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
     manifests = {uri: Manifest.read(uri) for uri in mixture}
     try:
@@ -100,6 +103,19 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
         initial=initial,
         continued=_continued(spec),
         resume=resume,
+    )
+
+
+def _warn_of_fresh_optimizer(assignment: Assignment, number: int) -> None:
+    found, spec = assignment.found, assignment.spec
+    if found is None or checkpoint.fits(found, spec, number):
+        return
+    was = found.manifest.report
+    logger.warning(
+        "%s was written by %s workers at ZeRO stage %s in %s, now there are %s at stage %s in %s: "
+        "going on with its weights and step count, with a fresh optimizer state",
+        *(found.uri, was["world_size"], was["zero_stage"], was["precision"]),
+        *(number, spec.zero_stage, spec.precision),
     )
 
 

@@ -206,4 +206,4 @@ def _first_cause(error: Any) -> str:
     cause = getattr(failures[rank], "_base_exc", failures[rank])
     if type(cause).__module__.startswith("calumma."):
         return str(cause)  # written for the user
-    return f"training failed on worker {rank}:\n{failures[rank]}"
+    return f"training failed on worker {rank}, {type(cause).__name__}: {cause}\n{error}"

@@ -331,7 +331,9 @@ def model_weights(uri: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.cluster
-def test_a_stage_trains_publishes_resumes_and_is_continued(ray_cluster: None, root: str) -> None:
+def test_a_stage_trains_publishes_resumes_and_is_continued(
+    ray_cluster: None, root: str, caplog: pytest.LogCaptureFixture
+) -> None:
     spec = stage(root, register_as="tiny", alias="champion")
     progress: list[tuple[float, float]] = []
     with tracking.run(spec) as run:
@@ -383,6 +385,7 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(ray_cluster: None, ro
     )
     with tracking.run(second) as run:
         manifest = run_stage(second, run, silent)
+    assert "written by 2 workers at ZeRO stage 1 in float32, now there are 1" in caplog.text
     assert manifest.report["schedule_step"] == 13
     assert run.latest()["loss"] < losses[0] - 0.5  # it did not start from scratch
     assert load(Path(root, "stages/two/model")).config.dropout == 0.0
