@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Tiny models gain nothing from a second thread, and lose much where tests share the cores. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is first imported
 # Machines that run tests may be slow and busy: nothing depends on how long an example takes.
 settings.register_profile("calumma", deadline=None, suppress_health_check=[HealthCheck.too_slow])
