@@ -189,6 +189,7 @@ def test_a_job_is_submitted_followed_listed_and_stopped(dashboard: str, curate: 
     # The specification and its override travel: the job ends by what it says of them, on the cluster.
     sent = calumma("job", "submit", "curate", "--config", str(curate), "--set", "resources.workers=50000", "--follow")
     assert sent.returncode == 1, sent.stderr
+    assert sent.stdout, sent.stderr
     identifier, *log = sent.stdout.splitlines()
     assert "resources.workers: asked for 50000" in "\n".join(log)
     assert f"{identifier}: FAILED" in sent.stderr
