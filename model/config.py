@@ -22,7 +22,10 @@ class _Shape(BaseModel):
 
 
 class ModelConfig(_Shape):
-    """Transformer architecture. `vocabulary_size` 0 means: as many ids as the vocabulary it is trained with."""
+    """Transformer architecture. `vocabulary_size` 0 means: as many ids as the vocabulary it is trained with.
+
+    A `preset` among the given values names a shape of PRESETS; the values beside it change that shape.
+    """
 
     vocabulary_size: int = Field(0, ge=0)
     layers: int = Field(ge=1)
@@ -40,6 +43,14 @@ class ModelConfig(_Shape):
         False, description="attend within a document only (block-diagonal); the paper does not"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "preset" not in values:
+            return values
+        given = {key: value for key, value in values.items() if key != "preset"}
+        return _shape(values["preset"]) | given
+
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.width % self.heads or (self.width // self.heads) % 2:
@@ -54,14 +65,27 @@ class ModelConfig(_Shape):
 
 
 class ImageTokenizerConfig(_Shape):
-    """VQ autoencoder. An image of `resolution` becomes `codes_per_image` codes out of `codebook_size`."""
+    """VQ autoencoder. An image of `resolution` becomes `codes_per_image` codes out of `codebook_size`.
+
+    The defaults are the public release's.
+    """
 
     resolution: int = Field(512, ge=4)
     codebook_size: int = Field(8192, ge=2)
     embedding: int = Field(256, ge=1)
     base_channels: int = Field(128, ge=1)
     multipliers: list[int] = Field([1, 1, 2, 2, 4], min_length=1)
-    residual_blocks: int = Field(2, ge=1)
+    residual_blocks: int = Field(2, ge=1, description="a level of the encoder")
+    decoder_residual_blocks: int | None = Field(
+        None, ge=1, description="a level of the decoder; none: one more than the encoder's, as in the release"
+    )
+    latent_channels: int | None = Field(None, ge=1, description="between encoder and quantizer; none: `embedding`")
+    attention_resolutions: list[int] = Field([], description="feature map sizes at which every block attends")
+    middle_attention: bool = Field(True, description="attention between the two blocks of the smallest feature map")
+    norm_groups: int | None = Field(
+        None, ge=1, description="of every GroupNorm; none: 32, fewer where a group would have under 4 channels"
+    )
+    decoder: bool = Field(True, description="false: weights imported without their decoder; it encodes only")
 
     @model_validator(mode="after")
     def _downsamples(self) -> Self:
@@ -70,6 +94,9 @@ class ImageTokenizerConfig(_Shape):
                 f"resolution {self.resolution} must be a multiple of {self.downsampling} "
                 f"(each multiplier after the first halves the picture)"
             )
+        widths = [self.base_channels * multiplier for multiplier in (1, *self.multipliers)]
+        if self.norm_groups and any(width % self.norm_groups for width in widths):
+            raise ValueError(f"norm_groups {self.norm_groups} must divide the channels of every level, {widths[1:]}")
         return self
 
     @property
@@ -84,7 +111,47 @@ class ImageTokenizerConfig(_Shape):
     def codes_per_image(self) -> int:
         return self.grid**2
 
+    @property
+    def latents(self) -> int:
+        """Channels that the encoder gives and the decoder takes."""
+        return self.latent_channels or self.embedding
 
+    @property
+    def decoder_blocks(self) -> int:
+        return self.decoder_residual_blocks or self.residual_blocks + 1
+
+    def groups(self, channels: int) -> int:
+        """Groups of a GroupNorm over so many channels."""
+        if self.norm_groups is not None:
+            return self.norm_groups
+        return next(groups for groups in range(max(1, min(32, channels // 4)), 0, -1) if channels % groups == 0)
+
+
+class ImageLossConfig(_Shape):
+    """What the image tokenizer is trained with (VQGAN, arXiv 2012.09841); the defaults are plain VQ-VAE."""
+
+    pixels: Literal["l1", "l2"] = Field("l2", description="reconstruction error: mean absolute, or mean squared")
+    codebook: Literal["gradient", "ema"] = Field("gradient", description="how codes move: by their loss, or averaging")
+    ema_decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages that `ema` keeps")
+    perceptual_weights: str | None = Field(
+        None, description="safetensors file of VGG16 and LPIPS weights; none: no perceptual loss"
+    )
+    perceptual: float = Field(1.0, ge=0, description="weight of the perceptual loss, where its weights are given")
+    adversarial: float = Field(0.0, ge=0, description="weight of the patch discriminator's judgement; 0: none is made")
+    adversarial_start: int = Field(0, ge=0, description="steps before the discriminator begins to learn and to count")
+    adversarial_adaptive: bool = Field(True, description="scale its gradients to the reconstruction's (equation 7)")
+    discriminator_channels: int = Field(64, ge=1)
+    discriminator_layers: int = Field(3, ge=1)
+    discriminator_learning_rate: float | None = Field(None, gt=0, description="none: the tokenizer's")
+
+    @property
+    def smallest(self) -> int:
+        """Pixels a side that an image needs at least: a patch for the discriminator, four poolings of VGG16."""
+        patch = 3 * 2**self.discriminator_layers if self.adversarial else 1
+        return max(patch, 16 if self.perceptual_weights else 1)
+
+
+# The published shapes; and proxies of the 7B, named by all their parameters with the whole vocabulary of 65,536.
 PRESETS: dict[str, dict[str, Any]] = {
     "chameleon-7b": dict(
         vocabulary_size=65536, layers=32, width=4096, heads=32, kv_heads=32, ffn_width=11008, dropout=0.1
@@ -92,11 +159,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "chameleon-34b": dict(
         vocabulary_size=65536, layers=48, width=8192, heads=64, kv_heads=8, ffn_width=22016, norm_order="swin"
     ),
+    "calumma-20m": dict(vocabulary_size=65536, layers=12, width=128, heads=2, kv_heads=2, ffn_width=384),
+    "calumma-125m": dict(vocabulary_size=65536, layers=18, width=512, heads=8, kv_heads=8, ffn_width=1408),
+    "calumma-350m": dict(vocabulary_size=65536, layers=16, width=1024, heads=16, kv_heads=16, ffn_width=2816),
+    "calumma-1.3b": dict(vocabulary_size=65536, layers=20, width=2048, heads=16, kv_heads=16, ffn_width=5504),
 }
 
 
 def preset(name: str) -> ModelConfig:
-    """A published shape by name. Raises KeyError that lists the names."""
+    """A shape of PRESETS by name. Raises KeyError that lists the names."""
+    try:
+        return ModelConfig(**_shape(name))
+    except ValueError as error:
+        raise KeyError(str(error)) from error
+
+
+def _shape(name: Any) -> dict[str, Any]:
     if name not in PRESETS:
-        raise KeyError(f"no model preset {name!r}; there are: {', '.join(sorted(PRESETS))}")
-    return ModelConfig(**PRESETS[name])
+        raise ValueError(f"no model preset {name!r}; there are: {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]

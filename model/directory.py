@@ -1,20 +1,19 @@
 """The model directory: what is trained, served, registered and exchanged.
 
-config.json, model.safetensors                        Transformer
-text_tokenizer.model, vocabulary.json                 text tokenizer and the id space
+config.json, model.safetensors                        Transformer; or shards with model.safetensors.index.json
+text_tokenizer.model, vocabulary.json                 text tokenizer and the id space; or text_tokenizer.json
 image_tokenizer/config.json, image_tokenizer/model.safetensors
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from calumma.model import config, text_tokenizer, vocabulary
+from calumma.model import config, text_tokenizer, vocabulary, weights
 from calumma.model.config import ModelConfig
 from calumma.model.document import Document
 from calumma.model.encoding import DocumentEncoder
@@ -22,16 +21,24 @@ from calumma.model.image_tokenizer import WEIGHTS, ImageTokenizer
 from calumma.model.text_tokenizer import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
+from calumma.model.weights import Entry, open_weights, write_weights
 
 IMAGE_TOKENIZER = "image_tokenizer"
 FILES = (
     config.FILE,
-    WEIGHTS,
+    weights.FILE,
     text_tokenizer.FILE,
     vocabulary.FILE,
     f"{IMAGE_TOKENIZER}/{config.FILE}",
     f"{IMAGE_TOKENIZER}/{WEIGHTS}",
 )
+# What may stand in a file's place: shards and their index, a tokenizer of an imported model.
+INSTEAD = {weights.FILE: weights.INDEX, text_tokenizer.FILE: text_tokenizer.HUGGING_FACE_FILE}
+
+
+def missing_files(exists: Callable[[str], bool]) -> list[str]:
+    """What a model directory lacks; exists(name) tells whether it has a file."""
+    return [name for name in FILES if not exists(name) and not (name in INSTEAD and exists(INSTEAD[name]))]
 
 
 @dataclass
@@ -82,8 +89,7 @@ def load(
     Raises FileNotFoundError that lists what is missing, ValueError when the parts do not belong together.
     """
     directory = Path(directory)
-    missing = [name for name in FILES if not (directory / name).is_file()]
-    if missing:
+    if missing := missing_files(lambda name: (directory / name).is_file()):
         raise FileNotFoundError(f"{directory} is not a whole model directory: {', '.join(missing)} missing")
     ids = Vocabulary.read(directory)
     encoder = DocumentEncoder(
@@ -103,8 +109,8 @@ def read_transformer(
     """The Transformer of a model directory, with its weights."""
     with torch.device("meta"):
         transformer = Transformer(ModelConfig.read(directory))
-    weights = load_file(str(Path(directory) / WEIGHTS), device=str(device))
-    transformer.load_state_dict(weights, assign=True)
+    state = {name: entry.read() for name, entry in open_weights(directory, device).items()}
+    transformer.load_state_dict(state, assign=True)
     transformer.rebuild_rope(device)
     return transformer if dtype is None else transformer.to(dtype)
 
@@ -116,8 +122,9 @@ def save_model(
     directory = Path(directory)
     (directory / IMAGE_TOKENIZER).mkdir(parents=True, exist_ok=True)
     transformer.config.save(directory)
-    save_file({k: v.contiguous().cpu() for k, v in transformer.state_dict().items()}, str(directory / WEIGHTS))
-    for name in (text_tokenizer.FILE, vocabulary.FILE):
+    write_weights(directory, {name: Entry.of(tensor) for name, tensor in transformer.state_dict().items()})
+    tokenizer = text_tokenizer.file_of(text_tokenizer_dir)
+    for name in (tokenizer.name, vocabulary.FILE):
         (directory / name).write_bytes((Path(text_tokenizer_dir) / name).read_bytes())
     for name in (config.FILE, WEIGHTS):
         (directory / IMAGE_TOKENIZER / name).write_bytes((Path(image_tokenizer_dir) / name).read_bytes())

@@ -13,13 +13,11 @@ from itertools import groupby
 from typing import Any, Literal
 
 from PIL import Image as PILImage
-from PIL import ImageOps
+
+from calumma.model.images import rgb
 
 Role = Literal["user", "assistant"]
 ROLES: tuple[Role, ...] = ("user", "assistant")
-
-# Above this many pixels an image is refused before it is decoded (a decompression bomb); 64 megapixels.
-MAX_PIXELS = 64_000_000
 
 
 class UnreadableImage(ValueError):
@@ -41,23 +39,12 @@ class Image:
     role: Role | None = None
 
     def open(self) -> PILImage.Image:
-        """Decode to an upright RGB image. Raises UnreadableImage."""
-        if isinstance(self.data, PILImage.Image):
-            return self.data.convert("RGB")
+        """Decode to an upright RGB image (`images.rgb`). Raises UnreadableImage."""
         try:
+            if isinstance(self.data, PILImage.Image):
+                return rgb(self.data)
             with PILImage.open(io.BytesIO(self.data)) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise UnreadableImage(
-                        f"{opened.width}x{opened.height} pixels are more than the {MAX_PIXELS} allowed"
-                    )
-                upright = ImageOps.exif_transpose(opened)
-                if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                    layer = upright.convert("RGBA")
-                    canvas = PILImage.new("RGBA", layer.size, "white")
-                    upright = PILImage.alpha_composite(canvas, layer)
-                return upright.convert("RGB")
-        except UnreadableImage:
-            raise
+                return rgb(opened)
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             raise UnreadableImage(f"not a readable image: {error}") from error
 

@@ -1,72 +1,36 @@
 """The mixed-modal Transformer: Llama-2's shape with query-key normalization (paper section 2.3).
 
-Shape suffixes: B batch, T tokens, L cached positions, D width, N heads, K key-value heads, H head size, F feed-forward
-width, V vocabulary, S cache slots.
+Shape suffixes: B batch, T tokens, L positions, D width, N heads, K key-value heads, H head size, P pairs of a
+head (H/2), F feed-forward width, V vocabulary, S cache slots, R trained tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from calumma.model import stability
+from calumma.model.attention import CacheView, KVCache, Mask, Update, attend, document_mask, rope_table, rotate
 from calumma.model.config import ModelConfig
+from calumma.model.loss import Loss, linear_loss, trained_rows
 
 
-class KVCache:
-    """Keys and values of S sequences of up to L positions each, for every layer.
+class HeadNorm(nn.Module):
+    """LayerNorm over the head size with a weight and bias for every head."""
 
-    `keys[layer]`, `values[layer]`: FloatTensor [S, K, L, H].
-    """
+    def __init__(self, heads: int, head_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, head_size))
+        self.bias = nn.Parameter(torch.zeros(heads, head_size))
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        slots: int,
-        length: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.slots, self.length = slots, length
-        shape = (slots, config.kv_heads, length, config.head_size)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-
-
-class _CacheView:
-    """Where one forward pass writes in a KVCache and what it reads: the first `length` positions of some slots."""
-
-    def __init__(self, cache: KVCache, slots_B: Tensor, positions_BT: Tensor) -> None:
-        self.cache, self.slots_B, self.positions_BT = cache, slots_B, positions_BT
-        self.length = int(positions_BT.max()) + 1
-        if self.length > cache.length:
-            raise ValueError(f"position {self.length - 1} is beyond the cache's {cache.length} positions")
-        key_positions_L = torch.arange(self.length, device=positions_BT.device)
-        self.mask_B1TL = (key_positions_L <= positions_BT[:, :, None])[:, None]
-
-    def update(self, layer: int, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slots_B[:, None], :, self.positions_BT] = k_BKTH.transpose(1, 2)
-        values[self.slots_B[:, None], :, self.positions_BT] = v_BKTH.transpose(1, 2)
-        return keys[self.slots_B, :, : self.length], values[self.slots_B, :, : self.length]
-
-
-def rope_table(head_size: int, length: int, theta: float, device: torch.device | str | None = None) -> Tensor:
-    """FloatTensor [length, head_size/2, 2]: cosine and sine of position x frequency (RoFormer, arXiv 2104.09864)."""
-    frequency = theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1)
-
-
-def rotate(x_BTNH: Tensor, rope_BTP2: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i+1) of each head, as Llama's release does; rope is [B or 1, T, H/2, 2]."""
-    pairs = x_BTNH.float().unflatten(-1, (-1, 2))
-    cos, sin = rope_BTP2[:, :, None, :, 0], rope_BTP2[:, :, None, :, 1]
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x_BTNH)
+    def forward(self, x_BTNH: Tensor) -> Tensor:
+        normal = F.layer_norm(x_BTNH, (x_BTNH.shape[-1],), eps=1e-5)
+        return torch.addcmul(self.bias, normal, self.weight)
 
 
 class Attention(nn.Module):
@@ -83,8 +47,8 @@ class Attention(nn.Module):
             self.key_norm = HeadNorm(config.kv_heads, config.head_size)
 
     def forward(
-        self, x_BTD: Tensor, rope_BTP2: Tensor, mask: Tensor | None, cache: _CacheView | None, layer: int
-    ) -> Tensor:
+        self, x_BTD: Tensor, rope_BTP2: Tensor, mask: Mask, update: Update | None, measure: bool
+    ) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x_BTD.shape
         q_BTNH = self.query(x_BTD).view(B, T, self.heads, self.head_size)
         k_BTKH = self.key(x_BTD).view(B, T, self.kv_heads, self.head_size)
@@ -93,30 +57,11 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BNTH = rotate(q_BTNH, rope_BTP2).transpose(1, 2)
         k_BKTH = rotate(k_BTKH, rope_BTP2).transpose(1, 2)
-        if cache is not None:
-            k_BKTH, v_BKTH = cache.update(layer, k_BKTH, v_BKTH)
-        out_BNTH = F.scaled_dot_product_attention(
-            q_BNTH,
-            k_BKTH,
-            v_BKTH,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.kv_heads != self.heads,
-        )
-        return self.output(out_BNTH.transpose(1, 2).reshape(B, T, -1))
-
-
-class HeadNorm(nn.Module):
-    """LayerNorm over the head size with a weight and bias for every head."""
-
-    def __init__(self, heads: int, head_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads, head_size))
-        self.bias = nn.Parameter(torch.zeros(heads, head_size))
-
-    def forward(self, x_BTNH: Tensor) -> Tensor:
-        normal = F.layer_norm(x_BTNH, (x_BTNH.shape[-1],), eps=1e-5)
-        return normal * self.weight + self.bias
+        measured = stability.attention(q_BNTH, k_BKTH) if measure else None
+        if update is not None:
+            k_BKTH, v_BKTH = update(k_BKTH, v_BKTH)
+        out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, mask)
+        return self.output(out_BNTH.transpose(1, 2).reshape(B, T, -1)), measured
 
 
 class FeedForward(nn.Module):
@@ -145,18 +90,40 @@ class Block(nn.Module):
         self.swin = config.norm_order == "swin"
 
     def forward(
-        self, x_BTD: Tensor, rope_BTP2: Tensor, mask: Tensor | None, cache: _CacheView | None, layer: int
-    ) -> Tensor:
-        if self.swin:
-            a_BTD = self.attention_norm(self.attention(x_BTD, rope_BTP2, mask, cache, layer))
-        else:
-            a_BTD = self.attention(self.attention_norm(x_BTD), rope_BTP2, mask, cache, layer)
+        self,
+        x_BTD: Tensor,
+        rope_BTP2: Tensor,
+        mask: Mask = None,
+        update: Update | None = None,
+        measure: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after this block, and `stability.BLOCK` of it where asked for."""
+        a_BTD = x_BTD if self.swin else self.attention_norm(x_BTD)
+        a_BTD, measured = self.attention(a_BTD, rope_BTP2, mask, update, measure)
+        a_BTD = self.attention_norm(a_BTD) if self.swin else a_BTD
         x_BTD = x_BTD + F.dropout(a_BTD, self.dropout, self.training)
         if self.swin:
             f_BTD = self.feed_forward_norm(self.feed_forward(x_BTD))
         else:
             f_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
-        return x_BTD + F.dropout(f_BTD, self.dropout, self.training)
+        x_BTD = x_BTD + F.dropout(f_BTD, self.dropout, self.training)
+        return x_BTD, None if measured is None else stability.block(measured, x_BTD)
+
+
+class Output(nn.Linear):
+    """The output projection: logits, or the loss without them. The loss is computed in here because ZeRO 3 gathers a
+    module's weights for the time of its forward pass."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.width, config.vocabulary_size, bias=False)
+
+    def forward(self, input: Tensor, measure: bool = False, **loss: Any) -> Any:
+        """float32 logits [B, T, V] of states [B, T, D]; or, given what `linear_loss` takes, its result and the
+        measured [3] or None."""
+        if not loss:
+            return F.linear(input, self.weight).float()
+        measured = stability.output(input.flatten(0, 1), loss["rows_R"], self.weight) if measure else None
+        return *linear_loss(input, self.weight, **loss), measured
 
 
 class Transformer(nn.Module):
@@ -172,9 +139,10 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.output = nn.Linear(config.width, config.vocabulary_size, bias=False)
+        self.output = Output(config)
         self.register_buffer("rope", torch.empty(0), persistent=False)
         self.rebuild_rope(self.embedding.weight.device)
+        self._recompute = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts of the module; bf16 cannot hold positions beyond 256, so the table is made anew instead."""
@@ -187,9 +155,23 @@ class Transformer(nn.Module):
         config = self.config
         self.rope = rope_table(config.head_size, config.context, config.rope_theta, device)
 
+    def checkpoint_activations(self, on: bool = True) -> Self:
+        """In training keep each block's input alone and compute the rest again in the backward pass: a third more
+        arithmetic in the blocks for a fraction of their memory (arXiv 1604.06174)."""
+        self._recompute = on
+        return self
+
+    def compile_blocks(self, **options: Any) -> Self:
+        """torch.compile every block, in place: names and weights stay, and equal blocks share one compilation."""
+        for block in self.blocks:
+            block.compile(**options)
+        return self
+
     def initialize(self, seed: int) -> Transformer:
-        """Normal(0, 0.02) weights; projections into the residual stream are scaled by 1/sqrt(2 layers) (GPT-2, section
-        2.3 of its paper), so that its variance does not grow with depth."""
+        """Fresh weights, a function of the seed: matrices Normal(0, 0.02), as in GPT-2's code and in transformers'
+        Llama and Chameleon (`initializer_range`); projections into the residual stream scaled by 1/sqrt(2 layers)
+        (GPT-2, section 2.3 of its paper), so that its variance does not grow with depth; norms stay at 1 and 0. The
+        Chameleon paper names no initialization."""
         generator = torch.Generator(device=self.embedding.weight.device).manual_seed(seed)
         residual = {"attention.output.weight", "feed_forward.down.weight"}
         for name, parameter in self.named_parameters():
@@ -207,29 +189,95 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         slots: Tensor | None = None,
         start: Tensor | None = None,
+        length: int | None = None,
+        needed: Tensor | None = None,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        z_loss: float = 0.0,
+        normalizer: float = 1.0,
+        measure: bool = False,
+    ) -> Tensor | Loss:
+        """LongTensor [B, T] -> FloatTensor [B, T, V] logits, float32; with `targets`, a Loss instead.
+
+        Tokens, segments and the cache's arguments: see `hidden`. `needed`, LongTensor [B, P]: only the logits of these
+        P tokens of each row, [B, P, V]; P may be 0, where a pass is to fill the cache.
+        Loss: `targets` LongTensor [B, T], `mask` BoolTensor [B, T], `image_mask` BoolTensor [V], z_loss and normalizer
+        as in loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (stability.py).
+        """
+        rows_R = None
+        if targets is not None:
+            if mask is None or image_mask is None:
+                raise ValueError("the loss needs targets, mask and image_mask")
+            rows_R = trained_rows(mask)
+        x_BTD, measured = self._trunk(
+            tokens_BT, segments_BT, cache, slots, start, length, measure and rows_R is not None
+        )
+        if rows_R is None:
+            if needed is not None:
+                x_BTD = x_BTD.gather(1, needed[..., None].expand(-1, -1, x_BTD.shape[-1]))
+            return self.output(x_BTD)
+        total, sums, measured_output = self.output(
+            x_BTD,
+            measure,
+            targets_BT=targets,
+            rows_R=rows_R,
+            image_mask_V=image_mask,
+            z_loss=z_loss,
+            normalizer=normalizer,
+        )
+        return Loss(total, sums, stability.named(measured, measured_output))
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        start: Tensor | None = None,
+        length: int | None = None,
     ) -> Tensor:
-        """LongTensor [B, T] -> FloatTensor [B, T, V] logits, float32.
+        """LongTensor [B, T] -> FloatTensor [B, T, D], what the output projection reads.
 
         Without a cache: causal attention over the T tokens, within documents (`segments_BT`, LongTensor [B, T]) if the
         configuration masks documents. With a cache: row b continues cache slot `slots[b]` at position `start[b]`
-        (both LongTensor [B]). Raises ValueError when positions go beyond the context or the cache.
+        (both LongTensor [B]); `length`, max(start) + T, spares the host to wait for the device to learn it.
+        Raises ValueError when positions go beyond the context or the cache.
         """
+        return self._trunk(tokens_BT, segments_BT, cache, slots, start, length, False)[0]
+
+    def _trunk(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None,
+        cache: KVCache | None,
+        slots: Tensor | None,
+        start: Tensor | None,
+        length: int | None,
+        measure: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`hidden`, and `stability.BLOCK` of every block where asked for."""
         T = tokens_BT.shape[1]
-        view, mask = None, None
+        view: CacheView | None = None
+        mask: Mask = None
         if cache is not None:
             if slots is None or start is None:
                 raise ValueError("a cache needs slots and start positions")
             positions_BT = start[:, None] + torch.arange(T, device=tokens_BT.device)
-            view = _CacheView(cache, slots, positions_BT)
+            view = CacheView(cache, slots, positions_BT, length)
             rope_BTP2, mask = self.rope[positions_BT], view.mask_B1TL
         else:
             if T > self.config.context:
                 raise ValueError(f"{T} tokens are more than the model's context of {self.config.context}")
             rope_BTP2 = self.rope[None, :T]
             if segments_BT is not None and self.config.mask_documents:
-                same = segments_BT[:, :, None] == segments_BT[:, None, :]
-                mask = (same & torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril())[:, None]
-        x_BTD = self.embedding(tokens_BT)
+                mask = document_mask(segments_BT)
+        x_BTD, measured = self.embedding(tokens_BT), []
+        recompute = self._recompute and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rope_BTP2, mask, view, layer)
-        return self.output(self.norm(x_BTD)).float()
+            given = (x_BTD, rope_BTP2, mask, view.at(layer) if view else None, measure)
+            x_BTD, found = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
+            if found is not None:
+                measured.append(found)
+        return self.norm(x_BTD), measured

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from calumma.model.config import ImageTokenizerConfig, ModelConfig
+from calumma.model.config import ImageLossConfig, ImageTokenizerConfig, ModelConfig
 
 
 class SpecificationError(ValueError):
@@ -110,6 +110,24 @@ class ImageTokenizerSpecification(JobSpecification):
     batch: int = Field(ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     commitment: float = Field(0.25, ge=0)
+    loss: ImageLossConfig = ImageLossConfig()
+    sampling_weight: str | None = Field(
+        None,
+        description="package.module:function, which gives an image (PIL, RGB) the weight it is drawn with; say 2 where "
+        "it finds a face (paper section 2.1). None: all alike",
+    )
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if not self.model.decoder:
+            raise ValueError("model.decoder must be true: the decoder is trained with the encoder")
+        if self.model.resolution < self.loss.smallest:
+            raise ValueError(
+                f"these losses need images of {self.loss.smallest} pixels, model.resolution is "
+                f"{self.model.resolution}: set loss.discriminator_layers lower, or leave the adversarial or the "
+                "perceptual loss out"
+            )
+        return self
 
 
 class TokenizeSpecification(JobSpecification):
@@ -155,7 +173,9 @@ class TrainSpecification(JobSpecification):
     output: str
     initial: str | None = Field(None, description="output of an earlier stage whose weights this one starts from")
     continue_schedule: bool = Field(False, description="go on with the earlier stage's optimizer and step count")
-    model: ModelConfig | None = Field(None, description="architecture; required without `initial`")
+    model: ModelConfig | None = Field(
+        None, description="architecture, or {preset: name} and what differs from it; required without `initial`"
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="overrides the model's")
     steps: int = Field(ge=1)
     micro_batches: int = Field(ge=1, description="micro-batches a global batch, whatever the number of workers")
@@ -164,6 +184,10 @@ class TrainSpecification(JobSpecification):
     z_loss: float = Field(1e-5, ge=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    checkpoint_activations: bool = Field(
+        False, description="keep only each block's input and compute the rest again: slower, far less memory"
+    )
+    compile: bool = Field(False, description="torch.compile every block: minutes at the start, faster steps")
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings that override ours")
     checkpoint_every: int = Field(1000, ge=1)
     log_every: int = Field(10, ge=1)

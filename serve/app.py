@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calumma.model.directory import FILES
+from calumma.model.directory import missing_files
 from calumma.platform import storage, tracking
 from calumma.platform.config import Tracking
 from calumma.serve.pieces import Job, Piece, Refused
@@ -120,7 +120,7 @@ def locate(model: str, settings: Tracking | None = None) -> str:
     origin = "" if source == model else f" ({model} leads there)"
     if not storage.exists(source):
         raise ServeError(f"there is no model directory at {source}{origin}")
-    missing = [name for name in FILES if not storage.exists(storage.join(source, name))]
+    missing = missing_files(lambda name: storage.exists(storage.join(source, name)))
     if missing:
         raise ServeError(f"{source}{origin} is not a whole model directory: {', '.join(missing)} missing")
     return source

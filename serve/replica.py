@@ -19,7 +19,8 @@ import torch
 from calumma.model import MixedModalModel, load
 from calumma.model.document import Document
 from calumma.model.generation import Engine, Event, PromptTooLong, Request
-from calumma.model.image_tokenizer import to_image
+from calumma.model.generation.answers import drawable
+from calumma.model.image_tokenizer import MissingDecoder, to_image
 from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
 from calumma.serve.settings import ServeSettings
 
@@ -192,7 +193,12 @@ class EngineReplica:
         """Pieces of the answer; Started or Refused is the first. Closing the generator abandons the job."""
         queue: asyncio.Queue[Piece] = asyncio.Queue()
         event_loop = asyncio.get_running_loop()
-        params = dataclasses.replace(job.params, max_tokens=job.max_tokens or self.model.config.context)
+        try:
+            asked = drawable(job.params, self.model)
+        except MissingDecoder as error:
+            yield Refused(400, str(error), code="no_image_output")
+            return
+        params = dataclasses.replace(asked, max_tokens=job.max_tokens or self.model.config.context)
         try:
             tokens = await asyncio.to_thread(self._encode, job.prompt)
             self.loop.submit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from calumma.model.document import Document
@@ -11,6 +12,18 @@ from calumma.model.generation.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from calumma.model import MixedModalModel
+
+
+def drawable(params: SamplingParams, model: MixedModalModel) -> SamplingParams:
+    """The parameters as a model can fulfil them: where it has no decoder of images, free alternation becomes text.
+
+    Raises MissingDecoder when it must draw and cannot.
+    """
+    if model.image_tokenizer.config.decoder or params.mode == "text":
+        return params
+    if params.mode == "image":
+        model.image_tokenizer.require_decoder()
+    return replace(params, mode="text")
 
 
 def generate(
@@ -24,11 +37,12 @@ def generate(
 
     An answer to a conversation has the role "assistant". progress(done, total) counts finished answers. The
     transformer's training mode is as before when it returns. Raises ValueError (PromptTooLong for one) that names the
-    prompt by its number, from 1, before anything is computed.
+    prompt by its number, from 1, before anything is computed; MissingDecoder as `drawable` does.
     """
     each = params if isinstance(params, list) else [params] * len(prompts)
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts have {len(each)} sampling parameters; give one for all, or one each")
+    each = [drawable(own, model) for own in each]
     encoded = model.encoder.encode_many(prompts, complete=False)
     trained = model.transformer.training
     engine = Engine(model.transformer, model.vocabulary, model.image_length, max_sequences)

@@ -62,6 +62,8 @@ class Runner:
             cache=self.cache,
             slots=self._tensor([sequence.slot for sequence, _ in parts]),
             start=self._tensor([sequence.cached for sequence, _ in parts]),
+            length=max(sequence.cached for sequence, _ in parts) + longest,
+            needed=torch.empty(len(parts), 0, dtype=torch.long, device=self.device),  # nothing is sampled: no logits
         )
         for sequence, length in parts:
             sequence.cached += length
@@ -91,9 +93,12 @@ class Runner:
         phases = [g.params.image if g.grammar >= Grammar.CODES else g.params.text for g in generations]
         random = any(phase.temperature > 0 for phase in phases)
         penalize = any(phase.repetition_penalty != 1 for phase in phases)
+        longest = max(s.cached for s in sequences)
         sampled, logprobs = [], []
         for step in range(steps):
-            logits_BV = self.transformer(token_B[:, None], cache=self.cache, slots=slot_B, start=start_B + step)[:, 0]
+            logits_BV = self.transformer(
+                token_B[:, None], cache=self.cache, slots=slot_B, start=start_B + step, length=longest + step + 1
+            )[:, 0]
             logits_RV = logits_BV[:R]
             if weight_B is not None:
                 logits_RV = guide(logits_BV, weight_B, owner_B, R, len(ranks[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from calumma.platform.commands import job, serve
+from calumma.platform.commands import exchange, job, serve
 from calumma.platform.commands.chat import chat
 from calumma.platform.commands.doctor import doctor
 from calumma.platform.commands.quickstart import quickstart
@@ -18,6 +18,8 @@ app = typer.Typer(
 app.command("quickstart")(quickstart)
 app.add_typer(job.app, name="job")
 app.add_typer(serve.app, name="serve")
+app.add_typer(exchange.import_app, name="import")
+app.add_typer(exchange.export_app, name="export")
 app.command("chat")(chat)
 app.command("doctor")(doctor)
 

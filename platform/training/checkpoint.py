@@ -35,7 +35,7 @@ _NAME = re.compile(r"step-(\d+)/manifest\.json$")
 # What may differ between two runs that continue each other: nothing here changes a step that was already taken.
 _MAY_CHANGE = {
     "tracking", "resources", "run_name", "steps", "checkpoint_every", "log_every", "held_out", "samples",
-    "register_as", "alias",
+    "register_as", "alias", "checkpoint_activations", "compile",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from calumma.model.loss import LossSums, sums
+from calumma.model.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.platform.config import Optimizer, TrainSpecification
 
@@ -123,38 +123,49 @@ def step(
     z_loss: float,
     world: int,
     dropout: tuple[int, int, int] | None = None,
-) -> Tensor:
+    measure: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward, backward and one optimizer step over this worker's micro-batches of a global batch.
 
     The loss is the sum over all workers' trained tokens divided by their global count, so any number of workers takes
     the same step. `dropout`, (seed, step, rank), makes that true of dropped activations too: each micro-batch is seeded
     by its number in the global batch.
-    Returns this worker's float64 Tensor [3]: summed text and image losses (nats) and log(Z)^2.
+    Returns this worker's float64 Tensor [3]: summed text and image losses (nats) and log(Z)^2; and, with `measure`, the
+    stability instruments of its first micro-batch (model/stability.py).
     """
     local = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    stability: dict[str, Tensor] = {}
+    # DeepSpeed averages gradients over the workers, where the sum is what the global count divides.
+    normalizer = max(counts.trained, 1.0) / world
     for turn, batch in enumerate(group):
         if dropout is not None:
             seed, number, rank = dropout
             torch.manual_seed(hash((seed, number, turn * world + rank)) % 2**63)
-        found = losses(engine, batch, image_mask_V)
-        objective = (found.text_nll + found.image_nll + z_loss * found.z_sum) / max(counts.trained, 1.0)
-        # DeepSpeed averages gradients over the workers; the sum is what was divided by the global count above.
-        engine.backward(objective * world, scale_wrt_gas=False)
+        found = losses(engine, batch, image_mask_V, z_loss=z_loss, normalizer=normalizer, measure=measure and turn == 0)
+        engine.backward(found.total, scale_wrt_gas=False)
         engine.step()  # moves the weights after the last micro-batch of the step only
-        local += torch.stack([found.text_nll, found.image_nll, found.z_sum]).detach().double()
-    return local
+        local += torch.stack([found.sums.text_nll, found.sums.image_nll, found.sums.z_sum]).double()
+        stability |= found.stability
+    return local, stability
 
 
-def losses(engine: Any, batch: Any, image_mask_V: Tensor) -> LossSums:
-    """Forward pass over one micro-batch; an empty one costs two tokens and weighs nothing."""
+def losses(engine: Any, batch: Any, image_mask_V: Tensor, **settings: Any) -> Loss:
+    """Forward pass over one micro-batch; an empty one costs two tokens and weighs nothing. `settings`: z_loss,
+    normalizer and measure of `Transformer.forward`."""
     device = engine.device
     tokens, mask, segments = batch.tokens, batch.mask, batch.segments
     if not tokens.shape[0]:
         tokens = torch.zeros(1, 3, dtype=torch.long)
         mask, segments = torch.zeros(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.long)
     tokens, mask, segments = tokens.to(device), mask.to(device), segments.to(device)
-    logits_BTV = engine(tokens[:, :-1], segments[:, :-1])
-    return sums(logits_BTV, tokens[:, 1:], mask[:, 1:], image_mask_V)
+    return engine(
+        tokens[:, :-1],
+        segments[:, :-1],
+        targets=tokens[:, 1:],
+        mask=mask[:, 1:],
+        image_mask=image_mask_V,
+        **settings,
+    )
 
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:

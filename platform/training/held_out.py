@@ -34,7 +34,7 @@ def measure(engine: Any, uri: str, image_mask_V: Tensor, rank: int, world: int) 
         for turn in range(-(-len(groups) // world)):
             index = turn * world + rank
             batch = read(*groups[index]) if index < len(groups) else _EMPTY
-            found = losses(engine, batch, image_mask_V)
+            found = losses(engine, batch, image_mask_V).sums
             sums += torch.stack([found.text_nll, found.text_count, found.image_nll, found.image_count]).double()
     engine.train()
     text_nll, text, image_nll, image = everywhere(sums).tolist()

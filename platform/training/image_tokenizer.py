@@ -1,27 +1,31 @@
-"""Training of the VQ image tokenizer under Ray Train: reconstruction, codebook and commitment losses, AdamW, cosine
-decay, and restarts of unused codes (VQ-VAE, arXiv 1711.00937; Jukebox, arXiv 2005.00341, section 3.2; paper 2.1).
+"""Training of the VQ image tokenizer under Ray Train: the losses of `model/image_losses.py`, AdamW, cosine decay, and
+restarts of unused codes (VQ-VAE, arXiv 1711.00937; Jukebox, arXiv 2005.00341, section 3.2; paper 2.1).
 
 Shape suffixes: N images, B a batch of them, C channels, H height, W width, K codebook.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
+import math
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image as PILImage
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calumma.model.document import Document
-from calumma.model.image_tokenizer import ImageTokenizer, preprocess, to_image
+from calumma.model.image_losses import CodebookAverage, ImageObjective, PerceptualLoss, discriminator_loss
+from calumma.model.image_tokenizer import ImageTokenizer, Reconstruction, preprocess, to_image
 from calumma.platform import cluster, storage
 from calumma.platform.config import ImageTokenizerSpecification, Schedule, SpecificationError
 from calumma.platform.data.manifest import Manifest, entries, fingerprints
@@ -49,6 +53,8 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
     read_from = [spec.locate(uri) for uri in [*spec.documents, *spec.held_out]]
     for uri in read_from:
         curated(uri)
+    _named(spec.sampling_weight)
+    _perceptual(spec)
     output = spec.locate(spec.output)
     storage.delete(output)
     report = workers.fit(
@@ -101,6 +107,49 @@ def read_images(
 def _images(documents: Iterable[Document]) -> Iterator[Any]:
     for document in documents:
         yield from document.images
+
+
+def sampling_weights(images_NCHW: Tensor, weigh: Callable[[PILImage.Image], float]) -> Tensor:
+    """DoubleTensor [N]: how often each image (ByteTensor [N, 3, H, W]) is drawn, relative to the others.
+
+    Raises SpecificationError when a weight is below 0 or not finite, or all are 0.
+    """
+    weights_N = torch.empty(len(images_NCHW), dtype=torch.double)
+    for i, pixels in enumerate(images_NCHW):
+        weight = float(weigh(to_image(as_floats(pixels))))
+        if not 0 <= weight < math.inf:
+            raise SpecificationError(f"sampling_weight: image {i} got the weight {weight}; it must be 0 or more")
+        weights_N[i] = weight
+    if not weights_N.any():
+        raise SpecificationError("sampling_weight: every image got the weight 0, so none can be drawn")
+    return weights_N
+
+
+def _named(function: str | None) -> Callable[[PILImage.Image], float] | None:
+    """The function that `package.module:function` names. Raises SpecificationError."""
+    if function is None:
+        return None
+    module, _, name = function.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SpecificationError(f"sampling_weight: {function!r} is no package.module:function: {error}") from error
+    if not callable(found):
+        raise SpecificationError(f"sampling_weight: {function!r} is no function but {type(found).__name__}")
+    return found
+
+
+def _perceptual(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
+    """The perceptual network, where its weights are given. Raises SpecificationError."""
+    if spec.loss.perceptual_weights is None:
+        return None
+    uri = spec.locate(spec.loss.perceptual_weights)
+    if not storage.exists(uri):
+        raise SpecificationError(f"loss.perceptual_weights: there is no file {uri}")
+    try:
+        return PerceptualLoss.of(load(storage.read_bytes(uri)), uri)
+    except (SafetensorError, ValueError) as error:
+        raise SpecificationError(f"loss.perceptual_weights: {uri}: {error}") from error
 
 
 def as_floats(pixels_BCHW: Tensor) -> Tensor:
@@ -189,15 +238,29 @@ def _steps(
     writer: BackgroundWriter | None,
 ) -> None:
     schedule = Schedule(kind="cosine", warmup_steps=min(100, spec.steps // 10), final=0.02)
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=spec.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    weigh = _named(spec.sampling_weight)
+    weights_N = None if weigh is None else sampling_weights(images, weigh)
+    objective = ImageObjective(spec.loss, spec.commitment, _perceptual(spec)).to(worker.device)
+    total = dist.all_reduce if worker.world > 1 else None
+    average: CodebookAverage | None = None
+    if spec.loss.codebook == "ema":
+        tokenizer.codebook.requires_grad_(False)
+        average = CodebookAverage(tokenizer.codebook.weight.detach(), spec.loss.ema_decay, total)
+    trained = [p for p in tokenizer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     model = DistributedDataParallel(tokenizer) if worker.world > 1 else tokenizer
+    critic = _Critic(spec, objective.discriminator, worker) if objective.discriminator is not None else None
     batch = spec.batch // worker.world + (worker.rank < spec.batch % worker.world)
+    share = batch * worker.world / spec.batch  # the mean over the workers weighs every image alike
     generator = torch.Generator().manual_seed(spec.seed * worker.world + worker.rank)
     every = max(1, spec.steps // 50)
     used_K = torch.zeros(spec.model.codebook_size, device=worker.device)
     began = time.monotonic()
     for step in range(spec.steps):
-        pick = torch.randint(len(images), (batch,), generator=generator)
+        if weights_N is None:
+            pick = torch.randint(len(images), (batch,), generator=generator)
+        else:
+            pick = torch.multinomial(weights_N, batch, replacement=True, generator=generator)
         x = as_floats(images[pick].to(worker.device))
         if step == 0:  # the codebook starts on latents of real images
             _restart(tokenizer, used_K, x, generator, worker)
@@ -205,12 +268,16 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = rate
         found = model(x)
-        reconstruction = F.mse_loss(found.x_BCHW, x)
-        loss = reconstruction + found.codebook_loss + spec.commitment * found.commitment_loss
+        losses = objective.tokenizer(found, x, step, tokenizer.last_layer)
         optimizer.zero_grad(set_to_none=True)
-        (loss * batch * worker.world / spec.batch).backward()  # the mean over the workers weighs every image alike
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        (losses.total * share).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if average is not None:
+            average.update(tokenizer.codebook.weight.detach(), found.latents_BNE, found.codes_BN)
+        parts = dict(losses.parts)
+        if critic is not None and objective.judges(step):
+            parts["discriminator_loss"] = critic.step(found, x, rate / spec.learning_rate, share)
         used_K[found.codes_BN.flatten()] = 1.0
         done = step + 1
         if done % every and done != spec.steps:
@@ -220,21 +287,42 @@ def _steps(
         if writer is not None:
             seconds = time.monotonic() - began
             metrics = {
-                "loss": loss.item(),
-                "reconstruction": reconstruction.item(),
-                "codebook_loss": found.codebook_loss.item(),
-                "commitment_loss": found.commitment_loss.item(),
+                "loss": losses.total.item(),
+                **{name: part.item() for name, part in parts.items()},
                 "codes_in_use": (used_K > 0).float().mean().item(),
                 "learning_rate": rate,
                 "images_per_second": done * spec.batch / max(seconds, 1e-9),
                 "step": done,
             }
             writer.log(metrics, done)
-        if not torch.isfinite(loss):
+        if not torch.isfinite(losses.total):
             raise workers.TrainingFailed(f"training diverged before step {done}: lower learning_rate")
         if done < _RESTARTING * spec.steps:
             _restart(tokenizer, used_K, x, generator, worker)
+            if average is not None:
+                average.forget(used_K == 0)
         used_K.zero_()
+
+
+class _Critic:
+    """Trains the patch discriminator beside the tokenizer."""
+
+    def __init__(self, spec: ImageTokenizerSpecification, discriminator: nn.Module, worker: Worker) -> None:
+        self._peak = spec.loss.discriminator_learning_rate or spec.learning_rate
+        self._parameters = list(discriminator.parameters())
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=self._peak, betas=(0.5, 0.9), weight_decay=1e-4)
+        self._model = DistributedDataParallel(discriminator) if worker.world > 1 else discriminator
+
+    def step(self, found: Reconstruction, x_BCHW: Tensor, rate: float, share: float) -> Tensor:
+        """One optimizer step at `rate` times the peak learning rate; the loss."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * self._peak
+        loss = discriminator_loss(self._model, found, x_BCHW)
+        self._optimizer.zero_grad(set_to_none=True)
+        (loss * share).backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        return loss.detach()
 
 
 def _restart(

@@ -80,6 +80,9 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     found = assignment.found
     starting = found if found and checkpoint.fits(found, assignment.spec, worker.world) else None
     transformer = _build(assignment, whole=starting is None)
+    transformer.checkpoint_activations(assignment.spec.checkpoint_activations)
+    if assignment.spec.compile:
+        transformer.compile_blocks()
     run = engine.initialize(transformer, assignment.spec, worker.world)
     if starting:
         checkpoint.load(run, starting)
@@ -172,18 +175,22 @@ def _steps(
         engine.set_learning_rate(run, rate)
         counts = engine.count(group, image_mask_V, run.device)
         seeds = (spec.seed, assignment.offset + step, worker.rank) if assignment.config.dropout else None
-        local = engine.step(run, group, counts, image_mask_V, spec.z_loss, worker.world, seeds)
+        last = done == spec.steps
+        reports = done % spec.log_every == 0 or last or step == assignment.first_step
+        local, stability = engine.step(
+            run, group, counts, image_mask_V, spec.z_loss, worker.world, seeds, measure=reports and worker.leads
+        )
         interval.add(local, counts)
         report["tokens"]["text"] += counts.text
         report["tokens"]["image"] += counts.image
         seen += counts.tokens
-        last = done == spec.steps
-        if done % spec.log_every == 0 or last or step == assignment.first_step:
+        if reports:
             metrics = interval.metrics()
             metrics |= {"learning_rate": rate, "gradient_norm": float(run.get_global_grad_norm() or 0.0)}
             report |= {key: metrics[key] for key in ("loss", "loss_text", "loss_image") if key in metrics}
             if writer is not None:
-                known = {key: value for key, value in metrics.items() if math.isfinite(value)}
+                measured = {f"stability/{name}": float(value) for name, value in stability.items()}
+                known = {key: value for key, value in (metrics | measured).items() if math.isfinite(value)}
                 writer.log({**known, "step": done}, done)
             if not held_out.finite(metrics):
                 raise TrainingFailed(_diverged(done, metrics, spec, assignment.output))

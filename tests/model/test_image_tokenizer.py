@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from calumma.model.config import ImageTokenizerConfig
-from calumma.model.image_tokenizer import ImageTokenizer, preprocess, to_image
+from calumma.model.image_tokenizer import AttentionBlock, GroupNorm, ImageTokenizer, MissingDecoder, Upsample
 
 
 def build(multipliers: list[int], resolution: int = 16) -> ImageTokenizer:
@@ -92,6 +93,150 @@ def test_saved_and_read_codes_are_the_same(tmp_path: Path) -> None:
     assert torch.equal(ImageTokenizer.read(tmp_path).encode(images), tokenizer.eval().encode(images))
 
 
-def test_pixels_round_trip() -> None:
-    pixels = torch.randint(0, 256, (3, 16, 16)).float() / 127.5 - 1
-    assert torch.allclose(preprocess(to_image(pixels), 16), pixels, atol=1e-6)
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    build([1, 2]).save(tmp_path)
+    build([1, 2]).config.model_copy(update={"embedding": 7}).save(tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)do not fit the configuration.*codebook\.weight"):
+        ImageTokenizer.read(tmp_path)
+
+
+# -- the published shape --
+
+
+def test_the_published_shape_has_the_published_size() -> None:
+    """Counted by hand from VQGAN's layers: a block of c channels has 18 c^2 + 6 c weights, and so on."""
+
+    def block(inputs: int, outputs: int) -> int:
+        shortcut = 0 if inputs == outputs else inputs * outputs + outputs
+        return 2 * inputs + 9 * inputs * outputs + outputs + 2 * outputs + 9 * outputs**2 + outputs + shortcut
+
+    def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
+        return kernel**2 * inputs * outputs + outputs
+
+    middle = 2 * block(512, 512) + 2 * 512 + 4 * conv(512, 512, 1)
+    widths = [128, 128, 256, 256, 512]
+    down = sum(block(i, o) + block(o, o) for i, o in zip([128, *widths], widths, strict=False))
+    encoder = conv(3, 128) + down + sum(conv(c, c) for c in widths[:-1]) + middle + 2 * 512 + conv(512, 256)
+    up = sum(block(i, o) + 2 * block(o, o) for i, o in zip([*widths[1:], 512], widths, strict=True))
+    decoder = conv(256, 512) + middle + up + sum(conv(c, c) for c in widths[1:]) + 2 * 128 + conv(128, 3)
+    with torch.device("meta"):
+        published, reading = ImageTokenizer(ImageTokenizerConfig()), ImageTokenizer(ImageTokenizerConfig(decoder=False))
+    size = sum(p.numel() for p in published.parameters())
+    assert size == encoder + decoder + 2 * conv(256, 256, 1) + 8192 * 256
+    assert size - sum(p.numel() for p in reading.parameters()) == decoder
+    assert {m.num_groups for m in published.modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
+
+
+@given(
+    channels=st.sampled_from([4, 6, 12]),
+    multipliers=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    blocks=st.integers(1, 2),
+    decoder_blocks=st.none() | st.integers(1, 2),
+    latent_channels=st.none() | st.integers(1, 5),
+    attention=st.lists(st.sampled_from([2, 4, 8, 16]), max_size=2),
+    middle_attention=st.booleans(),
+)
+@settings(deadline=None, max_examples=20)
+def test_every_shape_codes_and_draws(
+    channels: int,
+    multipliers: list[int],
+    blocks: int,
+    decoder_blocks: int | None,
+    latent_channels: int | None,
+    attention: list[int],
+    middle_attention: bool,
+) -> None:
+    config = ImageTokenizerConfig(
+        resolution=8,
+        codebook_size=5,
+        embedding=3,
+        base_channels=channels,
+        multipliers=multipliers,
+        residual_blocks=blocks,
+        decoder_residual_blocks=decoder_blocks,
+        latent_channels=latent_channels,
+        attention_resolutions=attention,
+        middle_attention=middle_attention,
+    )
+    tokenizer = ImageTokenizer(config)
+    found = tokenizer(torch.rand(2, 3, 8, 8) * 2 - 1)
+    assert found.x_BCHW.shape == (2, 3, 8, 8)
+    assert found.codes_BN.shape == (2, config.codes_per_image)
+    (found.x_BCHW.sum() + found.codebook_loss + found.commitment_loss).backward()
+    assert [name for name, p in tokenizer.named_parameters() if p.grad is None] == []  # no weight is there for nothing
+    attending = sum(isinstance(m, AttentionBlock) for m in tokenizer.modules())
+    levels = sum((8 >> i) in attention for i in range(len(multipliers)))
+    assert attending == 2 * middle_attention + levels * (blocks + config.decoder_blocks)
+
+
+def test_groups_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"norm_groups 32 must divide the channels of every level, \[48, 96\]"):
+        ImageTokenizerConfig(resolution=8, base_channels=48, multipliers=[1, 2], norm_groups=32)
+
+
+@given(channels=st.integers(1, 600))
+def test_a_group_has_four_channels_or_more_where_they_allow(channels: int) -> None:
+    groups = ImageTokenizerConfig().groups(channels)
+    assert channels % groups == 0
+    assert 1 <= groups <= 32
+    assert groups == 1 or channels // groups >= 4
+    assert channels % 128 or groups == 32  # the published widths
+
+
+@given(channels=st.integers(1, 6), height=st.integers(1, 7), width=st.integers(1, 7), batch=st.integers(1, 2))
+@settings(deadline=None, max_examples=30)
+def test_upsampling_is_nearest_neighbour_then_a_convolution(channels: int, height: int, width: int, batch: int) -> None:
+    torch.manual_seed(channels * height)
+    layer = Upsample(channels).double()
+    x = torch.randn(batch, channels, height, width, dtype=torch.double, requires_grad=True)
+    plain = layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert torch.allclose(layer(x), plain, atol=1e-12)
+    pull = torch.randn_like(plain)
+    wanted = (x, layer.conv.weight, layer.conv.bias)
+    for fast, slow in zip(
+        torch.autograd.grad(layer(x), wanted, pull), torch.autograd.grad(plain, wanted, pull), strict=True
+    ):
+        assert torch.allclose(fast, slow, atol=1e-10)
+
+
+@given(offset=st.floats(-1e4, 1e4), spread=st.sampled_from([1e-2, 1.0, 30.0]), last=st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_normalization_is_accurate_however_large_the_mean(offset: float, spread: float, last: bool) -> None:
+    torch.manual_seed(0)
+    layer = GroupNorm(2, 8, eps=1e-6)
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(2, 8, 9, 7) * spread + offset
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    exact = F.group_norm(x.double(), 2, layer.weight.double(), layer.bias.double(), 1e-6)
+    assert (layer(x) - exact).abs().max() < 1e-5 + 1e-6 * abs(offset) / spread
+
+
+def test_without_gradients_the_same_comes_out() -> None:
+    """Activations work in place there."""
+    tokenizer = build([1, 2])
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    kept = images.clone()
+    with torch.no_grad():
+        quick = tokenizer(images)
+    full = tokenizer(images)
+    assert torch.equal(images, kept)
+    assert torch.equal(quick.codes_BN, full.codes_BN)
+    assert torch.allclose(quick.x_BCHW, full.x_BCHW, atol=1e-6)
+
+
+# -- without a decoder --
+
+
+def test_a_tokenizer_without_decoder_reads_and_says_why_it_cannot_draw(tmp_path: Path) -> None:
+    whole = build([1, 2])
+    reading = ImageTokenizer(whole.config.model_copy(update={"decoder": False}))
+    reading.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("decoder.")})
+    reading.save(tmp_path)
+    reading = ImageTokenizer.read(tmp_path)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    codes = reading.encode(images)
+    assert torch.equal(codes, whole.encode(images))
+    with pytest.raises(MissingDecoder, match=r"has no decoder.*--vqgan"):
+        reading.decode(codes)
+    with pytest.raises(MissingDecoder, match="cannot draw"):
+        reading(images)

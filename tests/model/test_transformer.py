@@ -1,15 +1,22 @@
-"""Causality, cached decoding, document masks, norm orders, losses."""
+"""Causality, cached decoding, document masks, norm orders, presets, compilation, stability instruments."""
 
 from __future__ import annotations
 
+import copy
+import shutil
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from calumma.model.attention import attend, document_mask, rotate
 from calumma.model.config import ModelConfig, preset
-from calumma.model.loss import sums
+from calumma.model.stability import BLOCK, OUTPUT
 from calumma.model.transformer import KVCache, Transformer
 
 V = 50
@@ -97,31 +104,196 @@ def test_initialization_is_a_function_of_the_seed() -> None:
     assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
 
 
-@pytest.mark.parametrize(("name", "billions"), [("chameleon-7b", 7.04), ("chameleon-34b", 34.3)])
-def test_the_published_shapes_have_their_sizes(name: str, billions: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "millions", "within"),
+    [
+        ("chameleon-7b", 7040, 0.01),
+        ("chameleon-34b", 34300, 0.01),
+        ("calumma-20m", 20, 0.05),
+        ("calumma-125m", 125, 0.05),
+        ("calumma-350m", 350, 0.05),
+        ("calumma-1.3b", 1300, 0.05),
+    ],
+)
+def test_presets_have_the_sizes_in_their_names(name: str, millions: float, within: float) -> None:
     with torch.device("meta"):
         model = Transformer(preset(name))
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=within)
 
 
 def test_an_unknown_preset_lists_the_known() -> None:
     with pytest.raises(KeyError, match="chameleon-34b, chameleon-7b"):
         preset("chameleon-8b")
+    with pytest.raises(ValidationError, match=r"no model preset 'x'; there are: calumma-1\.3b"):
+        ModelConfig.model_validate({"preset": "x"})
 
 
-@given(seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=25)
-def test_losses_equal_their_definitions(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(2, 7, V, generator=generator) * 3
-    targets = torch.randint(V, (2, 7), generator=generator)
-    mask = torch.rand(2, 7, generator=generator) < 0.6
-    image_ids = torch.arange(V) < 20
-    result = sums(logits, targets, mask, image_ids)
-    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 7)
-    image = image_ids[targets] & mask
-    assert torch.allclose(result.image_nll, nll[image].sum(), atol=1e-4)
-    assert torch.allclose(result.text_nll, nll[mask & ~image].sum(), atol=1e-4)
-    assert (result.image_count, result.text_count) == (image.sum(), (mask & ~image).sum())
-    log_z = logits.exp().sum(-1).log()
-    assert torch.allclose(result.z_sum, (log_z[mask] ** 2).sum(), rtol=1e-4)
+def test_a_preset_can_be_named_and_changed_in_a_configuration() -> None:
+    small = ModelConfig.model_validate({"preset": "calumma-125m", "context": 512, "vocabulary_size": 0})
+    assert small == preset("calumma-125m").model_copy(update={"context": 512, "vocabulary_size": 0})
+    assert ModelConfig.model_validate_json(small.model_dump_json()) == small
+
+
+# -- what is needed of the output, and when --
+
+
+def test_only_the_needed_logits_are_computed() -> None:
+    model, tokens = build(), torch.randint(V, (2, 9))
+    needed = torch.tensor([[8, 0], [3, 4]])
+    found = model(tokens, needed=needed)
+    assert found.shape == (2, 2, V)
+    assert torch.allclose(found, model(tokens)[torch.arange(2)[:, None], needed], atol=1e-6)
+    assert torch.allclose(model.output(model.hidden(tokens)), model(tokens))
+
+
+def test_a_cached_forward_of_known_length_waits_for_no_device() -> None:
+    """Fake tensors have no values: reading one, as int(positions.max()) does, is an error."""
+    with FakeTensorMode():
+        model = build()
+        cache = KVCache(model.config, slots=4, length=24)
+        given = dict(cache=cache, slots=torch.zeros(2, dtype=torch.long), start=torch.zeros(2, dtype=torch.long))
+        tokens = torch.zeros(2, 1, dtype=torch.long)
+        assert model(tokens, **given, length=7).shape == (2, 1, V)
+        with pytest.raises(DataDependentOutputException):
+            model(tokens, **given)
+
+
+@given(lengths=st.lists(st.integers(0, 10), min_size=1, max_size=3), more=st.integers(0, 5))
+@settings(deadline=None, max_examples=10)
+def test_a_length_changes_nothing_but_the_wait(lengths: list[int], more: int) -> None:
+    """Any length that holds the positions will do."""
+    model, tokens = build(), torch.randint(V, (len(lengths), 2))
+    start, slots = torch.tensor(lengths), torch.arange(len(lengths))
+    filled = KVCache(model.config, slots=3, length=24)
+    for layer in filled.keys + filled.values:
+        layer.normal_()
+    known, read = (
+        model(tokens, cache=copy.deepcopy(filled), slots=slots, start=start, length=length)
+        for length in (max(lengths) + 2 + more, None)
+    )
+    assert torch.allclose(known, read, atol=1e-6)
+
+
+# -- the same numbers by other ways --
+
+
+def gradients(
+    model: Transformer, tokens: torch.Tensor, segments: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Of the loss, in training, by weight."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss = model(
+        tokens[:, :-1],
+        segments,
+        targets=tokens[:, 1:],
+        mask=tokens[:, 1:] % 3 > 0,
+        image_mask=torch.arange(V) < 20,
+        z_loss=1e-2,
+        normalizer=7.0,
+        measure=True,
+    )
+    loss.total.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("norm_order", ["pre", "swin"])
+def test_recomputed_activations_give_the_same_gradients(norm_order: str) -> None:
+    """With dropout: what is computed again drops the same."""
+    model, tokens = build(dropout=0.3, norm_order=norm_order).train(), torch.randint(V, (2, 13))
+    kept = gradients(model, tokens)
+    calls = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = gradients(model.checkpoint_activations(), tokens)
+    assert len(calls) == 2 * len(model.blocks)
+    assert kept.keys() == again.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in kept.items():
+        torch.testing.assert_close(again[name], gradient)
+    gradients(model.checkpoint_activations(False), tokens)
+    assert len(calls) == 3 * len(model.blocks)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_blocks_give_the_same_gradients() -> None:
+    model, tokens = build(layers=3).train(), torch.randint(V, (2, 9))
+    plain = gradients(model, tokens)
+    names = list(model.state_dict())
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = gradients(model.compile_blocks(), tokens)
+    assert counters["stats"]["unique_graphs"] == 1  # equal blocks are compiled once
+    assert list(model.state_dict()) == names
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_sees_the_same_documents_as_the_dense_mask() -> None:
+    """On the CPU FlexAttention runs as its own reference implementation: the mask is tested, not the kernel."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    segments = torch.tensor([[0] * 10 + [1] * 25 + [-1] * 5, [0] * 39 + [1]])
+    dense, flex = (attend(q, k, v, document_mask(segments, flex=flex)) for flex in (False, True))
+    torch.testing.assert_close(flex, dense)
+    assert not torch.allclose(dense, attend(q, k, v, None), atol=1e-2)
+
+
+# -- stability instruments --
+
+
+def test_stability_instruments_measure_what_they_say() -> None:
+    """Against the plain formulas, on a sequence so short that nothing is sampled."""
+    model, tokens = build(), torch.randint(V, (2, 13))
+    seen: dict[str, torch.Tensor] = {}
+    first = model.blocks[0].attention
+
+    def keep(name: str) -> Any:
+        return lambda module, given, result: seen.__setitem__(name, result)
+
+    first.query_norm.register_forward_hook(keep("q"))
+    first.key_norm.register_forward_hook(keep("k"))
+    with torch.no_grad():
+        first.query_norm.weight *= 3
+        logits = model(tokens[:, :-1])
+        loss = model(
+            tokens[:, :-1],
+            targets=tokens[:, 1:],
+            mask=torch.ones(2, 12, dtype=torch.bool),
+            image_mask=torch.zeros(V, dtype=torch.bool),
+            measure=True,
+        )
+    found = {name: float(value) for name, value in loss.stability.items()}
+    assert found.keys() == {f"layer_{layer:02d}/{name}" for layer in (0, 1) for name in BLOCK} | set(OUTPUT)
+    assert found["layer_00/query_norm"] == pytest.approx(float(seen["q"].norm(dim=-1).mean()), rel=1e-4)
+    assert found["layer_00/key_norm"] == pytest.approx(float(seen["k"].norm(dim=-1).mean()), rel=1e-4)
+    q, k = (rotate(seen[name], model.rope[None, :12]).transpose(1, 2) for name in "qk")
+    scores = (q @ k.repeat_interleave(2, dim=1).transpose(-1, -2)) / 8**0.5
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    assert found["layer_00/attention_logit_max"] == pytest.approx(float(scores[:, :, causal].max()), rel=1e-4)
+    assert found["log_z"] == pytest.approx(float(logits.logsumexp(-1).mean()), rel=1e-4)
+    assert found["log_z_max"] == pytest.approx(float(logits.logsumexp(-1).max()), rel=1e-4)
+    assert found["logit_norm"] == pytest.approx(float(logits.norm(dim=-1).mean()), rel=1e-4)
+    assert found["layer_01/activation_rms"] > 0
+    assert model.hidden(tokens).shape == (2, 13, 32)
+
+
+def test_growing_states_are_seen() -> None:
+    """What diverges shows in the instrument made for it."""
+    tokens = torch.randint(V, (1, 13))
+
+    def measured(change: Any) -> dict[str, float]:
+        model = build(query_key_norm=False)
+        with torch.no_grad():
+            change(model)
+        mask, image = torch.ones(1, 12, dtype=torch.bool), torch.zeros(V, dtype=torch.bool)
+        loss = model(tokens[:, :-1], targets=tokens[:, 1:], mask=mask, image_mask=image, measure=True)
+        return {name: float(value) for name, value in loss.stability.items()}
+
+    calm = measured(lambda model: None)
+    keys = measured(lambda model: model.blocks[1].attention.key.weight.mul_(100))
+    assert keys["layer_01/key_norm"] == pytest.approx(100 * calm["layer_01/key_norm"], rel=1e-3)
+    assert keys["layer_01/attention_logit_max"] > 50 * calm["layer_01/attention_logit_max"]
+    head = measured(lambda model: model.output.weight.mul_(1000))
+    assert head["logit_norm"] == pytest.approx(1000 * calm["logit_norm"], rel=1e-3)
+    assert head["log_z_max"] > calm["log_z_max"] + 10

@@ -150,7 +150,7 @@ def rows(step: int, number: int) -> Rows:
     return Rows(tokens, torch.rand(2, 17, generator=generator) < 0.1 + 0.4 * number, torch.zeros_like(tokens))
 
 
-def take_steps(rank: int, world: int, zero_stage: int, folder: str) -> None:
+def take_steps(rank: int, world: int, zero_stage: int, recompute: bool, folder: str) -> None:
     """A worker that takes three steps of three micro-batches; the first writes weights, losses and gradient norms."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
@@ -160,7 +160,8 @@ def take_steps(rank: int, world: int, zero_stage: int, folder: str) -> None:
     )
     config = MODEL.model_copy(update={"vocabulary_size": 50})
     spec = stage("/nowhere", zero_stage=zero_stage, optimizer={"learning_rate": 0.01, "eps": 1e-3})
-    run = engine.initialize(Transformer(config).initialize(0), spec, world)
+    transformer = Transformer(config).initialize(0).checkpoint_activations(recompute)
+    run = engine.initialize(transformer, spec, world)
     image_mask_V = torch.arange(50) >= 40
     empty = Rows(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
     seen = []
@@ -168,18 +169,23 @@ def take_steps(rank: int, world: int, zero_stage: int, folder: str) -> None:
         group = [rows(step, number) for number in range(rank, 3, world)]
         group += [empty] * (engine.micro_batches_a_worker(spec, world) - len(group))
         counts = engine.count(group, image_mask_V, run.device)
-        sums = engine.everywhere(engine.step(run, group, counts, image_mask_V, 1e-3, world, (0, step, rank)))
+        local, stability = engine.step(
+            run, group, counts, image_mask_V, 1e-3, world, (0, step, rank), measure=rank == 0 and step == 1
+        )
+        assert bool(stability) == (rank == 0 and step == 1)
+        sums = engine.everywhere(local)
         seen.append([*sums.tolist(), *counts, float(run.get_global_grad_norm())])
     weights = engine.gathered_weights(run, keep=rank == 0)
     if rank == 0:
         torch.save({"weights": weights, "seen": seen}, f"{folder}/{world}.pt")
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_one_and_two_workers_take_the_same_steps(tmp_path: Path, zero_stage: int) -> None:
-    """Three micro-batches: two workers need an empty one. Dropout is on: it too follows the micro-batch."""
+@pytest.mark.parametrize(("zero_stage", "recompute"), [(1, False), (3, False), (3, True)])
+def test_one_and_two_workers_take_the_same_steps(tmp_path: Path, zero_stage: int, recompute: bool) -> None:
+    """Three micro-batches: two workers need an empty one. Dropout is on: it too follows the micro-batch. Stability is
+    measured by one of them, and activations are recomputed or kept: neither changes a step."""
     for world in (1, 2):
-        torch.multiprocessing.spawn(take_steps, (world, zero_stage, str(tmp_path)), nprocs=world)
+        torch.multiprocessing.spawn(take_steps, (world, zero_stage, recompute, str(tmp_path)), nprocs=world)
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     assert two["seen"] == [pytest.approx(values, rel=1e-4) for values in one["seen"]]
     initial = Transformer(MODEL.model_copy(update={"vocabulary_size": 50})).initialize(0).state_dict()
@@ -196,8 +202,8 @@ class Counted:
     def __init__(self, module: Transformer) -> None:
         self.module = module
 
-    def __call__(self, tokens: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        return self.module(tokens, segments)
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self.module(*given, **named)
 
     def eval(self) -> None:
         self.module.eval()
@@ -346,7 +352,7 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
     assert losses[-1] < losses[0] - 0.5
     names = {"loss", "loss_text", "loss_image", "learning_rate", "gradient_norm", "tokens_per_second", "z"}
     latest = run.latest()
-    assert names | {"held_out/lines/loss"} <= set(latest)
+    assert names | {"held_out/lines/loss", "stability/layer_01/query_norm", "stability/log_z"} <= set(latest)
     assert all(np.isfinite(value) for value in latest.values())
     assert latest["tokens_per_second"] > 0
     artifacts = [a.path for folder in ("samples", "checkpoints") for a in run.client.list_artifacts(run.id, folder)]

@@ -13,7 +13,9 @@ from PIL import Image as PILImage
 
 from calumma.model import MixedModalModel
 from calumma.model.document import Document, Image, Text
+from calumma.model.encoding import DocumentEncoder
 from calumma.model.generation import Engine, PhaseSampling, SamplingParams, generate
+from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece
 from calumma.serve.replica import EngineReplica
 
@@ -141,3 +143,22 @@ def test_a_replica_that_shuts_down_says_so(model: MixedModalModel) -> None:
     last = run(pieces_of(replica, Job("a", PROMPT, params(0))))[-1]
     assert isinstance(last, Refused)
     assert (last.status, last.code) == (503, "unavailable")
+
+
+def test_a_model_without_image_decoder_answers_in_text_and_says_why(model: MixedModalModel) -> None:
+    """As imported from Hugging Face, which holds the encoder only."""
+    shape = model.image_tokenizer.config.model_copy(update={"decoder": False})
+    encoder = DocumentEncoder(model.vocabulary, model.text_tokenizer, ImageTokenizer(shape).eval())
+    replica = EngineReplica(MixedModalModel(model.transformer, encoder), max_sequences=4)
+    try:
+        pieces = run(pieces_of(replica, Job("free", PROMPT, params(3, max_tokens=40), max_tokens=40)))
+        assert isinstance(pieces[-1], Finished)
+        assert pieces[-1].answer.image == 0
+        [refused] = run(pieces_of(replica, Job("image", PROMPT, params(3, "image"))))
+        assert isinstance(refused, Refused)
+        assert (refused.status, refused.code) == (400, "no_image_output")
+        assert "no decoder" in refused.message
+        assert "--vqgan" in refused.message
+        replica.check_health()
+    finally:
+        replica.close()

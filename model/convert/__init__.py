@@ -1,0 +1,7 @@
+"""Models of other projects to model directories and back: Hugging Face's Chameleon, Meta's release."""
+
+from calumma.model.convert.hugging_face import export_hugging_face, import_hugging_face
+from calumma.model.convert.meta import import_meta
+from calumma.model.convert.names import ConversionError
+
+__all__ = ["ConversionError", "export_hugging_face", "import_hugging_face", "import_meta"]
