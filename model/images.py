@@ -5,13 +5,14 @@ Shape suffixes: C channels, H height, W width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from PIL import Image as PILImage
 from PIL import ImageOps
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Above this many pixels an image is refused before it is decoded (a decompression bomb); 64 megapixels.
 MAX_PIXELS = 64_000_000
@@ -70,6 +71,8 @@ def preprocess(image: PILImage.Image, resolution: int, fit: Literal["crop", "pad
             ((resolution - width) // 2, (resolution - height) // 2),
         )
     array_HWC = np.array(square, dtype=np.uint8)
+    import torch  # here: whoever only opens documents, or reads a specification, waits for no torch
+
     return torch.from_numpy(array_HWC).permute(2, 0, 1).float() / 127.5 - 1
 
 

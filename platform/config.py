@@ -5,6 +5,8 @@ Inside a specification every location is a URI (`s3://...`), an absolute path, o
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -69,6 +71,15 @@ class JobSpecification(Section):
         return f"{self.storage.rstrip('/')}/{location}"
 
 
+def last_part(location: str) -> str:
+    """The name that a location ends in, of a path or a URI."""
+    return location.rstrip("/").rpartition("/")[2]
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
 class Source(Section):
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     format: Literal["webdataset", "jsonl", "interleaved", "conversations"]
@@ -85,6 +96,12 @@ class CurateSpecification(JobSpecification):
     min_text: int = Field(1, ge=0, description="characters; plain-text documents below it are dropped")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="the job fails when more input than this is unreadable")
     documents_per_shard: int = Field(1000, ge=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if twice := _repeated(source.name for source in self.sources):
+            raise ValueError(f"sources: the name {', '.join(twice)} is given more than once; names must differ")
+        return self
 
 
 class TextTokenizerSpecification(JobSpecification):
@@ -142,6 +159,12 @@ class TokenizeSpecification(JobSpecification):
     micro_batch: int = Field(1, ge=1, description="packed sequences a row group, the unit a worker reads")
     micro_batches_per_shard: int = Field(256, ge=1)
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if twice := _repeated(last_part(location) for location in self.documents):
+            raise ValueError(f"documents: several end in {', '.join(twice)}; their tokens would share a directory")
+        return self
+
 
 class Optimizer(Section):
     """AdamW (paper section 2.3)."""
@@ -161,6 +184,12 @@ class Schedule(Section):
     warmup_steps: int = Field(4000, ge=0)
     total_steps: int | None = Field(None, ge=1, description="the length of the whole schedule over all stages")
     final: float = Field(0.01, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.kind == "exponential" and self.final == 0:
+            raise ValueError("final: an exponential decay never reaches 0; give a small share, say 0.001")
+        return self
 
 
 class TrainSpecification(JobSpecification):
@@ -261,10 +290,16 @@ S = TypeVar("S", bound=JobSpecification)
 def read(kind: type[S], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> S:
     """A specification from a YAML file and `a.b=value` overrides (values are YAML). Raises SpecificationError."""
     path = Path(file)
-    if not path.is_file():
-        raise SpecificationError(f"there is no specification file {path}")
     try:
-        values = yaml.safe_load(path.read_text())
+        if not path.is_file():
+            raise SpecificationError(f"there is no specification file {path}")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecificationError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SpecificationError(
+            f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); is it a YAML file? Save it as UTF-8"
+        ) from error
     except yaml.YAMLError as error:
         raise SpecificationError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -41,10 +41,20 @@ def output_of(spec: JobSpecification) -> str:
 
 
 def standing(spec: JobSpecification) -> Manifest | None:
-    """The manifest of an equal specification's finished result, if there is one."""
-    from calumma.platform.data.manifest import finished
+    """The manifest of an equal specification's finished result, if there is one with its files all there.
 
-    return finished(output_of(spec), spec)
+    One listing tells; contents are not read. Raises as `finished`.
+    """
+    from calumma.platform.data.manifest import ManifestError, finished
+
+    place = output_of(spec)
+    manifest = finished(place, spec)
+    try:
+        if manifest is not None:
+            manifest.verify(place)
+    except ManifestError:
+        return None
+    return manifest
 
 
 def discard(spec: JobSpecification) -> None:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # MLflow's limits of one batched request (mlflow/utils/validation.py).
 _PARAMS_A_BATCH = 100
 _METRICS_A_BATCH = 1000
+_NAME_LENGTH = 250
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 
 
@@ -272,18 +273,38 @@ def resolve_model(uri: str, tracking: Tracking | None = None) -> Iterator[Path]:
         yield _checked(path, uri, source)
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted names that MLflow accepts as parameter names."""
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one level of dotted names that MLflow accepts as parameter names.
+
+    Names that become equal are told apart by a number: no value is lost.
+    """
     flat: dict[str, Any] = {}
+    for key, value in _leaves(values, ""):
+        name = plain = _parameter_name(key)
+        number = 1
+        while name in flat:
+            number += 1
+            name = f"{plain[: _NAME_LENGTH - len(str(number)) - 1]} {number}"
+        flat[name] = value
+    return flat
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        name = prefix + re.sub(r"[^\w\-./: ]", "_", str(key))
         if isinstance(value, BaseModel):
             value = value.model_dump(mode="json")
         if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{name}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            flat[name[-250:]] = value
-    return flat
+            yield f"{prefix}{key}", value
+
+
+def _parameter_name(key: str) -> str:
+    """The name nearest to `key` that MLflow takes: few characters, and as a path equal to its normal form."""
+    name = re.sub(r"[^\w\-./: ]", "_", key)[-_NAME_LENGTH:]
+    parts = ["__" if part == ".." else part for part in name.split("/") if part not in ("", ".")]
+    name = "/".join(parts) or "_"
+    return f"__{name[2:]}" if name.startswith("..") else name
 
 
 def _database(uri: str) -> Path | None:

@@ -13,6 +13,7 @@ import importlib.util
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 SPECIFICATION_FILE = "specification.yaml"
 DASHBOARD = "http://127.0.0.1:8265"
+# A fresh cluster's dashboard answers some time before the agent that starts jobs does. Seconds.
+AGENT_WAIT, AGENT_PAUSE = 120.0, 5.0
+NO_AGENT = "No available agent to submit job"  # ray/dashboard/modules/job/job_head.py
 
 
 def purpose(job: str) -> str:
@@ -79,6 +83,8 @@ def run(
         for key, value in manifest.report.items():
             if isinstance(value, str | int | float):
                 typer.echo(f"  {key}: {value:g}" if isinstance(value, float) else f"  {key}: {value}")
+        for line in skipped_inputs(manifest.report):
+            typer.echo(f"  {line}")
 
     _exit(act)
 
@@ -97,6 +103,8 @@ def submit(
     def act() -> None:
         spec = runner.specification(name, config, overrides or [])
         refuse_relative(spec)
+        if spec.tracking.uri is None:
+            typer.echo(UNTRACKED, err=True)
         with client(address) as jobs:
             identifier = send(jobs, spec, force)
             typer.echo(identifier)
@@ -179,6 +187,21 @@ class JobFailed(RuntimeError):
     """A submitted job that was followed did not succeed."""
 
 
+UNTRACKED = (
+    "warning: tracking.uri is not given. Unless MLFLOW_TRACKING_URI is set on the cluster's nodes, the run and its "
+    "models are tracked in the job's temporary folder on one node, and lost with it. Give an MLflow server, say "
+    "--set tracking.uri=http://HOST:5000"
+)
+
+
+def skipped_inputs(report: dict[str, Any]) -> list[str]:
+    """Lines about the unreadable input that was skipped, a source each; none for jobs that read no raw input."""
+    from calumma.platform.data.curate import unreadable
+
+    found = [unreadable(name, part) for name, part in report.get("sources", {}).items()]
+    return [line for text in found if text for line in text.splitlines()]
+
+
 def refuse_relative(spec: JobSpecification) -> None:
     """A folder relative to where the user stands means nothing on the nodes of a cluster."""
     if "://" not in spec.storage and not Path(spec.storage).is_absolute():
@@ -186,21 +209,42 @@ def refuse_relative(spec: JobSpecification) -> None:
             f"storage: {spec.storage!r} is relative to this folder, which the cluster's nodes do not see; give a URI "
             "such as s3://bucket/prefix, or an absolute path on storage that all nodes share"
         )
+    place = (spec.tracking.uri or "/").removeprefix("file://").removeprefix("sqlite:///")
+    if ":" not in place and not Path(place).is_absolute():
+        raise SpecificationError(
+            f"tracking.uri: {spec.tracking.uri!r} is relative to this folder, which the cluster's nodes do not see; "
+            "give an MLflow server such as http://HOST:5000, or an absolute path on storage that all nodes share"
+        )
 
 
 def send(jobs: JobSubmissionClient, spec: JobSpecification, force: bool = False) -> str:
-    """Submit a specification; the submission's id."""
+    """Submit a specification; the submission's id. Raises ClusterError when no agent of the cluster takes it."""
     import yaml
 
     command = ["python", "-m", f"calumma.jobs.{spec.job}", "--config", SPECIFICATION_FILE, *(["--force"] * force)]
     with tempfile.TemporaryDirectory(prefix="calumma-submission-") as folder:
         content = spec.model_dump(mode="json", exclude_unset=True) | {"job": spec.job}
         (Path(folder) / SPECIFICATION_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        return jobs.submit_job(
-            entrypoint=shlex.join(command),
-            runtime_env={"working_dir": folder},
-            metadata={"job": spec.job, "storage": spec.storage},
-        )
+        began, waiting = time.monotonic(), False
+        while True:
+            try:
+                return jobs.submit_job(
+                    entrypoint=shlex.join(command),
+                    runtime_env={"working_dir": folder},
+                    metadata={"job": spec.job, "storage": spec.storage},
+                )
+            except RuntimeError as error:
+                if NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() - began >= AGENT_WAIT:
+                    raise ClusterError(
+                        f"the cluster answers, and its job agent does not, for {AGENT_WAIT:.0f} s: submit again when "
+                        "its head node is up and not overloaded; dashboard_agent.log in the head's Ray logs says more"
+                    ) from error
+            if not waiting:
+                typer.echo("waiting for the cluster's job agent, which is not up yet …", err=True)
+            waiting = True
+            time.sleep(AGENT_PAUSE)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,12 @@ PORT = 8000
 
 
 def quickstart(
-    workdir: Annotated[Path, typer.Option(help="Working folder: results, report, MLflow, logs.")] = Path("quickstart"),
+    workdir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Working folder: results, report, MLflow, logs. Default: quickstart; of --fast: quickstart-fast."
+        ),
+    ] = None,
     storage: Annotated[
         str | None, typer.Option(help="Object storage: s3://bucket/prefix or a folder. Default: WORKDIR/storage.")
     ] = None,
@@ -31,6 +36,7 @@ def quickstart(
     from calumma.platform.quickstart import report, steps
 
     console = Console(stderr=True)
+    workdir = workdir or Path("quickstart-fast" if fast else "quickstart")  # trying never replaces a real run
     options = steps.Options(workdir, storage, fast, port)
 
     def act() -> None:

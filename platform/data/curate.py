@@ -8,6 +8,7 @@ bad (unreadable); more bad input than allowed fails the source, which then publi
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,7 +30,10 @@ from calumma.platform.progress import Progress
 if TYPE_CHECKING:
     from calumma.platform.tracking import Run
 
+logger = logging.getLogger(__name__)
+
 MAX_TASKS = 1024  # a source; with more files than that, neighbours share a task
+SHOWN = 5  # bad inputs of a source that a message names; the manifest names more
 SAMPLES, SIDE = 32, 72  # pictures on a contact sheet, and their width in pixels
 
 
@@ -150,7 +154,7 @@ def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
     """Curate all sources that no equal specification has published. Raises SpecificationError, TooMuchBadInput (after
     the good sources are published) and StorageError."""
     output = spec.locate(spec.output)
-    work = [_plan(spec, source) for source in _checked(spec)]
+    work = [_plan(spec, source) for source in spec.sources]
     published: dict[str, Manifest] = {}
     failures: list[str] = []
     waiting = {w.source.name: w for w in work}
@@ -174,21 +178,16 @@ def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
                 failures.append(problem)
                 pipeline.discard(storage.join(w.output, entry.path) for entry in w.entries)
             else:
-                published[w.source.name] = _publish(spec, w, run)
+                manifest = _publish(spec, w, run)
+                published[w.source.name] = manifest
+                if skipped := unreadable(w.source.name, manifest.report):
+                    logger.warning("%s", skipped)
     if failures:
         raise TooMuchBadInput("\n".join(failures))
     manifest = pipeline.together(shards.CURATED, spec, {s.name: published[s.name] for s in spec.sources})
     manifest.write(output)
     run.log_metrics(_metrics(manifest))
     return manifest
-
-
-def _checked(spec: CurateSpecification) -> list[Source]:
-    names = [source.name for source in spec.sources]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise SpecificationError(f"sources: the name {', '.join(twice)} is given more than once; names must differ")
-    return spec.sources
 
 
 def _alone(spec: CurateSpecification, source: Source) -> CurateSpecification:
@@ -231,7 +230,7 @@ def _problem(spec: CurateSpecification, w: _Work) -> str | None:
     tally, name = w.tally, w.source.name
     share = tally.bad_share(sum(w.sizes.values()))
     if tally.bad and share > spec.max_bad_share:
-        examples = "".join(f"\n  {bad.name}: {bad.reason}" for bad in tally.examples[:5])
+        examples = "".join(f"\n  {bad.name}: {bad.reason}" for bad in tally.examples[:SHOWN])
         return (
             f"source {name!r}: {share:.2%} of the input is unreadable ({tally.bad:,} bad, {tally.read:,} read), more "
             f"than max_bad_share allows ({spec.max_bad_share:.2%}); nothing of it was published. For example:{examples}"
@@ -241,6 +240,17 @@ def _problem(spec: CurateSpecification, w: _Work) -> str | None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.dropped.items()))
         return f"source {name!r}: no document is left of {tally.read:,} read" + (f" ({reasons})" if reasons else "")
     return None
+
+
+def unreadable(source: str, report: dict[str, Any]) -> str | None:
+    """What of a source was bad and skipped, in words, by the source's part of the manifest's report."""
+    bad, examples = report.get("bad", 0), report.get("bad_inputs", [])[:SHOWN]
+    if not bad:
+        return None
+    lines = [f"{example['name']}: {example['reason']}" for example in examples]
+    if bad > len(lines):
+        lines.append(f"and {bad - len(lines):,} more (see bad_inputs in the source's manifest)")
+    return "\n  ".join([f"source {source!r}: {bad:,} unreadable, skipped:", *lines])
 
 
 def _publish(spec: CurateSpecification, w: _Work, run: Run) -> Manifest:

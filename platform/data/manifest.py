@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Self
@@ -14,7 +15,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from calumma.platform import storage
-from calumma.platform.config import JobSpecification
+from calumma.platform.config import JobSpecification, Tracking
 
 MANIFEST = storage.MANIFEST
 
@@ -75,7 +76,7 @@ class Manifest(BaseModel):
     files: list[FileEntry] = []
     specification: dict[str, Any] = {}
     report: dict[str, Any] = {}
-    inputs: dict[str, str] = Field({}, description="directory -> fingerprint of the manifest it had")
+    inputs: dict[str, str] = Field({}, description="location or models:/ URI -> its fingerprint when it was read")
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -147,15 +148,38 @@ def sha256(uri: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprints(directories: Iterable[str]) -> dict[str, str]:
-    """Directory -> sha256 of its manifest ("" when it has none): the `inputs` of what is made from them."""
-    found = {}
-    for uri in directories:
-        try:
-            found[uri] = hashlib.sha256(storage.read_bytes(storage.join(uri, MANIFEST))).hexdigest()
-        except storage.NotFound:
-            found[uri] = ""
-    return found
+def fingerprints(uris: Iterable[str], tracking: Tracking | None = None) -> dict[str, str]:
+    """URI -> what changes with what is there ("" when nothing is): the `inputs` of what is made from them.
+
+    Of a published directory the sha256 of its manifest, of other files that of their listing. A `models:/` URI, looked
+    up in the registry of `tracking`, changes when it leads elsewhere. Raises StorageError and TrackingError.
+    """
+    return {uri: _registered(uri, tracking) if uri.startswith("models:") else _fingerprint(uri) for uri in uris}
+
+
+def _registered(uri: str, tracking: Tracking | None) -> str:
+    from calumma.platform.tracking import model_source
+
+    source = model_source(uri, tracking)
+    elsewhere = source.startswith(("mlflow-artifacts:", "runs:"))  # MLflow's own storage, where files never change
+    return _digest([source, "" if elsewhere else _fingerprint(source)])
+
+
+def _fingerprint(uri: str) -> str:
+    try:
+        return hashlib.sha256(storage.read_bytes(storage.join(uri, MANIFEST))).hexdigest()
+    except storage.NotFound:
+        listing = [[file, size, _modified(file)] for file, size in sorted(storage.sizes(uri).items())]
+        return _digest(listing) if listing else ""
+
+
+def _modified(file: str) -> int | None:
+    """When a local file was written, for repairs that leave its size; listings of S3 give sizes only."""
+    return None if storage.is_remote(file) else storage.local_path(file).stat().st_mtime_ns
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def entries(uri_dir: str) -> list[FileEntry]:
@@ -166,7 +190,10 @@ def entries(uri_dir: str) -> list[FileEntry]:
 
 
 def finished(uri_dir: str, specification: JobSpecification) -> Manifest | None:
-    """The manifest, if an equal specification made the directory from inputs that are still the same; else None."""
+    """The manifest, if an equal specification made the directory from inputs that are still the same; else None.
+
+    Raises TrackingError when an input is a `models:/` URI that leads nowhere.
+    """
     manifest = Manifest.find(uri_dir)
     if manifest is None:
         return None
@@ -176,7 +203,7 @@ def finished(uri_dir: str, specification: JobSpecification) -> Manifest | None:
         return None
     if _compared(made_by) != _compared(specification):
         return None
-    return manifest if fingerprints(manifest.inputs) == manifest.inputs else None
+    return manifest if fingerprints(manifest.inputs, specification.tracking) == manifest.inputs else None
 
 
 def _compared(specification: JobSpecification) -> dict[str, Any]:

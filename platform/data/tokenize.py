@@ -22,7 +22,7 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
-from calumma.platform.config import SpecificationError, TokenizeSpecification
+from calumma.platform.config import SpecificationError, TokenizeSpecification, last_part
 from calumma.platform.data import pipeline, shards
 from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints
 from calumma.platform.data.packing import ImageTooLong, PackedRow, pack, split
@@ -197,17 +197,13 @@ def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
         directory.counts.update(result["counts"])
         directory.dropped.update(result["dropped"])
         done += result["counts"].get("documents", 0)
-        progress(done, total, _name(directory.location))
+        progress(done, total, last_part(directory.location))
         if task is directory.tasks[-1]:
             published[directory.output] = _publish(spec, directory)
-    manifest = pipeline.together(TOKENS, spec, {_name(d.location): published[d.output] for d in directories})
+    manifest = pipeline.together(TOKENS, spec, {last_part(d.location): published[d.output] for d in directories})
     manifest.write(spec.locate(spec.output))
     run.log_metrics(_metrics(manifest))
     return manifest
-
-
-def _name(location: str) -> str:
-    return location.rstrip("/").rpartition("/")[2]
 
 
 def _alone(spec: TokenizeSpecification, location: str) -> TokenizeSpecification:
@@ -217,9 +213,6 @@ def _alone(spec: TokenizeSpecification, location: str) -> TokenizeSpecification:
 
 def _plan(spec: TokenizeSpecification) -> list[_Directory]:
     """What to do, with everything checked that needs no cluster. Raises SpecificationError and StorageError."""
-    names = Counter(_name(location) for location in spec.documents)
-    if twice := sorted(name for name, count in names.items() if count > 1):
-        raise SpecificationError(f"documents: several end in {', '.join(twice)}; their tokens would share a directory")
     image_length = _image_length(spec)
     directories = []
     for location in spec.documents:
@@ -233,12 +226,12 @@ def _plan(spec: TokenizeSpecification) -> list[_Directory]:
         inputs = fingerprints([documents, spec.locate(spec.text_tokenizer), spec.locate(spec.image_tokenizer)])
         alone = _alone(spec, location)
         mark = pipeline.fingerprint(alone, inputs)
-        output = storage.join(spec.locate(spec.output), _name(location))
+        output = storage.join(spec.locate(spec.output), last_part(location))
         tasks = [
             {
                 "specification": alone.model_dump(mode="json"),
                 "shards": window,
-                "seed": _seed(spec.seed, _name(location), number),
+                "seed": _seed(spec.seed, last_part(location), number),
                 "output": output,
                 "stem": pipeline.stem("tokens", mark, number),
             }

@@ -35,12 +35,14 @@ SPARE = 16  # ids an answer may be longer than the expected one
 def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manifest:
     """Run all tasks; metrics and contact sheets go to the run, answers and sheets to `spec.output`.
 
-    Raises NothingToLearn, NotACase, StorageError, SpecificationError.
+    Raises NothingToLearn, NotACase, StorageError, TrackingError, SpecificationError.
     """
     from calumma.platform import storage
     from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints
-    from calumma.platform.tracking import model_source
 
+    # Taken before anything is read, so that the next call notices what changes from here on.
+    read_from = [task.documents for task in spec.tasks] + [spec.judge_training, spec.judge_held_out]
+    inputs = fingerprints([_model(spec), *map(spec.locate, read_from)], spec.tracking)
     progress(0, 1, "judge")
     judge = Judge.train(_labelled(spec.locate(spec.judge_training)))
     metrics = {"judge_accuracy": judge.accuracy(_labelled(spec.locate(spec.judge_held_out)))}
@@ -65,8 +67,6 @@ def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manif
         publish(f"{task.name}.png", _png(sheet), 0)
     run.log_metrics(metrics)
     report = {**metrics, "run": run.id, "cases": {name: len(cases) for name, cases in tasks.items()}}
-    read_from = [task.documents for task in spec.tasks] + [spec.judge_training, spec.judge_held_out]
-    inputs = fingerprints([model_source(_model(spec), spec.tracking), *map(spec.locate, read_from)])
     manifest = Manifest(
         kind="evaluation", files=entries, specification=spec.model_dump(mode="json"), report=report, inputs=inputs
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calumma.platform import runner
+from calumma.platform import runner, storage
 from calumma.platform.progress import spoken
 from calumma.platform.quickstart import steps
 from calumma.platform.quickstart.questions import Answer
@@ -79,7 +79,7 @@ def write(outcome: Outcome) -> dict[str, Any]:
 
     found = results(outcome)
     folder = outcome.options.workdir
-    (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+    storage.write_bytes(str(folder / RESULTS), f"{json.dumps(found, indent=1)}\n".encode())
     story = Story(
         results=found,
         fast=outcome.options.fast,
@@ -88,7 +88,7 @@ def write(outcome: Outcome) -> dict[str, Any]:
         sheets=sheets(outcome),
         commands=commands(outcome),
     )
-    (folder / PAGE).write_text(page(story))
+    storage.write_bytes(str(folder / PAGE), page(story).encode())
     return found
 
 
@@ -131,8 +131,6 @@ def _merged(run: Any, step: str) -> dict[str, Curve]:
 
 def sheets(outcome: Outcome) -> dict[str, bytes]:
     """Title -> PNG: the evaluation's contact sheets, and the image tokenizer's reconstructions."""
-    from calumma.platform import storage
-
     place = runner.output_of(outcome.specifications["evaluate"])
     titles = {
         "generation": "Digits the model drew, each above the word it was asked for",

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from calumma.platform import cluster, runner
-from calumma.platform.config import JOBS, FinetuneSpecification, JobSpecification, SpecificationError, Tracking, read
+from calumma.platform.config import (
+    JOBS,
+    FinetuneSpecification,
+    JobSpecification,
+    SpecificationError,
+    Tracking,
+    TrainSpecification,
+    read,
+)
 from calumma.platform.progress import Progress
 from calumma.platform.quickstart import documents
 from calumma.platform.quickstart.display import Board, Row
@@ -172,6 +180,8 @@ def quickstart(options: Options, console: Console) -> Outcome:
                 memory.keep(CLUSTER.name, board.seconds(CLUSTER.name))
             for later in STEPS[number + 1 :]:  # what they made came from what is about to be replaced
                 runner.discard(specs[later.name])
+            if isinstance(spec, TrainSpecification) and _published(spec):
+                runner.discard(spec)  # a finished training by another recipe: its checkpoints are not to be continued
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)
             memory.keep(step.name, board.seconds(step.name))
@@ -186,18 +196,26 @@ def _rows() -> list[Row]:
     return [first, Row(CLUSTER.name, CLUSTER.title, CLUSTER.usual), *others]
 
 
+def _published(spec: JobSpecification) -> bool:
+    from calumma.platform.data.manifest import Manifest
+
+    return Manifest.find(runner.output_of(spec)) is not None
+
+
 def _standing(spec: JobSpecification) -> Manifest | None:
-    """The manifest of a finished step. Where its storage is known and its registry is new, the model is registered."""
+    """The manifest of a finished step. A model that the registry does not know, or no longer, is registered again."""
     manifest = runner.standing(spec)
     if manifest is not None and isinstance(spec, FinetuneSpecification) and spec.register_as:
-        from calumma.platform import tracking
+        from calumma.platform import storage, tracking
 
+        model = storage.join(runner.output_of(spec), "model")
         try:
-            tracking.model_source(f"models:/{spec.register_as}@{spec.alias}", spec.tracking)
+            registered = tracking.model_source(f"models:/{spec.register_as}@{spec.alias}", spec.tracking)
         except tracking.TrackingError:
+            registered = None
+        if registered != (model if storage.is_remote(model) else str(storage.local_path(model))):
             with tracking.run(spec) as run:
-                source = f"{runner.output_of(spec)}/model"
-                tracking.register(spec.tracking, spec.register_as, source, run.id, spec.alias)
+                tracking.register(spec.tracking, spec.register_as, model, run.id, spec.alias)
     return manifest
 
 
@@ -229,6 +247,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
     from calumma.platform import storage, tracking
     from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints
 
+    inputs = fingerprints([spec.model, runner.output_of(spec.scans)], spec.tracking)
     asked = questions(documents.scans(spec.scans)[1])
     answers: list[Answer] = []
     with tracking.run(spec) as run:
@@ -248,7 +267,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
         files=[FileEntry.of("answers.json", data, rows=len(answers))],
         specification=spec.model_dump(mode="json"),
         report={"run": run.id},
-        inputs=fingerprints([tracking.model_source(spec.model, spec.tracking), runner.output_of(spec.scans)]),
+        inputs=inputs,
     )
     manifest.write(output)
     return manifest

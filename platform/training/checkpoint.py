@@ -91,6 +91,27 @@ def continues(spec: TrainSpecification, inputs: dict[str, str]) -> Callable[[Man
     return accept
 
 
+def difference(checkpoint: Checkpoint, spec: TrainSpecification, inputs: dict[str, str]) -> str:
+    """Why a specification does not go on with a checkpoint that `continues` refuses."""
+    found = checkpoint.manifest
+    was, now = lasting(found.specification), lasting(spec.model_dump(mode="json"))
+    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    if changed == ["steps"]:
+        return (
+            f"`steps` was {was['steps']} and is {now['steps']}, and without schedule.total_steps the decay is laid out "
+            "over them, so that is another training"
+        )
+    if changed:
+        return f"other settings ({', '.join(changed)})"
+    if found.inputs != inputs:
+        return f"other data or tokenizers ({', '.join(sorted(_unlike(found.inputs, inputs)))})"
+    return f"it is to end after step {spec.steps}"
+
+
+def _unlike(was: dict[str, str], now: dict[str, str]) -> set[str]:
+    return {uri for uri in was.keys() | now.keys() if was.get(uri) != now.get(uri)}
+
+
 def lasting(specification: dict[str, Any]) -> dict[str, Any]:
     """The part of a training specification that two runs must share for one to go on with the other's checkpoint."""
     kept = {key: value for key, value in specification.items() if key not in _MAY_CHANGE}

@@ -94,7 +94,7 @@ def initialize(model: Transformer, spec: TrainSpecification, world: int) -> Deep
     """The model under DeepSpeed's ZeRO, with torch's AdamW. torch.distributed must be up."""
     import deepspeed
 
-    if not torch.cuda.is_available():
+    if deepspeed.get_accelerator().device_name() == "cpu":
         # Its shared-memory collectives are compiled with g++ at the first start, for minutes; gloo does it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     parameters = sum(p.numel() for p in model.parameters())

@@ -28,12 +28,13 @@ from calumma.model.image_losses import CodebookAverage, ImageObjective, Perceptu
 from calumma.model.image_tokenizer import ImageTokenizer, Reconstruction, preprocess, to_image
 from calumma.platform import cluster, storage
 from calumma.platform.config import ImageTokenizerSpecification, Schedule, SpecificationError
-from calumma.platform.data.manifest import Manifest, entries, fingerprints
+from calumma.platform.data.manifest import FileEntry, Manifest, entries, fingerprints
 from calumma.platform.data.shards import curated, read_documents
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import BackgroundWriter, Run
 from calumma.platform.training import workers
 from calumma.platform.training.schedule import learning_rate
+from calumma.platform.training.text_tokenizer import check_output, clear
 from calumma.platform.training.workers import Worker
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
     _named(spec.sampling_weight)
     _perceptual(spec)
     output = spec.locate(spec.output)
-    storage.delete(output)
+    check_output(spec, output, read_from, KIND)
     report = workers.fit(
         _train,
         {"spec": spec, "run": run},
@@ -67,9 +68,10 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
         steps=spec.steps,
         progress=progress,
     )
+    files = [FileEntry.model_validate(entry) for entry in report.pop("files")]
     manifest = Manifest(
         kind=KIND,
-        files=entries(output),
+        files=files,
         specification=given.model_dump(mode="json"),
         report={**report, "workers": number, "run": run.id},
         inputs=fingerprints(read_from),
@@ -209,10 +211,12 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         _steps(spec, worker, tokenizer, images, writer)
         if writer is None:
             return {"steps": spec.steps}
-        report = {"steps": spec.steps, "seconds": time.monotonic() - began}
+        report: dict[str, Any] = {"steps": spec.steps, "seconds": time.monotonic() - began}
         report |= _report(spec, tokenizer.eval(), images, writer)
         with tempfile.TemporaryDirectory(prefix="calumma-image-tokenizer-") as folder:
             tokenizer.save(folder)
+            report["files"] = [entry.model_dump(mode="json") for entry in entries(folder)]
+            clear(spec.locate(spec.output), KIND)
             storage.upload(folder, spec.locate(spec.output))
         return report
     finally:

@@ -16,11 +16,11 @@ from calumma.model import vocabulary as model_vocabulary
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import cluster, storage, tracking
-from calumma.platform.config import SpecificationError, TrainSpecification
+from calumma.platform.config import SpecificationError, TokenizeSpecification, TrainSpecification
 from calumma.platform.data.manifest import MANIFEST, FileEntry, Manifest, fingerprints
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import Run
-from calumma.platform.training import checkpoint, loop, schedule, workers
+from calumma.platform.training import checkpoint, loop, workers
 from calumma.platform.training.checkpoint import Checkpoint
 from calumma.platform.training.loop import MODEL, Assignment
 
@@ -52,6 +52,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
             f"the token shards hold sequences of {data.plan.context} tokens, the model's context is "
             f"{assignment.config.context}: tokenize with a smaller `context`, or enlarge `model.context`"
         )
+    _begin(assignment)
     finished = assignment.first_step >= spec.steps  # only what follows training is missing
     report = workers.fit(
         loop.train,
@@ -70,11 +71,11 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
 
 
 def prepare(spec: TrainSpecification, run: Run) -> Assignment:
-    """Settle everything that the workers share, and clear away what another specification has left.
+    """Settle everything that the workers share. Changes nothing in storage.
 
-    Raises SpecificationError, in the terms of the specification.
+    Raises SpecificationError, in the terms of the specification; also when the output has another training's
+    checkpoints.
     """
-    schedule.check(spec.schedule)
     _token_shards(spec)
     vocabulary = _vocabulary(spec)
     initial = _initial(spec)
@@ -90,9 +91,12 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
         ]
     )
     resume = checkpoint.newest(output, checkpoint.continues(spec, inputs))
-    storage.delete(storage.join(output, MANIFEST))  # from here on the output is in the making
-    if resume is None:
-        storage.delete(checkpoint.folder(output))
+    if resume is None and (other := checkpoint.newest(output)) is not None:
+        raise SpecificationError(
+            f"output: {checkpoint.folder(output)} has checkpoints of another training, the newest after step "
+            f"{other.step}, which this one cannot go on with: {checkpoint.difference(other, spec, inputs)}. "
+            "Give another `output`, or run with --force, which discards them"
+        )
     return Assignment(
         spec=spec,
         config=config,
@@ -104,6 +108,13 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
         continued=_continued(spec),
         resume=resume,
     )
+
+
+def _begin(assignment: Assignment) -> None:
+    """From here on the output is in the making: take away its manifest, and what killed uploads have left."""
+    storage.delete(storage.join(assignment.output, MANIFEST))
+    if assignment.resume is None:
+        storage.delete(checkpoint.folder(assignment.output))
 
 
 def _warn_of_fresh_optimizer(assignment: Assignment, number: int) -> None:
@@ -121,6 +132,8 @@ def _warn_of_fresh_optimizer(assignment: Assignment, number: int) -> None:
 
 def _token_shards(spec: TrainSpecification) -> None:
     named = [("mixture", uri) for uri in spec.mixture] + [("held_out", uri) for uri in spec.held_out.values()]
+    tokenizers = {"text": spec.locate(spec.text_tokenizer), "image": spec.locate(spec.image_tokenizer)}
+    current = fingerprints(tokenizers.values())
     for field, uri in named:
         manifest = Manifest.find(spec.locate(uri))
         if manifest is None:
@@ -129,6 +142,25 @@ def _token_shards(spec: TrainSpecification) -> None:
             )
         if not manifest.row_groups:
             raise SpecificationError(f"{field}: {spec.locate(uri)} holds {manifest.kind!r} without token shards")
+        for modality, place in tokenizers.items():
+            recorded = _tokenized_with(manifest, f"{modality}_tokenizer", place)
+            if recorded and current[place] and recorded != current[place]:
+                raise SpecificationError(
+                    f"{field}: the token shards at {spec.locate(uri)} were tokenized with another {modality} tokenizer "
+                    f"than the one now at {place}; run the job tokenize again"
+                )
+
+
+def _tokenized_with(manifest: Manifest, field: str, place: str) -> str | None:
+    """The fingerprint that a tokenizer had when the token shards were made, if their manifest records one.
+
+    It is recorded under the tokenizer's location of then, which the job's specification tells: all may have moved.
+    """
+    try:
+        made_by = TokenizeSpecification.model_validate(manifest.specification)
+    except ValidationError:
+        return manifest.inputs.get(place)
+    return manifest.inputs.get(made_by.locate(getattr(made_by, field)))
 
 
 def _vocabulary(spec: TrainSpecification) -> Vocabulary:

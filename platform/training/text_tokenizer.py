@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import posixpath
 import tempfile
 from collections.abc import Iterable, Iterator
 
@@ -11,8 +12,8 @@ from calumma.model.document import Document, Text
 from calumma.model.text_tokenizer import TextTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer as train
 from calumma.platform import storage
-from calumma.platform.config import SpecificationError, TextTokenizerSpecification
-from calumma.platform.data.manifest import Manifest, entries, fingerprints
+from calumma.platform.config import JobSpecification, SpecificationError, TextTokenizerSpecification
+from calumma.platform.data.manifest import MANIFEST, Manifest, entries, fingerprints
 from calumma.platform.data.shards import curated, read_documents
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import Run
@@ -29,7 +30,7 @@ def train_text_tokenizer(spec: TextTokenizerSpecification, run: Run, progress: P
     for uri in uris:
         curated(uri)
     output = spec.locate(spec.output)
-    storage.delete(output)
+    check_output(spec, output, uris, KIND)
     progress(0, 2, "reading documents")
     collected = list(up_to(texts([read_documents(uri) for uri in uris]), spec.max_characters))
     if not collected:
@@ -47,11 +48,13 @@ def train_text_tokenizer(spec: TextTokenizerSpecification, run: Run, progress: P
             "characters": sum(map(len, collected)),
             "bytes_per_token": bytes_per_token(TextTokenizer.read(folder), collected),
         }
+        files = entries(folder)
+        clear(output, KIND)
         storage.upload(folder, output)
     run.log_metrics({key: float(value) for key, value in report.items()})
     manifest = Manifest(
         kind=KIND,
-        files=entries(output),
+        files=files,
         specification=given.model_dump(mode="json"),
         report={**report, "run": run.id},
         inputs=fingerprints(uris),
@@ -59,6 +62,37 @@ def train_text_tokenizer(spec: TextTokenizerSpecification, run: Run, progress: P
     manifest.write(output)
     progress(2, 2)
     return manifest
+
+
+def check_output(spec: JobSpecification, output: str, inputs: Iterable[str], kind: str) -> None:
+    """Raises SpecificationError when a tokenizer must not be written to this folder: it holds something else."""
+    place, root = _parts(output), _parts(spec.storage)
+    if place == root[: len(place)]:
+        raise SpecificationError(
+            f"output: {output} is the storage itself or holds it; name a folder below {spec.storage}"
+        )
+    for uri in inputs:
+        read_from = _parts(uri)
+        shorter = min(len(place), len(read_from))
+        if place[:shorter] == read_from[:shorter]:
+            raise SpecificationError(f"output: {output} overlaps with {uri}, which is read; name another folder")
+    manifest = Manifest.find(output)
+    if manifest is not None and manifest.kind != kind:
+        raise SpecificationError(f"output: {output} holds {manifest.kind!r}, and no {kind!r}; name another folder")
+
+
+def _parts(uri: str) -> tuple[str, ...]:
+    if storage.is_remote(uri):
+        return ("s3:", *posixpath.normpath(uri.removeprefix("s3://")).split("/"))
+    return storage.local_path(uri).resolve().parts
+
+
+def clear(output: str, kind: str) -> None:
+    """Take away the tokenizer that a new one is about to replace, and no file that its manifest does not name."""
+    manifest = Manifest.find(output)
+    if manifest is not None and manifest.kind == kind:
+        for path in (MANIFEST, *(entry.path for entry in manifest.files)):
+            storage.delete(storage.join(output, path))
 
 
 def texts(sources: Iterable[Iterable[Document]]) -> Iterator[str]:

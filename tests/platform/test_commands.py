@@ -13,10 +13,13 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from calumma.platform import runner
+from calumma.platform.cluster import ClusterError
 from calumma.platform.commands import doctor, job
 from calumma.platform.commands.doctor import State
 from calumma.platform.commands.main import app
 from calumma.platform.config import JOBS
+from calumma.platform.data.manifest import Manifest
 
 HEAVY = ("deepspeed", "matplotlib", "mlflow", "ray", "sklearn", "transformers")
 
@@ -148,6 +151,90 @@ def test_relative_storage_cannot_be_submitted(cli: CliRunner, curate: Path, clos
     result = cli.invoke(app, words)
     assert result.exit_code == 1
     assert "storage: 'here' is relative" in result.output
+
+
+@pytest.mark.parametrize("uri", ["mlflow", "sqlite:///own.db", "file://own"])
+def test_relative_tracking_cannot_be_submitted(cli: CliRunner, curate: Path, closed_port: str, uri: str) -> None:
+    words = ["job", "submit", "curate", "--config", str(curate), "--set", f"tracking.uri={uri}"]
+    result = cli.invoke(app, [*words, "--address", closed_port])
+    assert result.exit_code == 1
+    assert f"tracking.uri: '{uri}' is relative" in result.output
+
+
+@pytest.mark.parametrize(
+    ("uri", "warned"),
+    [
+        ("null", True),
+        ("http://mlflow:5000", False),
+        ("postgresql://user:word@host/mlflow", False),
+        ("sqlite:////shared/mlflow.db", False),
+        ("/shared/mlflow", False),
+    ],
+)
+def test_a_submission_that_is_tracked_on_one_node_is_warned_of(
+    cli: CliRunner, curate: Path, closed_port: str, uri: str, warned: bool
+) -> None:
+    words = ["job", "submit", "curate", "--config", str(curate), "--set", f"tracking.uri={uri}"]
+    result = cli.invoke(app, [*words, "--address", closed_port])
+    assert "no cluster answers" in result.stderr
+    assert ("warning: tracking.uri is not given" in result.stderr) is warned
+
+
+class Agentless:
+    """A client of a cluster whose job agent is not up for the first `refusals` submissions."""
+
+    def __init__(
+        self, refusals: float, said: str = "No available agent to submit job, please try again later."
+    ) -> None:
+        self.refusals, self.said, self.asked = refusals, said, 0
+
+    def submit_job(self, **fields: object) -> str:
+        self.asked += 1
+        if self.asked <= self.refusals:
+            raise RuntimeError(f"Request failed with status code 500: {self.said}.")
+        return "raysubmit_1"
+
+
+def submitted(jobs: Agentless, curate: Path) -> str:
+    return job.send(jobs, runner.specification("curate", curate))  # type: ignore[arg-type]
+
+
+def test_a_submission_waits_for_the_job_agent(
+    curate: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job, "AGENT_PAUSE", 0.0)
+    jobs = Agentless(2)
+    assert submitted(jobs, curate) == "raysubmit_1"
+    assert jobs.asked == 3
+    shown = capsys.readouterr()
+    assert shown.err.count("waiting for the cluster's job agent") == 1
+    assert shown.out == ""
+
+
+def test_a_job_agent_that_stays_away_is_told(curate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "AGENT_PAUSE", 0.0)
+    monkeypatch.setattr(job, "AGENT_WAIT", 0.0)
+    with pytest.raises(ClusterError, match="its job agent does not"):
+        submitted(Agentless(float("inf")), curate)
+
+
+def test_no_other_refusal_is_submitted_again(curate: Path) -> None:
+    jobs = Agentless(1, "Traceback: boom")
+    with pytest.raises(RuntimeError, match="boom"):
+        submitted(jobs, curate)
+    assert jobs.asked == 1
+
+
+def test_a_finished_job_names_the_input_it_skipped(
+    cli: CliRunner, curate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = {"bad": 1, "bad_inputs": [{"name": "a.tar: 7.png", "reason": "not a readable image"}]}
+    report = {"seconds": 2.0, "sources": {"pairs": bad, "text": {"bad": 0, "bad_inputs": []}}}
+    manifest = Manifest(kind="documents", files=[], specification={}, report=report)
+    monkeypatch.setattr(runner, "run_alone", lambda *arguments: (manifest, False))
+    shown = cli.invoke(app, ["job", "run", "curate", "--config", str(curate)]).stdout
+    assert "  source 'pairs': 1 unreadable, skipped:\n    a.tar: 7.png: not a readable image\n" in shown
+    assert "'text'" not in shown
 
 
 @pytest.fixture

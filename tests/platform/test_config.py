@@ -75,6 +75,22 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, said
         read(CurateSpecification, written(tmp_path, content))
 
 
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_bytes("storage: /größe".encode("latin-1"))
+    with pytest.raises(SpecificationError, match=r"job\.yaml is not UTF-8 text \(byte 12"):
+        read(CurateSpecification, tmp_path / "job.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **fields: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    file = written(tmp_path, CURATE)
+    monkeypatch.setattr(Path, "read_text", refuse)  # the tests may run as root, who may read everything
+    with pytest.raises(SpecificationError, match=r"job\.yaml cannot be read: Permission denied"):
+        read(CurateSpecification, file)
+
+
 def test_an_unknown_key_is_told_with_the_allowed_ones() -> None:
     said = complaint(CURATE | {"sorces": 1})
     assert "sorces: unknown field (given 1)" in said
@@ -122,10 +138,26 @@ def test_every_wrong_field_gets_its_line() -> None:
         ({"mixture": {"tokens/text": 0}}, "above 0"),
         ({"resources": {"workers": {"min": 3, "max": 2}}}, "min 3 is more than max 2"),
         ({"model": PRETRAIN["model"] | {"heads": 3}}, "width 8 over 3 heads"),
+        ({"schedule": {"final": 0}}, "schedule: Value error, final: an exponential decay never reaches 0"),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(change: dict[str, Any], said: str) -> None:
     assert said in complaint(PRETRAIN | change, PretrainSpecification)
+
+
+def test_other_schedules_may_end_at_zero() -> None:
+    spec = validate(PretrainSpecification, PRETRAIN | {"schedule": {"kind": "cosine", "final": 0}}, "x")
+    assert spec.schedule.final == 0
+
+
+def test_source_names_must_differ() -> None:
+    said = complaint(CURATE | {"sources": CURATE["sources"] * 2})
+    assert "sources: the name text is given more than once" in said
+
+
+def test_documents_whose_tokens_would_share_a_directory_are_refused() -> None:
+    values = {"storage": "/data", "documents": ["curated/a", "s3://bucket/a/", "curated/b"]}
+    assert "documents: several end in a; their tokens" in complaint(values, TokenizeSpecification)
 
 
 def test_overrides_reach_into_sections_and_are_yaml(tmp_path: Path) -> None:

@@ -239,7 +239,9 @@ def test_equal_specifications_make_equal_bytes(tmp_path: Path, here: list[str]) 
     assert one
 
 
-def test_bad_input_is_skipped_counted_and_named(tmp_path: Path, here: list[str]) -> None:
+def test_bad_input_is_skipped_counted_and_named(
+    tmp_path: Path, here: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     raw(tmp_path)
     write_tar(tmp_path / "raw/pairs/c.tar", [*pair(100), *pair(101, b"no image"), *pair(102)])
     whole = (tmp_path / "raw/pairs/b.tar").read_bytes()
@@ -257,6 +259,19 @@ def test_bad_input_is_skipped_counted_and_named(tmp_path: Path, here: list[str])
     assert truncated["name"].startswith(f"{tmp_path}/raw/pairs/b.tar")
     assert "breaks off" in truncated["reason"]
     assert unreadable["name"] == f"{tmp_path}/raw/pairs/c.tar: 0101.png"
+
+    (warning,) = caplog.messages
+    first, *named = warning.splitlines()
+    assert first == "source 'pairs': 2 unreadable, skipped:"
+    assert named == [f"  {bad['name']}: {bad['reason']}" for bad in (truncated, unreadable)]
+
+
+def test_a_message_about_bad_input_names_the_first_of_it() -> None:
+    report = {"bad": 300, "bad_inputs": [{"name": f"a.tar: {n}.png", "reason": "torn"} for n in range(200)]}
+    told = curate.unreadable("pairs", report)
+    assert told is not None
+    assert told.splitlines()[5:] == ["  a.tar: 4.png: torn", "  and 295 more (see bad_inputs in the source's manifest)"]
+    assert curate.unreadable("pairs", {"bad": 0, "bad_inputs": []}) is None
 
 
 def test_too_much_bad_input_publishes_nothing_of_that_source(tmp_path: Path, here: list[str]) -> None:
@@ -342,12 +357,6 @@ def test_a_source_without_files_says_what_is_there(tmp_path: Path, location: str
     source = {"name": "digits", "format": "webdataset", "location": location}
     with pytest.raises(SpecificationError, match=rf"source 'digits' \(webdataset\): no \*\.tar files at .*{said}"):
         run_curate(curation(tmp_path, sources=[source]))
-
-
-def test_source_names_must_differ(tmp_path: Path) -> None:
-    source = {"name": "a", "format": "jsonl", "location": "raw/text.jsonl"}
-    with pytest.raises(SpecificationError, match="the name a is given more than once"):
-        run_curate(curation(tmp_path, sources=[source, source]))
 
 
 # -- tokenize ----------------------------------------------------------------------------------------------------------
@@ -541,7 +550,6 @@ def test_missing_or_unequal_tokenizers_and_documents_are_named(
     assert "run the job train_text_tokenizer first" in refused(text_tokenizer="nowhere")
     assert "run the job train_image_tokenizer first" in refused(image_tokenizer="nowhere")
     assert "run the job curate for them first" in refused(documents=["curated/b"])
-    assert "several end in a" in refused(documents=["curated/a", "more/a"])
     config = ImageTokenizerConfig(resolution=8, codebook_size=CODES + 1, multipliers=[1, 1])
     (tmp_path / "other").mkdir()
     config.save(tmp_path / "other")

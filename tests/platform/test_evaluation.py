@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,8 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Role, Segment, Text
+from calumma.platform import runner
+from calumma.platform.config import EvaluateSpecification, EvaluationTask
+from calumma.platform.data.manifest import Manifest
 from calumma.platform.evaluation import benchmark, judge, sheet, tasks
 from calumma.platform.evaluation.tasks import Case, Kind
+from calumma.platform.progress import silent
 from calumma.platform.quickstart import digits
 
 GREY = {word: 20 * (i + 1) for i, word in enumerate(digits.WORDS)}
@@ -207,6 +213,31 @@ def test_words_are_taken_greedily_and_room_is_left_for_one_picture_too_many() ->
     counting = benchmark.sampling(asked("interleaved", "one", "two"), 0, 16, 42)
     assert (counting.mode, counting.max_images) == ("interleaved", 3)
     assert counting.max_tokens >= 42 + 18
+
+
+def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion = [str(tmp_path / "one")]
+    for name in ("one", "two"):
+        Manifest(kind="model").write(str(tmp_path / name))
+    labelled = [(picture("one"), "one"), (picture("nine"), "nine")]
+    monkeypatch.setattr("calumma.platform.tracking.model_source", lambda uri, tracking: champion[0])
+    monkeypatch.setattr(benchmark, "_labelled", lambda uri: labelled)
+    monkeypatch.setattr(benchmark, "_cases", lambda task, spec: [asked("recognition", "six")])
+    monkeypatch.setattr(benchmark, "_answers", lambda spec, cases, progress: iter([answer("six")]))
+    spec = EvaluateSpecification(
+        storage=str(tmp_path),
+        model="models:/m@champion",
+        tasks=[EvaluationTask(name="words", kind="recognition", documents="held-out")],
+        judge_training="training",
+        judge_held_out="held-out",
+    )
+    manifest = benchmark.evaluate(spec, MagicMock(id="run"), silent)
+    assert manifest.report["words_accuracy"] == 1.0
+    assert runner.standing(spec) == manifest
+    champion[0] = str(tmp_path / "two")
+    assert runner.standing(spec) is None
 
 
 def test_answers_are_kept_with_what_was_expected() -> None:

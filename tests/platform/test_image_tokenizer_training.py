@@ -15,8 +15,11 @@ from calumma.model.image_losses import PerceptualLoss
 from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.platform import config, storage
 from calumma.platform.config import ImageTokenizerSpecification, SpecificationError
+from calumma.platform.data.manifest import FileEntry, Manifest
+from calumma.platform.progress import silent
+from calumma.platform.tracking import Run
 from calumma.platform.training import image_tokenizer
-from calumma.platform.training.workers import Worker
+from calumma.platform.training.workers import TrainingFailed, Worker
 
 SHAPE = ImageTokenizerConfig(
     resolution=16, codebook_size=16, embedding=4, base_channels=8, multipliers=[1, 2], residual_blocks=1
@@ -43,6 +46,9 @@ class Log:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.metrics.append(metrics)
+
+    def close(self) -> None:
+        pass
 
 
 def train(spec: ImageTokenizerSpecification, images: torch.Tensor) -> tuple[ImageTokenizer, list[dict[str, float]]]:
@@ -110,6 +116,61 @@ def test_perceptual_weights_are_read_from_storage(tmp_path: Path) -> None:
     storage.write_bytes(f"{tmp_path}/lpips.safetensors", b"no weights at all")
     with pytest.raises(SpecificationError, match="perceptual_weights"):
         train(spec, bars())
+
+
+# -- what is published --
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Curated documents and an image tokenizer that an earlier run published, with somebody's notes beside it."""
+    Manifest(kind="curated").write(str(tmp_path / "curated"))
+    storage.write_bytes(f"{tmp_path}/made/old.safetensors", b"old")
+    Manifest(kind="image_tokenizer", files=[FileEntry.of("old.safetensors", b"old")]).write(f"{tmp_path}/made")
+    (tmp_path / "made/notes.txt").write_text("mine")
+    monkeypatch.setattr(image_tokenizer.cluster, "require", lambda resources: 1)
+    return tmp_path
+
+
+def run_job(spec: ImageTokenizerSpecification) -> Manifest:
+    run = Run("unused", "0")
+    return image_tokenizer.train_image_tokenizer(spec, run, silent)
+
+
+def test_a_failed_training_keeps_the_tokenizer_and_a_finished_one_replaces_its_files_alone(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = specification(published, documents=["curated"], output="made")
+    before = storage.sizes(str(published))
+
+    def fails(*given: Any, **named: Any) -> Any:
+        raise TrainingFailed("no")
+
+    monkeypatch.setattr(image_tokenizer.workers, "fit", fails)
+    with pytest.raises(TrainingFailed):
+        run_job(spec)
+    assert storage.sizes(str(published)) == before
+
+    monkeypatch.setattr(image_tokenizer.workers, "fit", lambda loop, config, **named: loop(config))
+    monkeypatch.setattr(image_tokenizer.workers, "join", lambda: Worker(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(image_tokenizer, "_read", lambda *given: bars())
+    monkeypatch.setattr(image_tokenizer, "_steps", lambda *given: None)
+    monkeypatch.setattr(image_tokenizer, "_report", lambda *given: {})
+    monkeypatch.setattr(image_tokenizer, "BackgroundWriter", lambda run: Log())
+    manifest = run_job(spec)
+    assert {entry.path for entry in manifest.files} == {"config.json", "model.safetensors"}
+    assert "files" not in manifest.report
+    manifest.verify(f"{published}/made", content=True)
+    names = {path.name for path in (published / "made").iterdir()}
+    assert names == {"config.json", "model.safetensors", "manifest.json", "notes.txt"}
+
+
+@pytest.mark.parametrize("output", ["", ".", "curated", "curated/below"])
+def test_an_output_that_holds_something_else_is_refused(published: Path, output: str) -> None:
+    before = storage.sizes(str(published))
+    with pytest.raises(SpecificationError, match="output: "):
+        run_job(specification(published, documents=["curated"], output=output))
+    assert storage.sizes(str(published)) == before
 
 
 # -- what is drawn --

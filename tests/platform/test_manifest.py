@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,58 @@ def test_a_job_is_not_finished_when_its_inputs_changed(tmp_path: Path) -> None:
     assert finished(made, specification()) is None
     Path(raw, MANIFEST).unlink()
     assert finished(made, specification()) is None
+
+
+def test_files_without_a_manifest_are_told_apart_by_their_listing(tmp_path: Path) -> None:
+    def now(name: str = "") -> str:
+        (found,) = fingerprints([str(tmp_path / "raw" / name)]).values()
+        return found
+
+    assert now() == "", "there is nothing"
+    file = tmp_path / "raw" / "below" / "a.jsonl"
+    storage.write_bytes(str(file), b"one")
+    seen = [now()]
+    assert now() == seen[0]
+    assert now("below/a.jsonl") == now("below/a.jsonl") != ""
+    storage.write_bytes(str(tmp_path / "raw" / "b.jsonl"), b"added")
+    seen.append(now())
+    file.write_bytes(b"longer")
+    seen.append(now())
+    file.write_bytes(b"LONGER")  # repaired, at its size
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    seen.append(now())
+    file.unlink()
+    seen.append(now())
+    assert len(set(seen)) == 5
+    Manifest(kind="raw").write(str(tmp_path / "raw"))
+    published = now()
+    storage.write_bytes(str(file), b"again")
+    assert now() == published, "a manifest speaks for its files"
+
+
+def test_a_registered_model_is_another_input_when_its_alias_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leads_to: dict[str | None, str] = {}
+    monkeypatch.setattr("calumma.platform.tracking.model_source", lambda uri, tracking: leads_to[tracking.uri])
+    one, two, made, uri = str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "made"), "models:/m@champion"
+    for place in (one, two):
+        Manifest(kind="model").write(place)
+    spec = specification(tracking={"uri": "http://registry"})
+    leads_to["http://registry"] = one
+    inputs = fingerprints([uri], spec.tracking)
+    assert list(inputs) == [uri]
+    Manifest(kind="evaluation", specification=spec.model_dump(mode="json"), inputs=inputs).write(made)
+    assert finished(made, spec) is not None
+    leads_to["http://registry"] = two
+    assert finished(made, spec) is None, "equal files, but another directory"
+    leads_to["http://other"] = one
+    assert finished(made, specification(tracking={"uri": "http://other"})) is not None
+    leads_to["http://registry"] = one
+    Manifest(kind="model", report={"trained": "again"}).write(one)
+    assert finished(made, spec) is None
+    leads_to["http://registry"] = "mlflow-artifacts:/1/model"
+    assert fingerprints([uri], spec.tracking) != inputs
 
 
 def test_manifests_are_json_for_people(tmp_path: Path) -> None:

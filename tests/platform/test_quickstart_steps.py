@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from calumma.platform import runner
 from calumma.platform.commands.quickstart import quickstart
-from calumma.platform.config import SpecificationError
+from calumma.platform.config import FinetuneSpecification, SpecificationError
 from calumma.platform.data.manifest import Manifest
 from calumma.platform.progress import Progress
 from calumma.platform.quickstart import display, questions, steps
@@ -115,6 +115,7 @@ def test_a_server_that_is_not_there_is_told() -> None:
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Steps that ran, in order; each publishes an empty result without computing anything. No cluster starts."""
     ran: list[str] = []
+    registered: dict[str, str] = {}
 
     def publish(spec: steps.JobSpecification, options: Options, progress: Progress) -> Manifest:
         name = spec.run_name or spec.job
@@ -123,6 +124,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(name)
         manifest = Manifest(kind="test", specification=spec.model_dump(mode="json"))
         manifest.write(runner.output_of(spec))
+        if isinstance(spec, FinetuneSpecification):
+            registered[f"models:/{spec.register_as}@{spec.alias}"] = f"{runner.output_of(spec)}/model"
         return manifest
 
     @contextmanager
@@ -133,7 +136,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(steps, "_run", publish)
     monkeypatch.setattr(steps.cluster, "embedded", no_cluster)
-    monkeypatch.setattr("calumma.platform.tracking.model_source", lambda uri, tracking=None: uri)
+    monkeypatch.setattr("calumma.platform.tracking.model_source", lambda uri, tracking=None: registered[uri])
     return ran
 
 
@@ -210,6 +213,12 @@ def test_a_shared_storage_brings_its_model_into_a_new_registry(
     assert steps._standing(spec) is not None
     from calumma.platform import tracking
 
-    assert tracking.model_source("models:/calumma-quickstart@champion", other.tracking) == (
-        f"{storage}/stages/finetuned/model"
-    )
+    champion, model = "models:/calumma-quickstart@champion", f"{storage}/stages/finetuned/model"
+    assert tracking.model_source(champion, other.tracking) == model
+    with tracking.run(spec) as current:
+        tracking.register(other.tracking, "calumma-quickstart", "/another/model", current.id, "champion")
+    assert steps._standing(spec) is not None
+    assert tracking.model_source(champion, other.tracking) == model, "the alias led elsewhere"
+    versions = current.client.search_model_versions("name = 'calumma-quickstart'")
+    assert steps._standing(spec) is not None
+    assert len(current.client.search_model_versions("name = 'calumma-quickstart'")) == len(versions) == 3

@@ -1,6 +1,7 @@
 """Running one job: skipping, checking, tracking, and what the user is told when it goes wrong."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -94,6 +95,19 @@ def test_a_result_of_another_specification_is_made_again(count: Count, spec: Cou
     _, skipped = runner.run_job(spec.model_copy(update={"number": 8}))
     assert not skipped
     assert count.ran == [7, 8]
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(b"")])
+def test_a_result_whose_files_are_gone_or_cut_short_is_made_again(
+    count: Count, spec: CountSpecification, harm: Callable[[Path], object]
+) -> None:
+    runner.run_job(spec)
+    file = Path(runner.output_of(spec), "number.txt")
+    harm(file)
+    assert runner.standing(spec) is None
+    assert runner.run_job(spec)[1] is False
+    assert file.read_bytes() == b"7"
+    assert runner.run_job(spec)[1] is True
 
 
 def test_force_discards_what_was_made_and_only_that(count: Count, spec: CountSpecification) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.utils.validation import _validate_param
 from PIL import Image
 
 from calumma.platform import tracking
@@ -187,3 +190,25 @@ def test_a_server_that_cannot_be_used_is_an_error_that_names_it() -> None:
 def test_parameter_names_are_what_mlflow_accepts() -> None:
     flat = tracking.flatten({"a": {"b": [1, 2], "c d": {}}, "ü(x)": 1, "tracking": Tracking()})
     assert flat == {"a.b": [1, 2], "a.c d": {}, "ü_x_": 1, "tracking.uri": None, "tracking.experiment": "calumma"}
+
+
+def test_a_mixture_of_uris_is_logged_as_parameters(server: Tracking) -> None:
+    mixture = {"s3://bucket/x": 1.0, "s3:/bucket/x": 2.0, "tokens/pairs/": 3.0, "tokens/../pairs": 4.0, "/data/x": 5.0}
+    with tracking.run(specification(server, mixture=mixture)) as run:
+        pass
+    params = run.client.get_run(run.id).data.params
+    assert {name: float(value) for name, value in params.items() if name.startswith("mixture.")} == {
+        "mixture.s3:/bucket/x": 1.0,
+        "mixture.s3:/bucket/x 2": 2.0,
+        "mixture.tokens/pairs": 3.0,
+        "mixture.tokens/__/pairs": 4.0,
+        "mixture./data/x": 5.0,
+    }
+
+
+@given(st.dictionaries(st.text("a./: (ü\n", max_size=8) | st.text(max_size=300), st.integers()))
+def test_every_parameter_name_passes_mlflows_check_and_no_value_is_lost(values: dict[str, int]) -> None:
+    flat = tracking.flatten(values)
+    for name in flat:
+        _validate_param(name, "1")
+    assert list(flat.values()) == list(values.values())

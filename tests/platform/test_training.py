@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.document import Document, Image, Text
 from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.transformer import Transformer
-from calumma.platform import storage, tracking
+from calumma.platform import runner, storage, tracking
 from calumma.platform.config import (
     FinetuneSpecification,
     ImageTokenizerSpecification,
@@ -34,7 +35,7 @@ from calumma.platform.config import (
     TrainSpecification,
 )
 from calumma.platform.data import shards
-from calumma.platform.data.manifest import FileEntry, Manifest, finished
+from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints, finished
 from calumma.platform.progress import silent
 from calumma.platform.tracking import Run
 from calumma.platform.training import checkpoint, engine, held_out, image_tokenizer, samples, text_tokenizer
@@ -273,7 +274,6 @@ def run(root: str) -> Iterator[Run]:
         ({"model": MODEL.model_copy(update={"vocabulary_size": 99}).model_dump()}, r"has 99 ids, the vocabulary"),
         ({"model": None, "initial": "stages/none"}, r"initial: .*neither a finished stage nor a model directory"),
         ({"samples": ["one " * 200]}, r"samples: the prompt 'one one .* tokens, the model's context is 64"),
-        ({"schedule": {"kind": "exponential", "final": 0}}, r"schedule\.final"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_the_terms_of_the_specification(
@@ -304,22 +304,109 @@ def test_a_stage_goes_on_from_its_newest_whole_checkpoint(root: str, run: Run, t
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"micro_batches": 4}, {"steps": 13}, {"z_loss": 0.0}, {"mixture": {"tokens/pairs": 1.0}}]
+    ("change", "why"),
+    [
+        ({"seed": 1}, r"other settings \(seed\)"),
+        ({"micro_batches": 4, "z_loss": 0.0}, r"other settings \(micro_batches, z_loss\)"),
+        ({"steps": 13}, r"`steps` was 12 and is 13, and without schedule\.total_steps .*another training"),
+        ({"mixture": {"tokens/pairs": 1.0}}, r"other settings \(mixture\)"),
+    ],
 )
-def test_another_training_does_not_go_on_with_these_checkpoints(
-    root: str, run: Run, tmp_path: Path, change: dict[str, Any]
+def test_the_checkpoints_of_another_training_are_refused_and_kept(
+    root: str, run: Run, tmp_path: Path, change: dict[str, Any], why: str
 ) -> None:
     spec = stage(root, output=str(tmp_path / "stage"))
     leave_checkpoint(spec, 4, prepare(spec, run).inputs)
-    assert prepare(spec.model_copy(update=change), run).first_step == 0
-    assert checkpoint.newest(spec.output) is None  # and they are gone, not mixed with the new ones
+    other = spec.model_copy(update=change)
+    with pytest.raises(SpecificationError, match=rf"stage/checkpoints .* step 4.*{why}.* `output`.* --force"):
+        prepare(other, run)
+    found = checkpoint.newest(spec.output)
+    assert found is not None
+    assert found.step == 4
+    runner.discard(other)  # what --force does
+    assert prepare(other, run).first_step == 0
 
 
-def test_other_data_under_the_same_name_starts_anew(root: str, run: Run, tmp_path: Path) -> None:
+def test_the_checkpoints_of_a_longer_training_are_refused_and_kept(root: str, run: Run, tmp_path: Path) -> None:
+    schedule = {"kind": "cosine", "warmup_steps": 2, "total_steps": 100}
+    spec = stage(root, output=str(tmp_path / "stage"), schedule=schedule)
+    leave_checkpoint(spec, 12, prepare(spec, run).inputs)
+    with pytest.raises(SpecificationError, match="it is to end after step 8"):
+        prepare(spec.model_copy(update={"steps": 8}), run)
+
+
+def test_other_data_under_the_same_name_is_another_training(root: str, run: Run, tmp_path: Path) -> None:
     spec = stage(root, output=str(tmp_path / "stage"))
     inputs = prepare(spec, run).inputs
-    leave_checkpoint(spec, 4, dict.fromkeys(inputs, "another fingerprint"))
-    assert prepare(spec, run).first_step == 0
+    leave_checkpoint(spec, 4, inputs | {f"{root}/tokens/pairs": "another fingerprint"})
+    with pytest.raises(SpecificationError, match=r"other data or tokenizers \([^,]*tokens/pairs\)"):
+        prepare(spec, run)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": MODEL.model_copy(update={"context": 32})}, "the model's context is 32"),
+        ({"mixture": {"tokens/pairs": 0.0}}, "a mixture weight must be above 0"),
+        ({"initial": "initial", "continue_schedule": True}, "continue_schedule: .* has no checkpoint"),
+    ],
+)
+def test_a_stage_that_is_refused_leaves_the_output_as_it_was(
+    root: str, run: Run, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    storage.write_bytes(f"{root}/initial/config.json", MODEL.model_dump_json().encode())
+    spec = stage(root, output=str(tmp_path / "stage"), resources={"workers": 1}).model_copy(update=change)
+    storage.write_bytes(f"{spec.output}/checkpoints/step-00000004/state/part", b"killed before its manifest")
+    Manifest(kind="stage").write(spec.output)
+    before = storage.sizes(spec.output)
+    with pytest.raises(SpecificationError, match=said):
+        run_stage(spec, run, silent)
+    assert storage.sizes(spec.output) == before
+
+
+# -- token shards and their tokenizers --
+
+
+def record_tokenizers(uri: str, inputs: dict[str, str], **fields: Any) -> None:
+    """Let the token shards' manifest say what they were made with, as the job tokenize does."""
+    manifest = Manifest.read(uri)
+    spec = TokenizeSpecification.model_validate(manifest.specification | fields)
+    specification = spec.model_dump(mode="json")
+    manifest.model_copy(update={"inputs": inputs, "specification": specification}).write(uri)
+
+
+@pytest.fixture
+def shards_of_its_own(root: str, tmp_path: Path) -> str:
+    shutil.copytree(f"{root}/tokens/pairs", tmp_path / "pairs")
+    return str(tmp_path / "pairs")
+
+
+def test_token_shards_of_another_tokenizer_are_refused(root: str, run: Run, shards_of_its_own: str) -> None:
+    text = f"{root}/tokenizers/text"
+    made_with = fingerprints([text])
+    spec = stage(root, mixture={shards_of_its_own: 1.0}, output="stages/none")
+    record_tokenizers(shards_of_its_own, made_with)
+    prepare(spec, run)
+    record_tokenizers(shards_of_its_own, {text: "another fingerprint"})
+    with pytest.raises(
+        SpecificationError, match=r"pairs were tokenized with another text tokenizer .*run the job tokenize again"
+    ):
+        prepare(spec, run)
+    with pytest.raises(SpecificationError, match=r"held_out: .*another text tokenizer"):
+        prepare(stage(root, held_out={"pairs": shards_of_its_own}, output="stages/none"), run)
+
+
+def test_token_shards_and_tokenizers_may_have_moved_since(root: str, run: Run, shards_of_its_own: str) -> None:
+    """The tokenizer is known by its fingerprint; where it was then, the specification of then says."""
+    spec = stage(root, mixture={shards_of_its_own: 1.0}, output="stages/none")
+    (mark,) = fingerprints([f"{root}/tokenizers/text"]).values()
+    record_tokenizers(shards_of_its_own, {"old/tokenizers/text": mark}, storage="old")
+    prepare(spec, run)
+    record_tokenizers(shards_of_its_own, {"old/tokenizers/text": "another"}, storage="old")
+    with pytest.raises(SpecificationError, match="another text tokenizer"):
+        prepare(spec, run)
+    record_tokenizers(shards_of_its_own, {})  # nothing recorded, nothing to compare
+    prepare(spec, run)
 
 
 def test_a_stage_can_be_lengthened_when_its_schedule_is_longer_than_it(root: str, run: Run, tmp_path: Path) -> None:
@@ -414,6 +501,54 @@ def test_a_vocabulary_that_the_texts_do_not_support_is_refused(root: str, run: R
     with pytest.raises(SpecificationError, match="no BPE vocabulary of 9000 ids"):
         text_tokenizer.train_text_tokenizer(spec, run, silent)
     assert not storage.exists(f"{root}/x")
+
+
+@pytest.fixture
+def text_spec(root: str, tmp_path: Path) -> TextTokenizerSpecification:
+    """Curated lines in a storage of their own, and a text tokenizer to be trained on them."""
+    shutil.copytree(f"{root}/curated/lines", tmp_path / "curated/lines")
+    return TextTokenizerSpecification(
+        storage=str(tmp_path), documents=["curated/lines"], output="made", vocabulary_size=300, image_codes=4
+    )
+
+
+def test_a_tokenizer_is_replaced_by_a_trained_one_only_and_other_files_stay(
+    text_spec: TextTokenizerSpecification, run: Run, tmp_path: Path
+) -> None:
+    first = text_tokenizer.train_text_tokenizer(text_spec, run, silent)
+    (tmp_path / "made/notes.txt").write_text("mine")
+    too_large = text_spec.model_copy(update={"vocabulary_size": 9000})
+    with pytest.raises(SpecificationError, match="no BPE vocabulary"):
+        text_tokenizer.train_text_tokenizer(too_large, run, silent)
+    assert Manifest.read(str(tmp_path / "made")) == first
+    first.verify(str(tmp_path / "made"), content=True)
+    second = text_tokenizer.train_text_tokenizer(text_spec.model_copy(update={"image_codes": 8}), run, silent)
+    assert (tmp_path / "made/notes.txt").read_text() == "mine"
+    assert {entry.path for entry in second.files} == {"text_tokenizer.model", "vocabulary.json"}
+    second.verify(str(tmp_path / "made"), content=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("", "is the storage itself"),
+        (".", "is the storage itself"),
+        ("curated/..", "is the storage itself"),
+        ("/", "is the storage itself or holds it"),
+        ("curated/lines", "overlaps with .*curated/lines"),
+        ("curated", "overlaps with .*curated/lines"),
+        ("curated/lines/tokenizer", "overlaps with .*curated/lines"),
+        ("other", "holds 'curated', and no 'text_tokenizer'"),
+    ],
+)
+def test_a_tokenizer_is_not_written_over_something_else(
+    text_spec: TextTokenizerSpecification, run: Run, tmp_path: Path, output: str, said: str
+) -> None:
+    shutil.copytree(tmp_path / "curated/lines", tmp_path / "other")
+    before = storage.sizes(str(tmp_path))
+    with pytest.raises(SpecificationError, match=f"output: .*{said}"):
+        text_tokenizer.train_text_tokenizer(text_spec.model_copy(update={"output": output}), run, silent)
+    assert storage.sizes(str(tmp_path)) == before
 
 
 def test_a_limit_of_characters_leaves_no_source_out() -> None:
