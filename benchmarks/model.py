@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -300,58 +300,39 @@ def verdict(value: float, target: float, below: bool = False) -> str:
     return f"{'<=' if below else '>='} {target:g} {'reached' if reached else 'NOT reached'}"
 
 
-def report(device: str, quick: bool) -> list[tuple[str, str, str, str]]:
-    """Rows of (case, measured, found, target)."""
+Row = tuple[str, str, str, str]
+
+
+def report(device: str, quick: bool) -> Iterator[Row]:
+    """Rows of (case, what is measured, what was found, target), as they are found."""
     compared, limited = cases(device, quick)
-    table = []
     for case in compared:
-        name = case.name + (", blocks compiled (ours)" if case.compile else "")
-        fast = measure("speed", case)
-        rates = [case.tokens / fast[key] for key in ("seconds", "their_seconds")]
-        table.append(
-            (
-                name,
-                "tokens/s over transformers'",
-                f"{fast['ratio']:.2f} ({rates[0]:,.0f} : {rates[1]:,.0f})",
-                verdict(fast["ratio"], 1.5),
-            )
-        )
-        used = [measure("memory", case, implementation=each)["bytes"] for each in ("calumma", "transformers")]
-        table.append(
-            (
-                name,
-                "peak memory over transformers'",
-                f"{used[0] / used[1]:.2f} ({used[0] / 1e9:.2f} : {used[1] / 1e9:.2f} GB)",
-                verdict(used[0] / used[1], 0.6, below=True),
-            )
-        )
-        table.append((name, "a step with stability instruments", f"{100 * fast['instruments']:+.1f} %", "cheap"))
-        table.append((name, "loss of the first step", f"{fast['loss']:.4f} : {fast['their_loss']:.4f}", "equal"))
+        yield from side_by_side(case)
     for case in limited:
         found = measure("utilization", case)
+        rates = f"{found['achieved'] / 1e9:,.0f} of {found['ceiling'] / 1e9:,.0f} GFLOP/s"
         # the target is set for float32 on the CPU, for bfloat16 and compiled blocks on a GPU
-        target = 0.55 if device == "cuda" else 0.6
         asked = device == "cuda" or case.dtype == "float32"
-        table.append(
-            (
-                case.name,
-                "FLOP/s over the matmul ceiling",
-                f"{found['share']:.0%} ({found['achieved'] / 1e9:,.0f} of {found['ceiling'] / 1e9:,.0f} GFLOP/s)",
-                verdict(found["share"], target) if asked else "for information",
-            )
-        )
-    whole = Case("chameleon-7b", 32, 4096, 4096, "bfloat16", device="cuda", checkpoint=True, turns=1)
+        wanted = verdict(found["share"], 0.55 if device == "cuda" else 0.6) if asked else "for information"
+        yield case.name, "FLOP/s over the matmul ceiling", f"{found['share']:.0%} ({rates})", wanted
     if device == "cuda" and not quick:
-        used_bytes = measure("memory", whole, implementation="calumma")["bytes"]
-        table.append(
-            (
-                "all of chameleon-7b, context 4096, bfloat16 weights and optimizer state, activations recomputed",
-                "peak memory on the GPU",
-                f"{used_bytes / 1e9:.1f} GB",
-                verdict(used_bytes / H200_BYTES, 1.0, below=True),
-            )
-        )
-    return table
+        whole = Case("chameleon-7b", 32, 4096, 4096, "bfloat16", device="cuda", checkpoint=True, turns=1)
+        used = measure("memory", whole, implementation="calumma")["bytes"]
+        name = "all of chameleon-7b, context 4096, bfloat16 weights and optimizer state, activations recomputed"
+        yield name, "peak memory on the GPU", f"{used / 1e9:.1f} GB", verdict(used / H200_BYTES, 1.0, below=True)
+
+
+def side_by_side(case: Case) -> Iterator[Row]:
+    name = case.name + (", blocks compiled (ours)" if case.compile else "")
+    fast = measure("speed", case)
+    ours_second, theirs_second = (case.tokens / fast[key] for key in ("seconds", "their_seconds"))
+    rates = f"{fast['ratio']:.2f} ({ours_second:,.0f} : {theirs_second:,.0f})"
+    yield name, "tokens/s over transformers'", rates, verdict(fast["ratio"], 1.5)
+    used, others = (measure("memory", case, implementation=each)["bytes"] for each in ("calumma", "transformers"))
+    sizes = f"{used / others:.2f} ({used / 1e9:.2f} : {others / 1e9:.2f} GB)"
+    yield name, "peak memory over transformers'", sizes, verdict(used / others, 0.6, below=True)
+    yield name, "stability instruments, of a step", f"{fast['instruments']:+.1%}", "cheap"
+    yield name, "loss of the first step", f"{fast['loss']:.4f} : {fast['their_loss']:.4f}", "equal"
 
 
 def machine(device: str) -> str:
