@@ -31,8 +31,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(slow)
         if "gpu" in item.keywords and not _has_cuda():
             item.add_marker(no_device)
-    # Tests without a cluster first: they are quick, and a mistake they find is plainer to read.
-    items.sort(key=lambda item: "cluster" in item.keywords)
+    # Tests without a cluster first: they are quick, and a mistake they find is plainer to read. Then those that start a
+    # cluster of their own: beside the session's it would find the port of its job agent taken.
+    items.sort(key=lambda item: ("cluster" in item.keywords) + ("ray_cluster" in getattr(item, "fixturenames", ())))
 
 
 def _has_cuda() -> bool:

@@ -13,7 +13,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from calumma.platform import cluster, runner
+from calumma.platform import runner
 from calumma.platform.cluster import ClusterError
 from calumma.platform.commands import doctor, job
 from calumma.platform.commands.doctor import State
@@ -248,9 +248,7 @@ def dashboard() -> Iterator[str]:
             print(ray.get_runtime_context().gcs_address, ray._private.worker.get_dashboard_url(), flush=True)
             sys.stdin.read()
         """
-    # The session's lean cluster has put its settings into this process's environment; with them Ray runs no job agent.
-    variables = {name: value for name, value in os.environ.items() if name not in cluster.LEAN}
-    variables |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
+    variables = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
         stdin=subprocess.PIPE,
