@@ -310,19 +310,19 @@ def verdict(value: float, target: float, below: bool = False) -> str:
 Row = tuple[str, str, str, str]
 
 
-def report(device: str, quick: bool) -> Iterator[Row]:
+def report(device: str, quick: bool, part: str) -> Iterator[Row]:
     """Rows of (case, what is measured, what was found, target), as they are found."""
     compared, limited = cases(device, quick)
-    for case in compared:
+    for case in compared if part != "limit" else []:
         yield from side_by_side(case)
-    for case in limited:
+    for case in limited if part != "compared" else []:
         found = measure("utilization", case)
         rates = f"{found['achieved'] / 1e9:,.0f} of {found['ceiling'] / 1e9:,.0f} GFLOP/s"
         # the target is set for float32 on the CPU, for bfloat16 and compiled blocks on a GPU
         asked = device == "cuda" or case.dtype == "float32"
         wanted = verdict(found["share"], 0.55 if device == "cuda" else 0.6) if asked else "for information"
         yield case.name, "FLOP/s over the matmul ceiling", f"{found['share']:.0%} ({rates})", wanted
-    if device == "cuda" and not quick:
+    if device == "cuda" and not quick and part != "compared":
         whole = Case("chameleon-7b", 32, 4096, 4096, "bfloat16", device="cuda", checkpoint=True, turns=1)
         used = measure("memory", whole, implementation="calumma")["bytes"]
         name = "all of chameleon-7b, context 4096, bfloat16 weights and optimizer state, activations recomputed"
@@ -359,6 +359,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether the script works, not how fast")
+    parser.add_argument("--part", choices=["all", "compared", "limit"], default="all", help="side by side, or limits")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
@@ -370,7 +371,7 @@ def main() -> None:
         raise SystemExit("--device cuda: PyTorch finds no CUDA device here")
     print(f"Machine: {machine(given.device)}\n")
     print("| case | measured | calumma | target |\n| --- | --- | --- | --- |")
-    for row in report(given.device, given.quick):
+    for row in report(given.device, given.quick, given.part):
         print(f"| {' | '.join(row)} |", flush=True)
     if given.device == "cpu":
         print(
