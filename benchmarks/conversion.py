@@ -1,9 +1,9 @@
 """Memory and speed of converting large checkpoints: `python benchmarks/conversion.py --preset chameleon-7b`.
 
 Writes random bfloat16 weights of a preset's shape in Meta's layout, in shards as of up to four GPUs, and takes them
-through `calumma import meta`, `export hf` and `import hf`, each a process of its own. Peak memory is what a process holds
-besides files (RssAnon in Linux' /proc): pages of a mapped checkpoint are the kernel's to drop. Needs free disk for
-three copies of the model, twice its size at a time.
+through `calumma import meta`, `export hf` and `import hf`, each a process of its own. Peak memory is what a process
+holds besides files (RssAnon in Linux' /proc): pages of a mapped checkpoint are the kernel's to drop. Needs free disk
+for three copies of the model, twice its size at a time.
 """
 
 from __future__ import annotations
