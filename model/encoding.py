@@ -10,12 +10,15 @@ In a conversation only the assistant's tokens, and the <end_turn> that closes th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from calumma.model.document import Document, Image, Role, Segment, Text
+from calumma.model.document import Document, Image, Role, Segment, Text, Turn
 from calumma.model.image_tokenizer import ImageTokenizer, preprocess, to_image
 from calumma.model.text_tokenizer import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
@@ -28,7 +31,17 @@ class Encoded(NamedTuple):
     trained: list[bool]
 
 
+class Tokens(NamedTuple):
+    """The same as arrays, for whoever encodes very many."""
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+
+
 class DocumentEncoder:
+    """`encode` and `encode_many` are for a few documents. The tokenizing job, which works on texts and images at the
+    same time, calls the steps they are made of: `text_ids`, `pixels`, `code`, `assemble`."""
+
     def __init__(self, vocabulary: Vocabulary, text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer) -> None:
         codes, ids = image_tokenizer.config.codebook_size, len(vocabulary.image_codes)
         if codes != ids:
@@ -36,6 +49,8 @@ class DocumentEncoder:
         self.vocabulary = vocabulary
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
+        self._id_of_code = np.array(vocabulary.image_codes, dtype=np.int32)
+        self._special = {token: np.array([token], dtype=np.int32) for token in vocabulary.special_ids}
 
     @property
     def image_length(self) -> int:
@@ -49,40 +64,79 @@ class DocumentEncoder:
     def encode_many(self, documents: Sequence[Document], complete: bool = True, batch: int = 64) -> list[Encoded]:
         """As `encode`, with the images of all documents coded in batches of `batch`."""
         images = [image for document in documents for image in document.images]
-        codes = iter(self._codes(images, batch))
-        return [self._assemble(document, codes, complete) for document in documents]
+        coded = (
+            ids
+            for begin in range(0, len(images), batch)
+            for ids in self.code([self.pixels(image) for image in images[begin : begin + batch]])
+        )
+        tokens = self.assemble(documents, self.text_ids(documents), coded, complete)
+        return [Encoded(each.ids.tolist(), each.trained.tolist()) for each in tokens]
 
-    def _codes(self, images: list[Image], batch: int) -> list[list[int]]:
+    def text_ids(self, documents: Sequence[Document]) -> list[NDArray[np.int32]]:
+        """The token ids of every text segment, in order."""
+        texts = [s.text for document in documents for s in document.segments if isinstance(s, Text)]
+        return self.text_tokenizer.encode_many(texts)
+
+    def pixels(self, image: Image) -> torch.Tensor:
+        """What `code` takes of an image: FloatTensor [3, resolution, resolution]. Raises UnreadableImage."""
+        # A prompt's image keeps all of its content, any other is filled from edge to edge (paper section 3.1).
         resolution = self.image_tokenizer.config.resolution
-        device = self.image_tokenizer.codebook.weight.device
-        codes: list[list[int]] = []
-        for begin in range(0, len(images), batch):
-            chunk = images[begin : begin + batch]
-            # A prompt's image keeps all of its content, any other is filled from edge to edge (paper section 3.1).
-            pixels = [preprocess(i.open(), resolution, "pad" if i.role == "user" else "crop") for i in chunk]
-            codes += self.image_tokenizer.encode(torch.stack(pixels).to(device)).tolist()
-        return codes
+        return preprocess(image.open(), resolution, "pad" if image.role == "user" else "crop")
 
-    def _assemble(self, document: Document, codes: Iterator[list[int]], complete: bool) -> Encoded:
-        vocabulary = self.vocabulary
-        conversation = document.is_conversation
-        ids, trained = [vocabulary.bos], [not conversation]
-        for turn in document.turns():
-            train = not conversation or turn.role == "assistant"
-            begin = len(ids)
-            for segment in turn.segments:
-                if isinstance(segment, Text):
-                    ids += self.text_tokenizer.encode(segment.text)
-                else:
-                    image = [vocabulary.image_codes[code] for code in next(codes)]
-                    ids += [vocabulary.begin_image, *image, vocabulary.end_image]
-            if turn.role is not None:
-                ids.append(vocabulary.end_turn)
-            trained += [train] * (len(ids) - begin)
-        if complete:
-            ids.append(vocabulary.eos)
-            trained.append(not conversation)
-        return Encoded(ids, trained)
+    def code(self, pixels: Sequence[torch.Tensor]) -> NDArray[np.int32]:
+        """The token ids [B, codes] of B images, without begin and end, coded in one batch on the tokenizer's device."""
+        device = self.image_tokenizer.codebook.weight.device
+        codes_BN = self.image_tokenizer.encode(torch.stack(list(pixels)).to(device))
+        return self._id_of_code[codes_BN.cpu().numpy()]
+
+    def assemble(
+        self,
+        documents: Sequence[Document],
+        texts: Sequence[NDArray[np.int32]],
+        images: Iterator[NDArray[np.int32]],
+        complete: bool = True,
+    ) -> list[Tokens]:
+        """Each document's tokens, from the ids of all their texts and images in order. They share one array: an array
+        for every short document would take longer than its text."""
+        if not documents:
+            return []
+        v, text = self.vocabulary, iter(texts)
+        special = self._special
+        parts: list[NDArray[np.int32]] = []
+        begins, size = [0], 0
+        untrained: list[tuple[int, int]] = []
+        for document in documents:
+            conversation = document.is_conversation
+            parts.append(special[v.bos])
+            size += 1
+            if conversation:
+                untrained.append((size - 1, size))
+            for turn in document.turns() if conversation else (Turn(None, document.segments),):
+                begin = size
+                for segment in turn.segments:
+                    if isinstance(segment, Text):
+                        parts.append(ids := next(text))
+                        size += len(ids)
+                    else:
+                        ids = next(images)
+                        parts += (special[v.begin_image], ids, special[v.end_image])
+                        size += len(ids) + 2
+                if turn.role is not None:
+                    parts.append(special[v.end_turn])
+                    size += 1
+                if conversation and turn.role != "assistant":
+                    untrained.append((begin, size))
+            if complete:
+                parts.append(special[v.eos])
+                size += 1
+                if conversation:
+                    untrained.append((size - 1, size))
+            begins.append(size)
+        ids = np.concatenate(parts)
+        trained = np.ones(size, np.bool_)
+        for begin, end in untrained:
+            trained[begin:end] = False
+        return [Tokens(ids[begin:end], trained[begin:end]) for begin, end in pairwise(begins)]
 
     def decode(self, ids: Sequence[int], role: Role | None = None) -> Document:
         """Ids, as sampled or as encoded, to a document; special ids vanish, an incomplete image is dropped.

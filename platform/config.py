@@ -5,13 +5,14 @@ Inside a specification every location is a URI (`s3://...`), an absolute path, o
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from calumma.model.config import ImageLossConfig, ImageTokenizerConfig, ModelConfig
 
@@ -43,7 +44,9 @@ class WorkerRange(Section):
 class Resources(Section):
     """What the job asks of the cluster. A range of workers adapts to what there is."""
 
-    workers: Annotated[int, Field(ge=1)] | WorkerRange = 1
+    workers: Annotated[int, Field(ge=0)] | WorkerRange = Field(
+        1, description="0: in the job's own process, without a cluster (curate and tokenize; for tests and notebooks)"
+    )
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
 
@@ -56,6 +59,9 @@ class Resources(Section):
         return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
 
 
+IN_PROCESS = ("curate", "tokenize")  # jobs that need no cluster when resources.workers is 0
+
+
 class JobSpecification(Section):
     job: str
     storage: str = Field(description="root URI or folder; relative locations are below it")
@@ -63,6 +69,15 @@ class JobSpecification(Section):
     resources: Resources = Resources()
     run_name: str | None = Field(None, description="name of the MLflow run; default: the job's name")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _workers(self) -> Self:
+        if self.resources.workers == 0 and self.job not in IN_PROCESS:
+            raise ValueError(
+                f"resources.workers: 0, which is work without a cluster, is for {' and '.join(IN_PROCESS)}; "
+                f"give {self.job} at least 1"
+            )
+        return self
 
     def locate(self, location: str) -> str:
         """The absolute URI or path of a location named in this specification."""
@@ -82,8 +97,156 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 class Source(Section):
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
-    format: Literal["webdataset", "jsonl", "interleaved", "conversations"]
+    format: str = Field(description="the name of a format, or a reader of your own as package.module:function")
     location: str = Field(description="a file, or a prefix whose files are all read")
+    images: str | None = Field(
+        None,
+        description="the folder of the images that files refer to; default: each file's own, or for pages the location",
+    )
+    options: dict[str, Any] = Field({}, description="options of the reader, such as {field: body}")
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, format: str) -> str:
+        from calumma.platform import sources  # only where a source is given: readers need Pillow and numpy
+
+        sources.check(format, {})
+        return format
+
+    @field_validator("options")
+    @classmethod
+    def _understood(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        from calumma.platform import sources
+
+        if "format" in info.data:  # else the format is wrong already
+            sources.check(info.data["format"], options)
+        return options
+
+
+class CurationStep(Section):
+    """A step of the curation; a specification turns it on by naming it."""
+
+    sources: list[str] | None = Field(None, min_length=1, description="the sources it applies to, by name; none: all")
+
+
+class TextRules(CurationStep):
+    """Lengths and languages of texts and pages. Of image-caption pairs the language only: lengths are CaptionRules'."""
+
+    min_characters: int = Field(0, ge=0)
+    max_characters: int | None = Field(None, ge=1)
+    min_words: int = Field(0, ge=0)
+    max_words: int | None = Field(None, ge=1)
+    languages: list[str] = Field([], description="ISO 639-1 codes that are kept; none: all, and none is looked for")
+    min_probability: float = Field(0.6, ge=0, le=1, description="that a text must reach in its language")
+
+
+class ImageRules(CurationStep):
+    """Sizes of images. A failing image takes its document with it, of a page (unless told otherwise) only itself."""
+
+    min_side: int = Field(1, ge=1, description="pixels of the shorter side")
+    max_side: int | None = Field(None, ge=1, description="pixels of the longer side")
+    max_aspect: float | None = Field(None, ge=1, description="longer side by shorter side")
+    pages: Literal["image", "document"] = Field("image", description="what a failing image of a page takes with it")
+
+
+class CaptionRules(CurationStep):
+    """Captions of image-caption pairs."""
+
+    min_words: int = Field(1, ge=0)
+    max_words: int | None = Field(None, ge=1)
+    min_letters: float = Field(0.0, ge=0, le=1, description="share of letters among all characters but white space")
+    max_repetition: float = Field(1.0, ge=0, le=1, description="share of words that repeat an earlier one")
+    boilerplate: bool = Field(True, description="drop file names, camera names, web addresses, `image 3 of 7`, …")
+    patterns: list[str] = Field([], description="regular expressions; a caption in which one is found is dropped")
+
+    @field_validator("patterns")
+    @classmethod
+    def _compile(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
+
+
+class NameRules(CurationStep):
+    """Which names (licenses, domains) are kept: those allowed, if any are given, and not denied."""
+
+    allow: list[str] = []
+    deny: list[str] = []
+    deny_file: str | None = Field(None, description="location of a text file with one more denied name a line")
+    unknown: Literal["keep", "drop"] = Field("keep", description="what becomes of documents that say none")
+
+
+Personal = Literal["email", "phone", "ip", "credit_card", "iban"]
+
+
+class ScrubRules(CurationStep):
+    """What is replaced in texts and captions by a mark such as <EMAIL>."""
+
+    personal: list[Personal] = Field(list(get_args(Personal)), description="kinds of personal data")
+    secrets: bool | list[str] = Field(
+        True, description="keys and tokens: by all detectors of a known form, or by these, as detect-secrets names them"
+    )
+    hooks: list[str] = Field([], description="package.module:function, each given a text and returning it scrubbed")
+
+
+class Upsampling(Section):
+    above: float = Field(description="documents of a higher score are repeated")
+    times: float = Field(ge=1, description="copies of each; the fraction decides by the document's hash")
+
+
+class Scorer(CurationStep):
+    """A model or measure that gives images or documents a number to choose by."""
+
+    factory: str = Field(
+        description="package.module:function, called with `arguments` once in every actor; what it returns is called "
+        "with lists (RGB images, or documents) and returns a number for each"
+    )
+    arguments: dict[str, Any] = {}
+    of: Literal["images", "documents"] = "images"
+    reduce: Literal["mean", "min", "max"] = Field("mean", description="the score of a document with several images")
+    minimum: float | None = None
+    maximum: float | None = None
+    upsample: Upsampling | None = None
+    batch: int = Field(32, ge=1, description="images or documents a call")
+    resources: Resources = Resources()
+
+
+class NearDuplicates(Section):
+    """Texts that share most of their runs of words (MinHash)."""
+
+    similarity: float = Field(0.8, gt=0, lt=1, description="Jaccard, of the sets of runs of words")
+    words: int = Field(5, ge=1, description="length of a run")
+    permutations: int = Field(128, ge=16, multiple_of=2, description="values of a signature")
+
+
+class ImageDuplicates(Section):
+    """Image-caption pairs whose images look alike (perceptual hash)."""
+
+    distance: int = Field(4, ge=0, le=10, description="bits, of 64, that two hashes may differ in")
+
+
+class DuplicateRules(CurationStep):
+    """Of documents that are alike the first stays, by the order of sources in the specification, files, and places."""
+
+    exact: bool = Field(True, description="equal but for case and white space, and equal images")
+    near: NearDuplicates | None = None
+    images: ImageDuplicates | None = None
+
+
+class Decontamination(CurationStep):
+    """Drops documents that contain parts of evaluation sets."""
+
+    against: list[str] = Field(
+        min_length=1, description="locations: curated directories, .jsonl or .json (every string in them), .txt (lines)"
+    )
+    ngram: int = Field(13, ge=2, description="words in a row that a document may not share with an evaluation set")
+    shortest: int = Field(8, ge=2, description="evaluation texts of fewer words than `ngram` count down to this length")
+    image_distance: int | None = Field(
+        None, ge=0, le=16, description="bits, of 64, that perceptual hashes of images may differ in; none: texts only"
+    )
 
 
 class CurateSpecification(JobSpecification):
@@ -96,12 +259,51 @@ class CurateSpecification(JobSpecification):
     min_text: int = Field(1, ge=0, description="characters; plain-text documents below it are dropped")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="the job fails when more input than this is unreadable")
     documents_per_shard: int = Field(1000, ge=1)
+    licenses: NameRules | None = Field(None, description="names may hold wildcards, say `cc-by*`")
+    domains: NameRules | None = Field(None, description="of the documents' URLs; a name covers its subdomains")
+    images: ImageRules | None = None
+    captions: CaptionRules | None = None
+    texts: TextRules | None = None
+    decontaminate: Decontamination | None = None
+    scrub: ScrubRules | None = None
+    duplicates: DuplicateRules | None = None
+    scorers: dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")], Scorer] = Field({}, description="by name")
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         if twice := _repeated(source.name for source in self.sources):
             raise ValueError(f"sources: the name {', '.join(twice)} is given more than once; names must differ")
         return self
+
+    @model_validator(mode="after")
+    def _known_sources(self) -> Self:
+        known = [source.name for source in self.sources]
+        for place, step in self._steps().items():
+            if unknown := sorted(set(step.sources or ()) - set(known)):
+                raise ValueError(
+                    f"{place}.sources: there is no source {', '.join(unknown)}; sources are {', '.join(known)}"
+                )
+        return self
+
+    def _steps(self) -> dict[str, CurationStep]:
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        fields |= {f"scorers.{name}": scorer for name, scorer in self.scorers.items()}
+        return {place: step for place, step in fields.items() if isinstance(step, CurationStep)}
+
+    def only(self, names: Iterable[str]) -> Self:
+        """The specification of some of its sources alone, without the steps that apply to none of them."""
+        chosen = [source for source in self.sources if source.name in set(names)]
+
+        def narrowed(step: Any) -> Any:
+            if step.sources is None:
+                return step
+            left = [source.name for source in chosen if source.name in step.sources]
+            return step.model_copy(update={"sources": left}) if left else None
+
+        steps: dict[str, Any] = {place: narrowed(step) for place, step in self._steps().items() if "." not in place}
+        scorers = {name: scorer for name, scorer in self.scorers.items() if narrowed(scorer)}
+        steps["scorers"] = {name: narrowed(scorer) for name, scorer in scorers.items()}
+        return self.model_copy(update={"sources": chosen, **steps})
 
 
 class TextTokenizerSpecification(JobSpecification):
@@ -158,6 +360,15 @@ class TokenizeSpecification(JobSpecification):
     context: int = Field(4096, ge=16)
     micro_batch: int = Field(1, ge=1, description="packed sequences a row group, the unit a worker reads")
     micro_batches_per_shard: int = Field(256, ge=1)
+    window: int = Field(
+        1000,
+        ge=1,
+        description="documents, about, that a task shuffles and packs together: more make fuller rows and shards, and "
+        "a killed job has more to repeat",
+    )
+    image_batch: int = Field(
+        16, ge=1, description="images coded at once; 16 of 512x512 need about 8 GB of the device's memory"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -192,10 +403,38 @@ class Schedule(Section):
         return self
 
 
+class MixtureOf(Section):
+    """The mixture of an earlier stage, as part of this one's (paper section 2.2: at half its weight in stage 2)."""
+
+    stage: str = Field(description="output of the earlier stage")
+    share: float = Field(
+        gt=0, le=1, description="of this stage's micro-batches; the rest is for the sources in mixture"
+    )
+
+
+class CopiesOfShards(Section):
+    """A local cache of shards, shared by the workers of a machine."""
+
+    directory: str
+    gigabytes: float = Field(gt=0, description="what it may take; the copies not read for longest make room")
+
+
+class Reading(Section):
+    """How token shards are read."""
+
+    verify: bool = Field(True, description="check every row group that is read against its digest")
+    cache: CopiesOfShards | None = Field(None, description="keep copies of whole shards; none: read parts of them")
+
+
 class TrainSpecification(JobSpecification):
     """One training stage on packed token shards; writes checkpoints and a model directory."""
 
-    mixture: dict[str, float] = Field(min_length=1, description="token shards -> weight")
+    mixture: dict[str, float] = Field({}, description="token shards -> weight; weights need not add up to anything")
+    mixture_of: MixtureOf | None = None
+    max_epochs: float | None = Field(
+        None, gt=0, description="passes through a source beyond which the stage is refused; none: a warning beyond 4"
+    )
+    data: Reading = Reading()
     held_out: dict[str, str] = Field({}, description="name -> token shards whose loss is measured at the end")
     text_tokenizer: str = "tokenizers/text"
     image_tokenizer: str = "tokenizers/image"
@@ -235,6 +474,13 @@ class TrainSpecification(JobSpecification):
         bad = {k: v for k, v in self.mixture.items() if v <= 0}
         if bad:
             raise ValueError(f"mixture weights must be above 0, found {bad}")
+        if not self.mixture and self.mixture_of is None:
+            raise ValueError(
+                "mixture: name at least one directory of token shards, or an earlier stage in `mixture_of`"
+            )
+        if self.mixture_of and bool(self.mixture) != (self.mixture_of.share < 1):
+            given = f"{self.mixture_of.share:g}, and `mixture` names {len(self.mixture)} sources for the rest"
+            raise ValueError(f"mixture_of.share is {given}; a share below 1 needs some, a share of 1 none")
         return self
 
 

@@ -13,6 +13,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,13 +61,15 @@ def standing(spec: JobSpecification) -> Manifest | None:
 def discard(spec: JobSpecification) -> None:
     """Take away what a job has made so far (its manifest, the files that names, its checkpoints) and nothing else."""
     from calumma.platform import storage
+    from calumma.platform.data import receipts
     from calumma.platform.data.manifest import MANIFEST, Manifest
 
     place = output_of(spec)
     manifest = Manifest.find(place)
     for path in [MANIFEST, *(entry.path for entry in manifest.files)] if manifest else []:
         storage.delete(storage.join(place, path))
-    storage.delete(storage.join(place, CHECKPOINTS))
+    for folder in (CHECKPOINTS, receipts.FOLDER):
+        storage.delete(storage.join(place, folder))
 
 
 def run_job(spec: JobSpecification, progress: Progress = silent, force: bool = False) -> tuple[Manifest, bool]:
@@ -98,7 +101,7 @@ def run_alone(
     address: str | None = None,
     logs: Path | None = None,
 ) -> tuple[Manifest, bool]:
-    """`run_job` with a cluster for it alone: embedded in this process, or the one at `address`.
+    """`run_job` with a cluster for it alone: embedded in this process, or the one at `address`; none for 0 workers.
 
     What needs no cluster to find out (result stands, machine too small) is found out before one is started.
     """
@@ -106,7 +109,11 @@ def run_alone(
         return done, True
     if address is None:
         cluster.require(spec.resources)
-    with cluster.connected(address) if address else cluster.embedded(logs=logs):
+    if address:
+        place: AbstractContextManager[object] = cluster.connected(address)
+    else:
+        place = cluster.embedded(logs=logs) if spec.resources.max_workers else nullcontext()
+    with place:
         return run_job(spec, progress, force)
 
 

@@ -22,7 +22,13 @@ from urllib.parse import unquote, urlsplit
 
 MANIFEST = "manifest.json"
 _THREADS = 8
-_ATTEMPTS = 6  # of one request, with botocore's exponential back-off (about half a minute); AWS_MAX_ATTEMPTS overrides
+_ATTEMPTS = 8  # of one request, with botocore's exponential back-off (about a minute); AWS_MAX_ATTEMPTS overrides
+_READ_TIMEOUT = 60  # seconds without a byte, after which a request is made again
+# What passes, of the codes of errors. Ranges are tried again by urllib3's Retry: botocore's own attempts end where a
+# body begins, and after a hundred in one process.
+_PASSING = {"429", "500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+
+Check = Callable[[bytes], str | None]
 
 
 class StorageError(OSError):
@@ -31,6 +37,14 @@ class StorageError(OSError):
 
 class NotFound(StorageError):
     """There is nothing at the URI."""
+
+
+class Damaged(StorageError):
+    """Something was read that is not what it should be, however often it was read."""
+
+
+class _Broken(Exception):
+    """An attempt to read that failed in a way that another may not."""
 
 
 def is_remote(uri: str) -> bool:
@@ -74,21 +88,21 @@ def _bucket_and_key(uri: str) -> tuple[str, str]:
     return bucket, key.strip("/")
 
 
-def _client() -> Any:
+def _client(attempts: int | None = None) -> Any:
     """The S3 client of this process and these AWS settings (clients may be shared by threads, never by forks)."""
     settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-    return _client_for(os.getpid(), settings)
+    return _client_for(os.getpid(), settings, attempts or _attempts())
 
 
 @functools.lru_cache(maxsize=8)
-def _client_for(process: int, settings: tuple[tuple[str, str], ...]) -> Any:
+def _client_for(process: int, settings: tuple[tuple[str, str], ...], attempts: int) -> Any:
     import boto3
     from botocore.config import Config
 
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": int(dict(settings).get("AWS_MAX_ATTEMPTS", _ATTEMPTS))},
+        retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=10,
-        read_timeout=60,
+        read_timeout=_READ_TIMEOUT,
         max_pool_connections=4 * _THREADS,
         # boto3's newer default checksums are refused by several S3-compatible stores; manifests carry sha256.
         request_checksum_calculation="when_required",
@@ -97,12 +111,16 @@ def _client_for(process: int, settings: tuple[tuple[str, str], ...]) -> Any:
     return boto3.session.Session().client("s3", config=config)
 
 
+def _attempts() -> int:
+    return int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS))
+
+
 @contextmanager
 def _explained(uri: str, action: str) -> Iterator[None]:
     """Turn whatever goes wrong while doing `action` to `uri` into a StorageError that says what to do."""
     try:
         yield
-    except StorageError:
+    except (StorageError, _Broken):
         raise
     except Exception as error:
         explained = _explain_s3(uri, action, error) if is_remote(uri) else _explain_local(uri, action, error)
@@ -124,8 +142,7 @@ def _explain_s3(uri: str, action: str, raised: Exception) -> StorageError | None
 
     chain = (raised, raised.__cause__, raised.__context__)  # boto3's transfers and smart_open wrap botocore's errors
     error = next((x for x in chain if isinstance(x, e.ClientError | e.BotoCoreError)), None)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
-    said = f"cannot {action} {uri} at {endpoint}"
+    said = f"cannot {action} {uri} at {_endpoint()}"
     if error is None:
         return StorageError(f"{said}: {raised}") if isinstance(raised, OSError) else None
     if isinstance(error, e.NoCredentialsError | e.PartialCredentialsError):
@@ -145,6 +162,10 @@ def _explain_s3(uri: str, action: str, raised: Exception) -> StorageError | None
     if code in ("AccessDenied", "403"):
         return StorageError(f"{said}: access denied; these credentials need list, read and write rights to {bucket!r}")
     return StorageError(f"{said}: {error}")
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
 
 
 def _bucket_exists(bucket: str) -> bool:
@@ -214,13 +235,100 @@ def _remote_sizes(uri: str) -> Iterator[tuple[str, int]]:
 
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file. Raises StorageError, NotFound."""
+    content = io.BytesIO()
+    copy_to(uri, content)
+    return content.getvalue()
+
+
+def read_range(uri: str, offset: int, length: int, check: Check | None = None) -> bytes:
+    """`length` bytes from `offset` of a file, in one request.
+
+    `check` says what is wrong with them, or None. Requests that fail in passing, answers that break off or are short,
+    and what fails the check are tried again, with back-off and jitter. Raises StorageError, NotFound, and Damaged when
+    it fails the check to the last.
+    """
+    if not is_remote(uri):
+        return _checked(uri, lambda: _local_range(uri, offset, length), check, attempts=2)
+    return _checked(uri, lambda: _remote_range(uri, offset, length), check, _attempts())
+
+
+def _checked(uri: str, read: Callable[[], bytes], check: Check | None, attempts: int) -> bytes:
+    from urllib3.exceptions import MaxRetryError
+    from urllib3.util import Retry
+
+    # Also of what is no HTTP: it counts, and knows how long to wait.
+    policy = Retry(attempts - 1, backoff_factor=0.5, backoff_jitter=1.0, backoff_max=20.0)
+    while True:
+        failure: StorageError
+        try:
+            data = read()
+        except _Broken as error:
+            failure = StorageError(f"cannot read {uri}: {error}, at the last of {attempts} attempts")
+        else:
+            wrong = check(data) if check else None
+            if wrong is None:
+                return data
+            failure = Damaged(f"{uri}: {wrong}, however often it is read")
+        try:
+            policy = policy.increment(error=failure)
+        except MaxRetryError:
+            raise failure from None
+        policy.sleep()
+
+
+def _local_range(uri: str, offset: int, length: int) -> bytes:
+    with _explained(uri, "read"), local_path(uri).open("rb", buffering=0) as file:
+        file.seek(offset)
+        data = file.read(length)
+        while len(data) < length and (more := file.read(length - len(data))):
+            data += more
+    if len(data) < length:
+        raise _Broken(f"it ends {length - len(data):,} bytes before byte {offset + length:,}")
+    return data
+
+
+def _remote_range(uri: str, offset: int, length: int) -> bytes:
+    """One attempt. Raises _Broken, and StorageError for what no other attempt would change."""
+    from botocore import exceptions as e
+
+    bucket, key = _bucket_and_key(uri)
     with _explained(uri, "read"):
+        try:
+            client = _client(attempts=1)
+            body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={offset}-{offset + length - 1}")["Body"]
+            try:
+                data: bytes = body.read(length + 1)
+            finally:
+                body.close()
+        except e.ClientError as error:
+            if str(error.response.get("Error", {}).get("Code", "")) in _PASSING:
+                raise _Broken(str(error)) from error
+            raise
+        except (e.ConnectionError, e.HTTPClientError, e.IncompleteReadError, OSError) as error:
+            raise _Broken(f"{_endpoint()} does not answer, or not to the end ({error})") from error
+    if len(data) != length:
+        raise _Broken(f"{len(data):,} bytes came where {length:,} were asked for")
+    return data
+
+
+def size(uri: str) -> int:
+    """Bytes of a file. Raises StorageError, NotFound."""
+    with _explained(uri, "look for"):
         if not is_remote(uri):
-            return local_path(uri).read_bytes()
+            return local_path(uri).stat().st_size
         bucket, key = _bucket_and_key(uri)
-        content = io.BytesIO()
-        _client().download_fileobj(bucket, key, content)  # unlike get_object, it starts again when a connection breaks
-        return content.getvalue()
+        return int(_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
+
+
+def copy_to(uri: str, file: BinaryIO) -> None:
+    """Copy a file's content into an open one. Raises StorageError, NotFound."""
+    with _explained(uri, "read"):
+        if is_remote(uri):
+            bucket, key = _bucket_and_key(uri)
+            _client().download_fileobj(bucket, key, file)  # in parts, and again from where a connection broke
+            return
+        with local_path(uri).open("rb") as source:
+            shutil.copyfileobj(source, file, 1 << 20)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -381,12 +489,7 @@ def _upload_file(file: Path, uri: str) -> None:
 
 def _download_file(uri: str, file: Path) -> None:
     with _explained(uri, "read"):
-        if is_remote(uri):
-            bucket, key = _bucket_and_key(uri)
-            _replace(file, lambda target: _client().download_fileobj(bucket, key, target))
-            return
-        with local_path(uri).open("rb") as source:
-            _replace(file, lambda target: shutil.copyfileobj(source, target, 1 << 20))
+        _replace(file, lambda target: copy_to(uri, target))
 
 
 def _delete_file(uri: str) -> None:

@@ -1,28 +1,34 @@
 """Curation: raw files -> checked, ordered documents in Parquet shards, one published directory a source.
 
-A task is a file (or some, where there are very many): it is read, checked, ordered and written in one go, so a
-source's shards are the same whatever cluster makes them. A document is either kept, dropped for a named reason, or
-bad (unreadable); more bad input than allowed fails the source, which then publishes nothing.
+A task is a file (or some, where there are very many), so a source's shards are the same whatever cluster makes them. A
+document is either kept, dropped for a named reason, or bad (unreadable); more bad input than allowed fails the source,
+which then publishes nothing.
+
+Where every step looks at one document alone, a task reads, checks and writes in one go. Scores and duplicates take
+phases (see calumma.platform.curation.tasks). Of duplicates the earlier stays, by the order of sources, files and
+places; they are looked for last, so that no document goes for one which itself is not wanted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from calumma.model.document import Document, Image, Text, UnreadableImage, without_layout
-from calumma.platform import storage
-from calumma.platform.config import CurateSpecification, Source, SpecificationError
-from calumma.platform.data import pipeline, shards, sources
+from calumma.model.document import Document
+from calumma.platform import cluster, sources, storage
+from calumma.platform.config import CurateSpecification, Resources, Source, SpecificationError
+from calumma.platform.curation import chain, decontaminate, duplicates, report, scoring, staging, tasks
+from calumma.platform.curation.findings import Findings
+from calumma.platform.data import pipeline, shards
 from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints
-from calumma.platform.data.sources import BadInput
 from calumma.platform.data.tally import Tally
 from calumma.platform.evaluation.sheet import Cell, contact_sheet
 from calumma.platform.progress import Progress
@@ -41,193 +47,271 @@ class TooMuchBadInput(ValueError):
     """More of a source is unreadable than its specification allows, or nothing of it is left."""
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """A readable document that the specification does not want."""
-
-    reason: str
-
-
-# -- one document ------------------------------------------------------------------------------------------------------
-
-
-def prepare(item: sources.Item, spec: CurateSpecification) -> Document | Dropped | BadInput:
-    """Check a raw document and put it into its final order."""
-    if isinstance(item, BadInput):
-        return item
-    document = replace(item, segments=without_layout(item.segments))
-    if problem := _unreadable(document):
-        return problem
-    if not document.segments:
-        return Dropped("empty")
-    if document.is_conversation and all(s.role != "assistant" for s in document.segments):
-        return Dropped("conversation without an answer")
-    if not document.images and not document.is_conversation and len(document.text.strip()) < spec.min_text:
-        return Dropped(f"shorter than {spec.min_text} characters")
-    return ordered(document, spec.seed, spec.image_first)
-
-
-def ordered(document: Document, seed: int, image_first: float) -> Document:
-    """A pair (one image with a caption) as image then caption, or caption then image in the other 1 - `image_first` of
-    the cases; its content decides, so a rerun decides alike. Other documents keep their order (paper section 2.2)."""
-    if len(document.segments) != 1 or not isinstance(image := document.segments[0], Image):
-        return document
-    if not image.caption or image.role is not None:
-        return document
-    data = image.data if isinstance(image.data, bytes) else image.png()
-    digest = hashlib.sha256(f"{seed}\0{image.caption}\0".encode() + data).digest()
-    caption = Text(image.caption)
-    first = int.from_bytes(digest[:8]) / 2**64 < image_first
-    return replace(document, segments=(image, caption) if first else (caption, image))
-
-
-def _unreadable(document: Document) -> BadInput | None:
-    name = sources.name_of(document)
-    texts = [s.text if isinstance(s, Text) else s.caption or "" for s in document.segments]
-    for text in (*texts, document.license, document.url):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return BadInput(name, f"text is not valid Unicode: {error.reason} at character {error.start}")
-    images = document.images
-    for index, image in enumerate(images):
-        try:
-            image.open()
-        except UnreadableImage as error:
-            return BadInput(name if len(images) == 1 else f"{name}, image {index}", str(error))
-    return None
-
-
-# -- one task ----------------------------------------------------------------------------------------------------------
-
-
-def curate_files(task: dict[str, Any]) -> dict[str, Any]:
-    """Read, check, order and write the documents of some files. Raises StorageError.
-
-    `task`: "specification", "source" (its name), "files" (URIs), "output" (the source's URI), "stem" (of shard names).
-    Returns {"source", "files": entries written, "tally"}.
-    """
-    spec = CurateSpecification.model_validate(task["specification"])
-    source = next(s for s in spec.sources if s.name == task["source"])
-    tally = Tally()
-    entries: list[dict[str, Any]] = []
-    documents = _kept(task["files"], source, spec, tally)
-    for number, shard in enumerate(pipeline.chunks(documents, spec.documents_per_shard)):
-        path = pipeline.shard_name(task["stem"], number)
-        data = shards.to_parquet(shard)
-        storage.write_bytes(storage.join(task["output"], path), data)
-        entries.append(FileEntry.of(path, data, rows=len(shard)).model_dump(mode="json"))
-    return {"source": source.name, "files": entries, "tally": tally.model_dump(mode="json")}
-
-
-def _kept(files: list[str], source: Source, spec: CurateSpecification, tally: Tally) -> Iterator[Document]:
-    for uri in files:
-        for item in sources.read_file(source.format, source.name, uri):
-            result = prepare(item, spec)
-            if isinstance(result, Document):
-                tally.keep(result)
-                yield result
-            elif isinstance(result, Dropped):
-                tally.drop(result.reason)
-            else:
-                tally.skip(result)
-
-
-# -- the job -----------------------------------------------------------------------------------------------------------
+Staged = tuple[str, int, int]  # path, first identity, documents
 
 
 @dataclass
 class _Work:
-    """What has come back of one source."""
+    """One source: what is to do, and what has come back."""
 
     source: Source
+    number: int  # in the specification
     output: str
-    mark: str  # fingerprint of the specification and the input files
+    alone: CurateSpecification  # that makes this source only: what its manifest records
+    mark: str  # fingerprint of that specification and the input files
+    inputs: dict[str, str]
     sizes: dict[str, int]
     ignored: list[str]
     tasks: list[dict[str, Any]]
-    tally: Tally
-    entries: list[FileEntry]
+    tally: Tally = field(default_factory=Tally)
+    findings: Findings = field(default_factory=Findings)
+    entries: list[FileEntry] = field(default_factory=list)
+    staged: list[list[Staged]] = field(default_factory=list)  # of every task
+
+    def take(self, result: dict[str, Any]) -> None:
+        """Count in what a task returned."""
+        self.tally.add(Tally.model_validate(result["tally"]))
+        self.findings.add(Findings.model_validate(result["findings"]))
+        self.entries += [FileEntry.model_validate(entry) for entry in result.get("files", ())]
+
+    @property
+    def parts(self) -> list[Staged]:
+        return [part for task in self.staged for part in task]
+
+    @property
+    def documents_staged(self) -> int:
+        return sum(count for _, _, count in self.parts)
+
+
+_Pairs = list[tuple[_Work, dict[str, Any]]]
 
 
 def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
     """Curate all sources that no equal specification has published. Raises SpecificationError, TooMuchBadInput (after
-    the good sources are published) and StorageError."""
+    the good sources are published), ScorerFailed and StorageError."""
+    chain.check(spec)
+    for name in spec.scorers:
+        _require(spec, _resources(spec, name))
+    works = _plan(spec)
+    published = _standing(spec, works)
+    waiting = [w for w in works if w.source.name not in published]
     output = spec.locate(spec.output)
-    work = [_plan(spec, source) for source in spec.sources]
-    published: dict[str, Manifest] = {}
-    failures: list[str] = []
-    waiting = {w.source.name: w for w in work}
-    for w in work:
-        manifest = pipeline.standing(w.output, _alone(spec, w.source))
-        if manifest is not None and manifest.report["fingerprint"] == w.mark:
-            published[w.source.name] = manifest
-            del waiting[w.source.name]
-    total = sum(len(w.sizes) for w in waiting.values())
-    done = 0
-    progress(0, total, f"{total:,} files of {len(waiting)} sources")
-    tasks = [task for w in waiting.values() for task in w.tasks]
-    for task, result in zip(tasks, pipeline.in_order(tasks, curate_files, spec.resources), strict=True):
-        w = waiting[result["source"]]
-        w.tally.add(Tally.model_validate(result["tally"]))
-        w.entries += [FileEntry.model_validate(entry) for entry in result["files"]]
-        done += len(task["files"])
-        progress(done, total, f"{w.source.name}: {w.tally.kept:,} documents")
-        if task is w.tasks[-1]:
-            if problem := _problem(spec, w):
-                failures.append(problem)
-                pipeline.discard(storage.join(w.output, entry.path) for entry in w.entries)
-            else:
-                manifest = _publish(spec, w, run)
-                published[w.source.name] = manifest
-                if skipped := unreadable(w.source.name, manifest.report):
-                    logger.warning("%s", skipped)
-    if failures:
-        raise TooMuchBadInput("\n".join(failures))
+    mark = pipeline.fingerprint(spec, {w.source.name: w.mark for w in works})
+    with staging.folder(output, mark) if waiting and _is_staged(spec) else nullcontext("") as root:
+        index = _index(spec, root) if waiting else None
+        job = _Job(spec, run, progress, root, index)
+        if spec.duplicates is not None or spec.scorers:
+            published |= job.in_phases(waiting)
+        else:
+            published |= job.one_phase(waiting)
     manifest = pipeline.together(shards.CURATED, spec, {s.name: published[s.name] for s in spec.sources})
     manifest.write(output)
+    report.write(output, manifest, {w.source.name: w.findings for w in waiting}, run)
     run.log_metrics(_metrics(manifest))
     return manifest
 
 
+def _is_staged(spec: CurateSpecification) -> bool:
+    return any((spec.duplicates, spec.scorers, spec.decontaminate))
+
+
+def _resources(spec: CurateSpecification, scorer: str) -> Resources:
+    return spec.resources if spec.resources.max_workers == 0 else spec.scorers[scorer].resources
+
+
+def _require(spec: CurateSpecification, resources: Resources) -> None:
+    if resources.max_workers:
+        cluster.require(resources)
+
+
+# -- what is to do -----------------------------------------------------------------------------------------------------
+
+
+def _plan(spec: CurateSpecification) -> list[_Work]:
+    """The tasks of all sources. Raises SpecificationError when a location has no files of its format."""
+    listed = {source.name: _files(spec, source) for source in spec.sources}
+    steps = (spec.licenses, spec.domains)
+    lists = [spec.locate(step.deny_file) for step in steps if step is not None and step.deny_file]
+    against = [spec.locate(location) for location in spec.decontaminate.against] if spec.decontaminate else []
+    given = fingerprints([spec.locate(source.location) for source in spec.sources] + lists + against)
+    works = []
+    for number, source in enumerate(spec.sources):
+        alone = _alone(spec, source)
+        sizes, ignored = listed[source.name]
+        inputs = {uri: given[uri] for uri in [*(spec.locate(s.location) for s in alone.sources), *lists, *against]}
+        everything = {uri: size for s in alone.sources for uri, size in listed[s.name][0].items()}
+        mark = pipeline.fingerprint(alone, everything | {uri: given[uri] for uri in lists + against})
+        output = storage.join(spec.locate(spec.output), source.name)
+        files, size = list(sizes), -(-len(sizes) // MAX_TASKS)
+        made = [
+            {
+                "specification": spec.model_dump(mode="json"),
+                "source": source.name,
+                "place": [number, place],
+                "files": files[begin : begin + size],
+                "output": output,
+                "stem": pipeline.stem("documents", mark, place),
+            }
+            for place, begin in enumerate(range(0, len(files), size))
+        ]
+        works.append(_Work(source, number, output, alone, mark, inputs, sizes, ignored, made))
+    return works
+
+
 def _alone(spec: CurateSpecification, source: Source) -> CurateSpecification:
-    """The specification that makes this source only: what its manifest records."""
-    return spec.model_copy(update={"sources": [source]})
+    """The specification on which this source's documents depend: of it and, where duplicates of earlier sources go, of
+    those."""
+    names = [s.name for s in spec.sources]
+    if spec.duplicates is None or not chain.applies(spec.duplicates, source.name):
+        return spec.only([source.name])
+    earlier = [name for name in names[: names.index(source.name)] if chain.applies(spec.duplicates, name)]
+    return spec.only([*earlier, source.name])
 
 
-def _plan(spec: CurateSpecification, source: Source) -> _Work:
-    """The tasks of a source. Raises SpecificationError when its location has no files of its format."""
+def _files(spec: CurateSpecification, source: Source) -> tuple[dict[str, int], list[str]]:
     location = spec.locate(source.location)
     sizes, ignored = sources.list_source(source.format, location)
-    if not sizes:
-        suffixes = " or ".join(f"*{suffix}" for suffix in sources.FORMATS[source.format].suffixes)
-        if ignored:
-            names = ", ".join(storage.relative(uri, location) for uri in ignored[:3])
-            there = f"there are {len(ignored):,} other files, such as {names}"
-        else:
-            there = "there is nothing at that location"
-        raise SpecificationError(
-            f"source {source.name!r} ({source.format}): no {suffixes} files at {location}; {there}"
-        )
-    output = storage.join(spec.locate(spec.output), source.name)
-    alone = _alone(spec, source)
-    mark = pipeline.fingerprint(alone, sizes)
-    files, size = list(sizes), -(-len(sizes) // MAX_TASKS)
-    tasks = [
-        {
-            "specification": alone.model_dump(mode="json"),
-            "source": source.name,
-            "files": files[begin : begin + size],
-            "output": output,
-            "stem": pipeline.stem("documents", mark, number),
-        }
-        for number, begin in enumerate(range(0, len(files), size))
-    ]
-    return _Work(source, output, mark, sizes, ignored, tasks, Tally(), [])
+    if sizes:
+        return sizes, ignored
+    suffixes = " or ".join(f"*{suffix}" for suffix in sources.find(source.format).suffixes) or "any"
+    if ignored:
+        names = ", ".join(storage.relative(uri, location) for uri in ignored[:3])
+        there = f"there are {len(ignored):,} other files, such as {names}"
+    else:
+        there = "there is nothing at that location"
+    raise SpecificationError(f"source {source.name!r} ({source.format}): no {suffixes} files at {location}; {there}")
 
 
-def _problem(spec: CurateSpecification, w: _Work) -> str | None:
-    tally, name = w.tally, w.source.name
+def _standing(spec: CurateSpecification, works: list[_Work]) -> dict[str, Manifest]:
+    """Manifests of the sources that need not be made again."""
+    published: dict[str, Manifest] = {}
+    for w in works:
+        manifest = pipeline.standing(w.output, w.alone)
+        if manifest is not None and manifest.report["fingerprint"] == w.mark:
+            published[w.source.name] = manifest
+    # Sources whose documents are compared are made together.
+    compared = [w.source.name for w in works if chain.applies(spec.duplicates, w.source.name)]
+    if not all(name in published for name in compared):
+        published = {name: manifest for name, manifest in published.items() if name not in compared}
+    return published
+
+
+def _index(spec: CurateSpecification, root: str) -> str | None:
+    """Where the index of evaluation sets is, made now. Raises SpecificationError and StorageError."""
+    if spec.decontaminate is None:
+        return None
+    task = {
+        "rules": spec.decontaminate.model_dump(mode="json"),
+        "against": [spec.locate(location) for location in spec.decontaminate.against],
+        "output": root,
+        "index": storage.join(root, "evaluation.npz"),
+    }
+    for _ in pipeline.in_order([task], decontaminate.build, spec.resources):
+        pass
+    return str(task["index"])
+
+
+# -- doing it ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Job:
+    spec: CurateSpecification
+    run: Run
+    progress: Progress
+    root: str  # where work is staged
+    index: str | None
+    phase: int = 0
+    phases: int = 1
+
+    def one_phase(self, works: list[_Work]) -> dict[str, Manifest]:
+        """Raises TooMuchBadInput when all good sources are published."""
+        pairs = [(w, {**task, "index": self.index}) for w in works for task in w.tasks]
+        return self._publishing(works, pairs, tasks.curate_files)
+
+    def in_phases(self, works: list[_Work]) -> dict[str, Manifest]:
+        """Raises TooMuchBadInput after the first phase when any source is too bad, since others depend on it."""
+        spec, root = self.spec, self.root
+        compared = [w for w in works if chain.applies(spec.duplicates, w.source.name)]
+        self.phases = 2 + len(spec.scorers) + bool(compared) + bool(compared and spec.scorers)
+        rows: Counter[str] = Counter()
+        staging_tasks = [(w, {**task, "index": self.index, "root": root}) for w in works for task in w.tasks]
+        for w, _, result in self._results(staging_tasks, tasks.stage_files, len(works)):
+            w.take(result)
+            w.staged.append([(path, first, count) for path, first, count in result["staged"]])
+            rows.update(result["rows"])
+        if failures := [problem for w in works if (problem := _problem(spec, w, w.documents_staged))]:
+            raise TooMuchBadInput("\n".join(failures))
+        for name, scorer in spec.scorers.items():
+            made = [task for w in works if chain.applies(scorer, w.source.name) for task in self._scoring(w, name)]
+            arguments = {"specification": spec.model_dump(mode="json"), "name": name}
+            self._run(made, scoring.Scoring, _resources(spec, name), name, arguments)
+        if compared and spec.scorers:
+            for _, _, result in self._results(self._on_staged(compared), tasks.sign_files, len(compared)):
+                rows.update(result["rows"])
+        if compared and spec.duplicates is not None:
+            made = duplicates.tasks(root, spec.locate(spec.output), spec.duplicates, rows)
+            self._run(made, duplicates.find, spec.resources, "duplicates")
+        published = self._publishing(works, self._on_staged(works), tasks.finish_files)
+        tasks.show_others([w.findings for w in works], [part for w in works for part in w.parts], root)
+        return published
+
+    def _publishing(self, works: list[_Work], pairs: _Pairs, work: Any) -> dict[str, Manifest]:
+        """Do the tasks that write shards. Raises TooMuchBadInput when all good sources are published."""
+        published: dict[str, Manifest] = {}
+        failures: list[str] = []
+        for w, task, result in self._results(pairs, work, len(works)):
+            w.take(result)
+            if task["place"] != w.tasks[-1]["place"]:
+                continue
+            if problem := _problem(self.spec, w, w.tally.kept):
+                failures.append(problem)
+                pipeline.discard(storage.join(w.output, entry.path) for entry in w.entries)
+                continue
+            published[w.source.name] = manifest = _publish(w, self.run)
+            if skipped := unreadable(w.source.name, manifest.report):
+                logger.warning("%s", skipped)
+        if failures:
+            raise TooMuchBadInput("\n".join(failures))
+        return published
+
+    def _on_staged(self, works: list[_Work]) -> _Pairs:
+        return [
+            (w, {**task, "staged": staged, "root": self.root})
+            for w in works
+            for task, staged in zip(w.tasks, w.staged, strict=True)
+        ]
+
+    def _scoring(self, w: _Work, name: str) -> Iterator[dict[str, Any]]:
+        for path, _, _ in w.parts:
+            scores = scoring.place(self.root, name, path)
+            yield {"file": tasks.document_file(self.root, path), "scores": scores, "output": w.output}
+
+    def _results(self, pairs: _Pairs, work: Any, count: int) -> Iterator[tuple[_Work, dict[str, Any], dict[str, Any]]]:
+        """Results of tasks over files, in order."""
+        total = sum(len(task["files"]) for _, task in pairs)
+        done = 0
+        self._say(0, total, f"{total:,} files of {count} sources")
+        results = pipeline.in_order([task for _, task in pairs], work, self.spec.resources)
+        for (w, task), result in zip(pairs, results, strict=True):
+            yield w, task, result
+            done += len(task["files"])
+            self._say(done, total, f"{w.source.name}: {w.tally.kept:,} documents")
+        self.phase += 1
+
+    def _run(
+        self, made: list[Any], work: Any, resources: Resources, note: str, arguments: dict[str, Any] | None = None
+    ) -> None:
+        for done, _ in enumerate(pipeline.in_order(made, work, resources, arguments), start=1):
+            self._say(done, len(made), note)
+        self.phase += 1
+
+    def _say(self, done: int, total: int, note: str) -> None:
+        self.progress(self.phase * total + done, self.phases * total, note)
+
+
+def _problem(spec: CurateSpecification, w: _Work, kept: int) -> str | None:
+    tally, name = w.tally.model_copy(update={"kept": kept}), w.source.name
     share = tally.bad_share(sum(w.sizes.values()))
     if tally.bad and share > spec.max_bad_share:
         examples = "".join(f"\n  {bad.name}: {bad.reason}" for bad in tally.examples[:SHOWN])
@@ -236,7 +320,7 @@ def _problem(spec: CurateSpecification, w: _Work) -> str | None:
             f"than max_bad_share allows ({spec.max_bad_share:.2%}); nothing of it was published. For example:{examples}"
             "\nRepair or remove these, or raise max_bad_share."
         )
-    if not tally.kept:
+    if not kept:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.dropped.items()))
         return f"source {name!r}: no document is left of {tally.read:,} read" + (f" ({reasons})" if reasons else "")
     return None
@@ -253,22 +337,21 @@ def unreadable(source: str, report: dict[str, Any]) -> str | None:
     return "\n  ".join([f"source {source!r}: {bad:,} unreadable, skipped:", *lines])
 
 
-def _publish(spec: CurateSpecification, w: _Work, run: Run) -> Manifest:
-    alone = _alone(spec, w.source)
-    report = {
-        "fingerprint": w.mark,
-        "files": len(w.sizes),
-        "files_ignored": len(w.ignored),
-        "bytes": sum(w.sizes.values()),
-        "bad_share": w.tally.bad_share(sum(w.sizes.values())),
-        **w.tally.report(),
-    }
+def _publish(w: _Work, run: Run) -> Manifest:
     manifest = Manifest(
         kind=shards.CURATED,
         files=w.entries,
-        specification=alone.model_dump(mode="json"),
-        report=report,
-        inputs=fingerprints([spec.locate(w.source.location)]),
+        specification=w.alone.model_dump(mode="json"),
+        report={
+            "fingerprint": w.mark,
+            "files": len(w.sizes),
+            "files_ignored": len(w.ignored),
+            "bytes": sum(w.sizes.values()),
+            "bad_share": w.tally.bad_share(sum(w.sizes.values())),
+            **w.tally.report(),
+            "steps": {step: sum(reasons.values()) for step, reasons in w.findings.steps.items()},
+        },
+        inputs=w.inputs,
     )
     pipeline.publish(w.output, manifest)
     if w.tally.images:
@@ -290,7 +373,8 @@ def samples(documents: Iterable[Document]) -> PILImage.Image:
 def _metrics(manifest: Manifest) -> dict[str, float]:
     numbers = ("read", "kept", "bad", "images", "characters")
     metrics: dict[str, float] = {}
-    for name, report in manifest.report["sources"].items():
-        metrics |= {f"{name}/{number}": float(report[number]) for number in numbers}
-        metrics |= {f"{name}/dropped": float(sum(report["dropped"].values()))}
+    for name, found in manifest.report["sources"].items():
+        metrics |= {f"{name}/{number}": float(found[number]) for number in numbers}
+        metrics |= {f"{name}/dropped": float(sum(found["dropped"].values()))}
+        metrics |= {f"{name}/dropped_{step}": float(count) for step, count in found.get("steps", {}).items()}
     return metrics

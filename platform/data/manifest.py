@@ -6,10 +6,12 @@ It is written after every file it names, so a directory with a manifest is whole
 from __future__ import annotations
 
 import builtins
+import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +29,15 @@ class ManifestError(ValueError):
     """A manifest that cannot be read, or files that are not what their manifest says."""
 
 
+class Footer(BaseModel):
+    """The end of a Parquet file: the last `bytes` bytes, from where its Thrift metadata begin to the final magic."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: int = Field(ge=12)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class FileEntry(BaseModel):
     """One file of a directory. Row groups are micro-batches: all but the last hold `sequences_per_row_group` rows."""
 
@@ -39,6 +50,7 @@ class FileEntry(BaseModel):
     row_groups: int = Field(0, ge=0)
     tokens: dict[str, int] = Field({"text": 0, "image": 0}, description="trained and untrained, without padding")
     sequences_per_row_group: int | None = Field(None, ge=1)
+    footer: Footer | None = Field(None, description="of a token shard whose row groups have checksums")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -115,7 +127,8 @@ class Manifest(BaseModel):
         uri = storage.join(uri_dir, MANIFEST)
         data = storage.read_bytes(uri)
         try:
-            return cls.model_validate_json(data)
+            with _uncollected():
+                return cls.model_validate_json(data)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
             raise ManifestError(f"{uri} is not a manifest this version reads: {problems}") from error
@@ -140,6 +153,19 @@ class Manifest(BaseModel):
                 raise ManifestError(f"{uri_dir}: {entry.path} has {said}")
             if content and sha256(storage.join(uri_dir, entry.path)) != entry.sha256:
                 raise ManifestError(f"{uri_dir}: the content of {entry.path} is not what the manifest says")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: walking the new entries again and again takes longer than making them (of
+    100,000 shards, 1.1 s of 1.6)."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def sha256(uri: str) -> str:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ from calumma.platform.data.manifest import Manifest, ManifestError, finished
 MAX_BLOCKS = 4096  # tasks beyond it share a block: Ray Data's bookkeeping stays small
 T = TypeVar("T")
 SHARD_NAME = re.compile(r"[a-z]+-[0-9a-f]{8}-\d{5,}-\d{5,}\.parquet")
+# What a killed storage.write_bytes leaves of a local shard or manifest.
+UNFINISHED = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json)\.[0-9a-f]+\.tmp")
+_THREADS = 16
 Values = dict[str, Any]  # plain values, as JSON has them
 
 
@@ -30,13 +34,16 @@ def in_order(
     work: Callable[[Values], Values] | type[Any],
     resources: Resources,
     arguments: Values | None = None,
-) -> Iterator[Values]:
+) -> Generator[Values, None, None]:
     """`work(task)` of every task, yielded in the order of the tasks.
 
-    `work` is a function, or a class that each actor makes once with `arguments`. Raises SpecificationError when the
-    cluster cannot hold the workers, and what `work` raises.
+    `work` is a function, or a class that each actor makes once with `arguments`. With no workers the tasks run in this
+    process, without Ray. Raises SpecificationError when the cluster cannot hold the workers, and what `work` raises.
     """
     if not tasks:
+        return
+    if resources.max_workers == 0:
+        yield from _in_process(tasks, work, arguments or {})
         return
     workers = cluster.require(resources)
 
@@ -71,6 +78,14 @@ def in_order(
         if isinstance(error.cause, Exception):
             raise error.cause from error
         raise
+
+
+def _in_process(
+    tasks: Sequence[Values], work: Callable[[Values], Values] | type[Any], arguments: Values
+) -> Iterator[Values]:
+    function = work(**arguments) if isinstance(work, type) else work
+    for task in tasks:  # through JSON, as on the cluster
+        yield json.loads(_json_task({"task": json.dumps(task)}, function)["result"])
 
 
 def _json_task(row: Values, work: Callable[[Values], Values]) -> Values:
@@ -137,12 +152,27 @@ def publish(uri_dir: str, manifest: Manifest) -> None:
     """Write the manifest, which replaces any earlier one at once, then delete shards that no longer belong: those of
     an earlier specification and of killed attempts. Files that we did not name are left alone. Raises StorageError."""
     manifest.write(uri_dir)
-    keep = {entry.path for entry in manifest.files}
+    tidy(uri_dir, (entry.path for entry in manifest.files))
+
+
+def tidy(uri_dir: str, keep: Iterable[str]) -> None:
+    """Delete shards of ours that are not among `keep`, and what killed attempts left. Raises StorageError."""
+    kept = set(keep)
     names = {storage.relative(uri, uri_dir): uri for uri in storage.list_files(uri_dir)}
-    discard(uri for name, uri in names.items() if name not in keep and SHARD_NAME.fullmatch(name))
+    discard(uri for name, uri in names.items() if name not in kept and SHARD_NAME.fullmatch(name))
+    sweep(uri_dir)
+
+
+def sweep(uri_dir: str) -> None:
+    """Delete what killed writers left unfinished in a local folder; S3 has no such thing."""
+    if not storage.is_remote(uri_dir):
+        for file in storage.local_path(uri_dir).glob(".*.tmp"):
+            if UNFINISHED.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
 
 def discard(uris: Iterable[str]) -> None:
-    """Delete shards of an unpublished attempt. Raises StorageError."""
-    for uri in uris:
-        storage.delete(uri)
+    """Delete files of unpublished attempts. Raises StorageError."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(storage.delete, uris):
+            pass

@@ -16,6 +16,7 @@ from calumma.platform.data.manifest import Manifest
 
 CURATED = "curated"  # Manifest.kind
 DOCUMENTS_AT_ONCE = 64
+ROW_GROUP, MOST = 1 << 20, 4096  # characters and documents of a row group of texts, about
 
 
 def schema() -> Any:
@@ -33,12 +34,25 @@ def to_parquet(documents: Sequence[Document]) -> bytes:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    # Small row groups, so that images are held a few at a time both here and where the shard is read.
     with pq.ParquetWriter(buffer, schema(), compression="zstd", use_dictionary=["source", "license", "url"]) as writer:
-        for begin in range(0, len(documents), DOCUMENTS_AT_ONCE):
-            rows = [document.to_row() for document in documents[begin : begin + DOCUMENTS_AT_ONCE]]
-            writer.write_table(pa.Table.from_pylist(rows, schema()))
+        for group in _row_groups(documents):
+            writer.write_table(pa.Table.from_pylist([document.to_row() for document in group], schema()))
     return buffer.getvalue()
+
+
+def _row_groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Runs of documents. A few where there are images, which are held that many at a time both here and where the
+    shard is read; more of texts, of which small row groups would take longer to read than to tokenize."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        if len(group) >= DOCUMENTS_AT_ONCE and (size >= ROW_GROUP or len(group) >= MOST):
+            yield group
+            group, size = [], 0
+        group.append(document)
+        size += ROW_GROUP if document.images else len(document.text)
+    if group:
+        yield group
 
 
 def read_shard(uri: str) -> Iterator[Document]:

@@ -8,8 +8,8 @@ https://docs.ray.io/en/latest/train/user-guides/data-loading-preprocessing.html
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,25 +18,24 @@ import numpy as np
 from ray.train import DataConfig
 
 from calumma.platform import storage
+from calumma.platform.data.cache import ShardCache
 from calumma.platform.data.manifest import Manifest
 from calumma.platform.data.plan import MicroBatch, Plan
+from calumma.platform.data.row_groups import RowGroup, RowGroupReader, ShardError
 
 if TYPE_CHECKING:
     import pyarrow
     import torch
     from ray.data import DataIterator, Dataset
 
-_BLOCK = 64  # micro-batches one reading task delivers: few enough to start soon, many enough to pay for a task
+logger = logging.getLogger(__name__)
+_BLOCK = 16 << 20  # bytes that travel together: the object store has a price a block, and the first step waits for one
+_TASK = 64  # blocks, about, that one reading task delivers one after the other
+_TASKS = 1024  # at most, of a worker's dataset: laying them out takes the driver's time at each start
 _THREADS = 8  # row groups a task reads at once: object storage answers slowly, but many at a time
-_BUFFER = 256 << 10  # bytes a request; row groups are small and visited in random order
-
-
-_PLAIN = ("step", "rank", "world", "source", "error", "sequences", "length")
-_COLUMNS = ["tokens", "loss_mask", "segments"]
-
-
-class ShardError(ValueError):
-    """A token shard is missing, damaged, or not what its manifest says; the message names it."""
+_LOCAL_THREADS = 3  # of a local disk: reading is decoding, and more would only be in each other's way
+_TOKEN = 7  # bytes of a token in a block: the token, its mask, and the number of its document
+_LONGEST = 4096  # tokens a row is taken to have where no manifest says
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,25 @@ class PlanDataConfig(DataConfig):
         first_step: int | Callable[[], int],
         last_step: int,
         name: str = "train",
+        verify: bool = True,
+        cache: ShardCache | None = None,
     ) -> None:
-        """Arguments of Plan, then the steps. Raises PlanError."""
+        """Arguments of Plan, then the steps. Whether to check what is read, and where to keep copies of shards. Raises
+        PlanError."""
         super().__init__(datasets_to_split="all")  # the workers wait for each other: one plan for all of them
         self.plan = Plan(seed, mixture, manifests, micro_batches)
+        self.reader = RowGroupReader(self.plan.context, verify, cache)
         self.first_step = first_step
         self.last_step = last_step
         self.name = name
+        for uri in self.plan.sources if verify else ():
+            without = sum(1 for file in manifests[uri].files if file.row_groups and not file.footer)
+            if without:
+                logger.warning(
+                    "%s: %s of its shards have no checksums of their row groups, so they are not verified; tokenize "
+                    "the documents again to have them",
+                    *(uri, without),
+                )
 
     @staticmethod
     def datasets(name: str = "train") -> dict[str, Callable[[], Dataset]]:
@@ -102,18 +113,22 @@ class PlanDataConfig(DataConfig):
 
         # Items are ranges of steps, and the tasks look up their micro-batches: to lay out every micro-batch of a long
         # run here would take minutes and gigabytes at each start.
-        length = max(1, _BLOCK // self.plan.slots(world))
+        steps = self.last_step - first
+        if steps < 1:
+            raise ValueError(f"there is nothing to read: the first step is {first}, the end {self.last_step}")
+        row_group = self.plan.most_sequences * _row_bytes(self.plan)
+        length = max(1, _TASK * _BLOCK // (row_group * self.plan.slots(world)), -(-steps // _TASKS))
         starts = range(first, self.last_step, length)
         items = [{"first": start, "last": min(start + length, self.last_step)} for start in starts]
-        if not items:
-            raise ValueError(f"there is nothing to read: the first step is {first}, the end {self.last_step}")
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
         context = dataset.context
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        # Every block that a task yields goes its way at once, of whatever size: it is one row, and not cut further.
+        context.target_max_block_size = 1
         return dataset.map_batches(
-            partial(_read, plan=self.plan, rank=rank, world=world),
+            partial(_read, plan=self.plan, reader=self.reader, rank=rank, world=world),
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -125,12 +140,12 @@ class PlanDataConfig(DataConfig):
 
 
 def micro_batches(
-    shard: DataIterator, rank: int, world: int, prefetch: int = 1
+    shard: DataIterator, rank: int, world: int, prefetch: int = 2
 ) -> Iterator[tuple[int, list[MicroBatchTensors]]]:
     """The steps of this worker in order, each with its micro-batches: the same number for every worker.
 
-    `prefetch` blocks of 64 micro-batches are fetched ahead. Raises ShardError, and RuntimeError when the data was laid
-    out for another rank or number of workers.
+    `prefetch` blocks (of about 16 MB) are fetched ahead. The tensors are in pinned memory where there is CUDA. Raises
+    ShardError, and RuntimeError when the data was laid out for another rank or number of workers.
     """
     _hush()
     step, group = -1, list[MicroBatchTensors]()
@@ -139,18 +154,20 @@ def micro_batches(
         batch_format="pyarrow",
         prefetch_batches=prefetch,
     )
+    block: Any
     for block in blocks:
-        for row in _rows(block):
-            if (row["rank"], row["world"]) != (rank, world):
-                given = f"{row['rank']} of {row['world']}"
+        for found in map(_Block.of, range(block.num_rows), [block] * block.num_rows):
+            if (found.rank, found.world) != (rank, world):
+                given = f"{found.rank} of {found.world}"
                 raise RuntimeError(f"worker {rank} of {world} was given the data of worker {given}")
-            if row["error"]:
-                raise ShardError(row["error"])
-            if row["step"] != step and group:
-                yield step, group
-                group = []
-            step = row["step"]
-            group.append(_tensors(row))
+            for number, tensors in found.tensors():
+                if number != step and group:
+                    yield step, group
+                    group = []
+                step = number
+                group.append(tensors)
+            if found.error:
+                raise ShardError(found.error)
     if group:
         yield step, group
 
@@ -169,115 +186,135 @@ def _hush() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no progress bars
 
 
-def _read(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> pyarrow.Table:
-    """Ranges of steps -> one row a micro-batch, in order; tokens, mask and segments are lists of B * (T+1)."""
+def _row_bytes(plan: Plan) -> int:
+    return _TOKEN * ((plan.context or _LONGEST) + 1)
+
+
+def _read(items: pyarrow.Table, plan: Plan, reader: RowGroupReader, rank: int, world: int) -> Iterator[pyarrow.Table]:
+    """Ranges of steps -> blocks of their micro-batches, in order; the next block is read while one is taken."""
+    pool = ThreadPoolExecutor(_THREADS if any(map(storage.is_remote, plan.sources)) else _LOCAL_THREADS)
+    try:
+        before: _Reading | None = None
+        for part in _parts(items, plan, rank, world):
+            reading = [(step, found, pool.submit(_read_one, reader, found)) for step, found in part]
+            if before is not None:
+                yield _block(before, plan, rank, world)
+            before = reading
+        if before is not None:
+            yield _block(before, plan, rank, world)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_Share = list[tuple[int, MicroBatch | None]]
+_Reading = list[tuple[int, MicroBatch | None, "Future[RowGroup | str]"]]
+
+
+def _parts(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> Iterator[_Share]:
+    """What goes into one block each: first a step, so that training can begin, then twice as much up to the limit."""
+    size, waiting = plan.slots(world), _Share()
+    most = max(1, _BLOCK // (plan.most_sequences * _row_bytes(plan)))
+    for item in items.to_pylist():
+        planned = max(1, 1024 // plan.slots(world))
+        for first in range(item["first"], item["last"], planned):
+            waiting += plan.share(first, min(first + planned, item["last"]), rank, world)
+            while len(waiting) >= size:
+                yield waiting[:size]
+                waiting = waiting[size:]
+                size = min(2 * size, most)
+    if waiting:
+        yield waiting
+
+
+def _read_one(reader: RowGroupReader, micro_batch: MicroBatch | None) -> RowGroup | str:
+    """A row group, an empty one for None, or the error: handed on as data it reaches the worker that needs the row
+    group, in its turn and in plain words, where an exception in a task would arrive as a page of Ray's frames."""
+    if micro_batch is None:
+        return RowGroup.empty(reader.context)
+    try:
+        return reader.read(micro_batch)
+    except (ShardError, storage.StorageError) as error:
+        return str(error)
+
+
+def _block(reading: _Reading, plan: Plan, rank: int, world: int) -> pyarrow.Table:
+    """One row: lists of the micro-batches' properties, and their values end to end, up to an error if there is one."""
     import pyarrow as pa
 
-    steps = [step for item in items.to_pylist() for step in range(item["first"], item["last"])]
-    work = [(step, micro_batch) for step in steps for micro_batch in plan.worker(step, rank, world)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        groups = list(pool.map(lambda pair: _read_or_explain(pair[1], plan.context), work))
-    ends = pa.array(np.cumsum([0, *(group.tokens.size for group in groups)]), pa.int64())
+    steps, sources, groups, error = list[int](), list[str](), list[RowGroup](), ""
+    for step, micro_batch, future in reading:
+        found = future.result()
+        if isinstance(found, str):
+            error = found
+            break
+        steps.append(step)
+        sources.append(micro_batch.source if micro_batch else "")
+        groups.append(found)
+    # The number of a document within its row: there are no more of them than tokens.
+    small = np.int16 if (plan.context or 1 << 15) < 1 << 15 else np.int32
 
-    def lists(arrays: list[np.ndarray]) -> pa.Array:
-        return pa.LargeListArray.from_arrays(ends, pa.array(np.concatenate([a.ravel() for a in arrays])))
+    def values(arrays: Sequence[np.ndarray], dtype: Any) -> pa.Array:
+        joined = np.concatenate([array.ravel() for array in arrays], dtype=dtype) if arrays else np.zeros(0, dtype)
+        return pa.LargeListArray.from_arrays(pa.array([0, len(joined)], pa.int64()), pa.array(joined))
 
     return pa.table(
         {
-            "step": pa.array([step for step, _ in work], pa.int64()),
-            "rank": pa.array([rank] * len(work), pa.int64()),
-            "world": pa.array([world] * len(work), pa.int64()),
-            "source": pa.array([micro_batch.source if micro_batch else "" for _, micro_batch in work], pa.string()),
-            "error": pa.array([group.error for group in groups], pa.string()),
-            "sequences": pa.array([len(group.tokens) for group in groups], pa.int64()),
-            "length": pa.array([group.tokens.shape[1] for group in groups], pa.int64()),
-            "tokens": lists([group.tokens for group in groups]),
-            "mask": lists([group.mask for group in groups]),
-            "segments": lists([group.segments for group in groups]),
+            "rank": [rank],
+            "world": [world],
+            "error": [error],
+            "steps": pa.array([steps], pa.list_(pa.int64())),
+            "sources": pa.array([sources], pa.list_(pa.string())),
+            "sequences": pa.array([[len(group.tokens) for group in groups]], pa.list_(pa.int64())),
+            "lengths": pa.array([[group.tokens.shape[1] for group in groups]], pa.list_(pa.int64())),
+            "tokens": values([group.tokens for group in groups], np.int32),
+            "mask": values([group.mask.view(np.uint8) for group in groups], np.uint8),
+            "segments": values([group.segments for group in groups], small),
         }
     )
 
 
 @dataclass(frozen=True)
-class _RowGroup:
-    tokens: np.ndarray  # int32 [B, T+1]
-    mask: np.ndarray  # bool [B, T+1]
-    segments: np.ndarray  # int32 [B, T+1]
-    error: str = ""
+class _Block:
+    """A row that `_block` made; the values share its memory."""
+
+    rank: int
+    world: int
+    error: str
+    steps: list[int]
+    sources: list[str]
+    sequences: list[int]
+    lengths: list[int]
+    tokens: np.ndarray
+    mask: np.ndarray
+    segments: np.ndarray
 
     @classmethod
-    def empty(cls, context: int | None, error: str = "") -> _RowGroup:
-        none = np.zeros((0, (context or 0) + 1), np.int32)
-        return cls(none, none.astype(bool), none, error)
+    def of(cls, row: int, table: pyarrow.Table) -> _Block:
+        plain = {name: table[name][row].as_py() for name in table.column_names[:-3]}
+        values = {name: table[name][row].values.to_numpy() for name in table.column_names[-3:]}
+        return cls(**plain, **values)
 
+    def tensors(self) -> Iterator[tuple[int, MicroBatchTensors]]:
+        """(step, micro-batch) in order."""
+        import torch
 
-def _read_or_explain(micro_batch: MicroBatch | None, context: int | None) -> _RowGroup:
-    """A row group, an empty one for None, or the error: handed on as data it reaches the worker that needs the row
-    group, in its turn and in plain words, where an exception in a task would arrive as a page of Ray's frames."""
-    if micro_batch is None:
-        return _RowGroup.empty(context)
-    try:
-        return _read_row_group(micro_batch, context)
-    except (ShardError, storage.StorageError) as error:
-        return _RowGroup.empty(context, str(error))
+        pinned = torch.cuda.is_available()
 
+        def copied(values: np.ndarray, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+            tensor = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            np.copyto(tensor.numpy(), values.reshape(shape), casting="unsafe")
+            return tensor
 
-def _read_row_group(micro_batch: MicroBatch, context: int | None) -> _RowGroup:
-    """One row group of a shard, checked against what the manifest says. Raises ShardError, StorageError."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    shard = micro_batch.shard
-    with storage.open_read(shard, buffer=_BUFFER) as file:
-        size = file.seek(0, 2)
-        if size != micro_batch.shard_bytes:
-            raise ShardError(f"{shard} has {size} bytes, where its manifest says {micro_batch.shard_bytes}")
-        try:
-            table = pq.ParquetFile(file).read_row_group(micro_batch.row_group, _COLUMNS)
-        except (pa.ArrowInvalid, IndexError, OSError) as error:
-            said = f"{shard}: row group {micro_batch.row_group} cannot be read ({error})"
-            raise ShardError(f"{said}; if that is no passing failure, write the shard again") from error
-    if table.column_names != _COLUMNS:
-        raise ShardError(f"{shard} has no columns {', '.join(_COLUMNS)}: it is not a token shard")
-    rows = table.num_rows
-    lengths = set(table["tokens"].combine_chunks().value_lengths().to_pylist())
-    if rows != micro_batch.sequences or len(lengths) != 1 or (context and lengths != {context + 1}):
-        found = f"{rows} sequences of {sorted(lengths)} tokens"
-        wanted = f"{micro_batch.sequences} of {context + 1 if context else 'one length'}"
-        raise ShardError(f"{shard}: row group {micro_batch.row_group} holds {found}, where the manifest says {wanted}")
-    shape = (rows, lengths.pop())
-    segments = table["segments"].combine_chunks().flatten().to_numpy().reshape(shape)
-    mask = segments >= 0  # padding is never trained
-    masks = table["loss_mask"]
-    if masks.null_count == 0:
-        mask &= masks.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(shape)
-    else:
-        for row, given in enumerate(masks.to_pylist()):
-            if given is not None:
-                mask[row] &= np.array(given, bool)
-    return _RowGroup(table["tokens"].combine_chunks().flatten().to_numpy().reshape(shape), mask, segments)
-
-
-def _rows(block: pyarrow.Table) -> Iterator[dict[str, Any]]:
-    """The rows of a table that `_read` made, lists as numpy arrays that share its memory."""
-    for batch in block.to_batches():
-        plain = {name: batch[name].to_pylist() for name in _PLAIN}
-        ends = batch["tokens"].offsets.to_numpy()
-        values = {name: batch[name].values.to_numpy(zero_copy_only=False) for name in ("tokens", "mask", "segments")}
-        for row in range(batch.num_rows):
-            within = slice(ends[row], ends[row + 1])
-            yield {name: column[row] for name, column in plain.items()} | {
-                name: value[within] for name, value in values.items()
-            }
-
-
-def _tensors(row: dict[str, Any]) -> MicroBatchTensors:
-    import torch
-
-    shape = (row["sequences"], row["length"])
-    return MicroBatchTensors(
-        tokens=torch.tensor(row["tokens"], dtype=torch.long).reshape(shape),
-        mask=torch.tensor(row["mask"], dtype=torch.bool).reshape(shape),
-        segments=torch.tensor(row["segments"], dtype=torch.long).reshape(shape),
-        source=row["source"],
-    )
+        begin = 0
+        for step, source, *shape in zip(self.steps, self.sources, self.sequences, self.lengths, strict=True):
+            rows, length = shape
+            within = slice(begin, begin := begin + rows * length)
+            yield (
+                step,
+                MicroBatchTensors(
+                    tokens=copied(self.tokens[within], (rows, length), torch.long),
+                    mask=copied(self.mask[within], (rows, length), torch.bool),
+                    segments=copied(self.segments[within], (rows, length), torch.long),
+                    source=source,
+                ),
+            )

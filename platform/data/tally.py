@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from calumma.model.document import Document, Image
-from calumma.platform.data.sources import BadInput
+from calumma.platform.sources import BadInput
 
 NAMED = 200  # bad inputs named in a report; all are counted
 
@@ -25,6 +25,7 @@ class Tally(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kept: int = 0
+    copies: int = 0  # of kept documents, that up-sampling adds
     dropped: dict[str, int] = {}
     bad: int = 0
     bytes_lost: int = 0
@@ -54,7 +55,7 @@ class Tally(BaseModel):
 
     def add(self, other: Tally) -> None:
         """Count in what another task counted."""
-        for name in ("kept", "bad", "bytes_lost", "images", "characters", "image_first"):
+        for name in ("kept", "copies", "bad", "bytes_lost", "images", "characters", "image_first"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, count in other.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count

@@ -35,7 +35,7 @@ _NAME = re.compile(r"step-(\d+)/manifest\.json$")
 # What may differ between two runs that continue each other: nothing here changes a step that was already taken.
 _MAY_CHANGE = {
     "tracking", "resources", "run_name", "steps", "checkpoint_every", "log_every", "held_out", "samples",
-    "register_as", "alias", "checkpoint_activations", "compile",
+    "register_as", "alias", "checkpoint_activations", "compile", "data", "max_epochs",
 }  # fmt: skip
 
 
@@ -115,6 +115,7 @@ def _unlike(was: dict[str, str], now: dict[str, str]) -> set[str]:
 def lasting(specification: dict[str, Any]) -> dict[str, Any]:
     """The part of a training specification that two runs must share for one to go on with the other's checkpoint."""
     kept = {key: value for key, value in specification.items() if key not in _MAY_CHANGE}
+    kept = {key: value for key, value in kept.items() if value is not None}  # as before there was such a field
     if (kept.get("schedule") or {}).get("total_steps") is None:
         kept["steps"] = specification.get("steps")  # the decay was laid out over them
     return kept

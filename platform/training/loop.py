@@ -22,7 +22,7 @@ from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.config import TrainSpecification
 from calumma.platform.data.manifest import MANIFEST, Manifest
-from calumma.platform.tracking import BackgroundWriter, Run
+from calumma.platform.tracking import BackgroundWriter, Run, flatten
 from calumma.platform.training import checkpoint, engine, held_out, samples
 from calumma.platform.training.checkpoint import Checkpoint
 from calumma.platform.training.schedule import learning_rate
@@ -51,6 +51,8 @@ class Assignment:
     """Checkpoint of an earlier stage whose optimizer and schedule go on here."""
     resume: Checkpoint | None
     """Checkpoint of this stage."""
+    epochs_a_step: dict[str, float] = field(default_factory=dict)
+    """Source -> the part of it that a step passes through."""
 
     @property
     def found(self) -> Checkpoint | None:
@@ -187,6 +189,7 @@ def _steps(
         if reports:
             metrics = interval.metrics()
             metrics |= {"learning_rate": rate, "gradient_norm": float(run.get_global_grad_norm() or 0.0)}
+            metrics |= flatten({"epochs": {uri: done * part for uri, part in assignment.epochs_a_step.items()}})
             report |= {key: metrics[key] for key in ("loss", "loss_text", "loss_image") if key in metrics}
             if writer is not None:
                 measured = {f"stability/{name}": float(value) for name, value in stability.items()}

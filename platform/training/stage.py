@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ from calumma.platform.config import SpecificationError, TokenizeSpecification, T
 from calumma.platform.data.manifest import MANIFEST, FileEntry, Manifest, fingerprints
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import Run
-from calumma.platform.training import checkpoint, loop, workers
+from calumma.platform.training import checkpoint, loop, mixture, workers
 from calumma.platform.training.checkpoint import Checkpoint
 from calumma.platform.training.loop import MODEL, Assignment
 
@@ -33,18 +34,29 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
 
     Raises SpecificationError before anything starts, TrainingFailed, StorageError, TrackingError.
     """
+    from calumma.platform.data.cache import ShardCache
     from calumma.platform.data.plan import PlanError
     from calumma.platform.data.stream import PlanDataConfig
 
     began = time.monotonic()
-    given, spec = spec, workers.absolute(spec)
+    given, spec = spec, mixture.resolved(workers.absolute(spec))
     number = cluster.require(spec.resources)
     assignment = prepare(spec, run)
     _warn_of_fresh_optimizer(assignment, number)
-    mixture = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
-    manifests = {uri: Manifest.read(uri) for uri in mixture}
+    weights = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
+    manifests = {uri: Manifest.read(uri) for uri in weights}
+    cache = ShardCache(spec.data.cache.directory, int(spec.data.cache.gigabytes * 1e9)) if spec.data.cache else None
     try:
-        data = PlanDataConfig(spec.seed, mixture, manifests, spec.micro_batches, assignment.first_step, spec.steps)
+        data = PlanDataConfig(
+            spec.seed,
+            weights,
+            manifests,
+            spec.micro_batches,
+            assignment.first_step,
+            spec.steps,
+            verify=spec.data.verify,
+            cache=cache,
+        )
     except PlanError as error:
         raise SpecificationError(f"mixture: {error}") from error
     if data.plan.context is not None and data.plan.context > assignment.config.context:
@@ -52,6 +64,8 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
             f"the token shards hold sequences of {data.plan.context} tokens, the model's context is "
             f"{assignment.config.context}: tokenize with a smaller `context`, or enlarge `model.context`"
         )
+    epochs = mixture.check_epochs(spec, data.plan)
+    assignment = replace(assignment, epochs_a_step={uri: count / spec.steps for uri, count in epochs.items()})
     _begin(assignment)
     finished = assignment.first_step >= spec.steps  # only what follows training is missing
     report = workers.fit(
@@ -67,6 +81,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         datasets=None if finished else PlanDataConfig.datasets(),
     )
     report |= {"steps": spec.steps, "workers": number, "run": run.id, "seconds": time.monotonic() - began}
+    report |= {"mixture": dict(spec.mixture), "epochs": epochs}
     return _publish(given, assignment, report)
 
 
@@ -256,12 +271,14 @@ def _publish(given: TrainSpecification, assignment: Assignment, report: dict[str
         report["model_uri"] = tracking.register(spec.tracking, spec.register_as, uri, assignment.run.id, spec.alias)
     files = [entry.model_copy(update={"path": f"{MODEL}/{entry.path}"}) for entry in model.files]
     files.append(FileEntry.of(f"{MODEL}/{MANIFEST}", storage.read_bytes(storage.join(uri, MANIFEST))))
+    others = [spec.locate(held) for held in spec.held_out.values()]
+    others += [spec.locate(given.mixture_of.stage)] if given.mixture_of else []
     manifest = Manifest(
         kind=KIND,
         files=files,
         specification=given.model_dump(mode="json"),
         report={**report, "model": MODEL},
-        inputs=assignment.inputs | fingerprints(spec.locate(held) for held in spec.held_out.values()),
+        inputs=assignment.inputs | fingerprints(others),
     )
     manifest.write(assignment.output)
     return manifest

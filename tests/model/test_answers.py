@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -38,6 +40,9 @@ class Letters:
 
     def encode(self, text: str) -> list[int]:
         return [V.text_ids[ord(letter) - ord("a")] for letter in text]
+
+    def encode_many(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(ord("a") + V.text_ids.index(token)) for token in ids if token in V.text_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -42,6 +43,13 @@ def test_user_text_is_only_text_ids(model: MixedModalModel, parts: list[str]) ->
     assert set(model.text_tokenizer.encode("".join(parts))) <= set(model.vocabulary.text_ids)
 
 
+@given(texts=st.lists(symbols | any_text | st.just("plain words"), max_size=8))
+def test_many_texts_become_what_each_becomes_alone(model: MixedModalModel, texts: list[str]) -> None:
+    encoded = model.text_tokenizer.encode_many(texts)
+    assert [ids.tolist() for ids in encoded] == [model.text_tokenizer.encode(text) for text in texts]
+    assert all(ids.dtype == np.int32 for ids in encoded)
+
+
 @given(text=any_text)
 def test_streaming_never_shows_a_broken_character(model: MixedModalModel, text: str) -> None:
     stream = model.text_tokenizer.stream_decoder()
@@ -60,6 +68,8 @@ def test_a_truncated_character_is_replaced_at_the_end(model: MixedModalModel) ->
 def test_lone_surrogates_are_refused(model: MixedModalModel) -> None:
     with pytest.raises(ValueError, match="not valid Unicode"):
         model.text_tokenizer.encode("a\ud800")
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        model.text_tokenizer.encode_many(["a", "a\ud800"])
 
 
 def test_every_id_is_text_image_or_special(model: MixedModalModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -38,7 +39,11 @@ def file_entries(draw: st.DrawFn, path: str) -> FileEntry:
     given_size = size if groups else None
     tokens = draw(st.fixed_dictionaries({"text": st.integers(0, 10**12), "image": st.integers(0, 10**12)}))
     data = draw(st.binary(max_size=20))
-    return FileEntry.of(path, data, rows=rows, row_groups=groups, tokens=tokens, sequences_per_row_group=given_size)
+    digest = draw(st.binary(min_size=32, max_size=32)).hex()
+    footer = draw(st.none() | st.fixed_dictionaries({"bytes": st.integers(12, 10**6), "sha256": st.just(digest)}))
+    return FileEntry.of(
+        path, data, rows=rows, row_groups=groups, tokens=tokens, sequences_per_row_group=given_size, footer=footer
+    )
 
 
 values = st.recursive(
@@ -84,6 +89,7 @@ def test_an_entry_knows_its_content() -> None:
         ({"rows": 2, "row_groups": 3}, "cannot hold"),
         ({"rows": 9, "row_groups": 2, "sequences_per_row_group": 4}, "are not 2 row groups of 4"),
         ({"sha256": "abc"}, "sha256"),
+        ({"footer": {"bytes": 4, "sha256": "0" * 64}}, "footer.bytes"),
         ({"unknown": 1}, "unknown"),
     ],
 )
@@ -110,6 +116,21 @@ def test_an_unreadable_manifest_is_named(tmp_path: Path, content: bytes) -> None
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(ManifestError, match=str(tmp_path / MANIFEST)):
         Manifest.find(str(tmp_path))
+
+
+def test_reading_leaves_garbage_collection_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(b"{")
+    assert gc.isenabled()
+    with pytest.raises(ManifestError):
+        Manifest.read(str(tmp_path))
+    assert gc.isenabled()
+    Manifest(kind="k").write(str(tmp_path))
+    gc.disable()
+    try:
+        Manifest.read(str(tmp_path))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_files_are_verified(tmp_path: Path) -> None:

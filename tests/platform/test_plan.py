@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from collections import Counter
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.data.plan import MAX_PERIOD, MicroBatch, Plan, PlanError, permuted
+from calumma.platform.data.plan import MAX_PERIOD, ROUNDS, MicroBatch, Plan, PlanError, permuted
 
 weights = st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.65, 1.0, 2.0, 3.0, 7.5])
 seeds = st.integers(0, 2**64)
@@ -45,7 +47,13 @@ def all_of(manifest: Manifest, uri: str) -> list[tuple[str, int]]:
     return [(f"{uri}/{file.path}", group) for file in manifest.files for group in range(file.row_groups)]
 
 
-@given(plans(), st.integers(0, 10**7), st.integers(1, 9))
+def first_micro_batches(plan: Plan, start: int, count: int) -> list[MicroBatch]:
+    """Micro-batches by their number among all ever."""
+    m = plan.micro_batches
+    return plan.named(plan.steps(start // m, (start + count) // m + 1))[start % m :][:count]
+
+
+@given(plans(), st.integers(0, 10**7), st.integers(1, 16))
 def test_the_global_batch_is_the_same_on_any_number_of_workers(plan: Plan, step: int, world: int) -> None:
     shares = [plan.worker(step, rank, world) for rank in range(world)]
     assert {len(share) for share in shares} == {plan.slots(world)}, "no worker takes more turns than another"
@@ -56,6 +64,38 @@ def test_the_global_batch_is_the_same_on_any_number_of_workers(plan: Plan, step:
     assert in_turn[len(expected) :] == [None] * (len(in_turn) - len(expected)), "only the ends are empty"
 
 
+@given(
+    plans(),
+    st.integers(0, 10**9),
+    st.lists(st.tuples(st.integers(1, 16), st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=6),
+)
+def test_no_sequence_of_resizes_and_resumptions_skips_or_repeats_anything(
+    plan: Plan, start: int, runs: list[tuple[int, int, int]]
+) -> None:
+    """Each run has some workers, goes some steps on, and dies: the last few of them are in no checkpoint."""
+    trained: dict[int, Counter[MicroBatch]] = {}
+    step = start
+    for world, steps, lost in runs:
+        for rank in range(world):
+            for n, micro_batch in plan.share(step, step + steps, rank, world):
+                trained.setdefault(n, Counter())
+                if n < step + steps - lost and micro_batch is not None:
+                    trained[n][micro_batch] += 1
+        step += max(steps - lost, 0)
+    undisturbed = {n: Counter(plan.step(n)) for n in range(start, step)}
+    assert {n: trained[n] for n in undisturbed} == undisturbed
+
+
+@given(plans(), st.integers(0, 10**6), st.integers(0, 5), st.integers(0, 5))
+def test_many_steps_at_once_are_those_steps(plan: Plan, first: int, before: int, after: int) -> None:
+    every = plan.named(plan.steps(first, first + before + after))
+    assert every == [found for n in range(first, first + before + after) for found in plan.step(n)]
+    shared = plan.share(first, first + before + after, 0, 2)
+    assert [found for _, found in shared] == [
+        f for n in range(first, first + before + after) for f in plan.worker(n, 0, 2)
+    ]
+
+
 @given(st.data())
 def test_every_micro_batch_is_visited_once_an_epoch(data: st.DataObject) -> None:
     groups = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
@@ -63,33 +103,58 @@ def test_every_micro_batch_is_visited_once_an_epoch(data: st.DataObject) -> None
     manifest = token_shards("a", groups)
     plan = Plan(seed, {"s3://b/a": 1.0}, {"s3://b/a": manifest}, 1)
     total = sum(groups)
-    epoch = [plan.micro_batch(start * total + place) for place in range(total)]
+    assert plan.totals == {"s3://b/a": total}
+    epoch = first_micro_batches(plan, start * total, total)
     assert sorted((found.shard, found.row_group) for found in epoch) == all_of(manifest, "s3://b/a")
     assert sum(found.sequences for found in epoch) == manifest.rows
     assert plan.epochs(start * total) == {"s3://b/a": float(start)}
 
 
+@given(plans())
+def test_of_a_mixture_too_every_source_passes_through_its_micro_batches_in_turn(plan: Plan) -> None:
+    seen: dict[str, list[MicroBatch]] = {uri: [] for uri in plan.sources}
+    for found in first_micro_batches(plan, 0, 300):
+        seen[found.source].append(found)
+    for uri, total in plan.totals.items():
+        epochs = [seen[uri][begin : begin + total] for begin in range(0, len(seen[uri]) - total + 1, total)]
+        assert all(len(set(epoch)) == total for epoch in epochs)
+
+
 @given(plans(), st.integers(0, 10**6), st.integers(1, 200))
 def test_shares_follow_the_weights_in_every_prefix_and_window(plan: Plan, start: int, length: int) -> None:
-    period = len(plan._choice)
-    share = {source.uri: Fraction(part, period) for source, part in zip(plan.sources, plan._parts, strict=True)}
+    period, count = len(plan.choice), len(plan.sources)
+    prefix = 1 - Fraction(1, 2 * count - 2) if count > 1 else Fraction(0)
+    share = {uri: Fraction(int(part), period) for uri, part in zip(plan.sources, plan.parts, strict=True)}
     counts: Counter[str] = Counter()
-    for index in range(min(length, 3 * period)):
-        counts[plan.micro_batch(index).source] += 1
-        assert all(abs(counts[uri] - share[uri] * (index + 1)) < 1 for uri in share)
-    window = Counter(plan.micro_batch(index).source for index in range(start, start + length))
-    assert all(abs(window[uri] - share[uri] * length) < 2 for uri in share), "two prefixes apart"
+    for number, found in enumerate(first_micro_batches(plan, 0, min(length, 3 * period)), 1):
+        counts[found.source] += 1
+        assert all(abs(counts[uri] - share[uri] * number) <= prefix for uri in share)
+    window = Counter(found.source for found in first_micro_batches(plan, start, length))
+    assert all(abs(window[uri] - share[uri] * length) <= 2 * prefix for uri in share)
 
 
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=6))
+def test_no_window_is_further_off_than_the_bound(parts: list[int]) -> None:
+    names = [f"s3://b/{number}" for number in range(len(parts))]
+    plan = Plan(0, dict(zip(names, parts, strict=True)), {name: token_shards(name, [1]) for name in names}, 1)
+    period = len(plan.choice)
+    bound = 2 - Fraction(1, len(parts) - 1)  # one micro-batch for two sources
+    for number, part in enumerate(plan.parts):
+        ahead = np.cumsum(period * (plan.choice == number) - part)  # of its share, in units of 1 / period
+        assert ahead[-1] == 0, "so the windows that go around the period are no different"
+        assert Fraction(int(ahead.max() - ahead.min()), period) <= bound
+
+
+@settings(max_examples=30)  # unlike weights have long periods
 @given(st.lists(st.decimals("0.001", "100", places=3).map(float), min_size=1, max_size=6))
 def test_shares_are_the_weights_that_were_written(given_weights: list[float]) -> None:
     names = [f"s3://b/{number}" for number in range(len(given_weights))]
     manifests = {name: token_shards(name, [1]) for name in names}
     plan = Plan(0, dict(zip(names, given_weights, strict=True)), manifests, 1)
-    period = len(plan._choice)
+    period = len(plan.choice)
     exact = [Fraction(str(weight)) for weight in given_weights]
-    for part, weight in zip(plan._parts, exact, strict=True):
-        error = abs(Fraction(part, sum(plan._parts)) - weight / sum(exact))
+    for part, weight in zip(plan.parts.tolist(), exact, strict=True):
+        error = abs(Fraction(part, period) - weight / sum(exact))
         assert error == 0 if period < MAX_PERIOD else error <= Fraction(len(exact), MAX_PERIOD)
 
 
@@ -98,17 +163,32 @@ def test_epochs_say_how_far_each_source_is(plan: Plan, step: int) -> None:
     assume(step < 300 or plan.micro_batches * step > 10**6)
     before = plan.epochs(step)
     counts = Counter(found.source for found in plan.step(step))
-    for source in plan.sources:
-        gained = (plan.epochs(step + 1)[source.uri] - before[source.uri]) * source.total
-        assert gained == pytest.approx(counts[source.uri], abs=1e-3)
+    for uri, total in plan.totals.items():
+        gained = (plan.epochs(step + 1)[uri] - before[uri]) * total
+        assert gained == pytest.approx(counts[uri], abs=1e-3)
     if step < 300:
         so_far = Counter(found.source for n in range(step) for found in plan.step(n))
-        assert before == {source.uri: so_far[source.uri] / source.total for source in plan.sources}
+        assert before == {uri: so_far[uri] / total for uri, total in plan.totals.items()}
 
 
-@given(st.integers(1, 400), st.binary(min_size=1, max_size=40))
-def test_permutations_permute(size: int, key: bytes) -> None:
-    assert sorted(permuted(value, size, key) for value in range(size)) == list(range(size))
+def keys(seed: int, count: int) -> Any:
+    return np.random.default_rng(seed).integers(0, 2**64, (count, ROUNDS), np.uint64)
+
+
+@given(st.integers(1, 400) | st.integers(10**4, 10**5), st.integers(0, 2**32))
+def test_permutations_permute(size: int, seed: int) -> None:
+    every = np.arange(size)
+    found = permuted(every, np.full(size, size), np.broadcast_to(keys(seed, 1), (size, ROUNDS)))
+    assert np.array_equal(np.sort(found), every)
+
+
+@given(st.lists(st.integers(1, 2**60), min_size=1, max_size=20), st.integers(0, 2**32))
+def test_permutations_of_any_size_stay_inside_and_take_no_notice_of_each_other(sizes: list[int], seed: int) -> None:
+    values, own = np.array(sizes) - 1, keys(seed, len(sizes))
+    together = permuted(values, np.array(sizes), own)
+    assert ((0 <= together) & (together < sizes)).all()
+    for n in range(len(sizes)):
+        assert permuted(values[n : n + 1], np.array(sizes[n : n + 1]), own[n : n + 1]) == together[n]
 
 
 def test_orders_differ_by_seed_and_epoch() -> None:
@@ -126,11 +206,36 @@ def test_orders_differ_by_seed_and_epoch() -> None:
             assert same < 12, "of 100; one is expected by chance"
 
 
-def test_every_place_is_reached_from_everywhere() -> None:
-    landed = Counter(permuted(3, 10, key.to_bytes(4, "little")) for key in range(5000))
-    assert set(landed) == set(range(10))
-    # 500 expected each, standard deviation 21: chi-squared with 9 degrees of freedom, 99.9 % below 27.9
-    assert sum((count - 500) ** 2 / 500 for count in landed.values()) < 27.9
+# Chi-squared where 99.9 % of good permutations stay below, by degrees of freedom (size - 1).
+@pytest.mark.parametrize(("size", "limit"), [(2, 10.8), (3, 13.8), (5, 18.5), (10, 27.9), (37, 68.0)])
+def test_every_place_is_reached_from_everywhere_alike(size: int, limit: float) -> None:
+    count = 20_000
+    for start in (0, size - 1):
+        landed = permuted(np.full(count, start), np.full(count, size), keys(1, count))
+        expected = count / size
+        assert ((np.bincount(landed, minlength=size) - expected) ** 2 / expected).sum() < limit
+
+
+def test_neighbours_are_torn_apart() -> None:
+    plan = Plan(0, {"x": 1.0}, {"x": token_shards("a", [1000, 1000])}, 2000)
+    order = np.array([found.row_group + 1000 * found.shard.endswith("1.parquet") for found in plan.step(0)])
+    places = np.arange(2000)
+    assert abs(np.corrcoef(order, places)[0, 1]) < 0.1  # standard deviation 0.022
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.1
+
+
+def test_memory_does_not_grow_with_the_number_of_micro_batches_or_the_step() -> None:
+    def peak(row_groups: int, step: int) -> int:
+        plan = Plan(0, {"x": 1.0}, {"x": token_shards("a", [row_groups])}, 32)
+        plan.step(0)
+        tracemalloc.start()
+        plan.step(step)
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(10**9, 10**8) < 2 * peak(10**3, 0)
 
 
 def test_the_order_does_not_depend_on_where_the_shards_are_nor_how_they_are_listed() -> None:
@@ -142,6 +247,18 @@ def test_the_order_does_not_depend_on_where_the_shards_are_nor_how_they_are_list
         moved = [found.shard.replace("s3://x", "/mnt") for found in here.step(n)]
         assert [found.shard for found in there.step(n)] == moved
         assert [f.row_group for f in there.step(n)] == [f.row_group for f in here.step(n)]
+
+
+def test_footers_of_the_manifest_are_known_to_the_micro_batches() -> None:
+    digests = ["00" * 31 + "ab", "ab" + "00" * 31]
+    files = [
+        FileEntry.of(f"{n}", b"%d" % n, rows=1, row_groups=1, footer={"bytes": 12 + n, "sha256": digest})
+        for n, digest in enumerate(digests)
+    ]
+    files.append(FileEntry.of("old", b"old", rows=1, row_groups=1))
+    plan = Plan(0, {"x": 1.0}, {"x": Manifest(kind="tokens", files=files)}, 3)
+    found = {batch.shard: (batch.footer_bytes, batch.footer_sha256.hex()) for batch in plan.step(0)}
+    assert found == {"x/0": (12, digests[0]), "x/1": (13, digests[1]), "x/old": (0, "00" * 32)}
 
 
 def test_plans_travel_to_reading_tasks() -> None:
@@ -183,5 +300,7 @@ def test_steps_and_ranks_outside_are_refused() -> None:
     plan = Plan(0, {"a": 1.0}, {"a": token_shards("a", [1])}, 2)
     with pytest.raises(PlanError, match="from 0"):
         plan.step(-1)
+    with pytest.raises(PlanError, match="from 0"):
+        plan.share(-1, 3, 0, 1)
     with pytest.raises(PlanError, match="no worker 2 among 2"):
         plan.worker(0, 2, 2)

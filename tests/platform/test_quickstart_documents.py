@@ -13,8 +13,7 @@ import pytest
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image
-from calumma.platform import storage
-from calumma.platform.data import sources
+from calumma.platform import sources, storage
 from calumma.platform.data.manifest import MANIFEST, Manifest
 from calumma.platform.quickstart import conversations, digits, documents
 from calumma.platform.quickstart.digits import WORDS

@@ -12,10 +12,12 @@ import yaml
 from calumma.model.config import preset
 from calumma.platform.config import (
     JOBS,
+    CurateSpecification,
     FinetuneSpecification,
     JobSpecification,
+    MixtureOf,
     PretrainSpecification,
-    TrainSpecification,
+    TokenizeSpecification,
     read,
 )
 from calumma.platform.quickstart import steps
@@ -68,6 +70,19 @@ def test_published_models_have_the_papers_shape_and_settings(model: str) -> None
     assert stage1.mixture == {"tokens/text": 2.9, "tokens/pairs": 1.5, "tokens/interleaved": 0.4}
 
 
+def test_the_7bs_data_are_made_as_it_reads_them() -> None:
+    curate, tokenize = (shipped(RECIPES / "chameleon-7b" / f"{job}.yaml") for job in ("curate", "tokenize"))
+    assert isinstance(curate, CurateSpecification)
+    assert isinstance(tokenize, TokenizeSpecification)
+    stage1 = pretrain("chameleon-7b", "stage1")
+    assert curate.image_first == 0.5  # paper section 2.2
+    assert tokenize.documents == [f"curated/{source.name}" for source in curate.sources]
+    assert {f"tokens/{source.name}" for source in curate.sources} == {*stage1.mixture}
+    assert stage1.model is not None
+    assert (tokenize.context, tokenize.micro_batch) == (stage1.model.context, MICRO_BATCH)
+    assert curate.storage == tokenize.storage == stage1.storage
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_fine_tuning_is_the_papers(model: str) -> None:
     spec = shipped(RECIPES / model / "finetune.yaml")
@@ -82,16 +97,12 @@ def test_fine_tuning_is_the_papers(model: str) -> None:
 @pytest.mark.parametrize("model", ["quickstart", *MODELS])
 def test_stage_2_halves_the_weights_of_stage_1_and_goes_on_with_it(model: str) -> None:
     stage1, stage2 = pretrain(model, "stage1"), pretrain(model, "stage2")
-    old = {uri: share(stage2, uri) for uri in stage1.mixture}
-    assert old == pytest.approx({uri: share(stage1, uri) / 2 for uri in stage1.mixture})
+    assert stage2.mixture_of == MixtureOf(stage=stage1.output, share=0.5)
+    assert not {*stage1.mixture} & {*stage2.mixture}
     assert stage2.initial == stage1.output
     assert stage2.continue_schedule
     assert stage2.optimizer == stage1.optimizer
     assert stage2.schedule == stage1.schedule
-
-
-def share(spec: TrainSpecification, uri: str) -> float:
-    return spec.mixture[uri] / sum(spec.mixture.values())
 
 
 # -- the quickstart's own, as it runs them

@@ -115,6 +115,8 @@ def test_force_discards_what_was_made_and_only_that(count: Count, spec: CountSpe
     place = Path(runner.output_of(spec))
     (place / "checkpoints").mkdir()
     (place / "checkpoints" / "old.bin").write_bytes(b"old")
+    (place / ".receipts").mkdir()
+    (place / ".receipts" / "tokens-00000000-00000.json").write_text("{}")
     (place / "mine.txt").write_text("not made by the job")
     _, skipped = runner.run_job(spec, force=True)
     assert not skipped
@@ -124,6 +126,19 @@ def test_force_discards_what_was_made_and_only_that(count: Count, spec: CountSpe
         "mine.txt",
         "number.txt",
     ]
+
+
+def test_a_job_without_workers_needs_no_cluster(
+    count: Count, spec: CountSpecification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(**_: object) -> None:
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.setattr(runner.cluster, "embedded", started)
+    monkeypatch.setattr(config, "IN_PROCESS", ("count",))
+    _, skipped = runner.run_alone(spec.model_copy(update={"resources": Resources(workers=0)}))
+    assert not skipped
+    assert count.ran == [7]
 
 
 def test_a_job_that_asks_for_too_much_is_refused_before_anything_happens(

@@ -1,23 +1,26 @@
-"""Raw formats: what becomes a document, and how damage is named without losing what is whole."""
+"""Sources in general: formats by name, listing, and references to images.
+
+How damage is named without losing what is whole is told for each format by itself, in the files beside this one.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
-import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Text
-from calumma.platform.data.sources import BadInput, list_source, name_of, read_file
+from calumma.platform import sources, storage
+from calumma.platform.config import Source, SpecificationError
+from calumma.platform.sources import BadInput, Draft, File, Malformed, Reference, list_source, name_of, read_file
+from calumma.platform.sources.references import AHEAD, fetch, path_of, resolved
 
 
 def png(shade: int = 0) -> bytes:
@@ -26,253 +29,233 @@ def png(shade: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def tar(members: list[tuple[str, bytes]]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def samples(count: int) -> list[tuple[str, bytes]]:
-    license = json.dumps({"license": "CC0", "url": "https://x.test"}).encode()
-    parts = (("png", png), ("txt", lambda n: f"caption {n}\n".encode()), ("json", lambda n: license))
-    return [(f"dir/{n:03d}.{extension}", make(n)) for n in range(count) for extension, make in parts]
-
-
-def read(format: str, path: Path, content: bytes) -> list[Document | BadInput]:
-    path.write_bytes(content)
-    return list(read_file(format, "source", str(path)))
-
-
-def lines(*rows: Any) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def bad(items: list[Document | BadInput]) -> list[BadInput]:
-    return [item for item in items if isinstance(item, BadInput)]
-
-
 def good(items: list[Document | BadInput]) -> list[Document]:
     return [item for item in items if isinstance(item, Document)]
 
 
-# -- WebDataset
+# -- references
 
 
-def test_a_webdataset_sample_is_an_image_with_its_caption(tmp_path: Path) -> None:
-    items = read("webdataset", tmp_path / "a.tar", tar(samples(2)))
-    assert items == [
-        Document((Image(png(n), f"caption {n}"),), source="source", license="CC0", url="https://x.test")
-        for n in range(2)
-    ]
-    assert name_of(good(items)[1]) == f"{tmp_path}/a.tar: dir/001.png"
+@pytest.fixture(params=["local", "s3"])
+def images(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder with the image album/1.png, and next to it a secret."""
+    base = request.getfixturevalue("s3") if request.param == "s3" else str(tmp_path / "data")
+    storage.write_bytes(f"{base}/album/1.png", png(1))
+    storage.write_bytes(f"{base}/../secret.png" if request.param == "local" else f"{base}-secret.png", png(9))
+    return base
 
 
-@given(st.data())
-def test_a_truncated_tar_keeps_every_sample_before_the_damage(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    count = 3
-    whole = tar(samples(count))
-    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
-        members = archive.getmembers()
-    # Everything from the archive's end mark on is padding: cuts before it are damage.
-    end = max(m.offset_data + -(-m.size // 512) * 512 for m in members)
-    cut = data.draw(st.integers(0, end))
-    folder = tmp_path_factory.mktemp("cut")
-    items = read("webdataset", folder / "a.tar", whole[:cut])
-
-    samples_whole = sum(all(m.offset_data + m.size <= cut for m in members[3 * n : 3 * n + 3]) for n in range(count))
-    kept = [document.images[0].caption for document in good(items)]
-    assert kept == [f"caption {n}" for n in range(len(kept))]
-    # A first sample without a predecessor may be whole and not known to be.
-    assert len(kept) in ({samples_whole} if samples_whole > 1 else {0, samples_whole})
-    assert len(bad(items)) == 1
-    assert bad(items)[0].name.startswith(f"{folder}/a.tar")
+def test_a_reference_is_a_path_below_the_images(images: str) -> None:
+    assert fetch("album/1.png", images) == png(1)
+    assert fetch("./album/../album//1.png", images) == png(1)
+    assert fetch("1.png", f"{images}/album") == png(1)
 
 
-@given(st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), max_size=20))
-def test_no_damage_to_a_tar_stops_the_reader(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
-) -> None:
-    content = bytearray(tar(samples(3)))
-    for position, value in changes:
-        content[position] = value
-    items = read("webdataset", tmp_path_factory.mktemp("damaged") / "a.tar", bytes(content))
-    assert len(good(items)) + len(bad(items)) > 0
-
-
-def test_damage_inside_a_tar_counts_the_bytes_that_are_lost(tmp_path: Path) -> None:
-    content = bytearray(tar(samples(4)))
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        header = archive.getmember("dir/002.png").offset
-    content[header : header + 512] = b"\xff" * 512
-    items = read("webdataset", tmp_path / "a.tar", bytes(content))
-    assert [d.images[0].caption for d in good(items)] == ["caption 0", "caption 1"]
-    assert bad(items)[0].bytes_lost == len(content) - header
-    assert "damaged from byte" in bad(items)[0].reason
-
-
-def test_a_file_that_is_no_tar_is_lost_whole(tmp_path: Path) -> None:
-    items = read("webdataset", tmp_path / "a.tar", b"this is no archive" * 100)
-    assert [(b.name, b.bytes_lost) for b in bad(items)] == [(f"{tmp_path}/a.tar", 1800)]
-    assert not good(items)
+def test_a_reference_may_carry_the_image_itself(tmp_path: Path) -> None:
+    assert fetch("data:image/png;base64," + base64.b64encode(png(3)).decode(), str(tmp_path)) == png(3)
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    ("target", "said"),
     [
-        ([("1.txt", b"words")], "no image"),
-        ([("1.png", png()), ("1.jpg", png())], "2 images"),
-        ([("1.png", png()), ("1.txt", b"\xff\xfe")], "caption"),
-        ([("1.png", png()), ("1.json", b"{")], "metadata"),
-        ([("1.png", png()), ("1.json", b"[]")], "not an object"),
+        ("https://x.test/a.png", "is remote; download first, e.g. with img2dataset"),
+        ("//x.test/a.png", "is remote"),
+        ("HTTP://x.test/a.png", "is remote"),
+        ("s3://bucket/a.png", "is absolute"),
+        ("file:///etc/passwd", "is absolute"),
+        ("/etc/passwd", "is absolute"),
+        ("../secret.png", "leads out"),
+        ("album/../../secret.png", "leads out"),
+        ("..", "leads out"),
+        ("", "no file name"),
+        (".", "no file name"),
+        ("a\0b.png", "no file name"),
+        ("a" * 2000, "no file name"),
+        ("\ud800.png", "not valid Unicode"),
+        ("data:text/plain;base64,AAAA", "no data URL of an image"),
+        ("data:image/png;base64,%%%", "not valid base64"),
+        ("album", "no "),
+        ("album/2.png", "there is no image 'album/2.png'"),
+        ("a" * 300 + ".png", "no "),
     ],
 )
-def test_a_sample_that_is_no_pair_is_named(tmp_path: Path, members: list[tuple[str, bytes]], said: str) -> None:
-    items = read("webdataset", tmp_path / "a.tar", tar([*members, ("2.png", png()), ("2.txt", b"fine")]))
-    assert [d.images[0].caption for d in good(items)] == ["fine"]
-    assert bad(items)[0].name == f"{tmp_path}/a.tar: 1"
-    assert said in bad(items)[0].reason
+def test_a_reference_to_anything_else_says_why_it_is_none(images: str, target: str, said: str) -> None:
+    with pytest.raises(Malformed, match=said):
+        fetch(target, images)
 
 
-# -- JSON lines
+def test_an_encoded_path_is_not_decoded_into_one_that_leads_out(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.png").write_bytes(png())
+    (document,) = resolved([Draft((Reference("%2e%2e/secret.png"),), "d")], "source", f"file://{tmp_path}/data")
+    assert isinstance(document, BadInput)
 
 
-def test_jsonl_reads_text_license_and_url(tmp_path: Path) -> None:
-    items = read("jsonl", tmp_path / "a.jsonl", lines({"text": "one <image>", "license": "MIT"}, {"text": "two"}))
-    assert items == [
-        Document((Text("one <image>"),), source="source", license="MIT"),
-        Document((Text("two"),), source="source"),
+def test_links_that_the_owner_of_the_images_made_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0").write_bytes(png())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").symlink_to(tmp_path / "blobs" / "0")
+    assert fetch("1.png", str(tmp_path / "images")) == png()
+
+
+@given(st.lists(st.sampled_from(["..", ".", "a", "b", "", "%2e%2e", "...", "a.png"]), max_size=8).map("/".join))
+def test_no_path_leads_out_of_the_images(target: str) -> None:
+    try:
+        path = path_of(target, "/data/images")
+    except Malformed:
+        return
+    base = Path("/data/images")
+    assert Path("/data/images", path).resolve().is_relative_to(base)
+    assert Path("/data/images", path).resolve() != base
+
+
+def test_images_are_fetched_ahead_in_order_and_not_without_bound(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[str] = []
+
+    def read_bytes(uri: str) -> bytes:
+        asked.append(uri)
+        return uri.encode()
+
+    def drafts() -> Iterator[Draft | BadInput]:
+        for number in range(500):
+            yield Draft((Text(str(number)), Reference(f"{number}.png")) if number % 3 else (Text(str(number)),), "d")
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    items = resolved(drafts(), "source", str(tmp_path))
+    first = [next(items) for _ in range(5)]
+    assert len(asked) <= AHEAD + 5 + 1
+    documents = [*first, *items]
+    assert [document.text for document in documents if isinstance(document, Document)] == [str(n) for n in range(500)]
+    assert [d.images[0].data for d in good(documents) if d.images] == [
+        f"{tmp_path}/{n}.png".encode() for n in range(500) if n % 3
     ]
 
 
-def test_broken_lines_are_named_by_their_number_and_the_rest_is_read(tmp_path: Path) -> None:
-    content = (
-        lines({"text": "one"})
-        + b"\n{broken\n"
-        + lines([1], {"words": 1}, {"text": 5}, {"text": "last"})
-        + b"[" * 100_000
-        + b"\n"
-        + b"1" * 9999
-        + b"\n"
+def test_an_image_that_cannot_be_had_spoils_its_document_or_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(png(1))
+    parts = (Text("a"), Reference("1.png", "one"), Reference("2.png"), Text("b"))
+    optional = (Text("a"), Reference("1.png", "one"), Reference("2.png", optional=True), Text("b"))
+    items = list(resolved([Draft(parts, "x"), Draft(optional, "y")], "source", str(tmp_path)))
+    assert items == [
+        BadInput("x", f"there is no image '2.png' in {tmp_path}"),
+        Document((Text("a"), Image(png(1), "one"), Text("b")), "source"),
+    ]
+
+
+def test_a_storage_that_fails_is_not_bad_data(tmp_path: Path, monkeypatch: Any) -> None:
+    def read_bytes(uri: str) -> bytes:
+        raise storage.StorageError(f"cannot read {uri}: the endpoint does not answer")
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    with pytest.raises(storage.StorageError, match="does not answer"):
+        list(resolved([Draft((Reference("1.png"),), "x")], "source", str(tmp_path)))
+
+
+# -- formats by name, and readers of one's own
+
+OWN = """
+from calumma.model.document import Document, Text
+from calumma.platform.sources import BadInput, Draft, Malformed, Reference, reader
+
+
+@reader("words", (".words",))
+def words(file, *, least: int = 1):
+    for number, line in enumerate(file.content, start=1):
+        if line.startswith(b"!"):
+            raise Malformed("an exclamation")
+        if len(line.split()) >= least:
+            yield Draft((Text(line.decode().strip()), Reference("1.png")), file.at(f"line {number}"))
+
+
+def plain(file):
+    yield Document((Text(file.content.read().decode()),))
+    yield BadInput(file.at("end"), "no more")
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module with two readers."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "readers_of_my_own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    yield "readers_of_my_own"
+    sources.FORMATS.pop("words", None)
+
+
+def test_a_reader_of_ones_own_is_a_function_named_by_its_module(own: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.words").write_text("one\ntwo words\nthree more words\n")
+    (tmp_path / "data" / "b.other").write_text("other")
+    (tmp_path / "1.png").write_bytes(png(1))
+    source = Source(
+        name="mine", format=f"{own}:words", location=str(tmp_path / "data"), images=".", options={"least": "2"}
     )
-    items = read("jsonl", tmp_path / "a.jsonl", content + b'{"text": "cut o')
-    assert [d.text for d in good(items)] == ["one", "last"]
-    assert [b.name.rpartition("line ")[2] for b in bad(items)] == ["3", "4", "5", "6", "8", "9", "10"]
-    assert "a list, not an object" in bad(items)[1].reason
-    assert "it has words" in bad(items)[2].reason
+    files, others = list_source(source.format, source.location)
+    assert (list(files), others) == ([f"{tmp_path}/data/a.words"], [f"{tmp_path}/data/b.other"])
+    items = list(sources.read_source(source, f"{tmp_path}/data/a.words", lambda place: str(tmp_path / place)))
+    assert items == [Document((Text(text), Image(png(1))), source="mine") for text in ("two words", "three more words")]
+    assert name_of(good(items)[0]) == f"{tmp_path}/data/a.words: line 2"
 
 
-# -- conversations
+def test_without_suffixes_a_reader_reads_all_files(own: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a.x", "b", "manifest.json"):
+        (tmp_path / "data" / name).write_text(name)
+    files, others = list_source(f"{own}:plain", str(tmp_path / "data"))
+    assert [Path(file).name for file in files] == ["a.x", "b"]
+    assert [Path(file).name for file in others] == ["manifest.json"]
+    items = list(read_file(f"{own}:plain", "source", next(iter(files))))
+    assert items == [
+        Document((Text("a.x"),), source="source"),
+        BadInput(f"{tmp_path}/data/a.x: end", "no more"),
+    ]
 
 
-def chat(images: list[Any], *turns: tuple[str, str], **more: Any) -> dict[str, Any]:
-    return {"conversations": [{"from": f, "value": v} for f, v in turns], "images": images, **more}
-
-
-def url(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def test_the_kth_mark_of_a_conversation_is_its_kth_image(tmp_path: Path) -> None:
-    row = chat(
-        [url(png(1)), url(png(2))],
-        ("human", "Which? <image> This?"),
-        ("gpt", "One, like <image>"),
-        captions=["one", None],
-    )
-    (document,) = good(read("conversations", tmp_path / "a.jsonl", lines(row)))
-    assert document.segments == (
-        Text("Which? ", "user"),
-        Image(png(1), "one", "user"),
-        Text(" This?", "user"),
-        Text("One, like ", "assistant"),
-        Image(png(2), None, "assistant"),
-    )
+def test_a_file_that_a_reader_finds_malformed_is_lost_from_there_on(own: str, tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(png(1))
+    (tmp_path / "a.words").write_text("one\n!\nthree\n")
+    one, end = read_file(f"{own}:words", "source", f"{tmp_path}/a.words")
+    assert isinstance(one, Document)
+    assert end == BadInput(f"{tmp_path}/a.words", "an exclamation", 12)
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("format", "options", "said"),
     [
-        (chat([], ("human", "<image>")), "1 <image> marks and 0 images"),
-        (chat([url(b"x")], ("human", "hello")), "0 <image> marks and 1 images"),
-        (chat(["https://x.test/a.png"], ("human", "<image>")), "no data URL"),
-        (chat(["data:image/png;base64,%%%"], ("human", "<image>")), "not valid base64"),
-        (chat([], ("robot", "hello")), "from 'robot'; allowed: human"),
-        (chat([url(b"x")], ("human", "<image>"), captions=[]), None),
-        (chat([url(b"x")], ("human", "<image>"), captions=["a", "b"]), "as long as"),
-        ({"conversations": []}, "no list `conversations`"),
-        ({"conversations": ["hi"]}, "a turn must be"),
+        (
+            "zip",
+            {},
+            "'zip' is not known; known are 'conversations', 'interleaved', 'jsonl', 'pages', 'text', 'webdataset'",
+        ),
+        ("no_such_module:f", {}, None),
+        ("text", {"feild": "body"}, "'text' has no option 'feild'; it knows field"),
+        ("text", {"field": 5}, "option 'field': Input should be a valid string"),
+        ("webdataset", {"field": "x"}, "it has none"),
+        ("pages", {"other_images": "keep"}, "'bad' or 'leave_out'"),
     ],
 )
-def test_a_malformed_conversation_says_what_is_wrong(tmp_path: Path, row: Any, said: str | None) -> None:
-    items = read("conversations", tmp_path / "a.jsonl", lines(row))
-    if said is None:
-        assert good(items)
+def test_a_specification_names_a_known_format_and_its_options(
+    format: str, options: dict[str, Any], said: str | None
+) -> None:
+    values = {"name": "a", "format": format, "location": "raw", "options": options}
+    if said is None:  # only the cluster may have the module
+        assert Source.model_validate(values).format == format
+        with pytest.raises(SpecificationError, match="no_such_module cannot be imported"):
+            sources.find(format)
     else:
-        assert said in bad(items)[0].reason
-        assert bad(items)[0].name == f"{tmp_path}/a.jsonl: line 1"
+        with pytest.raises(ValueError, match=said):
+            Source.model_validate(values)
 
 
-# -- interleaved pages
-
-
-def parquet(rows: list[dict[str, Any]], group: int = 100) -> bytes:
-    columns = {
-        "texts": pa.list_(pa.string()),
-        "images": pa.list_(pa.binary()),
-        "captions": pa.list_(pa.string()),
-        "license": pa.string(),
-    }
-    schema = pa.schema([(name, kind) for name, kind in columns.items() if any(name in row for row in rows)])
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, row_group_size=group, compression="none")
-    return buffer.getvalue()
-
-
-def test_a_page_keeps_the_order_of_its_texts_and_images(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
-        {"texts": ["a", None, "b"], "images": [None, png(), None], "captions": [None, "x", None], "license": "MIT"},
-        {"texts": ["both"], "images": [png()]},
-        {"texts": [None], "images": [None]},
-        {"texts": ["a"], "images": [None, png()]},
-    ]
-    items = read("interleaved", tmp_path / "a.parquet", parquet(rows))
-    assert good(items) == [Document((Text("a"), Image(png(), "x"), Text("b")), source="source", license="MIT")]
-    assert [b.name.rpartition("row ")[2] for b in bad(items)] == ["1", "2", "3"]
-    assert "both a text and an image at index 0" in bad(items)[0].reason
-    assert "neither" in bad(items)[1].reason
-
-
-def test_a_damaged_row_group_leaves_the_others(tmp_path: Path) -> None:
-    content = bytearray(parquet([{"texts": [f"text {n} " * 50], "images": [None]} for n in range(4)], group=1))
-    metadata = pq.ParquetFile(io.BytesIO(content)).metadata
-    column = metadata.row_group(1).column(0)
-    content[column.data_page_offset : column.data_page_offset + 40] = b"\xff" * 40
-    items = read("interleaved", tmp_path / "a.parquet", bytes(content))
-    assert [d.text[:6] for d in good(items)] == ["text 0", "text 2", "text 3"]
-    assert bad(items)[0].name == f"{tmp_path}/a.parquet: row group 1"
-    assert bad(items)[0].bytes_lost == round(len(content) / 4)
-
-
-@pytest.mark.parametrize("keep", [0, 3, 200])
-def test_a_truncated_parquet_file_is_lost_whole(tmp_path: Path, keep: int) -> None:
-    content = parquet([{"texts": ["a"], "images": [None]}])[:keep]
-    (item,) = read("interleaved", tmp_path / "a.parquet", content)
-    assert isinstance(item, BadInput)
-    assert item.bytes_lost == keep
-
-
-def test_a_parquet_file_without_the_columns_says_which(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"texts": [["a"]], "other": [1]}), buffer)
-    (item,) = read("interleaved", tmp_path / "a.parquet", buffer.getvalue())
-    assert isinstance(item, BadInput)
-    assert "no column images; it has texts, other" in item.reason
+def test_a_name_is_given_once_and_a_function_that_is_not_there_is_told(own: str) -> None:
+    with pytest.raises(ValueError, match=r"'text' is taken by calumma\.platform\.sources\.text:text"):
+        sources.reader("text", (".x",))(lambda file: iter(()))
+    with pytest.raises(SpecificationError, match="readers_of_my_own has no function nothing"):
+        sources.find(f"{own}:nothing")
+    with pytest.raises(SpecificationError, match="has no option 'most'"):
+        list(read_file(f"{own}:words", "source", "/nowhere", options={"most": 1}))
 
 
 # -- listing
@@ -288,3 +271,34 @@ def test_a_folder_lists_files_of_the_format_and_a_file_lists_itself(tmp_path: Pa
     assert list_source("webdataset", f"{tmp_path}/notes.txt") == ({f"{tmp_path}/notes.txt": 5}, [])
     assert list_source("webdataset", f"file://{tmp_path}/notes.txt") == ({f"{tmp_path}/notes.txt": 5}, [])
     assert list_source("webdataset", f"{tmp_path}/nowhere") == ({}, [])
+
+
+def test_a_suffix_may_tell_a_compression_too(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json.ZST", "d.gz", "e.parquet", "f.txt"):
+        (tmp_path / name).write_bytes(b"")
+    files, others = list_source("text", str(tmp_path))
+    assert [Path(file).name for file in files] == ["a.jsonl", "b.jsonl.gz", "c.json.ZST", "e.parquet"]
+    assert [Path(file).name for file in others] == ["d.gz", "f.txt"]
+
+
+def test_many_files_are_listed_by_one_request(s3: str) -> None:
+    for number in range(40):
+        storage.write_bytes(f"{s3}/{number:03d}.jsonl", b"{}")
+    requests: list[str] = []
+    events = storage._client().meta.events
+    events.register("before-send.s3", lambda request, **_: requests.append(request.url), unique_id="count")
+    try:
+        files, _ = list_source("text", s3)
+    finally:
+        events.unregister("before-send.s3", unique_id="count")
+    assert list(files) == [f"{s3}/{number:03d}.jsonl" for number in range(40)]
+    assert len(requests) == 1
+
+
+def test_a_file_knows_its_place_and_what_is_left_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.JSON.gz").write_bytes(b"0123456789")
+    with storage.open_read(f"{tmp_path}/a.JSON.gz") as raw:
+        file = File(f"{tmp_path}/a.JSON.gz", raw, str(tmp_path))
+        assert file.plain_name.endswith("/a.json")
+        raw.read(4)
+        assert (file.size, file.left, file.at("line 1")) == (10, 6, f"{tmp_path}/a.JSON.gz: line 1")

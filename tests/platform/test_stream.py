@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-from itertools import islice
+import logging
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,22 @@ import pytest
 import torch
 
 from calumma.platform import storage
+from calumma.platform.data import stream, token_shards
 from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.data.plan import MicroBatch, Plan
-from calumma.platform.data.stream import (
-    MicroBatchTensors,
-    PlanDataConfig,
-    ShardError,
-    _read,
-    _read_row_group,
-    _rows,
-    _tensors,
-    micro_batches,
-)
+from calumma.platform.data.packing import PackedRow
+from calumma.platform.data.plan import MicroBatch
+from calumma.platform.data.row_groups import RowGroupReader
+from calumma.platform.data.stream import MicroBatchTensors, PlanDataConfig, ShardError, micro_batches
 
 CONTEXT = 12
-SCHEMA = pa.schema(
-    [("tokens", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_())), ("segments", pa.list_(pa.int32()))]
-)
+
+
+def packed(random: np.random.Generator, masked: bool) -> PackedRow:
+    padding = int(random.integers(0, 4))
+    segments = np.sort(random.integers(0, 3, CONTEXT + 1)).astype(np.int32)
+    segments[CONTEXT + 1 - padding :] = -1
+    mask = random.integers(0, 2, CONTEXT + 1).astype(bool) if masked else None
+    return PackedRow(random.integers(0, 70_000, CONTEXT + 1).astype(np.int32), mask, segments)
 
 
 def write_shards(uri: str, counts: list[int], seed: int, rows: int = 3) -> Manifest:
@@ -39,23 +39,17 @@ def write_shards(uri: str, counts: list[int], seed: int, rows: int = 3) -> Manif
     random = np.random.default_rng(seed)
     files = []
     for number, groups in enumerate(counts):
-        table = []
-        for row in range((groups - 1) * rows + 1):  # the last row group holds one row
-            padding = int(random.integers(0, 4))
-            segments = np.sort(random.integers(0, 3, CONTEXT + 1 - padding)).tolist() + [-1] * padding
-            mask = random.integers(0, 2, CONTEXT + 1).astype(bool).tolist() if row % 2 else None
-            tokens = random.integers(0, 1000, CONTEXT + 1).tolist()
-            table.append({"tokens": tokens, "loss_mask": mask, "segments": segments})
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(table, SCHEMA), sink, row_group_size=rows, compression="zstd")
+        table = [packed(random, row % 2 == 1) for row in range((groups - 1) * rows + 1)]  # the last has one row
+        data = token_shards.to_parquet(table, rows)
         entry = FileEntry.of(
             f"part-{number}.parquet",
-            sink.getvalue(),
+            data,
             rows=len(table),
             row_groups=groups,
             sequences_per_row_group=rows,
+            footer=token_shards.footer(data),
         )
-        storage.write_bytes(storage.join(uri, entry.path), sink.getvalue())
+        storage.write_bytes(storage.join(uri, entry.path), data)
         files.append(entry)
     manifest = Manifest(kind="tokens", files=files, specification={"context": CONTEXT})
     manifest.write(uri)
@@ -168,52 +162,90 @@ def test_nothing_to_read_is_said(shards: dict[str, Manifest]) -> None:
         config(shards, first=9, last=9).configure({}, 1, None, None)
 
 
+class Blocks:
+    """What a worker is given, without Ray between: the blocks of the reading task."""
+
+    def __init__(self, data: PlanDataConfig, first: int, last: int, rank: int, world: int) -> None:
+        items = pa.table({"first": [first], "last": [last]})
+        self.blocks = list(stream._read(items, data.plan, data.reader, rank, world))
+
+    def iter_batches(self, **settings: Any) -> list[pa.Table]:
+        return self.blocks
+
+
 def test_shards_are_read_from_s3(s3: str) -> None:
     uri = storage.join(s3, "tokens")
-    plan = Plan(1, {uri: 1.0}, {uri: write_shards(uri, [3, 2], 4)}, 3)
-    (block,) = _read(pa.table({"first": [2], "last": [6]}), plan, 0, 2).to_batches()
-    rows = list(_rows(pa.Table.from_batches([block])))
-    assert [(row["step"], row["error"]) for row in rows] == [(step, "") for step in (2, 2, 3, 3, 4, 4, 5, 5)]
-    planned = [found for step in range(2, 6) for found in plan.worker(step, 0, 2)]
-    assert all(same(_tensors(row), expected(found)) for row, found in zip(rows, planned, strict=True))
+    data = PlanDataConfig(1, {uri: 1.0}, {uri: write_shards(uri, [3, 2], 4)}, 3, 0, 6)
+    blocks: Any = Blocks(data, 2, 6, 0, 2)
+    for step, group in micro_batches(blocks, 0, 2):
+        assert all(map(same, group, [expected(found) for found in data.plan.worker(step, 0, 2)]))
+    assert step == 5
 
 
-def row_group(shards: dict[str, Manifest], **changes: Any) -> MicroBatch:
-    uri, manifest = next(iter(shards.items()))
-    file = manifest.files[0]
-    fields = {"source": uri, "shard": f"{uri}/{file.path}", "row_group": 0, "sequences": 3, "shard_bytes": file.bytes}
-    return MicroBatch(**{**fields, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "context", "said"),
-    [
-        ({"shard_bytes": 5}, CONTEXT, "bytes, where its manifest says 5"),
-        ({"sequences": 2}, CONTEXT, r"holds 3 sequences of \[13\] tokens, where the manifest says 2 of 13"),
-        ({}, CONTEXT + 1, r"holds 3 sequences of \[13\] tokens, where the manifest says 3 of 14"),
-    ],
-)
-def test_row_groups_are_held_against_the_manifest(
-    shards: dict[str, Manifest], changes: dict[str, int], context: int, said: str
+@pytest.mark.parametrize("limit", [1, 500, 2000, 1 << 20])
+def test_blocks_grow_from_one_step_to_their_limit(
+    shards: dict[str, Manifest], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ShardError, match=said):
-        _read_row_group(row_group(shards, **changes), context)
+    monkeypatch.setattr(stream, "_BLOCK", limit)
+    data = config(shards, micro_batches=2)
+    blocks: Any = Blocks(data, 0, 40, 0, 1)
+    sizes = [len(table["steps"][0]) for table in blocks.blocks]
+    assert sum(sizes) == 80
+    assert sizes[0] == 2, "a step"
+    most = max(1, limit // (3 * 7 * (CONTEXT + 1)))  # micro-batches of three rows
+    for before, size in pairwise(sizes[:-1]):
+        assert size == min(2 * before, most)
+    steps = list(micro_batches(blocks, 0, 1))
+    assert [step for step, _ in steps] == list(range(40))
+    assert all(len(group) == 2 for _, group in steps), "a step goes on in the next block"
 
 
-def test_damaged_and_missing_shards_are_named(shards: dict[str, Manifest]) -> None:
-    found = row_group(shards)
-    path = Path(found.shard)
-    content = path.read_bytes()
-    path.write_bytes(bytes(len(content)))
-    with pytest.raises(ShardError, match=f"{path}: row group 0 cannot be read"):
-        _read_row_group(found, CONTEXT)
-    path.write_bytes(content[:4] + bytes(200) + content[204:])
-    with pytest.raises(ShardError, match=f"{path}: row group 0 cannot be read"):
-        _read_row_group(found, CONTEXT)
-    pq.write_table(pa.table({"tokens": [[1] * (CONTEXT + 1)] * 3}), path)
-    other = row_group(shards, shard_bytes=path.stat().st_size)
-    with pytest.raises(ShardError, match=f"{path} has no columns .* not a token shard"):
-        _read_row_group(other, CONTEXT)
-    path.unlink()
-    with pytest.raises(storage.NotFound, match=str(path)):
-        _read_row_group(found, CONTEXT)
+def test_an_error_comes_in_its_turn(shards: dict[str, Manifest]) -> None:
+    data = config(shards, micro_batches=2)
+    planned = [found for step in range(20) for found in data.plan.step(step)]
+    broken = planned[9].shard
+    Path(broken).unlink()
+    first = next(number for number, found in enumerate(planned) if found.shard == broken) // 2
+    blocks: Any = Blocks(data, 0, 20, 0, 1)
+    seen: list[int] = []
+
+    def train() -> None:
+        for step, _ in micro_batches(blocks, 0, 1):
+            seen.append(step)
+
+    with pytest.raises(ShardError, match=broken):
+        train()
+    assert seen == list(range(first))
+
+
+def test_shards_without_checksums_are_read_and_pointed_out(
+    shards: dict[str, Manifest], caplog: pytest.LogCaptureFixture
+) -> None:
+    old = {
+        uri: manifest.model_copy(update={"files": [f.model_copy(update={"footer": None}) for f in manifest.files]})
+        for uri, manifest in shards.items()
+    }
+    with caplog.at_level(logging.WARNING):
+        data = config(old)
+    assert [record.args for record in caplog.records] == [(uri, len(old[uri].files)) for uri in sorted(old)]
+    blocks: Any = Blocks(data, 0, 9, 0, 1)
+    read = [batch for _, group in micro_batches(blocks, 0, 1) for batch in group]
+    wanted = [expected(found) for step in range(9) for found in data.plan.step(step)]
+    assert all(map(same, read, wanted))
+
+
+def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest], monkeypatch: Any) -> None:
+    monkeypatch.setattr(stream, "_BLOCK", 500)
+    begun: list[MicroBatch] = []
+
+    def read(self: RowGroupReader, micro_batch: MicroBatch) -> Any:
+        begun.append(micro_batch)
+        return original(self, micro_batch)
+
+    original = RowGroupReader.read
+    monkeypatch.setattr(RowGroupReader, "read", read)
+    data = config(shards, micro_batches=1)
+    blocks = stream._read(pa.table({"first": [0], "last": [10_000]}), data.plan, data.reader, 0, 1)
+    taken = [next(blocks) for _ in range(5)]
+    blocks.close()
+    assert len(begun) <= sum(len(table["steps"][0]) for table in taken) + 5, "the taken ones and the next"

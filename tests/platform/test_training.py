@@ -64,19 +64,17 @@ def publish_documents(uri: str, documents: list[Document]) -> None:
 
 
 def publish_tokens(root: str, name: str) -> None:
-    from calumma.platform.data.tokenize import Tokenizer, tokenize_window
+    from calumma.platform.data.windows import Tokenizer
 
     spec = TokenizeSpecification(storage=root, documents=[f"curated/{name}"], context=MODEL.context, micro_batch=2)
     output = storage.join(root, "tokens", name)
-    tokenizer = Tokenizer(f"{root}/tokenizers/text", f"{root}/tokenizers/image", "cpu", 1)
-    made = tokenize_window(
-        tokenizer.encoder,
+    made = Tokenizer(spec.model_dump(mode="json"))(
         {
-            "specification": spec.model_dump(mode="json"),
             "shards": shards.shard_uris(f"{root}/curated/{name}"),
             "seed": 0,
             "output": output,
             "stem": "tokens",
+            "receipt": storage.join(root, "receipt.json"),
         },
     )
     files = [FileEntry.model_validate(entry) for entry in made["files"]]

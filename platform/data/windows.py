@@ -1,0 +1,200 @@
+"""One task of the tokenizing job, a window: documents of some shards -> encoded, shuffled, packed, written, receipt.
+
+Texts and pictures are prepared by threads while the image tokenizer works on its device; both of their libraries let
+other threads run. What comes out depends on the window alone, not on how these meet.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calumma.model.document import Document, Image
+from calumma.model.encoding import DocumentEncoder, Tokens
+from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.vocabulary import Vocabulary
+from calumma.platform import storage
+from calumma.platform.config import TokenizeSpecification
+from calumma.platform.data import pipeline, shards, token_shards
+from calumma.platform.data.manifest import FileEntry
+from calumma.platform.data.packing import ImageTooLong, PackedRow, pack, split
+from calumma.platform.data.receipts import Receipt
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 64  # documents whose texts one thread encodes
+_WRITERS = 4  # shards of a window written at once
+
+
+class DocumentsUnusable(ValueError):
+    """Curated documents that cannot become tokens."""
+
+
+@dataclass
+class _Chunk:
+    """Some documents on their way, in order."""
+
+    uri: str
+    documents: list[Document]
+    texts: Future[list[NDArray[np.int32]]]
+    images: list[NDArray[np.int32]] = field(default_factory=list)  # coded so far
+    uncoded: int = 0
+
+
+class Tokenizer:
+    """What an actor holds: the tokenizers, read once. Calling it does one window."""
+
+    def __init__(self, specification: dict[str, Any]) -> None:
+        self._spec = spec = TokenizeSpecification.model_validate(specification)
+        device = "cuda" if spec.resources.gpus_per_worker else "cpu"
+        self._threads = max(1, int(spec.resources.cpus_per_worker))
+        text, image = spec.locate(spec.text_tokenizer), spec.locate(spec.image_tokenizer)
+        with storage.local_copy(text) as text_path, storage.local_copy(image) as image_path:
+            self._encoder = DocumentEncoder(
+                Vocabulary.read(text_path), TextTokenizer.read(text_path), ImageTokenizer.read(image_path, device)
+            )
+        vocabulary = self._encoder.vocabulary
+        self._is_image = np.zeros(vocabulary.size, np.bool_)
+        self._is_image[vocabulary.image_ids] = True
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Encode, pack and write the documents of some shards. Raises DocumentsUnusable and StorageError.
+
+        `task`: "shards" (URIs), "seed" (of its order), "output" (URI), "stem" (of shard names), "receipt" (URI).
+        Returns a Receipt, written to storage, too.
+        """
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            receipt = self._window(task)
+        finally:
+            torch.set_num_threads(threads)  # it may be a notebook's process
+        storage.write_bytes(task["receipt"], receipt.model_dump_json().encode())
+        return receipt.model_dump(mode="json")
+
+    def _window(self, task: dict[str, Any]) -> Receipt:
+        spec, vocabulary = self._spec, self._encoder.vocabulary
+        length = spec.context + 1
+        counts: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
+        sequences: list[Tokens] = []
+        documents = 0
+        for document, tokens in encoded(self._encoder, task["shards"], spec.image_batch, self._threads):
+            documents += 1
+            if len(tokens.ids) <= length:
+                sequences.append(tokens)
+                continue
+            pieces = cut(tokens, document.is_conversation, length, vocabulary)
+            if isinstance(pieces, str):
+                dropped[pieces] += 1
+            else:
+                counts["split"] += 1
+                sequences += pieces
+        random = np.random.default_rng(task["seed"])
+        sequences = [sequences[i] for i in random.permutation(len(sequences))]
+        rows = pack(sequences, length, vocabulary.pad)
+        rows = [rows[i] for i in random.permutation(len(rows))]
+        counts["documents"] = documents
+        counts["sequences"] = len(sequences)
+        counts["padding"] = sum(row.padding for row in rows)
+        counts["trained"] = sum(row.trained for row in rows)
+
+        def write(numbered: tuple[int, list[PackedRow]]) -> FileEntry:
+            number, shard = numbered
+            return self._write(task["output"], pipeline.shard_name(task["stem"], number), shard)
+
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            size = spec.micro_batch * spec.micro_batches_per_shard
+            files = list(pool.map(write, enumerate(pipeline.chunks(rows, size))))
+        return Receipt(files=files, counts=counts, dropped=dropped)
+
+    def _write(self, output: str, path: str, rows: Sequence[PackedRow]) -> FileEntry:
+        data = token_shards.to_parquet(rows, self._spec.micro_batch)
+        storage.write_bytes(storage.join(output, path), data)
+        image = sum(int(self._is_image[row.tokens].sum()) for row in rows)
+        return FileEntry.of(
+            path,
+            data,
+            rows=len(rows),
+            row_groups=-(-len(rows) // self._spec.micro_batch),
+            # Without padding: image codes, and everything else (text and special tokens) as text.
+            tokens={"text": sum(len(row.tokens) - row.padding for row in rows) - image, "image": image},
+            sequences_per_row_group=self._spec.micro_batch,
+            footer=token_shards.footer(data),
+        )
+
+
+def encoded(
+    encoder: DocumentEncoder, uris: Sequence[str], image_batch: int, threads: int
+) -> Iterator[tuple[Document, Tokens]]:
+    """Every document of some shards with its tokens, in order; the images of all documents are coded in batches of
+    `image_batch` (the last one smaller). Raises DocumentsUnusable and StorageError."""
+    chunks: deque[_Chunk] = deque()
+    waiting: deque[tuple[_Chunk, Image]] = deque()
+    opened: deque[tuple[_Chunk, Future[torch.Tensor]]] = deque()
+    pool = ThreadPoolExecutor(threads)
+
+    def open_images() -> None:
+        while waiting and len(opened) < 2 * image_batch:  # those of the next batch, and of the one after it
+            chunk, image = waiting.popleft()
+            opened.append((chunk, pool.submit(encoder.pixels, image)))
+
+    def code() -> None:
+        batch = [opened.popleft() for _ in range(min(image_batch, len(opened)))]
+        open_images()
+        ids = encoder.code([_result(chunk, pixels) for chunk, pixels in batch])
+        for (chunk, _), each in zip(batch, ids, strict=True):
+            chunk.images.append(each)
+            chunk.uncoded -= 1
+
+    def assembled() -> Iterator[tuple[Document, Tokens]]:
+        chunk = chunks.popleft()
+        tokens = encoder.assemble(chunk.documents, _result(chunk, chunk.texts), iter(chunk.images))
+        yield from zip(chunk.documents, tokens, strict=True)
+
+    try:
+        for uri in uris:
+            for documents in pipeline.chunks(shards.read_shard(uri), CHUNK):
+                chunk = _Chunk(uri, documents, pool.submit(encoder.text_ids, documents))
+                chunks.append(chunk)
+                images = [s for document in documents for s in document.segments if isinstance(s, Image)]
+                chunk.uncoded = len(images)
+                waiting.extend((chunk, image) for image in images)
+                open_images()
+                while len(waiting) + len(opened) >= 2 * image_batch:
+                    code()
+                while chunks and not chunks[0].uncoded and (chunks[0].texts.done() or len(chunks) > 2 * threads):
+                    yield from assembled()
+        while chunks:
+            while chunks[0].uncoded:
+                code()
+            yield from assembled()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(chunk: _Chunk, future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except ValueError as error:
+        raise DocumentsUnusable(f"{chunk.uri}: a document cannot be encoded: {error}; curate it again") from error
+
+
+def cut(tokens: Tokens, conversation: bool, length: int, vocabulary: Vocabulary) -> list[Tokens] | str:
+    """A long document as sequences of at most `length` tokens, or the reason why it is dropped."""
+    if conversation:
+        return "conversation longer than the context"
+    try:
+        return split(tokens, length, vocabulary)
+    except ImageTooLong:
+        return "image longer than the context"
