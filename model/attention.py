@@ -1,13 +1,13 @@
 """What the Transformer's attention is made of: rotary positions, the cache of keys and values, masks, kernels.
 
-Shape suffixes: B batch, T tokens, L keys, N heads, K key-value heads, H head size, P pairs of a head (H/2), S cache
-slots.
+Shape suffixes: B batch, T tokens, L keys, M blocks of a sequence, N heads, K key-value heads, G heads of a key-value
+head (N/K), H head size, P pairs of a head (H/2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,50 +19,139 @@ from calumma.model.config import ModelConfig
 
 # None: causal. BoolTensor [B, 1, T, L]: true where a token attends. BlockMask: the same for FlexAttention.
 Mask = Tensor | BlockMask | None
-Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class KVCache:
-    """Keys and values of S sequences of up to L positions each, for every layer.
+class PagedCache:
+    """Keys and values in blocks of `block_size` positions, for every layer; who owns a block is not known here.
 
-    `keys[layer]`, `values[layer]`: FloatTensor [S, K, L, H].
+    `store`: FloatTensor [layers, 2, blocks, block_size, K, H]. kv_heads: the configuration's, or those of this shard.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        slots: int,
-        length: int,
+        blocks: int,
+        block_size: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        kv_heads: int | None = None,
     ) -> None:
-        self.slots, self.length = slots, length
-        shape = (slots, config.kv_heads, length, config.head_size)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.blocks, self.block_size = blocks, block_size
+        shape = (config.layers, 2, blocks, block_size, kv_heads or config.kv_heads, config.head_size)
+        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        # of every layer, by block [blocks, block_size, K, H] and by position [blocks * block_size, K, H]
+        self.by_block = [(layer[0], layer[1]) for layer in self.store]
+        self.by_position = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self.by_block]
+        self._gathered = self.store.new_empty(2, 0)
+
+    def copy(self, source: int, target: int) -> None:
+        """Make one block what another is, in every layer."""
+        self.store[:, :, target] = self.store[:, :, source]
+
+    def gathered(self, blocks: int) -> Tensor:
+        """Room for so many blocks of keys and of values, [2, blocks, block_size, K, H]; the next call re-uses it."""
+        size = blocks * self.store[0, 0, 0].numel()
+        if self._gathered.shape[1] < size:
+            self._gathered = self.store.new_empty(2, size + size // 2)
+        return self._gathered[:, :size].view(2, blocks, *self.store.shape[3:])
 
 
-class CacheView:
-    """Where one forward pass writes in a KVCache and what it reads: the first `length` positions of some slots. Without
-    a length it is read off the positions, for which the host waits for the device."""
+class Kept:
+    """A second, contiguous copy of what B sequences hold, M blocks each: `layers`, a pair [B, M * block_size, K, H]
+    each. A pass reads it and adds its tokens to it, instead of gathering blocks anew.
 
-    def __init__(self, cache: KVCache, slots_B: Tensor, positions_BT: Tensor, length: int | None) -> None:
-        self.cache, self.slots_B, self.positions_BT = cache, slots_B, positions_BT
-        self.length = int(positions_BT.max()) + 1 if length is None else length
-        if self.length > cache.length:
-            raise ValueError(f"position {self.length - 1} is beyond the cache's {cache.length} positions")
-        key_positions_L = torch.arange(self.length, device=positions_BT.device)
-        self.mask_B1TL = (key_positions_L <= positions_BT[:, :, None])[:, None]
+    tables: LongTensor [B * M], their blocks.
+    """
 
-    def at(self, layer: int) -> Update:
-        """What a layer does with its keys and values [B, K, T, H]: keep them, and go on with all [B, K, length, H]."""
-        return partial(self._update, layer)
+    def __init__(self, cache: PagedCache, tables: Tensor, B: int) -> None:
+        self.M, self._blocks, self._tables = len(tables) // B, cache.by_block, tables
+        shape = (B, self.M * cache.block_size, *cache.store.shape[4:])
+        self.layers = [(cache.store.new_empty(shape), cache.store.new_empty(shape)) for _ in cache.by_block]
+        self._filled = 0
 
-    def _update(self, layer: int, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slots_B[:, None], :, self.positions_BT] = k_BKTH.transpose(1, 2)
-        values[self.slots_B[:, None], :, self.positions_BT] = v_BKTH.transpose(1, 2)
-        return keys[self.slots_B, :, : self.length], values[self.slots_B, :, : self.length]
+    def read(self, layer: int, k_BKH: Tensor, v_BKH: Tensor, positions_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` positions [B, length, K, H], the tokens at `positions_B` new among them."""
+        keys, values = self.layers[layer]
+        if self._filled == layer:  # in the first pass: the cache has the new tokens already
+            for kept, held in zip((keys, values), self._blocks[layer], strict=True):
+                torch.index_select(held, 0, self._tables, out=kept.view(len(self._tables), *held.shape[1:]))
+            self._filled += 1
+        else:
+            where_B = positions_B + torch.arange(len(keys)) * keys.shape[1]
+            keys.flatten(0, 1).index_copy_(0, where_B, k_BKH)
+            values.flatten(0, 1).index_copy_(0, where_B, v_BKH)
+        return keys[:, :length], values[:, :length]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B sequences with T tokens each that attend together, the next B*T tokens of a pass.
+
+    tables: LongTensor [B*M], the blocks of each sequence, padded with any; or the slice of the cache's positions they
+    are where a single sequence's blocks lie side by side, and nothing needs to be gathered; or what is Kept of them.
+    positions_B: LongTensor [B], of the tokens, for what is Kept.
+    bias_B1TL: added to the attention logits, 0 or -inf, L = M * block_size.
+    """
+
+    B: int
+    T: int
+    tables: Tensor | slice | Kept
+    bias_B1TL: Tensor
+    positions_B: Tensor | None = None
+
+
+class PagedPass:
+    """One forward pass over a PagedCache, without gradients: T tokens of any sequences, side by side without padding.
+
+    positions_T: LongTensor [T], each token's position in its sequence; where_T: LongTensor [T], its place in the cache,
+    block * block_size + offset; `rows` cover all tokens in order.
+    """
+
+    def __init__(self, cache: PagedCache, positions_T: Tensor, where_T: Tensor, rows: list[Rows]) -> None:
+        self.cache, self.positions_T, self.where_T, self.rows = cache, positions_T, where_T, rows
+
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """Keep the new keys and values; attend to them and to all that their sequences have kept before: [T, N*H]."""
+        keys, values = self.cache.by_position[layer]
+        keys.index_copy_(0, self.where_T, k_TKH)
+        values.index_copy_(0, self.where_T, v_TKH)
+        if len(self.rows) == 1:
+            return _attend_rows(q_TNH, *self._read(layer, self.rows[0], k_TKH, v_TKH), self.rows[0])
+        outputs, begin = [], 0
+        for rows in self.rows:
+            end = begin + rows.B * rows.T
+            k_BLKH, v_BLKH = self._read(layer, rows, k_TKH[begin:end], v_TKH[begin:end])
+            outputs.append(_attend_rows(q_TNH[begin:end], k_BLKH, v_BLKH, rows))
+            begin = end
+        return torch.cat(outputs)
+
+    def _read(self, layer: int, rows: Rows, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of some rows, [B, L, K, H], the pass's own among them."""
+        if isinstance(rows.tables, Kept):
+            assert rows.positions_B is not None
+            return rows.tables.read(layer, k_TKH, v_TKH, rows.positions_B, rows.bias_B1TL.shape[-1])
+        if isinstance(rows.tables, slice):
+            keys, values = self.cache.by_position[layer]
+            return keys[None, rows.tables], values[None, rows.tables]
+        keys, values = self.cache.by_block[layer]
+        k, v = self.cache.gathered(rows.tables.shape[0])
+        torch.index_select(keys, 0, rows.tables, out=k)
+        torch.index_select(values, 0, rows.tables, out=v)
+        return k.view(rows.B, -1, *k.shape[2:]), v.view(rows.B, -1, *v.shape[2:])
+
+
+def _attend_rows(q_TNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, rows: Rows) -> Tensor:
+    """[B*T, N*H]."""
+    N, H = q_TNH.shape[1:]
+    k_BKLH, v_BKLH, bias = k_BLKH.transpose(1, 2), v_BLKH.transpose(1, 2), rows.bias_B1TL
+    K = k_BKLH.shape[1]
+    if rows.T == 1:  # the queries that share a key head stand where further tokens would: no key is repeated for them
+        q_BKGH = q_TNH.unflatten(1, (K, N // K))
+        bias = bias.expand(-1, -1, N // K, -1)
+        return F.scaled_dot_product_attention(q_BKGH, k_BKLH, v_BKLH, attn_mask=bias).reshape(rows.B, N * H)
+    q_BNTH = q_TNH.unflatten(0, (rows.B, rows.T)).transpose(1, 2)
+    out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BKLH, v_BKLH, attn_mask=bias, enable_gqa=K != N)
+    return out_BNTH.transpose(1, 2).reshape(rows.B * rows.T, N * H)
 
 
 def rope_table(head_size: int, length: int, theta: float, device: torch.device | str | None = None) -> Tensor:

@@ -1,7 +1,9 @@
 """The mixed-modal Transformer: Llama-2's shape with query-key normalization (paper section 2.3).
 
+Its pass over a cache, for generation, is in generation/decoder.py.
+
 Shape suffixes: B batch, T tokens, L positions, D width, N heads, K key-value heads, H head size, P pairs of a
-head (H/2), F feed-forward width, V vocabulary, S cache slots, R trained tokens.
+head (H/2), F feed-forward width, V vocabulary, R trained tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from calumma.model import stability
-from calumma.model.attention import CacheView, KVCache, Mask, Update, attend, document_mask, rope_table, rotate
+from calumma.model.attention import Mask, attend, document_mask, rope_table, rotate
 from calumma.model.config import ModelConfig
 from calumma.model.loss import Loss, linear_loss, trained_rows
 
@@ -46,9 +48,7 @@ class Attention(nn.Module):
             self.query_norm = HeadNorm(config.heads, config.head_size)
             self.key_norm = HeadNorm(config.kv_heads, config.head_size)
 
-    def forward(
-        self, x_BTD: Tensor, rope_BTP2: Tensor, mask: Mask, update: Update | None, measure: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BTD: Tensor, rope_BTP2: Tensor, mask: Mask, measure: bool) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x_BTD.shape
         q_BTNH = self.query(x_BTD).view(B, T, self.heads, self.head_size)
         k_BTKH = self.key(x_BTD).view(B, T, self.kv_heads, self.head_size)
@@ -58,8 +58,6 @@ class Attention(nn.Module):
         q_BNTH = rotate(q_BTNH, rope_BTP2).transpose(1, 2)
         k_BKTH = rotate(k_BTKH, rope_BTP2).transpose(1, 2)
         measured = stability.attention(q_BNTH, k_BKTH) if measure else None
-        if update is not None:
-            k_BKTH, v_BKTH = update(k_BKTH, v_BKTH)
         out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, mask)
         return self.output(out_BNTH.transpose(1, 2).reshape(B, T, -1)), measured
 
@@ -94,12 +92,11 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rope_BTP2: Tensor,
         mask: Mask = None,
-        update: Update | None = None,
         measure: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream after this block, and `stability.BLOCK` of it where asked for."""
         a_BTD = x_BTD if self.swin else self.attention_norm(x_BTD)
-        a_BTD, measured = self.attention(a_BTD, rope_BTP2, mask, update, measure)
+        a_BTD, measured = self.attention(a_BTD, rope_BTP2, mask, measure)
         a_BTD = self.attention_norm(a_BTD) if self.swin else a_BTD
         x_BTD = x_BTD + F.dropout(a_BTD, self.dropout, self.training)
         if self.swin:
@@ -117,11 +114,11 @@ class Output(nn.Linear):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.width, config.vocabulary_size, bias=False)
 
-    def forward(self, input: Tensor, measure: bool = False, **loss: Any) -> Any:
-        """float32 logits [B, T, V] of states [B, T, D]; or, given what `linear_loss` takes, its result and the
-        measured [3] or None."""
+    def forward(self, input: Tensor, measure: bool = False, columns: slice | None = None, **loss: Any) -> Any:
+        """float32 logits [..., V] of states [..., D], or only those of some columns of the vocabulary; or, given what
+        `linear_loss` takes, its result and the measured [3] or None."""
         if not loss:
-            return F.linear(input, self.weight).float()
+            return F.linear(input, self.weight if columns is None else self.weight[columns]).float()
         measured = stability.output(input.flatten(0, 1), loss["rows_R"], self.weight) if measure else None
         return *linear_loss(input, self.weight, **loss), measured
 
@@ -186,10 +183,6 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         segments_BT: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
-        slots: Tensor | None = None,
-        start: Tensor | None = None,
-        length: int | None = None,
         needed: Tensor | None = None,
         targets: Tensor | None = None,
         mask: Tensor | None = None,
@@ -200,8 +193,8 @@ class Transformer(nn.Module):
     ) -> Tensor | Loss:
         """LongTensor [B, T] -> FloatTensor [B, T, V] logits, float32; with `targets`, a Loss instead.
 
-        Tokens, segments and the cache's arguments: see `hidden`. `needed`, LongTensor [B, P]: only the logits of these
-        P tokens of each row, [B, P, V]; P may be 0, where a pass is to fill the cache.
+        Tokens and segments: see `hidden`. `needed`, LongTensor [B, P]: only the logits of these P tokens of each row,
+        [B, P, V].
         Loss: `targets` LongTensor [B, T], `mask` BoolTensor [B, T], `image_mask` BoolTensor [V], z_loss and normalizer
         as in loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (stability.py).
         """
@@ -210,9 +203,7 @@ class Transformer(nn.Module):
             if mask is None or image_mask is None:
                 raise ValueError("the loss needs targets, mask and image_mask")
             rows_R = trained_rows(mask)
-        x_BTD, measured = self._trunk(
-            tokens_BT, segments_BT, cache, slots, start, length, measure and rows_R is not None
-        )
+        x_BTD, measured = self._trunk(tokens_BT, segments_BT, measure and rows_R is not None)
         if rows_R is None:
             if needed is not None:
                 x_BTD = x_BTD.gather(1, needed[..., None].expand(-1, -1, x_BTD.shape[-1]))
@@ -228,55 +219,27 @@ class Transformer(nn.Module):
         )
         return Loss(total, sums, stability.named(measured, measured_output))
 
-    def hidden(
-        self,
-        tokens_BT: Tensor,
-        segments_BT: Tensor | None = None,
-        *,
-        cache: KVCache | None = None,
-        slots: Tensor | None = None,
-        start: Tensor | None = None,
-        length: int | None = None,
-    ) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """LongTensor [B, T] -> FloatTensor [B, T, D], what the output projection reads.
 
-        Without a cache: causal attention over the T tokens, within documents (`segments_BT`, LongTensor [B, T]) if the
-        configuration masks documents. With a cache: row b continues cache slot `slots[b]` at position `start[b]`
-        (both LongTensor [B]); `length`, max(start) + T, spares the host to wait for the device to learn it.
-        Raises ValueError when positions go beyond the context or the cache.
+        Causal attention over the T tokens, within documents (`segments_BT`, LongTensor [B, T]) if the configuration
+        masks documents. Raises ValueError when there are more tokens than the context.
         """
-        return self._trunk(tokens_BT, segments_BT, cache, slots, start, length, False)[0]
+        return self._trunk(tokens_BT, segments_BT, False)[0]
 
-    def _trunk(
-        self,
-        tokens_BT: Tensor,
-        segments_BT: Tensor | None,
-        cache: KVCache | None,
-        slots: Tensor | None,
-        start: Tensor | None,
-        length: int | None,
-        measure: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _trunk(self, tokens_BT: Tensor, segments_BT: Tensor | None, measure: bool) -> tuple[Tensor, list[Tensor]]:
         """`hidden`, and `stability.BLOCK` of every block where asked for."""
         T = tokens_BT.shape[1]
-        view: CacheView | None = None
         mask: Mask = None
-        if cache is not None:
-            if slots is None or start is None:
-                raise ValueError("a cache needs slots and start positions")
-            positions_BT = start[:, None] + torch.arange(T, device=tokens_BT.device)
-            view = CacheView(cache, slots, positions_BT, length)
-            rope_BTP2, mask = self.rope[positions_BT], view.mask_B1TL
-        else:
-            if T > self.config.context:
-                raise ValueError(f"{T} tokens are more than the model's context of {self.config.context}")
-            rope_BTP2 = self.rope[None, :T]
-            if segments_BT is not None and self.config.mask_documents:
-                mask = document_mask(segments_BT)
+        if T > self.config.context:
+            raise ValueError(f"{T} tokens are more than the model's context of {self.config.context}")
+        rope_BTP2 = self.rope[None, :T]
+        if segments_BT is not None and self.config.mask_documents:
+            mask = document_mask(segments_BT)
         x_BTD, measured = self.embedding(tokens_BT), []
         recompute = self._recompute and self.training and torch.is_grad_enabled()
-        for layer, block in enumerate(self.blocks):
-            given = (x_BTD, rope_BTP2, mask, view.at(layer) if view else None, measure)
+        for block in self.blocks:
+            given = (x_BTD, rope_BTP2, mask, measure)
             x_BTD, found = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
             if found is not None:
                 measured.append(found)

@@ -517,7 +517,7 @@ class EvaluateSpecification(JobSpecification):
     tasks: list[EvaluationTask] = Field(min_length=1)
     judge_training: str = Field(description="curated images with captions as labels: trains the independent classifier")
     judge_held_out: str = Field(description="the same, held out: measures the classifier itself")
-    batch: int = Field(32, ge=1, description="sequences generated at once")
+    batch: int = Field(32, ge=1, description="prompts answered at once")
     output: str = "evaluation"
 
 

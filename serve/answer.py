@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from typing import NoReturn
 
-from calumma.serve import wire
+from calumma.serve import responses, wire
 from calumma.serve.metrics import Metrics
-from calumma.serve.pieces import Drawing, Finished, ImagePiece, Piece, Refused, Started, TextPiece, TokenCount
+from calumma.serve.pictures import converted
+from calumma.serve.pieces import (
+    Declined,
+    Drawing,
+    Finished,
+    ImagePiece,
+    Piece,
+    Refused,
+    Started,
+    TextPiece,
+    Token,
+    TokenCount,
+)
+from calumma.serve.responses import Reason
 from calumma.serve.wire import WireError
 
 Pieces = AsyncGenerator[Piece, None]
@@ -28,12 +42,15 @@ class Label:
 
 @dataclass
 class Answer:
-    """A whole answer: texts and PNG files in their order."""
+    """A whole answer: texts and PNG files in their order; what of the prompt is echoed, and log-probabilities."""
 
     parts: list[str | bytes] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    echo: TextPiece | None = None
     prompt: TokenCount = field(default_factory=TokenCount)
     answer: TokenCount = field(default_factory=TokenCount)
-    reason: Literal["stop", "length"] = "stop"
+    reason: Reason = "stop"
+    refusal: str | None = None
 
     @property
     def text(self) -> str:
@@ -45,17 +62,20 @@ class Answer:
 
     def add(self, piece: Piece) -> None:
         match piece:
-            case Started(prompt):
-                self.prompt = prompt
-            case TextPiece(text):
+            case Started(prompt, echo):
+                self.prompt, self.echo = prompt, echo
+            case TextPiece(text, tokens):
+                self.tokens += tokens
                 if self.parts and isinstance(self.parts[-1], str):
                     self.parts[-1] += text
-                else:
+                elif text:
                     self.parts.append(text)
             case ImagePiece(png):
                 self.parts.append(png)
             case Finished(reason, answer):
                 self.reason, self.answer = reason, answer
+            case Declined(message, answer):
+                self.reason, self.refusal, self.answer = "content_filter", message, answer
             case Refused():
                 refuse(piece)
 
@@ -64,23 +84,45 @@ def refuse(piece: Refused) -> NoReturn:
     raise WireError(piece.message, status=piece.status, param=piece.param, code=piece.code)
 
 
-async def watched(pieces: Pieces, metrics: Metrics) -> Pieces:
-    """The same pieces, counted as they pass."""
-    begin, first = time.monotonic(), True
-    with metrics.answering():
-        async with aclosing(pieces):
-            async for piece in pieces:
-                if first and isinstance(piece, TextPiece | ImagePiece):
-                    metrics.first_piece(begin)
-                    first = False
-                match piece:
-                    case Started(prompt):
-                        metrics.prompt(prompt)
-                    case ImagePiece():
-                        metrics.image()
-                    case Finished(_, answer):
-                        metrics.answer(answer)
-                yield piece
+async def watched(pieces: Pieces, metrics: Metrics, model: str, seconds: float) -> Pieces:
+    """The same pieces, counted as they pass; refused when the answer is not whole after so many seconds."""
+    watch = metrics.answering(model)
+    end = asyncio.get_running_loop().time() + seconds
+    how = "abandoned"
+    try:
+        with watch.running():
+            async with aclosing(pieces):
+                while True:
+                    try:
+                        async with asyncio.timeout_at(end):
+                            piece = await anext(pieces)
+                    except StopAsyncIteration:
+                        return
+                    except TimeoutError:
+                        how = "late"
+                        yield Refused(
+                            504, f"the answer was not ready after {seconds:g} s, the most this server allows",
+                            code="deadline_exceeded",
+                        )  # fmt: skip
+                        return
+                    if isinstance(piece, TextPiece | ImagePiece | Drawing):
+                        watch.token()
+                    match piece:
+                        case Started(prompt):
+                            watch.prompt(prompt)
+                        case ImagePiece(_, took):
+                            watch.image(took)
+                        case Finished(reason, answer):
+                            how = reason
+                            watch.answer(answer)
+                        case Declined(_, answer):
+                            how = "declined"
+                            watch.answer(answer)
+                        case Refused(status):
+                            how = "refused" if status < 500 else "failed"
+                    yield piece
+    finally:
+        watch.ended(how)
 
 
 async def collected(pieces: Pieces) -> Answer:
@@ -103,115 +145,164 @@ async def accepted(pieces: Pieces) -> Started:
     raise AssertionError(f"an answer began with {type(first).__name__}")
 
 
-def usage(prompt: TokenCount, answer: TokenCount) -> wire.Usage:
-    return wire.Usage(
+async def all_accepted(streams: list[Pieces]) -> list[Started]:
+    """`accepted` for several jobs at once; the first refusal closes the others. Raises WireError."""
+    found = await asyncio.gather(*(accepted(pieces) for pieces in streams), return_exceptions=True)
+    errors = [one for one in found if isinstance(one, BaseException)]
+    if errors:
+        for pieces in streams:
+            await pieces.aclose()
+        raise errors[0]
+    return [one for one in found if isinstance(one, Started)]
+
+
+async def merged(streams: list[Pieces]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of several answers as they come, with the answer's number. Closing it closes them all."""
+    pending: dict[asyncio.Task[Piece], int] = {}
+
+    def ask(index: int) -> None:
+        pending[asyncio.ensure_future(anext(streams[index]))] = index
+
+    try:
+        for index in range(len(streams)):
+            ask(index)
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=pending.__getitem__):
+                index = pending.pop(task)
+                try:
+                    piece = task.result()
+                except StopAsyncIteration:
+                    continue
+                yield index, piece
+                ask(index)
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for pieces in streams:
+            await pieces.aclose()
+
+
+def usage(prompt: TokenCount, answer: TokenCount) -> responses.Usage:
+    return responses.Usage(
         prompt_tokens=prompt.total,
         completion_tokens=answer.total,
         total_tokens=prompt.total + answer.total,
-        prompt_tokens_details=wire.TokenDetails(text_tokens=prompt.text, image_tokens=prompt.image),
-        completion_tokens_details=wire.TokenDetails(text_tokens=answer.text, image_tokens=answer.image),
+        prompt_tokens_details=responses.TokenDetails(text_tokens=prompt.text, image_tokens=prompt.image),
+        completion_tokens_details=responses.TokenDetails(text_tokens=answer.text, image_tokens=answer.image),
     )
 
 
-def chat_completion(label: Label, answer: Answer) -> wire.ChatCompletion:
-    parts: list[wire.Part] = [
-        wire.TextPart(text=part) if isinstance(part, str) else wire.image_part(part) for part in answer.parts
-    ]
-    message = wire.AssistantMessage(
-        content=answer.text, images=[part for part in parts if isinstance(part, wire.ImagePart)], parts=parts
-    )
-    return wire.ChatCompletion(
-        id=label.id,
-        created=label.created,
-        model=label.model,
-        choices=[wire.ChatChoice(message=message, finish_reason=answer.reason)],
-        usage=usage(answer.prompt, answer.answer),
-    )
-
-
-def completion(label: Label, answer: Answer) -> wire.Completion:
-    return wire.Completion(
-        id=label.id,
-        created=label.created,
-        model=label.model,
-        choices=[wire.TextChoice(text=answer.text, finish_reason=answer.reason)],
-        usage=usage(answer.prompt, answer.answer),
-    )
-
-
-def images(label: Label, answers: list[Answer]) -> wire.Images:
-    return wire.Images(
-        created=label.created,
-        data=[wire.EncodedImage(b64_json=base64.b64encode(png).decode()) for a in answers for png in a.images],
-        usage=usage(_sum([a.prompt for a in answers]), _sum([a.answer for a in answers])),
-    )
-
-
-def _sum(counts: list[TokenCount]) -> TokenCount:
+def total(counts: list[TokenCount]) -> TokenCount:
     return TokenCount(sum(c.text for c in counts), sum(c.image for c in counts))
 
 
-async def chat_events(
-    label: Label, started: Started, pieces: Pieces, options: wire.StreamOptions
-) -> AsyncIterator[bytes]:
-    """An answer as chat.completion.chunk events. The order of chunks is the order of text and images."""
-
-    def chunk(delta: wire.Delta, reason: Literal["stop", "length"] | None = None) -> bytes:
-        choice = wire.ChunkChoice(delta=delta, finish_reason=reason)
-        return wire.event(wire.ChatChunk(id=label.id, created=label.created, model=label.model, choices=[choice]))
-
-    async with aclosing(pieces):
-        yield chunk(wire.Delta(role="assistant", content=""))
-        async for piece in pieces:
-            match piece:
-                case TextPiece(text):
-                    yield chunk(wire.Delta(content=text))
-                case ImagePiece(png):
-                    yield chunk(wire.Delta(images=[wire.image_part(png)]))
-                case Drawing(done, total) if options.include_progress:
-                    yield chunk(wire.Delta(drawing=wire.Progress(done=done, total=total)))
-                case Finished(reason, count):
-                    yield chunk(wire.Delta(), reason)
-                    if options.include_usage:
-                        yield wire.event(
-                            wire.ChatChunk(
-                                id=label.id,
-                                created=label.created,
-                                model=label.model,
-                                choices=[],
-                                usage=usage(started.prompt, count),
-                            )
-                        )
-                case Refused():
-                    yield _failed(piece)
-    yield wire.END
+def _usage(answers: list[Answer], n: int) -> responses.Usage:
+    """Each of the prompts counts once, whatever the number `n` of its answers."""
+    return usage(total([a.prompt for a in answers[::n]]), total([a.answer for a in answers]))
 
 
-async def completion_events(
-    label: Label, started: Started, pieces: Pieces, options: wire.StreamOptions
-) -> AsyncIterator[bytes]:
-    """A text completion as events."""
-
-    def chunk(choices: list[wire.TextChoice], total: wire.Usage | None = None) -> bytes:
-        return wire.event(
-            wire.Completion(id=label.id, created=label.created, model=label.model, choices=choices, usage=total)
+def chat_completion(label: Label, answers: list[Answer], logprobs: bool = False) -> responses.ChatCompletion:
+    def choice(index: int, answer: Answer) -> responses.ChatChoice:
+        parts: list[wire.Part] = [
+            wire.TextPart(text=part) if isinstance(part, str) else responses.image_part(part) for part in answer.parts
+        ]
+        message = responses.AssistantMessage(
+            content=answer.text,
+            refusal=answer.refusal,
+            images=[part for part in parts if isinstance(part, wire.ImagePart)],
+            parts=parts,
+        )
+        return responses.ChatChoice(
+            index=index,
+            message=message,
+            finish_reason=answer.reason,
+            logprobs=responses.chat_logprobs(answer.tokens) if logprobs else None,
         )
 
-    async with aclosing(pieces):
-        async for piece in pieces:
-            match piece:
-                case TextPiece(text):
-                    yield chunk([wire.TextChoice(text=text)])
-                case Finished(reason, count):
-                    yield chunk([wire.TextChoice(text="", finish_reason=reason)])
-                    if options.include_usage:
-                        yield chunk([], usage(started.prompt, count))
-                case Refused():
-                    yield _failed(piece)
-    yield wire.END
+    return responses.ChatCompletion(
+        id=label.id,
+        created=label.created,
+        model=label.model,
+        choices=[choice(index, answer) for index, answer in enumerate(answers)],
+        usage=_usage(answers, len(answers)),
+    )
 
 
-def _failed(piece: Refused) -> bytes:
-    """An error after the response has begun: the status is sent already, so it is an event."""
-    error = WireError(piece.message, status=piece.status, param=piece.param, code=piece.code)
-    return wire.error_event(error.body)
+def completion(label: Label, answers: list[Answer], n: int, logprobs: bool) -> responses.Completion:
+    def choice(index: int, answer: Answer) -> responses.TextChoice:
+        echo = answer.echo or TextPiece("")
+        shift = len(echo.text)
+        return responses.TextChoice(
+            index=index,
+            text=echo.text + answer.text,
+            finish_reason=answer.reason,
+            logprobs=_text_logprobs(echo.tokens, answer.tokens, shift) if logprobs else None,
+        )
+
+    return responses.Completion(
+        id=label.id,
+        created=label.created,
+        model=label.model,
+        choices=[choice(index, answer) for index, answer in enumerate(answers)],
+        usage=_usage(answers, n),
+    )
+
+
+def _text_logprobs(echoed: tuple[Token, ...], tokens: list[Token], shift: int) -> responses.TextLogprobs:
+    first, then = responses.text_logprobs(list(echoed)), responses.text_logprobs(tokens, shift)
+    return responses.TextLogprobs(
+        **{name: getattr(first, name) + getattr(then, name) for name in responses.TextLogprobs.model_fields}
+    )
+
+
+def images(label: Label, answers: list[Answer], request: wire.ImageRequest) -> responses.Images:
+    """Raises WireError where the safety policy declined one: there is no image to send in its place."""
+    for answer in answers:
+        if answer.refusal is not None:
+            raise WireError(answer.refusal, code="content_policy_violation", param="prompt")
+    form, quality = request.output_format, request.output_compression
+
+    def encoded(png: bytes) -> responses.EncodedImage:
+        data = base64.b64encode(converted(png, form, quality)).decode()
+        if request.response_format == "url":
+            return responses.EncodedImage(url=f"data:image/{form};base64,{data}")
+        return responses.EncodedImage(b64_json=data)
+
+    return responses.Images(
+        created=label.created,
+        data=[encoded(png) for a in answers for png in a.images],
+        output_format=form,
+        usage=_usage(answers, len(answers)),
+    )
+
+
+async def events(
+    streams: list[Pieces],
+    first: list[bytes],
+    chunks: Callable[[int, Piece], list[bytes]],
+    tail: Callable[[TokenCount], list[bytes]],
+) -> AsyncIterator[bytes]:
+    """Several answers as server-sent events: what comes first, what `chunks` writes for a piece of one of them, and
+    the `tail`, given all tokens.
+
+    An error after the response has begun is an event, for its status is sent already. It ends the stream.
+    """
+    counts: list[TokenCount] = []
+    async with aclosing(merged(streams)) as pieces:
+        for chunk in first:
+            yield chunk
+        async for index, piece in pieces:
+            if isinstance(piece, Refused):
+                error = WireError(piece.message, status=piece.status, param=piece.param, code=piece.code)
+                yield responses.error_event(error.body)
+                break
+            if isinstance(piece, Finished | Declined):
+                counts.append(piece.answer)
+            for chunk in chunks(index, piece):
+                yield chunk
+        else:
+            for chunk in tail(total(counts)):
+                yield chunk
+    yield responses.END

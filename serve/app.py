@@ -1,29 +1,30 @@
-"""The Ray Serve application: an HTTP ingress before autoscaled engine replicas, and how it is deployed and taken down.
+"""How an endpoint is deployed on Ray Serve and taken down: an application with the HTTP ingress, and one for each
+model, so that its next version can start beside it and take over when it answers.
 
-Ray Serve routes each request to the least busy replica, starts and stops replicas with the load, replaces those that
-fail, and cancels the work of clients that have gone.
+Ray Serve starts and stops replicas with the load, replaces those that fail, and cancels the work of clients that have
+gone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import socket
 import time
-from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calumma.model.directory import missing_files
 from calumma.platform import storage, tracking
 from calumma.platform.config import Tracking
-from calumma.serve.pieces import Job, Piece, Refused
-from calumma.serve.settings import ServeSettings
+from calumma.serve.backend import CODER, ENGINE, INGRESS, WATCHER, Ingress
+from calumma.serve.rollout import Placed, Watcher
+from calumma.serve.safety import policy_of
+from calumma.serve.settings import ModelSettings, ServeSettings
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from ray.serve import Application
-    from ray.serve.handle import DeploymentHandle
 
 APPLICATION_PREFIX = "calumma-"
 PATIENCE = 300.0  # seconds from deployed to answering; it takes one or two
@@ -33,78 +34,91 @@ class ServeError(RuntimeError):
     """Serving cannot start as asked; the message says what was found and what to do."""
 
 
-class RayBackend:
-    """A `Backend` behind a Ray Serve handle: the engine replicas, wherever they are."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-
-    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import BackPressureError, RayServeException
-
-        stream: Any = self._handle.options(stream=True).generate.remote(job)
-        ended = False
-        try:
-            async for piece in stream:
-                yield piece
-            ended = True
-        except BackPressureError:
-            ended = True
-            yield Refused(503, "all replicas are busy and the queue is full; try again shortly", code="overloaded")
-        except (RayError, RayServeException) as error:
-            ended = True
-            yield Refused(
-                503, f"the replica was lost while answering ({type(error).__name__}); try again", code="unavailable"
-            )
-        finally:
-            if not ended:
-                stream.cancel()
-
-    async def describe(self) -> dict[str, Any]:
-        return await self._handle.describe.remote()
-
-
-class Ingress:
-    """The HTTP deployment: checks and converts, never touches a tensor of the model."""
-
-    def __init__(self, replicas: DeploymentHandle, settings: ServeSettings) -> None:
-        self._replicas = replicas
-        self._settings = settings
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        from calumma.serve.endpoints import create_app
-
-        return create_app(RayBackend(self._replicas), self._settings)
-
-
-def build(settings: ServeSettings, source: str | None = None) -> Application:
-    """The application, not yet deployed. `source` is where the model directory is, if that is known already."""
+def place(model: ModelSettings, source: str, endpoint: str) -> Placed:
+    """Start a model as an application of its own, beside whatever runs, and wait until it is up. Its name is new each
+    time. Raises ServeError, and leaves nothing of it behind."""
     from ray import serve
 
+    application = f"{APPLICATION_PREFIX}{endpoint}:{model.name}:{secrets.token_hex(4)}"
+    try:
+        serve.run(build_model(model, source), name=application, route_prefix=None)
+    except Exception as error:
+        reason = _failure(application) or str(error)
+        with contextlib.suppress(Exception):
+            serve.delete(application)
+        raise ServeError(f"the model {model.model} did not come up: {reason}") from error
+    return Placed(application, source)
+
+
+def build_model(model: ModelSettings, source: str) -> Application:
+    """A model's application, not yet deployed: engine replicas, and replicas that code images where asked for."""
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+    from calumma.serve.coding import CodingReplica
     from calumma.serve.replica import Replica
+    from calumma.serve.scaling import QueuedTokens
 
     engine = serve.deployment(
-        name="Engine",
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
-        max_ongoing_requests=2 * settings.max_sequences,  # those beyond the engine's slots wait in its own queue
-        max_queued_requests=settings.max_queued,
-        autoscaling_config={
-            "min_replicas": settings.min_replicas,
-            "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": settings.target_ongoing_requests,
-        },
+        name=ENGINE,
+        ray_actor_options={"num_cpus": model.cpus_per_replica, "num_gpus": model.gpus_per_replica},
+        max_ongoing_requests=2 * model.max_sequences,  # those beyond the engine's slots wait in its own queue
+        max_queued_requests=model.max_queued,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=model.min_replicas,
+            max_replicas=model.max_replicas,
+            target_ongoing_requests=model.target_ongoing_requests,
+            upscale_delay_s=model.busy_seconds,
+            downscale_delay_s=model.idle_seconds,
+            look_back_period_s=max(11.0, min(30.0, model.busy_seconds)),
+            policy=AutoscalingPolicy(
+                policy_function=QueuedTokens,
+                policy_kwargs={
+                    "requests_per_replica": model.target_ongoing_requests,
+                    "tokens_per_replica": model.queued_tokens,
+                },
+            ),
+        ),
+        request_router_config={"request_router_class": "calumma.serve.routing.PrefixRouter"},
         max_constructor_retry_count=2,
         health_check_timeout_s=120,
+        graceful_shutdown_timeout_s=model.drain_seconds,
+        graceful_shutdown_wait_loop_s=1.0,
     )(Replica)
+    if not model.image_coders:
+        return engine.bind(model, source)
+    coder = serve.deployment(
+        name=CODER,
+        ray_actor_options={"num_cpus": model.cpus_per_replica, "num_gpus": model.image_coder_gpus},
+        max_ongoing_requests=64,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=1,
+            max_replicas=model.image_coders,
+            target_ongoing_requests=8,
+            upscale_delay_s=model.busy_seconds,
+            downscale_delay_s=model.idle_seconds,
+        ),
+        health_check_timeout_s=120,
+        graceful_shutdown_timeout_s=model.drain_seconds,
+        graceful_shutdown_wait_loop_s=1.0,
+    )(CodingReplica)
+    return engine.bind(model, source, coder.bind(model, source))
+
+
+def build_ingress(settings: ServeSettings, table: dict[str, str]) -> Application:
+    """The endpoint's application, not yet deployed; `table` says which application has each model."""
+    from ray import serve
+
     ingress = serve.deployment(
-        name="Ingress",
+        name=INGRESS,
         num_replicas=1,
         ray_actor_options={"num_cpus": settings.ingress_cpus},
-        max_ongoing_requests=1000,
+        max_ongoing_requests=2 * settings.limits.running,  # the limit itself is told by the application, as 429
         health_check_timeout_s=120,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        graceful_shutdown_wait_loop_s=1.0,
     )(serve.ingress()(Ingress))
-    return ingress.bind(engine.bind(settings, source or locate(settings.model, settings.tracking)), settings)
+    return ingress.bind(settings, table, _watch_name(settings.name) if settings.watch_seconds else None)
 
 
 def locate(model: str, settings: Tracking | None = None) -> str:
@@ -143,25 +157,44 @@ def require_port(host: str, port: int) -> None:
 def deploy(settings: ServeSettings, wait: bool = True) -> str:
     """Deploy in the Ray cluster this process is connected to; with `wait`, until it answers. Returns the base URL.
 
-    It outlives this process if the cluster does. Deploying the same name again replaces it without a gap. The address
-    is one of the cluster's head, so do not wait from another machine.
-    Raises ServeError, TrackingError, StorageError.
+    It outlives this process if the cluster does. Deploying the same name again replaces it: the new models start beside
+    the old ones, which finish what they have begun. The address is one of the cluster's head, so do not wait from
+    another machine. Raises ServeError, TrackingError, StorageError.
     """
     from ray import serve
 
-    source = locate(settings.model, settings.tracking)
+    sources = {model.name: locate(model.model, model.tracking) for model in settings.models}
+    policy_of(settings.safety)
     _quiet()
     _start_http(settings)
+    name = APPLICATION_PREFIX + settings.name
+    old = [application for application in serve.status().applications if application.startswith(f"{name}:")]
+    placed: dict[str, Placed] = {}
     try:
-        serve.run(build(settings, source), name=APPLICATION_PREFIX + settings.name, route_prefix="/")
+        for model in settings.models:
+            placed[model.name] = place(model, sources[model.name], settings.name)
+        table = {model: one.application for model, one in placed.items()}
+        _delete([_watch_name(settings.name)])
+        serve.run(build_ingress(settings, table), name=name, route_prefix="/")
+        if settings.watch_seconds:
+            watcher = serve.deployment(name=WATCHER, num_replicas=1, ray_actor_options={"num_cpus": 0})(Watcher)
+            bound = watcher.bind(settings, placed, name, settings.watch_seconds)
+            serve.run(bound, name=_watch_name(settings.name), route_prefix=None)
     except Exception as error:
-        reason = _failure(settings.name) or str(error)
+        reason = str(error) if isinstance(error, ServeError) else _failure(name) or str(error)
         with contextlib.suppress(Exception):
-            undeploy(settings.name)
-        raise ServeError(f"the model {settings.model} did not come up: {reason}") from error
+            _delete([one.application for one in placed.values()])
+            if not old:
+                undeploy(settings.name)
+        raise ServeError(reason) from error
+    _delete([application for application in old if application != _watch_name(settings.name)])
     if wait:
         await_health(settings.url)
     return settings.url
+
+
+def _watch_name(name: str) -> str:
+    return f"{APPLICATION_PREFIX}{name}:watch"
 
 
 def await_health(url: str, patience: float = PATIENCE) -> None:
@@ -182,14 +215,30 @@ def await_health(url: str, patience: float = PATIENCE) -> None:
         time.sleep(0.5)
 
 
-def undeploy(name: str = "calumma") -> None:
-    """Take the application down, and Ray Serve with it when nothing else runs there."""
+def undeploy(name: str = "calumma", patience: float = PATIENCE) -> None:
+    """Take the endpoint down, and Ray Serve with it when nothing else runs there. New requests are turned away at once;
+    answers in flight get up to `patience` seconds."""
     from ray import serve
 
     _quiet()
-    serve.delete(APPLICATION_PREFIX + name)
+    endpoint = APPLICATION_PREFIX + name
+    _delete([_watch_name(name)])
+    _delete([endpoint], patience)  # its streams need the models until they end
+    _delete([application for application in serve.status().applications if application.startswith(f"{endpoint}:")])
     if not serve.status().applications:
         serve.shutdown()
+
+
+def _delete(applications: list[str], patience: float = PATIENCE) -> None:
+    """Delete those that are there, and wait until they are gone."""
+    from ray import serve
+
+    there = set(applications) & set(serve.status().applications)
+    for application in there:
+        serve.delete(application, _blocking=False)
+    end = time.monotonic() + patience
+    while there & set(serve.status().applications) and time.monotonic() < end:
+        time.sleep(0.2)
 
 
 def _quiet() -> None:
@@ -219,12 +268,12 @@ def _start_http(settings: ServeSettings) -> None:
         )
 
 
-def _failure(name: str) -> str:
+def _failure(application: str) -> str:
     """What Ray Serve says about an application that did not come up: the last line is the exception's."""
     from ray import serve
 
     with contextlib.suppress(Exception):
-        overview = serve.status().applications[APPLICATION_PREFIX + name]
+        overview = serve.status().applications[application]
         said = [d.message for d in overview.deployments.values() if d.message] or [overview.message]
         return "; ".join(message.strip().splitlines()[-1] for message in said if message.strip())
     return ""

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
-from calumma.model.document import Document, Image, Role, Segment, Text, UnreadableImage, without_layout
+from calumma.model.document import Document, Image, Role, Segment, Text, without_layout
 from calumma.model.generation import PhaseSampling, SamplingParams
-from calumma.serve.settings import SamplingDefaults
+from calumma.serve.pictures import Pictures
+from calumma.serve.pieces import Job
+from calumma.serve.settings import Limits, RemoteImages, SamplingDefaults
 from calumma.serve.wire import ChatRequest, ImagePart, Message, Sampling, WireError
 
 # Messages of one role that follow each other are one turn; this stands between their texts.
 BETWEEN = "\n"
+DATA_URLS = Pictures(Limits(), RemoteImages())
 
 
-def chat_prompt(request: ChatRequest) -> Document:
+def chat_prompt(request: ChatRequest, pictures: Pictures = DATA_URLS) -> Document:
     """The conversation so far. System text becomes the head of the user's turn it stands before. Decodes every image.
 
-    Raises WireError that names the message and part.
+    Blocks when images are fetched. Raises WireError that names the message and part.
     """
     segments: list[Segment] = []
+    number = sum(isinstance(part, ImagePart) for message in request.messages for part in message.body)
+    pictures.require_number(number, "messages")
     for index, message in enumerate(request.messages):
         where = f"messages[{index}]"
         role: Role = "assistant" if message.role == "assistant" else "user"
         if role == "assistant" and not segments:
             raise WireError("the conversation must begin with a user message", param=f"{where}.role")
-        new = _segments(message, role, where)
+        new = _segments(message, role, where, pictures)
         if not new:
             raise WireError("the message is empty", param=f"{where}.content")
         if segments and segments[-1].role == role and isinstance(new[0], Text):
@@ -37,14 +41,14 @@ def chat_prompt(request: ChatRequest) -> Document:
     return Document(without_layout(_joined(segments)))
 
 
-def _segments(message: Message, role: Role, where: str) -> list[Segment]:
+def _segments(message: Message, role: Role, where: str, pictures: Pictures) -> list[Segment]:
     segments: list[Segment] = []
     for index, part in enumerate(message.body):
         here = f"{where}.{message.field}[{index}]"
         if isinstance(part, ImagePart):
             if message.role in ("system", "developer"):
                 raise WireError(f"a {message.role} message holds text only", param=here)
-            segments.append(Image(image_bytes(part.image_url.url, f"{here}.image_url.url"), role=role))
+            segments.append(Image(pictures.read(part.image_url.url, f"{here}.image_url.url"), role=role))
         elif part.text:
             segments.append(Text(well_formed(part.text, f"{here}.text"), role))
     return segments
@@ -81,34 +85,9 @@ def well_formed(text: str, param: str) -> str:
     return text
 
 
-def image_bytes(url: str, param: str) -> bytes:
-    """The encoded image in a base64 data URL, proven to be one by decoding it. Raises WireError."""
-    if url.startswith(("http://", "https://")):
-        raise WireError(
-            "remote images are not fetched; send the image itself as a data URL: data:image/png;base64,…",
-            param=param,
-            code="remote_image_url",
-        )
-    header, comma, payload = url.partition(",")
-    if not header.startswith("data:") or not comma:
-        raise WireError(
-            "not a data URL; it must look like data:image/png;base64,…", param=param, code="invalid_image_url"
-        )
-    if not header.endswith(";base64"):
-        raise WireError(f"the data URL must be base64, found {header[:60]!r}", param=param, code="invalid_image_url")
-    try:
-        data = base64.b64decode("".join(payload.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise WireError(f"the data URL is not valid base64: {error}", param=param, code="invalid_base64") from error
-    try:
-        Image(data).open()
-    except UnreadableImage as error:
-        raise WireError(f"the image part is {error}", param=param, code="invalid_image") from error
-    return data
-
-
 def sampling_params(request: Sampling, modalities: Collection[str], defaults: SamplingDefaults) -> SamplingParams:
-    """["text"]: text, ["image"]: one image, both: text and images in any order. The replica sets `max_tokens`."""
+    """["text"]: text, ["image"]: one image, both: text and images in any order. The replica sets `max_tokens`, and
+    what needs its token ids."""
 
     def value(field: str) -> float:
         given = getattr(request, field)
@@ -118,9 +97,25 @@ def sampling_params(request: Sampling, modalities: Collection[str], defaults: Sa
     return SamplingParams(
         mode="interleaved" if len(wanted) == 2 else "image" if "image" in wanted else "text",
         max_images=int(value("max_images")),
-        text=PhaseSampling(value("temperature"), value("top_p"), value("repetition_penalty")),
-        image=PhaseSampling(value("image_temperature"), value("image_top_p")),
+        text=PhaseSampling(
+            value("temperature"), value("top_p"), value("repetition_penalty"), int(value("top_k")), value("min_p")
+        ),
+        image=PhaseSampling(
+            value("image_temperature"),
+            value("image_top_p"),
+            top_k=int(value("image_top_k")),
+            min_p=value("image_min_p"),
+        ),
         guidance_text=value("guidance_text"),
         guidance_image=value("guidance_image"),
         seed=request.seed,
     )
+
+
+def numbered(job: Job, number: int) -> list[Job]:
+    """The same job so many times, each with an id of its own and, where there is a seed, the next one."""
+    jobs = [replace(job, id=f"{job.id}-{k}") for k in range(number)]
+    seed = job.params.seed
+    if seed is None:
+        return jobs
+    return [replace(one, params=replace(one.params, seed=seed + k)) for k, one in enumerate(jobs)]

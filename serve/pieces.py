@@ -12,13 +12,30 @@ from calumma.model.generation import SamplingParams
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt to answer. `max_tokens` None: as many as the context has room for. `progress`: report drawing."""
+    """A prompt to answer: a document, or token ids as a client of /v1/completions gives them.
+
+    max_tokens: None is as many as the context has room for, 0 none (the prompt is only looked at).
+    stop: the answer ends before the first of these that occurs in its text.
+    logprobs: log-probabilities of text tokens with so many alternatives each; None is none.
+    begin_with_image: the answer's first part is an image. echo: Started brings the prompt's text.
+    previews: pictures of an unfinished image, spread over its drawing.
+    """
 
     id: str
-    prompt: Document
+    prompt: Document | tuple[int, ...]
     params: SamplingParams
     max_tokens: int | None = None
     progress: bool = False
+    previews: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    begin_with_image: bool = False
+    echo: bool = False
+
+    @property
+    def param(self) -> str:
+        """The request's field that holds the prompt."""
+        return "messages" if isinstance(self.prompt, Document) and self.prompt.is_conversation else "prompt"
 
 
 @dataclass(frozen=True)
@@ -32,34 +49,62 @@ class TokenCount:
 
 
 @dataclass(frozen=True)
-class Started:
-    """The prompt was taken in; always the first piece of an accepted job."""
+class Token:
+    """A token of a text: its id, its bytes (none for special ids), where in the text it begins, its log-probability
+    (None where nothing precedes it) and the most likely alternatives (id, bytes, log-probability), itself included."""
 
-    prompt: TokenCount
+    id: int
+    surface: bytes
+    begin: int
+    logprob: float | None
+    top: tuple[tuple[int, bytes, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class TextPiece:
+    """More text; `tokens` are those that end in it, where they were asked for."""
+
     text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """The prompt was taken in; always the first piece of an accepted job."""
+
+    prompt: TokenCount
+    echo: TextPiece | None = None
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """An image is under way: `done` of `total` codes."""
+    """An image is under way: `done` of `total` codes; perhaps with a picture of what is there."""
 
     done: int
     total: int
+    preview: bytes | None = None
 
 
 @dataclass(frozen=True)
 class ImagePiece:
+    """A PNG file; `seconds` from its first token to its last pixel."""
+
     png: bytes
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Finished:
     reason: Literal["stop", "length"]
     answer: TokenCount
+
+
+@dataclass(frozen=True)
+class Declined:
+    """The safety policy ends the answer, perhaps before it began. Always the last piece."""
+
+    message: str
+    answer: TokenCount = TokenCount()
 
 
 @dataclass(frozen=True)
@@ -72,7 +117,8 @@ class Refused:
     code: str | None = None
 
 
-Piece = Started | TextPiece | Drawing | ImagePiece | Finished | Refused
+Piece = Started | TextPiece | Drawing | ImagePiece | Finished | Declined | Refused
+LAST = (Finished, Declined, Refused)
 
 
 class Backend(Protocol):
@@ -84,4 +130,16 @@ class Backend(Protocol):
 
     async def describe(self) -> dict[str, Any]:
         """Facts about the model (context, image size, parameters, device). Raises when no replica is well."""
+        ...
+
+    async def statistics(self) -> dict[str, dict[str, float]]:
+        """Numbers of every replica's engine, by the replica's name."""
+        ...
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text alone."""
+        ...
+
+    async def detokenize(self, ids: list[int]) -> str:
+        """The text of token ids."""
         ...

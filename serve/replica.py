@@ -1,249 +1,199 @@
 """An engine replica: one model, one thread that steps the engine, and as many clients as come.
 
 Requests of all clients share every step (continuous batching); each gets its text token by token and an image as
-soon as its last code is there.
+soon as it is decoded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import io
-import logging
-import threading
-from collections.abc import AsyncGenerator, Callable
-from typing import Any, NamedTuple
+import time
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from calumma.model import MixedModalModel, load
 from calumma.model.document import Document
-from calumma.model.generation import Engine, Event, PromptTooLong, Request
+from calumma.model.generation import PromptTooLong, Request, SamplingParams
 from calumma.model.generation.answers import drawable
-from calumma.model.image_tokenizer import MissingDecoder, to_image
+from calumma.model.generation.request import Logprob
+from calumma.model.image_tokenizer import MissingDecoder
+from calumma.serve.coding import ImageCoder, LocalCoder, PromptEncoder
+from calumma.serve.loop import Codes, EngineLoop, Part, Scored
 from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
-from calumma.serve.settings import ServeSettings
+from calumma.serve.settings import ModelSettings
+from calumma.serve.text import TextStream
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
-PROGRESS_STEPS = 16  # how often an image under way reports
-Post = Callable[[Piece], None]
-
-
-class _Codes(NamedTuple):
-    """A whole image, not decoded yet."""
-
-    codes: list[int]
-
-
-_Part = TextPiece | Drawing | _Codes
-
-
-class _Answer:
-    """Turns one request's tokens into text without broken characters, and whole images."""
-
-    def __init__(self, model: MixedModalModel, progress: bool, post: Post) -> None:
-        self.post = post
-        self.text_tokens = 0
-        self.image_tokens = 0
-        self._vocabulary = model.vocabulary
-        self._image_length = model.image_length
-        self._decoder = model.text_tokenizer.stream_decoder()
-        self._codes: list[int] | None = None
-        self._report_every = max(1, model.image_length // PROGRESS_STEPS) if progress else 0
-
-    def push(self, token: int) -> list[_Part]:
-        """What one more token completes."""
-        vocabulary = self._vocabulary
-        if token == vocabulary.begin_image:
-            self.image_tokens += 1
-            self._codes = []
-            return [*self._text(self._decoder.finish()), *self._drawing(0)]
-        if token == vocabulary.end_image:
-            self.image_tokens += 1
-            codes, self._codes = self._codes, None
-            return [_Codes(codes)] if codes is not None and len(codes) == self._image_length else []
-        if self._codes is not None and token in vocabulary.code_of:
-            self.image_tokens += 1
-            self._codes.append(vocabulary.code_of[token])
-            return self._drawing(len(self._codes))
-        self.text_tokens += 1
-        return self._text(self._decoder.push(token))
-
-    def finish(self, reason: str) -> list[Piece | _Codes]:
-        count = TokenCount(self.text_tokens, self.image_tokens)
-        return [*self._text(self._decoder.finish()), Finished("length" if reason == "length" else "stop", count)]
-
-    def _text(self, text: str) -> list[_Part]:
-        return [TextPiece(text)] if text else []
-
-    def _drawing(self, done: int) -> list[_Part]:
-        due = self._report_every and done % self._report_every == 0
-        return [Drawing(done, self._image_length)] if due else []
-
-
-class EngineLoop:
-    """Steps the engine on a thread of its own for as long as there is work, and hands its events out."""
-
-    def __init__(self, model: MixedModalModel, max_sequences: int) -> None:
-        self._model = model
-        self._engine = Engine(model.transformer, model.vocabulary, model.image_length, max_sequences=max_sequences)
-        self._answers: dict[str, _Answer] = {}
-        self._wake = threading.Condition()
-        self._closed = False
-        self.failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    @property
-    def running(self) -> int:
-        """Requests in work."""
-        return len(self._answers)
-
-    def submit(self, request: Request, progress: bool, post: Post) -> None:
-        """Take a request in. `post` is called on the engine's thread; Finished or Refused is always the last piece.
-
-        Raises ValueError, of the engine's, on a request that cannot be answered.
-        """
-        with self._wake:
-            if self._closed:
-                post(self._gone())
-                return
-            self._engine.add(request)
-            self._answers[request.id] = _Answer(self._model, progress, post)
-            self._wake.notify()
-
-    def abandon(self, request_id: str) -> None:
-        """Stop working on a request; nothing more is posted for it. One that is not (or no longer) there is fine."""
-        with self._wake:
-            if self._answers.pop(request_id, None) is not None:
-                self._engine.abort(request_id)
-                self._wake.notify()
-
-    def close(self) -> None:
-        """Stop the thread; running requests are refused."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join()
-
-    def _gone(self) -> Refused:
-        if self.failure is not None:
-            return Refused(500, f"the engine stopped: {self.failure}", code="engine_failed")
-        return Refused(503, "this replica is shutting down; try again", code="unavailable")
-
-    @torch.inference_mode()
-    def _run(self) -> None:
-        try:
-            while self._has_work():
-                self._dispatch(self._engine.step())
-        except Exception as error:
-            log.exception("the engine stopped")
-            self.failure = error
-        with self._wake:
-            self._closed = True
-            left, self._answers = list(self._answers.values()), {}
-        for answer in left:
-            answer.post(self._gone())
-
-    def _has_work(self) -> bool:
-        """Wait for work; false when the loop is to end."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._engine.has_work)
-            return not self._closed
-
-    def _dispatch(self, events: list[Event]) -> None:
-        """Post what a step brought, in order; all images it completed are decoded in one batch."""
-        pieces: list[tuple[_Answer, Piece | _Codes]] = []
-        for event in events:
-            answer = self._answers.get(event.request_id)
-            if answer is None:
-                continue
-            pieces += [(answer, piece) for token in event.tokens for piece in answer.push(token)]
-            if event.finish is not None:
-                pieces += [(answer, piece) for piece in answer.finish(event.finish)]
-                self._answers.pop(event.request_id, None)
-        images = iter(self._pictures([piece.codes for _, piece in pieces if isinstance(piece, _Codes)]))
-        for answer, piece in pieces:
-            answer.post(ImagePiece(next(images)) if isinstance(piece, _Codes) else piece)
-
-    def _pictures(self, codes: list[list[int]]) -> list[bytes]:
-        """PNG files of images given by their codes."""
-        if not codes:
-            return []
-        tokenizer = self._model.image_tokenizer
-        pixels_B3HW = tokenizer.decode(torch.tensor(codes, device=self._model.device))
-        files = []
-        for pixels_3HW in pixels_B3HW:
-            buffer = io.BytesIO()
-            to_image(pixels_3HW).save(buffer, format="PNG")
-            files.append(buffer.getvalue())
-        return files
+# How the special ids are spelled towards clients that need a name for them (lm-evaluation-harness).
+BOS, EOS = "<s>", "</s>"
+# What an answer says within this time travels as one message: each costs three processes a millisecond. The first goes
+# at once.
+FLUSH_SECONDS = 0.04
 
 
 class EngineReplica:
     """A `Backend` in this process: encodes prompts, hands them to the engine, streams pieces back."""
 
-    def __init__(self, model: MixedModalModel, max_sequences: int = 16) -> None:
+    def __init__(
+        self,
+        model: MixedModalModel,
+        max_sequences: int = 16,
+        max_queued: int = 256,
+        coder: ImageCoder | None = None,
+        **engine: Any,
+    ) -> None:
+        """`engine`: further options of the generation engine."""
         self.model = model
-        self.max_sequences = max_sequences
-        self.loop = EngineLoop(model, max_sequences)
+        self.max_sequences, self.max_queued = max_sequences, max_queued
+        self._encoder = PromptEncoder(model.vocabulary, model.text_tokenizer, model.image_tokenizer)
+        self._own_coder = LocalCoder(self._encoder) if coder is None else None
+        self.coder: ImageCoder = coder or self._own_coder  # type: ignore[assignment]
+        self.loop = EngineLoop(model, max_sequences, **engine)
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         """Pieces of the answer; Started or Refused is the first. Closing the generator abandons the job."""
-        queue: asyncio.Queue[Piece] = asyncio.Queue()
-        event_loop = asyncio.get_running_loop()
+        if self.loop.waiting >= self.max_queued:
+            yield Refused(429, f"{self.max_queued} requests are in line already; try again shortly", code="overloaded")
+            return
         try:
             asked = drawable(job.params, self.model)
         except MissingDecoder as error:
             yield Refused(400, str(error), code="no_image_output")
             return
-        params = dataclasses.replace(asked, max_tokens=job.max_tokens or self.model.config.context)
+        queue: asyncio.Queue[Part] = asyncio.Queue()
+        event_loop = asyncio.get_running_loop()
         try:
-            tokens = await asyncio.to_thread(self._encode, job.prompt)
-            self.loop.submit(
-                Request(job.id, tokens, params), job.progress, lambda piece: _hand_over(event_loop, queue, piece)
-            )
+            tokens = await self._encode(job.prompt)
+            if job.max_tokens == 0 and not (job.echo and job.logprobs is not None):
+                yield Started(self._count(tokens), self._echo(job, tokens, None))
+                yield Finished("length", TokenCount())
+                return
+            request = Request(job.id, tokens, self._params(job, asked))
+            self.loop.submit(request, job, lambda part: _hand_over(event_loop, queue, part))
         except ValueError as error:
             code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
-            yield Refused(400, str(error), code=code, param="messages" if job.prompt.is_conversation else "prompt")
+            yield Refused(400, str(error), code=code, param=job.param)
             return
         ended = False
         try:
-            yield Started(self._count(tokens))
+            scored: list[Logprob] | None = None
+            if request.params.prompt_logprobs is not None:  # they come first
+                first = await queue.get()
+                if not isinstance(first, Scored):
+                    ended = True
+                    yield first if isinstance(first, Refused) else Refused(500, "the engine did not score the prompt")
+                    return
+                scored = first.values
+            yield Started(self._count(tokens), self._echo(job, tokens, scored))
+            due = 0.0
             while not ended:
-                for piece in _merged(await queue.get(), queue):
-                    ended = isinstance(piece, Finished | Refused)
-                    yield piece
+                first_part = await queue.get()
+                if isinstance(first_part, TextPiece | Drawing):
+                    await asyncio.sleep(max(0.0, due - event_loop.time()))
+                due = event_loop.time() + FLUSH_SECONDS
+                for part in _merged(first_part, queue):
+                    ended = isinstance(part, Finished | Refused)
+                    yield await self._finished(part)
         finally:
             if not ended:
                 self.loop.abandon(job.id)
 
+    def _params(self, job: Job, asked: SamplingParams) -> SamplingParams:
+        """The job's parameters as the engine takes them."""
+        begin_image = job.begin_with_image and asked.mode == "interleaved"
+        return dataclasses.replace(
+            asked,
+            max_tokens=self.model.config.context if job.max_tokens is None else job.max_tokens,
+            prefix=(self.model.vocabulary.begin_image,) if begin_image else (),
+            logprobs=job.logprobs,
+            prompt_logprobs=job.logprobs if job.echo else None,
+        )
+
     async def describe(self) -> dict[str, Any]:
         """Facts for /health and the playground. Raises when the engine has failed."""
         self.check_health()
-        transformer = self.model.transformer
+        transformer, tokenizer = self.model.transformer, self.model.image_tokenizer
         return {
             "context": self.model.config.context,
             "parameters": sum(p.numel() for p in transformer.parameters()),
-            "image_size": self.model.image_tokenizer.config.resolution,
+            "image_size": tokenizer.config.resolution,
             "image_tokens": self.model.image_length,
+            "image_output": bool(tokenizer.config.decoder),
             "device": str(self.model.device),
             "max_sequences": self.max_sequences,
             "running": self.loop.running,
         }
+
+    async def statistics(self) -> dict[str, dict[str, float]]:
+        """Numbers of this replica."""
+        return {"local": self.loop.statistics()}
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text; the names of bos and eos alone stand for those ids."""
+        special = {BOS: self.model.vocabulary.bos, EOS: self.model.vocabulary.eos}
+        return [special[text]] if text in special else self.model.text_tokenizer.encode(text)
+
+    async def detokenize(self, ids: list[int]) -> str:
+        return self.model.text_tokenizer.decode(ids)
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises."""
         if self.loop.failure is not None:
             raise RuntimeError(f"the engine stopped: {self.loop.failure}") from self.loop.failure
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve for the autoscaling policy (routing.py)."""
+        return {"queued_tokens": self.loop.statistics()["queued_tokens"]}
+
     def close(self) -> None:
         self.loop.close()
+        if self._own_coder is not None:
+            self._own_coder.close()
 
-    @torch.inference_mode()
-    def _encode(self, prompt: Document) -> list[int]:
-        return self.model.encode(prompt, complete=False)
+    async def _encode(self, prompt: Document | tuple[int, ...]) -> list[int]:
+        """Token ids, from bos on. Raises ValueError (UnreadableImage is one)."""
+        if not isinstance(prompt, Document):
+            bos, size = self.model.vocabulary.bos, self.model.vocabulary.size
+            if max(prompt) >= size:
+                raise ValueError(f"the prompt's ids must lie in 0..{size - 1}; found {max(prompt)}")
+            return list(prompt) if prompt[0] == bos else [bos, *prompt]
+        codes = await self.coder.encode(prompt.images)
+        return await asyncio.to_thread(self._encoder.ids, prompt, codes)
+
+    def _echo(self, job: Job, tokens: list[int], scored: list[Logprob] | None) -> TextPiece | None:
+        """The prompt's text where the job asks for it, with log-probabilities where there are some; without the bos
+        that was put before a client's ids or text."""
+        if not job.echo:
+            return None
+        tokenizer = self.model.text_tokenizer
+        given = isinstance(job.prompt, tuple) and job.prompt[0] == tokens[0]
+        stream = TextStream(tokenizer.stream_decoder(), tokens=scored is not None)
+        pieces = []
+        for at in range(0 if given else 1, len(tokens)):
+            score = scored[at - 1] if scored and at > 0 else None
+            top = tuple((i, tokenizer.surface(i), value) for i, value in score.top) if score else ()
+            pieces.append(stream.push(tokens[at], tokenizer.surface(tokens[at]), score.value if score else None, top))
+        found = [piece for piece in [*pieces, stream.finish()] if piece]
+        return TextPiece("".join(p.text for p in found), tuple(token for p in found for token in p.tokens))
+
+    async def _finished(self, part: Part) -> Piece:
+        """The part with its codes decoded."""
+        if isinstance(part, Scored):
+            raise AssertionError("a prompt is scored once, before its answer")
+        if not isinstance(part, Codes):
+            return part
+        try:
+            png = await self.coder.decode(part.codes)
+        except MissingDecoder as error:
+            return Refused(400, str(error), code="no_image_output")
+        if len(part.codes) < part.total:
+            return Drawing(len(part.codes), part.total, png)
+        return ImagePiece(png, time.monotonic() - part.began)
 
     def _count(self, tokens: list[int]) -> TokenCount:
         vocabulary = self.model.vocabulary
@@ -251,34 +201,48 @@ class EngineReplica:
         return TokenCount(len(tokens) - image, image)
 
 
-def _hand_over(event_loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Piece], piece: Piece) -> None:
+def _hand_over(event_loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Part], part: Part) -> None:
     """From the engine's thread to the request's. A loop that has ended has nobody left who waits."""
     if not event_loop.is_closed():
-        event_loop.call_soon_threadsafe(queue.put_nowait, piece)
+        event_loop.call_soon_threadsafe(queue.put_nowait, part)
 
 
-def _merged(first: Piece, queue: asyncio.Queue[Piece]) -> list[Piece]:
-    """All pieces that are there by now, adjacent texts as one: a slow reader gets fewer, larger pieces."""
-    pieces = [first]
+def _merged(first: Part, queue: asyncio.Queue[Part]) -> list[Part]:
+    """All parts that are there by now, adjacent texts as one: a slow reader gets fewer, larger pieces."""
+    parts = [first]
     while not queue.empty():
-        piece, last = queue.get_nowait(), pieces[-1]
-        if isinstance(piece, TextPiece) and isinstance(last, TextPiece):
-            pieces[-1] = TextPiece(last.text + piece.text)
-        elif isinstance(piece, Drawing) and isinstance(last, Drawing):
-            pieces[-1] = piece
+        part, last = queue.get_nowait(), parts[-1]
+        if isinstance(part, TextPiece) and isinstance(last, TextPiece):
+            parts[-1] = TextPiece(last.text + part.text, last.tokens + part.tokens)
+        elif isinstance(part, Drawing) and isinstance(last, Drawing):
+            parts[-1] = part
         else:
-            pieces.append(piece)
-    return pieces
+            parts.append(part)
+    return parts
 
 
 class Replica(EngineReplica):
     """The Ray Serve deployment: an engine for the model directory at `source` (a path or s3://…)."""
 
-    def __init__(self, settings: ServeSettings, source: str) -> None:
+    def __init__(self, settings: ModelSettings, source: str, coders: DeploymentHandle | None = None) -> None:
         from calumma.platform import cluster, tracking
+        from calumma.serve.coding import RemoteCoder
 
         torch.set_num_threads(settings.threads or max(1, cluster.cores() // settings.min_replicas))
         cuda = settings.gpus_per_replica > 0
         with tracking.resolve_model(source, settings.tracking) as directory:
             model = load(directory, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
-        super().__init__(model, settings.max_sequences)
+        coder = None if coders is None else RemoteCoder(coders)
+        super().__init__(
+            model,
+            settings.max_sequences,
+            settings.max_queued,
+            coder,
+            cache_tokens=settings.cache_tokens,
+            prefill_tokens=settings.prefill_tokens,
+        )
+
+    async def statistics(self) -> dict[str, dict[str, float]]:
+        from ray import serve
+
+        return {serve.get_replica_context().replica_id.unique_id: self.loop.statistics()}

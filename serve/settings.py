@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from calumma.platform.config import Section, Tracking
 
 MEBIBYTE = 2**20
+NAME = r"^[A-Za-z0-9._-]+$"
 
 
 class SamplingDefaults(Section):
@@ -16,31 +17,83 @@ class SamplingDefaults(Section):
 
     temperature: float = Field(0.7, ge=0, le=2)
     top_p: float = Field(0.9, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: all")
+    min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.2, gt=0)
     image_temperature: float = Field(0.7, ge=0, le=2)
     image_top_p: float = Field(0.9, gt=0, le=1)
+    image_top_k: int = Field(0, ge=0)
+    image_min_p: float = Field(0.0, ge=0, le=1)
     guidance_text: float = Field(3.0, ge=0)
     guidance_image: float = Field(1.2, ge=0)
     max_images: int = Field(8, ge=1)
 
 
-class ServeSettings(Section):
+class Limits(Section):
+    """What one request, one key and one ingress may use; more is refused with a message that names the limit."""
+
+    images: int = Field(16, ge=0, description="images in a prompt")
+    pixels: int = Field(2**26, ge=1, description="of one image in a prompt, told from its header before it is decoded")
+    tokens: int | None = Field(None, ge=1, description="tokens of one answer; none: the model's context")
+    choices: int = Field(128, ge=1, description="answers to one request: its prompts times its n")
+    stops: int = Field(16, ge=1, description="stop strings of a request")
+    running: int = Field(1024, ge=1, description="requests an ingress works on at once; more get 429")
+    running_per_key: int = Field(256, ge=1, description="the same for one API key that has no limit of its own")
+    seconds: float = Field(900.0, gt=0, description="from a request to the end of its answer; then 504, or an event")
+    body_seconds: float = Field(60.0, gt=0, description="until a request's body must be there")
+
+
+class RemoteImages(Section):
+    """Fetching of images by URL; off while no host is allowed."""
+
+    hosts: tuple[str, ...] = Field((), description='names that may be fetched from; "*.example.org" for all below one')
+    mebibytes: float = Field(16.0, gt=0)
+    seconds: float = Field(10.0, gt=0)
+    redirects: int = Field(3, ge=0)
+
+
+class Key(Section):
+    """An API key, known by its hash alone."""
+
+    name: str = Field(pattern=NAME)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    running: int | None = Field(None, ge=1, description="requests at once; none: Limits.running_per_key")
+
+
+class Safety(Section):
+    """A policy that sees every prompt and every answer; see safety.py."""
+
+    policy: str | None = Field(None, description="package.module:callable, called with `options`, gives the policy")
+    options: dict[str, Any] = Field({}, description="what the policy is made with")
+
+
+class ModelSettings(Section):
+    """One model under the endpoint, and its replicas."""
+
     model: str = Field(description="model directory, s3://…, or models:/name@alias")
+    name: str = Field("calumma", pattern=NAME, description="the model's name in requests")
     tracking: Tracking = Tracking()
-    name: str = Field("calumma", pattern=r"^[A-Za-z0-9._-]+$", description="the model's name in requests")
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
+    idle_seconds: float = Field(300.0, ge=0, description="of little work before a replica above min_replicas ends")
+    busy_seconds: float = Field(10.0, ge=0, description="of too much work before a replica is added")
+    queued_tokens: int = Field(16384, ge=1, description="prompt tokens in line that are worth a further replica")
     cpus_per_replica: float = Field(1.0, gt=0)
     gpus_per_replica: float = Field(0.0, ge=0)
-    ingress_cpus: float = Field(0.1, ge=0)
     threads: int | None = Field(
         None, ge=1, description="CPU threads of a replica; none: the node's cores, shared fairly"
     )
-    max_sequences: int = Field(16, ge=3, description="sequences decoded together; an image with guidance takes three")
-    max_queued: int = Field(256, ge=1, description="requests that may wait for a replica; more get 503")
-    max_body_mebibytes: float = Field(32.0, gt=0, description="largest request body")
+    max_sequences: int = Field(16, ge=1, description="requests answered together; guidance branches come beside them")
+    cache_tokens: int | None = Field(
+        None, ge=1, description="positions of a replica's KV cache; none: max_sequences whole contexts"
+    )
+    prefill_tokens: int = Field(2048, ge=1, description="most prompt tokens that a step takes in")
+    max_queued: int = Field(256, ge=1, description="requests that may wait for a replica; more get 429")
+    image_coders: int = Field(
+        0, ge=0, description="most replicas of a deployment that codes and decodes images; 0: the engine's replicas do"
+    )
+    image_coder_gpus: float = Field(0.0, ge=0)
+    drain_seconds: float = Field(600.0, ge=0, description="answers in flight get so long when a replica is to end")
     sampling: SamplingDefaults = SamplingDefaults()
 
     @field_validator("model")
@@ -57,13 +110,42 @@ class ServeSettings(Section):
         return self
 
     @property
-    def max_body_bytes(self) -> int:
-        return int(self.max_body_mebibytes * MEBIBYTE)
+    def target_ongoing_requests(self) -> float:
+        """Requests a replica should be busy with; above it the autoscaler adds one."""
+        return max(1.0, self.max_sequences / 2)
+
+
+class ServeSettings(ModelSettings):
+    """The endpoint: its first model, those it serves besides, and who may ask for how much."""
+
+    also: tuple[ModelSettings, ...] = Field((), description="further models under the same endpoint")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    ingress_cpus: float = Field(0.1, ge=0)
+    max_body_mebibytes: float = Field(32.0, gt=0, description="largest request body")
+    limits: Limits = Limits()
+    remote_images: RemoteImages = RemoteImages()
+    keys: tuple[Key, ...] = Field((), description="who may use the API; none: everybody")
+    safety: Safety = Safety()
+    watch_seconds: float | None = Field(
+        None, gt=0, description="how often models:/name@alias is looked up for a new version; none: never"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        for what, names in (("models", [m.name for m in self.models]), ("keys", [key.name for key in self.keys])):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{what}: the name {', '.join(twice)} is given more than once; names must differ")
+        return self
 
     @property
-    def target_ongoing_requests(self) -> float:
-        """Requests a replica should be busy with; above it the autoscaler adds one. An image request fills 3 slots."""
-        return max(1.0, self.max_sequences / 3)
+    def models(self) -> tuple[ModelSettings, ...]:
+        """All models, the first one first."""
+        return (self, *self.also)
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mebibytes * MEBIBYTE)
 
     @property
     def url(self) -> str:

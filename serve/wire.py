@@ -1,15 +1,13 @@
-"""OpenAI's wire format as types: what requests may hold, what answers, stream chunks and errors look like.
+"""OpenAI's wire format as types: what requests may hold, and what errors look like. Answers: responses.py.
 
-Beyond OpenAI: images in answers (`message.images`, and `message.parts` for the order of text and images; in a stream,
-`delta.images`), and sampling fields for images. Reference: platform.openai.com/docs/api-reference/chat.
+Beyond OpenAI: images in answers, sampling fields for images, top_k, min_p, progress and previews in streams.
+Reference: platform.openai.com/docs/api-reference/chat.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -34,14 +32,14 @@ class WireError(Exception):
         self.body = {"error": {"message": message, "type": self.kind, "param": param, "code": code}}
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
 # ---- requests
 
 
-class ImageURL(_Wire):
+class ImageURL(Wire):
     url: str
 
 
@@ -53,12 +51,12 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class TextPart(_Wire):
+class TextPart(Wire):
     type: Literal["text"] = "text"
     text: str
 
 
-class ImagePart(_Wire):
+class ImagePart(Wire):
     type: Literal["image_url"] = "image_url"
     image_url: Annotated[ImageURL, BeforeValidator(_as_image_url)]
 
@@ -67,7 +65,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 PART_TYPES = ("text", "image_url")
 
 
-class Message(_Wire):
+class Message(Wire):
     """`parts`, as this server's own answers carry them, stands for `content` when both are given."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -91,34 +89,47 @@ WITHOUT_SUPPORT: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "echo": (False,),
     "suffix": ("",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "response_format": ({"type": "text"},),
     "audio": (),
+    "quality": ("auto", "standard"),
+    "style": ("natural", "vivid"),
+    "background": ("auto", "opaque"),
 }
 
 
-class StreamOptions(_Wire):
-    """`include_progress` adds chunks that say how far an image under way is."""
+class StreamOptions(Wire):
+    """`include_progress` adds chunks that say how far an image under way is; `partial_images` of them a picture."""
 
     include_usage: bool = False
     include_progress: bool = False
+    partial_images: int = Field(0, ge=0, le=8)
 
 
-class Sampling(_Wire):
+def _all(value: Any) -> Any:
+    """vLLM's -1 for no limit."""
+    return 0 if value == -1 else value
+
+
+TopK = Annotated[int, BeforeValidator(_all), Field(ge=0)]
+
+
+class Sampling(Wire):
     """Sampling fields that all endpoints take. What is left out comes from the server's settings."""
 
     model: str | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: TopK | None = None
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     image_temperature: float | None = Field(None, ge=0, le=2)
     image_top_p: float | None = Field(None, gt=0, le=1)
+    image_top_k: TopK | None = None
+    image_min_p: float | None = Field(None, ge=0, le=1)
     guidance_text: float | None = Field(None, ge=0, le=100)
     guidance_image: float | None = Field(None, ge=0, le=100)
     max_images: int | None = Field(None, ge=1, le=64)
@@ -135,166 +146,103 @@ class Sampling(_Wire):
         return values
 
 
-class _Streamed(Sampling):
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class _Text(Sampling):
+    """What the endpoints have in common that answer with text."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_as_list)] = None
 
     @property
     def options(self) -> StreamOptions:
         return self.stream_options or StreamOptions()
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return tuple(self.stop or ())
 
-class ChatRequest(_Streamed):
+
+class ChatRequest(_Text):
+    """`begin_with`: an image stands first in the answer, whatever the model would do."""
+
     messages: list[Message] = Field(min_length=1)
     modalities: list[Modality] = Field(["text", "image"], min_length=1)
+    begin_with: Literal["image"] | None = None
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives a token, None where no log-probabilities were asked for."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-class CompletionRequest(_Streamed):
-    prompt: str
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise WireError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+        if self.begin_with and "image" not in self.modalities:
+            raise WireError(
+                'begin_with: "image" needs "image" among the modalities', param="begin_with", code="invalid_value"
+            )
+        return self
+
+
+Ids = Annotated[list[int], Field(min_length=1)]
+
+
+class CompletionRequest(_Text):
+    """`prompt`: a text or token ids, or a list of either; each gets n answers. `max_tokens` 0 looks at it only."""
+
+    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool = False
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+    @property
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [tuple(self.prompt)]
+        return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt]
+
+
+ImageFormat = Literal["png", "jpeg", "webp"]
 
 
 class ImageRequest(Sampling):
+    """`size` may name only what the model draws. `response_format: url` gives data URLs."""
+
     prompt: str = Field(min_length=1)
     n: int = Field(1, ge=1, le=10)
-    size: Literal["auto"] | None = None
-    response_format: Literal["b64_json"] = "b64_json"
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: ImageFormat = "png"
+    output_compression: int = Field(100, ge=0, le=100, description="quality of jpeg and webp, in percent")
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=8)
 
 
-# ---- answers
+class TokenizeRequest(Wire):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
 
 
-class TokenDetails(_Wire):
-    text_tokens: int = 0
-    image_tokens: int = 0
-
-
-class Usage(_Wire):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: TokenDetails
-    completion_tokens_details: TokenDetails
-
-
-class AssistantMessage(_Wire):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    images: list[ImagePart]
-    parts: list[Part]
-
-
-class ChatChoice(_Wire):
-    index: int = 0
-    message: AssistantMessage
-    finish_reason: Literal["stop", "length"]
-    logprobs: None = None
-
-
-class ChatCompletion(_Wire):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Progress(_Wire):
-    done: int
-    total: int
-
-
-class Delta(_Wire):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    images: list[ImagePart] | None = None
-    drawing: Progress | None = None
-
-
-class ChunkChoice(_Wire):
-    index: int = 0
-    delta: Delta
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class ChatChunk(_Wire):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class TextChoice(_Wire):
-    index: int = 0
-    text: str
-    finish_reason: Literal["stop", "length"] | None = None
-    logprobs: None = None
-
-
-class Completion(_Wire):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage | None = None
-
-
-class EncodedImage(_Wire):
-    b64_json: str
-
-
-class Images(_Wire):
-    created: int
-    data: list[EncodedImage]
-    usage: Usage
-
-
-class ModelCard(_Wire):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "calumma"
-
-
-class ModelList(_Wire):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-def image_part(png: bytes) -> ImagePart:
-    """A PNG as a content part with a data URL."""
-    return ImagePart(image_url=ImageURL(url="data:image/png;base64," + base64.b64encode(png).decode()))
-
-
-def event(chunk: BaseModel) -> bytes:
-    """One server-sent event. Absent delta fields are left out, `finish_reason: null` stays, as OpenAI sends it."""
-    values = chunk.model_dump(mode="json")
-    if values.get("usage") is None:
-        values.pop("usage", None)
-    for choice in values["choices"]:
-        if "delta" in choice:
-            choice["delta"] = {key: value for key, value in choice["delta"].items() if value is not None}
-    return _event(values)
-
-
-def error_event(body: dict[str, Any]) -> bytes:
-    return _event(body)
-
-
-END = b"data: [DONE]\n\n"
-
-
-def _event(values: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+class DetokenizeRequest(Wire):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
 
 
 def describe_errors(errors: Sequence[Any]) -> tuple[str, str | None]:

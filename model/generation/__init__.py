@@ -1,7 +1,21 @@
-"""Interleaved generation: continuous batching of text and image phases over one KV cache (paper, "Generation")."""
+"""Interleaved generation: continuous batching of text and image phases over one paged cache (paper, "Generation")."""
 
 from calumma.model.generation.answers import generate
 from calumma.model.generation.engine import Engine
-from calumma.model.generation.request import Event, PhaseSampling, PromptTooLong, Request, SamplingParams
+from calumma.model.generation.parallel import Shard
+from calumma.model.generation.request import Event, Logprob, PhaseSampling, PromptTooLong, Request, SamplingParams
+from calumma.model.generation.statistics import Counters, Statistics
 
-__all__ = ["Engine", "Event", "PhaseSampling", "PromptTooLong", "Request", "SamplingParams", "generate"]
+__all__ = [
+    "Counters",
+    "Engine",
+    "Event",
+    "Logprob",
+    "PhaseSampling",
+    "PromptTooLong",
+    "Request",
+    "SamplingParams",
+    "Shard",
+    "Statistics",
+    "generate",
+]

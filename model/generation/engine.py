@@ -1,32 +1,48 @@
 """The generation engine: add requests, step, read events. Requests join and leave at any step.
 
-All running sequences, in whatever phase, share every decoding pass. Unlike the public release, which batches one
-modality at a time and computes the whole prompt anew at each change of phase (paper, "Generation").
+All running requests, in whatever phase, share every forward pass, prompts that are taken in included. Unlike the public
+release, which batches one modality at a time and computes the whole prompt anew at each change of phase (paper,
+"Generation").
 """
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
-from itertools import chain
+from dataclasses import replace
 
 import torch
 
+from calumma.model.generation.blocks import Blocks
+from calumma.model.generation.need import Need
+from calumma.model.generation.parallel import Shard
 from calumma.model.generation.request import Event, Request
-from calumma.model.generation.runner import Runner
+from calumma.model.generation.runner import Result, Runner
 from calumma.model.generation.scheduler import Scheduler
-from calumma.model.generation.sequence import Generation, Need
+from calumma.model.generation.sequence import Generation
+from calumma.model.generation.statistics import Counters, Statistics
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
+Asked = tuple[str, tuple[Request, Need] | None]  # a request by its id; None is an abort
+
 
 class Engine:
-    """Continuous batching over a cache of `max_sequences` slots; guidance branches take slots too.
+    """Continuous batching over a paged cache of keys and values.
 
-    image_length: codes of an image. context: most tokens of prompt and answer, the model's by default.
+    image_length: codes of an image. max_sequences: most requests that are answered at once; the guidance branches of
+    their images come beside. context: most tokens of prompt and answer, the model's by default.
+    cache_tokens: positions the cache holds, `max_sequences` whole contexts by default; requests that outgrow it
+    together take turns. block_size: positions of a block of it. prefix_cache: keep what is computed for requests, and
+    branches, that begin alike.
     prefill_tokens: most prompt tokens a step takes in, so that a long prompt does not hold up those who are answering.
     image_burst: most codes a step draws at once when all requests are within images and none is waiting to be taken in.
-    The transformer is put into evaluation mode. `add`, `abort` and `has_work` may be called from other threads while
-    one thread calls `step`.
+    jacobi_window: image codes that speculative Jacobi decoding drafts ahead and verifies in one pass; 0 draws one code
+    a pass. Codes come from the same distribution, but a seed gives others than without it.
+    shard: this process's part in a group that shares the model (tensor parallelism): all make the same engine; the
+    first is used as ever and closed in the end, the others `follow` it.
+    The transformer is put into evaluation mode. `add`, `abort` and what tells the state may be called from other
+    threads while one thread calls `step`.
     """
 
     def __init__(
@@ -39,6 +55,11 @@ class Engine:
         *,
         prefill_tokens: int = 2048,
         image_burst: int = 8,
+        cache_tokens: int | None = None,
+        block_size: int = 32,
+        prefix_cache: bool = True,
+        jacobi_window: int = 0,
+        shard: Shard | None = None,
     ) -> None:
         longest = transformer.config.context
         self.context = longest if context is None else context
@@ -53,35 +74,54 @@ class Engine:
             ("max_sequences", max_sequences),
             ("prefill_tokens", prefill_tokens),
             ("image_burst", image_burst),
+            ("block_size", block_size),
+            ("cache_tokens", 1 if cache_tokens is None else cache_tokens // block_size),
         ]:
             if value < 1:
-                raise ValueError(f"{name} {value} must be 1 or more")
+                raise ValueError(f"{name} {value} must be 1 or more, and cache_tokens a block at least")
         self.vocabulary, self.image_length, self.max_sequences = vocabulary, image_length, max_sequences
-        self.prefill_tokens, self.image_burst = prefill_tokens, image_burst
-        self._runner = Runner(transformer.eval(), vocabulary, max_sequences, self.context)
-        self._scheduler = Scheduler(vocabulary, image_length, max_sequences)
+        if jacobi_window < 0:
+            raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
+        self.image_burst = 1 if jacobi_window else image_burst
+        count = max_sequences * -(-self.context // block_size) if cache_tokens is None else cache_tokens // block_size
+        self._runner = Runner(
+            transformer.eval(), vocabulary, count, block_size, max_sequences, self.context, window=jacobi_window
+        )
+        self._blocks = Blocks(count, block_size, self._runner.cache.copy, share=prefix_cache)
+        self._scheduler = Scheduler(self._blocks, max_sequences, prefill_tokens)
+        self._shard = self._runner.decoder.shard
+        self._counters = Counters()
         self._known: set[str] = set()
-        # What other threads ask for, in order, until the next step takes it up; None is an abort.
-        self._inbox: deque[tuple[str, tuple[Request, Need] | None]] = deque()
+        self._arrivals = 0
+        self._inbox: deque[Asked] = deque()  # what other threads ask for, until the next step takes it up
 
     def add(self, request: Request) -> None:
         """Put a request in line. Nothing else is disturbed when it is refused: PromptTooLong, or ValueError on a prompt
-        that is no prompt, on an id in use, and on guidance that needs more slots than there are."""
+        that is no prompt, on an id in use, and on a request that could outgrow the cache alone."""
         if request.id in self._known:
             raise ValueError(f"a request with the id {request.id!r} is being answered")
         need = Need.of(request, self.vocabulary, self.image_length, self.context)
-        if need.slots > self.max_sequences:
+        needed = need.blocks(self._blocks.size)
+        if needed > self._blocks.count:
+            size = self._blocks.size
+            guided = " with the branches of image guidance" if len(need.lengths) > 1 else ""
             raise ValueError(
-                f"the request needs {need.slots} sequences at once, {need.slots - 1} of them for image guidance; "
-                f"the engine has {self.max_sequences}. More max_sequences, or both guidance scales at 1, would do"
+                f"the request may need {needed * size} positions of the cache{guided}; it has "
+                f"{self._blocks.count * size}. Fewer max_tokens, a shorter prompt or more cache_tokens would do"
             )
+        if request.params.seed is None:
+            request = replace(request, params=replace(request.params, seed=secrets.randbits(63)))
         self._known.add(request.id)
         self._inbox.append((request.id, (request, need)))
 
     def abort(self, request_id: str) -> None:
-        """End a request; the next step frees its slots and reports it "aborted". Nothing happens if it has ended."""
+        """End a request; the next step frees its blocks and reports it "aborted". Nothing happens if it has ended."""
         if request_id in self._known:
             self._inbox.append((request_id, None))
+
+    @property
+    def device(self) -> torch.device:
+        return self._runner.device
 
     @property
     def has_work(self) -> bool:
@@ -95,47 +135,107 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests in line for slots."""
+        """Requests in line, those included that gave their blocks back to older ones."""
         return len(self._known) - self.running
 
     @property
-    def free_sequences(self) -> int:
-        """Cache slots no request holds."""
-        return len(self._scheduler.free)
+    def statistics(self) -> Statistics:
+        """What is going on and what has been done."""
+        running, waiting = list(self._scheduler.running), list(self._scheduler.waiting)
+        asked = [entry[1][0] for entry in list(self._inbox) if entry[1] is not None]
+        drawing = sum(generation.drawing for generation in running)
+        blocks = self._blocks
+        counters = replace(
+            self._counters,
+            computed_tokens=self._runner.computed,
+            preemptions=self._scheduler.preemptions,
+            drafted=self._runner.drafted,
+            accepted=self._runner.accepted,
+        )
+        return Statistics(
+            blocks=blocks.count,
+            block_size=blocks.size,
+            blocks_used=blocks.used,
+            blocks_cached=blocks.idle,
+            blocks_free=blocks.free,
+            running_text=len(running) - drawing,
+            running_image=drawing,
+            waiting=len(waiting) + len(asked),
+            waiting_tokens=sum(len(g.full.tokens) for g in waiting) + sum(len(request.tokens) for request in asked),
+            prefix_hit_tokens=blocks.hit_tokens,
+            evictions=blocks.evictions,
+            counters=counters,
+        )
+
+    def step(self) -> list[Event]:
+        """Take up what was asked, then one forward pass: the next part of prompts, and the next token (or several image
+        codes) of every request that is ready. Events of each request that moved or ended; an empty list while only
+        prompts are taken in."""
+        return self._step(self._shard.tell([self._inbox.popleft() for _ in range(len(self._inbox))]))
+
+    def follow(self) -> None:
+        """In the group's other processes: do as the first does, until it closes its engine."""
+        while (asked := self._shard.tell(None)) is not None:
+            self._step(asked)
+
+    def close(self) -> None:
+        """Let the group's other processes go."""
+        if self._shard.index == 0:
+            self._shard.tell(None)
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
-        """Take up what was asked, prefill, and decode one token (or several image codes) of every request that is
-        ready. One event a request that moved or ended; an empty list while only prompts are taken in."""
-        events = self._take_up()
-        for generation in self._scheduler.admit():
-            self._runner.seat(generation.full.slot, generation.params)
-        running = self._scheduler.running
-        self._runner.prefill(list(chain.from_iterable(g.sequences for g in running)), self.prefill_tokens)
-        ready = [generation for generation in running if generation.ready]
-        if ready:
-            sampled, logprobs = self._runner.decode(ready, self._steps(ready))
-            for generation, tokens, values in zip(ready, sampled, logprobs, strict=True):
-                events.append(generation.accept(tokens, values))
-                if generation.finish:
-                    self._scheduler.release(generation)
-                    self._known.discard(generation.request.id)
+    def _step(self, asked: list[Asked]) -> list[Event]:
+        events = self._take_up(asked)
+        parts = self._scheduler.schedule()
+        if not parts:
+            return events
+        for part in parts:
+            generation = part.generation
+            if generation.seated != generation.seat:
+                self._runner.sampler.seat(generation.seat, generation.params, generation.seed, generation.answer)
+                generation.seated = generation.seat
+        results = self._runner.run(parts, self._scheduler.steps(parts, self.image_burst))
+        self._counters.steps += 1
+        for result in results:
+            events += self._accept(result)
+        for part in parts:
+            for sequence in part.generation.sequences:
+                self._blocks.settle(sequence)
         return events
 
-    def _take_up(self) -> list[Event]:
+    def _accept(self, result: Result) -> list[Event]:
+        generation = result.generation
+        events = generation.accept(result.tokens, result.logprobs)
+        for event in events:
+            if event.phase == "image":
+                self._counters.image_tokens += len(event.tokens)
+                self._counters.images += event.tokens.count(self.vocabulary.end_image)
+            else:
+                self._counters.text_tokens += len(event.tokens)
+        if generation.finish:
+            self._scheduler.finish(generation)
+            self._known.discard(generation.request.id)
+            self._counters.finished += 1
+        else:
+            self._scheduler.attach(generation)
+        return events
+
+    def _take_up(self, everything: list[Asked]) -> list[Event]:
         events = []
-        while self._inbox:
-            request_id, asked = self._inbox.popleft()
+        for request_id, asked in everything:
             if asked is not None:
-                self._scheduler.waiting.append(asked)
+                request, need = asked
+                self._known.add(request_id)
+                self._arrivals += 1
+                self._counters.prompt_tokens += len(request.tokens)
+                self._scheduler.waiting.append(
+                    Generation(request, need, self._arrivals, self.vocabulary, self.image_length)
+                )
             elif request_id in self._known:
-                phase = self._scheduler.remove(request_id)
+                generation = self._scheduler.find(request_id)
+                assert generation is not None, "what is known runs or waits"
+                self._scheduler.finish(generation)
                 self._known.discard(request_id)
-                events.append(Event(request_id, [], phase, "aborted"))
+                self._counters.aborted += 1
+                events.append(Event(request_id, [], generation.phase, "aborted"))
         return events
-
-    def _steps(self, ready: list[Generation]) -> int:
-        """Decoding passes until something may depend on what is sampled, or somebody may join."""
-        if len(ready) < len(self._scheduler.running) or self._inbox:
-            return 1
-        return max(1, min(self.image_burst, *(generation.codes_left for generation in ready)))

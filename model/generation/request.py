@@ -10,6 +10,7 @@ Mode = Literal["text", "image", "interleaved"]
 Phase = Literal["text", "image"]
 Finish = Literal["stop", "length", "aborted"]
 MODES: tuple[Mode, ...] = ("text", "image", "interleaved")
+MOST_LOGPROBS = 64
 
 
 class PromptTooLong(ValueError):
@@ -20,7 +21,9 @@ class PromptTooLong(ValueError):
 class PhaseSampling:
     """How tokens of one phase are drawn. Defaults are the public release's (paper, "Generation").
 
-    temperature: 0 takes the most likely token. top_p: the smallest set of most likely tokens whose mass reaches it.
+    temperature: 0 takes the most likely token. top_k: so many of the most likely tokens, 0 is all. min_p: those that
+    are at least so likely, as a share of the most likely one's probability. top_p: of what these two leave, the
+    smallest set of most likely tokens whose mass reaches it. Tokens exactly as likely as the last one stay with it.
     repetition_penalty: 1 is none; text tokens the request has generated get their logit divided by it when positive
     and multiplied by it when negative (CTRL, arXiv 1909.05858). Raises ValueError on a value out of range.
     """
@@ -28,14 +31,25 @@ class PhaseSampling:
     temperature: float = 0.7
     top_p: float = 0.9
     repetition_penalty: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature {self.temperature} must be 0 or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must lie in 0..1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} must be 1 or more, or 0 for all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p} must lie in 0..1")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise ValueError(f"repetition_penalty {self.repetition_penalty} must be more than 0")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens are left out before one is drawn."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
 @dataclass(frozen=True)
@@ -44,9 +58,15 @@ class SamplingParams:
 
     mode: "text" never begins an image; "image" answers with exactly one image, of the model's fixed length, whatever
     `max_tokens` says; "interleaved" alternates freely, with at most `max_images`.
-    max_tokens: most tokens of the answer, all of an image's counted, the closing stop id not.
+    max_tokens: most tokens of the answer, all of an image's counted, the closing stop id not. 0 answers nothing and is
+    for `prompt_logprobs` alone.
     guidance_text, guidance_image: scales of classifier-free guidance in image phases; 1 and 1 is none.
     seed: the same seed, prompt and parameters give the same tokens; None draws one.
+    prefix: ids the answer begins with, as if they had been drawn: whole images, text, and at the end perhaps an image
+    begun, as (begin_image,) for an answer with an image first.
+    stop_ids: text ids that end the answer, as eos and end_turn do.
+    logprobs, prompt_logprobs: report so many most likely ids for each token of the answer, or of the prompt; None does
+    not, and 0 reports the prompt's own alone.
     Raises ValueError on a value out of range.
     """
 
@@ -58,10 +78,16 @@ class SamplingParams:
     guidance_text: float = 3.0
     guidance_image: float = 1.2
     seed: int | None = None
+    prefix: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens {self.max_tokens} must be 1 or more")
+        if self.max_tokens < (1 if self.prompt_logprobs is None else 0):
+            raise ValueError(
+                f"max_tokens {self.max_tokens} must be 1 or more, or 0 where only prompt_logprobs are asked"
+            )
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
         if self.max_images < 0:
@@ -71,6 +97,10 @@ class SamplingParams:
         for name in ("guidance_text", "guidance_image"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must be a finite number")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MOST_LOGPROBS:
+                raise ValueError(f"{name} {count} must lie in 0..{MOST_LOGPROBS}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} does not fit in 64 bits")
 
@@ -85,15 +115,27 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Event:
-    """What one engine step added to a request.
+class Logprob:
+    """A token's natural log-probability, and those of the most likely ids, the most likely first."""
 
-    tokens: the new ids, all of one phase; an image's begin and end ids belong to its image phase. The stop id (eos or
-    end_turn) that ends an answer is not among them, so a last event may have none.
+    value: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one engine step added to a request; a step may bring several, one for each phase.
+
+    tokens: the new ids, all of one phase; an image's begin and end ids belong to its image phase. The stop id that ends
+    an answer is not among them, so a last event may have none.
     finish: None while the request goes on; "stop": a stop id, or the image of mode "image" is complete; "length":
     max_tokens or the context is used up; "aborted".
     logprobs: for each token its natural log-probability among the ids its phase allows, after guidance, before
-    repetition penalty, temperature and top-p. 0 for forced ids.
+    repetition penalty, temperature and filters. 0 for forced ids.
+    top_logprobs: where the parameters ask for them, for each token the likeliest ids and their log-probabilities, the
+    most likely first; none for forced ids.
+    prompt_logprobs: in a request's first event, where its parameters ask for them: one for each token of the prompt
+    after the first, among all ids, by the plain model.
     """
 
     request_id: str
@@ -101,3 +143,5 @@ class Event:
     phase: Phase
     finish: Finish | None = None
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] | None = None

@@ -1,130 +1,276 @@
-"""Forward passes: prefill of what is new, then one decoding pass that all running sequences share.
+"""Forward passes: all requests' next tokens side by side, then one draw for all texts and one for all images.
 
-Prefill writes all tokens of a context but the last into the cache; the decoding pass takes the last token of every
-sequence, newcomers, text, image and guidance branches alike, so there is one place where tokens are sampled.
-
-Shape suffixes: B sequences (the R requests' full contexts first, then branches), R requests, T tokens, V vocabulary.
+Shape suffixes: T tokens of a pass, B sequences that draw (the R requests' full contexts first, then branches), R
+requests, C columns of the vocabulary, M blocks of a sequence.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from calumma.model.generation.request import SamplingParams
-from calumma.model.generation.sampler import Sampler
-from calumma.model.generation.sequence import Generation, Grammar, Sequence
-from calumma.model.transformer import KVCache, Transformer
+from calumma.model.attention import PagedCache
+from calumma.model.generation.blocks import Sequence
+from calumma.model.generation.decoder import Decoder
+from calumma.model.generation.jacobi import Drafts
+from calumma.model.generation.layout import Keeper, Layout
+from calumma.model.generation.parallel import Shard
+from calumma.model.generation.request import Logprob
+from calumma.model.generation.sampler import IMAGE, TEXT, Drawn, Needs, Sampler
+from calumma.model.generation.scheduler import Part
+from calumma.model.generation.sequence import Generation
+from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
-# Rows are padded to one prefill pass when that wastes at most this many tokens each, or half of the longest:
-# a further pass over a small model costs about as much.
-PADDING = 32
+BROKEN = "the model's logits are not numbers: its weights are broken, or overflow their dtype"
+# Logits of a prompt are computed for so many tokens at once.
+PROMPT_ROWS = 256
+
+
+@dataclass
+class Result:
+    """What a pass drew for a request; no tokens where only its prompt was asked about."""
+
+    generation: Generation
+    tokens: list[int]
+    logprobs: list[Logprob]
 
 
 class Runner:
-    def __init__(self, transformer: Transformer, vocabulary: Vocabulary, slots: int, context: int) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        vocabulary: Vocabulary,
+        blocks: int,
+        block_size: int,
+        seats: int,
+        context: int,
+        shard: Shard | None = None,
+        window: int = 0,
+    ) -> None:
         weight = next(transformer.parameters())
-        self.transformer, self.context, self.device = transformer, context, weight.device
-        self.cache = KVCache(transformer.config, slots=slots, length=context, device=weight.device, dtype=weight.dtype)
-        self.sampler = Sampler(vocabulary, transformer.config.vocabulary_size, slots, context, weight.device)
-
-    def seat(self, slot: int, params: SamplingParams) -> None:
-        self.sampler.seat(slot, params)
-
-    def prefill(self, sequences: list[Sequence], budget: int) -> None:
-        """Write up to `budget` pending tokens into the cache, first come first served."""
-        parts: list[tuple[Sequence, int]] = []
-        for sequence in sequences:
-            length = min(sequence.pending, budget)
-            budget -= length
-            if length > 0:
-                parts.append((sequence, length))
-        parts.sort(key=lambda part: -part[1])
-        while parts:
-            longest = parts[0][1]
-            fits = [
-                longest - length <= max(PADDING, longest // 2) and sequence.cached + longest <= self.context
-                for sequence, length in parts
-            ]
-            self._write([part for part, fit in zip(parts, fits, strict=True) if fit], longest)
-            parts = [part for part, fit in zip(parts, fits, strict=True) if not fit]
-
-    def _write(self, parts: list[tuple[Sequence, int]], longest: int) -> None:
-        tokens = [
-            sequence.tokens[sequence.cached : sequence.cached + length] + [0] * (longest - length)
-            for sequence, length in parts
-        ]
-        self.transformer(
-            self._tensor(tokens),
-            cache=self.cache,
-            slots=self._tensor([sequence.slot for sequence, _ in parts]),
-            start=self._tensor([sequence.cached for sequence, _ in parts]),
-            length=max(sequence.cached for sequence, _ in parts) + longest,
-            needed=torch.empty(len(parts), 0, dtype=torch.long, device=self.device),  # nothing is sampled: no logits
+        self.decoder, self.device = Decoder(transformer, shard), weight.device
+        self.cache = PagedCache(
+            transformer.config,
+            blocks,
+            block_size,
+            weight.device,
+            weight.dtype,
+            self.decoder.kv_heads,
         )
-        for sequence, length in parts:
-            sequence.cached += length
+        self.sampler = Sampler(vocabulary, transformer.config.vocabulary_size, seats, context, weight.device)
+        self.keeper = Keeper(self.cache) if self.device.type == "cpu" else None
+        self.window = window
+        self.computed = self.drafted = self.accepted = 0
 
-    def decode(self, generations: list[Generation], steps: int) -> tuple[list[list[int]], list[list[float]]]:
-        """Sample `steps` tokens for each of R requests; lists [R][steps] of tokens and of log-probabilities.
-
-        More than one step only when every request has that many image codes to go: then nothing depends on what is
-        sampled, and the host reads the device once for all of them.
-        """
-        R = len(generations)
-        # (sequence, row of its request, guidance weight): first, then second branches, so that a rank has a row once
-        ranks = [
-            [(*g.branches[rank], row) for row, g in enumerate(generations) if len(g.branches) > rank] for rank in (0, 1)
-        ]
-        sequences = [g.full for g in generations] + [sequence for rank in ranks for sequence, _, _ in rank]
-        owners: list[int] = [*range(R), *(row for rank in ranks for _, _, row in rank)]
-        token_B, slot_B, start_B, owner_B = self._tensor(
-            [[s.tokens[-1] for s in sequences], [s.slot for s in sequences], [s.cached for s in sequences], owners]
-        )
-        slot_R = slot_B[:R]
-        grammar_R, number_R = self._tensor([[int(g.grammar) for g in generations], [g.drawn for g in generations]])
-        weight_B = None
-        if len(sequences) > R:
-            weights = [g.weight for g in generations] + [weight for rank in ranks for _, weight, _ in rank]
-            weight_B = torch.tensor(weights, device=self.device)
-        phases = [g.params.image if g.grammar >= Grammar.CODES else g.params.text for g in generations]
-        random = any(phase.temperature > 0 for phase in phases)
-        penalize = any(phase.repetition_penalty != 1 for phase in phases)
-        longest = max(s.cached for s in sequences)
-        sampled, logprobs = [], []
+    def run(self, parts: list[Part], steps: int) -> list[Result]:
+        """Write the parts' tokens into the cache and draw the next token of those that get to their end; or `steps`
+        codes of each, when all parts are images at their end: then nothing depends on what is drawn, and the host reads
+        the device once for all of them."""
+        for part in parts:
+            if self.window and part.samples and part.generation.drawing and part.generation.drafts is None:
+                part.generation.drafts = Drafts(part.generation.seed + part.generation.answered, self.window)
+        pairs = [pair for part in parts for pair in zip(part.generation.sequences, part.counts, strict=True)]
+        layout = self._layout(parts)
+        texts = [p.generation for p in parts if p.samples and not p.generation.drawing and p.generation.tokens_left]
+        images = Images([p.generation for p in parts if p.samples and p.generation.drawing], layout)
+        text_rows = self._tensor([layout.last[id(g.full)] for g in texts]) if texts else None
+        image_rows = self._tensor(images.rows) if images.rows else None
+        text_needs, image_needs = needs_of(texts, TEXT), needs_of(images.generations, IMAGE)
+        text_inputs = self._tensor([[g.seat, g.answered, g.may_begin_image] for g in texts]).T if texts else None
+        image_inputs = None
+        if image_rows is not None:
+            image_inputs = self._tensor([[g.seat, g.answered] for g, _ in images.draws]).T
+            images.to(self.device)
+        tokens_T = self._tensor(layout.tokens)
+        drawn: list[Drawn] = []
+        x_TD = torch.empty(0)
         for step in range(steps):
-            logits_BV = self.transformer(
-                token_B[:, None], cache=self.cache, slots=slot_B, start=start_B + step, length=longest + step + 1
-            )[:, 0]
-            logits_RV = logits_BV[:R]
-            if weight_B is not None:
-                logits_RV = guide(logits_BV, weight_B, owner_B, R, len(ranks[0]))
-            token_R, logprob_R = self.sampler.sample(logits_RV, slot_R, grammar_R, number_R + step, random, penalize)
-            sampled.append(token_R)
-            logprobs.append(logprob_R)
-            token_B = token_R[owner_B]
-        tokens_RS, logprobs_RS = torch.stack(sampled, dim=1).tolist(), torch.stack(logprobs, dim=1).tolist()
-        if any(math.isnan(logprob) for row in logprobs_RS for logprob in row):
-            raise FloatingPointError(
-                "the model's logits are not numbers: its weights are broken, or overflow their dtype"
-            )
-        return tokens_RS, logprobs_RS
+            x_TD = self.decoder.hidden(tokens_T, layout.step(self.cache, step, self.device, self.keeper))
+            self.computed += len(layout.tokens)
+            if image_rows is not None and image_inputs is not None:
+                columns = self.sampler.columns[IMAGE]
+                logits_RC = images.guide(self.decoder.logits(x_TD[image_rows], columns))
+                if self.window:
+                    p_RC, logprobs_RC = self.sampler.image_probabilities(logits_RC, image_inputs[0], image_needs)
+                    break
+                number_R = image_inputs[1] + step
+                drawn.append(self.sampler.sample(logits_RC, IMAGE, image_inputs[0], number_R, None, image_needs))
+                self.decoder.shard.agree(drawn[-1].token_R)
+                if step + 1 < steps:
+                    tokens_T = tokens_T.index_copy(0, image_rows, images.each(drawn[-1].token_R))
+        results = self._read(images.generations, drawn, image_needs.top) if drawn else []
+        if self.window and images.rows:
+            results += self._verify(images, self.decoder.shard.agree(p_RC), logprobs_RC)
+        if text_rows is not None and text_inputs is not None:
+            logits_RV = self.decoder.logits(x_TD[text_rows])
+            seats_R, number_R, begins_R = text_inputs
+            text = self.sampler.sample(logits_RV, TEXT, seats_R, number_R, begins_R.bool(), text_needs)
+            self.decoder.shard.agree(text.token_R)
+            results += self._read(texts, [text], text_needs.top)
+        for part in parts:
+            self._prompt_logprobs(part, layout, x_TD)
+            if part.samples and not part.generation.tokens_left:
+                results.append(Result(part.generation, [], []))
+        for sequence, count in pairs:
+            sequence.cached += count + (steps - 1)
+        if self.window:  # of a draft, what stands is in the cache but for the last
+            for result in results:
+                for sequence in result.generation.sequences:
+                    sequence.cached += max(0, len(result.tokens) - 1)
+        return results
+
+    def _layout(self, parts: list[Part]) -> Layout:
+        """Where the parts' tokens stand, and after them their drafts."""
+        pairs = []
+        for part in parts:
+            drafts = self._ids(part.generation.drafts.codes) if part.draft and part.generation.drafts else []
+            for sequence, count in zip(part.generation.sequences, part.counts, strict=True):
+                if count:
+                    pairs.append((sequence, count + len(drafts)))
+                    sequence.tokens += drafts
+        layout = Layout(pairs, self.cache.block_size)
+        for part in parts:
+            for sequence in part.generation.sequences if part.draft else []:
+                del sequence.tokens[-part.draft :]
+        return layout
+
+    def _verify(self, images: Images, p_RC: Tensor, logprobs_RC: Tensor) -> list[Result]:
+        """What stands of the drafts, with one code more for each image."""
+        if not bool(p_RC.isfinite().all()):
+            raise FloatingPointError(BROKEN)
+        results, begin = [], 0
+        for generation in images.generations:
+            assert generation.drafts is not None
+            end = begin + 1 + len(generation.drafts.codes)
+            self.drafted += end - begin - 1
+            stands = generation.drafts.verify(p_RC[begin:end], generation.codes_left)
+            self.accepted += len(stands) - 1
+            rows_RC = logprobs_RC[begin : begin + len(stands)]
+            values = rows_RC.gather(1, self._tensor(stands)[:, None])[:, 0].tolist()
+            top = generation.params.logprobs or 0
+            tops: list[list[tuple[int, float]]] = [[] for _ in stands]
+            if top:
+                found = rows_RC.topk(min(top, rows_RC.shape[1]))
+                tops = _pairs(found.indices + self.sampler.columns[IMAGE].start, found.values)
+            logprobs = [
+                Logprob(value, tuple(pair for pair in pairs if pair[1] > -math.inf))
+                for value, pairs in zip(values, tops, strict=True)
+            ]
+            results.append(Result(generation, self._ids(stands), logprobs))
+            begin = end
+        return results
+
+    def _ids(self, codes: list[int]) -> list[int]:
+        """Ids of columns of the image phase."""
+        return [code + self.sampler.columns[IMAGE].start for code in codes]
+
+    def _read(self, generations: list[Generation], drawn: list[Drawn], top: int) -> list[Result]:
+        """To the host. Raises FloatingPointError where the model's logits are no numbers."""
+        tokens_RS = torch.stack([step.token_R for step in drawn], dim=1).tolist()
+        values_RS = torch.stack([step.logprob_R for step in drawn], dim=1).tolist()
+        if any(math.isnan(value) for row in values_RS for value in row):
+            raise FloatingPointError(BROKEN)
+        tops = [_pairs(step.top_ids_RK, step.top_logprobs_RK) for step in drawn] if top else []
+        results = []
+        for row, (generation, tokens, values) in enumerate(zip(generations, tokens_RS, values_RS, strict=True)):
+            most = generation.params.logprobs or 0
+            logprobs = [
+                Logprob(value, tuple(pair for pair in tops[step][row][:most] if pair[1] > -math.inf) if most else ())
+                for step, value in enumerate(values)
+            ]
+            results.append(Result(generation, tokens, logprobs))
+        return results
+
+    def _prompt_logprobs(self, part: Part, layout: Layout, x_TD: Tensor) -> None:
+        """Of the prompt's tokens that follow those of this part, where the request asks for them."""
+        generation, sequence = part.generation, part.generation.full
+        if generation.params.prompt_logprobs is None:
+            return
+        prompt = generation.request.tokens
+        done = 1 + len(generation.prompt_logprobs)  # of the prompt, the first has none
+        begin, end = max(sequence.cached, done - 1), min(sequence.cached + part.counts[0], len(prompt) - 1)
+        first = layout.last[id(sequence)] - part.counts[0] + 1 - sequence.cached
+        for start in range(begin, end, PROMPT_ROWS):
+            stop = min(start + PROMPT_ROWS, end)
+            logprobs_RV = self.decoder.logits(x_TD[first + start : first + stop]).log_softmax(-1)
+            values = logprobs_RV.gather(1, self._tensor(prompt[start + 1 : stop + 1])[:, None])[:, 0].tolist()
+            most = min(generation.params.prompt_logprobs, logprobs_RV.shape[1])
+            tops: list[list[tuple[int, float]]] = [[] for _ in values]
+            if most:
+                found = logprobs_RV.topk(most)
+                tops = _pairs(found.indices, found.values)
+            generation.prompt_logprobs += [Logprob(value, tuple(top)) for value, top in zip(values, tops, strict=True)]
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
 
-def guide(logits_BV: Tensor, weight_B: Tensor, owner_B: Tensor, requests: int, first: int) -> Tensor:
-    """The weighted sum of each request's sequences, FloatTensor [R, V]; see `Weights`.
+def needs_of(generations: list[Generation], phase: int) -> Needs:
+    """What some of the requests ask of the sampler."""
+    sampling = [g.params.image if phase == IMAGE else g.params.text for g in generations]
+    penalized = [g.answered for g, each in zip(generations, sampling, strict=True) if each.repetition_penalty != 1]
+    return Needs(
+        random=any(each.temperature > 0 for each in sampling),
+        filtered=any(each.filtered for each in sampling),
+        penalized=max(penalized, default=0),
+        top=max((g.params.logprobs or 0 for g in generations), default=0),
+    )
 
-    Rows are the `requests` full contexts, then `first` first branches, then second ones. Within a rank no request
-    occurs twice, so the sum's order, and with it every bit of the result, is fixed.
+
+class Images:
+    """Requests within images and what is drawn for them: one code each, or one for each drafted and one more.
+
+    draws: (request, number of the draw). rows: indices of the pass's tokens after which a code comes, one a draw of the
+    full contexts, then of the first, then of the second branches.
     """
-    weighted_BV = logits_BV * weight_B[:, None]
-    guided_RV = weighted_BV[:requests]
-    for rank in (slice(requests, requests + first), slice(requests + first, None)):
-        guided_RV = guided_RV.index_add(0, owner_B[rank], weighted_BV[rank])
-    return guided_RV
+
+    def __init__(self, generations: list[Generation], layout: Layout) -> None:
+        self.generations = generations
+        self.draws = [
+            (g, number) for g in generations for number in range(1 + (len(g.drafts.codes) if g.drafts else 0))
+        ]
+
+        def row(sequence: Sequence, g: Generation, number: int) -> int:
+            return layout.last[id(sequence)] - (len(g.drafts.codes) if g.drafts else 0) + number
+
+        # so that within a rank no draw occurs twice
+        ranks = [
+            [(*g.branches[rank], draw) for draw, (g, _) in enumerate(self.draws) if len(g.branches) > rank]
+            for rank in (0, 1)
+        ]
+        branches = [branch for rank in ranks for branch in rank]
+        self.rows = [row(g.full, g, number) for g, number in self.draws]
+        self.rows += [row(sequence, *self.draws[draw]) for sequence, _, draw in branches]
+        self._owners = [*range(len(self.draws)), *(draw for _, _, draw in branches)]
+        self._weights = [*(g.weight for g, _ in self.draws), *(weight for _, weight, _ in branches)]
+        self._first = len(ranks[0])
+
+    def to(self, device: torch.device) -> None:
+        self._owner_B = torch.tensor(self._owners, device=device)
+        self._weight_B1 = torch.tensor(self._weights, device=device)[:, None]
+
+    def each(self, values_R: Tensor) -> Tensor:
+        """A value of each draw for all its sequences."""
+        return values_R[self._owner_B]
+
+    def guide(self, logits_BC: Tensor) -> Tensor:
+        """The weighted sum of each draw's sequences, FloatTensor [R, C]; see `Weights`. Its order, and with it every
+        bit of the result, is fixed."""
+        R, B = len(self.draws), len(self.rows)
+        if B == R:
+            return logits_BC
+        logits_BC *= self._weight_B1
+        guided_RC = logits_BC[:R]
+        for rank in (slice(R, R + self._first), slice(R + self._first, B)):
+            guided_RC.index_add_(0, self._owner_B[rank], logits_BC[rank])
+        return guided_RC
+
+
+def _pairs(ids_RK: Tensor | None, values_RK: Tensor | None) -> list[list[tuple[int, float]]]:
+    if ids_RK is None or values_RK is None:
+        return []
+    return [list(zip(*row, strict=True)) for row in zip(ids_RK.tolist(), values_RK.tolist(), strict=True)]

@@ -1,100 +1,229 @@
-"""Grammar masks, repetition penalty, temperature and top-p for all rows of a step at once, on the device.
+"""Masks, repetition penalty, temperature and filters for all rows of a phase at once, on the device.
 
-Per-request settings lie in tables of one row a cache slot; a step gathers its rows. Random numbers come from a table
-too: a request's own generator fills its row when it starts, and its n-th sampled token takes the n-th number. So a
-request's tokens depend on its seed alone, whoever shares the batch, and a step draws nothing.
+Per-request settings lie in tables of one row a seat; a step gathers its rows. Random numbers come from a table too: a
+request's own generator fills its row when it is seated, and the n-th id of its answer takes the n-th number. So a
+request's tokens depend on its seed alone, whoever shares the batch and however often it is preempted, and a step draws
+nothing.
 
-Shape suffixes: R requests (rows), V vocabulary, S slots, G grammars, N numbers, P phases (text, image).
+Shape suffixes: R requests (rows), V vocabulary, C columns of it (V in text, the image ids' in images), S seats, N ids
+of an answer, P phases (text, image), K most likely ids.
 """
 
 from __future__ import annotations
 
-import secrets
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from calumma.model.generation.request import SamplingParams
-from calumma.model.generation.sequence import Grammar
+from calumma.model.generation.request import MOST_LOGPROBS, SamplingParams
 from calumma.model.vocabulary import Vocabulary
 
+TEXT, IMAGE = 0, 1
+FEW = 64  # most likely tokens that are looked at first
+MANY = 1 << 14  # tokens that are too many to be sorted
+ONE_UPPER = 0x3F80  # the upper 16 bits of 1.0
 
-def forbidden_ids(vocabulary: Vocabulary, size: int) -> Tensor:
-    """BoolTensor [G, size], true where a grammar forbids an id; ids the vocabulary does not know are never allowed."""
-    stops = [vocabulary.eos, vocabulary.end_turn]
-    allowed = {
-        Grammar.TEXT: [*vocabulary.text_ids, *stops],
-        Grammar.TEXT_OR_IMAGE: [*vocabulary.text_ids, *stops, vocabulary.begin_image],
-        Grammar.CODES: vocabulary.image_ids,
-        Grammar.END_IMAGE: [vocabulary.end_image],
-    }
-    forbidden_GV = torch.ones(len(Grammar), size, dtype=torch.bool)
-    for grammar, ids in allowed.items():
-        forbidden_GV[grammar, torch.tensor(ids, dtype=torch.long)] = False
-    return forbidden_GV
+
+@dataclass(frozen=True)
+class Needs:
+    """What the rows of a step ask for, all or some: the caller knows, and the device is not asked.
+
+    random: a temperature; filtered: top-p, top-k or min-p; penalized: generated ids that count, at most so many;
+    top: so many most likely ids to report.
+    """
+
+    random: bool = False
+    filtered: bool = False
+    penalized: int = 0
+    top: int = 0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """LongTensor [R] ids, FloatTensor [R] log-probabilities; [R, top] of the most likely ids where asked for."""
+
+    token_R: Tensor
+    logprob_R: Tensor
+    top_ids_RK: Tensor | None = None
+    top_logprobs_RK: Tensor | None = None
 
 
 class Sampler:
-    """`size` logits a row, of which the vocabulary names the first; `numbers` is the most tokens of one request."""
+    """`size` logits a row, of which the vocabulary names the first; `longest` is the most ids of an answer."""
 
-    def __init__(self, vocabulary: Vocabulary, size: int, slots: int, numbers: int, device: torch.device) -> None:
-        self.forbidden_GV = forbidden_ids(vocabulary, size).to(device)
+    def __init__(self, vocabulary: Vocabulary, size: int, seats: int, longest: int, device: torch.device) -> None:
+        text = [*vocabulary.text_ids, vocabulary.eos, vocabulary.end_turn, vocabulary.begin_image]
+        codes = vocabulary.image_ids
+        self.begin_image, self.nothing = vocabulary.begin_image, vocabulary.pad
+        self.columns = (slice(0, size), slice(codes[0], codes[-1] + 1))  # by phase: what its logits are computed for
+        self.bias = (_bias(text, self.columns[TEXT]).to(device), _bias(codes, self.columns[IMAGE]).to(device))
         self.text_V = torch.zeros(size, dtype=torch.bool)
         self.text_V[torch.tensor(vocabulary.text_ids, dtype=torch.long)] = True
         self.text_V = self.text_V.to(device)
-        self.temperature_SP = torch.zeros(slots, 2, device=device)
-        self.top_p_SP = torch.ones(slots, 2, device=device)
-        self.penalty_SP = torch.ones(slots, 2, device=device)
-        self.seen_SV = torch.zeros(slots, size, dtype=torch.bool, device=device)
-        self.uniform_SN = torch.zeros(slots, numbers, device=device)
+        # temperature, top_p, min_p, top_k, repetition_penalty
+        self.settings_SP5 = torch.zeros(seats, 2, 5, device=device)
+        self.seen_SN = torch.full((seats, longest + 1), self.nothing, dtype=torch.long, device=device)
+        self.uniform_SN = torch.zeros(seats, longest + 1, device=device)
+        self._room = torch.empty(0, device=device)
 
-    def seat(self, slot: int, params: SamplingParams) -> None:
-        """A request starts in a slot: its settings and random numbers take the slot's row."""
-        phases = (params.text, params.image)
-        self.temperature_SP[slot] = torch.tensor([phase.temperature for phase in phases])
-        self.top_p_SP[slot] = torch.tensor([phase.top_p for phase in phases])
-        self.penalty_SP[slot] = torch.tensor([phase.repetition_penalty for phase in phases])
-        self.seen_SV[slot] = False
-        generator = torch.Generator().manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
-        self.uniform_SN[slot] = torch.rand(self.uniform_SN.shape[1], generator=generator)
+    def seat(self, seat: int, params: SamplingParams, seed: int, answer: list[int]) -> None:
+        """A request takes a seat: its settings, random numbers and answer so far take the seat's row."""
+        rows = [[p.temperature, p.top_p, p.min_p, p.top_k, p.repetition_penalty] for p in (params.text, params.image)]
+        self.settings_SP5[seat] = torch.tensor(rows)
+        self.seen_SN[seat] = self.nothing
+        if answer:
+            ids = torch.tensor(answer, device=self.seen_SN.device)
+            self.seen_SN[seat, : len(answer)] = torch.where(self.text_V[ids], ids, self.nothing)
+        numbers = torch.rand(self.uniform_SN.shape[1], generator=torch.Generator().manual_seed(seed))
+        self.uniform_SN[seat] = numbers
 
     def sample(
-        self, logits_RV: Tensor, slots_R: Tensor, grammar_R: Tensor, number_R: Tensor, random: bool, penalize: bool
-    ) -> tuple[Tensor, Tensor]:
-        """FloatTensor [R, V] logits -> LongTensor [R] tokens, FloatTensor [R] log-probabilities (see Event).
+        self,
+        logits_RC: Tensor,
+        phase: int,
+        seats_R: Tensor,
+        number_R: Tensor,
+        begins_R: Tensor | None,
+        needs: Needs,
+    ) -> Drawn:
+        """One id for each row of a phase, from its logits of `columns[phase]`, which are overwritten.
 
-        slots_R: whose settings; grammar_R: which mask; number_R: which random number (all LongTensor [R]). `random` and
-        `penalize` say whether any row has a temperature, or a penalty: the caller knows, and the device is not asked.
+        seats_R: whose settings; number_R: which id of the answer (LongTensor [R]); begins_R, BoolTensor [R]: whether an
+        image may begin, for text.
         """
-        phase_R = (grammar_R >= Grammar.CODES).long()
-        logits_RV = logits_RV.masked_fill(self.forbidden_GV[grammar_R], float("-inf"))
-        normalizer_R = logits_RV.logsumexp(-1)
-        chosen_RV = logits_RV
-        if penalize:
-            penalty_R1 = self.penalty_SP[slots_R, phase_R, None]
-            weakened_RV = torch.where(logits_RV > 0, logits_RV / penalty_R1, logits_RV * penalty_R1)
-            chosen_RV = torch.where(self.seen_SV[slots_R], weakened_RV, logits_RV)
-        top_R1, token_R1 = chosen_RV.max(-1, keepdim=True)
-        if random:
-            temperature_R1 = self.temperature_SP[slots_R, phase_R, None]
+        offset = self.columns[phase].start
+        logits_RC += self.bias[phase]
+        if begins_R is not None:
+            logits_RC[:, self.begin_image - offset].masked_fill_(~begins_R, float("-inf"))
+        top_R1, token_R1 = logits_RC.max(-1, keepdim=True)
+        scratch_RC = self._scratch(logits_RC)
+        normalizer_R1 = torch.sub(logits_RC, top_R1, out=scratch_RC).exp_().sum(-1, keepdim=True).log_() + top_R1
+        top_ids = top_logprobs = None
+        if needs.top:
+            top_logprobs, top_ids = logits_RC.topk(min(needs.top, MOST_LOGPROBS, logits_RC.shape[1]))
+            top_logprobs, top_ids = top_logprobs - normalizer_R1, top_ids + offset
+        seen_RN = own_RN = None
+        if needs.penalized:
+            penalty_R1 = self.settings_SP5[seats_R, phase, 4:]
+            seen_RN = self.seen_SN[seats_R, : needs.penalized]
+            own_RN = logits_RC.gather(1, seen_RN)
+            weakened_RN = torch.where(own_RN > 0, own_RN / penalty_R1, own_RN * penalty_R1)
+            top_R1, token_R1 = logits_RC.scatter_(1, seen_RN, weakened_RN).max(-1, keepdim=True)
+        if needs.random:
+            settings_R5 = self.settings_SP5[seats_R, phase]
+            temperature_R1 = settings_R5[:, :1]
             # relative to the maximum, so that no temperature, however small, overflows
-            scaled_RV = (chosen_RV - top_R1) / torch.where(temperature_R1 > 0, temperature_R1, 1.0)
-            drawn_R1 = self._draw(
-                scaled_RV.softmax(-1), self.top_p_SP[slots_R, phase_R], self.uniform_SN[slots_R, number_R]
-            )
+            torch.sub(logits_RC, top_R1, out=scratch_RC).div_(torch.where(temperature_R1 > 0, temperature_R1, 1.0))
+            scratch_RC.exp_()
+            scratch_RC /= scratch_RC.sum(-1, keepdim=True)
+            filters_3R = settings_R5[:, 1:4].T if needs.filtered else None
+            drawn_R1 = draw(scratch_RC, filters_3R, self.uniform_SN[seats_R, number_R])
             token_R1 = torch.where(temperature_R1 > 0, drawn_R1, token_R1)
-        if penalize:
-            token_R = token_R1[:, 0]
-            self.seen_SV[slots_R, token_R] = self.seen_SV[slots_R, token_R] | self.text_V[token_R]
-        return token_R1[:, 0], logits_RV.gather(1, token_R1)[:, 0] - normalizer_R
+        if seen_RN is not None and own_RN is not None:
+            logits_RC.scatter_(1, seen_RN, own_RN)  # before the penalty, for the log-probability
+        logprob_R = (logits_RC.gather(1, token_R1) - normalizer_R1)[:, 0]
+        token_R = token_R1[:, 0] + offset
+        if phase == TEXT:
+            self.seen_SN[seats_R, number_R] = torch.where(self.text_V[token_R], token_R, self.nothing)
+        return Drawn(token_R, logprob_R, top_ids, top_logprobs)
 
-    @staticmethod
-    def _draw(probabilities_RV: Tensor, top_p_R: Tensor, uniform_R: Tensor) -> Tensor:
-        """LongTensor [R, 1]: the cumulative distribution of the top-p set, inverted at a uniform number of 0..1."""
-        sorted_RV, order_RV = probabilities_RV.sort(stable=True, dim=-1, descending=True)
-        cumulative_RV = sorted_RV.cumsum(-1)
-        kept_RV = cumulative_RV - sorted_RV < top_p_R[:, None]
-        last_R1 = (kept_RV.sum(-1, keepdim=True) - 1).clamp(min=0)  # top_p 0 keeps the most likely one
-        threshold_R1 = uniform_R[:, None] * cumulative_RV.gather(1, last_R1)
-        # numbers end at 1 - 2**-24, so the threshold is below the set's mass; only NaN logits point beyond its end
-        return order_RV.gather(1, torch.searchsorted(cumulative_RV, threshold_R1, right=True).minimum(last_R1))
+    def image_probabilities(self, logits_RC: Tensor, seats_R: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
+        """What image codes are drawn from, FloatTensor [R, C], and their log-probabilities, as in Event; from logits as
+        `sample` takes them."""
+        logits_RC += self.bias[IMAGE]
+        settings_R5 = self.settings_SP5[seats_R, IMAGE]
+        temperature_R1 = settings_R5[:, :1]
+        top_R1, token_R1 = logits_RC.max(-1, keepdim=True)
+        p_RC = ((logits_RC - top_R1) / torch.where(temperature_R1 > 0, temperature_R1, 1.0)).softmax(-1)
+        if needs.filtered:
+            p_RC.masked_fill_(p_RC < thresholds(p_RC, *settings_R5[:, 1:4].T)[:, None], 0)
+            p_RC /= p_RC.sum(-1, keepdim=True)
+        certain_RC = torch.zeros_like(p_RC).scatter_(1, token_R1, 1.0)
+        return torch.where(temperature_R1 > 0, p_RC, certain_RC), logits_RC.log_softmax(-1)
+
+    def _scratch(self, like_RC: Tensor) -> Tensor:
+        """Room as large as the logits, the same at every step: fresh memory costs as much as arithmetic."""
+        if self._room.numel() < like_RC.numel():
+            self._room = torch.empty(like_RC.numel(), device=like_RC.device)
+        return self._room[: like_RC.numel()].view_as(like_RC)
+
+
+def draw(probabilities_RC: Tensor, filters_3R: Tensor | None, uniform_R: Tensor) -> Tensor:
+    """LongTensor [R, 1]: the cumulative distribution, in order of ids, inverted at a uniform number of 0..1.
+
+    filters_3R: top_p, min_p and top_k of each row. `probabilities_RC` is overwritten.
+    """
+    if filters_3R is not None:
+        threshold_R = thresholds(probabilities_RC, *filters_3R)
+        probabilities_RC.masked_fill_(probabilities_RC < threshold_R[:, None], 0)
+    cumulative_RC = probabilities_RC.cumsum_(-1)
+    total_R = cumulative_RC[:, -1]
+    # below the total even where rounding would not have it so: then the id at which it is passed has some mass
+    target_R = torch.minimum(uniform_R * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
+    ids_R1 = torch.searchsorted(cumulative_RC, target_R[:, None], right=True)
+    return ids_R1.clamp(max=probabilities_RC.shape[1] - 1)  # only NaN gets beyond
+
+
+def thresholds(probabilities_RC: Tensor, top_p_R: Tensor, min_p_R: Tensor, top_k_R: Tensor) -> Tensor:
+    """FloatTensor [R]: the least probability that each row's filters leave; see PhaseSampling for their order.
+
+    The most likely few tokens tell, unless a row is so flat that they do not hold its mass. How a row is looked at
+    depends on nothing but the row. Where the host would have to wait for the device to know, all are sorted at once.
+    """
+    C = probabilities_RC.shape[1]
+    top_k_R = torch.where(top_k_R > 0, top_k_R, float(C)).clamp(max=C)
+    if probabilities_RC.is_cuda or C <= 8 * FEW:
+        return _threshold(probabilities_RC.sort(-1, descending=True).values, top_p_R, min_p_R, top_k_R, C)[0]
+    threshold_R, known_R = _threshold(probabilities_RC.topk(FEW).values, top_p_R, min_p_R, top_k_R, C)
+    large_R = ((top_k_R >= C) & (min_p_R <= 0)) if C >= MANY else torch.zeros_like(known_R)
+    for rows, large in (((~known_R & large_R).nonzero()[:, 0], True), ((~known_R & ~large_R).nonzero()[:, 0], False)):
+        if rows.numel() and large:
+            threshold_R[rows] = nucleus(probabilities_RC[rows], top_p_R[rows])
+        elif rows.numel():
+            sorted_RC = probabilities_RC[rows].sort(-1, descending=True).values
+            threshold_R[rows] = _threshold(sorted_RC, top_p_R[rows], min_p_R[rows], top_k_R[rows], C)[0]
+    return threshold_R
+
+
+def nucleus(probabilities_RC: Tensor, top_p_R: Tensor) -> Tensor:
+    """FloatTensor [R]: the least probability of the smallest sets with mass top_p, without sorting all: floats of 0..1
+    are ordered as their bits are, so the mass at each value of the upper 16 bits tells where the set ends; only those
+    that share them are sorted."""
+    upper_RC = (probabilities_RC.view(torch.int32) >> 16).long()
+    mass_RX = torch.zeros(len(top_p_R), ONE_UPPER + 1).scatter_add_(1, upper_RC, probabilities_RC)
+    reached_RX = mass_RX.flip(1).cumsum_(-1)
+    place_R1 = torch.searchsorted(reached_RX, top_p_R[:, None]).clamp(max=ONE_UPPER)
+    last_R1 = ONE_UPPER - place_R1
+    above_R1 = reached_RX.gather(1, place_R1) - mass_RX.gather(1, last_R1)
+    inside_RC = torch.where(upper_RC == last_R1, probabilities_RC, -1.0)
+    sorted_RK = inside_RC.topk(int((inside_RC >= 0).sum(-1).max())).values
+    needed_RK = above_R1 + sorted_RK.clamp(min=0).cumsum(-1) < top_p_R[:, None]
+    count_R1 = (sorted_RK >= 0).sum(-1, keepdim=True)
+    return sorted_RK.gather(1, needed_RK.sum(-1, keepdim=True).minimum(count_R1 - 1).clamp(min=0))[:, 0].clamp(min=0)
+
+
+def _threshold(sorted_RK: Tensor, top_p_R: Tensor, min_p_R: Tensor, top_k_R: Tensor, C: int) -> tuple[Tensor, Tensor]:
+    """From the K most likely: the threshold, and whether what is less likely could change nothing."""
+    rank_K = torch.arange(sorted_RK.shape[1], device=sorted_RK.device)
+    allowed_RK = (rank_K < top_k_R[:, None]) & (sorted_RK >= min_p_R[:, None] * sorted_RK[:, :1])
+    open_R = (top_k_R >= C) & (min_p_R <= 0)
+    closed_R = ~allowed_RK[:, -1]
+    weight_RK = torch.where(allowed_RK, sorted_RK, 0.0)
+    cumulative_RK = weight_RK.cumsum(-1)
+    mass_R = torch.where(open_R, 1.0, cumulative_RK[:, -1])
+    whole_R = top_p_R >= 1
+    kept_RK = allowed_RK & (whole_R[:, None] | (cumulative_RK - weight_RK < (top_p_R * mass_R)[:, None]))
+    last_R1 = (kept_RK.sum(-1, keepdim=True) - 1).clamp(min=0)  # top_p 0 keeps the most likely one
+    threshold_R = sorted_RK.gather(1, last_R1)[:, 0]
+    if sorted_RK.shape[1] == C:
+        return threshold_R, torch.ones_like(whole_R)
+    known_R = closed_R | (open_R & (whole_R | ~kept_RK[:, -1]))
+    return torch.where(open_R & whole_R, 0.0, threshold_R), known_R
+
+
+def _bias(allowed: list[int], columns: slice) -> Tensor:
+    """FloatTensor [C]: 0 where an id is allowed, -inf elsewhere; ids the vocabulary does not know are never allowed."""
+    bias_C = torch.full((columns.stop - columns.start,), float("-inf"))
+    bias_C[torch.tensor(allowed, dtype=torch.long) - columns.start] = 0
+    return bias_C

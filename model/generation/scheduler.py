@@ -1,48 +1,173 @@
-"""Who runs: requests wait in order of arrival for the cache slots they may need, guidance branches included.
+"""Who takes part in the next pass: requests in order of arrival, as far as blocks and the budget of tokens go.
 
-A request gets all its slots when it starts and keeps them to its end. Taking the branches' slots only when an image
-begins would use the cache better while it writes text, but two requests waiting for each other's slots would do so
-for ever.
+An older request takes the blocks it lacks from the youngest, which is preempted: it gives back its blocks and seat and
+waits to be computed again. So the oldest always moves, and everybody becomes the oldest in the end.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
-from calumma.model.generation.request import Phase, Request
-from calumma.model.generation.sequence import Generation, Need
-from calumma.model.vocabulary import Vocabulary
+from calumma.model.generation.blocks import Blocks, Sequence
+from calumma.model.generation.sequence import Generation
+
+# A sequence of at most so many tokens is no prompt but an answer's end of image, and costs nothing of the budget.
+FREE_TOKENS = 2
+
+
+@dataclass
+class Part:
+    """A request's share of a pass: the next `counts` tokens of each of its sequences.
+
+    samples: whether all of them get to their end, so that the next token can be drawn. draft: image codes proposed
+    after them, to be verified by the same pass.
+    """
+
+    generation: Generation
+    counts: list[int]
+    samples: bool
+    draft: int = 0
 
 
 class Scheduler:
-    def __init__(self, vocabulary: Vocabulary, image_length: int, slots: int) -> None:
-        self.vocabulary, self.image_length = vocabulary, image_length
-        self.free = list(reversed(range(slots)))
-        self.waiting: deque[tuple[Request, Need]] = deque()
-        self.running: list[Generation] = []
+    """budget: most prompt tokens a pass takes in. seats: most requests at once."""
 
-    def admit(self) -> list[Generation]:
-        """Start waiting requests while slots last. Nobody overtakes, so a large request is not starved."""
-        started = []
-        while self.waiting and self.waiting[0][1].slots <= len(self.free):
-            request, need = self.waiting.popleft()
-            slots = [self.free.pop() for _ in range(need.slots)]
-            started.append(Generation(request, need, slots, self.vocabulary, self.image_length))
-        self.running += started
+    def __init__(self, blocks: Blocks, seats: int, budget: int) -> None:
+        self.blocks, self.budget = blocks, budget
+        self.waiting: deque[Generation] = deque()  # in order of arrival, the preempted first
+        self.running: list[Generation] = []  # in order of arrival
+        self.preemptions = 0
+        self._seats = list(reversed(range(seats)))
+
+    def schedule(self) -> list[Part]:
+        """The parts of the next pass, with blocks for all they write; empty only when nobody is left."""
+        parts: list[Part] = []
+        budget, preemptions = self.budget, self.preemptions
+        for generation in list(self.running):
+            budget = self._plan(generation, budget, parts)
+        if self.preemptions == preemptions:
+            for generation in self._admit():
+                budget = self._plan(generation, budget, parts)
+        return parts
+
+    def steps(self, parts: list[Part], most: int) -> int:
+        """Passes that may be issued at once, with blocks for all: more than one only within images, when nobody else
+        could move or join meanwhile."""
+        if len(parts) < len(self.running) or not all(
+            part.samples and part.generation.drawing and max(part.counts) == 1 for part in parts
+        ):
+            return 1
+        steps = min(most, *(part.generation.codes_left for part in parts))
+        sequences = [sequence for part in parts for sequence in part.generation.sequences]
+        while sum(self.blocks.missing(s, s.cached + steps) for s in sequences) > self.blocks.available:
+            steps -= 1
+        for sequence in sequences:
+            self.blocks.grow(sequence, sequence.cached + steps)
+        return steps
+
+    def finish(self, generation: Generation) -> None:
+        """A request is done, or aborted: its blocks and seat are free."""
+        if generation.seat >= 0:
+            self._release(generation)
+            self.running.remove(generation)
+        else:
+            self.waiting.remove(generation)
+
+    def find(self, request_id: str) -> Generation | None:
+        every = (*self.running, *self.waiting)
+        return next((generation for generation in every if generation.request.id == request_id), None)
+
+    def _plan(self, generation: Generation, budget: int, parts: list[Part]) -> int:
+        """Add a request's share, unless it must stay behind, and say what is left of the budget. Takes blocks from the
+        youngest others where it lacks them."""
+        if generation.seat < 0:  # preempted meanwhile by an older one
+            return budget
+        counts = []
+        for sequence in generation.sequences:
+            count = sequence.pending
+            if count > FREE_TOKENS:
+                count = count if count - 1 <= budget else budget
+                budget -= min(count, sequence.pending - 1)
+            counts.append(count)
+        samples = all(count == s.pending for count, s in zip(counts, generation.sequences, strict=True))
+        if not samples:  # last tokens wait for each other: one pass draws from all
+            counts = [min(count, s.pending - 1) for count, s in zip(counts, generation.sequences, strict=True)]
+        draft = len(generation.drafts.codes) if samples and generation.drafts is not None else 0
+        for sequence, count in zip(generation.sequences, counts, strict=True):
+            while not self.blocks.grow(sequence, sequence.cached + count + draft):
+                youngest = self.running[-1]
+                if youngest is generation:  # older ones have the blocks; it keeps its own until they ask for them
+                    return budget
+                self._preempt(youngest)
+        if any(counts):
+            parts.append(Part(generation, counts, samples, draft))
+        return budget
+
+    def _admit(self) -> list[Generation]:
+        """Start waiting requests while there are seats, and blocks for their contexts and first tokens. Nobody
+        overtakes, but for one: who shares a prefix with a request that is computing it waits until it is there."""
+        started: list[Generation] = []
+        behind: list[Generation] = []
+        writing = {
+            self.blocks.next_block(sequence)
+            for generation in self.running
+            for sequence in generation.sequences
+            if sequence.pending > FREE_TOKENS
+        }
+        while self.waiting and self._seats:
+            generation = self.waiting[0]
+            # its context, one block for its first tokens, and the branches of an image begun
+            need = sum(-(-len(sequence.tokens) // self.blocks.size) for sequence in generation.sequences) + 1
+            need = min(need, self.blocks.count)
+            if self._shares(generation):
+                held, _, following = self.blocks.found(generation.full.tokens)
+                if following in writing:
+                    behind.append(self.waiting.popleft())
+                    continue
+                need -= held
+            if need > self.blocks.available:
+                break
+            self.waiting.popleft()
+            for sequence in generation.sequences:
+                self._attach(generation, sequence)
+                if not self.blocks.grow(sequence, len(sequence.tokens)):
+                    raise AssertionError("admission counted too few blocks")
+                if sequence.pending > FREE_TOKENS:
+                    writing.add(self.blocks.next_block(sequence))
+            generation.seat = self._seats.pop()
+            started.append(generation)
+        self.waiting.extendleft(reversed(behind))
+        self.running = sorted([*self.running, *started], key=lambda generation: generation.arrival)
         return started
 
-    def release(self, generation: Generation) -> None:
-        self.running.remove(generation)
-        self.free += generation.slots
+    def _shares(self, generation: Generation) -> bool:
+        """A prompt whose every logit is asked for must be computed; what it writes is as good for others."""
+        return self.blocks.share and generation.params.prompt_logprobs is None
 
-    def remove(self, request_id: str) -> Phase:
-        """Take a request out, waiting or running; the phase it was in. Raises KeyError if it is neither."""
-        for waiting in self.waiting:
-            if waiting[0].id == request_id:
-                self.waiting.remove(waiting)
-                return "text"
-        for generation in self.running:
-            if generation.request.id == request_id:
-                self.release(generation)
-                return generation.phase
-        raise KeyError(request_id)
+    def attach(self, generation: Generation) -> None:
+        """Look a running request's new branches up in what the cache holds; release those of no further use."""
+        for sequence in generation.retired:
+            self.blocks.release(sequence)
+        generation.retired = []
+        for sequence in generation.sequences:
+            if not sequence.attached:
+                self._attach(generation, sequence)
+
+    def _attach(self, generation: Generation, sequence: Sequence) -> None:
+        if self._shares(generation) or sequence is not generation.full:
+            self.blocks.attach(sequence)
+        sequence.attached = True
+
+    def _preempt(self, generation: Generation) -> None:
+        self._release(generation)
+        self.running.remove(generation)
+        self.waiting.appendleft(generation)
+        self.preemptions += 1
+
+    def _release(self, generation: Generation) -> None:
+        for sequence in (*generation.retired, *generation.sequences):
+            self.blocks.release(sequence)
+        generation.retired = []
+        self._seats.append(generation.seat)
+        generation.seat = generation.seated = -1

@@ -45,6 +45,8 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="Of text; 0 is the likeliest.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes answers repeatable.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which of the server's models. Default: its first.")] = None,
+    key: Annotated[str | None, typer.Option(envvar="CALUMMA_API_KEY", help="API key, where the server asks.")] = None,
 ) -> None:
     """Chat with a served model, in words and pictures."""
     from rich.console import Console
@@ -53,11 +55,12 @@ def chat(
     try:
         if answer not in MODALITIES:
             raise ChatError(f"--answer {answer!r} is not one of {', '.join(MODALITIES)}")
-        settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "model": model}
         talk = Conversation(
             (url or _served()).rstrip("/"),
             {"modalities": MODALITIES[answer]} | {key: value for key, value in settings.items() if value is not None},
             [{"role": "system", "content": system}] if system else [],
+            key=key,
         )
         pictures = [picture_part(path) for path in image or []]
         if once is not None:
@@ -79,6 +82,7 @@ class Conversation:
     options: dict[str, Any] = field(default_factory=dict)
     head: list[dict[str, Any]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
+    key: str | None = None
 
     def ask(self, text: str, pictures: list[dict[str, Any]]) -> Iterator[str | bytes]:
         """Send a message; the answer's texts and PNG files as they come. Only a whole exchange is remembered.
@@ -113,8 +117,10 @@ class Conversation:
         import requests
 
         body = {"messages": messages, "stream": True, **self.options}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        where = f"{self.url}/v1/chat/completions"
         try:
-            with requests.post(f"{self.url}/v1/chat/completions", json=body, stream=True, timeout=(10, None)) as reply:
+            with requests.post(where, json=body, headers=headers, stream=True, timeout=(10, None)) as reply:
                 if not reply.ok:
                     raise _refusal(reply)
                 yield from _pieces(reply)
@@ -139,6 +145,8 @@ def _pieces(reply: Any) -> Iterator[tuple[str, str]]:
             delta = choice["delta"]
             if delta.get("content"):
                 yield "text", delta["content"]
+            if delta.get("refusal"):
+                raise ChatError(delta["refusal"], "content_filter")
             for image in delta.get("images") or []:
                 yield "image", image["image_url"]["url"]
             finished = finished or choice["finish_reason"] is not None

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -28,42 +31,81 @@ EXAMPLE = {"messages": [{"role": "user", "content": "Draw a seven."}]}
 
 @app.command()
 def start(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, s3://…, or models:/NAME@ALIAS.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model directory, s3://…, or models:/NAME@ALIAS.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with fields of ServeSettings (limits, safety, …); options override it.")
+    ] = None,
+    also: Annotated[list[str] | None, typer.Option(help="A further model, NAME=MODEL; repeats.")] = None,
     tracking_uri: Annotated[
         str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server of models:/…; default: ./mlflow.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every interface.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen at; 0.0.0.0 for every interface.  [default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen at.  [default: 8000]")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in requests; default: its registered one.")] = None,
-    replicas: Annotated[str, typer.Option(help="Engine replicas: a number, or a range like 1..3.")] = "1",
-    cpus: Annotated[float, typer.Option(help="CPUs of a replica.")] = 1.0,
-    gpus: Annotated[float, typer.Option(help="GPUs of a replica.")] = 0.0,
-    max_sequences: Annotated[int, typer.Option(help="Sequences a replica decodes together.")] = 16,
+    replicas: Annotated[
+        str | None, typer.Option(help="Engine replicas: a number, or a range like 1..3.  [default: 1]")
+    ] = None,
+    cpus: Annotated[float | None, typer.Option(help="CPUs of a replica.  [default: 1]")] = None,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of a replica.  [default: 0]")] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Requests a replica answers together.  [default: 16]")
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="File with the API keys' hashes, one a line (see `serve key`); also $CALUMMA_API_KEYS."),
+    ] = None,
+    watch: Annotated[
+        float, typer.Option(help="Seconds between looks for a new version of models:/NAME@ALIAS; 0: never.")
+    ] = 30.0,
+    block: Annotated[
+        bool, typer.Option("--block", help="Stay until SIGTERM or Ctrl-C; then let answers in flight finish, and end.")
+    ] = False,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster: auto or ray://HOST:10001. Default: one of its own.")
     ] = None,
 ) -> None:
-    """Serve a model until `calumma serve stop`. Returns when it answers."""
+    """Serve models until `calumma serve stop`. Returns when they answer."""
     from rich.console import Console
 
     console = Console(stderr=True)
     with _explained(console):
-        least, most = replica_range(replicas)
-        values: dict[str, Any] = {
+        options = {
             "model": model,
-            "tracking": {"uri": tracking_uri},
-            "name": name or served_name(model),
+            "tracking": {"uri": tracking_uri} if tracking_uri else None,
+            "name": name or (served_name(model) if model else None),
             "host": host,
             "port": port,
-            "min_replicas": least,
-            "max_replicas": most,
             "cpus_per_replica": cpus,
             "gpus_per_replica": gpus,
             "max_sequences": max_sequences,
         }
+        values = _file(config) | {key: value for key, value in options.items() if value is not None}
+        if replicas is not None:
+            values["min_replicas"], values["max_replicas"] = replica_range(replicas)
+        values.setdefault("watch_seconds", watch or None)
+        values["also"] = [*values.get("also", []), *(_further(text, tracking_uri) for text in also or [])]
+        values["keys"] = [*values.get("keys", []), *_keys(keys)]
         _none_running()
         begun = _start_elsewhere(values, address, console) if address else _start_here(values, console)
-    _tell(begun)
+        _tell(begun)
+        if block:
+            _await_signal()
+            _stop(begun, console)
+            typer.echo(f"stopped {begun.name}")
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Whose it is; shown in errors and logs.")]) -> None:
+    """Make an API key: show it once, and the line that goes into the file of `serve start --keys`."""
+    from calumma.serve.keys import hashed, new_key
+
+    secret = new_key()
+    typer.echo(f"key   {secret}")
+    typer.echo(f"line  {hashed(secret)} {name}")
 
 
 @app.command()
@@ -89,7 +131,7 @@ def status() -> None:
         **{
             key.replace("_", " "): str(value)
             for key, value in facts.items()
-            if key not in ("status", "model", "source")
+            if key not in ("status", "model", "source", "keys")
         },
     }
     for key, value in rows.items():
@@ -100,8 +142,10 @@ def status() -> None:
 
 
 @app.command()
-def stop() -> None:
-    """Stop what `calumma serve start` started, and nothing else."""
+def stop(
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for answers in flight.")] = False,
+) -> None:
+    """Stop what `calumma serve start` started, and nothing else. Answers in flight finish."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -110,14 +154,81 @@ def stop() -> None:
         if service_ is None:
             typer.echo("nothing is being served")
             return
-        with console.status("stopping"):
-            if service_.pid is None:
+        _stop(service_, console, now)
+    typer.echo(f"stopped {service_.name} at {service_.url}")
+
+
+def _stop(service_: Service, console: Console, now: bool = False) -> None:
+    """Let answers in flight finish, where somebody answers; then end what is ours."""
+    try:
+        with console.status("stopping: waiting for answers in flight"):
+            if service_.pid is None or (not now and _answers(service_)):
                 from calumma.serve.app import undeploy
 
-                with service.connected(service_.address, ours=False):
+                with service.connected(service_.address, ours=service_.pid is not None):
                     undeploy(service_.name)
-            service_.end()
-    typer.echo(f"stopped {service_.name} at {service_.url}")
+    except ClusterError:
+        if service_.pid is None:
+            raise
+    service_.end()
+
+
+def _answers(service_: Service) -> bool:
+    """Whether there is anybody who may have answers in flight."""
+    import requests
+
+    with contextlib.suppress(requests.RequestException):
+        return service_.alive and requests.get(f"{service_.url}/health", timeout=10).ok
+    return False
+
+
+def _ended_by_sigterm() -> None:
+    """SIGTERM ends this command as Ctrl-C does, in order, instead of by the handler that Ray has just installed."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+def _await_signal() -> None:
+    """Until this process is asked to end."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    while not ended.wait(3600):
+        pass
+
+
+def _file(config: Path | None) -> dict[str, Any]:
+    """The fields of a YAML file. Raises ValueError, OSError."""
+    if config is None:
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(config.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{config} must hold fields and their values, found {type(values).__name__}")
+    return values
+
+
+def _further(text: str, tracking_uri: str | None) -> dict[str, Any]:
+    """A model given as NAME=MODEL. Raises ValueError."""
+    name, equals, model = text.partition("=")
+    if not (name and equals and model):
+        raise ValueError(f"--also {text!r}: give NAME=MODEL, say --also small=s3://bucket/small")
+    return {"name": name, "model": model, "tracking": {"uri": tracking_uri}}
+
+
+def _keys(file: Path | None) -> list[dict[str, Any]]:
+    """The API keys of a file and the environment. Raises ValueError, OSError."""
+    from calumma.serve.keys import known_keys
+
+    return [one.model_dump() for one in known_keys(file)]
 
 
 def replica_range(text: str) -> tuple[int, int]:
@@ -180,15 +291,19 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
     with console.status("looking at the model"):
         from calumma.serve import app as serving
 
-        serving.locate(settings.model, settings.tracking)
+        for one in settings.models:
+            serving.locate(one.model, one.tracking)
         serving.require_port(settings.host, settings.port)
-    needed = settings.max_replicas * settings.cpus_per_replica + settings.ingress_cpus
+    needed = settings.ingress_cpus
     devices = cluster.gpus()
-    if settings.min_replicas * settings.gpus_per_replica > devices:
-        raise ClusterError(
-            f"{settings.min_replicas} replicas with {settings.gpus_per_replica:g} GPUs each were asked for; "
-            f"this machine has {devices} GPUs"
-        )
+    for model in settings.models:  # with a model's next version beside it for as long as the old one has work
+        versions = 2 if settings.watch_seconds else 1
+        needed += model.cpus_per_replica * versions * (model.max_replicas + model.image_coders)
+        if model.min_replicas * model.gpus_per_replica > devices:
+            raise ClusterError(
+                f"{model.min_replicas} replicas with {model.gpus_per_replica:g} GPUs each were asked for; "
+                f"this machine has {devices} GPUs"
+            )
     with console.status("starting Ray"):
         head = service.start_head(max(cluster.cores(), math.ceil(needed)), devices)
     begun = Service(
@@ -204,6 +319,7 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
     try:
         begun.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
         with console.status(f"loading {settings.model}"), service.connected(head.address, ours=True):
+            _ended_by_sigterm()
             serving.deploy(settings)
     except BaseException:
         begun.end()

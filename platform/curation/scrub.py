@@ -178,7 +178,8 @@ def detectors(names: tuple[str, ...]) -> list[Any]:
     """
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-    classes: dict[str, Any] = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
+    known: list[Any] = list(get_mapping_from_secret_type_to_class().values())
+    classes = {plugin.__name__: plugin for plugin in known}
     if unknown := sorted(set(names) - set(classes)):
         raise SpecificationError(
             f"scrub.secrets: there is no detector {', '.join(unknown)}; these are: {', '.join(sorted(classes))}"

@@ -16,7 +16,7 @@ from calumma.model.encoding import DocumentEncoder
 from calumma.model.generation import PromptTooLong, SamplingParams, generate
 from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import TextTokenizer
-from calumma.model.transformer import Transformer
+from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 
 CONTEXT = 64
@@ -25,14 +25,14 @@ V = Vocabulary(
 )
 
 
-class Eager(Transformer):
-    """Always wants to begin an image, and never to stop."""
+class Eager(Output):
+    """Logits of a model that always wants to begin an image, and never to stop."""
 
-    def forward(self, tokens_BT: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        logits_BTV = super().forward(tokens_BT, *args, **kwargs)
-        logits_BTV[..., V.begin_image] += 100
-        logits_BTV[..., [V.eos, V.end_turn]] -= 100
-        return logits_BTV
+    def forward(self, input: Tensor, measure: bool = False, columns: slice | None = None, **loss: Any) -> Tensor:
+        logits = super().forward(input, **loss)
+        logits[..., V.begin_image] += 100
+        logits[..., [V.eos, V.end_turn]] -= 100
+        return logits[..., columns or slice(None)]
 
 
 class Letters:
@@ -54,8 +54,10 @@ def model() -> MixedModalModel:
         resolution=4, codebook_size=8, embedding=4, base_channels=32, multipliers=[1, 1], residual_blocks=1
     )
     config = ModelConfig(vocabulary_size=V.size, layers=1, width=16, heads=2, kv_heads=1, ffn_width=24, context=CONTEXT)
+    transformer = Transformer(config)
+    transformer.output = Eager(config)
     return MixedModalModel(
-        Eager(config).initialize(0), DocumentEncoder(V, cast(TextTokenizer, Letters()), ImageTokenizer(shape))
+        transformer.initialize(0), DocumentEncoder(V, cast(TextTokenizer, Letters()), ImageTokenizer(shape))
     )
 
 

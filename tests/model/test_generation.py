@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams
-from calumma.model.transformer import Transformer
+from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 
 N = 4  # codes of an image
@@ -26,33 +26,34 @@ GREEDY = PhaseSampling(temperature=0, repetition_penalty=1.3)
 GREEDY_IMAGE = PhaseSampling(temperature=0)
 
 
-class Talker(Transformer):
-    """Never wants to stop."""
+class Talker(Output):
+    """Logits of a model that never wants to stop."""
 
     begin_image = 1.0
 
-    def forward(self, tokens_BT: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        logits_BTV = super().forward(tokens_BT, *args, **kwargs)
-        logits_BTV[..., list(STOPS)] -= 100
-        logits_BTV[..., V.begin_image] += self.begin_image
-        return logits_BTV
+    def forward(self, input: Tensor, measure: bool = False, columns: slice | None = None, **loss: Any) -> Tensor:
+        logits = super().forward(input, **loss)
+        logits[..., list(STOPS)] -= 100
+        logits[..., V.begin_image] += self.begin_image
+        return logits[..., columns or slice(None)]
 
 
 class Eager(Talker):
-    """Wants to begin an image always."""
+    """Of one that wants to begin an image always."""
 
     begin_image = 100.0
 
 
-KINDS = [Transformer, Talker, Eager]
+KINDS = [Output, Talker, Eager]
 
 
-def tiny(kind: type[Transformer] = Transformer, seed: int = 0) -> Transformer:
+def tiny(kind: type[Output] = Output, seed: int = 0) -> Transformer:
     """Weights large enough that a token's distribution depends on what precedes it."""
     config = ModelConfig(
         vocabulary_size=30, layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=CONTEXT, dropout=0.1
     )
-    transformer = kind(config)
+    transformer = Transformer(config)
+    transformer.output = kind(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in transformer.parameters():
@@ -102,17 +103,20 @@ def images_in(tokens: list[int]) -> list[list[int]]:
 
 
 def draw(logits_V: Tensor, sampling: PhaseSampling, number: float) -> int:
-    """Greedy, or the token at which the mass of the most likely ones passes `number` of the top-p set's."""
+    """Greedy, or the id at which the mass of the top-p set, in order of ids, passes `number` of it."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    ranked = sorted(enumerate((logits_V / sampling.temperature).softmax(-1).tolist()), key=lambda item: -item[1])
-    kept: list[tuple[int, float]] = []
-    while not kept or sum(p for _, p in kept) < min(sampling.top_p, 1 - 1e-6):
-        kept.append(ranked[len(kept)])
-    left = number * sum(p for _, p in kept)
-    while len(kept) > 1 and left >= kept[0][1]:
-        left -= kept.pop(0)[1]
-    return kept[0][0]
+    chances = (logits_V / sampling.temperature).softmax(-1).tolist()
+    kept: set[int] = set()
+    for token in sorted(range(len(chances)), key=lambda token: -chances[token]):
+        if not kept or sum(chances[t] for t in kept) < min(sampling.top_p, 1 - 1e-6):
+            kept.add(token)
+    left = number * sum(chances[token] for token in kept)
+    for token in sorted(kept):
+        left -= chances[token]
+        if left < 0:
+            break
+    return token
 
 
 @torch.no_grad()
@@ -124,7 +128,7 @@ def reference(
     def logits(context: list[int]) -> Tensor:
         return transformer(torch.tensor([context]))[0, -1]
 
-    numbers = iter(torch.rand(CONTEXT, generator=torch.Generator().manual_seed(params.seed or 0)).tolist())
+    numbers = torch.rand(CONTEXT, generator=torch.Generator().manual_seed(params.seed or 0)).tolist()
     generated: list[int] = []
     logprobs: list[float] = []
     limit = N + 2 if params.mode == "image" else min(params.max_tokens, CONTEXT - len(prompt))
@@ -154,7 +158,11 @@ def reference(
                 penalty = params.text.repetition_penalty
                 chosen_V[token] = chosen_V[token] / penalty if chosen_V[token] > 0 else chosen_V[token] * penalty
         forced = params.mode == "image" and not generated  # begin_image is not drawn
-        token = allowed[0] if forced else draw(chosen_V, params.text if codes is None else params.image, next(numbers))
+        token = (
+            allowed[0]
+            if forced
+            else draw(chosen_V, params.text if codes is None else params.image, numbers[len(generated)])
+        )
         if codes is None and token in STOPS:
             return generated, logprobs, "stop"
         generated.append(token)
@@ -215,7 +223,7 @@ def many(seeded: bool) -> list[Request]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("max_sequences", [3, 7, 27])
-def test_a_request_does_not_notice_its_company(kind: type[Transformer], seeded: bool, max_sequences: int) -> None:
+def test_a_request_does_not_notice_its_company(kind: type[Output], seeded: bool, max_sequences: int) -> None:
     transformer = tiny(kind)
     requests = many(seeded)
     alone = {request.id: answer(transformer, request) for request in requests}
@@ -304,7 +312,7 @@ def test_answers_follow_the_grammar(
     prompt: list[int],
     padding: int,
     guidance: float,
-    kind: type[Transformer],
+    kind: type[Output],
 ) -> None:
     hot = PhaseSampling(2.0, 1.0)
     params = SamplingParams(
@@ -330,7 +338,7 @@ def test_answers_follow_the_grammar(
         assert len(event.logprobs) == len(event.tokens)
         assert all(value <= 1e-5 for value in event.logprobs)
         assert all((token in V.text_ids) == (event.phase == "text") for token in event.tokens)
-    assert engine.free_sequences == engine.max_sequences
+    assert engine.statistics.blocks_used == 0
 
 
 def test_the_longest_prompts_that_fit_share_a_prefill_with_short_ones() -> None:

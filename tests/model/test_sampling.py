@@ -6,30 +6,87 @@ from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from calumma.model.generation import PhaseSampling, SamplingParams
-from calumma.model.generation.sampler import Sampler
-from calumma.model.generation.sequence import Sequence
+from calumma.model.generation import sampler as module
+from calumma.model.generation.sampler import draw, thresholds
+
+
+def filters(rows: int, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) -> Tensor:
+    return torch.tensor([[top_p], [min_p], [float(top_k)]]).expand(3, rows)
 
 
 @pytest.mark.parametrize(
-    ("top_p", "weights"), [(1.0, [6, 4, 3, 3]), (0.8, [6, 4, 3, 0]), (0.6, [6, 4, 0, 0]), (0.0, [1, 0, 0, 0])]
+    ("given", "weights"),
+    [
+        ({"top_p": 1.0}, [4, 0, 3, 6, 2]),
+        ({"top_p": 0.8}, [4, 0, 3, 6, 0]),
+        ({"top_p": 0.6}, [4, 0, 0, 6, 0]),
+        ({"top_p": 0.0}, [0, 0, 0, 1, 0]),
+        ({"top_k": 3}, [4, 0, 3, 6, 0]),
+        ({"top_k": 1}, [0, 0, 0, 1, 0]),
+        ({"min_p": 0.5}, [4, 0, 3, 6, 0]),
+        ({"min_p": 0.34}, [4, 0, 3, 6, 0]),
+        ({"min_p": 0.3}, [4, 0, 3, 6, 2]),
+        ({"top_k": 3, "top_p": 0.75}, [4, 0, 0, 6, 0]),  # of the mass that top_k leaves
+        ({"top_k": 4, "min_p": 0.6, "top_p": 0.5}, [0, 0, 0, 6, 0]),
+    ],
 )
-def test_top_p_draws_in_proportion_from_the_smallest_sufficient_set(top_p: float, weights: list[int]) -> None:
-    grid = 3900
-    probabilities_RV = torch.tensor([[0.25, 0.0, 0.1875, 0.375, 0.1875]]).expand(grid, -1)
+def test_filters_leave_ids_in_proportion(given: dict[str, float], weights: list[int]) -> None:
+    grid = 4500
+    probabilities_RC = torch.tensor([[4.0, 0, 3, 6, 2]]).expand(grid, -1) / 15
     uniform_R = (torch.arange(grid) + 0.5) / grid
-    drawn_R1 = Sampler._draw(probabilities_RV, torch.full((grid,), top_p), uniform_R)
-    counts = drawn_R1.flatten().bincount(minlength=5)[[3, 0, 2, 4, 1]].tolist()
-    expected = [grid * weight / sum(weights) for weight in weights]
-    assert counts == pytest.approx([*expected, 0], abs=1)
+    drawn_R1 = draw(probabilities_RC.clone(), filters(grid, **cast(Any, given)), uniform_R)
+    counts = drawn_R1.flatten().bincount(minlength=5).tolist()
+    assert counts == pytest.approx([grid * weight / sum(weights) for weight in weights], abs=1)
+
+
+def plainly(row: list[float], top_p: float, min_p: float, top_k: int) -> float:
+    """The least probability kept, by the letter of PhaseSampling."""
+    ranked = sorted(row, reverse=True)
+    ranked = [p for p in ranked[: top_k or None] if p >= min_p * ranked[0]]
+    mass, kept = sum(ranked), ranked[:1]
+    while sum(kept) < top_p * mass - 1e-9 and len(kept) < len(ranked):
+        kept.append(ranked[len(kept)])
+    return kept[-1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.sampled_from([0.0, 0.02, 0.4]), st.integers(0, 12)),
+        min_size=1,
+        max_size=4,
+    ),
+    sharpness=st.sampled_from([0.01, 1.0, 4.0]),
+    few=st.sampled_from([1, 2, 4, 64]),
+    many=st.sampled_from([2, 1000]),
+    seed=st.integers(0, 999),
+)
+def test_thresholds_are_the_same_however_many_are_looked_at(
+    rows: list[tuple[float, float, int]], sharpness: float, few: int, many: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probabilities_RC = (torch.randn(len(rows), 40, generator=generator) * sharpness).softmax(-1)
+    top_p_R, min_p_R, top_k_R = torch.tensor(rows).T
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FEW", few)
+        patch.setattr(module, "MANY", many)
+        found_R = thresholds(probabilities_RC, top_p_R, min_p_R, top_k_R)
+    for row, (top_p, min_p, top_k), threshold in zip(probabilities_RC.tolist(), rows, found_R.tolist(), strict=True):
+        expected = plainly(row, top_p, min_p, top_k)
+        assert [p >= threshold for p in row] == [p >= expected for p in row]
 
 
 def test_the_largest_uniform_number_stays_among_the_possible() -> None:
-    probabilities_RV = torch.zeros(1, 5000)
-    probabilities_RV[0, :4999] = 1 / 4999
+    probabilities_RC = torch.zeros(1, 5000)
+    probabilities_RC[0, :4999] = 1 / 4999
     largest_R = torch.tensor([1 - 2**-24])
-    assert int(Sampler._draw(probabilities_RV, torch.ones(1), largest_R)) == 4998
+    assert int(draw(probabilities_RC, None, largest_R)) == 4998
+    assert int(draw(torch.tensor([[0.0, 0.5, 0.5]]), None, torch.zeros(1))) == 1
 
 
 @pytest.mark.parametrize(
@@ -39,6 +96,10 @@ def test_the_largest_uniform_number_stays_among_the_possible() -> None:
         lambda: PhaseSampling(temperature=float("nan")),
         lambda: PhaseSampling(top_p=1.1),
         lambda: PhaseSampling(repetition_penalty=0),
+        lambda: PhaseSampling(top_k=-1),
+        lambda: PhaseSampling(min_p=1.1),
+        lambda: SamplingParams(logprobs=-1),
+        lambda: SamplingParams(prompt_logprobs=65),
         lambda: SamplingParams(max_tokens=0),
         lambda: SamplingParams(max_images=-1),
         lambda: SamplingParams(mode=cast(Any, "video")),
@@ -48,15 +109,5 @@ def test_the_largest_uniform_number_stays_among_the_possible() -> None:
     ],
 )
 def test_parameters_out_of_range_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"-1|nan|1\.1|0|video|inf|image codes|64 bits"):
+    with pytest.raises(ValueError, match=r"-1|nan|1\.1|0|video|inf|image codes|64 bits|65"):
         wrong()
-
-
-def test_a_slot_keeps_what_a_new_context_shares_with_it() -> None:
-    sequence = Sequence(0, [0, 4, 7, 8, 9], cached=4)
-    sequence.become([0, 4, 7, 6, 5])
-    assert (sequence.cached, sequence.pending) == (3, 1)
-    sequence.become([0, 4])  # the last token is always decoded anew, for its logits
-    assert (sequence.cached, sequence.pending) == (1, 0)
-    sequence.become([1, 4, 7])
-    assert (sequence.cached, sequence.pending) == (0, 2)

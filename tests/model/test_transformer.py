@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from typing import Any
 
@@ -14,10 +13,14 @@ from pydantic import ValidationError
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from calumma.model.attention import attend, document_mask, rotate
+from calumma.model.attention import PagedCache, attend, document_mask, rotate
 from calumma.model.config import ModelConfig, preset
+from calumma.model.generation import decoder as decoders
+from calumma.model.generation.blocks import Sequence
+from calumma.model.generation.decoder import Decoder
+from calumma.model.generation.layout import Keeper, Layout
 from calumma.model.stability import BLOCK, OUTPUT
-from calumma.model.transformer import KVCache, Transformer
+from calumma.model.transformer import Transformer
 
 V = 50
 
@@ -49,25 +52,33 @@ def test_a_later_token_changes_no_earlier_logit(changes: dict[str, object]) -> N
 @variants
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())
-def test_cached_decoding_equals_the_full_forward(changes: dict[str, object], data: st.DataObject) -> None:
-    """Rows of different lengths in any slots, prefilled in chunks with padding on the right, then token by token."""
-    model = build(**changes)
-    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
-    slots = data.draw(st.permutations(range(4)))[: len(lengths)]
-    tokens = torch.randint(
-        V, (len(lengths), 20), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    )
-    cache = KVCache(model.config, slots=4, length=24)
-    where, start = torch.tensor(slots), torch.zeros(len(lengths), dtype=torch.long)
-    full = model(tokens)
-    prefill = model(tokens[:, : max(lengths)], cache=cache, slots=where, start=start)
-    for row, length in enumerate(lengths):
-        assert torch.allclose(prefill[row, :length], full[row, :length], atol=1e-5)
-    start = torch.tensor(lengths)
-    for _ in range(5):
-        step = model(tokens.gather(1, start[:, None]), cache=cache, slots=where, start=start)
-        assert torch.allclose(step[:, 0], full[torch.arange(len(lengths)), start], atol=1e-5)
-        start = start + 1
+@torch.no_grad()
+def test_cached_passes_equal_the_full_forward(changes: dict[str, object], data: st.DataObject) -> None:
+    """Contexts in any blocks, taken in by parts of any size, side by side: prompts, single tokens, or nothing."""
+    model, size = build(**changes), data.draw(st.integers(1, 8))
+    contexts = torch.randint(V, (3, 20), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    full = model(contexts)
+    blocks = iter(torch.randperm(3 * -(-20 // size)).tolist())
+    cache = PagedCache(model.config, blocks=3 * -(-20 // size), block_size=size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoders, "FUSED_BYTES", data.draw(st.sampled_from([0, 1 << 20])))
+        decoder = Decoder(model)
+    keeper = Keeper(cache) if data.draw(st.booleans()) else None
+    sequences = [Sequence(row.tolist(), 0, [next(blocks) for _ in range(-(-20 // size))]) for row in contexts]
+    while any(sequence.pending for sequence in sequences):
+        counts = data.draw(st.sampled_from([(1, 1, 1), (1, 1, 0), (0, 1, 5), (9, 1, 1), (3, 3, 3), (2, 0, 9)]))
+        pairs = [(s, min(count, s.pending)) for s, count in zip(sequences, counts, strict=True)]
+        pairs = [(sequence, count) for sequence, count in pairs if count] or [
+            (s, s.pending) for s in sequences if s.pending
+        ]
+        layout = Layout(pairs, size)
+        states = decoder.hidden(torch.tensor(layout.tokens), layout.step(cache, 0, torch.device("cpu"), keeper))
+        found = decoder.logits(states)
+        for sequence, count in pairs:
+            last, row = layout.last[id(sequence)], sequences.index(sequence)
+            expected = full[row, sequence.cached : sequence.cached + count]
+            assert torch.allclose(found[last - count + 1 : last + 1], expected, atol=1e-5)
+            sequence.cached += count
 
 
 def test_documents_do_not_see_each_other_when_masked() -> None:
@@ -80,14 +91,9 @@ def test_documents_do_not_see_each_other_when_masked() -> None:
     assert not torch.allclose(build()(packed, segments)[:, 6:], alone, atol=1e-3)
 
 
-def test_lengths_beyond_the_context_or_cache_are_refused() -> None:
-    model = build()
+def test_lengths_beyond_the_context_are_refused() -> None:
     with pytest.raises(ValueError, match="more than the model's context of 24"):
-        model(torch.zeros(1, 25, dtype=torch.long))
-    cache = KVCache(model.config, slots=1, length=8)
-    zero = torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ValueError, match="beyond the cache"):
-        model(torch.zeros(1, 9, dtype=torch.long), cache=cache, slots=zero, start=zero)
+        build()(torch.zeros(1, 25, dtype=torch.long))
 
 
 def test_dropout_acts_in_training_alone() -> None:
@@ -146,32 +152,24 @@ def test_only_the_needed_logits_are_computed() -> None:
     assert torch.allclose(model.output(model.hidden(tokens)), model(tokens))
 
 
-def test_a_cached_forward_of_known_length_waits_for_no_device() -> None:
-    """Fake tensors have no values: reading one, as int(positions.max()) does, is an error."""
+def test_only_some_columns_of_the_logits_are_computed() -> None:
+    model, tokens = build(), torch.randint(V, (2, 9))
+    states = model.hidden(tokens)
+    assert torch.allclose(model.output(states, columns=slice(7, 20)), model(tokens)[..., 7:20], atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_cached_pass_waits_for_no_device() -> None:
+    """Fake tensors have no values: reading one, as the host does when it waits for a device, is an error."""
     with FakeTensorMode():
         model = build()
-        cache = KVCache(model.config, slots=4, length=24)
-        given = dict(cache=cache, slots=torch.zeros(2, dtype=torch.long), start=torch.zeros(2, dtype=torch.long))
-        tokens = torch.zeros(2, 1, dtype=torch.long)
-        assert model(tokens, **given, length=7).shape == (2, 1, V)
+        cache, decoder = PagedCache(model.config, blocks=6, block_size=4), Decoder(model)
+        layout = Layout([(Sequence([1] * 7, 6, [3, 1]), 1), (Sequence([1] * 9, 3, [0, 2, 5]), 6)], 4)
+        tokens = torch.zeros(7, dtype=torch.long)
+        found = decoder.logits(decoder.hidden(tokens, layout.step(cache, 0, torch.device("cpu"))))
+        assert found.shape == (7, V)
         with pytest.raises(DataDependentOutputException):
-            model(tokens, **given)
-
-
-@given(lengths=st.lists(st.integers(0, 10), min_size=1, max_size=3), more=st.integers(0, 5))
-@settings(deadline=None, max_examples=10)
-def test_a_length_changes_nothing_but_the_wait(lengths: list[int], more: int) -> None:
-    """Any length that holds the positions will do."""
-    model, tokens = build(), torch.randint(V, (len(lengths), 2))
-    start, slots = torch.tensor(lengths), torch.arange(len(lengths))
-    filled = KVCache(model.config, slots=3, length=24)
-    for layer in filled.keys + filled.values:
-        layer.normal_()
-    known, read = (
-        model(tokens, cache=copy.deepcopy(filled), slots=slots, start=start, length=length)
-        for length in (max(lengths) + 2 + more, None)
-    )
-    assert torch.allclose(known, read, atol=1e-6)
+            found.max().item()
 
 
 # -- the same numbers by other ways --

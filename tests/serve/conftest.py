@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image as PILImage
 from starlette.testclient import TestClient
 
@@ -73,6 +78,28 @@ def settings(model_directory: Path) -> ServeSettings:
 def client(replica: EngineReplica, settings: ServeSettings) -> Iterator[TestClient]:
     with TestClient(create_app(replica, settings)) as client:
         yield client
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The application under a real HTTP server on a thread; its URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()  # who comes before the server is up waits in line
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def url(replica: EngineReplica, settings: ServeSettings) -> Iterator[str]:
+    with listening(create_app(replica, settings)) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,41 @@
-"""The Ray Serve application on a real cluster: deployed, asked over HTTP, replaced, taken down."""
+"""The endpoint on a real cluster: several models, replicas that die, versions that follow each other, the end."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import socket
+import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
+import torch
 from PIL import Image as PILImage
+from prometheus_client.parser import text_string_to_metric_families
 
-from calumma.serve.app import ServeError, deploy, undeploy
-from calumma.serve.settings import ServeSettings
+from calumma.model import load
+from calumma.model.directory import IMAGE_TOKENIZER, save_model
+from calumma.model.document import Document, Text
+from calumma.model.generation import SamplingParams
+from calumma.model.transformer import Transformer
+from calumma.serve import app
+from calumma.serve.app import APPLICATION_PREFIX, ServeError, deploy, undeploy
+from calumma.serve.backend import ENGINE, INGRESS
+from calumma.serve.pieces import Job
+from calumma.serve.rollout import Placed, Rollouts
+from calumma.serve.routing import preferred, prefix_key
+from calumma.serve.settings import ModelSettings, ServeSettings
+
+CHAT = "/v1/chat/completions"
+PATIENCE = 300.0  # seconds; a starved machine needs minutes to start a process
+LONG = 700  # tokens: seconds of streaming
 
 
 def free_port() -> int:
@@ -22,39 +44,226 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+def talkative(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose greedy answers go on until they are cut: one that never ends a turn."""
+    model = load(model_directory)
+    torch.manual_seed(3)
+    transformer = Transformer(model.config.model_copy(update={"context": 2048}))
+    with torch.no_grad():  # the same word for ever
+        transformer.output.weight.zero_()
+        transformer.norm.weight.fill_(1.0)
+        transformer.embedding.weight.abs_()
+        transformer.output.weight[model.text_tokenizer.encode("s")[0]] = 1.0
+        transformer.output.weight[model.vocabulary.eos] = -1.0
+    folder = tmp_path_factory.mktemp("talkative")
+    save_model(folder, transformer, model_directory, model_directory / IMAGE_TOKENIZER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(model_directory: Path, talkative: Path) -> ServeSettings:
+    return ServeSettings(
+        model=str(talkative),
+        name="talkative",
+        port=free_port(),
+        cpus_per_replica=0.25,
+        min_replicas=2,
+        max_replicas=2,
+        threads=1,
+        also=(
+            ModelSettings(model=str(model_directory), name="tiny", cpus_per_replica=0.25, image_coders=1, threads=1),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, settings: ServeSettings) -> Iterator[str]:
+    address = deploy(settings)
+    yield address
+    undeploy(settings.name)
+
+
+def body(text: str = "hi", **fields: Any) -> dict[str, Any]:
+    values = {"messages": [{"role": "user", "content": text}], "modalities": ["text"], "temperature": 0}
+    return values | {"repetition_penalty": 1, "max_tokens": LONG} | fields
+
+
+@dataclass
+class Heard:
+    """A stream as a client hears it."""
+
+    text: str = ""
+    error: str | None = None
+    finish: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.error is None and self.finish == "length" and len(self.text) >= LONG
+
+
+def listen(url: str, text: str, begun: threading.Barrier | None = None, **fields: Any) -> Heard:
+    heard = Heard()
+    with requests.post(url + CHAT, json=body(text, stream=True, **fields), stream=True, timeout=PATIENCE) as reply:
+        if reply.status_code != 200:
+            return Heard(error=reply.text)
+        for line in reply.iter_lines():
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line.removeprefix(b"data: "))
+            if "error" in chunk:
+                heard.error = chunk["error"]["code"]
+                continue
+            choice = chunk["choices"][0]
+            if not heard.text and choice["delta"].get("content") and begun is not None:
+                begun.wait(PATIENCE)
+            heard.text += choice["delta"].get("content") or ""
+            heard.finish = choice["finish_reason"] or heard.finish
+    return heard
+
+
+def replicas(url: str, model: str) -> set[str]:
+    """Names of the engine replicas that tell their numbers."""
+    found = set()
+    for family in text_string_to_metric_families(requests.get(f"{url}/metrics", timeout=PATIENCE).text):
+        for sample in family.samples:
+            if sample.name == "calumma_engine_requests_running" and sample.labels["model"] == model:
+                found.add(sample.labels["replica"])
+    return found
+
+
+def until(found: Any, what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not found():
+        assert time.monotonic() < end, f"{what} did not happen within {PATIENCE:.0f} s"
+        time.sleep(0.5)
+
+
+def kill(application: str, replica: str) -> None:
+    import ray
+
+    ray.kill(ray.get_actor(f"SERVE_REPLICA::{application}#{ENGINE}#{replica}", namespace="serve"))
+
+
 @pytest.mark.cluster
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_model_is_served_and_taken_down(model_directory: Path) -> None:
+def test_several_models_answer_under_one_endpoint(url: str, settings: ServeSettings) -> None:
+    assert {m["id"] for m in requests.get(f"{url}/v1/models", timeout=PATIENCE).json()["data"]} == {"talkative", "tiny"}
+    assert requests.get(f"{url}/ready", timeout=PATIENCE).json() == {"ready": True, "unavailable": {}}
+    assert requests.get(f"{url}/health?model=tiny", timeout=PATIENCE).json()["context"] == 128
+    asked = {"messages": [{"role": "user", "content": "Draw a three."}], "modalities": ["image"], "model": "tiny"}
+
+    def ask(seed: int) -> str:
+        reply = requests.post(url + CHAT, json=asked | {"seed": seed}, timeout=PATIENCE)
+        assert reply.status_code == 200, reply.text
+        return str(reply.json()["choices"][0]["message"]["images"][0]["image_url"]["url"])
+
+    with ThreadPoolExecutor(6) as pool:
+        images = list(pool.map(ask, [1, 2, 3, 1, 2, 3]))
+    assert images[:3] == images[3:], "an answer does not depend on who else is served"
+    data = base64.b64decode(images[0].partition(",")[2])
+    assert PILImage.open(io.BytesIO(data), formats=["PNG"]).size == (8, 8), "decoded by the image-coding deployment"
+    question = [{"type": "text", "text": "Which?"}, {"type": "image_url", "image_url": {"url": images[0]}}]
+    reply = requests.post(
+        url + CHAT,
+        json=asked | {"messages": [{"role": "user", "content": question}], "modalities": ["text"], "max_tokens": 3},
+        timeout=PATIENCE,
+    )
+    assert reply.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 18, "coded there too"
+    refused = requests.post(url + CHAT, json=asked | {"model": "other"}, timeout=PATIENCE)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+    with pytest.raises(ServeError, match="runs in this cluster already and listens"):
+        deploy(settings.model_copy(update={"port": free_port()}))
+    assert requests.get(f"{url}/health", timeout=PATIENCE).ok, "a refused second deployment disturbs nobody"
+
+
+def engine_application(model: str) -> str:
     from ray import serve
 
-    settings = ServeSettings(model=str(model_directory), name="tiny", port=free_port(), cpus_per_replica=0.5)
-    url = deploy(settings)
+    [found] = [
+        name for name in serve.status().applications if name.startswith(f"{APPLICATION_PREFIX}talkative:{model}:")
+    ]
+    return found
+
+
+@pytest.mark.cluster
+def test_prompts_that_begin_alike_share_a_replica_and_its_death_ends_only_its_streams(url: str) -> None:
+    until(lambda: len(replicas(url, "talkative")) == 2, "a second replica")
+    names = sorted(replicas(url, "talkative"))
+
+    def where(text: str) -> str:
+        return preferred(prefix_key(Job("", Document((Text(text, "user"),)), SamplingParams())), names)
+
+    texts = [f"question {number}" for number in range(40)]
+    lost = [text for text in texts if where(text) == names[0]][:3]
+    kept = [text for text in texts if where(text) == names[1]][:3]
+    begun = threading.Barrier(7)
+    with ThreadPoolExecutor(6) as pool:
+        streams = [pool.submit(listen, url, text, begun) for text in lost + kept]
+        begun.wait(PATIENCE)  # all six have text by now
+        kill(engine_application("talkative"), names[0])
+        heard = [stream.result() for stream in streams]
+    assert [one.error for one in heard[:3]] == ["unavailable"] * 3
+    assert all(one.text for one in heard[:3]), "what there was has been sent"
+    assert [one.whole for one in heard[3:]] == [True] * 3
+    assert all(one.whole for one in ThreadPoolExecutor(6).map(lambda text: listen(url, text), texts[:6]))
+    until(lambda: len(replicas(url, "talkative") - {names[0]}) == 2, "a replacement of the lost replica")
+
+
+@pytest.mark.cluster
+def test_a_new_version_takes_over_without_a_lost_request(
+    url: str, settings: ServeSettings, model_directory: Path
+) -> None:
+    """The steps of the watcher, from here: with a registry that names another directory now."""
+    from ray import serve
+
+    old = engine_application("tiny")
+    follows = settings.also[0].model_copy(update={"model": "models:/tiny@champion", "image_coders": 0})
+    rollouts = Rollouts(
+        models=(follows,),
+        placed={"tiny": Placed(old, "version 1")},
+        locate=lambda model: str(model_directory),
+        place=lambda model, source: app.place(model, source, settings.name),
+        announce=lambda table: (
+            serve.get_deployment_handle(INGRESS, APPLICATION_PREFIX + settings.name)
+            .broadcast("switch", table)
+            .results()
+        ),
+        remove=lambda application: serve.delete(application, _blocking=False),
+    )
+    stop, results = threading.Event(), []
+
+    def ask_on_and_on(seed: int) -> None:
+        asked = body("Draw", model="tiny", max_tokens=20, seed=seed, temperature=1)
+        while not stop.is_set():
+            reply = requests.post(url + CHAT, json=asked, timeout=PATIENCE)
+            results.append((seed, reply.status_code, reply.text if reply.status_code != 200 else ""))
+
+    threads = [threading.Thread(target=ask_on_and_on, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
     try:
-        assert requests.get(f"{url}/health", timeout=300).json()["model"] == "tiny"
-        body = {"messages": [{"role": "user", "content": "Draw a three."}], "modalities": ["image"], "seed": 7}
-
-        def ask(seed: int) -> str:
-            reply = requests.post(f"{url}/v1/chat/completions", json=body | {"seed": seed}, timeout=300)
-            assert reply.status_code == 200, reply.text
-            return str(reply.json()["choices"][0]["message"]["images"][0]["image_url"]["url"])
-
-        with ThreadPoolExecutor(6) as pool:
-            images = list(pool.map(ask, [1, 2, 3, 1, 2, 3]))
-        assert images[:3] == images[3:], "an answer does not depend on who else is served"
-        data = base64.b64decode(images[0].partition(",")[2])
-        assert PILImage.open(io.BytesIO(data), formats=["PNG"]).size == (8, 8)
-
-        stream = requests.post(f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=300)
-        assert stream.text.rstrip().endswith("data: [DONE]")
-        assert images[0].startswith("data:image/png")
-        refused = requests.post(f"{url}/v1/chat/completions", json=body | {"model": "other"}, timeout=300)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
-
-        with pytest.raises(ServeError, match="runs in this cluster already and listens"):
-            deploy(settings.model_copy(update={"port": free_port()}))
-        assert requests.get(f"{url}/health", timeout=300).ok, "a refused second deployment disturbs nobody"
+        assert rollouts.look() == ["tiny"]
+        until(lambda: old not in serve.status().applications, "the old version's end")
     finally:
-        undeploy("tiny")
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert len(results) > 10
+    assert [result for result in results if result[1] != 200] == []
+    assert rollouts.look() == [], "nothing new, nothing done"
+    assert engine_application("tiny") == rollouts.table["tiny"]
+
+
+@pytest.mark.cluster
+def test_streams_in_flight_finish_when_the_endpoint_is_taken_down(url: str, settings: ServeSettings) -> None:
+    from ray import serve
+
+    begun = threading.Barrier(4)
+    with ThreadPoolExecutor(3) as pool:
+        streams = [pool.submit(listen, url, f"last {number}", begun) for number in range(3)]
+        begun.wait(PATIENCE)
+        undeploy(settings.name)
+        assert [stream.result().whole for stream in streams] == [True] * 3
     with pytest.raises(requests.RequestException):
-        requests.get(f"{url}/health", timeout=300).raise_for_status()
+        requests.get(f"{url}/health", timeout=PATIENCE).raise_for_status()
     assert not serve.status().applications

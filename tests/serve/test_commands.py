@@ -8,14 +8,12 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import uvicorn
 from PIL import Image as PILImage
 from typer import Typer
 from typer.testing import CliRunner
@@ -27,8 +25,11 @@ from calumma.platform.commands.chat import ChatError, Conversation, blocks, chat
 from calumma.platform.service import Service
 from calumma.serve.app import ServeError, locate, require_port
 from calumma.serve.endpoints import create_app
-from calumma.serve.replica import EngineReplica
-from calumma.serve.settings import ServeSettings
+from calumma.serve.keys import hashed, known_keys
+from calumma.serve.settings import Key, Safety, ServeSettings
+
+from .conftest import listening
+from .test_protection import Stub
 
 RUNNER = CliRunner()
 CHAT = Typer()
@@ -40,20 +41,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test sees, or ends, what the person who runs it is serving."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def url(replica: EngineReplica, settings: ServeSettings) -> Iterator[str]:
-    """The application under a real HTTP server."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()  # who comes before the server is up waits in line
-        server = uvicorn.Server(uvicorn.Config(create_app(replica, settings), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
 
 
 # ---- serve
@@ -163,6 +150,42 @@ def test_a_second_start_is_refused(url: str, model_directory: Path) -> None:
     result = RUNNER.invoke(serve.app, ["start", str(model_directory)])
     assert result.exit_code == 1
     assert "first: calumma serve stop" in " ".join(result.output.split())
+
+
+def test_a_key_is_shown_once_with_the_line_for_the_file(tmp_path: Path) -> None:
+    result = RUNNER.invoke(serve.app, ["key", "alice"])
+    secret, line = (text.split(maxsplit=1)[1] for text in result.output.splitlines())
+    (tmp_path / "keys").write_text(line + "\n")
+    [key] = known_keys(tmp_path / "keys")
+    assert (key.name, key.sha256) == ("alice", hashed(secret))
+    assert secret not in line
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "says"),
+    [
+        ("limits: {tokns: 5}", [], "limits.tokns: Extra inputs are not permitted"),
+        ("- a", [], "must hold fields and their values, found list"),
+        ("a: [", [], "is no YAML"),
+        ("{}", ["--also", "small"], "give NAME=MODEL"),
+        ("{}", ["--also", "tiny=/elsewhere", "--name", "tiny"], "the name tiny is given more than once"),
+        ("{}", ["--also", "small=/no/such/model"], "there is no model directory at /no/such/model"),
+        ("safety: {policy: 'nowhere:policy'}", ["--port", "0"], "port: Input should be greater"),
+        ("{}", ["--keys", "{folder}/keys"], "Keys are given by their hash"),
+        ("also: [{name: big, model: '{model}', gpus_per_replica: 64}]", [], "64 GPUs each"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_told(
+    file: str, arguments: list[str], says: str, model_directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text("sk-calumma-plain\n")
+    (tmp_path / "serve.yaml").write_text(file.replace("{model}", str(model_directory)))
+    words = [str(model_directory), "--config", str(tmp_path / "serve.yaml"), *arguments]
+    result = RUNNER.invoke(serve.app, ["start", *(word.replace("{folder}", str(tmp_path)) for word in words)])
+    assert result.exit_code == 1
+    assert says in " ".join(result.output.split())
+    assert "sk-calumma-plain" not in result.output
+    assert Service.recorded() is None
 
 
 # A head with a child that has a child, all of which ignore a polite request to end.
@@ -288,6 +311,19 @@ def test_chat_finds_the_served_model(url: str) -> None:
     record(url, psutil.Process()).write()
     result = RUNNER.invoke(CHAT, ["--once", "hi", "--answer", "text", "--max-tokens", "3"])
     assert result.exit_code == 0, result.output
+
+
+def test_chat_shows_its_key_and_is_told_a_refusal(tmp_path: Path) -> None:
+    rules = Safety(policy="calumma.serve.safety:keywords", options={"words": ["dynamite"], "reason": "not here"})
+    settings = ServeSettings(model="m", name="tiny", keys=(Key(name="a", sha256=hashed("sk-a")),), safety=rules)
+    with listening(create_app(Stub(), settings)) as url:
+        without = RUNNER.invoke(CHAT, ["--url", url, "--once", "hi"])
+        assert without.exit_code == 1
+        assert "needs an API key" in without.output
+        asked = ["--url", url, "--key", "sk-a", "--model", "tiny", "--once"]
+        assert "seven" in RUNNER.invoke(CHAT, [*asked, "hi"]).output
+        refused = RUNNER.invoke(CHAT, [*asked, "dynamite"])
+        assert (refused.exit_code, refused.output.strip()) == (1, "not here")
 
 
 def test_a_file_that_is_no_picture(tmp_path: Path, png: bytes) -> None:

@@ -192,9 +192,9 @@ def test_metrics_count_requests_and_tokens(client: TestClient) -> None:
     assert metric(client, f'calumma_requests_total{{endpoint="{CHAT}",status="200"}}') == 1
     assert metric(client, f'calumma_requests_total{{endpoint="{CHAT}",status="404"}}') == 1
     assert metric(client, 'calumma_requests_total{endpoint="other",status="404"}') == 1
-    assert metric(client, 'calumma_tokens_total{direction="answer",modality="image"}') == IMAGE_TOKENS
-    assert metric(client, "calumma_images_total") == 1
-    assert metric(client, "calumma_requests_running") == 0
+    assert metric(client, 'calumma_tokens_total{direction="answer",modality="image",model="tiny"}') == IMAGE_TOKENS
+    assert metric(client, 'calumma_images_total{model="tiny"}') == 1
+    assert metric(client, 'calumma_requests_running{model="tiny"}') == 0
     assert metric(client, f'calumma_request_seconds_count{{endpoint="{CHAT}"}}') == 2
 
 
@@ -207,7 +207,7 @@ def test_metrics_count_requests_and_tokens(client: TestClient) -> None:
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role", "robot"),
         (ask(modalities=["smell"]), 400, "modalities[0]", "'text' or 'image'"),
         (ask(temperature=3), 400, "temperature", "less than or equal to 2"),
-        (ask(n=2), 400, "n", "leave it out"),
+        (ask(tools=[{}]), 400, "tools", "leave it out"),
         (ask(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
         ({}, 400, "messages", "required"),
         ([1, 2], 400, None, "JSON object"),
@@ -344,7 +344,7 @@ def test_the_work_of_a_client_that_leaves_is_given_up(settings: ServeSettings) -
 
         request = asyncio.create_task(app(scope, receive, send))
         with TestClient(app) as client:
-            while metric(client, "calumma_requests_running") == 0:
+            while metric(client, 'calumma_requests_running{model="tiny"}') == 0:
                 await asyncio.sleep(0.01)
         request.cancel()  # what Ray Serve does when the client is gone
         with pytest.raises(asyncio.CancelledError):
@@ -353,5 +353,5 @@ def test_the_work_of_a_client_that_leaves_is_given_up(settings: ServeSettings) -
     asyncio.run(leave())
     assert len(closed) == 1
     with TestClient(app) as client:
-        assert metric(client, "calumma_requests_running") == 0
+        assert metric(client, 'calumma_requests_running{model="tiny"}') == 0
         assert metric(client, f'calumma_requests_total{{endpoint="{CHAT}",status="499"}}') == 1

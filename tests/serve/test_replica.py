@@ -99,14 +99,14 @@ def test_an_unreadable_image_is_refused(replica: EngineReplica) -> None:
 
 
 def test_who_leaves_is_forgotten(model: MixedModalModel) -> None:
-    replica = EngineReplica(model, max_sequences=3)
+    replica = EngineReplica(model, max_sequences=1)
 
     async def leave_then_ask() -> list[Piece]:
         async with aclosing(replica.generate(Job("left", PROMPT, params(0, "image"), progress=True))) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Drawing):
                     break
-        # All three sequences were the leaver's: this one is answered only if they were given back.
+        # The leaver had the only seat: this one is answered only if it was given back.
         return await pieces_of(replica, Job("next", PROMPT, params(1, "image")))
 
     try:

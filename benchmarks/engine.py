@@ -1,0 +1,239 @@
+"""The generation engine by itself, no HTTP: `python benchmarks/engine.py`.
+
+Text: greedy answers of one and of 16 prompts over transformers' `generate` with the same weights, in tokens a second.
+Mixed: 16 requests (text, guided image, interleaved with a guided image first), all at once over one after the other on
+the same engine, in requests a second. Both sides take turns in one process, and each counts with its fastest turn: a
+neighbour on the machine only ever slows one down. Weights are random. `--model DIRECTORY` instead measures speculative
+Jacobi decoding on a trained model: the share of drafted codes that stand, and passes an image. `--quick` is a smoke
+test of the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+
+from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams
+from calumma.model.transformer import Transformer
+from calumma.model.vocabulary import Vocabulary
+
+training = importlib.import_module("model")  # benchmarks/model.py: a script's own folder comes first
+Row = tuple[str, str, str, str]
+GREEDY = PhaseSampling(temperature=0)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is measured. image: codes of one. prompt, answer: text tokens."""
+
+    preset: str
+    layers: int
+    vocabulary: int
+    image: int
+    prompt: int
+    answer: int
+    device: str
+    dtype: str
+    turns: int
+    together: int = 16
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset} shape" + (f", {self.layers} layers" if self.layers < 12 else "")
+
+    def case(self) -> training.Case:
+        length = self.prompt + self.answer + 2 * self.image + 8
+        return training.Case(
+            self.preset, self.layers, length, length, self.dtype, device=self.device, vocabulary=self.vocabulary
+        )
+
+    def ids(self, text_only: bool) -> Vocabulary:
+        """The public release's order of ids; with text only, no id but the one that transformers masks is a code."""
+        codes = 1 if text_only else min(8192, self.vocabulary // 8)
+        names = ["begin_image", "end_image", "end_turn"]
+        return Vocabulary(
+            size=self.vocabulary,
+            bos=0,
+            pad=1,
+            eos=2,
+            unknown=3,
+            image_codes=list(range(4, 4 + codes)),
+            **{name: 4 + codes + number for number, name in enumerate(names)},
+        )
+
+    def prompts(self, count: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(0)
+        low = self.vocabulary // 2  # text ids in either vocabulary
+        return [
+            [0, *torch.randint(low, self.vocabulary, (self.prompt - 1,), generator=generator).tolist()]
+            for _ in range(count)
+        ]
+
+
+def fresh(shapes: Shapes) -> Transformer:
+    return training.ours(shapes.case()).eval()
+
+
+def run(engine: Engine, requests: list[Request]) -> tuple[float, list[Event]]:
+    """Seconds for all of them together, and their events."""
+    began = time.perf_counter()
+    for request in requests:
+        engine.add(request)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, events
+
+
+def fastest(turns: int, *works: Callable[[], float]) -> list[float]:
+    """The fewest seconds of each, in turns; a first turn is not counted."""
+    seconds = [[work() for work in works] for _ in range(turns + 1)][1:]
+    return [min(turn[i] for turn in seconds) for i in range(len(works))]
+
+
+def mixed_requests(shapes: Shapes, vocabulary: Vocabulary) -> list[Request]:
+    """A third each of text, images guided by three branches, and interleaved answers that begin with such an image."""
+    requests = []
+    for number, prompt in enumerate(shapes.prompts(shapes.together)):
+        kind = number % 3
+        params: dict[str, Any] = {"seed": number}
+        if kind == 0:
+            params |= {"max_tokens": shapes.answer}
+        elif kind == 1:
+            params |= {"mode": "image"}
+        else:
+            room = shapes.image + 2 + shapes.answer // 2
+            params |= {"mode": "interleaved", "max_tokens": room, "max_images": 1, "prefix": (vocabulary.begin_image,)}
+        requests.append(Request(str(number), prompt, SamplingParams(**params)))
+    return requests
+
+
+def mixed(shapes: Shapes, targeted: bool) -> Iterator[Row]:
+    vocabulary = shapes.ids(text_only=False)
+    engine = Engine(fresh(shapes), vocabulary, shapes.image, shapes.together, prefix_cache=False)
+    requests = mixed_requests(shapes, vocabulary)
+
+    def one_by_one() -> float:
+        return sum(run(engine, [request])[0] for request in requests)
+
+    alone, together = fastest(shapes.turns, one_by_one, lambda: run(engine, requests)[0])
+    rates = f"{alone / together:.2f} ({len(requests) / together:.2f} : {len(requests) / alone:.2f})"
+    yield (
+        f"{shapes.name}, {shapes.vocabulary:,} ids: {shapes.together} mixed requests, {shapes.image} codes an image, "
+        f"{shapes.answer} text tokens",
+        "requests/s together over one at a time",
+        rates,
+        training.verdict(alone / together, 4) if targeted else "for information",
+    )
+
+
+def text(shapes: Shapes, count: int) -> Iterator[Row]:
+    vocabulary = shapes.ids(text_only=True)
+    engine = Engine(fresh(shapes), vocabulary, shapes.image, count, prefix_cache=False)
+    other = training.theirs(shapes.case()).eval()
+    prompts = torch.tensor(shapes.prompts(count), device=shapes.device)
+    params = SamplingParams(shapes.answer, text=GREEDY)
+    requests = [Request(str(number), prompt, params) for number, prompt in enumerate(prompts.tolist())]
+    answers: dict[str, list[int]] = {}
+
+    def ours() -> float:
+        seconds, events = run(engine, requests)
+        for request in requests:
+            answers[request.id] = [token for e in events if e.request_id == request.id for token in e.tokens]
+        return seconds
+
+    @torch.inference_mode()
+    def theirs() -> float:
+        began = time.perf_counter()
+        found = other.generate(  # type: ignore[operator]
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=shapes.answer,
+            min_new_tokens=shapes.answer,
+            do_sample=False,
+            pad_token_id=1,
+        )
+        seconds = time.perf_counter() - began
+        answers["theirs"] = found[:, shapes.prompt :].flatten().tolist()
+        return seconds
+
+    ours_seconds, their_seconds = fastest(shapes.turns, ours, theirs)
+    own = [token for request in requests for token in answers[request.id]]
+    same = sum(a == b for a, b in zip(own, answers["theirs"], strict=False)) / (count * shapes.answer)
+    tokens = count * shapes.answer
+    yield (
+        f"{shapes.name}: text, batch {count}, {shapes.prompt} + {shapes.answer} tokens, greedy; {same:.0%} the same",
+        "tokens/s over transformers' generate",
+        f"{their_seconds / ours_seconds:.2f} ({tokens / ours_seconds:,.0f} : {tokens / their_seconds:,.0f})",
+        training.verdict(their_seconds / ours_seconds, 1.5),
+    )
+
+
+def drafts(directory: str, device: str) -> Iterator[Row]:
+    """Guided images of a trained model, with windows of several sizes."""
+    from calumma.model import Document, Text, load
+
+    model = load(directory, device)
+    numbers = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    asked = [Document((Text(f"Draw the digit {numbers[seed % 10]}.", "user"),)) for seed in range(16)]
+    prompts = [encoded.ids for encoded in model.encoder.encode_many(asked, complete=False)]
+    for window in (0, 2, 4, 8, 16):
+        engine = Engine(model.transformer, model.vocabulary, model.image_length, image_burst=1, jacobi_window=window)
+        requests = [
+            Request(str(seed), prompt, SamplingParams(mode="image", seed=seed)) for seed, prompt in enumerate(prompts)
+        ]
+        seconds, _ = run(engine, requests)
+        found = engine.statistics
+        rate = f"{found.acceptance:.0%} stand, {found.counters.steps} passes, {seconds:.2f} s"
+        yield (
+            f"16 images of {model.image_length} codes, window {window}",
+            "speculative Jacobi decoding",
+            rate,
+            "measured",
+        )
+
+
+def shapes_of(device: str, quick: bool) -> tuple[Shapes, list[Shapes]]:
+    """Of the comparison with transformers, and of the mixed requests; the first of these has the target."""
+    if quick:
+        tiny = Shapes("calumma-20m", 1, 512, 16, 8, 8, device, "float32", 1, together=6)
+        return tiny, [tiny]
+    if device == "cuda":
+        large = Shapes("chameleon-7b", 32, 65536, 1024, 256, 256, device, "bfloat16", 2)
+        return large, [large]
+    quickstart = Shapes("calumma-20m", 4, 2048, 16, 32, 64, device, "float32", 5)
+    small = Shapes("calumma-20m", 12, 65536, 256, 32, 256, device, "float32", 2)
+    return small, [quickstart, replace(small, image=64, answer=64)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether the script works, not how fast")
+    parser.add_argument("--only", choices=["mixed", "text"], help="one part alone")
+    parser.add_argument("--model", help="a model directory: speculative decoding of its images instead")
+    given = parser.parse_args()
+    compared, together = shapes_of(given.device, given.quick)
+    print(f"Machine: {training.machine(given.device)}\n")
+    print("| case | measured | calumma | target |\n| --- | --- | --- | --- |")
+    rows: list[Iterator[Row]] = []
+    if given.model:
+        rows = [drafts(given.model, given.device)]
+    else:
+        rows += [text(compared, count) for count in (1, compared.together) if given.only != "mixed"]
+        rows += [mixed(shapes, shapes is together[0]) for shapes in together if given.only != "text"]
+    for row in chain.from_iterable(rows):
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The Transformer's forward pass over a paged cache, without gradients.
+
+The same arithmetic as transformer.py, written out: at a token a sequence, calls cost more than arithmetic, so there are
+no calls of modules, and projections of the same input are one product where a copy of their weights is affordable.
+Weights are read when the decoder is made.
+
+Shape suffixes: T tokens of a pass, D width, N heads, K key-value heads, Q both, H head size, P pairs of a head (H/2), C
+columns of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calumma.model.attention import PagedPass
+from calumma.model.generation.parallel import Shard
+from calumma.model.transformer import Block, Transformer
+
+# Most bytes of projections that are copied to lie side by side.
+FUSED_BYTES = 1 << 28
+Weights = tuple[Tensor, ...]  # that read the same input; one, where they lie side by side
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block's weights, or this shard's part of them."""
+
+    attention_norm: Tensor
+    feed_forward_norm: Tensor
+    query_key_value: Weights
+    norm: tuple[Tensor, Tensor] | None  # weight and bias of queries and keys [Q, H]
+    output: Tensor
+    gate_up: Weights
+    down: Tensor
+
+
+class Decoder:
+    """`shard`: which part of every matrix this process has; all of it by default."""
+
+    def __init__(self, transformer: Transformer, shard: Shard | None = None) -> None:
+        config = transformer.config
+        self.transformer, self.shard = transformer, shard or Shard()
+        self.shard.check(config)
+        self.heads, self.kv_heads = config.heads // self.shard.count, config.kv_heads // self.shard.count
+        self.head_size, self.eps, self.swin = config.head_size, config.norm_eps, config.norm_order == "swin"
+        self.layers = [self._layer(block) for block in cast(Iterable[Block], transformer.blocks)]
+        self.head = self.shard.rows(transformer.output.weight) if self.shard.count > 1 else None
+        self._complex_rope = torch.view_as_complex(transformer.rope)
+
+    def hidden(self, tokens_T: Tensor, paged: PagedPass) -> Tensor:
+        """LongTensor [T] -> FloatTensor [T, D], what the output projection reads; keys and values go into the cache."""
+        x_TD = F.embedding(tokens_T, self.transformer.embedding.weight)
+        rope_T1P = self._complex_rope[paged.positions_T][:, None]
+        for number, layer in enumerate(self.layers):
+            if self.swin:
+                x_TD = x_TD + self._norm(self._attention(x_TD, rope_T1P, number, layer, paged), layer.attention_norm)
+                x_TD = x_TD + self._norm(self._feed_forward(x_TD, layer), layer.feed_forward_norm)
+            else:
+                normal_TD = self._norm(x_TD, layer.attention_norm)
+                x_TD = x_TD + self._attention(normal_TD, rope_T1P, number, layer, paged)
+                x_TD = x_TD + self._feed_forward(self._norm(x_TD, layer.feed_forward_norm), layer)
+        return self._norm(x_TD, self.transformer.norm.weight)
+
+    def logits(self, x_RD: Tensor, columns: slice | None = None) -> Tensor:
+        """FloatTensor [R, C] of some states, all columns of the vocabulary or some; the caller's own to change."""
+        if self.head is None:
+            logits_RC: Tensor = self.transformer.output(x_RD, columns=columns)
+            return logits_RC
+        logits_RV = self.shard.gather(F.linear(x_RD, self.head).float())[:, : self.transformer.config.vocabulary_size]
+        return logits_RV if columns is None else logits_RV[:, columns].contiguous()
+
+    def _attention(self, x_TD: Tensor, rope_T1P: Tensor, number: int, layer: Layer, paged: PagedPass) -> Tensor:
+        found = [F.linear(x_TD, weight) for weight in layer.query_key_value]
+        Q = self.heads + self.kv_heads
+        if len(found) == 1:
+            qkv_TXH = found[0].view(len(x_TD), -1, self.head_size)
+            qk_TQH, v_TKH = qkv_TXH[:, :Q], qkv_TXH[:, Q:]
+        else:
+            qk_TQH = torch.cat(found[:2], dim=-1).view(len(x_TD), Q, self.head_size)
+            v_TKH = found[2].view(len(x_TD), self.kv_heads, self.head_size)
+        if layer.norm is not None:
+            weight_QH, bias_QH = layer.norm
+            qk_TQH = torch.addcmul(bias_QH, F.layer_norm(qk_TQH, (self.head_size,), eps=1e-5), weight_QH)
+        turned_TQP = torch.view_as_complex(qk_TQH.float().unflatten(-1, (-1, 2))) * rope_T1P
+        qk_TQH = torch.view_as_real(turned_TQP).flatten(-2).type_as(x_TD)
+        out_TX = paged.attend(number, qk_TQH[:, : self.heads], qk_TQH[:, self.heads :], v_TKH)
+        return self.shard.sum(F.linear(out_TX, layer.output))
+
+    def _feed_forward(self, x_TD: Tensor, layer: Layer) -> Tensor:
+        found = [F.linear(x_TD, weight) for weight in layer.gate_up]
+        gate, up = found if len(found) == 2 else found[0].chunk(2, dim=-1)
+        return self.shard.sum(F.linear(F.silu(gate) * up, layer.down))
+
+    def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
+        if x_TD.is_cuda or x_TD.dtype != torch.float32:
+            return F.rms_norm(x_TD, weight_D.shape, weight_D, self.eps)
+        scale_T1 = (x_TD * x_TD).mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # fewer calls than rms_norm's own
+        return (x_TD * scale_T1).mul_(weight_D)
+
+    def _layer(self, block: Block) -> Layer:
+        attention, feed_forward, shard = block.attention, block.feed_forward, self.shard
+        norm = None
+        if attention.normalize:
+            both = (attention.query_norm, attention.key_norm)
+            norm = (
+                torch.cat([shard.rows(each.weight.detach()) for each in both]),
+                torch.cat([shard.rows(each.bias.detach()) for each in both]),
+            )
+        projections = [each.weight.detach() for each in (attention.query, attention.key, attention.value)]
+        gate_up = [each.weight.detach() for each in (feed_forward.gate, feed_forward.up)]
+        total = sum(p.numel() * p.element_size() for p in self.transformer.blocks.parameters()) // shard.count
+        parts = [tuple(shard.rows(weight) for weight in weights) for weights in (projections, gate_up)]
+        if total <= FUSED_BYTES:
+            parts = [(torch.cat(weights),) for weights in parts]
+        return Layer(
+            block.attention_norm.weight.detach(),
+            block.feed_forward_norm.weight.detach(),
+            parts[0],
+            norm,
+            shard.columns(attention.output.weight.detach()),
+            parts[1],
+            shard.columns(feed_forward.down.weight.detach()),
+        )

@@ -1,0 +1,131 @@
+"""How the tokens of a pass lie side by side, and which sequences attend together.
+
+Shape suffixes: T tokens of a pass or of each of B sequences, L keys, M blocks of a sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calumma.model.attention import Kept, PagedCache, PagedPass, Rows
+from calumma.model.generation.blocks import Sequence
+
+# Sequences with so few new tokens attend together where their lengths are alike; longer ones each alone.
+TOGETHER = 8
+# Most bytes of keys and values that are kept a second time, in the order they are read.
+KEPT_BYTES = 1 << 29
+
+
+class Keeper:
+    """What sequences that go on together hold, kept from pass to pass in the order attention reads it.
+
+    Gathering blocks copies every key and value of a context for every token; where memory is what limits, that is as
+    dear as attention itself.
+    """
+
+    def __init__(self, cache: PagedCache) -> None:
+        self.cache = cache
+        self._kept: dict[tuple[int, ...], tuple[Kept, list[tuple[Sequence, int]]]] = {}
+        self._used: set[tuple[int, ...]] = set()
+
+    def find(self, sequences: list[Sequence], starts: list[int], M: int) -> Kept | None:
+        """For the next token of each sequence, at `starts`, with room for M blocks each; None where it is too much."""
+        key = tuple(map(id, sequences))
+        kept, state = self._kept.get(key, (None, []))
+        fresh = kept is None or kept.M < M
+        # the same sequences, none released meanwhile, each a token longer
+        if fresh or any(s is not o or start != at for s, start, (o, at) in zip(sequences, starts, state, strict=True)):
+            room = M + max(1, M // 4)
+            if self._bytes(len(sequences) * room) > KEPT_BYTES:
+                return None
+            tables = [block for s in sequences for block in (s.blocks + [0] * room)[:room]]
+            kept = Kept(self.cache, torch.tensor(tables), len(sequences))
+        assert kept is not None
+        self._kept[key] = (kept, [(s, start + 1) for s, start in zip(sequences, starts, strict=True)])
+        self._used.add(key)
+        return kept
+
+    def forget_unused(self) -> None:
+        """Whose sequences did not go on together in the last pass is not kept."""
+        self._kept = {key: self._kept[key] for key in self._used}
+        self._used = set()
+
+    def _bytes(self, blocks: int) -> int:
+        block = self.cache.store[:, :, 0]
+        held = sum(self._bytes_of(kept) for key, (kept, _) in self._kept.items() if key in self._used)
+        return held + blocks * block.numel() * block.element_size()
+
+    @staticmethod
+    def _bytes_of(kept: Kept) -> int:
+        return sum(tensor.numel() * tensor.element_size() for pair in kept.layers for tensor in pair)
+
+
+class Layout:
+    """Where the tokens of a pass stand: sequences with few new tokens first, alike ones together.
+
+    tokens: of all sequences, side by side. last: index of each sequence's last token in them, by the sequence's id().
+    """
+
+    def __init__(self, pairs: list[tuple[Sequence, int]], block_size: int) -> None:
+        self.block_size = block_size
+        self.groups: list[list[tuple[Sequence, int]]] = []
+        for pair in sorted(pairs, key=lambda pair: (pair[1], -pair[0].cached)):
+            sequence, count = pair
+            group = self.groups[-1] if self.groups else []
+            # what is padded to the longest of a group is read in vain
+            alike = group and count <= TOGETHER and count == group[0][1]
+            if alike and 2 * (sequence.cached + count) + 4 * block_size >= group[0][0].cached + count:
+                group.append(pair)
+            else:
+                self.groups.append([pair])
+        self.tokens: list[int] = []
+        self.last: dict[int, int] = {}
+        for sequence, count in (pair for group in self.groups for pair in group):
+            self.tokens += sequence.tokens[sequence.cached : sequence.cached + count]
+            self.last[id(sequence)] = len(self.tokens) - 1
+
+    def step(self, cache: PagedCache, step: int, device: torch.device, keeper: Keeper | None = None) -> PagedPass:
+        """The pass that is `step` passes after this layout's; its sequences have the blocks for it."""
+        size = self.block_size
+        positions: list[int] = []
+        where: list[int] = []
+        for sequence, count in (pair for group in self.groups for pair in group):
+            own = range(sequence.cached + step, sequence.cached + step + count)
+            positions += own
+            where += [sequence.blocks[p // size] * size + p % size for p in own]
+        positions_T = torch.tensor(positions, device=device)
+        rows, begin = [], 0
+        for group in self.groups:
+            end = begin + len(group) * group[0][1]
+            rows.append(self._rows(group, positions[begin:end], positions_T[begin:end], cache, device, keeper))
+            begin = end
+        if keeper is not None:
+            keeper.forget_unused()
+        return PagedPass(cache, positions_T, torch.tensor(where, device=device), rows)
+
+    def _rows(
+        self,
+        group: list[tuple[Sequence, int]],
+        positions: list[int],
+        positions_T: Tensor,
+        cache: PagedCache,
+        device: torch.device,
+        keeper: Keeper | None,
+    ) -> Rows:
+        B, T, size = len(group), group[0][1], self.block_size
+        M = -(-(1 + max(positions)) // size)
+        seen_BTL = torch.arange(M * size, device=device) <= positions_T.view(B, T, 1)
+        bias_B1TL = torch.zeros(B, 1, T, M * size, device=device, dtype=cache.store.dtype)
+        bias_B1TL.masked_fill_(~seen_BTL[:, None], float("-inf"))
+        sequences = [sequence for sequence, _ in group]
+        if B == 1:
+            own = sequences[0].blocks[:M]
+            if own == list(range(own[0], own[0] + M)):
+                return Rows(B, T, slice(own[0] * size, (own[0] + M) * size), bias_B1TL)
+        if T == 1 and keeper is not None:
+            kept = keeper.find(sequences, positions, M)
+            if kept is not None:
+                return Rows(B, T, kept, bias_B1TL, positions_T)
+        tables = [block for s in sequences for block in (s.blocks + [0] * M)[:M]]
+        return Rows(B, T, torch.tensor(tables, device=device), bias_B1TL)

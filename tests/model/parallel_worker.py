@@ -1,0 +1,76 @@
+"""One process of an engine for test_generation_parallel.py: `parallel_worker.py RANK WORLD STORE OUTPUT`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from calumma.model.config import ModelConfig
+from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Shard
+from calumma.model.transformer import Transformer
+from calumma.model.vocabulary import Vocabulary
+
+N = 4  # codes of an image
+V = Vocabulary(
+    size=29, pad=1, bos=0, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=list(range(7, 15))
+)
+IMAGE = [V.begin_image, 7, 9, 14, 8, V.end_image]
+CASES: list[dict[str, Any]] = [{"norm_order": "pre"}, {"norm_order": "swin", "query_key_norm": False}]
+OPTIONS: list[dict[str, Any]] = [{}, {"jacobi_window": 2, "block_size": 4, "cache_tokens": 184}]
+
+
+def answers(shard: Shard | None) -> list[dict[str, list[int]]]:
+    """Of every case, by request; empty where this process follows another."""
+    found = []
+    for case in CASES:
+        config = ModelConfig(
+            vocabulary_size=V.size, layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=64, **case
+        )
+        transformer, generator = Transformer(config), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(std=0.4, generator=generator)
+            transformer.output.weight[[V.eos, V.end_turn]] = 0  # seldom the likeliest
+        for options in OPTIONS:
+            engine = Engine(transformer, V, N, shard=shard, **options)
+            if shard is not None and shard.index:
+                engine.follow()
+                continue
+            got: dict[str, list[int]] = {}
+            hot = PhaseSampling(1.2, 0.9, 1.2)
+            for number, mode in enumerate(("text", "image", "interleaved", "interleaved")):
+                prefix = (V.begin_image,) if number == 2 else ()
+                params = SamplingParams(
+                    20, mode, text=hot, image=PhaseSampling(1.0), seed=number, prefix=prefix, prompt_logprobs=0
+                )
+                engine.add(Request(str(number), [V.bos, *IMAGE, 18, 20 + number], params))
+                for event in engine.step():
+                    got.setdefault(event.request_id, []).extend(event.tokens)
+            engine.add(Request("gone", [V.bos, 17], SamplingParams(20)))
+            engine.abort("gone")
+            while engine.has_work:
+                for event in engine.step():
+                    got.setdefault(event.request_id, []).extend(event.tokens)
+            engine.close()
+            found.append(got)
+    return found
+
+
+def main() -> None:
+    rank, world, store, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    found = answers(Shard.of(None))
+    if rank == 0:
+        Path(output).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
