@@ -28,6 +28,9 @@ class Section(BaseModel):
 class Tracking(Section):
     uri: str | None = Field(None, description="MLflow tracking URI; none: SQLite and local artifacts below ./mlflow")
     experiment: str = "calumma"
+    project: str | None = Field(
+        None, min_length=1, description="MLflow run below which those of all jobs with this project stand"
+    )
 
 
 class WorkerRange(Section):
@@ -41,14 +44,37 @@ class WorkerRange(Section):
         return self
 
 
+class Recovery(Section):
+    """How training goes on when workers fail, hang, or nodes join and leave."""
+
+    restarts: int = Field(
+        3, ge=0, description="failures of workers without a new checkpoint in between, after which the run ends"
+    )
+    hang_seconds: float = Field(1800, gt=0, description="a worker without progress for so long is ended")
+    resize_seconds: float = Field(60, gt=0, description="how often a range of workers looks for nodes that joined")
+    stop_seconds: float = Field(
+        120, gt=0, description="how long the checkpoint on SIGTERM, Ctrl-C or before a resize may take"
+    )
+
+
+class Retention(Section):
+    """Which checkpoints of a stage stay in storage; one reason is enough."""
+
+    last: int = Field(3, ge=1, description="the newest ones")
+    every: int | None = Field(None, ge=1, description="those whose step is a multiple of it")
+    best: int = Field(0, ge=0, description="those with the lowest loss")
+
+
 class Resources(Section):
-    """What the job asks of the cluster. A range of workers adapts to what there is."""
+    """What the job asks of the cluster. A range of workers grows and shrinks with it while training runs."""
 
     workers: Annotated[int, Field(ge=0)] | WorkerRange = Field(
         1, description="0: in the job's own process, without a cluster (curate and tokenize; for tests and notebooks)"
     )
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
+    recovery: Recovery = Recovery()
+    keep: Retention = Retention()
 
     @property
     def min_workers(self) -> int:
@@ -388,6 +414,49 @@ class Optimizer(Section):
     gradient_clip: float = Field(1.0, gt=0)
 
 
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685): W + alpha / rank * up @ down with W frozen; merged into W at the end."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    targets: list[str] = Field(
+        ["blocks.*"], min_length=1, description="names of linear layers with * and ?, say blocks.*.attention.*"
+    )
+
+
+class Offload(Section):
+    """Where ZeRO keeps what the device has no room for: optimizer state and float32 masters; weights (stage 3)."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    weights: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = Field(None, description="folder on a fast local disk of every node")
+    pin_memory: bool = Field(True, description="page-locked memory: faster copies, but it cannot be swapped")
+
+    @model_validator(mode="after")
+    def _placed(self) -> Self:
+        if "nvme" in (self.optimizer, self.weights) and self.nvme_path is None:
+            raise ValueError("`nvme` needs `nvme_path`, a folder on a fast local disk that every node has")
+        return self
+
+
+class Faults(Section):
+    """What becomes of a step whose loss or gradient is not finite, or whose loss is a spike. Recorded in MLflow."""
+
+    action: Literal["skip", "roll_back"] = Field(
+        "skip",
+        description="skip: the weights stay as they are. roll_back: they return to the last checkpoint, and training "
+        "goes on behind the bad data",
+    )
+    spike_factor: float | None = Field(
+        None, gt=1, description="a loss above this times the running median is a spike; null: only non-finite ones are"
+    )
+    window: int = Field(64, ge=2, description="steps whose median it is; before that many there are no spikes")
+    around: int = Field(0, ge=0, description="global batches that a roll-back leaves out behind the bad one")
+    in_a_row: int = Field(
+        3, ge=1, description="more bad steps than this without a good one (after a roll-back: a checkpoint) end the run"
+    )
+
+
 class Schedule(Section):
     """Linear warm-up, then decay to `final` x the peak over `total_steps` (default: the stage's own steps)."""
 
@@ -435,7 +504,8 @@ class TrainSpecification(JobSpecification):
         None, gt=0, description="passes through a source beyond which the stage is refused; none: a warning beyond 4"
     )
     data: Reading = Reading()
-    held_out: dict[str, str] = Field({}, description="name -> token shards whose loss is measured at the end")
+    held_out: dict[str, str] = Field({}, description="name -> token shards whose loss is measured, at the end at least")
+    held_out_every: int | None = Field(None, ge=1, description="steps between two measurements; null: only at the end")
     text_tokenizer: str = "tokenizers/text"
     image_tokenizer: str = "tokenizers/image"
     output: str
@@ -450,16 +520,27 @@ class TrainSpecification(JobSpecification):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     z_loss: float = Field(1e-5, ge=0)
+    trainable: str | list[str] | None = Field(
+        None,
+        description="`all`, `image_head` (the output rows of image ids), names of parameters with * and ?, or a list "
+        "of these. null: all, or with `lora` only its adapters",
+    )
+    lora: Lora | None = None
+    faults: Faults = Faults()
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     checkpoint_activations: bool = Field(
         False, description="keep only each block's input and compute the rest again: slower, far less memory"
     )
     compile: bool = Field(False, description="torch.compile every block: minutes at the start, faster steps")
+    offload: Offload = Offload()
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings that override ours")
     checkpoint_every: int = Field(1000, ge=1)
     log_every: int = Field(10, ge=1)
-    samples: list[str] = Field([], description="prompts whose answers are logged as pictures at the end")
+    samples: list[str] = Field([], description="prompts whose answers are logged, as pictures, at the end at least")
+    samples_every: int | None = Field(
+        None, ge=1, description="steps between two sets of samples; null: only at the end"
+    )
     register_as: str | None = Field(None, description="name in the MLflow model registry")
     alias: str | None = Field(None, description="alias given to the registered version, say `champion`")
 
@@ -481,7 +562,22 @@ class TrainSpecification(JobSpecification):
         if self.mixture_of and bool(self.mixture) != (self.mixture_of.share < 1):
             given = f"{self.mixture_of.share:g}, and `mixture` names {len(self.mixture)} sources for the rest"
             raise ValueError(f"mixture_of.share is {given}; a share below 1 needs some, a share of 1 none")
+        if self.trainable is not None and not self.trainable:
+            raise ValueError("`trainable` names nothing; leave it away to train everything")
+        if self.lora and "all" in self.trainable_names:
+            raise ValueError("`trainable: all` and `lora` contradict each other: adapters keep the weights frozen")
+        if self.offload.optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("`offload.optimizer` needs a `zero_stage` of 1, 2 or 3")
+        if self.offload.weights != "none" and self.zero_stage != 3:
+            raise ValueError(f"`offload.weights` needs `zero_stage: 3`, given {self.zero_stage}")
         return self
+
+    @property
+    def trainable_names(self) -> list[str]:
+        """Sets and patterns of `trainable`, with its default settled."""
+        if self.trainable is None:
+            return [] if self.lora else ["all"]
+        return [self.trainable] if isinstance(self.trainable, str) else self.trainable
 
 
 class PretrainSpecification(TrainSpecification):
@@ -521,6 +617,43 @@ class EvaluateSpecification(JobSpecification):
     output: str = "evaluation"
 
 
+class AblateSpecification(JobSpecification):
+    """Trains the same small model with one stabilizer changed at a time, at rising learning rates; draws the curves."""
+
+    job: Literal["ablate"] = "ablate"
+    mixture: dict[str, float] = Field(min_length=1, description="token shards -> weight")
+    text_tokenizer: str = "tokenizers/text"
+    output: str = "ablation"
+    model: ModelConfig
+    z_loss: float = Field(1e-5, ge=0)
+    variants: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="name -> what differs: fields of `model`, and z_loss"
+    )
+    learning_rates: list[float] = Field(min_length=1)
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule(kind="cosine", warmup_steps=20)
+    steps: int = Field(ge=1)
+    micro_batches: int = Field(ge=1)
+    log_every: int = Field(5, ge=1)
+
+    def variant(self, name: str) -> tuple[ModelConfig, float]:
+        """Its architecture and z-loss."""
+        given = dict(self.variants[name])
+        z_loss = float(given.pop("z_loss", self.z_loss))
+        return ModelConfig.model_validate(self.model.model_dump() | given), z_loss
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name in self.variants:
+            try:
+                self.variant(name)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"variants.{name}: {error}") from error
+        if low := [rate for rate in self.learning_rates if rate <= 0]:
+            raise ValueError(f"learning_rates must be above 0, found {low}")
+        return self
+
+
 JOBS: dict[str, type[JobSpecification]] = {
     "curate": CurateSpecification,
     "train_text_tokenizer": TextTokenizerSpecification,
@@ -529,6 +662,7 @@ JOBS: dict[str, type[JobSpecification]] = {
     "pretrain": PretrainSpecification,
     "finetune": FinetuneSpecification,
     "evaluate": EvaluateSpecification,
+    "ablate": AblateSpecification,
 }
 S = TypeVar("S", bound=JobSpecification)
 

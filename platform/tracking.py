@@ -6,32 +6,35 @@ a Ray worker. Without a URI an SQLite database and a local artifact folder below
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from pydantic import BaseModel
 
+from calumma.platform import provenance
 from calumma.platform.config import JobSpecification, Tracking
+from calumma.platform.outbox import BackgroundWriter, Outbox, send_left
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL.Image import Image
 
+__all__ = ["BackgroundWriter", "Run", "TrackingError", "model_source", "register", "resolve", "resolve_model", "run"]
 logger = logging.getLogger(__name__)
 
-# MLflow's limits of one batched request (mlflow/utils/validation.py).
-_PARAMS_A_BATCH = 100
-_METRICS_A_BATCH = 1000
+_PARAMS_A_BATCH = 100  # MLflow's limit of one batched request (mlflow/utils/validation.py)
 _NAME_LENGTH = 250
+_PARENT = "mlflow.parentRunId"
+_PROJECT = "calumma.project"
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 
 
@@ -86,10 +89,56 @@ class Run:
             self.client.log_batch(self.id, params=entries[i : i + _PARAMS_A_BATCH])
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        now = int(time.time() * 1000)
+        self.log_values([(name, float(value), now, step or 0) for name, value in metrics.items()])
+
+    def log_values(self, values: Sequence[tuple[str, float, int, int]]) -> None:
+        """Metrics as (name, value, milliseconds since 1970, step)."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        self.client.log_batch(self.id, metrics=[Metric(k, float(v), now, step or 0) for k, v in metrics.items()])
+        self.client.log_batch(self.id, metrics=[Metric(*value) for value in values])
+
+    def log_tags(self, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_checkpoint(
+        self, name: str, uri: str, step: int, metrics: dict[str, float], tags: dict[str, str], time: int
+    ) -> None:
+        """A checkpoint in storage as a logged model that this run has put out at `step`, with the metrics of then,
+        `time` in milliseconds since 1970. They are called `checkpoint/...`: a model's metrics are its run's, too.
+
+        https://mlflow.org/docs/latest/ml/tracking/tracking-api/ (checkpoints are models of their own since MLflow 3)
+        """
+        from mlflow.entities import LoggedModelOutput, Metric
+        from mlflow.entities.logged_model_status import LoggedModelStatus
+
+        experiment = self.client.get_run(self.id).info.experiment_id
+        mine = f"name = '{name}' AND source_run_id = '{self.id}'"
+        if not (found := list(self.client.search_logged_models([experiment], filter_string=mine, max_results=1))):
+            given = {"calumma.uri": uri, "calumma.step": str(step)} | tags
+            found = [self.client.create_logged_model(experiment, name, self.id, given, model_type="checkpoint")]
+        model = found[0].model_id
+        if found[0].status == LoggedModelStatus.READY:  # sent before
+            return
+        values = [Metric(f"checkpoint/{k}", v, time, step, model_id=model) for k, v in metrics.items()]
+        self.client.log_batch(self.id, metrics=values)
+        self.client.log_outputs(self.id, [LoggedModelOutput(model, step)])
+        self.client.finalize_logged_model(model, LoggedModelStatus.READY)
+
+    def log_data(self, manifests: dict[str, str], context: str) -> None:
+        """Directories of data, by the fingerprints of their manifests, as inputs of the run; `context`: what for."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(uri.rstrip("/").rpartition("/")[2], fingerprint[:36], "calumma", json.dumps({"uri": uri})),
+                [InputTag("mlflow.data.context", context)],
+            )
+            for uri, fingerprint in manifests.items()
+        ]
+        self.client.log_inputs(self.id, inputs)
 
     def log_image(self, image: Image, path: str) -> None:
         """A picture as artifact `path`, say `samples/0.png`."""
@@ -105,62 +154,6 @@ class Run:
     def latest(self) -> dict[str, float]:
         """The newest value of every metric."""
         return dict(self.client.get_run(self.id).data.metrics)
-
-
-class BackgroundWriter:
-    """Writes to a run from a background thread, so that training never waits for MLflow.
-
-    Metrics that cannot be written are kept and sent with the next ones; a server that is away for a while loses none.
-    """
-
-    def __init__(self, run: Run, keep: int = 100_000) -> None:
-        self._run, self._keep = run, keep
-        self._pending: list[tuple[str, float, int, int]] = []
-        self._warned = False
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tracking")
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        entries = [(name, float(value), now, step) for name, value in metrics.items()]
-        self._executor.submit(self._write, entries)
-
-    def log_dict(self, values: dict[str, Any], path: str) -> None:
-        """A JSON artifact; a failure is a warning."""
-        self._executor.submit(self._attempt, path, lambda: self._run.log_dict(values, path))
-
-    def log_image(self, image: Image, path: str) -> None:
-        """A picture; a failure is a warning."""
-        self._executor.submit(self._attempt, path, lambda: self._run.log_image(image, path))
-
-    def close(self) -> int:
-        """Write what is left; the number of metric values that could not be written."""
-        self._executor.submit(self._write, [])
-        self._executor.shutdown(wait=True)
-        if self._pending:
-            logger.warning("%d metric values could not be written to %s", len(self._pending), self._run.uri)
-        return len(self._pending)
-
-    def _write(self, entries: list[tuple[str, float, int, int]]) -> None:
-        self._pending = [*self._pending, *entries][-self._keep :]
-        while self._pending and self._attempt("metrics", self._send):
-            self._pending = self._pending[_METRICS_A_BATCH:]
-
-    def _send(self) -> None:
-        from mlflow.entities import Metric
-
-        batch = [Metric(*entry) for entry in self._pending[:_METRICS_A_BATCH]]
-        self._run.client.log_batch(self._run.id, metrics=batch)
-
-    def _attempt(self, what: str, action: Any) -> bool:
-        try:
-            action()
-        except Exception as error:  # MlflowException, requests', SQLAlchemy's: whatever it is, training goes on
-            if not self._warned:
-                logger.warning("MLflow at %s did not take %s, training goes on: %s", self._run.uri, what, error)
-            self._warned = True
-            return False
-        self._warned = False
-        return True
 
 
 @contextmanager
@@ -179,6 +172,8 @@ def run(spec: JobSpecification) -> Iterator[Run]:
             f"cannot start an MLflow run at {uri} (experiment {spec.tracking.experiment!r}): {error}\n"
             f"Check `tracking.uri`, or leave it away to use a database below ./mlflow."
         ) from error
+    with suppress(Exception):  # it has just gone away again: they stay where they are
+        send_left(uri)
     status = "KILLED"
     try:
         yield current
@@ -187,10 +182,22 @@ def run(spec: JobSpecification) -> Iterator[Run]:
         status = "FAILED"
         raise
     finally:
-        try:
-            client.set_terminated(current.id, status)
-        except Exception as error:
-            logger.warning("MLflow at %s did not take the end of run %s: %s", uri, current.id, error)
+        _end(current, status)
+
+
+def _end(current: Run, status: str) -> None:
+    """Mark a run, and the project's run above it, as ended; later when the server is away."""
+    now = int(time.time() * 1000)
+    try:
+        current.client.set_terminated(current.id, status, now)
+        parent = current.client.get_run(current.id).data.tags.get(_PARENT)
+        if parent:
+            current.client.set_terminated(parent, "FINISHED", now)
+    except Exception as error:
+        outbox = Outbox.new(current.uri, current.id)
+        outbox.put("end", {"status": status, "time": now})
+        outbox.close()
+        logger.warning("MLflow at %s is away, the end of run %s waits on disk: %s", current.uri, current.id, error)
 
 
 def register(tracking: Tracking, name: str, model_directory: str, run_id: str, alias: str | None = None) -> str:
@@ -209,7 +216,9 @@ def register(tracking: Tracking, name: str, model_directory: str, run_id: str, a
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        version = client.create_model_version(name, source, run_id, await_creation_for=0)
+        version = client.create_model_version(
+            name, source, run_id, provenance.lineage(model_directory), await_creation_for=0
+        )
         if alias:
             client.set_registered_model_alias(name, alias, version.version)
     except MlflowException as error:
@@ -327,8 +336,25 @@ def _create_run(client: MlflowClient, uri: str, spec: JobSpecification) -> str:
     from mlflow.tracking.context.registry import resolve_tags
 
     experiment = _experiment(client, uri, spec.tracking.experiment)
-    tags = resolve_tags({"calumma.job": spec.job})
+    tags = resolve_tags({"calumma.job": spec.job} | provenance.commit())
+    if spec.tracking.project:
+        tags[_PARENT] = _project(client, experiment, spec.tracking.project)
     return str(client.create_run(experiment, tags=tags, run_name=spec.run_name or spec.job).info.run_id)
+
+
+def _project(client: MlflowClient, experiment: str, name: str) -> str:
+    """The run that stands for a project; created when it is new. Of two that were created at once, the older."""
+    quoted = name.replace("'", "")
+    mine = f"tags.`{_PROJECT}` = '{quoted}'"
+
+    def oldest() -> str | None:
+        found = client.search_runs([experiment], mine, order_by=["attributes.start_time ASC"], max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    if (known := oldest()) is not None:
+        return known
+    client.create_run(experiment, tags={_PROJECT: quoted}, run_name=name)
+    return str(oldest())
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:

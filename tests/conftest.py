@@ -42,6 +42,14 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def outbox_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What waits for a tracking server waits here, not in the home of the person who starts the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALUMMA_OUTBOX", str(tmp_path_factory.mktemp("outbox")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests never write to the tracking server or run on the cluster that the person who starts them works with."""

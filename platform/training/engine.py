@@ -5,15 +5,22 @@ Shape suffixes: B rows of a micro-batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from calumma.model.loss import Loss
 from calumma.model.transformer import Transformer
-from calumma.platform.config import Optimizer, TrainSpecification
+from calumma.platform.config import SpecificationError, TrainSpecification
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -47,12 +54,34 @@ class Counts(NamedTuple):
         return self.text + self.image
 
 
+# Settings that our own specification decides, with the field that does.
+_OURS = {
+    "train_batch_size": "micro_batches",
+    "train_micro_batch_size_per_gpu": "micro_batches",
+    "gradient_accumulation_steps": "micro_batches",
+    "scheduler": "schedule",
+    "zero_optimization.stage": "zero_stage",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+}
+
+
 def settings(spec: TrainSpecification, world: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` workers and a model of so many parameters; `spec.deepspeed` has the last
-    word."""
+    word. https://www.deepspeed.ai/docs/config-json/"""
     accumulation = micro_batches_a_worker(spec, world)
     bfloat16 = spec.precision == "bfloat16"
     bucket = min(_BUCKET, max(parameters, 1))
+    zero: dict[str, Any] = {
+        "stage": spec.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    for name, device in (("offload_optimizer", spec.offload.optimizer), ("offload_param", spec.offload.weights)):
+        if device != "none":
+            zero[name] = {"device": device, "pin_memory": spec.offload.pin_memory}
+            if device == "nvme":
+                zero[name]["nvme_path"] = spec.offload.nvme_path
     ours: dict[str, Any] = {
         # DeepSpeed only multiplies these: what a micro-batch holds is the shards' business
         "train_batch_size": accumulation * world,
@@ -60,20 +89,72 @@ def settings(spec: TrainSpecification, world: int, parameters: int) -> dict[str,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": spec.optimizer.gradient_clip,
         "bf16": {"enabled": bfloat16},
-        "zero_optimization": {
-            "stage": spec.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "checkpoint": {"tag_validation": "Ignore"},
     }
-    if bfloat16:
+    if bfloat16 and spec.zero_stage:  # without ZeRO, DeepSpeed keeps float32 masters but adds up gradients in bfloat16
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(ours, spec.deepspeed)
+
+
+def check(spec: TrainSpecification) -> None:
+    """Let DeepSpeed's own configuration class judge the raw `deepspeed` settings. Raises SpecificationError."""
+    if not spec.deepspeed:
+        return
+    for path, field in _OURS.items():
+        section, _, name = path.rpartition(".")
+        given = spec.deepspeed.get(section, {}) if section else spec.deepspeed
+        if isinstance(given, dict) and name in given:
+            raise SpecificationError(f"deepspeed.{path}: this is decided by `{field}`; leave it away here and set that")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked = _Asked(settings(spec, world=1, parameters=1))
+    try:
+        DeepSpeedConfig(asked)
+    except Exception as error:  # pydantic's, assertions, its own: it has no common class
+        raise SpecificationError(f"deepspeed: DeepSpeed refuses these settings: {_told(error)}") from error
+    for name in spec.deepspeed.keys() - asked.names:
+        near = difflib.get_close_matches(name, asked.names, n=1)
+        meant = f"; is {near[0]} meant?" if near else "; https://www.deepspeed.ai/docs/config-json/ lists them"
+        raise SpecificationError(f"deepspeed.{name}: DeepSpeed knows no such setting{meant}")
+
+
+class _Asked(dict[str, Any]):
+    """A configuration that remembers which settings were looked for: DeepSpeed passes over names it does not know."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.names: set[str] = set()
+
+    def __copy__(self) -> _Asked:
+        return self
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def _told(error: Exception) -> str:
+    """One line for each wrong field where pydantic tells them, else the message."""
+    if not isinstance(error, ValidationError):
+        return str(error) or type(error).__name__
+    return "; ".join(
+        f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']} (given {e.get('input')!r})" for e in error.errors()
+    )
 
 
 def micro_batches_a_worker(spec: TrainSpecification, world: int) -> int:
@@ -97,11 +178,15 @@ def initialize(model: Transformer, spec: TrainSpecification, world: int) -> Deep
     if deepspeed.get_accelerator().device_name() == "cpu":
         # Its shared-memory collectives are compiled with g++ at the first start, for minutes; gloo does it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "nvme" in (spec.offload.optimizer, spec.offload.weights):
+        _require_nvme(spec)
     parameters = sum(p.numel() for p in model.parameters())
     configuration = settings(spec, world, parameters)
-    optimizer = None if "optimizer" in configuration else _adamw(model, spec.optimizer)
+    optimizer = None if "optimizer" in configuration else _adamw(model, spec)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration, dist_init_required=False)
     engine.module.rebuild_rope(engine.device)  # DeepSpeed has rounded it to bfloat16 with the weights
+    if engine.optimizer is engine.basic_optimizer:
+        engine.clip_fp32_gradients = lambda: _clip(engine)
     return engine
 
 
@@ -124,12 +209,14 @@ def step(
     world: int,
     dropout: tuple[int, int, int] | None = None,
     measure: bool = False,
+    accept: Callable[[Tensor], bool] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward, backward and one optimizer step over this worker's micro-batches of a global batch.
 
     The loss is the sum over all workers' trained tokens divided by their global count, so any number of workers takes
     the same step. `dropout`, (seed, step, rank), makes that true of dropped activations too: each micro-batch is seeded
-    by its number in the global batch.
+    by its number in the global batch. `accept` is given the sums over all workers before the weights move; when it
+    returns False, weights and optimizer stay as they are. They do so as well when the gradient is not finite.
     Returns this worker's float64 Tensor [3]: summed text and image losses (nats) and log(Z)^2; and, with `measure`, the
     stability instruments of its first micro-batch (model/stability.py).
     """
@@ -142,11 +229,46 @@ def step(
             seed, number, rank = dropout
             torch.manual_seed(hash((seed, number, turn * world + rank)) % 2**63)
         found = losses(engine, batch, image_mask_V, z_loss=z_loss, normalizer=normalizer, measure=measure and turn == 0)
-        engine.backward(found.total, scale_wrt_gas=False)
-        engine.step()  # moves the weights after the last micro-batch of the step only
+        # A copy: handed the forward pass's own result, DeepSpeed divides the gradient by the number of micro-batches
+        # after all, without ZeRO and at stage 1 in bfloat16 (0.19.8: where it does not scale the loss itself, its hooks
+        # on the result run before the one that marks the loss as scaled).
+        engine.backward(found.total.clone(), scale_wrt_gas=False)
         local += torch.stack([found.sums.text_nll, found.sums.image_nll, found.sums.z_sum]).double()
         stability |= found.stability
+        if accept is not None and turn == len(group) - 1 and not accept(everywhere(local.clone())):
+            with _refused(engine):
+                engine.step()
+        else:
+            engine.step()  # moves the weights after the last micro-batch of the step only
     return local, stability
+
+
+def gradient_norm(engine: DeepSpeedEngine) -> float:
+    """Over all workers, before clipping, of the newest step; infinite or NaN when the gradient was, and not applied."""
+    norm = engine.get_global_grad_norm()
+    return 0.0 if norm is None else float(norm)
+
+
+@contextmanager
+def _refused(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Within it a step ends as always, gradients cleared and counters raised, but for the optimizer's own step: every
+    ZeRO stage calls that of the optimizer it wraps."""
+    optimizer = engine.basic_optimizer
+    optimizer.step = lambda *given, **named: None
+    try:
+        yield
+    finally:
+        del optimizer.step
+
+
+def _clip(engine: DeepSpeedEngine) -> None:
+    """Without ZeRO and in float32 DeepSpeed neither keeps the gradient's norm nor refuses one that is not finite."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
+    engine._global_grad_norm = float(norm)
+    if not math.isfinite(engine._global_grad_norm):
+        engine.module.zero_grad(set_to_none=True)  # the optimizer passes over weights without gradient
 
 
 def losses(engine: Any, batch: Any, image_mask_V: Tensor, **settings: Any) -> Loss:
@@ -193,13 +315,36 @@ def everywhere(local: Tensor) -> Tensor:
     return local
 
 
-def _adamw(model: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameter_groups(model, optimizer.weight_decay),
-        lr=optimizer.learning_rate,
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.eps,
-    )
+def _adamw(model: nn.Module, spec: TrainSpecification) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's own where the state of a GPU's weights is kept on its host, several times as fast there."""
+    import deepspeed
+
+    optimizer = spec.optimizer
+    settings: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": (optimizer.beta1, optimizer.beta2),
+        "eps": optimizer.eps,
+    }
+    groups = parameter_groups(model, optimizer.weight_decay)
+    if spec.offload.optimizer != "none" and deepspeed.get_accelerator().device_name() != "cpu":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def _require_nvme(spec: TrainSpecification) -> None:
+    """Raises SpecificationError where DeepSpeed cannot use a local disk."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    path = Path(str(spec.offload.nvme_path))
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise SpecificationError(
+            "offload: `nvme` needs DeepSpeed's async_io operator, which does not build on this node: install libaio "
+            "(say `apt install libaio-dev`), or offload to `cpu`; `ds_report` tells more"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecificationError(f"offload.nvme_path: {path} cannot be used on this node: {error.strerror}") from error
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

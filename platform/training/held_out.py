@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -24,9 +25,12 @@ class HeldOutBatch:
     segments: Tensor
 
 
-def measure(engine: Any, uri: str, image_mask_V: Tensor, rank: int, world: int) -> dict[str, float]:
+def measure(
+    engine: Any, uri: str, image_mask_V: Tensor, rank: int, world: int, beat: Callable[[], None] | None = None
+) -> dict[str, float]:
     """Mean loss (nats a token) over the trained tokens below `uri`: `loss`, and `loss_text`, `loss_image` where there
-    are such tokens. Every worker calls it, runs as many forward passes and gets the same answer."""
+    are such tokens. Every worker calls it, runs as many forward passes and gets the same answer. `beat` is called after
+    each of them."""
     groups = row_groups(uri)
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
     engine.eval()
@@ -36,6 +40,8 @@ def measure(engine: Any, uri: str, image_mask_V: Tensor, rank: int, world: int) 
             batch = read(*groups[index]) if index < len(groups) else _EMPTY
             found = losses(engine, batch, image_mask_V).sums
             sums += torch.stack([found.text_nll, found.text_count, found.image_nll, found.image_count]).double()
+            if beat is not None:
+                beat()
     engine.train()
     text_nll, text, image_nll, image = everywhere(sums).tolist()
     return by_modality(text_nll, text, image_nll, image)

@@ -1,37 +1,37 @@
-"""What every training worker runs: the same optimizer steps on any number of workers, checkpoints, and the model.
+"""What every training worker runs: the same optimizer steps on any number of workers, and what is told about them.
 
-The driver's side is `stage.py`. Nothing here decides what to train on: the plan does (platform/data/plan.py).
+The driver's side is `stage.py`; what keeps a group of workers alive is `elastic.py`; what follows the last step is
+`finish.py`. Nothing here decides what to train on: the plan does (platform/data/plan.py).
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import tempfile
+import os
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.platform import storage
-from calumma.platform.config import TrainSpecification
-from calumma.platform.data.manifest import MANIFEST, Manifest
+from calumma.platform import provenance, storage
+from calumma.platform.config import SpecificationError, TrainSpecification
+from calumma.platform.data.manifest import Manifest
 from calumma.platform.tracking import BackgroundWriter, Run, flatten
-from calumma.platform.training import checkpoint, engine, held_out, samples
+from calumma.platform.training import checkpoint, elastic, engine, faults, finish, held_out, meters, trainable
 from calumma.platform.training.checkpoint import Checkpoint
+from calumma.platform.training.finish import MODEL as MODEL
 from calumma.platform.training.schedule import learning_rate
 from calumma.platform.training.workers import TrainingFailed, Worker, join
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-MODEL = "model"  # folder of the model directory in a stage's output
+_KEPT = ("step", "schedule_step", "tokens", "loss", "loss_text", "loss_image", "held_out_loss", "faults", "incidents")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,14 @@ class Assignment:
     """Checkpoint of this stage."""
     epochs_a_step: dict[str, float] = field(default_factory=dict)
     """Source -> the part of it that a step passes through."""
+
+    def __post_init__(self) -> None:
+        """What only the libraries can judge. Raises SpecificationError."""
+        engine.check(self.spec)
+        with torch.device("meta"):
+            trainable.check(Transformer(self.config), self.spec)
+        if self.continued is not None:
+            _check_continued(self.spec, self.continued)
 
     @property
     def found(self) -> Checkpoint | None:
@@ -78,142 +86,283 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's loop: train, measure, publish the model directory; the stage's report (on every rank)."""
     assignment: Assignment = config["assignment"]
     worker = join()
-    torch.manual_seed(assignment.spec.seed)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
+    spec = assignment.spec
+    torch.manual_seed(spec.seed)
     found = assignment.found
-    starting = found if found and checkpoint.fits(found, assignment.spec, worker.world) else None
-    transformer = _build(assignment, whole=starting is None)
-    transformer.checkpoint_activations(assignment.spec.checkpoint_activations)
-    if assignment.spec.compile:
+    starting = found if found and checkpoint.fits(found, spec, worker.world) else None
+    transformer = build(assignment, whole=starting is None)
+    transformer.checkpoint_activations(spec.checkpoint_activations)
+    if spec.compile:
         transformer.compile_blocks()
-    run = engine.initialize(transformer, assignment.spec, worker.world)
+    run = engine.initialize(transformer, spec, worker.world)
     if starting:
         checkpoint.load(run, starting)
-    image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
-    writer = BackgroundWriter(assignment.run) if worker.leads else None
+    writer = None
+    if worker.leads:
+        writer = BackgroundWriter(assignment.run, parked=storage.join(assignment.output, "tracking"))
     try:
-        report = _steps(assignment, worker, run, image_mask_V, writer)
-        report["held_out"] = {
-            name: held_out.measure(run, assignment.spec.locate(uri), image_mask_V, worker.rank, worker.world)
-            for name, uri in assignment.spec.held_out.items()
-        }
-        report["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in run.module.parameters())
+        if writer is not None:
+            _tell_origin(assignment, worker, writer)
+        stage = _Stage(assignment, worker, run, writer)
+        report = stage.run()
+        report.pop("faults", None)  # what they were is among the incidents
+        report["held_out"] = stage.held_out(spec.steps)
+        names = [name for name, p in run.module.named_parameters() if p.requires_grad]
+        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
+        report["parameters"] = sum(size for name, size in sizes.items() if not trainable.added(name))
+        report["trained_parameters"] = sum(sizes[name] for name in names)
         weights = engine.gathered_weights(run, keep=worker.leads)
         if writer is not None:
-            for name, found in report["held_out"].items():
-                writer.log({f"held_out/{name}/{key}": value for key, value in found.items()}, assignment.spec.steps)
-            _publish(assignment, worker, weights, report, writer)
+            finish.publish(assignment, worker, weights, report, writer)
     finally:
         if writer is not None:
             writer.close()
     return report
 
 
-def _build(assignment: Assignment, whole: bool) -> Transformer:
-    """The Transformer, with its starting weights unless (`whole` is false) a checkpoint brings them."""
+def build(assignment: Assignment, whole: bool) -> Transformer:
+    """The Transformer as it is trained, with its starting weights unless a checkpoint brings them (not `whole`)."""
+    spec = assignment.spec
     transformer = Transformer(assignment.config)
-    if not whole:
-        return transformer
-    if assignment.found:
-        transformer.load_state_dict(checkpoint.weights(assignment.found))
-    elif assignment.initial:
-        from calumma.model.directory import read_transformer
+    found = checkpoint.weights(assignment.found) if whole and assignment.found else None
+    if whole and found is None:
+        if assignment.initial:
+            from calumma.model.directory import read_transformer
 
-        with storage.local_copy(assignment.initial) as path:
-            transformer.load_state_dict(read_transformer(path, dtype=torch.float32).state_dict())
-    else:
-        transformer.initialize(assignment.spec.seed)
+            with storage.local_copy(assignment.initial) as path:
+                transformer.load_state_dict(read_transformer(path, dtype=torch.float32).state_dict())
+        else:
+            transformer.initialize(spec.seed)
+    transformer = trainable.prepare(transformer, spec, assignment.vocabulary)
+    if found is not None:  # in the names of what is trained: adapters are among them
+        transformer.load_state_dict(found)
     return transformer
 
 
-@dataclass
-class _Interval:
-    """Sums since the last report: this worker's losses, everybody's counts."""
+class _Stage:
+    """The steps of one worker, from where the stage stands to its end."""
 
-    device: torch.device
-    began: float = field(default_factory=time.monotonic)
-    local: Tensor = field(init=False)
-    text: float = 0.0
-    image: float = 0.0
-    tokens: float = 0.0
+    def __init__(
+        self, assignment: Assignment, worker: Worker, run: DeepSpeedEngine, writer: BackgroundWriter | None
+    ) -> None:
+        self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
+        self.spec = assignment.spec
+        self.report = _report_so_far(assignment)
+        self.guard = faults.Guard.of(self.spec.faults, self.report.get("faults"))
+        self.incidents = [faults.Incident.of(told) for told in self.report.get("incidents", [])]
+        self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
+        self.clock, self.interval = meters.Clock(), meters.Interval(run.device, first_step=assignment.first_step)
+        self.utilization = meters.Utilization(run.module, run.device, self.spec.precision, worker.world)
+        self.left_out = 0
+        """The last step whose data a roll-back leaves out."""
 
-    def __post_init__(self) -> None:
-        self.local = torch.zeros(3, dtype=torch.float64, device=self.device)
+    def run(self) -> dict[str, Any]:
+        """All steps, with metrics and checkpoints; the report so far."""
+        spec, first = self.spec, self.assignment.first_step
+        if first >= spec.steps:
+            return self.report
+        if self.worker.leads:
+            self.utilization.measure()
+        began, seen = time.monotonic(), 0.0
+        with elastic.Keeper(self.engine, self.assignment, self.worker, self._published) as keeper:
+            if spec.faults.action == "roll_back" and first == 0:
+                self._save(keeper, 0, due=True)  # something to go back to
+            for step, group in self._waiting(_data(self.worker)):
+                keeper.expect(step)
+                seen += self._step(keeper, step, group)
+                self._save(keeper, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps)
+        self.report["tokens_per_second"] = seen / max(time.monotonic() - began, 1e-9)
+        return self.report
 
-    def add(self, local: Tensor, counts: engine.Counts) -> None:
-        self.local += local
-        self.text += counts.text
-        self.image += counts.image
-        self.tokens += counts.tokens
-
-    def metrics(self) -> dict[str, float]:
-        """Means over the interval and all workers (every worker must call it): losses in nats a token, without the
-        z-loss; `z` is the mean of log(Z)^2."""
-        text_nll, image_nll, z_sum = engine.everywhere(self.local).tolist()
-        found = held_out.by_modality(text_nll, self.text, image_nll, self.image)
-        found["z"] = z_sum / max(self.text + self.image, 1.0)
-        found["tokens_per_second"] = self.tokens / max(time.monotonic() - self.began, 1e-9)
+    def held_out(self, done: int, keeper: elastic.Keeper | None = None) -> dict[str, dict[str, float]]:
+        """Losses on held-out data, by its name; logged by the first worker. Every worker calls it."""
+        found = {}
+        for name, uri in self.spec.held_out.items():
+            place = self.spec.locate(uri)
+            beat = keeper.beat if keeper is not None else None
+            found[name] = held_out.measure(
+                self.engine, place, self.image_mask_V, self.worker.rank, self.worker.world, beat
+            )
+        losses = [values["loss"] for values in found.values() if "loss" in values]
+        if losses:
+            self.report["held_out_loss"] = sum(losses) / len(losses)
+        for name, values in found.items():
+            more = values | {key.replace("loss", "perplexity"): meters.exponential(v) for key, v in values.items()}
+            self._log({f"held_out/{name}/{key}": value for key, value in more.items()}, done)
         return found
 
-
-def _steps(
-    assignment: Assignment,
-    worker: Worker,
-    run: DeepSpeedEngine,
-    image_mask_V: Tensor,
-    writer: BackgroundWriter | None,
-) -> dict[str, Any]:
-    """All steps from where the stage stands to its end, with metrics and checkpoints; the report so far."""
-    spec = assignment.spec
-    report = _report_so_far(assignment)
-    if assignment.first_step >= spec.steps:
-        return report
-    began, seen = time.monotonic(), 0.0
-    interval = _Interval(run.device)
-    for step, group in _data(worker):
-        done = step + 1
+    def _step(self, keeper: elastic.Keeper, step: int, group: list[Any]) -> float:
+        """One step and what is told of it; tokens trained on."""
+        spec, assignment, done = self.spec, self.assignment, step + 1
+        if done <= self.left_out:
+            return 0.0
         rate = learning_rate(
             assignment.offset + step, spec.optimizer.learning_rate, spec.schedule, assignment.total_steps
         )
-        engine.set_learning_rate(run, rate)
-        counts = engine.count(group, image_mask_V, run.device)
-        seeds = (spec.seed, assignment.offset + step, worker.rank) if assignment.config.dropout else None
+        engine.set_learning_rate(self.engine, rate)
         last = done == spec.steps
         reports = done % spec.log_every == 0 or last or step == assignment.first_step
-        local, stability = engine.step(
-            run, group, counts, image_mask_V, spec.z_loss, worker.world, seeds, measure=reports and worker.leads
-        )
-        interval.add(local, counts)
-        report["tokens"]["text"] += counts.text
-        report["tokens"]["image"] += counts.image
-        seen += counts.tokens
+        with self.clock("compute"):
+            counts = engine.count(group, self.image_mask_V, self.engine.device)
+            seeds = (spec.seed, assignment.offset + step, self.worker.rank) if assignment.config.dropout else None
+            judged: list[tuple[float | None, faults.Cause | None]] = []
+
+            def accept(sums_3: torch.Tensor) -> bool:
+                loss = float(sums_3[0] + sums_3[1]) / counts.trained if counts.trained else None
+                judged.append((loss, self.guard.judge(loss)))
+                return judged[0][1] is None
+
+            local, stability = engine.step(
+                self.engine,
+                group,
+                counts,
+                self.image_mask_V,
+                spec.z_loss,
+                self.worker.world,
+                seeds,
+                measure=reports and self.worker.leads,
+                accept=accept,
+            )
+            norm = engine.gradient_norm(self.engine)
+        (loss, cause), trained = judged[0], 0.0
+        if cause is None and not math.isfinite(norm):
+            cause = "gradient"
+        if cause is None:
+            self.guard.good(loss)
+            self.interval.add(local, counts)
+            trained = counts.tokens
+            self.report["tokens"]["text"] += counts.text
+            self.report["tokens"]["image"] += counts.image
+        else:
+            self._fault(keeper, done, cause, loss, rate)
         if reports:
-            metrics = interval.metrics()
-            metrics |= {"learning_rate": rate, "gradient_norm": float(run.get_global_grad_norm() or 0.0)}
-            metrics |= flatten({"epochs": {uri: done * part for uri, part in assignment.epochs_a_step.items()}})
-            report |= {key: metrics[key] for key in ("loss", "loss_text", "loss_image") if key in metrics}
-            if writer is not None:
-                measured = {f"stability/{name}": float(value) for name, value in stability.items()}
-                known = {key: value for key, value in (metrics | measured).items() if math.isfinite(value)}
-                writer.log({**known, "step": done}, done)
-            if not held_out.finite(metrics):
-                raise TrainingFailed(_diverged(done, metrics, spec, assignment.output))
-            interval = _Interval(run.device)
-        if done % spec.checkpoint_every == 0 or last:
-            report |= {"step": done, "schedule_step": assignment.offset + done}
-            uri = checkpoint.location(assignment.output, done)
-            checkpoint.save(run, uri, spec, assignment.inputs, report)
-            if writer is not None:
-                writer.log_dict(copy.deepcopy({"uri": uri, **report}), f"checkpoints/step-{done:08d}.json")
-            interval.began = time.monotonic() if interval.tokens == 0 else interval.began
-    report["tokens_per_second"] = seen / max(time.monotonic() - began, 1e-9)
-    return report
+            self._report(done, rate, norm, {name: float(value) for name, value in stability.items()})
+        self._evaluate(keeper, done)
+        return trained
+
+    def _report(self, done: int, rate: float, norm: float, stability: dict[str, float]) -> None:
+        """Log an interval's metrics and begin the next. Every worker calls it."""
+        metrics = self.interval.metrics(self.spec.z_loss)
+        self.report |= {key: metrics[key] for key in ("loss", "loss_text", "loss_image") if key in metrics}
+        speed, steps = metrics["tokens_per_second"], done - self.interval.first_step
+        whole = time.monotonic() - self.interval.began
+        metrics |= self.utilization.metrics(speed) | self.clock.read() | meters.memory(self.engine.device)
+        metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.guard.metrics()
+        metrics |= {"learning_rate": rate, "gradient_norm": norm, "step": done, "workers": self.worker.world}
+        passed = {uri: done * part for uri, part in self.assignment.epochs_a_step.items()}
+        metrics |= flatten({"epochs": passed})
+        metrics["seconds_left"] = whole / max(steps, 1) * (self.spec.steps - done)
+        self._log(metrics, done)
+        self.interval = meters.Interval(self.engine.device, first_step=done)
+
+    def _evaluate(self, keeper: elastic.Keeper, done: int) -> None:
+        """Held-out losses and samples where they are due before the end."""
+        spec = self.spec
+        due = [every is not None and done % every == 0 and done < spec.steps for every in
+               (spec.held_out_every, spec.samples_every)]  # fmt: skip
+        if not any(due):
+            return
+        began = time.monotonic()
+        with self.clock("evaluation"):
+            if due[0] and spec.held_out:
+                self.held_out(done, keeper)
+            if due[1] and spec.samples:
+                keeper.beat()
+                weights = engine.gathered_weights(self.engine, keep=self.worker.leads)
+                if self.writer is not None:
+                    finish.log_samples(self.assignment, self.worker, weights, self.writer, done)
+                keeper.beat()
+        self.interval.elsewhere += time.monotonic() - began
+
+    def _fault(self, keeper: elastic.Keeper, done: int, cause: faults.Cause, loss: float | None, rate: float) -> None:
+        """A bad step, the same on all workers: it was not taken; go back if so specified. Raises TrainingFailed when
+        there were too many in a row."""
+        rules = self.spec.faults
+        self.guard.bad()
+        incident = faults.Incident(done, cause, math.nan if loss is None else loss, self.guard.median, rules.action)
+        if rules.action == "roll_back":
+            with self.clock("checkpoint"):
+                back = self._roll_back(keeper)
+            self.left_out = min(done + rules.around, self.spec.steps)
+            incident = replace(incident, back_to=back, resumed_after=self.left_out)
+        self.incidents.append(incident)
+        if self.writer is not None:
+            self._log(self.guard.metrics(), done)
+            self.writer.log_dict(incident.plain(), f"faults/step-{done:08d}.json")
+        if self.guard.too_many:
+            told = faults.report(
+                done,
+                self.incidents,
+                rules,
+                self.spec.optimizer.learning_rate,
+                checkpoint.folder(self.assignment.output),
+            )
+            if self.writer is not None:
+                self.writer.log_dict(
+                    {"report": told, "incidents": [i.plain() for i in self.incidents]}, "faults/report.json"
+                )
+            raise TrainingFailed(told)
+
+    def _roll_back(self, keeper: elastic.Keeper) -> int:
+        """Weights, optimizer and counts of tokens as of the last checkpoint; its step."""
+        assignment = self.assignment
+        keeper.settle()
+        found = checkpoint.resumption(assignment.output, self.spec, assignment.inputs)
+        if found is None or not checkpoint.fits(found, self.spec, self.worker.world):
+            raise TrainingFailed(f"there is no checkpoint in {checkpoint.folder(assignment.output)} to roll back to")
+        checkpoint.load(self.engine, found)
+        self.report["tokens"] = dict(found.tokens)
+        return found.step
+
+    def _save(self, keeper: elastic.Keeper, done: int, due: bool) -> None:
+        """Whatever the end of a step asks for: a checkpoint, or to stop."""
+        self.report |= {
+            "step": done,
+            "schedule_step": self.assignment.offset + done,
+            "incidents": [incident.plain() for incident in self.incidents],
+        }
+        if due:
+            self.guard.saved()
+        self.report["faults"] = self.guard.state()
+        before = keeper.seconds
+        with self.clock("checkpoint"):
+            keeper.after(done, self.report, due)
+        self.interval.elsewhere += keeper.seconds - before
+
+    def _published(self, uri: str, report: dict[str, Any]) -> None:
+        """A checkpoint is in storage: a model of the run's in MLflow. Called from a thread of the first worker."""
+        if self.writer is None:
+            return
+        done = int(report["step"])
+        told = {key: value for key, value in report.items() if key not in ("faults", "groups")}
+        self.writer.log_dict({"uri": uri, **told}, f"checkpoints/step-{done:08d}.json")
+        names = ("loss", "loss_text", "loss_image", "held_out_loss")
+        metrics = {name: float(report[name]) for name in names if math.isfinite(report.get(name, math.nan))}
+        tags = {"calumma.schedule_step": str(report["schedule_step"])} | provenance.commit()
+        self.writer.log_checkpoint(f"step-{done:08d}", uri, done, metrics, tags)
+        self.writer.log({"checkpoint_step": done}, done)
+        self.writer.park()
+
+    def _waiting(self, steps: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
+        """The same, and the time that waiting for them takes is measured."""
+        iterator = iter(steps)
+        while True:
+            with self.clock("data"):
+                found = next(iterator, None)
+            if found is None:
+                return
+            yield found
+
+    def _log(self, metrics: dict[str, float], done: int) -> None:
+        if self.writer is not None:
+            self.writer.log({key: value for key, value in metrics.items() if math.isfinite(value)}, done)
 
 
 def _report_so_far(assignment: Assignment) -> dict[str, Any]:
     if assignment.resume is None:
         return {"step": 0, "schedule_step": assignment.offset, "tokens": {"text": 0.0, "image": 0.0}}
-    kept = ("step", "schedule_step", "tokens", "loss", "loss_text", "loss_image")
-    return {key: value for key, value in assignment.resume.manifest.report.items() if key in kept}
+    return {key: value for key, value in assignment.resume.manifest.report.items() if key in _KEPT}
 
 
 def _data(worker: Worker) -> Any:
@@ -224,46 +373,29 @@ def _data(worker: Worker) -> Any:
     return micro_batches(ray.train.get_dataset_shard("train"), worker.rank, worker.world)
 
 
-def _diverged(step: int, metrics: dict[str, float], spec: TrainSpecification, output: str) -> str:
-    found = ", ".join(f"{key} {value:g}" for key, value in metrics.items() if not math.isfinite(value))
-    return (
-        f"training diverged before step {step} ({found}): lower optimizer.learning_rate "
-        f"(now {spec.optimizer.learning_rate:g}) or lengthen schedule.warmup_steps; checkpoints up to here stay "
-        f"in {checkpoint.folder(output)}"
-    )
-
-
-def _publish(
-    assignment: Assignment, worker: Worker, weights: dict[str, Tensor], report: dict[str, Any], writer: BackgroundWriter
-) -> None:
-    """Write the model directory to storage, its manifest last, and log sample answers. One worker calls it."""
-    from calumma.model import load
-    from calumma.model.directory import save_model
-
+def _tell_origin(assignment: Assignment, worker: Worker, writer: BackgroundWriter) -> None:
+    """What the run is made of: code, environment, data and parent."""
     spec = assignment.spec
-    uri = storage.join(assignment.output, MODEL)
-    transformer = Transformer(assignment.config).to(next(iter(weights.values())).dtype)
-    transformer.load_state_dict(weights)
-    with (
-        tempfile.TemporaryDirectory(prefix="calumma-model-") as local,
-        storage.local_copy(spec.locate(spec.text_tokenizer)) as text_tokenizer,
-        storage.local_copy(spec.locate(spec.image_tokenizer)) as image_tokenizer,
-    ):
-        save_model(local, transformer, text_tokenizer, image_tokenizer)
-        files = sorted(path for path in Path(local).rglob("*") if path.is_file())
-        entries = [checkpoint.entry(path, local) for path in files]
-        storage.delete(storage.join(uri, MANIFEST))
-        storage.upload(local, uri)
-        Manifest(
-            kind=MODEL,
-            files=entries,
-            specification=spec.model_dump(mode="json"),
-            report=report,
-            inputs=assignment.inputs,
-        ).write(uri)
-        if not spec.samples:
-            return
-        model = load(local, worker.device)
-        answers = samples.sample(model, spec.samples, spec.job == "finetune", spec.seed)
-        for number, (prompt, answer) in enumerate(zip(spec.samples, answers, strict=True)):
-            writer.log_image(samples.render(prompt, answer), f"samples/{number:02d}.png")
+    writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")
+    data = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
+    for place, weight in data.items():
+        if (manifest := Manifest.find(place)) is not None:
+            summary = manifest.model_dump(mode="json", exclude={"files"}) | {"files": len(manifest.files)}
+            told = {"uri": place, "fingerprint": assignment.inputs.get(place), "weight": weight, "manifest": summary}
+            writer.log_dict(told, f"data/{place.rstrip('/').rpartition('/')[2]}.json")
+    others = {uri: mark for uri, mark in assignment.inputs.items() if uri not in data}
+    writer.log_data({uri: mark for uri, mark in assignment.inputs.items() if uri in data}, "training")
+    if others:
+        writer.log_data(others, "starting point and tokenizers")
+
+
+def _check_continued(spec: TrainSpecification, continued: Checkpoint) -> None:
+    """An optimizer's state is of the parameters that were trained: another choice cannot go on with it."""
+    made_with = continued.manifest.specification
+    for name in ("trainable", "lora"):
+        was, now = made_with.get(name), spec.model_dump(mode="json")[name]
+        if was != now:
+            raise SpecificationError(
+                f"{name}: the stage whose optimizer continue_schedule goes on with had {was!r}, this one has {now!r}; "
+                "set it to the same, or leave continue_schedule away to start with a fresh optimizer"
+            )

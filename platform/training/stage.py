@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -21,9 +21,12 @@ from calumma.platform.config import SpecificationError, TokenizeSpecification, T
 from calumma.platform.data.manifest import MANIFEST, FileEntry, Manifest, fingerprints
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import Run
-from calumma.platform.training import checkpoint, loop, mixture, workers
+from calumma.platform.training import checkpoint, elastic, mixture, watchdog, workers
 from calumma.platform.training.checkpoint import Checkpoint
 from calumma.platform.training.loop import MODEL, Assignment
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 KIND = "stage"
@@ -67,11 +70,12 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     epochs = mixture.check_epochs(spec, data.plan)
     assignment = replace(assignment, epochs_a_step={uri: count / spec.steps for uri, count in epochs.items()})
     _begin(assignment)
+    data.first_step = elastic.FirstStep(assignment.output, spec, assignment.inputs)  # asked by each group that starts
     finished = assignment.first_step >= spec.steps  # only what follows training is missing
     report = workers.fit(
-        loop.train,
+        elastic.train,
         {"assignment": assignment},
-        workers=number,
+        workers=(spec.resources.min_workers, spec.resources.max_workers) if _ranges(spec) else number,
         resources=spec.resources,
         name=spec.job,
         run=run,
@@ -79,8 +83,12 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         progress=progress,
         data=None if finished else data,
         datasets=None if finished else PlanDataConfig.datasets(),
+        lifeline=elastic.lifeline(assignment.output),
     )
-    report |= {"steps": spec.steps, "workers": number, "run": run.id, "seconds": time.monotonic() - began}
+    groups = _groups(assignment)
+    workers_at_end = groups[-1]["workers"] if groups else number
+    report |= {"steps": spec.steps, "workers": workers_at_end, "groups": groups, "run": run.id}
+    report["seconds"] = time.monotonic() - began
     report |= {"mixture": dict(spec.mixture), "epochs": epochs}
     return _publish(given, assignment, report)
 
@@ -125,9 +133,44 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
     )
 
 
+def _ranges(spec: TrainSpecification) -> bool:
+    return spec.resources.min_workers < spec.resources.max_workers
+
+
+def _groups(assignment: Assignment) -> list[dict[str, Any]]:
+    """The groups of workers that had a part in the stage; a picture of them is logged when there were several."""
+    found = checkpoint.newest(assignment.output, checkpoint.continues(assignment.spec, assignment.inputs))
+    groups: list[dict[str, Any]] = found.manifest.report.get("groups", []) if found else []
+    if len(groups) > 1:
+        try:
+            assignment.run.log_image(chart(groups, assignment.spec.steps), "workers.png")
+        except Exception as error:  # MLflow may be away
+            logger.warning("the chart of workers over steps was not logged: %s", error)
+    return groups
+
+
+def chart(groups: list[dict[str, Any]], steps: int) -> Image:
+    """A picture of the number of workers over the steps of a stage; `groups` as `elastic.Keeper` records them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    from PIL import Image as PILImage
+
+    figure = Figure(figsize=(8, 2.5), layout="tight")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    edges = [*(group["step"] for group in groups), steps]
+    axes.stairs([group["workers"] for group in groups], edges, baseline=0, fill=True, alpha=0.5)
+    axes.set(xlabel="step", ylabel="workers", xlim=(edges[0], max(steps, edges[0] + 1)), ylim=(0, None))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    canvas.draw()
+    return PILImage.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+
+
 def _begin(assignment: Assignment) -> None:
     """From here on the output is in the making: take away its manifest, and what killed uploads have left."""
     storage.delete(storage.join(assignment.output, MANIFEST))
+    storage.delete(watchdog.notice_file(checkpoint.folder(assignment.output)))
     if assignment.resume is None:
         storage.delete(checkpoint.folder(assignment.output))
 

@@ -10,15 +10,17 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from calumma.platform.config import JobSpecification, Resources
+from calumma.platform.config import JobSpecification, Recovery, Resources
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import Run
+from calumma.platform.training.watchdog import Action
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +29,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=JobSpecification)
 
-# Importing torch and DeepSpeed takes a starved machine up to a minute a process; Ray Train's own limit is one minute.
-START_TIMEOUT = "900"  # seconds
+# How long a group waits for its place. Ray Train's own limit, one minute, is short for a starved machine. A group that
+# may have another size must not wait: after a node was lost, the first try still counts on it, and only the next knows.
+START_TIMEOUT, ELASTIC_START_TIMEOUT = "900", "20"  # seconds
 POLL = 2.0  # seconds between two looks at the run's newest metrics
 
 
 class TrainingFailed(RuntimeError):
     """Training stopped; the message holds the first worker's error, the cause all of them."""
+
+
+class Stopped(RuntimeError):
+    """Training was asked to end, and has written a checkpoint; the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class Lifeline:
+    """What a loop that can resume offers for that. All are called elsewhere, too: they must be picklable."""
+
+    newest_step: Callable[[], int]
+    """Steps of its newest checkpoint."""
+    notify: Callable[[Action, str], None]
+    """Ask it to checkpoint, or to checkpoint and stop, with the reason."""
+    followed: Callable[[], bool]
+    """Whether it has done so."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,19 @@ class Worker:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+
+@dataclass
+class Signals:
+    """SIGINT and SIGTERM that the driver got while workers ran, and whether they still do."""
+
+    received: list[int] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def ending(self) -> BaseException:
+        """How the driver ends because of the first of them."""
+        first = self.received[0]
+        return KeyboardInterrupt() if first == signal.SIGINT else SystemExit(128 + first)
 
 
 def join() -> Worker:
@@ -77,7 +109,7 @@ def fit(
     loop: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
     *,
-    workers: int,
+    workers: int | tuple[int, int],
     resources: Resources,
     name: str,
     run: Run,
@@ -85,70 +117,206 @@ def fit(
     progress: Progress,
     data: DataConfig | None = None,
     datasets: dict[str, Any] | None = None,
+    lifeline: Lifeline | None = None,
 ) -> Any:
-    """Run `loop(config)` on `workers` workers joined by torch.distributed; what the loop returned on rank 0.
+    """Run `loop(config)` on workers joined by torch.distributed; what the loop returned on rank 0.
 
-    Progress follows the run's metrics `step` and `loss`. Raises TrainingFailed, or KeyboardInterrupt on Ctrl-C, and in
-    both cases leaves no worker behind.
+    `workers` is their number or a range, in which it follows the size of the cluster. With a `lifeline`, workers that
+    fail are started again, and Ctrl-C and SIGTERM let them write a checkpoint first.
+    Progress follows the run's metrics `step` and `loss`. Raises TrainingFailed, KeyboardInterrupt on Ctrl-C and
+    SystemExit on SIGTERM, and in all cases leaves no worker behind.
     """
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT)
+    elastic, signals = isinstance(workers, tuple), Signals()
+    resizing: dict[str, Any] = {}
+    if elastic:
+        resizing["elastic_resize_monitor_interval_s"] = resources.recovery.resize_seconds
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="calumma-train-") as folder:  # our own checkpoints go to our own storage
-        trainer = _trainer_class()(
+        trainer = _trainer_class(lifeline, resources.recovery, signals)(
             loop,
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+                num_workers=workers,
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker=per_worker,
+                **resizing,
             ),
             run_config=RunConfig(
                 name=name,
                 storage_path=folder,
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=FailureConfig(max_failures=resources.recovery.restarts if lifeline else 0),
+                callbacks=[checkpoint_before_resizing(lifeline, resources.recovery)] if lifeline and elastic else [],
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
             dataset_config=data,
             datasets=datasets,
         )
-        with _following(run, steps, progress), _interruptible():
+        patience = ELASTIC_START_TIMEOUT if elastic else START_TIMEOUT
+        with _following(run, steps, progress), _interruptible(signals), _start_timeout(patience):
             try:
                 result = trainer.fit()
             except TrainingFailedError as error:
                 raise TrainingFailed(_first_cause(error)) from error
     if result.return_value is None:
         raise TrainingFailed("training ended before its last step, and its workers did not say why")
+    if isinstance(result.return_value, dict) and "stopped" in result.return_value:
+        told = Stopped(result.return_value["stopped"])
+        if not signals.received:
+            raise told
+        logger.warning("%s", told)
+    if signals.received:  # also where training was over before it could be stopped
+        raise signals.ending()
     return result.return_value
+
+
+@contextmanager
+def _start_timeout(seconds: str) -> Iterator[None]:
+    """Ray Train's limit for the length of a block; what the user has set himself stays."""
+    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = seconds
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _trainer_class() -> Any:
-    """Ray's TorchTrainer, without the placement-group cleaner where there is no dashboard to ask.
+def _trainer_class(lifeline: Lifeline | None, recovery: Recovery, signals: Signals) -> Any:
+    """Ray's TorchTrainer with our failure policy and signals, where there is a lifeline; and without the
+    placement-group cleaner where there is no dashboard to ask.
 
     The cleaner is a process that asks the dashboard's state API every second whether the controller lives, and warns
     each time it cannot. A cluster without dashboard is an embedded one, which ends with its driver anyway. Ray 2.60
-    has no setting for it (ray/train/v2/_internal/callbacks/placement_group_callback.py).
+    has no setting for it (ray/train/v2/_internal/callbacks/placement_group_callback.py), nor for the other two.
     """
     import ray
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-    if ray._private.worker.get_dashboard_url():
-        return TorchTrainer
+    cleaner = bool(ray._private.worker.get_dashboard_url())
 
-    class WithoutCleaner(TorchTrainer):
+    class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
-            return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+            return [c for c in callbacks if cleaner or type(c).__name__ != "PlacementGroupCleanerCallback"]
 
-    return WithoutCleaner
+        def _initialize_and_run_controller(self, **given: Any) -> Any:
+            if lifeline is not None:
+                given["failure_policy"] = failure_policy(self.run_config.failure_config, lifeline.newest_step)
+            return super()._initialize_and_run_controller(**given)
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            if lifeline is None:
+                super()._register_sigint_handler(controller)
+            else:
+                _stop_on_signals(lifeline, recovery.stop_seconds, lambda: ray.kill(controller), signals)
+
+    return Trainer
+
+
+def failure_policy(config: Any, newest_step: Callable[[], int]) -> Any:
+    """Ray Train's policy, with two differences: failures count from the last checkpoint on, so that a run of months may
+    lose any number of workers; and errors that would come again (training diverged, say) end the run at once."""
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+
+    class SinceTheLastCheckpoint(DefaultFailurePolicy):
+        _reached = -1
+
+        def make_decision(self, training_failed_error: Any) -> Any:
+            failures = getattr(training_failed_error, "worker_failures", {})
+            if any(_comes_again(error) for error in failures.values()):
+                return FailureDecision.RAISE
+            try:
+                reached = newest_step()
+            except OSError:  # storage is away: it counts as no progress
+                reached = self._reached
+            if reached > self._reached:
+                self._worker_group_failures = 0
+            self._reached = reached
+            return super().make_decision(training_failed_error)
+
+    return SinceTheLastCheckpoint(config)
+
+
+def _comes_again(error: BaseException) -> bool:
+    # by name: where the error was unpickled its class may be another one
+    return type(getattr(error, "_base_exc", error)).__name__ in ("TrainingFailed", "SpecificationError")
+
+
+def checkpoint_before_resizing(lifeline: Lifeline, recovery: Recovery) -> Any:
+    """A callback of Ray Train's controller: a group that is well checkpoints before another size takes its place, so
+    that no step is taken twice."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+
+    class BeforeResizing(ControllerCallback, WorkerGroupCallback):
+        _well = False
+
+        def after_worker_group_training_start(self, worker_group: Any) -> None:
+            self._well = True
+
+        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+            self._well = not worker_group_status.errors and not worker_group_status.finished
+
+        def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+            if not self._well:
+                return
+            self._well = False
+            try:
+                lifeline.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
+                _within(recovery.stop_seconds, lifeline.followed)
+            except OSError as error:  # resizing goes on from an older checkpoint
+                logger.warning("no checkpoint before resizing: %s", error)
+
+    return BeforeResizing()
+
+
+def _stop_on_signals(lifeline: Lifeline, grace: float, abort: Callable[[], None], signals: Signals) -> None:
+    """The first Ctrl-C or SIGTERM asks the workers for a checkpoint and to end, the second ends them, and so does
+    `grace` seconds without an answer. `_interruptible` restores the handlers."""
+
+    def act(number: int, frame: Any) -> None:
+        signals.received.append(number)
+        if len(signals.received) > 1:
+            abort()
+            raise signals.ending()
+        name = signal.Signals(number).name
+        logger.warning("%s: the workers write a checkpoint and end; again to end them without", name)
+        threading.Thread(target=ask, args=(name,), name="stop", daemon=True).start()
+
+    def ask(name: str) -> None:
+        try:
+            lifeline.notify("stop", name)
+            if not _within(grace, lambda: signals.over.is_set() or lifeline.followed()):
+                logger.warning("the workers have not answered in %g s: they are ended without a checkpoint", grace)
+                abort()
+        except OSError as error:
+            logger.warning("the workers cannot be asked for a checkpoint, and are ended: %s", error)
+            abort()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, act)
+
+
+def _within(seconds: float, happened: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if happened():
+            return True
+        time.sleep(1.0)
+    return False
 
 
 @contextmanager
@@ -180,21 +348,25 @@ def _following(run: Run, steps: int, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt here. Ray Train's handler aborts the workers and then leaves by SystemExit, with 0
-    or, from within Ray's own code, 1; and it stays installed."""
+def _interruptible(signals: Signals) -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt here, SIGTERM a SystemExit. Ray Train's handler aborts the workers and then leaves
+    by SystemExit, with 0 or, from within Ray's own code, 1; and it stays installed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except SystemExit as error:
-        if error.code not in (0, 1):  # SIGTERM, say: not Ray Train's doing
-            raise
-        raise KeyboardInterrupt from error
+    except (Exception, SystemExit) as error:
+        if signals.received:
+            raise signals.ending() from error
+        if isinstance(error, SystemExit) and error.code in (0, 1):
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
+        signals.over.set()
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _first_cause(error: Any) -> str:

@@ -210,9 +210,10 @@ def test_an_embedded_cluster_offers_what_was_promised(ray_cluster: None) -> None
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_cluster_with_all_its_processes(tmp_path: Path, number: signal.Signals) -> None:
     script = """
-        import sys, time
+        import signal, sys, time
         from pathlib import Path
         import psutil
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         from calumma.platform import cluster
         with cluster.embedded(lean=True, logs=Path(sys.argv[1])):
             import ray

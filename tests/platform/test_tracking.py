@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import sqlite3
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_param
 from PIL import Image
 
-from calumma.platform import tracking
+from calumma.platform import provenance, tracking
 from calumma.platform.config import PretrainSpecification, Tracking
-from calumma.platform.tracking import BackgroundWriter, Run, TrackingError
+from calumma.platform.tracking import Run, TrackingError
 
 
 @pytest.fixture(scope="module")
@@ -104,37 +104,28 @@ def test_a_run_can_be_written_from_another_process(run: Run) -> None:
     assert run.latest() == {"here": 1.0, "there": 2.0}
 
 
-def test_metrics_that_mlflow_does_not_take_are_sent_again_in_order(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    send, broken = run.client.log_batch, True
-
-    def flaky(*arguments: Any, **fields: Any) -> None:
-        if broken:
-            raise sqlite3.OperationalError("database is locked")
-        send(*arguments, **fields)
-
-    monkeypatch.setattr(run.client, "log_batch", flaky)
-    writer = BackgroundWriter(run)
-    for step in range(5):
-        writer.log({"loss": 5.0 - step}, step)
-    writer._executor.submit(lambda: None).result()  # all five were refused
-    broken = False
-    writer.log({"loss": 0.0}, 5)
-    assert writer.close() == 0
-    assert [(m.step, m.value) for m in run.client.get_metric_history(run.id, "loss")] == [
-        (step, 5.0 - step) for step in range(6)
-    ]
+def test_runs_of_one_project_stand_below_one_run(server: Tracking) -> None:
+    project = server.model_copy(update={"project": "the team's model"})
+    for job in ("stage1", "stage2"):
+        with tracking.run(specification(project, run_name=job)) as run:
+            pass
+    below = f"tags.`mlflow.parentRunId` = '{run.client.get_run(run.id).data.tags['mlflow.parentRunId']}'"
+    experiment = run.client.get_run(run.id).info.experiment_id
+    found = run.client.search_runs([experiment], below)
+    assert sorted(each.info.run_name for each in found) == ["stage1", "stage2"]
+    parent = run.client.get_run(found[0].data.tags["mlflow.parentRunId"])
+    assert (parent.info.run_name, parent.info.status) == ("the team's model", "FINISHED")
 
 
-def test_a_server_that_stays_away_stops_nothing_and_is_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any, **fields: Any) -> None:
-        raise ConnectionError("away")
-
-    monkeypatch.setattr(run.client, "log_batch", refuse)
-    monkeypatch.setattr(run.client, "log_dict", refuse)
-    writer = BackgroundWriter(run)
-    writer.log({"loss": 1.0, "z": 2.0}, 1)
-    writer.log_dict({"a": 1}, "a.json")
-    assert writer.close() == 2
+def test_the_commit_of_this_code_is_known_and_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    provenance.commit.cache_clear()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    if head.returncode == 0:
+        assert provenance.commit()["mlflow.source.git.commit"] == head.stdout.strip()
+    provenance.commit.cache_clear()
+    monkeypatch.setenv("CALUMMA_COMMIT", "abc")
+    assert provenance.commit() == {"mlflow.source.git.commit": "abc"}
+    provenance.commit.cache_clear()
 
 
 def test_a_registered_model_is_found_by_alias_and_by_version(server: Tracking, run: Run, model_directory: Path) -> None:
@@ -189,7 +180,9 @@ def test_a_server_that_cannot_be_used_is_an_error_that_names_it() -> None:
 
 def test_parameter_names_are_what_mlflow_accepts() -> None:
     flat = tracking.flatten({"a": {"b": [1, 2], "c d": {}}, "ü(x)": 1, "tracking": Tracking()})
-    assert flat == {"a.b": [1, 2], "a.c d": {}, "ü_x_": 1, "tracking.uri": None, "tracking.experiment": "calumma"}
+    assert flat == {"a.b": [1, 2], "a.c d": {}, "ü_x_": 1, "tracking.uri": None, "tracking.experiment": "calumma"} | {
+        "tracking.project": None
+    }
 
 
 def test_a_mixture_of_uris_is_logged_as_parameters(server: Tracking) -> None:

@@ -6,24 +6,31 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image as PILImage
+from pydantic import ValidationError
 
 from calumma.model import load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.document import Document, Image, Text
 from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.transformer import Transformer
-from calumma.platform import runner, storage, tracking
+from calumma.platform import cluster, runner, storage, tracking
 from calumma.platform.config import (
+    AblateSpecification,
     FinetuneSpecification,
     ImageTokenizerSpecification,
     PretrainSpecification,
@@ -38,7 +45,7 @@ from calumma.platform.data import shards
 from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints, finished
 from calumma.platform.progress import silent
 from calumma.platform.tracking import Run
-from calumma.platform.training import checkpoint, engine, held_out, image_tokenizer, samples, text_tokenizer
+from calumma.platform.training import ablation, checkpoint, engine, held_out, image_tokenizer, samples, text_tokenizer
 from calumma.platform.training.stage import prepare, run_stage
 
 MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=64, dropout=0.1)
@@ -468,7 +475,7 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
         torch.testing.assert_close(weight, straight[name], rtol=0, atol=1e-6)
     assert repeated.report["tokens"] == report["tokens"]
 
-    # The next stage goes on with optimizer and schedule; on another number of workers, with the weights alone.
+    # The next stage goes on with optimizer and schedule, on another number of workers, too.
     second = FinetuneSpecification.model_validate(
         stage(root).model_dump(exclude={"job", "model"})
         | {"initial": "stages/one", "continue_schedule": True, "output": "stages/two", "steps": 1, "dropout": 0.0}
@@ -476,10 +483,164 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
     )
     with tracking.run(second) as run:
         manifest = run_stage(second, run, silent)
-    assert "written by 2 workers at ZeRO stage 1 in float32, now there are 1" in caplog.text
+    assert "fresh optimizer" not in caplog.text
     assert manifest.report["schedule_step"] == 13
     assert run.latest()["loss"] < losses[0] - 0.5  # it did not start from scratch
     assert load(Path(root, "stages/two/model")).config.dropout == 0.0
+
+
+def training_workers() -> list[psutil.Process]:
+    """Ray Train's workers below this process."""
+    family = psutil.Process().children(recursive=True)
+    return [process for process in family if "RayTrainWorker" in process.name() + " ".join(process.cmdline())]
+
+
+def when(happened: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
+    """Do something, from a thread, as soon as a condition holds."""
+
+    def wait() -> None:
+        while not happened():
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def losses(run: Run) -> dict[int, float]:
+    """Step -> loss, the newest where it was taken twice."""
+    return {m.step: m.value for m in sorted(run.client.get_metric_history(run.id, "loss"), key=lambda m: m.timestamp)}
+
+
+@pytest.mark.cluster
+def test_a_killed_worker_changes_nothing(ray_cluster: None, root: str) -> None:
+    """kill -9 after the first checkpoint: the group is started again, and every loss is that of the run that lost
+    nobody. The groups that the last checkpoint remembers say which step was taken by which: each exactly once."""
+    found: list[dict[int, float]] = []
+    plain = {"steps": 80, "checkpoint_every": 20, "log_every": 1, "samples": [], "held_out": {}}
+    for output, kill in (("stages/straight", False), ("stages/killed", True)):
+        spec = stage(root, output=output, **plain)
+        place = spec.locate(output)
+        if kill:
+            when(lambda place=place: checkpoint.newest_step(place) >= 20, lambda: training_workers()[-1].kill())
+        with tracking.run(spec) as run:
+            manifest = run_stage(spec, run, silent)
+        found.append(losses(run))
+    straight, killed = found
+    groups = manifest.report["groups"]
+    assert [group["workers"] for group in groups] == [2, 2]
+    assert groups[0]["step"] == 0
+    assert 20 <= groups[1]["step"] < 80
+    assert sorted(killed) == sorted(straight) == list(range(1, 81))
+    assert killed == pytest.approx(straight, rel=1e-6)
+
+
+@pytest.mark.cluster
+def test_sigterm_ends_a_stage_with_a_checkpoint_and_the_same_command_goes_on(
+    ray_cluster: None, root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = stage(root, output="stages/stopped", steps=200, checkpoint_every=100, log_every=50, samples=[], held_out={})
+    place = spec.locate("stages/stopped")
+    when(lambda: checkpoint.newest_step(place) >= 100, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with tracking.run(spec) as run, pytest.raises(SystemExit) as ended:
+        run_stage(spec, run, silent)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    stopped = checkpoint.newest_step(place)
+    assert 100 < stopped < 200
+    assert f"stopped after step {stopped} (SIGTERM)" in caplog.text
+    assert "the same command goes on" in caplog.text
+    with tracking.run(spec) as run:
+        manifest = run_stage(spec, run, silent)
+    assert [group["step"] for group in manifest.report["groups"]] == [0, stopped]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow  # three groups of workers, one after the other, on a cluster of its own: minutes
+def test_a_stage_grows_and_shrinks_with_the_cluster(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node joins and leaves: the same losses, up to rounding, as on one worker, each step taken once."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    for name, value in (cluster.QUIET | cluster.LEAN).items():
+        monkeypatch.setenv(name, value)
+    fields: dict[str, Any] = {
+        "resources": {"workers": {"min": 1, "max": 3}, "recovery": {"resize_seconds": 3}},
+        "output": "stages/elastic",
+        "steps": 240,
+        "micro_batches": 16,
+        "checkpoint_every": 20,
+        "samples": [],
+        "held_out": {},
+        "optimizer": {"learning_rate": 0.003},
+    }
+    spec = stage(root, **fields)
+    place = spec.locate("stages/elastic")
+    pool = ThreadPoolExecutor(1)
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        ray.init(address=machines.address, log_to_driver=False, logging_level=logging.WARNING)
+
+        def sizes() -> list[int]:
+            newest = checkpoint.newest(place)
+            return [group["workers"] for group in newest.manifest.report["groups"]] if newest else []
+
+        with tracking.run(spec) as run:
+            trained = pool.submit(run_stage, spec, run, silent)
+            when(lambda: bool(sizes()) or trained.done(), lambda: None).join()
+            node = machines.add_node(num_cpus=1)
+            when(lambda: 3 in sizes() or trained.done(), lambda: None).join()
+            machines.remove_node(node, allow_graceful=False)
+            manifest = trained.result()
+        changed = losses(run)
+    finally:
+        ray.shutdown()
+        machines.shutdown()
+        pool.shutdown(wait=False)
+    groups = manifest.report["groups"]
+    assert [group["workers"] for group in groups] == [2, 3, 2]
+    assert "workers.png" in [artifact.path for artifact in run.client.list_artifacts(run.id)]
+    assert max(changed) == 240
+    first, last = changed[2], changed[240]
+    assert last < first - 0.5
+
+
+# -- ablation --
+
+
+def ablation_of(root: str, **fields: Any) -> AblateSpecification:
+    values: dict[str, Any] = {
+        "storage": root,
+        "mixture": {"tokens/pairs": 0.5, "tokens/lines": 0.5},
+        "model": MODEL.model_copy(update={"dropout": 0.0}).model_dump(exclude={"vocabulary_size"}),
+        "variants": {"all": {}, "no query-key norm": {"query_key_norm": False}, "no z-loss": {"z_loss": 0}},
+        "learning_rates": [0.01],
+        "z_loss": 0.1,
+        "schedule": {"kind": "constant", "warmup_steps": 2},
+        "steps": 30,
+        "micro_batches": 2,
+    }
+    return AblateSpecification.model_validate(values | fields)
+
+
+def test_an_ablation_shows_what_each_stabilizer_bounds(root: str) -> None:
+    spec = ablation_of(root)
+    curves = {(name, 0.01): ablation.curve(spec, name, 0.01) for name in spec.variants}
+    found = ablation.summary(curves)
+    assert found["all, 0.01: loss"] < curves["all", 0.01][0]["loss"] - 0.5
+    growth = {name: found[f"{name}, 0.01: query_norm"] / curves[name, 0.01][0]["query_norm"] for name in spec.variants}
+    assert growth["no query-key norm"] > 2 * growth["all"]
+    assert abs(found["all, 0.01: log_z"]) < abs(found["no z-loss, 0.01: log_z"])
+    assert ablation.curve(spec, "all", 0.01) == curves["all", 0.01]  # the same again
+    drawn = ablation.figure(spec, curves)
+    assert {line.get_label() for line in drawn.axes[0].get_lines()} == set(spec.variants)
+
+
+def test_a_variant_of_an_unknown_field_is_refused_by_its_name(root: str) -> None:
+    with pytest.raises(ValidationError, match=r"variants\.odd: .*\n?.*qk_norm"):
+        ablation_of(root, variants={"odd": {"qk_norm": False}})
 
 
 # -- tokenizers --

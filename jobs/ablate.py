@@ -1,0 +1,11 @@
+"""Job `ablate`: one small model, high learning rates, one stabilizer changed at a time (paper section 2.3)."""
+
+import sys
+
+from calumma.platform.runner import main
+from calumma.platform.training.ablation import run
+
+__all__ = ["run"]
+
+if __name__ == "__main__":
+    sys.exit(main("ablate"))
