@@ -2,6 +2,7 @@
 
 The manifest has the digest of a shard's footer, and the footer those of its row groups (platform/data/token_shards.py).
 Footers are kept, so that a row group costs one request. Shards of before there were digests are read unchecked.
+What has its digest is what our writer wrote, and decoded without pyarrow (pages.py) where that is all it may be.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from calumma.platform import storage
+from calumma.platform.data import pages
 from calumma.platform.data.cache import ShardCache
 from calumma.platform.data.plan import MicroBatch
 from calumma.platform.data.token_shards import ROW_GROUPS, digest
@@ -73,7 +75,8 @@ class RowGroupReader:
             data = self._fetch(micro_batch, offset, length, wrong)
         except storage.Damaged as error:
             raise ShardError(f"{error}; write the shard again") from error
-        return self._decoded(micro_batch, data, offset, footer)
+        plain = footer.plain(micro_batch, data, offset, self.context) if wrong else None
+        return plain or self._decoded(micro_batch, data, offset, footer)
 
     def _footer(self, micro_batch: MicroBatch) -> _Footer:
         known = micro_batch.footer_bytes > 0
@@ -141,7 +144,8 @@ class RowGroupReader:
             named = f"{micro_batch.sequences} of {wanted or 'one length'}"
             raise ShardError(f"{where} holds {found}, where the manifest says {named}")
         try:
-            return _row_group(tokens, masks, segments, (rows, lengths.pop()))
+            numbers = [column.flatten().to_numpy() for column in (tokens, segments)]
+            return _row_group(numbers[0], masks, numbers[1], (rows, lengths.pop()))
         except ValueError as error:
             raise ShardError(f"{where}: its columns are of different lengths; write the shard again") from error
 
@@ -151,14 +155,15 @@ def _whole(column: Any) -> Any:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _row_group(tokens: Any, masks: Any, segments: Any, shape: tuple[int, int]) -> RowGroup:
-    """From list columns, whose values numpy shares. Raises ValueError when they do not have this shape."""
-    numbers = segments.flatten().to_numpy().reshape(shape)
-    mask = numbers >= 0  # padding is never trained
-    if masks.null_count < shape[0]:
+def _row_group(tokens: np.ndarray, masks: Any, segments: np.ndarray, shape: tuple[int, int]) -> RowGroup:
+    """From the columns' values, and the list column of masks unless they are all null. Raises ValueError when they do
+    not have this shape."""
+    segments = segments.reshape(shape)
+    mask = segments >= 0  # padding is never trained
+    if masks is not None and masks.null_count < shape[0]:
         given = masks.is_valid().to_numpy(zero_copy_only=False)
         mask[given] &= masks.flatten().to_numpy(zero_copy_only=False).reshape(-1, shape[1])
-    return RowGroup(tokens.flatten().to_numpy().reshape(shape), mask, numbers)
+    return RowGroup(tokens.reshape(shape), mask, segments)
 
 
 @dataclass(frozen=True)
@@ -166,10 +171,34 @@ class _Footer:
     metadata: FileMetaData
     ranges: list[tuple[int, int, str]] | None
     """Offset, length and digest of each row group, in shards that have them."""
+    fits: bool = False
+    """Whether it may be what `plain` reads."""
     opened: list[tuple[_Part, ParquetFile]] = field(default_factory=list)
     """Files that no thread reads now: opening one costs a third of decoding a row group of 32,000 tokens."""
 
-    def decode(self, micro_batch: MicroBatch, data: bytes, offset: int) -> pyarrow.Table:
+    def plain(self, micro_batch: MicroBatch, data: bytes, offset: int, context: int | None) -> RowGroup | None:
+        """A row group of which the digest was compared, if it is laid out and of the shape as it should be."""
+        import pyarrow as pa
+
+        rows, whole = micro_batch.sequences, memoryview(data)
+        try:
+            if not self.fits:
+                return None
+            found = pages.chunks(self.metadata, micro_batch.row_group)
+            parts = [whole[begin - offset : end - offset] for begin, end, _ in found]
+            tokens, segments = (pages.equal_rows(parts[n], found[n].values, rows) for n in (0, 2))
+            if tokens.shape != segments.shape or (context and tokens.shape[1] != context + 1):
+                return None
+            masks = None
+            if found[1].values != rows or not pages.no_lists(bytes(parts[1]), rows):
+                masks = _whole(self.decode(micro_batch, data, offset, ["loss_mask"])["loss_mask"])
+            return _row_group(tokens, masks, segments, (rows, tokens.shape[1]))
+        except (pa.ArrowException, OSError, ValueError):  # pyarrow reads it, or says what is wrong
+            return None
+
+    def decode(
+        self, micro_batch: MicroBatch, data: bytes, offset: int, columns: Sequence[str] = _COLUMNS
+    ) -> pyarrow.Table:
         """A row group, from the shard's bytes from `offset` on. Raises what pyarrow does."""
         import pyarrow.parquet as pq
 
@@ -180,7 +209,7 @@ class _Footer:
             file = pq.ParquetFile(part, metadata=self.metadata)
         part.hold(data, offset)
         try:
-            return file.read_row_group(micro_batch.row_group, _COLUMNS, use_threads=False)
+            return file.read_row_group(micro_batch.row_group, list(columns), use_threads=False)
         finally:
             part.hold(b"", 0)
             self.opened.append((part, file))
@@ -194,7 +223,7 @@ class _Footer:
         try:
             metadata = pq.read_metadata(pa.BufferReader(tail))
             found = (metadata.metadata or {}).get(ROW_GROUPS)
-            return cls(metadata, json.loads(found) if found else None)
+            return cls(metadata, json.loads(found) if found else None, pages.fit(metadata))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ShardError(f"{shard}: its footer cannot be read ({error}); write the shard again") from error
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ray.train import DataConfig
@@ -196,10 +197,13 @@ def _read(items: pyarrow.Table, plan: Plan, reader: RowGroupReader, rank: int, w
     try:
         before: _Reading | None = None
         for part in _parts(items, plan, rank, world):
-            reading = [(step, found, pool.submit(_read_one, reader, found)) for step, found in part]
+            values, places = _places(part, plan.context)
+            groups = [
+                pool.submit(_read_one, reader, found, place) for (_, found), place in zip(part, places, strict=True)
+            ]
             if before is not None:
                 yield _block(before, plan, rank, world)
-            before = reading
+            before = _Reading(part, groups, values)
         if before is not None:
             yield _block(before, plan, rank, world)
     finally:
@@ -207,7 +211,49 @@ def _read(items: pyarrow.Table, plan: Plan, reader: RowGroupReader, rank: int, w
 
 
 _Share = list[tuple[int, MicroBatch | None]]
-_Reading = list[tuple[int, MicroBatch | None, "Future[RowGroup | str]"]]
+
+
+class _Values(NamedTuple):
+    """Of a block or a part of it: what is of each token, end to end."""
+
+    tokens: np.ndarray  # int32
+    mask: np.ndarray  # bool
+    segments: np.ndarray  # int16, or int32 where a row may have so many documents
+
+    @classmethod
+    def empty(cls, length: int, context: int | None) -> _Values:
+        # The number of a document within its row: there are no more of them than tokens.
+        small = np.int16 if (context or 1 << 15) < 1 << 15 else np.int32
+        return cls(np.empty(length, np.int32), np.empty(length, np.bool_), np.empty(length, small))
+
+    def part(self, begin: int, end: int) -> _Values:
+        return _Values(*(values[begin:end] for values in self))
+
+    def put(self, group: RowGroup) -> RowGroup:
+        """The row group, kept here."""
+        kept = [values.reshape(group.tokens.shape) for values in self]
+        for values, found in zip(kept, (group.tokens, group.mask, group.segments), strict=True):
+            np.copyto(values, found, casting="same_kind")
+        return RowGroup(*kept)
+
+
+class _Reading(NamedTuple):
+    """A block that is being read."""
+
+    part: _Share
+    groups: list[Future[RowGroup | str]]
+    values: _Values | None
+    """Those of the row groups, where it is known beforehand how long they are."""
+
+
+def _places(part: _Share, context: int | None) -> tuple[_Values | None, Sequence[_Values | None]]:
+    """Memory for the values of a block, and in it the place of each micro-batch; none if rows are of unknown length."""
+    if context is None:
+        return None, [None] * len(part)
+    lengths = [found.sequences * (context + 1) if found else 0 for _, found in part]
+    ends = list(accumulate(lengths))
+    values = _Values.empty(ends[-1], context)
+    return values, [values.part(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def _parts(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> Iterator[_Share]:
@@ -226,13 +272,16 @@ def _parts(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> Iterator[
         yield waiting
 
 
-def _read_one(reader: RowGroupReader, micro_batch: MicroBatch | None) -> RowGroup | str:
+def _read_one(reader: RowGroupReader, micro_batch: MicroBatch | None, place: _Values | None) -> RowGroup | str:
     """A row group, an empty one for None, or the error: handed on as data it reaches the worker that needs the row
-    group, in its turn and in plain words, where an exception in a task would arrive as a page of Ray's frames."""
+    group, in its turn and in plain words, where an exception in a task would arrive as a page of Ray's frames.
+
+    Copied to its place at once, where that is known: what was just decoded is still in the processor's cache."""
     if micro_batch is None:
         return RowGroup.empty(reader.context)
     try:
-        return reader.read(micro_batch)
+        group = reader.read(micro_batch)
+        return group if place is None else place.put(group)
     except (ShardError, storage.StorageError) as error:
         return str(error)
 
@@ -242,7 +291,7 @@ def _block(reading: _Reading, plan: Plan, rank: int, world: int) -> pyarrow.Tabl
     import pyarrow as pa
 
     steps, sources, groups, error = list[int](), list[str](), list[RowGroup](), ""
-    for step, micro_batch, future in reading:
+    for (step, micro_batch), future in zip(reading.part, reading.groups, strict=True):
         found = future.result()
         if isinstance(found, str):
             error = found
@@ -250,12 +299,14 @@ def _block(reading: _Reading, plan: Plan, rank: int, world: int) -> pyarrow.Tabl
         steps.append(step)
         sources.append(micro_batch.source if micro_batch else "")
         groups.append(found)
-    # The number of a document within its row: there are no more of them than tokens.
-    small = np.int16 if (plan.context or 1 << 15) < 1 << 15 else np.int32
+    ends = list(accumulate((group.tokens.size for group in groups), initial=0))
+    if (values := reading.values) is None:
+        values = _Values.empty(ends[-1], plan.context)
+        for group, begin, end in zip(groups, ends, ends[1:], strict=False):
+            values.part(begin, end).put(group)
 
-    def values(arrays: Sequence[np.ndarray], dtype: Any) -> pa.Array:
-        joined = np.concatenate([array.ravel() for array in arrays], dtype=dtype) if arrays else np.zeros(0, dtype)
-        return pa.LargeListArray.from_arrays(pa.array([0, len(joined)], pa.int64()), pa.array(joined))
+    def listed(joined: np.ndarray) -> pa.Array:
+        return pa.LargeListArray.from_arrays(pa.array([0, ends[-1]], pa.int64()), pa.array(joined[: ends[-1]]))
 
     return pa.table(
         {
@@ -266,9 +317,9 @@ def _block(reading: _Reading, plan: Plan, rank: int, world: int) -> pyarrow.Tabl
             "sources": pa.array([sources], pa.list_(pa.string())),
             "sequences": pa.array([[len(group.tokens) for group in groups]], pa.list_(pa.int64())),
             "lengths": pa.array([[group.tokens.shape[1] for group in groups]], pa.list_(pa.int64())),
-            "tokens": values([group.tokens for group in groups], np.int32),
-            "mask": values([group.mask.view(np.uint8) for group in groups], np.uint8),
-            "segments": values([group.segments for group in groups], small),
+            "tokens": listed(values.tokens),
+            "mask": listed(values.mask.view(np.uint8)),
+            "segments": listed(values.segments),
         }
     )
 
