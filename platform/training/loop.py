@@ -251,7 +251,7 @@ class _Stage:
         metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.guard.metrics()
         metrics |= {"learning_rate": rate, "gradient_norm": norm, "step": done, "workers": self.worker.world}
         passed = {uri: done * part for uri, part in self.assignment.epochs_a_step.items()}
-        metrics |= flatten({"epochs": passed})
+        metrics |= flatten({"epochs": passed}) if passed else {}
         metrics["seconds_left"] = whole / max(steps, 1) * (self.spec.steps - done)
         self._log(metrics, done)
         self.interval = meters.Interval(self.engine.device, first_step=done)
