@@ -10,9 +10,9 @@ from calumma.platform import sources
 from calumma.platform.config import CurateSpecification, CurationStep
 from calumma.platform.curation import decontaminate, filters, scrub
 from calumma.platform.curation.filters import Dropped, Rule
-from calumma.platform.curation.named import named
 from calumma.platform.curation.signatures import image_bytes
 from calumma.platform.curation.words import is_pair, share
+from calumma.platform.named import named
 from calumma.platform.sources import BadInput
 
 # That drop documents, in the order in which these meet them. Scrubbing stands before the last two.

@@ -10,9 +10,9 @@ from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.config import CurateSpecification, Scorer
 from calumma.platform.curation import staging
-from calumma.platform.curation.named import named
 from calumma.platform.curation.signatures import content
 from calumma.platform.curation.words import share
+from calumma.platform.named import named
 
 REDUCE = {"mean": lambda values: sum(values) / len(values), "min": min, "max": max}
 

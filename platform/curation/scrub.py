@@ -16,7 +16,7 @@ from typing import Any
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform.config import ScrubRules, SpecificationError
-from calumma.platform.curation.named import named
+from calumma.platform.named import named
 
 Found = Iterator[tuple[int, int]]  # where in a text something begins and ends
 

@@ -6,7 +6,6 @@ Shape suffixes: N images, B a batch of them, C channels, H height, W width, K co
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import random
@@ -30,6 +29,7 @@ from calumma.platform import cluster, storage
 from calumma.platform.config import ImageTokenizerSpecification, Schedule, SpecificationError
 from calumma.platform.data.manifest import FileEntry, Manifest, entries, fingerprints
 from calumma.platform.data.shards import curated, read_documents
+from calumma.platform.named import named
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import BackgroundWriter, Run
 from calumma.platform.training import workers
@@ -54,7 +54,7 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
     read_from = [spec.locate(uri) for uri in [*spec.documents, *spec.held_out]]
     for uri in read_from:
         curated(uri)
-    _named(spec.sampling_weight)
+    _weigh(spec)
     _perceptual(spec)
     output = spec.locate(spec.output)
     check_output(spec, output, read_from, KIND)
@@ -127,18 +127,9 @@ def sampling_weights(images_NCHW: Tensor, weigh: Callable[[PILImage.Image], floa
     return weights_N
 
 
-def _named(function: str | None) -> Callable[[PILImage.Image], float] | None:
-    """The function that `package.module:function` names. Raises SpecificationError."""
-    if function is None:
-        return None
-    module, _, name = function.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SpecificationError(f"sampling_weight: {function!r} is no package.module:function: {error}") from error
-    if not callable(found):
-        raise SpecificationError(f"sampling_weight: {function!r} is no function but {type(found).__name__}")
-    return found
+def _weigh(spec: ImageTokenizerSpecification) -> Callable[[PILImage.Image], float] | None:
+    """The function of `sampling_weight`. Raises SpecificationError."""
+    return None if spec.sampling_weight is None else named(spec.sampling_weight, "sampling_weight")
 
 
 def _perceptual(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
@@ -242,7 +233,7 @@ def _steps(
     writer: BackgroundWriter | None,
 ) -> None:
     schedule = Schedule(kind="cosine", warmup_steps=min(100, spec.steps // 10), final=0.02)
-    weigh = _named(spec.sampling_weight)
+    weigh = _weigh(spec)
     weights_N = None if weigh is None else sampling_weights(images, weigh)
     objective = ImageObjective(spec.loss, spec.commitment, _perceptual(spec)).to(worker.device)
     total = dist.all_reduce if worker.world > 1 else None

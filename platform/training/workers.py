@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from calumma.platform.config import JobSpecification, Recovery, Resources
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import Run
+from calumma.platform.training import console
 from calumma.platform.training.watchdog import Action
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ S = TypeVar("S", bound=JobSpecification)
 # How long a group waits for its place. Ray Train's own limit, one minute, is short for a starved machine. A group that
 # may have another size must not wait: after a node was lost, the first try still counts on it, and only the next knows.
 START_TIMEOUT, ELASTIC_START_TIMEOUT = "900", "20"  # seconds
-POLL = 2.0  # seconds between two looks at the run's newest metrics
 
 
 class TrainingFailed(RuntimeError):
@@ -159,7 +159,7 @@ def fit(
             datasets=datasets,
         )
         patience = ELASTIC_START_TIMEOUT if elastic else START_TIMEOUT
-        with _following(run, steps, progress), _interruptible(signals), _start_timeout(patience):
+        with console.following(run, name, steps, progress), _interruptible(signals), _start_timeout(patience):
             try:
                 result = trainer.fit()
             except TrainingFailedError as error:
@@ -317,34 +317,6 @@ def _within(seconds: float, happened: Callable[[], bool]) -> bool:
             return True
         time.sleep(1.0)
     return False
-
-
-@contextmanager
-def _following(run: Run, steps: int, progress: Progress) -> Iterator[None]:
-    """Report the run's newest step from a thread, by MLflow's public interface, so that it works from anywhere."""
-    stop = threading.Event()
-    progress(0, steps, "starting the workers")
-
-    def follow() -> None:
-        shown = -1.0
-        while not stop.wait(POLL):
-            try:
-                latest = run.latest()
-            except Exception as error:
-                logger.debug("no news from MLflow: %s", error)
-                continue
-            if (step := latest.get("step", -1.0)) > shown:
-                shown = step
-                loss = latest.get("loss")
-                progress(step, steps, "" if loss is None else f"loss {loss:.3f}")
-
-    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @contextmanager

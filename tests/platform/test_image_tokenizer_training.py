@@ -192,10 +192,10 @@ def test_weights_decide_which_images_are_drawn() -> None:
     [
         (f"{__name__}:nothing", "every image got the weight 0"),
         (f"{__name__}:below", r"image 0 got the weight -1\.0"),
-        (f"{__name__}:absent", "is no package.module:function"),
-        ("no.such.module:f", "is no package.module:function"),
-        ("math", "is no package.module:function"),
-        ("math:pi", "is no function but float"),
+        (f"{__name__}:absent", f"sampling_weight: there is no '{__name__}:absent' on this machine"),
+        ("no.such.module:f", "sampling_weight: there is no 'no.such.module:f' on this machine: No module named"),
+        ("math", "sampling_weight: 'math' must look like package.module:function"),
+        ("math:pi", "sampling_weight: 'math:pi' is no function but float"),
     ],
 )
 def test_sampling_weights_that_cannot_be_are_refused(function: str, message: str) -> None:
