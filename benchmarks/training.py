@@ -45,7 +45,7 @@ FASTEST = 3  # intervals whose median counts
 
 def corpus(root: str, context: int, micro_batch: int) -> None:
     """Python's reference text, tokenized into packed shards, with the tokenizers that a stage asks for."""
-    from calumma.platform.data.tokenize import Tokenizer, tokenize_window
+    from calumma.platform.data.windows import Tokenizer
     from calumma.platform.training.text_tokenizer import train_text_tokenizer
 
     documents = [Document((Text(text),)) for text in pydoc_data.topics.topics.values()]
@@ -63,14 +63,13 @@ def corpus(root: str, context: int, micro_batch: int) -> None:
     )
     ImageTokenizer(shape).save(f"{root}/tokenizers/image")
     tokenize = TokenizeSpecification(storage=root, documents=["curated/text"], context=context, micro_batch=micro_batch)
-    made = tokenize_window(
-        Tokenizer(f"{root}/tokenizers/text", f"{root}/tokenizers/image", "cpu", 1).encoder,
+    made = Tokenizer(tokenize.model_dump(mode="json"))(
         {
-            "specification": tokenize.model_dump(mode="json"),
             "shards": shards.shard_uris(f"{root}/curated/text"),
             "seed": 0,
             "output": f"{root}/tokens/text",
             "stem": "tokens",
+            "receipt": f"{root}/receipt.json",
         },
     )
     files = [FileEntry.model_validate(found) for found in made["files"]]

@@ -540,16 +540,17 @@ def test_a_killed_worker_changes_nothing(ray_cluster: None, root: str) -> None:
 def test_sigterm_ends_a_stage_with_a_checkpoint_and_the_same_command_goes_on(
     ray_cluster: None, root: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = stage(root, output="stages/stopped", steps=200, checkpoint_every=100, log_every=50, samples=[], held_out={})
+    fields: dict[str, Any] = {"steps": 200, "micro_batches": 12, "checkpoint_every": 20, "log_every": 50}
+    spec = stage(root, output="stages/stopped", **fields, samples=[], held_out={})
     place = spec.locate("stages/stopped")
-    when(lambda: checkpoint.newest_step(place) >= 100, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    when(lambda: checkpoint.newest_step(place) >= 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with tracking.run(spec) as run, pytest.raises(SystemExit) as ended:
         run_stage(spec, run, silent)
     assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     stopped = checkpoint.newest_step(place)
-    assert 100 < stopped < 200
+    assert 20 < stopped < 200
     assert f"stopped after step {stopped} (SIGTERM)" in caplog.text
     assert "the same command goes on" in caplog.text
     with tracking.run(spec) as run:
