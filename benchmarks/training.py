@@ -1,8 +1,8 @@
 """Training under Ray Train and DeepSpeed beside a bare PyTorch loop of the same model: `python benchmarks/training.py`.
 
 The whole stage runs (`run_stage`: data through Ray Data, metrics, checkpoints), with one worker and with two; the bare
-loop takes the same steps of the same micro-batches in a process of its own. Each counts with its fastest intervals: a
-neighbour on the machine only ever slows one down. Further: the share of a step that waits for data, how long a
+loop takes the same steps of the same micro-batches in a process of its own. Each counts with its fastest intervals of
+ten steps: a neighbour on the machine only ever slows one down. Further: the share of a step that waits for data, how long a
 checkpoint stops training beside a plain `torch.save` of the same state, and the time from kill -9 of a worker to the
 next optimizer step. On a GPU: `--gpus 1 --preset calumma-1.3b`, model FLOP utilization of the full loop.
 """
@@ -97,7 +97,6 @@ def specification(root: str, given: argparse.Namespace, **fields: Any) -> Pretra
         "compile": bool(given.gpus),
         "zero_stage": 1,
         "checkpoint_every": given.steps,
-        "log_every": 1,
     }
     return PretrainSpecification.model_validate(values | fields)
 
@@ -106,7 +105,7 @@ def specification(root: str, given: argparse.Namespace, **fields: Any) -> Pretra
 
 
 def bare(root: str, given: argparse.Namespace, threads: int) -> dict[str, float]:
-    """Tokens a second of the fastest steps, and the seconds of a plain `torch.save` of model and optimizer."""
+    """Tokens a second of the fastest intervals, and the seconds of a plain `torch.save` of model and optimizer."""
     from calumma.platform.data.plan import Plan
 
     spec = specification(root, given)
@@ -124,9 +123,8 @@ def bare(root: str, given: argparse.Namespace, threads: int) -> dict[str, float]
     plan = Plan(spec.seed, {place: 1.0}, {place: Manifest.read(place)}, spec.micro_batches)
     image_mask_V = torch.zeros(size, dtype=torch.bool, device=device)
     steps = [[held_out.read(found.shard, found.row_group) for found in plan.step(step)] for step in range(given.steps)]
-    speeds = []
-    for batches in steps:
-        began, tokens = time.perf_counter(), 0
+    speeds, began, tokens = [], time.perf_counter(), 0
+    for done, batches in enumerate(steps, start=1):
         trained = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
         for batch in batches:
             tokens_BT, mask, segments = (x.to(device) for x in (batch.tokens, batch.mask, batch.segments))
@@ -147,7 +145,10 @@ def bare(root: str, given: argparse.Namespace, threads: int) -> dict[str, float]
         optimizer.zero_grad(set_to_none=True)
         if given.gpus:
             torch.cuda.synchronize()
-        speeds.append(tokens / (time.perf_counter() - began))
+        if done % spec.log_every == 0:
+            now = time.perf_counter()
+            speeds.append(tokens / (now - began))
+            began, tokens = now, 0
     return {"tokens_per_second": fastest(speeds)}
 
 
@@ -231,8 +232,8 @@ def killed(root: str, given: argparse.Namespace) -> dict[str, float]:
     everything up to the worker's first look at the checkpoint."""
     from calumma.platform.training.stage import run_stage
 
-    every = max(2, given.steps // 4)
-    spec = specification(root, given, output="stages/killed", steps=4 * given.steps, checkpoint_every=every)
+    every = 5
+    spec = specification(root, given, output="stages/killed", steps=30, checkpoint_every=every, log_every=1)
     place, at = spec.locate("stages/killed"), list[float]()
 
     def kill() -> None:
@@ -311,10 +312,10 @@ def table(root: str, given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--micro-batch", type=int, default=2, help="sequences")
-    parser.add_argument("--micro-batches", type=int, default=4, help="a step")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences")
+    parser.add_argument("--micro-batches", type=int, default=2, help="a step")
     parser.add_argument("--turns", type=int, default=5, help="checkpoints")
     parser.add_argument("--preset", help="a published shape instead of a small one")
     parser.add_argument("--gpus", type=int, default=0)

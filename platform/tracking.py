@@ -200,16 +200,39 @@ def _end(current: Run, status: str) -> None:
         logger.warning("MLflow at %s is away, the end of run %s waits on disk: %s", current.uri, current.id, error)
 
 
-def register(tracking: Tracking, name: str, model_directory: str, run_id: str, alias: str | None = None) -> str:
-    """A new version of the registered model `name` whose source is a model directory; its `models:/` URI.
+def registered_copy(model_directory: str) -> str:
+    """Where the files of a published model directory stay once it is registered: beside it, named by their content.
 
-    Raises TrackingError when the registry refuses, say a server that does not allow local folders as source.
+    The next training replaces the directory, but no version of the registry. What calumma has not published (an
+    imported model) is registered where it is.
+    """
+    from calumma.platform import storage
+    from calumma.platform.data.manifest import Manifest, fingerprints
+
+    place = model_directory
+    if Manifest.find(model_directory) is not None:
+        (mark,) = fingerprints([model_directory]).values()
+        place = storage.join(model_directory.rstrip("/").rpartition("/")[0], "registered", mark[:16])
+    return place if "://" in place else str(Path(place).absolute())
+
+
+def register(tracking: Tracking, name: str, model_directory: str, run_id: str, alias: str | None = None) -> str:
+    """A new version of the registered model `name`, whose source is a copy of a model directory; its `models:/` URI.
+
+    Raises TrackingError when the registry refuses, say a server that does not allow local folders as source, and
+    StorageError when the copy cannot be written.
     """
     from mlflow.exceptions import MlflowException
 
+    from calumma.platform import storage
+    from calumma.platform.data.manifest import Manifest
+
     uri = resolve(tracking)
     client = _connect(uri)
-    source = model_directory if "://" in model_directory else str(Path(model_directory).absolute())
+    source = registered_copy(model_directory)
+    if Manifest.find(model_directory) is not None and Manifest.find(source) is None:
+        with storage.local_copy(model_directory) as files:
+            storage.upload(files, source)
     try:
         try:
             client.create_registered_model(name)

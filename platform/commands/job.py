@@ -183,6 +183,21 @@ def stop(identifier: Identifier, address: Dashboard = DASHBOARD) -> None:
     _exit(act)
 
 
+@app.command()
+def watch(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The id of a training's run in MLflow.", show_default=False)
+    ],
+    tracking: Annotated[
+        str | None, typer.Option("--tracking-uri", help="MLflow tracking URI; default: as for jobs.")
+    ] = None,
+) -> None:
+    """Show how a training goes, wherever it runs: step, loss, tokens/s, time left, workers, last checkpoint."""
+    from calumma.platform.training import console
+
+    raise typer.Exit(console.watch(run, tracking))
+
+
 class JobFailed(RuntimeError):
     """A submitted job that was followed did not succeed."""
 

@@ -213,7 +213,7 @@ def _standing(spec: JobSpecification) -> Manifest | None:
             registered = tracking.model_source(f"models:/{spec.register_as}@{spec.alias}", spec.tracking)
         except tracking.TrackingError:
             registered = None
-        if registered != (model if storage.is_remote(model) else str(storage.local_path(model))):
+        if registered != tracking.registered_copy(model):
             with tracking.run(spec) as run:
                 tracking.register(spec.tracking, spec.register_as, model, run.id, spec.alias)
     return manifest

@@ -11,12 +11,13 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from calumma.model import vocabulary as model_vocabulary
 from calumma.model.config import ModelConfig
+from calumma.model.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
@@ -88,7 +89,11 @@ def run(spec: AblateSpecification, run: Run, progress: Progress) -> Manifest:
 
 
 def curve(spec: AblateSpecification, name: str, rate: float) -> Curve:
-    """One training: a point every `log_every` steps, until the end or the first loss that is not finite."""
+    """One training: a point every `log_every` steps, until the end or the first loss that is not finite.
+
+    Its loss is the mean since the last point; all else is measured, without dropout, on the same micro-batch of each
+    source again and again: how text and images take turns does not show.
+    """
     from calumma.platform.data.plan import Plan
 
     config, z_loss = spec.variant(name)
@@ -102,59 +107,79 @@ def curve(spec: AblateSpecification, name: str, rate: float) -> Curve:
         torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
     image_mask_V = vocabulary.mask(vocabulary.image_ids).to(device)
     shape = config.model_copy(update={"vocabulary_size": vocabulary.size})
-    return _train(spec, shape, z_loss, rate, plan, image_mask_V)
+    probes = [held_out.read(*held_out.row_groups(uri)[0]) for uri in mixture]
+    return _train(spec, shape, z_loss, rate, plan, image_mask_V, probes)
 
 
 def _train(
-    spec: AblateSpecification, shape: ModelConfig, z_loss: float, rate: float, plan: Plan, image_mask_V: torch.Tensor
+    spec: AblateSpecification,
+    shape: ModelConfig,
+    z_loss: float,
+    rate: float,
+    plan: Plan,
+    image_mask_V: torch.Tensor,
+    probes: list[held_out.HeldOutBatch],
 ) -> Curve:
     device, o = image_mask_V.device, spec.optimizer
     torch.manual_seed(spec.seed)
     transformer = Transformer(shape).initialize(spec.seed).to(device)
     groups = engine.parameter_groups(transformer, o.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(o.beta1, o.beta2), eps=o.eps)
-    points: Curve = []
+    points, nll, trained = Curve(), 0.0, 0
     for step in range(spec.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, rate, spec.schedule, spec.steps)
         batches = [held_out.read(found.shard, found.row_group) for found in plan.step(step)]
-        trained = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
-        measure = (step + 1) % spec.log_every == 0 or step == 0
-        nll, stability = 0.0, dict[str, torch.Tensor]()
+        targets = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
         for batch in batches:
-            tokens, mask, segments = (x.to(device) for x in (batch.tokens, batch.mask, batch.segments))
-            found = transformer(
-                tokens[:, :-1],
-                segments[:, :-1],
-                targets=tokens[:, 1:],
-                mask=mask[:, 1:],
-                image_mask=image_mask_V,
-                z_loss=z_loss,
-                normalizer=max(trained, 1),
-                measure=measure,
-            )
+            found = _forward(transformer, batch, image_mask_V, z_loss=z_loss, normalizer=max(targets, 1))
             found.total.backward()
             nll += float(found.sums.text_nll + found.sums.image_nll)
-            stability |= found.stability
+        trained += targets
         norm = torch.nn.utils.clip_grad_norm_(transformer.parameters(), o.gradient_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss = nll / max(trained, 1)
-        if measure or not math.isfinite(loss):
-            points.append({"step": step + 1, "loss": loss, "gradient_norm": float(norm)} | _norms(stability))
-        if not math.isfinite(loss):
+        diverged = not math.isfinite(nll)
+        if (step + 1) % spec.log_every == 0 or step == 0 or diverged:
+            told = {"step": step + 1, "loss": nll / max(trained, 1), "gradient_norm": float(norm)}
+            points.append(told | _norms(transformer, probes, image_mask_V))
+            nll, trained = 0.0, 0
+        if diverged:
             break
     return points
 
 
-def _norms(stability: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of the instruments of all layers (model/stability.py) the ones that are drawn."""
+def _forward(transformer: Transformer, batch: held_out.HeldOutBatch, image_mask_V: torch.Tensor, **given: Any) -> Loss:
+    tokens, mask, segments = (x.to(image_mask_V.device) for x in (batch.tokens, batch.mask, batch.segments))
+    return transformer(
+        tokens[:, :-1],
+        segments[:, :-1],
+        targets=tokens[:, 1:],
+        mask=mask[:, 1:],
+        image_mask=image_mask_V,
+        **given,
+    )
+
+
+@torch.no_grad()
+def _norms(
+    transformer: Transformer, probes: list[held_out.HeldOutBatch], image_mask_V: torch.Tensor
+) -> dict[str, float]:
+    """Of the instruments of all layers (model/stability.py) the ones that are drawn: means over the probes, of the
+    attention logit the maximum."""
+    transformer.eval()
+    each = [_largest(_forward(transformer, batch, image_mask_V, measure=True).stability) for batch in probes]
+    transformer.train()
+    found = {name: sum(values[name] for values in each) / len(each) for name in each[0]}
+    return found | {"attention_logit_max": max(values["attention_logit_max"] for values in each)}
+
+
+def _largest(stability: dict[str, torch.Tensor]) -> dict[str, float]:
+    """By measure the layer that matters: the largest, and of the residual stream the last."""
 
     def layers(name: str) -> list[float]:
         return [float(value) for key, value in sorted(stability.items()) if key.endswith(f"/{name}")]
 
-    if not stability:
-        return {}
     return {
         "log_z": float(stability["log_z"]),
         "query_norm": max(layers("query_norm")),

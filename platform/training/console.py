@@ -1,19 +1,16 @@
 """Training as it is watched: stage, step, loss, tokens/s, time left, workers, last checkpoint, bad steps.
 
-    python -m calumma.platform.training.console RUN [--tracking URI]
-
-A live panel (Rich) in a terminal, plain lines elsewhere. What it shows are the newest metrics of the run in MLflow,
-so it works from any machine, also beside a job that somebody else has started.
+A live panel (Rich) in a terminal, plain lines elsewhere. What it shows are the newest metrics of the run in MLflow, so
+`calumma job watch RUN` works from any machine, also beside a job that somebody else has started.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -191,16 +188,12 @@ def following(
         thread.join()
 
 
-def main(arguments: Sequence[str] | None = None, poll: float = POLL) -> int:
-    """Watch a run of MLflow until it ends: 0 when it ended well, 1 when it did not, 2 when there is no such run."""
+def watch(identifier: str, tracking_uri: str | None = None, poll: float = POLL) -> int:
+    """Show a run of MLflow until it ends: 0 when it ended well, 1 when it did not, 2 when there is no such run."""
     from calumma.platform import tracking
     from calumma.platform.config import Tracking
 
-    parser = argparse.ArgumentParser(prog="python -m calumma.platform.training.console", description=main.__doc__)
-    parser.add_argument("run", help="the id of a stage's run in MLflow")
-    parser.add_argument("--tracking", help="MLflow tracking URI; default: as for jobs")
-    given = parser.parse_args(arguments)
-    run = tracking.Run(tracking.resolve(Tracking(uri=given.tracking)), given.run)
+    run = tracking.Run(tracking.resolve(Tracking(uri=tracking_uri)), identifier)
     try:
         recorded = run.client.get_run(run.id)
         stage, steps = str(recorded.info.run_name), int(recorded.data.params["steps"])
@@ -222,7 +215,3 @@ def main(arguments: Sequence[str] | None = None, poll: float = POLL) -> int:
             except Exception as error:  # away for a while
                 logger.debug("no news from MLflow: %s", error)
             time.sleep(poll)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

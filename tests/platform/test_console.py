@@ -102,7 +102,7 @@ def test_a_run_is_watched_from_anywhere_until_it_ends(tmp_path: Path, capsys: py
     )  # fmt: skip
     with tracking.run(spec) as run:
         run.log_metrics(METRICS)
-    assert console.main([run.id, "--tracking", run.uri], poll=0.01) == 0
+    assert console.watch(run.id, run.uri, poll=0.01) == 0
     assert capsys.readouterr().err == Status.of("stage 1", 5000, METRICS).line() + "\n"
-    assert console.main(["no-such-run", "--tracking", run.uri]) == 2
+    assert console.watch("no-such-run", run.uri) == 2
     assert f"there is no run no-such-run to watch at {run.uri}" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from PIL import Image
 
 from calumma.platform import provenance, tracking
 from calumma.platform.config import PretrainSpecification, Tracking
+from calumma.platform.data.manifest import FileEntry, Manifest
 from calumma.platform.tracking import Run, TrackingError
 
 
@@ -137,6 +138,28 @@ def test_a_registered_model_is_found_by_alias_and_by_version(server: Tracking, r
         with tracking.resolve_model(uri, server) as path:
             assert path == model_directory
     assert run.client.get_model_version("by-alias", "1").run_id == run.id
+
+
+def test_a_registered_version_outlives_the_next_training_of_its_folder(
+    server: Tracking, run: Run, tmp_path: Path
+) -> None:
+    """Back to version 1 must mean back to its weights."""
+
+    def published(weights: bytes) -> str:
+        folder = tmp_path / "stage" / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in {"config.json": b"{}", "model.safetensors": weights}.items():
+            (folder / name).write_bytes(data)
+        Manifest(kind="model", files=[FileEntry.of("model.safetensors", weights)]).write(str(folder))
+        return str(folder)
+
+    for weights in (b"first", b"second", b"second"):
+        tracking.register(server, "kept", published(weights), run.id)
+    for version, weights in ((1, b"first"), (2, b"second"), (3, b"second")):
+        with tracking.resolve_model(f"models:/kept/{version}", server) as path:
+            assert (path / "model.safetensors").read_bytes() == weights
+            assert Manifest.read(str(path)).kind == "model"
+    assert len(list((tmp_path / "stage" / "registered").iterdir())) == 2, "equal models share a copy"
 
 
 def test_the_alias_moves_to_the_newest_registration(server: Tracking, run: Run, model_directory: Path) -> None:
