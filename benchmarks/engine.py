@@ -4,8 +4,9 @@ Text: greedy answers of one and of 16 prompts over transformers' `generate` with
 Mixed: 16 requests (text, guided image, interleaved with a guided image first), all at once over one after the other on
 the same engine, in requests a second. Both sides take turns in one process, and each counts with its fastest turn: a
 neighbour on the machine only ever slows one down. Weights are random. `--model DIRECTORY` instead measures speculative
-Jacobi decoding on a trained model: the share of drafted codes that stand, and passes an image. `--quick` is a smoke
-test of the script.
+Jacobi decoding on a trained model: the share of drafted codes that stand, and passes an image. `--busy` is for a
+machine with other work: one thread, and the seconds it computes instead of those that pass. `--quick` is a smoke test
+of the script.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Shapes:
     dtype: str
     turns: int
     together: int = 16
+    clock: Callable[[], float] = time.perf_counter
 
     @property
     def name(self) -> str:
@@ -81,9 +83,11 @@ def fresh(shapes: Shapes) -> Transformer:
     return training.ours(shapes.case()).eval()
 
 
-def run(engine: Engine, requests: list[Request]) -> tuple[float, list[Event]]:
+def run(
+    engine: Engine, requests: list[Request], clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, list[Event]]:
     """Seconds for all of them together, and their events."""
-    began = time.perf_counter()
+    began = clock()
     for request in requests:
         engine.add(request)
     events = []
@@ -91,7 +95,7 @@ def run(engine: Engine, requests: list[Request]) -> tuple[float, list[Event]]:
         events += engine.step()
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began, events
+    return clock() - began, events
 
 
 def fastest(turns: int, *works: Callable[[], float]) -> list[float]:
@@ -123,9 +127,9 @@ def mixed(shapes: Shapes, targeted: bool) -> Iterator[Row]:
     requests = mixed_requests(shapes, vocabulary)
 
     def one_by_one() -> float:
-        return sum(run(engine, [request])[0] for request in requests)
+        return sum(run(engine, [request], shapes.clock)[0] for request in requests)
 
-    alone, together = fastest(shapes.turns, one_by_one, lambda: run(engine, requests)[0])
+    alone, together = fastest(shapes.turns, one_by_one, lambda: run(engine, requests, shapes.clock)[0])
     rates = f"{alone / together:.2f} ({len(requests) / together:.2f} : {len(requests) / alone:.2f})"
     yield (
         f"{shapes.name}, {shapes.vocabulary:,} ids: {shapes.together} mixed requests, {shapes.image} codes an image, "
@@ -146,14 +150,14 @@ def text(shapes: Shapes, count: int) -> Iterator[Row]:
     answers: dict[str, list[int]] = {}
 
     def ours() -> float:
-        seconds, events = run(engine, requests)
+        seconds, events = run(engine, requests, shapes.clock)
         for request in requests:
             answers[request.id] = [token for e in events if e.request_id == request.id for token in e.tokens]
         return seconds
 
     @torch.inference_mode()
     def theirs() -> float:
-        began = time.perf_counter()
+        began = shapes.clock()
         found = other.generate(  # type: ignore[operator]
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -162,7 +166,7 @@ def text(shapes: Shapes, count: int) -> Iterator[Row]:
             do_sample=False,
             pad_token_id=1,
         )
-        seconds = time.perf_counter() - began
+        seconds = shapes.clock() - began
         answers["theirs"] = found[:, shapes.prompt :].flatten().tolist()
         return seconds
 
@@ -219,11 +223,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether the script works, not how fast")
+    parser.add_argument(
+        "--busy", action="store_true", help="one CPU thread, and its own seconds instead of the clock's"
+    )
     parser.add_argument("--only", choices=["mixed", "text"], help="one part alone")
     parser.add_argument("--model", help="a model directory: speculative decoding of its images instead")
     given = parser.parse_args()
     compared, together = shapes_of(given.device, given.quick)
-    print(f"Machine: {training.machine(given.device)}\n")
+    if given.busy:
+        if given.device != "cpu":
+            parser.error("--busy measures a CPU thread's seconds; it needs --device cpu")
+        torch.set_num_threads(1)
+        compared = replace(compared, clock=time.process_time)
+        together = [replace(shapes, clock=time.process_time) for shapes in together]
+    print(f"Machine: {training.machine(given.device)}\n", flush=True)
     print("| case | measured | calumma | target |\n| --- | --- | --- | --- |")
     rows: list[Iterator[Row]] = []
     if given.model:

@@ -48,6 +48,7 @@ CHAT = "/v1/chat/completions"
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes" / "quickstart"
 NAME = "load"
 PATIENCE = 600
+SETTLED = 15.0  # seconds that the chart goes on when it is all over
 TEXTS = ["Draw a seven.", "Count from two to four, with pictures.", "Which digit follows three?", "Write nine."]
 
 
@@ -80,7 +81,7 @@ class Heard:
 
 
 def ask(url: str, body: dict[str, Any], leave: float = 1.0) -> Heard:
-    """Stream an answer; with `leave` below 1, leave after that share of 40 events."""
+    """Stream an answer; with `leave` below 1, leave after that share of its first ten events."""
     heard, begin = Heard(), time.perf_counter()
     body = body | {"stream": True, "stream_options": {"include_usage": True}}
     try:
@@ -89,7 +90,7 @@ def ask(url: str, body: dict[str, Any], leave: float = 1.0) -> Heard:
                 heard.error = f"{reply.status_code}: {reply.text[:200]}"
                 return heard
             for number, chunk in enumerate(_chunks(reply)):
-                if leave < 1 and number >= leave * 40:
+                if leave < 1 and number >= leave * 10:
                     heard.left = True
                     return heard
                 if "error" in chunk:
@@ -130,36 +131,48 @@ def mixed(seed: int) -> dict[str, Any]:
 # ---- HTTP over the bare engine
 
 
-def bare(directory: str, clients: int, tokens: int) -> float:
-    """Tokens a second of an engine in this process, for that many text requests at once."""
+def bare(directory: str, clients: int, turns: int, tokens: int) -> float:
+    """Tokens a second of an engine in this process, for that many clients, each of which asks again when it has its
+    answer. Greedy: of random weights such answers never end by themselves."""
     model = load(directory)
-    free = PhaseSampling(1.0, 1.0)
     rates = []
     for _ in range(3):
         engine = Engine(model.transformer, model.vocabulary, model.image_length, max_sequences=clients)
-        for number in range(clients):
-            prompt = model.encode(Document((Text(TEXTS[number % len(TEXTS)], "user"),)), complete=False)
-            engine.add(Request(str(number), prompt, SamplingParams(tokens, "text", text=free, seed=number)))
+
+        def ask_again(client: int, turn: int, engine: Engine = engine) -> None:
+            prompt = model.encode(Document((Text(TEXTS[client % len(TEXTS)], "user"),)), complete=False)
+            params = SamplingParams(tokens, "text", text=PhaseSampling(0.0, 1.0))
+            engine.add(Request(f"{client} {turn}", prompt, params))
+
+        for client in range(clients):
+            ask_again(client, 0)
         begin, made = time.perf_counter(), 0
         while engine.has_work:
-            made += sum(len(event.tokens) for event in engine.step())
+            for event in engine.step():
+                made += len(event.tokens)
+                client, turn = map(int, event.request_id.split())
+                if event.finish is not None and turn + 1 < turns:
+                    ask_again(client, turn + 1)
         rates.append(made / (time.perf_counter() - begin))
     return max(rates)
 
 
-def over_http(url: str, clients: int, tokens: int) -> tuple[float, list[float]]:
-    """The same through the endpoint, and each client's time to the first token."""
-    bodies = [
-        {"messages": [{"role": "user", "content": TEXTS[k % len(TEXTS)]}], "modalities": ["text"], "seed": k}
-        | {"max_tokens": tokens, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
-        for k in range(clients)
-    ]
+def over_http(url: str, clients: int, turns: int, tokens: int) -> tuple[float, list[float]]:
+    """The same through the endpoint, and the time to each answer's first token."""
+
+    def client(number: int) -> list[Heard]:
+        body = {"messages": [{"role": "user", "content": TEXTS[number % len(TEXTS)]}], "modalities": ["text"]}
+        greedy = {"max_tokens": tokens, "temperature": 0.0, "repetition_penalty": 1.0}
+        return [ask(url, body | greedy) for _ in range(turns)]
+
     rates, firsts = [], []
     for _ in range(3):
         begin = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            heard = list(pool.map(lambda body: ask(url, body), bodies))
+            heard = [one for several in pool.map(client, range(clients)) for one in several]
         rates.append(sum(one.tokens for one in heard) / (time.perf_counter() - begin))
+        if wrong := [one.error for one in heard if one.error]:
+            raise RuntimeError(f"{len(wrong)} of {len(heard)} requests failed, the first with {wrong[0]}")
         firsts += [one.first for one in heard if one.first]
     return max(rates), firsts
 
@@ -262,29 +275,30 @@ def under_load(url: str, clients: int, seconds: float, kill_every: float) -> dic
 # ---- autoscaling
 
 
-def scaling(url: str, clients: int, busy: float, idle: float) -> list[tuple[float, int]]:
-    """(seconds, replicas), under load for `busy` seconds and without for `idle`."""
-    begin, seen = time.monotonic(), []
-    stop = threading.Event()
+def scaling(url: str, clients: int, busy: float, idle: float) -> tuple[list[tuple[float, int]], Counter[str]]:
+    """(seconds, replicas), under load for `busy` seconds and without for at most `idle`; and what came of the load."""
+    begin, seen = time.monotonic(), [(0.0, replicas())]
+    stop, counts = threading.Event(), Counter[str]()
 
     def client(number: int) -> None:
         while not stop.is_set():
-            ask(url, mixed(number))
+            heard = ask(url, mixed(number))
+            counts["whole" if heard.finish and not heard.error else heard.error or "lost"] += 1
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
-    while (now := time.monotonic() - begin) < busy + idle:
+    settled = None  # since when one replica is left
+    while (now := time.monotonic() - begin) < busy + idle and (settled is None or now < settled + SETTLED):
         if now > busy:
             stop.set()
         seen.append((now, replicas()))
-        if now > busy and seen[-1][1] == 1:
-            break
+        if settled is None and now > busy and seen[-1][1] == 1:
+            settled = now
         time.sleep(1)
-    stop.set()
     for thread in threads:
         thread.join()
-    return seen
+    return seen, counts
 
 
 def draw(seen: list[tuple[float, int]], busy: float, file: Path) -> None:
@@ -293,7 +307,7 @@ def draw(seen: list[tuple[float, int]], busy: float, file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
     axes.step([at for at, _ in seen], [number for _, number in seen], where="post", color="#2f7d4f")
     axes.axvspan(0, busy, color="#2f7d4f", alpha=0.12, label="under load")
-    axes.set(xlabel="seconds", ylabel="engine replicas", yticks=range(5), ylim=(0, None))
+    axes.set(xlabel="seconds", ylabel="engine replicas", yticks=range(5), xlim=(0, seen[-1][0]), ylim=(0, None))
     axes.legend(loc="upper right")
     figure.savefig(file, dpi=130)
 
@@ -316,9 +330,9 @@ def main() -> None:
         if "http" in parts:
             url = deploy(settings)
             torch.set_num_threads(1)
-            served, firsts = over_http(url, 16, 150)
+            served, firsts = over_http(url, 16, 3, 200)
             undeploy(NAME)
-            alone = bare(directory, 16, 150)
+            alone = bare(directory, 16, 3, 200)
             cuts = statistics.quantiles(firsts, n=100)
             print(
                 f"| HTTP, 16 clients | {served:.0f} tokens/s | {served / alone:.2f} of the bare engine's {alone:.0f} |"
@@ -333,9 +347,10 @@ def main() -> None:
         if "scaling" in parts:
             moving = {"max_replicas": 3, "busy_seconds": 5.0, "idle_seconds": 15.0, "max_sequences": 6}
             url = deploy(settings.model_copy(update=moving))
-            seen = scaling(url, 24, options.busy, 180.0)
+            seen, counts = scaling(url, 24, options.busy, 180.0)
             steps = [seen[0], *(now for before, now in itertools.pairwise(seen) if now[1] != before[1])]
             print("| replicas | " + ", ".join(f"{number} at {at:.0f} s" for at, number in steps) + " |", flush=True)
+            print("| answers meanwhile | " + ", ".join(f"{n} {what}" for what, n in counts.items()) + " |", flush=True)
             draw(seen, options.busy, options.chart)
             undeploy(NAME)
 

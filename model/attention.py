@@ -57,7 +57,7 @@ class PagedCache:
 
 
 class Kept:
-    """A second, contiguous copy of what B sequences hold, M blocks each: `layers`, a pair [B, M * block_size, K, H]
+    """A second, contiguous copy of what B sequences hold, M blocks each: `layers`, a pair [B, K, M * block_size, H]
     each. A pass reads it and adds its tokens to it, instead of gathering blocks anew.
 
     tables: LongTensor [B * M], their blocks.
@@ -65,22 +65,27 @@ class Kept:
 
     def __init__(self, cache: PagedCache, tables: Tensor, B: int) -> None:
         self.M, self._blocks, self._tables = len(tables) // B, cache.by_block, tables
-        shape = (B, self.M * cache.block_size, *cache.store.shape[4:])
+        K, H = cache.store.shape[4:]
+        shape = (B, K, self.M * cache.block_size, H)
         self.layers = [(cache.store.new_empty(shape), cache.store.new_empty(shape)) for _ in cache.by_block]
+        self._first = torch.arange(B * K) * shape[2]
         self._filled = 0
 
-    def read(self, layer: int, k_BKH: Tensor, v_BKH: Tensor, positions_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` positions [B, length, K, H], the tokens at `positions_B` new among them."""
+    def places(self, positions_B: Tensor) -> Tensor:
+        """LongTensor [B * K]: where a token of each sequence stands in a layer."""
+        return self._first + positions_B.repeat_interleave(len(self._first) // len(positions_B))
+
+    def read(self, layer: int, k_BKH: Tensor, v_BKH: Tensor, places_X: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` positions [B, K, length, H], the tokens at `places` new among them."""
         keys, values = self.layers[layer]
         if self._filled == layer:  # in the first pass: the cache has the new tokens already
             for kept, held in zip((keys, values), self._blocks[layer], strict=True):
-                torch.index_select(held, 0, self._tables, out=kept.view(len(self._tables), *held.shape[1:]))
+                kept.copy_(held[self._tables].view(len(kept), -1, *held.shape[2:]).transpose(1, 2))
             self._filled += 1
         else:
-            where_B = positions_B + torch.arange(len(keys)) * keys.shape[1]
-            keys.flatten(0, 1).index_copy_(0, where_B, k_BKH)
-            values.flatten(0, 1).index_copy_(0, where_B, v_BKH)
-        return keys[:, :length], values[:, :length]
+            keys.flatten(0, 2).index_copy_(0, places_X, k_BKH.reshape(-1, k_BKH.shape[-1]))
+            values.flatten(0, 2).index_copy_(0, places_X, v_BKH.reshape(-1, v_BKH.shape[-1]))
+        return keys[:, :, :length], values[:, :, :length]
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ class Rows:
     """B sequences with T tokens each that attend together, the next B*T tokens of a pass.
 
     tables: LongTensor [B*M], the blocks of each sequence, padded with any; or the slice of the cache's positions they
-    are where a single sequence's blocks lie side by side, and nothing needs to be gathered; or what is Kept of them.
-    positions_B: LongTensor [B], of the tokens, for what is Kept.
+    are where a single sequence's blocks lie side by side, and nothing needs to be gathered; or what is Kept of them,
+    with the tokens' `places` in it.
     bias_B1TL: added to the attention logits, 0 or -inf, L = M * block_size.
     """
 
@@ -97,18 +102,22 @@ class Rows:
     T: int
     tables: Tensor | slice | Kept
     bias_B1TL: Tensor
-    positions_B: Tensor | None = None
+    places: Tensor | None = None
 
 
 class PagedPass:
     """One forward pass over a PagedCache, without gradients: T tokens of any sequences, side by side without padding.
 
     positions_T: LongTensor [T], each token's position in its sequence; where_T: LongTensor [T], its place in the cache,
-    block * block_size + offset; `rows` cover all tokens in order.
+    block * block_size + offset; `rows` cover all tokens in order. own_room: gather blocks into memory of this pass, not
+    of the cache; a recorded pass has its own.
     """
 
-    def __init__(self, cache: PagedCache, positions_T: Tensor, where_T: Tensor, rows: list[Rows]) -> None:
+    def __init__(
+        self, cache: PagedCache, positions_T: Tensor, where_T: Tensor, rows: list[Rows], own_room: bool = False
+    ) -> None:
         self.cache, self.positions_T, self.where_T, self.rows = cache, positions_T, where_T, rows
+        self.own_room = own_room
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Keep the new keys and values; attend to them and to all that their sequences have kept before: [T, N*H]."""
@@ -116,35 +125,48 @@ class PagedPass:
         keys.index_copy_(0, self.where_T, k_TKH)
         values.index_copy_(0, self.where_T, v_TKH)
         if len(self.rows) == 1:
-            return _attend_rows(q_TNH, *self._read(layer, self.rows[0], k_TKH, v_TKH), self.rows[0])
+            return self._attend(layer, self.rows[0], q_TNH, k_TKH, v_TKH)
         outputs, begin = [], 0
         for rows in self.rows:
             end = begin + rows.B * rows.T
-            k_BLKH, v_BLKH = self._read(layer, rows, k_TKH[begin:end], v_TKH[begin:end])
-            outputs.append(_attend_rows(q_TNH[begin:end], k_BLKH, v_BLKH, rows))
+            own = slice(begin, end)
+            outputs.append(self._attend(layer, rows, q_TNH[own], k_TKH[own], v_TKH[own]))
             begin = end
         return torch.cat(outputs)
 
-    def _read(self, layer: int, rows: Rows, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of some rows, [B, L, K, H], the pass's own among them."""
+    def _attend(self, layer: int, rows: Rows, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         if isinstance(rows.tables, Kept):
-            assert rows.positions_B is not None
-            return rows.tables.read(layer, k_TKH, v_TKH, rows.positions_B, rows.bias_B1TL.shape[-1])
+            assert rows.places is not None
+            k_BKLH, v_BKLH = rows.tables.read(layer, k_TKH, v_TKH, rows.places, rows.bias_B1TL.shape[-1])
+        else:
+            k_BKLH, v_BKLH = (each.transpose(1, 2) for each in self._read(layer, rows))
+        return _attend_rows(q_TNH, k_BKLH, v_BKLH, rows)
+
+    def _read(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """All keys and values of some rows, [B, L, K, H], the pass's own among them."""
+        assert not isinstance(rows.tables, Kept)
         if isinstance(rows.tables, slice):
             keys, values = self.cache.by_position[layer]
             return keys[None, rows.tables], values[None, rows.tables]
         keys, values = self.cache.by_block[layer]
-        k, v = self.cache.gathered(rows.tables.shape[0])
-        torch.index_select(keys, 0, rows.tables, out=k)
-        torch.index_select(values, 0, rows.tables, out=v)
+        if self.own_room:
+            k, v = keys[rows.tables], values[rows.tables]
+        else:
+            k, v = self.cache.gathered(rows.tables.shape[0])
+            torch.index_select(keys, 0, rows.tables, out=k)
+            torch.index_select(values, 0, rows.tables, out=v)
         return k.view(rows.B, -1, *k.shape[2:]), v.view(rows.B, -1, *v.shape[2:])
 
 
-def _attend_rows(q_TNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, rows: Rows) -> Tensor:
+def _attend_rows(q_TNH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, rows: Rows) -> Tensor:
     """[B*T, N*H]."""
     N, H = q_TNH.shape[1:]
-    k_BKLH, v_BKLH, bias = k_BLKH.transpose(1, 2), v_BLKH.transpose(1, 2), rows.bias_B1TL
-    K = k_BKLH.shape[1]
+    K, bias = k_BKLH.shape[1], rows.bias_B1TL
+    if isinstance(rows.tables, Kept) and q_TNH.dtype == torch.float32:  # faster than the fused kernel
+        q_XGH, k_XLH, v_XLH = q_TNH.reshape(rows.B * K, N // K, H), k_BKLH.flatten(0, 1), v_BKLH.flatten(0, 1)
+        bias_X1L = bias.expand(-1, K, -1, -1).flatten(0, 1)
+        weights_XGL = torch.baddbmm(bias_X1L, q_XGH, k_XLH.transpose(1, 2), alpha=H**-0.5).softmax(-1)
+        return torch.bmm(weights_XGL, v_XLH).view(rows.B, N * H)
     if rows.T == 1:  # the queries that share a key head stand where further tokens would: no key is repeated for them
         q_BKGH = q_TNH.unflatten(1, (K, N // K))
         bias = bias.expand(-1, -1, N // K, -1)

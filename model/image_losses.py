@@ -47,11 +47,16 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, mean: Callable[[Tensor], object] | None = None
+) -> Tensor:
     """The factor that gives both losses gradients of one size at the decoder's last weights (VQGAN, equation 7), at
-    most 1e4; a 0-dim tensor without gradient."""
+    most 1e4; a 0-dim tensor without gradient. `mean` averages a tensor over all workers, in place."""
     (of_pixels,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (of_scores,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    if mean is not None:
+        mean(of_pixels)
+        mean(of_scores)
     return (of_pixels.norm() / (of_scores.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
@@ -178,10 +183,19 @@ class Losses(NamedTuple):
 
 
 class ImageObjective:
-    """The loss of an image tokenizer, and the discriminator that is part of it (None where `config` asks for none)."""
+    """The loss of an image tokenizer, and the discriminator that is part of it (None where `config` asks for none).
 
-    def __init__(self, config: ImageLossConfig, commitment: float, perceptual: PerceptualLoss | None = None) -> None:
-        self.config, self.commitment, self.perceptual = config, commitment, perceptual
+    `mean` averages a tensor over all workers, in place.
+    """
+
+    def __init__(
+        self,
+        config: ImageLossConfig,
+        commitment: float,
+        perceptual: PerceptualLoss | None = None,
+        mean: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        self.config, self.commitment, self.perceptual, self.mean = config, commitment, perceptual, mean
         wanted = config.adversarial > 0
         self.discriminator = (
             PatchDiscriminator(config.discriminator_channels, config.discriminator_layers) if wanted else None
@@ -216,7 +230,7 @@ class ImageObjective:
             self.discriminator.requires_grad_(True)
             weight = looks.new_tensor(config.adversarial)
             if config.adversarial_adaptive:
-                weight = weight * adaptive_weight(looks, parts["adversarial_loss"], last_layer)
+                weight = weight * adaptive_weight(looks, parts["adversarial_loss"], last_layer, self.mean)
             parts["adversarial_weight"] = weight
             total = total + weight * parts["adversarial_loss"]
         return Losses(total, {name: part.detach() for name, part in parts.items()})

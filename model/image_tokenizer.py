@@ -9,6 +9,7 @@ K codebook entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -289,14 +290,33 @@ class ImageTokenizer(nn.Module):
         )
 
     @torch.no_grad()
-    def restart_dead_codes(self, used_K: Tensor, images_BCHW: Tensor, generator: torch.Generator) -> int:
+    def restart_dead_codes(
+        self,
+        used_K: Tensor,
+        images_BCHW: Tensor,
+        generator: torch.Generator,
+        first: int = 0,
+        batch: int | None = None,
+        total: Callable[[Tensor], object] | None = None,
+    ) -> int:
         """Move the entries where `used_K` (BoolTensor [K]) is false onto random latents of a batch; how many moved
-        (Jukebox, arXiv 2005.00341, section 3.2: keeps the whole codebook in use)."""
+        (Jukebox, arXiv 2005.00341, section 3.2: keeps the whole codebook in use).
+
+        Workers that share a batch of `batch` images, this one's from number `first` on, move them alike: with equal
+        generators, and `total`, which sums a tensor over all workers, in place.
+        """
         dead = (~used_K).nonzero()[:, 0]
-        latents = self.latents(images_BCHW).flatten(0, 1)
         if len(dead):
-            pick = torch.randint(len(latents), (len(dead),), generator=generator)
-            self.codebook.weight[dead] = latents[pick.to(latents.device)]
+            latents = self.latents(images_BCHW).flatten(0, 1)
+            codes = self.config.codes_per_image
+            pick = torch.randint((batch or len(images_BCHW)) * codes, (len(dead),), generator=generator)
+            pick = pick.to(latents.device) - first * codes
+            mine = (pick >= 0) & (pick < len(latents))
+            moved = latents.new_zeros(len(dead), latents.shape[1])
+            moved[mine] = latents[pick[mine]]
+            if total is not None:
+                total(moved)
+            self.codebook.weight[dead] = moved
         return len(dead)
 
     def save(self, directory: str | Path) -> None:

@@ -42,11 +42,12 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is read when it is asked for."""
+    """A tensor that is read when it is asked for; `part`: only some rows or columns of it, where its file can do so."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    part: Callable[[tuple[slice, ...]], Tensor] | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> Entry:
@@ -93,7 +94,12 @@ def _open_file(path: Path, device: torch.device | str) -> dict[str, Entry]:
         for name in file.keys():  # noqa: SIM118 (it is no mapping)
             part = file.get_slice(name)
             shape, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
-            entries[name] = Entry(shape, dtype, lambda name=name: file.get_tensor(name))  # type: ignore[misc]
+            entries[name] = Entry(
+                shape,
+                dtype,
+                lambda name=name: file.get_tensor(name),  # type: ignore[misc]
+                lambda where, name=name: file.get_slice(name)[where],  # type: ignore[misc]
+            )
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     return entries

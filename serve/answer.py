@@ -291,18 +291,15 @@ async def events(
     """
     counts: list[TokenCount] = []
     async with aclosing(merged(streams)) as pieces:
-        for chunk in first:
-            yield chunk
+        if first:
+            yield b"".join(first)
         async for index, piece in pieces:
             if isinstance(piece, Refused):
                 error = WireError(piece.message, status=piece.status, param=piece.param, code=piece.code)
-                yield responses.error_event(error.body)
-                break
+                yield responses.error_event(error.body) + responses.END
+                return
             if isinstance(piece, Finished | Declined):
                 counts.append(piece.answer)
-            for chunk in chunks(index, piece):
-                yield chunk
-        else:
-            for chunk in tail(total(counts)):
-                yield chunk
-    yield responses.END
+            if found := chunks(index, piece):
+                yield b"".join(found)
+        yield b"".join([*tail(total(counts)), responses.END])

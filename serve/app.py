@@ -221,6 +221,7 @@ def undeploy(name: str = "calumma", patience: float = PATIENCE) -> None:
     from ray import serve
 
     _quiet()
+    _forget_the_dead()
     endpoint = APPLICATION_PREFIX + name
     _delete([_watch_name(name)])
     _delete([endpoint], patience)  # its streams need the models until they end
@@ -246,12 +247,20 @@ def _quiet() -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
+def _forget_the_dead() -> None:
+    """This process may have a handle of a Ray Serve that another process has shut down since."""
+    from ray.serve.context import _check_cached_client_alive
+
+    _check_cached_client_alive()
+
+
 def _start_http(settings: ServeSettings) -> None:
     """Start Ray Serve's proxy at the wanted address, or check that the one that runs is there."""
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.exceptions import RayServeException
 
+    _forget_the_dead()
     try:
         client = _get_global_client()
     except RayServeException:

@@ -44,15 +44,16 @@ class RayBackend:
 
         started = begun = False
         for attempt in range(1, ATTEMPTS + 1):
-            stream: Any = self._handle.options(stream=True).generate.remote(job)
+            stream: Any = self._handle.options(stream=True).batches.remote(job)
             ended = False
             try:
-                async for piece in stream:
-                    if isinstance(piece, Started) and started:
-                        continue
-                    started, begun = True, begun or not isinstance(piece, Started)
-                    ended = isinstance(piece, LAST)
-                    yield piece
+                async for pieces in stream:
+                    for piece in pieces:
+                        if isinstance(piece, Started) and started:
+                            continue
+                        started, begun = True, begun or not isinstance(piece, Started)
+                        ended = isinstance(piece, LAST)
+                        yield piece
                 ended = True
                 return
             except BackPressureError:

@@ -93,7 +93,8 @@ class Answer:
             self._codes.append(vocabulary.code_of[token])
             return self._drawing(len(self._codes))
         self.text_tokens += 1
-        piece = self._stream.push(token, self._tokenizer.surface(token), logprob, top)
+        surface = self._tokenizer.surface(token) if self.job.logprobs is not None else b""
+        piece = self._stream.push(token, surface, logprob, top)
         return [piece] if piece else []
 
     def _new_stream(self) -> TextStream:

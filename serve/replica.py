@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from calumma.model.generation.request import Logprob
 from calumma.model.image_tokenizer import MissingDecoder
 from calumma.serve.coding import ImageCoder, LocalCoder, PromptEncoder
 from calumma.serve.loop import Codes, EngineLoop, Part, Scored
+from calumma.serve.mailbox import Mailbox
 from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
 from calumma.serve.settings import ModelSettings
 from calumma.serve.text import TextStream
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
 
 # How the special ids are spelled towards clients that need a name for them (lm-evaluation-harness).
 BOS, EOS = "<s>", "</s>"
-# What an answer says within this time travels as one message: each costs three processes a millisecond. The first goes
-# at once.
-FLUSH_SECONDS = 0.04
+# A message costs the processes it passes two milliseconds together. So an answer's texts within some time travel as
+# one, the longer the more answers there are: least seconds, most seconds, and messages a second in all.
+SOONEST, LATEST, MESSAGES = 0.04, 0.25, 100.0
 
 
 class EngineReplica:
@@ -57,51 +59,68 @@ class EngineReplica:
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         """Pieces of the answer; Started or Refused is the first. Closing the generator abandons the job."""
+        async with aclosing(self.batches(job)) as batches:
+            async for pieces in batches:
+                for piece in pieces:
+                    yield piece
+
+    async def batches(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+        """`generate`, with what is there at a time together."""
         if self.loop.waiting >= self.max_queued:
-            yield Refused(429, f"{self.max_queued} requests are in line already; try again shortly", code="overloaded")
+            message = f"{self.max_queued} requests are in line already; try again shortly"
+            yield [Refused(429, message, code="overloaded")]
             return
         try:
             asked = drawable(job.params, self.model)
         except MissingDecoder as error:
-            yield Refused(400, str(error), code="no_image_output")
+            yield [Refused(400, str(error), code="no_image_output")]
             return
-        queue: asyncio.Queue[Part] = asyncio.Queue()
-        event_loop = asyncio.get_running_loop()
+        mailbox: Mailbox[Part] = Mailbox((TextPiece, Drawing))
         try:
             tokens = await self._encode(job.prompt)
             if job.max_tokens == 0 and not (job.echo and job.logprobs is not None):
-                yield Started(self._count(tokens), self._echo(job, tokens, None))
-                yield Finished("length", TokenCount())
+                yield [Started(self._count(tokens), self._echo(job, tokens, None)), Finished("length", TokenCount())]
                 return
             request = Request(job.id, tokens, self._params(job, asked))
-            self.loop.submit(request, job, lambda part: _hand_over(event_loop, queue, part))
+            self.loop.submit(request, job, mailbox.post)
         except ValueError as error:
             code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
-            yield Refused(400, str(error), code=code, param=job.param)
+            yield [Refused(400, str(error), code=code, param=job.param)]
             return
         ended = False
         try:
             scored: list[Logprob] | None = None
+            parts: list[Part] = []
             if request.params.prompt_logprobs is not None:  # they come first
-                first = await queue.get()
+                first, *parts = await mailbox.take()
                 if not isinstance(first, Scored):
                     ended = True
-                    yield first if isinstance(first, Refused) else Refused(500, "the engine did not score the prompt")
+                    yield [first if isinstance(first, Refused) else Refused(500, "the engine did not score the prompt")]
                     return
                 scored = first.values
-            yield Started(self._count(tokens), self._echo(job, tokens, scored))
+            yield [Started(self._count(tokens), self._echo(job, tokens, scored))]
+            clock = asyncio.get_running_loop()
             due = 0.0
             while not ended:
-                first_part = await queue.get()
-                if isinstance(first_part, TextPiece | Drawing):
-                    await asyncio.sleep(max(0.0, due - event_loop.time()))
-                due = event_loop.time() + FLUSH_SECONDS
-                for part in _merged(first_part, queue):
-                    ended = isinstance(part, Finished | Refused)
-                    yield await self._finished(part)
+                parts = parts or await mailbox.take(due)
+                due = clock.time() + min(LATEST, max(SOONEST, self.loop.running / MESSAGES))
+                ended = isinstance(parts[-1], Finished | Refused)
+                async for pieces in self._pieces(_merged(parts)):
+                    yield pieces
+                parts = []
         finally:
             if not ended:
                 self.loop.abandon(job.id)
+
+    async def _pieces(self, parts: list[Part]) -> AsyncGenerator[list[Piece], None]:
+        """The parts with their codes decoded; what stands before an image does not wait for it."""
+        ready: list[Piece] = []
+        for part in parts:
+            if isinstance(part, Codes) and ready:
+                yield ready
+                ready = []
+            ready.append(await self._finished(part))
+        yield ready
 
     def _params(self, job: Job, asked: SamplingParams) -> SamplingParams:
         """The job's parameters as the engine takes them."""
@@ -201,24 +220,18 @@ class EngineReplica:
         return TokenCount(len(tokens) - image, image)
 
 
-def _hand_over(event_loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Part], part: Part) -> None:
-    """From the engine's thread to the request's. A loop that has ended has nobody left who waits."""
-    if not event_loop.is_closed():
-        event_loop.call_soon_threadsafe(queue.put_nowait, part)
-
-
-def _merged(first: Part, queue: asyncio.Queue[Part]) -> list[Part]:
-    """All parts that are there by now, adjacent texts as one: a slow reader gets fewer, larger pieces."""
-    parts = [first]
-    while not queue.empty():
-        part, last = queue.get_nowait(), parts[-1]
+def _merged(parts: list[Part]) -> list[Part]:
+    """Adjacent texts as one, and of adjacent reports on an image the last."""
+    found: list[Part] = []
+    for part in parts:
+        last = found[-1] if found else None
         if isinstance(part, TextPiece) and isinstance(last, TextPiece):
-            parts[-1] = TextPiece(last.text + part.text, last.tokens + part.tokens)
+            found[-1] = TextPiece(last.text + part.text, last.tokens + part.tokens)
         elif isinstance(part, Drawing) and isinstance(last, Drawing):
-            parts[-1] = part
+            found[-1] = part
         else:
-            parts.append(part)
-    return parts
+            found.append(part)
+    return found
 
 
 class Replica(EngineReplica):
@@ -240,6 +253,8 @@ class Replica(EngineReplica):
             coder,
             cache_tokens=settings.cache_tokens,
             prefill_tokens=settings.prefill_tokens,
+            jacobi_window=settings.speculative,
+            cuda_graphs=settings.cuda_graphs,
         )
 
     async def statistics(self) -> dict[str, dict[str, float]]:

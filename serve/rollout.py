@@ -67,11 +67,22 @@ class Rollouts:
                 log.exception("%s stays at %s: its new version did not come up", model.model, old.source)
                 continue
             self.placed[model.name] = new
-            self.announce(self.table)
+            self._announce()
             time.sleep(self.settle)
             self.remove(old.application)
             changed.append(model.name)
         return changed
+
+    def _announce(self) -> None:
+        """Until all have heard it: a lost ingress is replaced by one that asks by itself."""
+        while True:
+            try:
+                self.announce(self.table)
+            except Exception:
+                log.exception("an ingress did not hear of the new versions; telling it again")
+                time.sleep(self.settle)
+            else:
+                return
 
 
 def follows_alias(model: str) -> bool:

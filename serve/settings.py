@@ -88,6 +88,12 @@ class ModelSettings(Section):
         None, ge=1, description="positions of a replica's KV cache; none: max_sequences whole contexts"
     )
     prefill_tokens: int = Field(2048, ge=1, description="most prompt tokens that a step takes in")
+    speculative: int = Field(
+        0, ge=0, description="image codes drafted ahead by speculative Jacobi decoding; 0: none. A seed's codes change"
+    )
+    cuda_graphs: bool | None = Field(
+        None, description="record the passes of answers in progress as CUDA graphs; none: where there is a GPU"
+    )
     max_queued: int = Field(256, ge=1, description="requests that may wait for a replica; more get 429")
     image_coders: int = Field(
         0, ge=0, description="most replicas of a deployment that codes and decodes images; 0: the engine's replicas do"

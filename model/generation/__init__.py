@@ -2,7 +2,7 @@
 
 from calumma.model.generation.answers import generate
 from calumma.model.generation.engine import Engine
-from calumma.model.generation.parallel import Shard
+from calumma.model.generation.parallel import Shard, read_part
 from calumma.model.generation.request import Event, Logprob, PhaseSampling, PromptTooLong, Request, SamplingParams
 from calumma.model.generation.statistics import Counters, Statistics
 
@@ -18,4 +18,5 @@ __all__ = [
     "Shard",
     "Statistics",
     "generate",
+    "read_part",
 ]

@@ -46,16 +46,20 @@ class Decoder:
     def __init__(self, transformer: Transformer, shard: Shard | None = None) -> None:
         config = transformer.config
         self.transformer, self.shard = transformer, shard or Shard()
-        self.shard.check(config)
-        self.heads, self.kv_heads = config.heads // self.shard.count, config.kv_heads // self.shard.count
+        heads, kv_heads = self.shard.heads(config)
+        self.heads, self.kv_heads = heads.stop - heads.start, kv_heads.stop - kv_heads.start
+        self.embedding = self._part("embedding.weight", transformer.embedding.weight)
         self.head_size, self.eps, self.swin = config.head_size, config.norm_eps, config.norm_order == "swin"
-        self.layers = [self._layer(block) for block in cast(Iterable[Block], transformer.blocks)]
-        self.head = self.shard.rows(transformer.output.weight) if self.shard.count > 1 else None
+        total = sum(p.numel() * p.element_size() for p in transformer.blocks.parameters())
+        self._copied = total // self.shard.count <= FUSED_BYTES
+        blocks = enumerate(cast(Iterable[Block], transformer.blocks))
+        self.layers = [self._layer(f"blocks.{number}", block) for number, block in blocks]
+        self.head = self._head() if self.shard.count > 1 else None
         self._complex_rope = torch.view_as_complex(transformer.rope)
 
     def hidden(self, tokens_T: Tensor, paged: PagedPass) -> Tensor:
         """LongTensor [T] -> FloatTensor [T, D], what the output projection reads; keys and values go into the cache."""
-        x_TD = F.embedding(tokens_T, self.transformer.embedding.weight)
+        x_TD = self._embed(tokens_T)
         rope_T1P = self._complex_rope[paged.positions_T][:, None]
         for number, layer in enumerate(self.layers):
             if self.swin:
@@ -74,6 +78,30 @@ class Decoder:
             return logits_RC
         logits_RV = self.shard.gather(F.linear(x_RD, self.head).float())[:, : self.transformer.config.vocabulary_size]
         return logits_RV if columns is None else logits_RV[:, columns].contiguous()
+
+    def _embed(self, tokens_T: Tensor) -> Tensor:
+        if self.shard.count == 1:
+            return F.embedding(tokens_T, self.embedding)
+        own_T = tokens_T - self.shard.vocabulary(self.transformer.config).start
+        elsewhere_T = (own_T < 0) | (own_T >= len(self.embedding))
+        if not len(self.embedding):
+            return self.shard.sum(self.embedding.new_zeros(len(tokens_T), self.transformer.config.width))
+        x_TD = F.embedding(own_T.masked_fill(elsewhere_T, 0), self.embedding)
+        return self.shard.sum(x_TD.masked_fill_(elsewhere_T[:, None], 0))
+
+    def _head(self) -> Tensor:
+        """As many rows as the first part has."""
+        own_CD = self._part("output.weight", self.transformer.output.weight)
+        missing = -(-self.transformer.config.vocabulary_size // self.shard.count) - len(own_CD)
+        return F.pad(own_CD, (0, 0, 0, missing)) if missing else own_CD
+
+    def _part(self, name: str, weight: Tensor) -> Tensor:
+        """This shard's part of a weight, of which that may be all there is (`read_part`)."""
+        where = self.shard.cut(name, self.transformer.config)
+        own = weight.detach()
+        if self.shard.count == 1 or all(o.stop - o.start == size for o, size in zip(where, own.shape, strict=False)):
+            return own
+        return own[where].clone()
 
     def _attention(self, x_TD: Tensor, rope_T1P: Tensor, number: int, layer: Layer, paged: PagedPass) -> Tensor:
         found = [F.linear(x_TD, weight) for weight in layer.query_key_value]
@@ -103,27 +131,33 @@ class Decoder:
         scale_T1 = (x_TD * x_TD).mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # fewer calls than rms_norm's own
         return (x_TD * scale_T1).mul_(weight_D)
 
-    def _layer(self, block: Block) -> Layer:
-        attention, feed_forward, shard = block.attention, block.feed_forward, self.shard
+    def _layer(self, prefix: str, block: Block) -> Layer:
+        own = {name: self._part(f"{prefix}.{name}", weight) for name, weight in block.named_parameters()}
         norm = None
-        if attention.normalize:
-            both = (attention.query_norm, attention.key_norm)
+        if block.attention.normalize:
+            both = ("attention.query_norm", "attention.key_norm")
             norm = (
-                torch.cat([shard.rows(each.weight.detach()) for each in both]),
-                torch.cat([shard.rows(each.bias.detach()) for each in both]),
+                torch.cat([own[f"{each}.weight"] for each in both]),
+                torch.cat([own[f"{each}.bias"] for each in both]),
             )
-        projections = [each.weight.detach() for each in (attention.query, attention.key, attention.value)]
-        gate_up = [each.weight.detach() for each in (feed_forward.gate, feed_forward.up)]
-        total = sum(p.numel() * p.element_size() for p in self.transformer.blocks.parameters()) // shard.count
-        parts = [tuple(shard.rows(weight) for weight in weights) for weights in (projections, gate_up)]
-        if total <= FUSED_BYTES:
-            parts = [(torch.cat(weights),) for weights in parts]
-        return Layer(
-            block.attention_norm.weight.detach(),
-            block.feed_forward_norm.weight.detach(),
-            parts[0],
-            norm,
-            shard.columns(attention.output.weight.detach()),
-            parts[1],
-            shard.columns(feed_forward.down.weight.detach()),
+        projections = (
+            [own[f"attention.{each}.weight"] for each in ("query", "key", "value")],
+            [own[f"feed_forward.{each}.weight"] for each in ("gate", "up")],
         )
+        query_key_value, gate_up = (self._beside(weights) for weights in projections)
+        return Layer(
+            own["attention_norm.weight"],
+            own["feed_forward_norm.weight"],
+            query_key_value,
+            norm,
+            self._beside([own["attention.output.weight"]])[0],
+            gate_up,
+            self._beside([own["feed_forward.down.weight"]])[0],
+        )
+
+    def _beside(self, weights: list[Tensor]) -> Weights:
+        """One weight, copied as its product with a few tokens reads it fastest; or what is too large to be copied."""
+        if not self._copied:
+            return tuple(weights)
+        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return (whole if whole.is_cuda else whole.t().contiguous().t(),)

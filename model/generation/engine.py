@@ -39,8 +39,11 @@ class Engine:
     image_burst: most codes a step draws at once when all requests are within images and none is waiting to be taken in.
     jacobi_window: image codes that speculative Jacobi decoding drafts ahead and verifies in one pass; 0 draws one code
     a pass. Codes come from the same distribution, but a seed gives others than without it.
+    cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so on a GPU. On
+    a CPU, or in a group, they run unrecorded. A shape is recorded when it first occurs, which takes a moment.
     shard: this process's part in a group that shares the model (tensor parallelism): all make the same engine; the
-    first is used as ever and closed in the end, the others `follow` it.
+    first is used as ever and closed in the end, the others `follow` it. The transformer is whole, or what `read_part`
+    gives.
     The transformer is put into evaluation mode. `add`, `abort` and what tells the state may be called from other
     threads while one thread calls `step`.
     """
@@ -59,6 +62,7 @@ class Engine:
         block_size: int = 32,
         prefix_cache: bool = True,
         jacobi_window: int = 0,
+        cuda_graphs: bool | None = None,
         shard: Shard | None = None,
     ) -> None:
         longest = transformer.config.context
@@ -85,7 +89,15 @@ class Engine:
         self.image_burst = 1 if jacobi_window else image_burst
         count = max_sequences * -(-self.context // block_size) if cache_tokens is None else cache_tokens // block_size
         self._runner = Runner(
-            transformer.eval(), vocabulary, count, block_size, max_sequences, self.context, window=jacobi_window
+            transformer.eval(),
+            vocabulary,
+            count,
+            block_size,
+            max_sequences,
+            self.context,
+            shard,
+            jacobi_window,
+            transformer.embedding.weight.is_cuda if cuda_graphs is None else cuda_graphs,
         )
         self._blocks = Blocks(count, block_size, self._runner.cache.copy, share=prefix_cache)
         self._scheduler = Scheduler(self._blocks, max_sequences, prefill_tokens)

@@ -94,7 +94,8 @@ class Layout:
             own = range(sequence.cached + step, sequence.cached + step + count)
             positions += own
             where += [sequence.blocks[p // size] * size + p % size for p in own]
-        positions_T = torch.tensor(positions, device=device)
+        # without waiting: the host issues passes ahead of the device
+        positions_T, where_T = (torch.tensor(each).to(device, non_blocking=True) for each in (positions, where))
         rows, begin = [], 0
         for group in self.groups:
             end = begin + len(group) * group[0][1]
@@ -102,7 +103,7 @@ class Layout:
             begin = end
         if keeper is not None:
             keeper.forget_unused()
-        return PagedPass(cache, positions_T, torch.tensor(where, device=device), rows)
+        return PagedPass(cache, positions_T, where_T, rows)
 
     def _rows(
         self,
@@ -126,6 +127,6 @@ class Layout:
         if T == 1 and keeper is not None:
             kept = keeper.find(sequences, positions, M)
             if kept is not None:
-                return Rows(B, T, kept, bias_B1TL, positions_T)
+                return Rows(B, T, kept, bias_B1TL, kept.places(positions_T))
         tables = [block for s in sequences for block in (s.blocks + [0] * M)[:M]]
-        return Rows(B, T, torch.tensor(tables, device=device), bias_B1TL)
+        return Rows(B, T, torch.tensor(tables).to(device, non_blocking=True), bias_B1TL)

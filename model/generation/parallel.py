@@ -1,27 +1,30 @@
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053): every matrix is cut over the processes of a group.
 
 Query, key, value, gate and up are cut by rows (heads stay whole, and so do their norms), output and down by columns,
-after which the processes' parts are summed; the output projection by the vocabulary, whose parts are put together.
-Each process cuts its own part of whole weights, so any checkpoint goes on any number of processes that divides its
-key-value heads and feed-forward width.
+after which the processes' parts are summed; embedding and output projection by the vocabulary, whose parts are summed
+and put together. Nothing must divide: parts differ by a head or a column, and where there are more processes than
+key-value heads, those that share one keep it each, with the queries of theirs alone. `read_part` reads a process's part
+from a model directory, and no more; the engine also cuts it from whole weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from calumma.model.config import ModelConfig
+from calumma.model.config import FILE, ModelConfig
+from calumma.model.transformer import Transformer
+from calumma.model.weights import open_weights
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count`, one a process of `group`."""
+    """Part `index` of `count`, one a process of `group`; see the head of the module for what a part is."""
 
     index: int = 0
     count: int = 1
@@ -32,25 +35,43 @@ class Shard:
         """This process's part in a group, torch.distributed's default one for None."""
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
-    def check(self, config: ModelConfig) -> None:
-        """Raises ValueError where a model cannot be cut into so many parts."""
-        for name in ("kv_heads", "ffn_width"):
-            if getattr(config, name) % self.count:
-                raise ValueError(
-                    f"the model's {name}, {getattr(config, name)}, cannot be cut into {self.count} equal parts; use a "
-                    f"number of processes that divides it"
-                )
+    def heads(self, config: ModelConfig) -> tuple[slice, slice]:
+        """This part's heads, and the key-value heads they attend to. Raises ValueError where a part would have none."""
+        K, grouped = config.kv_heads, config.heads // config.kv_heads
+        if self.count > config.heads:
+            raise ValueError(
+                f"the model's {config.heads} heads cannot be cut into {self.count} parts: use at most "
+                f"{config.heads} processes, a head each"
+            )
+        if self.count <= K:
+            own = _even(K, self.index, self.count)
+            return slice(own.start * grouped, own.stop * grouped), own
+        shared = [index * K // self.count for index in range(self.count)]  # the key-value head of each part
+        head = shared[self.index]
+        queries = _even(grouped, self.index - shared.index(head), shared.count(head))
+        first = head * grouped
+        return slice(first + queries.start, first + queries.stop), slice(head, head + 1)
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """This part of the rows; the last part is filled up with zeros where they do not divide."""
-        if self.count == 1:
-            return weight
-        size = -(-len(weight) // self.count)
-        part = weight.detach()[self.index * size : (self.index + 1) * size]
-        return F.pad(part, (0, 0, 0, size - len(part))) if len(part) < size else part.clone()
+    def vocabulary(self, config: ModelConfig) -> slice:
+        """This part's ids; the last parts may have fewer, or none."""
+        size = -(-config.vocabulary_size // self.count)
+        begin, end = (min(at * size, config.vocabulary_size) for at in (self.index, self.index + 1))
+        return slice(begin, end)
 
-    def columns(self, weight: Tensor) -> Tensor:
-        return weight if self.count == 1 else weight.detach().chunk(self.count, dim=1)[self.index].clone()
+    def cut(self, name: str, config: ModelConfig) -> tuple[slice, ...]:
+        """What this part has of a weight of the Transformer, by its rows, or its rows and columns."""
+        heads, kv_heads = self.heads(config)
+        layer, _, kind = name.rpartition(".")[0].rpartition(".")
+        rows = {"query_norm": heads, "key_norm": kv_heads, "query": _of_heads(heads, config)}
+        rows |= dict.fromkeys(("key", "value"), _of_heads(kv_heads, config))
+        rows |= dict.fromkeys(("gate", "up"), _even(config.ffn_width, self.index, self.count))
+        if kind == "down":
+            return slice(0, config.width), rows["up"]
+        if kind == "output" and layer:
+            return slice(0, config.width), rows["query"]
+        if kind in ("embedding", "output"):
+            return (self.vocabulary(config),)
+        return (rows[kind],) if kind in rows else ()
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all processes' parts, in place."""
@@ -77,3 +98,35 @@ class Shard:
         parts = [torch.empty_like(part) for _ in range(self.count)]
         dist.all_gather(parts, part.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
+
+
+def read_part(
+    directory: str | Path, shard: Shard, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """The Transformer of a model directory with a shard's part of its weights alone, for an Engine of that shard: it
+    cannot compute by itself. No more is read, or in memory, than the part. Raises what `open_weights` does, and
+    ValueError where the model cannot be cut so, or lacks weights."""
+    config = ModelConfig.read(directory)
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    entries = open_weights(directory, device)
+    names = {name for name, _ in transformer.named_parameters()}
+    if names != entries.keys():
+        wrong = ", ".join(sorted(names ^ entries.keys())[:20])
+        raise ValueError(f"{directory} does not hold the weights its {FILE} describes: {wrong}")
+    for name, entry in entries.items():
+        where = shard.cut(name, config)
+        part = entry.part(where) if where and entry.part is not None else entry.read()[where]
+        module, _, own = name.rpartition(".")
+        setattr(transformer.get_submodule(module), own, nn.Parameter(part.to(dtype or part.dtype), False))
+    transformer.rebuild_rope(device)
+    return transformer.eval()
+
+
+def _even(size: int, index: int, count: int) -> slice:
+    """Part `index` of `size` in `count` parts that differ by one at most."""
+    return slice(index * size // count, (index + 1) * size // count)
+
+
+def _of_heads(heads: slice, config: ModelConfig) -> slice:
+    return slice(heads.start * config.head_size, heads.stop * config.head_size)

@@ -15,6 +15,7 @@ from torch import Tensor
 from calumma.model.attention import PagedCache
 from calumma.model.generation.blocks import Sequence
 from calumma.model.generation.decoder import Decoder
+from calumma.model.generation.graphs import Graphs
 from calumma.model.generation.jacobi import Drafts
 from calumma.model.generation.layout import Keeper, Layout
 from calumma.model.generation.parallel import Shard
@@ -50,12 +51,13 @@ class Runner:
         context: int,
         shard: Shard | None = None,
         window: int = 0,
+        graphs: bool = False,
     ) -> None:
         weight = next(transformer.parameters())
         self.decoder, self.device = Decoder(transformer, shard), weight.device
         self.cache = PagedCache(
             transformer.config,
-            blocks,
+            blocks + graphs,  # one that nobody owns
             block_size,
             weight.device,
             weight.dtype,
@@ -63,6 +65,7 @@ class Runner:
         )
         self.sampler = Sampler(vocabulary, transformer.config.vocabulary_size, seats, context, weight.device)
         self.keeper = Keeper(self.cache) if self.device.type == "cpu" else None
+        self.graphs = Graphs(self.decoder, self.cache, -(-context // block_size)) if graphs else None
         self.window = window
         self.computed = self.drafted = self.accepted = 0
 
@@ -89,7 +92,7 @@ class Runner:
         drawn: list[Drawn] = []
         x_TD = torch.empty(0)
         for step in range(steps):
-            x_TD = self.decoder.hidden(tokens_T, layout.step(self.cache, step, self.device, self.keeper))
+            x_TD = self._hidden(tokens_T, layout, step)
             self.computed += len(layout.tokens)
             if image_rows is not None and image_inputs is not None:
                 columns = self.sampler.columns[IMAGE]
@@ -122,6 +125,12 @@ class Runner:
                 for sequence in result.generation.sequences:
                     sequence.cached += max(0, len(result.tokens) - 1)
         return results
+
+    def _hidden(self, tokens_T: Tensor, layout: Layout, step: int) -> Tensor:
+        x_TD = self.graphs.hidden(tokens_T, layout, step) if self.graphs is not None else None
+        if x_TD is not None:
+            return x_TD
+        return self.decoder.hidden(tokens_T, layout.step(self.cache, step, self.device, self.keeper))
 
     def _layout(self, parts: list[Part]) -> Layout:
         """Where the parts' tokens stand, and after them their drafts."""
@@ -206,7 +215,7 @@ class Runner:
             generation.prompt_logprobs += [Logprob(value, tuple(top)) for value, top in zip(values, tops, strict=True)]
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
 
 
 def needs_of(generations: list[Generation], phase: int) -> Needs:

@@ -1,12 +1,12 @@
 """Masks, repetition penalty, temperature and filters for all rows of a phase at once, on the device.
 
 Per-request settings lie in tables of one row a seat; a step gathers its rows. Random numbers come from a table too: a
-request's own generator fills its row when it is seated, and the n-th id of its answer takes the n-th number. So a
+request's own generator fills its row when it is seated, and the n-th id of its answer takes the n-th few numbers. So a
 request's tokens depend on its seed alone, whoever shares the batch and however often it is preempted, and a step draws
 nothing.
 
-Shape suffixes: R requests (rows), V vocabulary, C columns of it (V in text, the image ids' in images), S seats, N ids
-of an answer, P phases (text, image), K most likely ids.
+Shape suffixes: R requests (rows), V vocabulary, C columns of it (V in text, the image ids' in images), B runs of
+columns, S seats, N ids of an answer, P phases (text, image), K most likely ids, X random numbers of an id.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calumma.model.generation.request import MOST_LOGPROBS, SamplingParams
@@ -23,6 +24,9 @@ TEXT, IMAGE = 0, 1
 FEW = 64  # most likely tokens that are looked at first
 MANY = 1 << 14  # tokens that are too many to be sorted
 ONE_UPPER = 0x3F80  # the upper 16 bits of 1.0
+RUN = 256  # columns that are summed up, or looked through for the largest, at once
+TRIES = 4  # ids that are proposed for a nucleus before it is made out
+LIKELY = 0.5  # top_p from which a proposed id is likely enough to lie in the nucleus
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Sampler:
         # temperature, top_p, min_p, top_k, repetition_penalty
         self.settings_SP5 = torch.zeros(seats, 2, 5, device=device)
         self.seen_SN = torch.full((seats, longest + 1), self.nothing, dtype=torch.long, device=device)
-        self.uniform_SN = torch.zeros(seats, longest + 1, device=device)
+        self.uniform_SNX = torch.zeros(seats, longest + 1, TRIES + 1, device=device)
         self._room = torch.empty(0, device=device)
 
     def seat(self, seat: int, params: SamplingParams, seed: int, answer: list[int]) -> None:
@@ -75,8 +79,7 @@ class Sampler:
         if answer:
             ids = torch.tensor(answer, device=self.seen_SN.device)
             self.seen_SN[seat, : len(answer)] = torch.where(self.text_V[ids], ids, self.nothing)
-        numbers = torch.rand(self.uniform_SN.shape[1], generator=torch.Generator().manual_seed(seed))
-        self.uniform_SN[seat] = numbers
+        self.uniform_SNX[seat] = torch.rand(self.uniform_SNX.shape[1:], generator=torch.Generator().manual_seed(seed))
 
     def sample(
         self,
@@ -96,9 +99,9 @@ class Sampler:
         logits_RC += self.bias[phase]
         if begins_R is not None:
             logits_RC[:, self.begin_image - offset].masked_fill_(~begins_R, float("-inf"))
-        top_R1, token_R1 = logits_RC.max(-1, keepdim=True)
+        top_R1, token_R1 = largest(logits_RC)
         scratch_RC = self._scratch(logits_RC)
-        normalizer_R1 = torch.sub(logits_RC, top_R1, out=scratch_RC).exp_().sum(-1, keepdim=True).log_() + top_R1
+        normalizer_R1 = top_R1 - torch.softmax(logits_RC, -1, out=scratch_RC).gather(1, token_R1).log_()
         top_ids = top_logprobs = None
         if needs.top:
             top_logprobs, top_ids = logits_RC.topk(min(needs.top, MOST_LOGPROBS, logits_RC.shape[1]))
@@ -109,16 +112,15 @@ class Sampler:
             seen_RN = self.seen_SN[seats_R, : needs.penalized]
             own_RN = logits_RC.gather(1, seen_RN)
             weakened_RN = torch.where(own_RN > 0, own_RN / penalty_R1, own_RN * penalty_R1)
-            top_R1, token_R1 = logits_RC.scatter_(1, seen_RN, weakened_RN).max(-1, keepdim=True)
+            top_R1, token_R1 = largest(logits_RC.scatter_(1, seen_RN, weakened_RN))
         if needs.random:
             settings_R5 = self.settings_SP5[seats_R, phase]
             temperature_R1 = settings_R5[:, :1]
             # relative to the maximum, so that no temperature, however small, overflows
             torch.sub(logits_RC, top_R1, out=scratch_RC).div_(torch.where(temperature_R1 > 0, temperature_R1, 1.0))
             scratch_RC.exp_()
-            scratch_RC /= scratch_RC.sum(-1, keepdim=True)
             filters_3R = settings_R5[:, 1:4].T if needs.filtered else None
-            drawn_R1 = draw(scratch_RC, filters_3R, self.uniform_SN[seats_R, number_R])
+            drawn_R1 = propose(scratch_RC, filters_3R, self.uniform_SNX[seats_R, number_R])
             token_R1 = torch.where(temperature_R1 > 0, drawn_R1, token_R1)
         if seen_RN is not None and own_RN is not None:
             logits_RC.scatter_(1, seen_RN, own_RN)  # before the penalty, for the log-probability
@@ -134,7 +136,7 @@ class Sampler:
         logits_RC += self.bias[IMAGE]
         settings_R5 = self.settings_SP5[seats_R, IMAGE]
         temperature_R1 = settings_R5[:, :1]
-        top_R1, token_R1 = logits_RC.max(-1, keepdim=True)
+        top_R1, token_R1 = largest(logits_RC)
         p_RC = ((logits_RC - top_R1) / torch.where(temperature_R1 > 0, temperature_R1, 1.0)).softmax(-1)
         if needs.filtered:
             p_RC.masked_fill_(p_RC < thresholds(p_RC, *settings_R5[:, 1:4].T)[:, None], 0)
@@ -149,20 +151,89 @@ class Sampler:
         return self._room[: like_RC.numel()].view_as(like_RC)
 
 
+def propose(weights_RC: Tensor, filters_3R: Tensor | None, uniform_RX: Tensor) -> Tensor:
+    """LongTensor [R, 1]: what `draw` gives, in distribution, from weights that need not sum to 1; overwritten.
+
+    An id drawn from all lies in the nucleus where the ids more likely than itself do not reach top_p. If so it is the
+    one, else the next is tried: no row is sorted, which for a flat one costs more than the model. Rows with other
+    filters, or none of whose tries lies inside, are drawn from exactly; so are all where the host would have to wait
+    for the device to know.
+    """
+    if filters_3R is None:
+        return invert(weights_RC, uniform_RX[:, 0])
+    if weights_RC.is_cuda:
+        return draw(weights_RC.div_(weights_RC.sum(-1, keepdim=True)), filters_3R, uniform_RX[:, -1])
+    top_p_R, min_p_R, top_k_R = filters_3R
+    tried_R = (top_p_R >= LIKELY) & (min_p_R <= 0) & (top_k_R <= 0)
+    ids_R1 = torch.full((len(weights_RC), 1), -1)
+    rows = tried_R.nonzero()[:, 0]
+    for attempt in range(TRIES):
+        if not rows.numel():
+            break
+        own_RC = weights_RC if len(rows) == len(weights_RC) else weights_RC[rows]
+        found_R1 = invert(own_RC, uniform_RX[rows, attempt])
+        # with a plain number for each row this is one vectorized pass
+        limits = own_RC.gather(1, found_R1)[:, 0].tolist()
+        above_R = torch.stack([F.threshold(row, limit, 0).sum() for row, limit in zip(own_RC, limits, strict=True)])
+        inside_R = (above_R < top_p_R[rows] * own_RC.sum(-1)) | (top_p_R[rows] >= 1)
+        ids_R1[rows[inside_R]] = found_R1[inside_R]
+        rows = rows[~inside_R]
+    rows = (ids_R1[:, 0] < 0).nonzero()[:, 0]
+    if rows.numel():
+        own_RC = weights_RC[rows]
+        own_RC /= own_RC.sum(-1, keepdim=True)
+        ids_R1[rows] = draw(own_RC, filters_3R[:, rows], uniform_RX[rows, -1])
+    return ids_R1
+
+
 def draw(probabilities_RC: Tensor, filters_3R: Tensor | None, uniform_R: Tensor) -> Tensor:
-    """LongTensor [R, 1]: the cumulative distribution, in order of ids, inverted at a uniform number of 0..1.
+    """LongTensor [R, 1]: one id of each row, at a uniform number of 0..1.
 
     filters_3R: top_p, min_p and top_k of each row. `probabilities_RC` is overwritten.
     """
     if filters_3R is not None:
         threshold_R = thresholds(probabilities_RC, *filters_3R)
         probabilities_RC.masked_fill_(probabilities_RC < threshold_R[:, None], 0)
-    cumulative_RC = probabilities_RC.cumsum_(-1)
-    total_R = cumulative_RC[:, -1]
-    # below the total even where rounding would not have it so: then the id at which it is passed has some mass
-    target_R = torch.minimum(uniform_R * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
-    ids_R1 = torch.searchsorted(cumulative_RC, target_R[:, None], right=True)
-    return ids_R1.clamp(max=probabilities_RC.shape[1] - 1)  # only NaN gets beyond
+    return invert(probabilities_RC, uniform_R)
+
+
+def invert(weights_RC: Tensor, uniform_R: Tensor) -> Tensor:
+    """LongTensor [R, 1]: the id at which the cumulative sum, in order of ids, passes a share of the whole. First the
+    run of columns in which it does is looked for, then the place in it: only sums of runs are needed of all."""
+    runs_RBC = _runs(weights_RC, 0.0)
+    sums_RB = runs_RBC.sum(-1)
+    run_R1, rest_R1 = _passed(sums_RB, uniform_R[:, None] * sums_RB.sum(-1, keepdim=True))
+    inside_RC = runs_RBC[torch.arange(len(run_R1), device=run_R1.device), run_R1[:, 0]]
+    place_R1, _ = _passed(inside_RC, rest_R1)
+    return (run_R1 * runs_RBC.shape[-1] + place_R1).clamp_(max=weights_RC.shape[1] - 1)  # only NaN gets beyond
+
+
+def _passed(weights_RC: Tensor, target_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place at which the cumulative sum passes a number, and what is left of that at the place."""
+    cumulative_RC = weights_RC.cumsum(-1)
+    total_R1 = cumulative_RC[:, -1:]
+    # below the total even where rounding would not have it so: then the place at which it is passed has some mass
+    target_R1 = torch.minimum(target_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1))).clamp_(min=0)
+    place_R1 = torch.searchsorted(cumulative_RC, target_R1, right=True).clamp_(max=weights_RC.shape[1] - 1)
+    return place_R1, target_R1 - (cumulative_RC - weights_RC).gather(1, place_R1)
+
+
+def largest(values_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """`values_RC.max(-1, keepdim=True)`, the first of equal ones. A CPU is faster by runs: maxima are vectorized, the
+    search for their places is not."""
+    if values_RC.is_cuda:
+        top = values_RC.max(-1, keepdim=True)
+        return top.values, top.indices
+    runs_RBC = _runs(values_RC, float("-inf"))
+    top_R1, run_R1 = runs_RBC.amax(-1).max(-1, keepdim=True)
+    inside_RC = runs_RBC[torch.arange(len(run_R1)), run_R1[:, 0]]
+    return top_R1, run_R1 * runs_RBC.shape[-1] + inside_RC.max(-1, keepdim=True).indices
+
+
+def _runs(values_RC: Tensor, filler: float) -> Tensor:
+    """[R, B, RUN] of [R, C], filled up where C is no multiple."""
+    missing = -values_RC.shape[1] % RUN
+    return (F.pad(values_RC, (0, missing), value=filler) if missing else values_RC).unflatten(1, (-1, RUN))
 
 
 def thresholds(probabilities_RC: Tensor, top_p_R: Tensor, min_p_R: Tensor, top_k_R: Tensor) -> Tensor:

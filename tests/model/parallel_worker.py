@@ -1,4 +1,4 @@
-"""One process of an engine for test_generation_parallel.py: `parallel_worker.py RANK WORLD STORE OUTPUT`."""
+"""One process of an engine for test_generation_parallel.py: `parallel_worker.py RANK WORLD FOLDER`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from calumma.model.config import ModelConfig
-from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Shard
+from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Shard, read_part
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
+from calumma.model.weights import Entry, write_weights
 
 N = 4  # codes of an image
 V = Vocabulary(
@@ -24,10 +25,11 @@ CASES: list[dict[str, Any]] = [{"norm_order": "pre"}, {"norm_order": "swin", "qu
 OPTIONS: list[dict[str, Any]] = [{}, {"jacobi_window": 2, "block_size": 4, "cache_tokens": 184}]
 
 
-def answers(shard: Shard | None) -> list[dict[str, list[int]]]:
-    """Of every case, by request; empty where this process follows another."""
+def answers(shard: Shard | None, folder: Path) -> list[dict[str, list[int]]]:
+    """Of every case, by request; empty where this process follows another. The first case's weights are read from disk,
+    the others' cut from what is in memory."""
     found = []
-    for case in CASES:
+    for number, case in enumerate(CASES):
         config = ModelConfig(
             vocabulary_size=V.size, layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=64, **case
         )
@@ -37,6 +39,13 @@ def answers(shard: Shard | None) -> list[dict[str, list[int]]]:
                 if parameter.dim() == 2:
                     parameter.normal_(std=0.4, generator=generator)
             transformer.output.weight[[V.eos, V.end_turn]] = 0  # seldom the likeliest
+        if number == 0 and shard is None:
+            config.save(folder)
+            write_weights(folder, {name: Entry.of(tensor) for name, tensor in transformer.state_dict().items()})
+        elif number == 0 and shard is not None:
+            whole = sum(parameter.numel() for parameter in transformer.parameters())
+            transformer = read_part(folder, shard)
+            assert sum(parameter.numel() for parameter in transformer.parameters()) < 1.4 * whole / shard.count
         for options in OPTIONS:
             engine = Engine(transformer, V, N, shard=shard, **options)
             if shard is not None and shard.index:
@@ -44,12 +53,12 @@ def answers(shard: Shard | None) -> list[dict[str, list[int]]]:
                 continue
             got: dict[str, list[int]] = {}
             hot = PhaseSampling(1.2, 0.9, 1.2)
-            for number, mode in enumerate(("text", "image", "interleaved", "interleaved")):
-                prefix = (V.begin_image,) if number == 2 else ()
+            for seed, mode in enumerate(("text", "image", "interleaved", "interleaved")):
+                prefix = (V.begin_image,) if seed == 2 else ()
                 params = SamplingParams(
-                    20, mode, text=hot, image=PhaseSampling(1.0), seed=number, prefix=prefix, prompt_logprobs=0
+                    20, mode, text=hot, image=PhaseSampling(1.0), seed=seed, prefix=prefix, prompt_logprobs=0
                 )
-                engine.add(Request(str(number), [V.bos, *IMAGE, 18, 20 + number], params))
+                engine.add(Request(str(seed), [V.bos, *IMAGE, 18, 20 + seed], params))
                 for event in engine.step():
                     got.setdefault(event.request_id, []).extend(event.tokens)
             engine.add(Request("gone", [V.bos, 17], SamplingParams(20)))
@@ -63,12 +72,12 @@ def answers(shard: Shard | None) -> list[dict[str, list[int]]]:
 
 
 def main() -> None:
-    rank, world, store, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    found = answers(Shard.of(None))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    found = answers(Shard.of(None), folder)
     if rank == 0:
-        Path(output).write_text(json.dumps(found))
+        (folder / f"answers{world}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

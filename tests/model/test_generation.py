@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams
+from calumma.model.generation.sampler import TRIES
 from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 
@@ -102,8 +103,9 @@ def images_in(tokens: list[int]) -> list[list[int]]:
     return images
 
 
-def draw(logits_V: Tensor, sampling: PhaseSampling, number: float) -> int:
-    """Greedy, or the id at which the mass of the top-p set, in order of ids, passes `number` of it."""
+def draw(logits_V: Tensor, sampling: PhaseSampling, numbers: list[float]) -> int:
+    """Greedy, or the id at which the mass, in order of ids, passes a number of it: of all ids, at the first number that
+    leads into the top-p set, or of that set, at the last number."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     chances = (logits_V / sampling.temperature).softmax(-1).tolist()
@@ -111,10 +113,14 @@ def draw(logits_V: Tensor, sampling: PhaseSampling, number: float) -> int:
     for token in sorted(range(len(chances)), key=lambda token: -chances[token]):
         if not kept or sum(chances[t] for t in kept) < min(sampling.top_p, 1 - 1e-6):
             kept.add(token)
-    left = number * sum(chances[token] for token in kept)
-    for token in sorted(kept):
-        left -= chances[token]
-        if left < 0:
+    everything = set(range(len(chances)))
+    for possible, number in [*((everything, each) for each in numbers[:-1]), (kept, numbers[-1])]:
+        left = number * sum(chances[token] for token in possible)
+        for token in sorted(possible):
+            left -= chances[token]
+            if left < 0:
+                break
+        if token in kept:
             break
     return token
 
@@ -128,7 +134,7 @@ def reference(
     def logits(context: list[int]) -> Tensor:
         return transformer(torch.tensor([context]))[0, -1]
 
-    numbers = torch.rand(CONTEXT, generator=torch.Generator().manual_seed(params.seed or 0)).tolist()
+    numbers = torch.rand(CONTEXT, TRIES + 1, generator=torch.Generator().manual_seed(params.seed or 0)).tolist()
     generated: list[int] = []
     logprobs: list[float] = []
     limit = N + 2 if params.mode == "image" else min(params.max_tokens, CONTEXT - len(prompt))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.model.generation import sampler as module
-from calumma.model.generation.sampler import draw, thresholds
+from calumma.model.generation.sampler import RUN, draw, invert, largest, propose, thresholds
 
 
 def filters(rows: int, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) -> Tensor:
@@ -42,6 +42,64 @@ def test_filters_leave_ids_in_proportion(given: dict[str, float], weights: list[
     drawn_R1 = draw(probabilities_RC.clone(), filters(grid, **cast(Any, given)), uniform_R)
     counts = drawn_R1.flatten().bincount(minlength=5).tolist()
     assert counts == pytest.approx([grid * weight / sum(weights) for weight in weights], abs=1)
+
+
+@pytest.mark.parametrize("tries", [1, 4])
+def test_proposed_ids_have_the_distribution_of_the_filtered_ones(tries: int) -> None:
+    """Rows of all kinds side by side: a wide nucleus, a narrow one, other filters, none that filters."""
+    weights = [4.0, 0, 3, 6, 2]
+    kinds = [
+        (0.8, 0.0, 0, [4, 0, 3, 6, 0]),
+        (0.6, 0.0, 0, [4, 0, 0, 6, 0]),
+        (0.3, 0.0, 0, [0, 0, 0, 6, 0]),
+        (1.0, 0.0, 0, [4, 0, 3, 6, 2]),
+        (0.75, 0.0, 3, [4, 0, 0, 6, 0]),
+        (0.9, 0.34, 0, [4, 0, 3, 6, 0]),
+    ]
+    each = 5000
+    filters_3R = torch.tensor([kind[:3] for kind in kinds]).repeat(each, 1).T
+    uniform_RX = torch.rand(each * len(kinds), tries + 1, generator=torch.Generator().manual_seed(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TRIES", tries)
+        drawn_R1 = propose(torch.tensor([weights]).repeat(len(uniform_RX), 1), filters_3R, uniform_RX)
+    for number, (*_, left) in enumerate(kinds):
+        counts = drawn_R1[number :: len(kinds)].flatten().bincount(minlength=5).tolist()
+        expected = [each * weight / sum(left) for weight in left]
+        assert [count > 0 for count in counts] == [weight > 0 for weight in left]
+        assert sum((c - e) ** 2 / e for c, e in zip(counts, expected, strict=True) if e) < 20  # chi-square, 4 degrees
+
+
+def test_a_row_gets_the_same_id_in_any_company() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights_RC = torch.rand(12, 700, generator=generator) ** 8
+    filters_3R = torch.tensor([[0.9], [0.0], [0.0]]).repeat(1, 12)
+    filters_3R[0, 3], filters_3R[2, 5] = 0.2, 10
+    uniform_RX = torch.rand(12, 5, generator=generator)
+    together_R1 = propose(weights_RC.clone(), filters_3R, uniform_RX)
+    for row in range(12):
+        own = slice(row, row + 1)
+        assert torch.equal(propose(weights_RC[own].clone(), filters_3R[:, own], uniform_RX[own]), together_R1[own])
+
+
+@given(
+    columns=st.sampled_from([1, 5, RUN - 1, RUN, RUN + 1, 5 * RUN]),
+    number=st.floats(0, 1, exclude_max=True, width=32),
+    seed=st.integers(0, 999),
+)
+def test_runs_find_what_a_plain_search_finds(columns: int, number: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights_RC = torch.randint(0, 4, (2, columns), generator=generator).float()  # sums of them are exact; many are 0
+    weights_RC[:, -1] += 1
+    for row, found in zip(weights_RC.tolist(), invert(weights_RC, torch.tensor([number] * 2)).tolist(), strict=True):
+        left, plain = float(torch.tensor(number) * torch.tensor(sum(row))), 0
+        while left >= row[plain]:
+            left -= row[plain]
+            plain += 1
+        assert found == [plain]
+    values_RC = torch.randint(-3, 3, (2, columns), generator=generator).float()
+    top_R1, first_R1 = largest(values_RC)
+    assert top_R1.flatten().tolist() == [max(row) for row in values_RC.tolist()]
+    assert first_R1.flatten().tolist() == [row.index(max(row)) for row in values_RC.tolist()]
 
 
 def plainly(row: list[float], top_p: float, min_p: float, top_k: int) -> float:

@@ -80,6 +80,18 @@ def client(replica: EngineReplica, settings: ServeSettings) -> Iterator[TestClie
         yield client
 
 
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tracking URI of a local model registry; whoever uses it first waits seconds for its database."""
+    return str(tmp_path_factory.mktemp("registry"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The application under a real HTTP server on a thread; its URL."""

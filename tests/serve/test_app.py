@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
-import socket
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +21,7 @@ from typing import Any
 import pytest
 import requests
 import torch
+import yaml
 from PIL import Image as PILImage
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,23 +30,19 @@ from calumma.model.directory import IMAGE_TOKENIZER, save_model
 from calumma.model.document import Document, Text
 from calumma.model.generation import SamplingParams
 from calumma.model.transformer import Transformer
-from calumma.serve import app
-from calumma.serve.app import APPLICATION_PREFIX, ServeError, deploy, undeploy
-from calumma.serve.backend import ENGINE, INGRESS
+from calumma.platform import tracking
+from calumma.platform.config import Tracking
+from calumma.serve.app import APPLICATION_PREFIX, ServeError, await_health, deploy, undeploy
+from calumma.serve.backend import ENGINE
 from calumma.serve.pieces import Job
-from calumma.serve.rollout import Placed, Rollouts
 from calumma.serve.routing import preferred, prefix_key
 from calumma.serve.settings import ModelSettings, ServeSettings
+
+from .conftest import free_port
 
 CHAT = "/v1/chat/completions"
 PATIENCE = 300.0  # seconds; a starved machine needs minutes to start a process
 LONG = 700  # tokens: seconds of streaming
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,21 @@ def talkative(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+def name_champion(registry: str, model_directory: Path) -> None:
+    """The directory is the registered model's next version, and its champion from now on."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking.resolve(Tracking(uri=registry)))
+    if not client.search_registered_models("name = 'tiny'"):
+        client.create_registered_model("tiny")
+    version = client.create_model_version("tiny", str(model_directory), await_creation_for=0)
+    client.set_registered_model_alias("tiny", "champion", version.version)
+
+
 @pytest.fixture(scope="module")
-def settings(model_directory: Path, talkative: Path) -> ServeSettings:
+def settings(model_directory: Path, talkative: Path, registry: str) -> ServeSettings:
+    name_champion(registry, model_directory)
+    tiny = {"model": "models:/tiny@champion", "name": "tiny", "tracking": Tracking(uri=registry), "image_coders": 1}
     return ServeSettings(
         model=str(talkative),
         name="talkative",
@@ -71,17 +85,43 @@ def settings(model_directory: Path, talkative: Path) -> ServeSettings:
         min_replicas=2,
         max_replicas=2,
         threads=1,
-        also=(
-            ModelSettings(model=str(model_directory), name="tiny", cpus_per_replica=0.25, image_coders=1, threads=1),
-        ),
+        also=(ModelSettings(**tiny, cpus_per_replica=0.25, threads=1),),
+        watch_seconds=1.0,
     )
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: None, settings: ServeSettings) -> Iterator[str]:
-    address = deploy(settings)
-    yield address
-    undeploy(settings.name)
+def command(
+    ray_cluster: None, settings: ServeSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[subprocess.Popen[str]]:
+    """`calumma serve start --block` that has said where it serves."""
+    import ray
+
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "serve.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    address = ray.get_runtime_context().gcs_address
+    words = ["serve", "start", "--config", "serve.yaml", "--address", address, "--block"]
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "calumma"), *words],
+        cwd=folder,
+        env=os.environ | {"XDG_CACHE_HOME": str(folder)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        said = process.stdout.readline()
+        assert said == f"talkative is served at {settings.url}\n"
+        await_health(settings.url)
+        yield process
+        if process.poll() is None:
+            process.terminate()
+        process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def url(command: subprocess.Popen[str], settings: ServeSettings) -> str:
+    return settings.url
 
 
 def body(text: str = "hi", **fields: Any) -> dict[str, Any]:
@@ -211,25 +251,11 @@ def test_prompts_that_begin_alike_share_a_replica_and_its_death_ends_only_its_st
 
 @pytest.mark.cluster
 def test_a_new_version_takes_over_without_a_lost_request(
-    url: str, settings: ServeSettings, model_directory: Path
+    url: str, registry: str, model_directory: Path, tmp_path: Path
 ) -> None:
-    """The steps of the watcher, from here: with a registry that names another directory now."""
     from ray import serve
 
     old = engine_application("tiny")
-    follows = settings.also[0].model_copy(update={"model": "models:/tiny@champion", "image_coders": 0})
-    rollouts = Rollouts(
-        models=(follows,),
-        placed={"tiny": Placed(old, "version 1")},
-        locate=lambda model: str(model_directory),
-        place=lambda model, source: app.place(model, source, settings.name),
-        announce=lambda table: (
-            serve.get_deployment_handle(INGRESS, APPLICATION_PREFIX + settings.name)
-            .broadcast("switch", table)
-            .results()
-        ),
-        remove=lambda application: serve.delete(application, _blocking=False),
-    )
     stop, results = threading.Event(), []
 
     def ask_on_and_on(seed: int) -> None:
@@ -242,7 +268,7 @@ def test_a_new_version_takes_over_without_a_lost_request(
     for thread in threads:
         thread.start()
     try:
-        assert rollouts.look() == ["tiny"]
+        name_champion(registry, shutil.copytree(model_directory, tmp_path / "next"))
         until(lambda: old not in serve.status().applications, "the old version's end")
     finally:
         stop.set()
@@ -250,20 +276,25 @@ def test_a_new_version_takes_over_without_a_lost_request(
             thread.join()
     assert len(results) > 10
     assert [result for result in results if result[1] != 200] == []
-    assert rollouts.look() == [], "nothing new, nothing done"
-    assert engine_application("tiny") == rollouts.table["tiny"]
+    assert engine_application("tiny") != old
 
 
 @pytest.mark.cluster
-def test_streams_in_flight_finish_when_the_endpoint_is_taken_down(url: str, settings: ServeSettings) -> None:
+def test_streams_in_flight_finish_when_the_command_is_told_to_end(
+    url: str, settings: ServeSettings, command: subprocess.Popen[str]
+) -> None:
     from ray import serve
 
     begun = threading.Barrier(4)
     with ThreadPoolExecutor(3) as pool:
         streams = [pool.submit(listen, url, f"last {number}", begun) for number in range(3)]
         begun.wait(PATIENCE)
-        undeploy(settings.name)
+        command.send_signal(signal.SIGTERM)
         assert [stream.result().whole for stream in streams] == [True] * 3
+    assert command.wait(PATIENCE) == 0
+    assert command.stdout is not None
+    assert command.stdout.read().endswith("stopped talkative\n")
     with pytest.raises(requests.RequestException):
         requests.get(f"{url}/health", timeout=PATIENCE).raise_for_status()
+    undeploy(settings.name)  # what another process has ended already
     assert not serve.status().applications

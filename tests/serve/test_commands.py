@@ -28,7 +28,7 @@ from calumma.serve.endpoints import create_app
 from calumma.serve.keys import hashed, known_keys
 from calumma.serve.settings import Key, Safety, ServeSettings
 
-from .conftest import listening
+from .conftest import free_port, listening
 from .test_protection import Stub
 
 RUNNER = CliRunner()
@@ -74,7 +74,10 @@ def test_the_served_name_is_the_registered_one(model: str, name: str) -> None:
     ("arguments", "says"),
     [
         (["/no/such/model"], "there is no model directory at /no/such/model"),
-        (["models:/nothing@champion", "--tracking-uri", "{folder}"], "models:/nothing@champion is not in the registry"),
+        (
+            ["models:/nothing@champion", "--tracking-uri", "{registry}"],
+            "models:/nothing@champion is not in the registry",
+        ),
         (["{folder}"], "is not a whole model directory"),
         (["{model}", "--replicas", "3..2"], "--replicas '3..2'"),
         (["{model}", "--gpus", "64"], "64 GPUs each"),
@@ -83,13 +86,14 @@ def test_the_served_name_is_the_registered_one(model: str, name: str) -> None:
     ],
 )
 def test_a_start_that_cannot_work_says_so_before_anything_starts(
-    arguments: list[str], says: str, model_directory: Path, tmp_path: Path
+    arguments: list[str], says: str, model_directory: Path, registry: str, tmp_path: Path
 ) -> None:
+    port = [] if "--port" in arguments else ["--port", str(free_port())]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        known = {"folder": tmp_path, "model": model_directory, "taken": listener.getsockname()[1]}
-        result = RUNNER.invoke(serve.app, ["start", *(argument.format(**known) for argument in arguments)])
+        known = {"folder": tmp_path, "registry": registry, "model": model_directory, "taken": listener.getsockname()[1]}
+        result = RUNNER.invoke(serve.app, ["start", *(argument.format(**known) for argument in arguments), *port])
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())
     assert Service.recorded() is None
@@ -111,10 +115,7 @@ def test_a_model_directory_that_misses_a_file_is_not(model_directory: Path, tmp_
 
 
 def test_a_free_port_is_fine() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    require_port("127.0.0.1", port)
+    require_port("127.0.0.1", free_port())
 
 
 def test_nothing_served() -> None:
@@ -180,7 +181,7 @@ def test_a_configuration_that_cannot_work_is_told(
 ) -> None:
     (tmp_path / "keys").write_text("sk-calumma-plain\n")
     (tmp_path / "serve.yaml").write_text(file.replace("{model}", str(model_directory)))
-    words = [str(model_directory), "--config", str(tmp_path / "serve.yaml"), *arguments]
+    words = [str(model_directory), "--config", str(tmp_path / "serve.yaml"), "--port", str(free_port()), *arguments]
     result = RUNNER.invoke(serve.app, ["start", *(word.replace("{folder}", str(tmp_path)) for word in words)])
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())

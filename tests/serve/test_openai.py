@@ -212,21 +212,23 @@ def likelihood(model: MixedModalModel, context: list[int], continuation: list[in
     return float(own.sum()), bool((logprobs_TV.argmax(-1) == torch.tensor(continuation)).all())
 
 
+def encode(url: str, text: str) -> list[int]:
+    """Token ids, of the remote tokenizer."""
+    reply = requests.post(f"{url}/tokenize", json={"prompt": text, "add_special_tokens": False}, timeout=60)
+    ids: list[int] = reply.json()["tokens"]
+    return ids
+
+
 def test_lm_evaluation_harness_gets_the_likelihoods_of_the_model(url: str, model: MixedModalModel) -> None:
     """The requests and the arithmetic of its `local-completions`: tokens from the remote tokenizer, several prompts
     in one request, the context's tokens cut off, the one generated token dropped."""
     assert "eos_token" in requests.get(f"{url}/tokenizer_info", timeout=60).json()
 
-    def encode(text: str) -> list[int]:
-        reply = requests.post(f"{url}/tokenize", json={"prompt": text, "add_special_tokens": False}, timeout=60)
-        ids: list[int] = reply.json()["tokens"]
-        return ids
-
     pairs = [("Which digit is this?", " seven"), ("Draw a", " three."), ("Count from two to four,", " with pictures é")]
-    greedy_context = encode("Draw a three.")
+    greedy_context = encode(url, "Draw a three.")
     with torch.inference_mode():
         greedy = [int(model.transformer(torch.tensor([[model.vocabulary.bos, *greedy_context]]))[0, -1].argmax())]
-    encoded = [(encode(a), encode(b)) for a, b in pairs] + [(greedy_context, greedy)]
+    encoded = [(encode(url, a), encode(url, b)) for a, b in pairs] + [(greedy_context, greedy)]
     body = {
         "model": "tiny",
         "prompt": [context + continuation for context, continuation in encoded],
@@ -248,6 +250,25 @@ def test_lm_evaluation_harness_gets_the_likelihoods_of_the_model(url: str, model
             len(choice["logprobs"][name]) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
         assert lengths == {len(context) + len(continuation) + 1}
+    looked_at = requests.post(f"{url}/v1/completions", json=body | {"max_tokens": 0}, timeout=300).json()
+    for before, choice in zip(out["choices"], looked_at["choices"], strict=True):
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(
+            before["logprobs"]["token_logprobs"][:-1], abs=1e-5
+        )
+        assert (choice["text"], choice["finish_reason"]) == (before["text"][: len(choice["text"])], "length")
+    assert looked_at["usage"]["completion_tokens"] == 0
+
+
+def test_lm_evaluation_harness_gets_greedy_answers_to_token_ids(url: str, client: OpenAI) -> None:
+    """Its `generate_until`: token ids, several prompts, the end-of-sequence token's name among the stop strings."""
+    texts = ["Which digit is this?", "Draw a", "Count from two to four,"]
+    body = {"model": "tiny", "max_tokens": 12, "temperature": 0, "stop": ["\n\n", "</s>"], "seed": 1234}
+    out = requests.post(
+        f"{url}/v1/completions", json=body | {"prompt": [encode(url, text) for text in texts]}, timeout=300
+    ).json()
+    found = {choice["index"]: choice["text"] for choice in out["choices"]}
+    alone = [client.completions.create(model="tiny", prompt=t, max_tokens=12, temperature=0) for t in texts]
+    assert [found[index] for index in range(3)] == [answer.choices[0].text for answer in alone]
 
 
 def test_text_offsets_point_into_the_text(client: OpenAI) -> None:

@@ -16,7 +16,8 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.encoding import DocumentEncoder
 from calumma.model.generation import Engine, PhaseSampling, SamplingParams, generate
 from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece
+from calumma.serve.loop import Codes
+from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
 from calumma.serve.replica import EngineReplica
 
 T = TypeVar("T")
@@ -77,6 +78,48 @@ def test_progress_is_told_when_asked(replica: EngineReplica) -> None:
     assert any(isinstance(piece, Drawing) for piece in told)
     silent = run(pieces_of(replica, Job("q", PROMPT, params(1, "image"))))
     assert not any(isinstance(piece, Drawing) for piece in silent)
+
+
+def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_image_after_it(
+    model: MixedModalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Coder:
+        def __init__(self) -> None:
+            self.may = asyncio.Event()
+
+        async def encode(self, images: Any) -> list[list[int]]:
+            return []
+
+        async def decode(self, codes: Any) -> bytes:
+            await self.may.wait()
+            return b"png"
+
+    async def read() -> list[list[Piece]]:
+        replica = EngineReplica(model, coder=(coder := Coder()))
+        said = [
+            TextPiece("a "),
+            TextPiece("three: "),
+            Codes([1], 1, 0.0),
+            TextPiece("."),
+            Finished("stop", TokenCount()),
+        ]
+        monkeypatch.setattr(replica.loop, "submit", lambda request, job, post: [post(part) for part in said])
+        found = []
+        try:
+            async with aclosing(replica.batches(Job("a", PROMPT, params(0)))) as batches:
+                async for pieces in batches:
+                    found.append(pieces)
+                    if len(found) == 2:
+                        coder.may.set()
+        finally:
+            replica.close()
+        return found
+
+    [started], before, (image, *after) = run(read())
+    assert isinstance(started, Started)
+    assert before == [TextPiece("a three: ")]
+    assert isinstance(image, ImagePiece)
+    assert after == [TextPiece("."), Finished("stop", TokenCount())]
 
 
 def test_a_prompt_too_long_is_refused_and_disturbs_nobody(replica: EngineReplica) -> None:

@@ -104,7 +104,7 @@ class Handle:
     def __init__(self, *calls: list[Piece | Exception]) -> None:
         self.calls = list(calls)
         self.cancelled = 0
-        self.generate = self
+        self.batches = self
 
     def options(self, stream: bool) -> Handle:
         assert stream
@@ -121,13 +121,13 @@ class Stream:
     def __aiter__(self) -> Stream:
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> list[Piece]:
         if not self.pieces:
             raise StopAsyncIteration
         piece = self.pieces.pop(0)
         if isinstance(piece, Exception):
             raise piece
-        return piece
+        return [piece]
 
     def cancel(self) -> None:
         self.handle.cancelled += 1
@@ -229,6 +229,22 @@ def test_a_new_version_is_up_before_it_is_told_and_the_old_one_ends_last() -> No
     assert registry.rollouts.look() == ["b"]
     assert registry.did == [("place", "b", "2"), ("announce", {"a": "a-1", "b": "b-2"}), ("remove", "b-1")]
     assert registry.rollouts.look() == []
+
+
+def test_an_ingress_that_did_not_hear_of_a_new_version_is_told_again() -> None:
+    registry = Registry("models:/a@live", "models:/b@live")
+    told = registry.rollouts.announce
+    failures = iter([ConnectionError("gone")])
+
+    def announce(table: dict[str, str]) -> None:
+        for failure in failures:
+            raise failure
+        told(table)
+
+    registry.rollouts.announce = announce
+    registry.sources["models:/b@live"] = "2"
+    assert registry.rollouts.look() == ["b"]
+    assert registry.did[1:] == [("announce", {"a": "a-1", "b": "b-2"}), ("remove", "b-1")]
 
 
 def test_a_version_that_does_not_come_up_changes_nothing_and_is_tried_again() -> None:
