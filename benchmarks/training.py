@@ -2,9 +2,9 @@
 
 The whole stage runs (`run_stage`: data through Ray Data, metrics, checkpoints), with one worker and with two; the bare
 loop takes the same steps of the same micro-batches in a process of its own. Each counts with its fastest intervals of
-ten steps: a neighbour on the machine only ever slows one down. Further: the share of a step that waits for data, how long a
-checkpoint stops training beside a plain `torch.save` of the same state, and the time from kill -9 of a worker to the
-next optimizer step. On a GPU: `--gpus 1 --preset calumma-1.3b`, model FLOP utilization of the full loop.
+ten steps: a neighbour on the machine only ever slows one down. Further: the share of a step that waits for data, how
+long a checkpoint stops training beside a plain `torch.save` of the same state, and the time from kill -9 of a worker
+to the next optimizer step. On a GPU: `--gpus 1 --preset calumma-1.3b`, model FLOP utilization of the full loop.
 """
 
 from __future__ import annotations

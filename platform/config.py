@@ -343,6 +343,24 @@ class TextTokenizerSpecification(JobSpecification):
     max_characters: int = Field(100_000_000, ge=1000)
 
 
+class Faults(Section):
+    """What becomes of a step whose loss or gradient is not finite, or whose loss is a spike. Recorded in MLflow."""
+
+    action: Literal["skip", "roll_back"] = Field(
+        "skip",
+        description="skip: the weights stay as they are. roll_back: they return to the last checkpoint, and training "
+        "goes on behind the bad data",
+    )
+    spike_factor: float | None = Field(
+        None, gt=1, description="a loss above this times the running median is a spike; null: only non-finite ones are"
+    )
+    window: int = Field(64, ge=2, description="steps whose median it is; before that many there are no spikes")
+    around: int = Field(0, ge=0, description="global batches that a roll-back leaves out behind the bad one")
+    in_a_row: int = Field(
+        3, ge=1, description="more bad steps than this without a good one (after a roll-back: a checkpoint) end the run"
+    )
+
+
 class ImageTokenizerSpecification(JobSpecification):
     """Trains the VQ image tokenizer under Ray Train; writes config.json, model.safetensors and a manifest."""
 
@@ -352,7 +370,7 @@ class ImageTokenizerSpecification(JobSpecification):
     output: str = "tokenizers/image"
     model: ImageTokenizerConfig = ImageTokenizerConfig()
     steps: int = Field(ge=1)
-    batch: int = Field(ge=1)
+    batch: int = Field(ge=1, description="images a step, whatever the number of workers")
     learning_rate: float = Field(1e-3, gt=0)
     commitment: float = Field(0.25, ge=0)
     loss: ImageLossConfig = ImageLossConfig()
@@ -360,6 +378,15 @@ class ImageTokenizerSpecification(JobSpecification):
         None,
         description="package.module:function, which gives an image (PIL, RGB) the weight it is drawn with; say 2 where "
         "it finds a face (paper section 2.1). None: all alike",
+    )
+    memory_gib: float = Field(
+        2.0, gt=0, description="decoded images that all workers together hold; of more, a random sample is trained on"
+    )
+    faults: Faults = Faults()
+    checkpoint_every: int = Field(1000, ge=1)
+    log_every: int | None = Field(None, ge=1, description="null: after every fiftieth of the steps")
+    held_out_every: int | None = Field(
+        None, ge=1, description="steps between two reconstructions of held-out images; null: only at the end"
     )
 
     @model_validator(mode="after")
@@ -372,7 +399,17 @@ class ImageTokenizerSpecification(JobSpecification):
                 f"{self.model.resolution}: set loss.discriminator_layers lower, or leave the adversarial or the "
                 "perceptual loss out"
             )
+        if self.batch < self.resources.max_workers:
+            raise ValueError(
+                f"batch: {self.batch} images cannot be shared by {self.resources.max_workers} workers "
+                "(resources.workers)"
+            )
         return self
+
+    @property
+    def training(self) -> str:
+        """The folder of checkpoints and whatever else is not the tokenizer: beside the output, which others copy."""
+        return f"{self.locate(self.output).rstrip('/')}.training"
 
 
 class TokenizeSpecification(JobSpecification):
@@ -437,24 +474,6 @@ class Offload(Section):
         if "nvme" in (self.optimizer, self.weights) and self.nvme_path is None:
             raise ValueError("`nvme` needs `nvme_path`, a folder on a fast local disk that every node has")
         return self
-
-
-class Faults(Section):
-    """What becomes of a step whose loss or gradient is not finite, or whose loss is a spike. Recorded in MLflow."""
-
-    action: Literal["skip", "roll_back"] = Field(
-        "skip",
-        description="skip: the weights stay as they are. roll_back: they return to the last checkpoint, and training "
-        "goes on behind the bad data",
-    )
-    spike_factor: float | None = Field(
-        None, gt=1, description="a loss above this times the running median is a spike; null: only non-finite ones are"
-    )
-    window: int = Field(64, ge=2, description="steps whose median it is; before that many there are no spikes")
-    around: int = Field(0, ge=0, description="global batches that a roll-back leaves out behind the bad one")
-    in_a_row: int = Field(
-        3, ge=1, description="more bad steps than this without a good one (after a roll-back: a checkpoint) end the run"
-    )
 
 
 class Schedule(Section):
@@ -653,6 +672,8 @@ class AblateSpecification(JobSpecification):
             raise ValueError(f"learning_rates must be above 0, found {low}")
         return self
 
+
+Resumable = TrainSpecification | ImageTokenizerSpecification  # jobs that write checkpoints
 
 JOBS: dict[str, type[JobSpecification]] = {
     "curate": CurateSpecification,

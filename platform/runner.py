@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calumma.platform import cluster
-from calumma.platform.config import JOBS, JobSpecification, SpecificationError, read
+from calumma.platform.config import JOBS, ImageTokenizerSpecification, JobSpecification, SpecificationError, read
 from calumma.platform.progress import LogLines, Progress, silent
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def discard(spec: JobSpecification) -> None:
         storage.delete(storage.join(place, path))
     for folder in (CHECKPOINTS, receipts.FOLDER):
         storage.delete(storage.join(place, folder))
+    if isinstance(spec, ImageTokenizerSpecification):
+        storage.delete(storage.join(spec.training, CHECKPOINTS))
 
 
 def run_job(spec: JobSpecification, progress: Progress = silent, force: bool = False) -> tuple[Manifest, bool]:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from calumma.platform import storage
-from calumma.platform.config import Retention, TrainSpecification
+from calumma.platform.config import Resumable, Retention, TrainSpecification
 from calumma.platform.data.manifest import MANIFEST, FileEntry, Manifest, ManifestError, sha256
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def set_aside(checkpoint: Checkpoint, why: str) -> None:
     logger.warning("the checkpoint after step %d is damaged and set aside: %s", checkpoint.step, why)
 
 
-def resumption(output: str, spec: TrainSpecification, inputs: dict[str, str]) -> Checkpoint | None:
+def resumption(output: str, spec: Resumable, inputs: dict[str, str]) -> Checkpoint | None:
     """The newest checkpoint to go on with whose content is what its manifest says; every worker calls it, reads its
     share, and gets the same answer. Damaged ones are set aside."""
     accept = continues(spec, inputs)
@@ -158,7 +158,7 @@ def everyone(mine: str) -> list[str]:
     return told
 
 
-def continues(spec: TrainSpecification, inputs: dict[str, str]) -> Callable[[Manifest], bool]:
+def continues(spec: Resumable, inputs: dict[str, str]) -> Callable[[Manifest], bool]:
     """Whether a checkpoint was made by the same training: equal settings that matter, on equal data."""
 
     def accept(manifest: Manifest) -> bool:
@@ -171,7 +171,7 @@ def continues(spec: TrainSpecification, inputs: dict[str, str]) -> Callable[[Man
     return accept
 
 
-def difference(checkpoint: Checkpoint, spec: TrainSpecification, inputs: dict[str, str]) -> str:
+def difference(checkpoint: Checkpoint, spec: Resumable, inputs: dict[str, str]) -> str:
     """Why a specification does not go on with a checkpoint that `continues` refuses."""
     found = checkpoint.manifest
     was, now = _settings(found, spec), lasting(spec.model_dump(mode="json"))
@@ -188,7 +188,7 @@ def difference(checkpoint: Checkpoint, spec: TrainSpecification, inputs: dict[st
     return f"it is to end after step {spec.steps}"
 
 
-def _settings(manifest: Manifest, spec: TrainSpecification) -> dict[str, Any]:
+def _settings(manifest: Manifest, spec: Resumable) -> dict[str, Any]:
     """What a checkpoint was made with; fields that are newer than it have their defaults."""
     try:
         made_with = type(spec).model_validate(manifest.specification).model_dump(mode="json")
@@ -212,9 +212,13 @@ def lasting(specification: dict[str, Any]) -> dict[str, Any]:
 
 def alike(checkpoint: Checkpoint, spec: TrainSpecification, world: int) -> bool:
     """Whether its optimizer state is partitioned as this group of workers needs it."""
+    return _partitioned(checkpoint, world, spec.zero_stage, spec.precision)
+
+
+def _partitioned(checkpoint: Checkpoint, world: int, zero_stage: int, precision: str) -> bool:
     report = checkpoint.manifest.report
-    ours = (world, spec.zero_stage, spec.precision)
-    return (report["world_size"], report["zero_stage"], report["precision"]) == ours
+    alike: bool = (report["zero_stage"], report["precision"]) == (zero_stage, precision)
+    return alike and (zero_stage == 0 or report["world_size"] == world)  # without ZeRO every worker has all of it
 
 
 def fits(checkpoint: Checkpoint, spec: TrainSpecification, world: int) -> bool:
@@ -228,10 +232,8 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     """Weights, optimizer and counters into an engine that it `fits`; every worker calls it."""
     from calumma.platform.training import universal
 
-    report = checkpoint.manifest.report
     precision = "bfloat16" if engine.bfloat16_enabled() else "float32"
-    ours = (dist.get_world_size(), engine.zero_optimization_stage(), precision)
-    if (report["world_size"], report["zero_stage"], report["precision"]) != ours:
+    if not _partitioned(checkpoint, dist.get_world_size(), engine.zero_optimization_stage(), precision):
         universal.load(engine, checkpoint)
         return
     with universal.on_this_node(checkpoint.files) as path:
@@ -265,9 +267,9 @@ def save(
 ) -> None:
     """Write and publish a checkpoint; every worker calls it, and it exists for all of them when it returns.
 
-    Raises StorageError on all of them when one could not write its part. `elastic.Saver` does it without the wait.
+    Raises StorageError on all of them when one could not write its part. `saver.Saver` does it without the wait.
     """
-    from calumma.platform.training.elastic import Saver
+    from calumma.platform.training.saver import Saver
 
     with Saver(spec, inputs) as saver:
         saver.save(engine, uri, report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -327,8 +328,22 @@ def _adamw(model: nn.Module, spec: TrainSpecification) -> torch.optim.Optimizer:
     }
     groups = parameter_groups(model, optimizer.weight_decay)
     if spec.offload.optimizer != "none" and deepspeed.get_accelerator().device_name() != "cpu":
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return cpu_adamw(groups, settings)
     return torch.optim.AdamW(groups, **settings)
+
+
+def cpu_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW in C++. Raises SpecificationError where it cannot be compiled."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    except (RuntimeError, ImportError, OSError) as error:
+        raise SpecificationError(
+            "offload.optimizer: DeepSpeed compiles its AdamW for the CPU when a node first needs it, which failed on "
+            f"{socket.gethostname()} ({error.__cause__ or error}); it takes g++ and ninja (say `apt install g++ "
+            "ninja-build`), `ds_report` tells more; or leave the optimizer's state on the GPU (`none`)"
+        ) from error
 
 
 def _require_nvme(spec: TrainSpecification) -> None:

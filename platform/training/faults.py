@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from calumma.platform.config import Faults
+from calumma.platform.tracking import BackgroundWriter
+from calumma.platform.training.workers import TrainingFailed
 
 Cause = Literal["loss", "gradient", "spike"]
 
@@ -87,7 +90,8 @@ class Guard:
 
     def saved(self) -> None:
         """A checkpoint was written: a roll-back will not come back to before it."""
-        self.in_a_row = 0
+        if self.rules.action == "roll_back":
+            self.in_a_row = 0
 
     def bad(self) -> None:
         """A step was not taken, or undone."""
@@ -122,13 +126,66 @@ class Guard:
         return cls(rules, recent, **counts)
 
 
-def report(step: int, incidents: list[Incident], rules: Faults, rate: float, folder: str) -> str:
-    """Why the run ends, for the person who decides how to go on."""
+class Incidents:
+    """The bad steps of a run, as one worker of it keeps them."""
+
+    def __init__(self, rules: Faults, report: dict[str, Any], steps: int) -> None:
+        """`report` is that of the checkpoint that the run goes on from."""
+        self._rules, self._steps = rules, steps
+        self.guard = Guard.of(rules, report.get("faults"))
+        self.found = [Incident.of(told) for told in report.get("incidents", [])]
+        self.left_out = max((incident.resumed_after or 0 for incident in self.found), default=0)
+        """The last step whose data a roll-back leaves out."""
+
+    def add(
+        self,
+        step: int,
+        cause: Cause,
+        loss: float | None,
+        writer: BackgroundWriter | None,
+        roll_back: Callable[[], int],
+        ending: Callable[[], str],
+    ) -> None:
+        """A bad step, the same on all workers: it was not taken; go back if so specified, by `roll_back`, which returns
+        to which step. Raises TrainingFailed, with the words of `ending`, when there were too many in a row."""
+        self.guard.bad()
+        incident = Incident(step, cause, math.nan if loss is None else loss, self.guard.median, self._rules.action)
+        if self._rules.action == "roll_back":
+            back = roll_back()
+            self.left_out = min(step + self._rules.around, self._steps)
+            incident = replace(incident, back_to=back, resumed_after=self.left_out)
+        self.found.append(incident)
+        if writer is not None:
+            writer.log(self.guard.metrics(), step)
+            writer.log_dict(incident.plain(), f"faults/step-{step:08d}.json")
+        if self.guard.too_many:
+            told = ending()
+            if writer is not None:
+                writer.log_dict({"report": told, "incidents": [i.plain() for i in self.found]}, "faults/report.json")
+            raise TrainingFailed(told)
+
+    def state(self, saved: bool) -> dict[str, Any]:
+        """What a checkpoint's report keeps; `saved`: it is about to be written."""
+        if saved:
+            self.guard.saved()
+        return {"incidents": [incident.plain() for incident in self.found], "faults": self.guard.state()}
+
+
+def report(
+    step: int,
+    incidents: list[Incident],
+    rules: Faults,
+    rate: float,
+    folder: str,
+    field: str = "optimizer.learning_rate",
+    warmup: str | None = "schedule.warmup_steps",
+) -> str:
+    """Why the run ends, for the person who decides how to go on. `field` and `warmup` name the specification's."""
     told = "\n".join(f"  {incident.told()}" for incident in incidents[-(rules.in_a_row + 1) :])
     spike = " or raise faults.spike_factor if these losses are what this data has" if rules.spike_factor else ""
     return (
         f"training diverged before step {step}: more than {rules.in_a_row} bad steps in a row (faults.in_a_row)\n"
         f"{told}\n"
-        f"Lower optimizer.learning_rate (now {rate:g}), lengthen schedule.warmup_steps, look at the data of these "
+        f"Lower {field} (now {rate:g}), {f'lengthen {warmup}, ' if warmup else ''}look at the data of these "
         f"steps,{spike or ' or'} start again from an earlier checkpoint; those up to here stay in {folder}"
     )

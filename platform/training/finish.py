@@ -1,12 +1,13 @@
-"""What follows training: the model directory in storage, and sample answers.
+"""What follows training: the model directory in storage, and sample answers; and what MLflow is told of a checkpoint.
 
 One worker does it, with all weights in its host's memory.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from calumma.model.document import Document, Text
 from calumma.model.transformer import Transformer
-from calumma.platform import storage
+from calumma.platform import provenance, storage
 from calumma.platform.data.manifest import MANIFEST, Manifest
 from calumma.platform.tracking import BackgroundWriter
 from calumma.platform.training import checkpoint, samples, trainable
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
     from calumma.platform.training.loop import Assignment
 
 MODEL = "model"  # folder of the model directory in a stage's output
+
+
+def tell_checkpoint(writer: BackgroundWriter, uri: str, report: dict[str, Any], names: Iterable[str]) -> None:
+    """A checkpoint is in storage: a model of the run's in MLflow, with the metrics of its report that have `names`."""
+    done = int(report["step"])
+    told = {key: value for key, value in report.items() if key not in ("faults", "groups")}
+    writer.log_dict({"uri": uri, **told}, f"checkpoints/step-{done:08d}.json")
+    metrics = {name: float(report[name]) for name in names if math.isfinite(report.get(name, math.nan))}
+    tags = {"calumma.schedule_step": str(report["schedule_step"])} | provenance.commit()
+    writer.log_checkpoint(f"step-{done:08d}", uri, done, metrics, tags)
+    writer.log({"checkpoint_step": done}, done)
+    writer.park()
 
 
 def publish(

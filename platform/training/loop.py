@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,13 +149,10 @@ class _Stage:
         self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
         self.spec = assignment.spec
         self.report = _report_so_far(assignment)
-        self.guard = faults.Guard.of(self.spec.faults, self.report.get("faults"))
-        self.incidents = [faults.Incident.of(told) for told in self.report.get("incidents", [])]
+        self.bad = faults.Incidents(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
         self.clock, self.interval = meters.Clock(), meters.Interval(run.device, first_step=assignment.first_step)
         self.utilization = meters.Utilization(run.module, run.device, self.spec.precision, worker.world)
-        self.left_out = 0
-        """The last step whose data a roll-back leaves out."""
 
     def run(self) -> dict[str, Any]:
         """All steps, with metrics and checkpoints; the report so far."""
@@ -195,7 +192,7 @@ class _Stage:
     def _step(self, keeper: elastic.Keeper, step: int, group: list[Any]) -> float:
         """One step and what is told of it; tokens trained on."""
         spec, assignment, done = self.spec, self.assignment, step + 1
-        if done <= self.left_out:
+        if done <= self.bad.left_out:
             return 0.0
         rate = learning_rate(
             assignment.offset + step, spec.optimizer.learning_rate, spec.schedule, assignment.total_steps
@@ -210,7 +207,7 @@ class _Stage:
 
             def accept(sums_3: torch.Tensor) -> bool:
                 loss = float(sums_3[0] + sums_3[1]) / counts.trained if counts.trained else None
-                judged.append((loss, self.guard.judge(loss)))
+                judged.append((loss, self.bad.guard.judge(loss)))
                 return judged[0][1] is None
 
             local, stability = engine.step(
@@ -229,13 +226,13 @@ class _Stage:
         if cause is None and not math.isfinite(norm):
             cause = "gradient"
         if cause is None:
-            self.guard.good(loss)
+            self.bad.guard.good(loss)
             self.interval.add(local, counts)
             trained = counts.tokens
             self.report["tokens"]["text"] += counts.text
             self.report["tokens"]["image"] += counts.image
         else:
-            self._fault(keeper, done, cause, loss, rate)
+            self._fault(keeper, done, cause, loss)
         if reports:
             self._report(done, rate, norm, {name: float(value) for name, value in stability.items()})
         self._evaluate(keeper, done)
@@ -248,7 +245,7 @@ class _Stage:
         speed, steps = metrics["tokens_per_second"], done - self.interval.first_step
         whole = time.monotonic() - self.interval.began
         metrics |= self.utilization.metrics(speed) | self.clock.read() | meters.memory(self.engine.device)
-        metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.guard.metrics()
+        metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.bad.guard.metrics()
         metrics |= {"learning_rate": rate, "gradient_norm": norm, "step": done, "workers": self.worker.world}
         passed = {uri: done * part for uri, part in self.assignment.epochs_a_step.items()}
         metrics |= flatten({"epochs": passed}) if passed else {}
@@ -275,56 +272,31 @@ class _Stage:
                 keeper.beat()
         self.interval.elsewhere += time.monotonic() - began
 
-    def _fault(self, keeper: elastic.Keeper, done: int, cause: faults.Cause, loss: float | None, rate: float) -> None:
-        """A bad step, the same on all workers: it was not taken; go back if so specified. Raises TrainingFailed when
-        there were too many in a row."""
-        rules = self.spec.faults
-        self.guard.bad()
-        incident = faults.Incident(done, cause, math.nan if loss is None else loss, self.guard.median, rules.action)
-        if rules.action == "roll_back":
-            with self.clock("checkpoint"):
-                back = self._roll_back(keeper)
-            self.left_out = min(done + rules.around, self.spec.steps)
-            incident = replace(incident, back_to=back, resumed_after=self.left_out)
-        self.incidents.append(incident)
-        if self.writer is not None:
-            self._log(self.guard.metrics(), done)
-            self.writer.log_dict(incident.plain(), f"faults/step-{done:08d}.json")
-        if self.guard.too_many:
-            told = faults.report(
-                done,
-                self.incidents,
-                rules,
-                self.spec.optimizer.learning_rate,
-                checkpoint.folder(self.assignment.output),
-            )
-            if self.writer is not None:
-                self.writer.log_dict(
-                    {"report": told, "incidents": [i.plain() for i in self.incidents]}, "faults/report.json"
-                )
-            raise TrainingFailed(told)
+    def _fault(self, keeper: elastic.Keeper, done: int, cause: faults.Cause, loss: float | None) -> None:
+        """A bad step. Raises TrainingFailed when there were too many in a row."""
+
+        def ending() -> str:
+            place = checkpoint.folder(self.assignment.output)
+            return faults.report(done, self.bad.found, self.spec.faults, self.spec.optimizer.learning_rate, place)
+
+        self.bad.add(done, cause, loss, self.writer, lambda: self._roll_back(keeper), ending)
 
     def _roll_back(self, keeper: elastic.Keeper) -> int:
         """Weights, optimizer and counts of tokens as of the last checkpoint; its step."""
         assignment = self.assignment
-        keeper.settle()
-        found = checkpoint.resumption(assignment.output, self.spec, assignment.inputs)
-        if found is None or not checkpoint.fits(found, self.spec, self.worker.world):
-            raise TrainingFailed(f"there is no checkpoint in {checkpoint.folder(assignment.output)} to roll back to")
-        checkpoint.load(self.engine, found)
+        with self.clock("checkpoint"):
+            keeper.settle()
+            found = checkpoint.resumption(assignment.output, self.spec, assignment.inputs)
+            if found is None or not checkpoint.fits(found, self.spec, self.worker.world):
+                place = checkpoint.folder(assignment.output)
+                raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
+            checkpoint.load(self.engine, found)
         self.report["tokens"] = dict(found.tokens)
         return found.step
 
     def _save(self, keeper: elastic.Keeper, done: int, due: bool) -> None:
         """Whatever the end of a step asks for: a checkpoint, or to stop."""
-        self.report |= {
-            "step": done,
-            "schedule_step": self.assignment.offset + done,
-            "incidents": [incident.plain() for incident in self.incidents],
-        }
-        if due:
-            self.guard.saved()
-        self.report["faults"] = self.guard.state()
+        self.report |= {"step": done, "schedule_step": self.assignment.offset + done} | self.bad.state(saved=due)
         before = keeper.seconds
         with self.clock("checkpoint"):
             keeper.after(done, self.report, due)
@@ -332,17 +304,9 @@ class _Stage:
 
     def _published(self, uri: str, report: dict[str, Any]) -> None:
         """A checkpoint is in storage: a model of the run's in MLflow. Called from a thread of the first worker."""
-        if self.writer is None:
-            return
-        done = int(report["step"])
-        told = {key: value for key, value in report.items() if key not in ("faults", "groups")}
-        self.writer.log_dict({"uri": uri, **told}, f"checkpoints/step-{done:08d}.json")
-        names = ("loss", "loss_text", "loss_image", "held_out_loss")
-        metrics = {name: float(report[name]) for name in names if math.isfinite(report.get(name, math.nan))}
-        tags = {"calumma.schedule_step": str(report["schedule_step"])} | provenance.commit()
-        self.writer.log_checkpoint(f"step-{done:08d}", uri, done, metrics, tags)
-        self.writer.log({"checkpoint_step": done}, done)
-        self.writer.park()
+        if self.writer is not None:
+            names = ("loss", "loss_text", "loss_image", "held_out_loss")
+            finish.tell_checkpoint(self.writer, uri, report, names)
 
     def _waiting(self, steps: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
         """The same, and the time that waiting for them takes is measured."""

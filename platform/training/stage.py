@@ -17,7 +17,7 @@ from calumma.model import vocabulary as model_vocabulary
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import cluster, storage, tracking
-from calumma.platform.config import SpecificationError, TokenizeSpecification, TrainSpecification
+from calumma.platform.config import Resumable, SpecificationError, TokenizeSpecification, TrainSpecification
 from calumma.platform.data.manifest import MANIFEST, FileEntry, Manifest, fingerprints
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import Run
@@ -27,6 +27,8 @@ from calumma.platform.training.loop import MODEL, Assignment
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from calumma.platform.training.image_loop import ImageAssignment
 
 logger = logging.getLogger(__name__)
 KIND = "stage"
@@ -75,7 +77,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     report = workers.fit(
         elastic.train,
         {"assignment": assignment},
-        workers=(spec.resources.min_workers, spec.resources.max_workers) if _ranges(spec) else number,
+        workers=worker_range(spec, number),
         resources=spec.resources,
         name=spec.job,
         run=run,
@@ -85,7 +87,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         datasets=None if finished else PlanDataConfig.datasets(),
         lifeline=elastic.lifeline(assignment.output),
     )
-    groups = _groups(assignment)
+    groups = groups_of(assignment)
     workers_at_end = groups[-1]["workers"] if groups else number
     report |= {"steps": spec.steps, "workers": workers_at_end, "groups": groups, "run": run.id}
     report["seconds"] = time.monotonic() - began
@@ -133,12 +135,14 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
     )
 
 
-def _ranges(spec: TrainSpecification) -> bool:
-    return spec.resources.min_workers < spec.resources.max_workers
+def worker_range(spec: Resumable, number: int) -> int | tuple[int, int]:
+    """How many workers to start: `number`, or the range that was asked for."""
+    least, most = spec.resources.min_workers, spec.resources.max_workers
+    return (least, most) if least < most else number
 
 
-def _groups(assignment: Assignment) -> list[dict[str, Any]]:
-    """The groups of workers that had a part in the stage; a picture of them is logged when there were several."""
+def groups_of(assignment: Assignment | ImageAssignment) -> list[dict[str, Any]]:
+    """The groups of workers that had a part in a training; a picture of them is logged when there were several."""
     found = checkpoint.newest(assignment.output, checkpoint.continues(assignment.spec, assignment.inputs))
     groups: list[dict[str, Any]] = found.manifest.report.get("groups", []) if found else []
     if len(groups) > 1:

@@ -44,8 +44,8 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     """
     if min(checkpoint.manifest.report["zero_stage"], engine.zero_optimization_stage()) < 1:
         raise storage.StorageError(
-            f"{checkpoint.uri}: its optimizer state cannot be carried between ZeRO stage 0 and another stage, nor to "
-            "another number of workers; keep `zero_stage`, or start a stage from it with `initial`"
+            f"{checkpoint.uri}: its optimizer state cannot be carried between ZeRO stage 0 and another stage; keep "
+            "`zero_stage`, or start a stage from it with `initial`"
         )
     groups = [{k: v for k, v in group.items() if k != "params"} for group in _inner(engine).param_groups]
     with on_this_node(checkpoint.files, converted=True) as path:

@@ -10,7 +10,6 @@ import os
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from calumma.platform.config import JobSpecification, Recovery, Resources
 from calumma.platform.progress import Progress
 from calumma.platform.tracking import Run
 from calumma.platform.training import console
+from calumma.platform.training.policies import checkpoint_before_resizing, failure_policy, scaling_policy, within
 from calumma.platform.training.watchdog import Action
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=JobSpecification)
 
-# How long a group waits for its place. Ray Train's own limit, one minute, is short for a starved machine. A group that
-# may have another size must not wait: after a node was lost, the first try still counts on it, and only the next knows.
-START_TIMEOUT, ELASTIC_START_TIMEOUT = "900", "20"  # seconds
+# How long a group waits for its place. Ray Train's own limit, one minute, is short for a starved machine; a group that
+# may have another size looks again much sooner what size there is place for.
+START_TIMEOUT, ELASTIC_START_TIMEOUT = "900", "30"  # seconds
 
 
 class TrainingFailed(RuntimeError):
@@ -215,6 +215,8 @@ def _trainer_class(lifeline: Lifeline | None, recovery: Recovery, signals: Signa
         def _initialize_and_run_controller(self, **given: Any) -> Any:
             if lifeline is not None:
                 given["failure_policy"] = failure_policy(self.run_config.failure_config, lifeline.newest_step)
+            if isinstance(self.scaling_config.num_workers, tuple):
+                given["scaling_policy"] = scaling_policy(self.scaling_config)
             return super()._initialize_and_run_controller(**given)
 
         def _register_sigint_handler(self, controller: Any) -> None:
@@ -224,63 +226,6 @@ def _trainer_class(lifeline: Lifeline | None, recovery: Recovery, signals: Signa
                 _stop_on_signals(lifeline, recovery.stop_seconds, lambda: ray.kill(controller), signals)
 
     return Trainer
-
-
-def failure_policy(config: Any, newest_step: Callable[[], int]) -> Any:
-    """Ray Train's policy, with two differences: failures count from the last checkpoint on, so that a run of months may
-    lose any number of workers; and errors that would come again (training diverged, say) end the run at once."""
-    from ray.train.v2._internal.execution.failure_handling import FailureDecision
-    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-
-    class SinceTheLastCheckpoint(DefaultFailurePolicy):
-        _reached = -1
-
-        def make_decision(self, training_failed_error: Any) -> Any:
-            failures = getattr(training_failed_error, "worker_failures", {})
-            if any(_comes_again(error) for error in failures.values()):
-                return FailureDecision.RAISE
-            try:
-                reached = newest_step()
-            except OSError:  # storage is away: it counts as no progress
-                reached = self._reached
-            if reached > self._reached:
-                self._worker_group_failures = 0
-            self._reached = reached
-            return super().make_decision(training_failed_error)
-
-    return SinceTheLastCheckpoint(config)
-
-
-def _comes_again(error: BaseException) -> bool:
-    # by name: where the error was unpickled its class may be another one
-    return type(getattr(error, "_base_exc", error)).__name__ in ("TrainingFailed", "SpecificationError")
-
-
-def checkpoint_before_resizing(lifeline: Lifeline, recovery: Recovery) -> Any:
-    """A callback of Ray Train's controller: a group that is well checkpoints before another size takes its place, so
-    that no step is taken twice."""
-    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-
-    class BeforeResizing(ControllerCallback, WorkerGroupCallback):
-        _well = False
-
-        def after_worker_group_training_start(self, worker_group: Any) -> None:
-            self._well = True
-
-        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-            self._well = not worker_group_status.errors and not worker_group_status.finished
-
-        def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-            if not self._well:
-                return
-            self._well = False
-            try:
-                lifeline.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
-                _within(recovery.stop_seconds, lifeline.followed)
-            except OSError as error:  # resizing goes on from an older checkpoint
-                logger.warning("no checkpoint before resizing: %s", error)
-
-    return BeforeResizing()
 
 
 def _stop_on_signals(lifeline: Lifeline, grace: float, abort: Callable[[], None], signals: Signals) -> None:
@@ -299,7 +244,7 @@ def _stop_on_signals(lifeline: Lifeline, grace: float, abort: Callable[[], None]
     def ask(name: str) -> None:
         try:
             lifeline.notify("stop", name)
-            if not _within(grace, lambda: signals.over.is_set() or lifeline.followed()):
+            if not within(grace, lambda: signals.over.is_set() or lifeline.followed()):
                 logger.warning("the workers have not answered in %g s: they are ended without a checkpoint", grace)
                 abort()
         except OSError as error:
@@ -308,15 +253,6 @@ def _stop_on_signals(lifeline: Lifeline, grace: float, abort: Callable[[], None]
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, act)
-
-
-def _within(seconds: float, happened: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if happened():
-            return True
-        time.sleep(1.0)
-    return False
 
 
 @contextmanager

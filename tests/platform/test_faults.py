@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from calumma.platform.config import Faults
 from calumma.platform.training import faults
-from calumma.platform.training.faults import Guard, Incident
+from calumma.platform.training.faults import Guard, Incident, Incidents
 
 finite = st.floats(0.1, 20)
 
@@ -109,3 +109,18 @@ def test_the_report_names_the_steps_the_rule_and_what_to_do() -> None:
     assert [f"step {step}:" in told for step in (5, 6, 7, 8)] == [False, True, True, True]
     assert "optimizer.learning_rate (now 0.01)" in told
     assert "/stage/checkpoints" in told
+
+
+def test_steps_that_are_passed_over_count_across_checkpoints() -> None:
+    guard = Guard(Faults(in_a_row=1))
+    guard.bad()
+    guard.saved()
+    assert not guard.too_many
+    guard.bad()
+    assert guard.too_many
+
+
+def test_data_that_a_roll_back_leaves_out_stay_out_when_the_run_is_resumed() -> None:
+    incident = Incident(7, "loss", math.nan, None, "roll_back", back_to=4, resumed_after=9)
+    assert Incidents(Faults(), {"incidents": [incident.plain()]}, 100).left_out == 9
+    assert Incidents(Faults(), {}, 100).left_out == 0

@@ -1,7 +1,9 @@
-"""Options of the image tokenizer's training: sampling weights, discriminator, perceptual loss, moving averages."""
+"""The image tokenizer's training: what is learned, published and drawn. How it goes on after an interruption is
+test_image_tokenizer_resume.py."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,16 @@ from PIL import Image as PILImage
 from safetensors.torch import save_file
 
 from calumma.model.config import ImageLossConfig, ImageTokenizerConfig
+from calumma.model.document import Document, Image
 from calumma.model.image_losses import PerceptualLoss
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.platform import config, storage
+from calumma.model.image_tokenizer import ImageTokenizer, to_image
+from calumma.platform import config, runner, storage
 from calumma.platform.config import ImageTokenizerSpecification, SpecificationError
+from calumma.platform.data import shards
 from calumma.platform.data.manifest import FileEntry, Manifest
 from calumma.platform.progress import silent
 from calumma.platform.tracking import Run
-from calumma.platform.training import image_tokenizer
+from calumma.platform.training import checkpoint, image_data, image_loop, image_measure, image_tokenizer
 from calumma.platform.training.workers import TrainingFailed, Worker
 
 SHAPE = ImageTokenizerConfig(
@@ -40,22 +44,53 @@ def bars(count: int = 24) -> torch.Tensor:
     return images
 
 
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A torch.distributed group of this process alone."""
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 class Log:
-    def __init__(self) -> None:
+    """Stands for MLflow."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
         self.metrics: list[dict[str, float]] = []
+        self.files: list[str] = []
+        self.checkpoints: list[tuple[Any, ...]] = []
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.metrics.append(metrics)
 
-    def close(self) -> None:
-        pass
+    def log_image(self, image: PILImage.Image, path: str) -> None:
+        self.files.append(path)
+
+    def log_dict(self, values: dict[str, Any], path: str) -> None:
+        self.files.append(path)
+
+    def log_checkpoint(self, *given: Any) -> None:
+        self.checkpoints.append(given)
+
+    def log_data(self, *given: Any) -> None: ...
+
+    def park(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
-def train(spec: ImageTokenizerSpecification, images: torch.Tensor) -> tuple[ImageTokenizer, list[dict[str, float]]]:
-    torch.manual_seed(0)
-    tokenizer, log = ImageTokenizer(spec.model), Log()
-    image_tokenizer._steps(spec, Worker(0, 1, torch.device("cpu")), tokenizer, images, log)  # type: ignore[arg-type]
-    return tokenizer.eval(), log.metrics
+def train(
+    spec: ImageTokenizerSpecification, images: torch.Tensor, folder: Path
+) -> tuple[ImageTokenizer, list[dict[str, float]]]:
+    """The tokenizer after all steps, and the metrics of those that have a loss."""
+    log = Log()
+    assignment = image_loop.ImageAssignment(spec, Run("unused", "0"), str(folder), {}, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_data, "read", lambda *given: images)
+        loop = image_loop.Loop(assignment, Worker(0, 1, torch.device("cpu")), log)  # type: ignore[arg-type]
+        loop.run()
+    return loop.training.tokenizer.eval(), [metrics for metrics in log.metrics if "loss" in metrics]
 
 
 def redness(image: PILImage.Image) -> float:
@@ -83,17 +118,17 @@ def below(image: PILImage.Image) -> float:
     ],
     ids=["plain", "l1", "ema", "adversarial"],
 )
-def test_every_objective_learns_to_reconstruct(loss: dict[str, Any]) -> None:
+def test_every_objective_learns_to_reconstruct(loss: dict[str, Any], tmp_path: Path) -> None:
     images = bars()
-    tokenizer, metrics = train(specification(loss=ImageLossConfig(**loss)), images)
+    tokenizer, metrics = train(specification(loss=ImageLossConfig(**loss)), images, tmp_path)
     assert metrics[-1]["reconstruction"] < 0.6 * metrics[0]["reconstruction"]
-    assert image_tokenizer.measure(tokenizer, images).used_K.sum() > 3
+    assert image_measure.measure(tokenizer, images).used_K.sum() > 3
     judged = [m["step"] for m in metrics if "discriminator_loss" in m]
     assert judged == ([m["step"] for m in metrics if m["step"] > 30] if "adversarial" in loss else [])
 
 
-def test_moving_averages_move_the_codes_and_no_gradient_does() -> None:
-    tokenizer, _ = train(specification(steps=3, loss=ImageLossConfig(codebook="ema")), bars())
+def test_moving_averages_move_the_codes_and_no_gradient_does(tmp_path: Path) -> None:
+    tokenizer, _ = train(specification(steps=3, loss=ImageLossConfig(codebook="ema")), bars(), tmp_path)
     assert tokenizer.codebook.weight.grad is None
     torch.manual_seed(0)
     assert not torch.equal(tokenizer.codebook.weight, ImageTokenizer(SHAPE).codebook.weight)
@@ -108,27 +143,38 @@ def test_perceptual_weights_are_read_from_storage(tmp_path: Path) -> None:
     }
     save_file(weights, str(tmp_path / "lpips.safetensors"))
     spec = specification(tmp_path, steps=2, loss=ImageLossConfig(perceptual_weights="lpips.safetensors"))
-    _, metrics = train(spec, bars())
+    _, metrics = train(spec, bars(), tmp_path)
     assert all(m["perceptual_loss"] > 0 for m in metrics)
     missing = spec.model_copy(update={"loss": ImageLossConfig(perceptual_weights="none.safetensors")})
     with pytest.raises(SpecificationError, match=r"there is no file .*none\.safetensors"):
-        train(missing, bars())
+        train(missing, bars(), tmp_path)
     storage.write_bytes(f"{tmp_path}/lpips.safetensors", b"no weights at all")
     with pytest.raises(SpecificationError, match="perceptual_weights"):
-        train(spec, bars())
+        train(spec, bars(), tmp_path)
 
 
 # -- what is published --
 
 
+def publish_images(uri: str, images: torch.Tensor) -> None:
+    data = shards.to_parquet([Document((Image(to_image(image_data.as_floats(pixels))),)) for pixels in images])
+    storage.write_bytes(f"{uri}/documents.parquet", data)
+    Manifest(kind="curated", files=[FileEntry.of("documents.parquet", data, rows=len(images))]).write(uri)
+
+
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Curated documents and an image tokenizer that an earlier run published, with somebody's notes beside it."""
-    Manifest(kind="curated").write(str(tmp_path / "curated"))
+    """Curated documents and an image tokenizer that an earlier run published, with somebody's notes beside it; workers
+    are this process."""
+    publish_images(f"{tmp_path}/curated", bars())
+    publish_images(f"{tmp_path}/held-out", bars(6))
     storage.write_bytes(f"{tmp_path}/made/old.safetensors", b"old")
     Manifest(kind="image_tokenizer", files=[FileEntry.of("old.safetensors", b"old")]).write(f"{tmp_path}/made")
     (tmp_path / "made/notes.txt").write_text("mine")
     monkeypatch.setattr(image_tokenizer.cluster, "require", lambda resources: 1)
+    monkeypatch.setattr(image_tokenizer.workers, "fit", lambda loop, config, **named: loop(config))
+    monkeypatch.setattr(image_loop, "join", lambda: Worker(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(image_loop, "BackgroundWriter", Log)
     return tmp_path
 
 
@@ -140,29 +186,49 @@ def run_job(spec: ImageTokenizerSpecification) -> Manifest:
 def test_a_failed_training_keeps_the_tokenizer_and_a_finished_one_replaces_its_files_alone(
     published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = specification(published, documents=["curated"], output="made")
+    spec = specification(published, documents=["curated"], held_out=["held-out"], output="made", steps=4)
     before = storage.sizes(str(published))
 
     def fails(*given: Any, **named: Any) -> Any:
         raise TrainingFailed("no")
 
-    monkeypatch.setattr(image_tokenizer.workers, "fit", fails)
-    with pytest.raises(TrainingFailed):
-        run_job(spec)
+    with monkeypatch.context() as failing:
+        failing.setattr(image_tokenizer.workers, "fit", fails)
+        with pytest.raises(TrainingFailed):
+            run_job(spec)
     assert storage.sizes(str(published)) == before
 
-    monkeypatch.setattr(image_tokenizer.workers, "fit", lambda loop, config, **named: loop(config))
-    monkeypatch.setattr(image_tokenizer.workers, "join", lambda: Worker(0, 1, torch.device("cpu")))
-    monkeypatch.setattr(image_tokenizer, "_read", lambda *given: bars())
-    monkeypatch.setattr(image_tokenizer, "_steps", lambda *given: None)
-    monkeypatch.setattr(image_tokenizer, "_report", lambda *given: {})
-    monkeypatch.setattr(image_tokenizer, "BackgroundWriter", lambda run: Log())
     manifest = run_job(spec)
     assert {entry.path for entry in manifest.files} == {"config.json", "model.safetensors"}
     assert "files" not in manifest.report
     manifest.verify(f"{published}/made", content=True)
     names = {path.name for path in (published / "made").iterdir()}
     assert names == {"config.json", "model.safetensors", "manifest.json", "notes.txt"}
+    expected = {"measured_on": "held_out", "measured_images": 6, "training_images": 24, "steps": 4, "workers": 1}
+    assert manifest.report | expected == manifest.report
+
+
+def test_checkpoints_of_a_finished_training_make_way_for_another_and_those_of_a_stopped_one_do_not(
+    published: Path,
+) -> None:
+    spec = specification(published, documents=["curated"], output="made", steps=4)
+    run_job(spec)
+    changed = spec.model_copy(update={"learning_rate": 1e-4})
+    run_job(changed)
+    assert checkpoint.published(spec.training) == [4]
+    found = checkpoint.newest(spec.training)
+    assert found is not None
+    assert found.manifest.specification["learning_rate"] == 1e-4
+    report = found.manifest.report | {"step": 2}
+    found.manifest.model_copy(update={"report": report}).write(checkpoint.location(spec.training, 4))
+    with pytest.raises(
+        SpecificationError, match=r"stopped after step 2 of 4.*other settings \(learning_rate\).*--force"
+    ):
+        run_job(spec)
+    runner.discard(spec)
+    assert checkpoint.published(spec.training) == []
+    assert not Manifest.find(f"{published}/made")
+    run_job(spec)
 
 
 @pytest.mark.parametrize("output", ["", ".", "curated", "curated/below"])
@@ -176,14 +242,14 @@ def test_an_output_that_holds_something_else_is_refused(published: Path, output:
 # -- what is drawn --
 
 
-def test_weights_decide_which_images_are_drawn() -> None:
+def test_weights_decide_which_images_are_drawn(tmp_path: Path) -> None:
     images = torch.zeros(10, 3, 16, 16, dtype=torch.uint8)
     images[3, 0] = 255  # the one red image
-    weights = image_tokenizer.sampling_weights(images, redness)
+    weights = image_data.sampling_weights(images, redness)
     assert weights.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
     spec = specification(steps=80, sampling_weight=f"{__name__}:redness")
-    tokenizer, _ = train(spec, images)
-    red, black = image_tokenizer.measure(tokenizer, images[3:4]), image_tokenizer.measure(tokenizer, images[:1])
+    tokenizer, _ = train(spec, images, tmp_path)
+    red, black = image_measure.measure(tokenizer, images[3:4]), image_measure.measure(tokenizer, images[:1])
     assert red.squared < 0.05 < black.squared  # it has seen nothing but red
 
 
@@ -198,9 +264,9 @@ def test_weights_decide_which_images_are_drawn() -> None:
         ("math:pi", "sampling_weight: 'math:pi' is no function but float"),
     ],
 )
-def test_sampling_weights_that_cannot_be_are_refused(function: str, message: str) -> None:
+def test_sampling_weights_that_cannot_be_are_refused(function: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(SpecificationError, match=message):
-        train(specification(sampling_weight=function), bars())
+        train(specification(sampling_weight=function), bars(), tmp_path)
 
 
 # -- specifications --
@@ -212,6 +278,7 @@ def test_sampling_weights_that_cannot_be_are_refused(function: str, message: str
         ({"model": {"decoder": False}}, r"model\.decoder must be true"),
         ({"model": {"resolution": 16}, "loss": {"adversarial": 1.0}}, "images of 24 pixels, model.resolution is 16"),
         ({"model": {"resolution": 8, "multipliers": [1]}, "loss": {"perceptual_weights": "x"}}, "images of 16 pixels"),
+        ({"resources": {"workers": {"min": 1, "max": 2}}}, r"batch: 1 images cannot be shared by 2 workers"),
         ({"loss": {"pixels": "l3"}}, r"loss\.pixels: .*'l1' or 'l2'"),
         ({"loss": {"gan": 1}}, r"loss\.gan: unknown field .*adversarial_start"),
     ],
