@@ -6,7 +6,7 @@ In a Ray cluster of its own it measures, in this order:
 - Load: 64 clients with mixed modes, some of which leave in the middle, while a replica is killed every `--kill-every`
   seconds. Each whole answer is compared with what the same request got alone; memory and cache are looked at.
 - Autoscaling: replicas over time, with load from the start and without from the middle.
-Without MODEL a model of the quickstart's shape with random weights is made: speed does not depend on them.
+Without MODEL one with random weights is made, of the quickstart's shape or `--preset`: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ SETTLED = 15.0  # seconds that the chart goes on when it is all over
 TEXTS = ["Draw a seven.", "Count from two to four, with pictures.", "Which digit follows three?", "Write nine."]
 
 
-def quickstart_shape(folder: Path) -> Path:
-    """A model directory with random weights."""
+def random_model(folder: Path, preset: str | None) -> Path:
+    """A model directory with random weights, of a preset's Transformer or the quickstart's."""
     torch.manual_seed(0)
-    shape = yaml.safe_load((RECIPES / "stage1.yaml").read_text())["model"]
+    quickstart = yaml.safe_load((RECIPES / "stage1.yaml").read_text())["model"]
+    shape = {"preset": preset, "context": 1024} if preset else quickstart
     image = ImageTokenizerConfig(**yaml.safe_load((RECIPES / "train_image_tokenizer.yaml").read_text())["model"])
     vocabulary = train_text_tokenizer(TEXTS * 50, folder, vocabulary_size=600, image_codes=image.codebook_size)
     ImageTokenizer(image).save(folder / "image")
-    config = ModelConfig(**shape | {"vocabulary_size": vocabulary.size, "dropout": 0.0})
+    config = ModelConfig.model_validate(shape | {"vocabulary_size": vocabulary.size, "dropout": 0.0})
     save_model(folder / "model", Transformer(config).initialize(0), folder, folder / "image")
     return folder / "model"
 
@@ -315,6 +316,7 @@ def draw(seen: list[tuple[float, int]], busy: float, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="model directory")
+    parser.add_argument("--preset", help="shape of the model that is made, say calumma-20m; default: the quickstart's")
     parser.add_argument("--parts", default="http,load,scaling")
     parser.add_argument("--clients", type=int, default=64, help="of the load")
     parser.add_argument("--minutes", type=float, default=3.0)
@@ -325,7 +327,7 @@ def main() -> None:
     options = parser.parse_args()
     parts = options.parts.split(",")
     with tempfile.TemporaryDirectory() as folder, cluster.embedded(lean=True):
-        directory = options.model or str(quickstart_shape(Path(folder)))
+        directory = options.model or str(random_model(Path(folder), options.preset))
         settings = ServeSettings(model=directory, name=NAME, port=8765, cpus_per_replica=0.5, threads=1)
         if "http" in parts:
             url = deploy(settings)

@@ -82,9 +82,13 @@ class MixedModalModel:
 
 
 def load(
-    directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    read: Callable[..., Transformer] | None = None,
 ) -> MixedModalModel:
-    """Read a model directory for inference. `dtype` None keeps the stored one.
+    """Read a model directory for inference. `dtype` None keeps the stored one. `read` reads the Transformer in place of
+    `read_transformer`, say a part of it (generation.read_part).
 
     Raises FileNotFoundError that lists what is missing, ValueError when the parts do not belong together.
     """
@@ -95,7 +99,7 @@ def load(
     encoder = DocumentEncoder(
         ids, TextTokenizer.read(directory), ImageTokenizer.read(directory / IMAGE_TOKENIZER, device)
     )
-    transformer = read_transformer(directory, device, dtype)
+    transformer = (read or read_transformer)(directory, device, dtype)
     if transformer.config.vocabulary_size != ids.size:
         raise ValueError(
             f"{directory}: the Transformer has {transformer.config.vocabulary_size} ids, the vocabulary {ids.size}"

@@ -13,11 +13,12 @@ import secrets
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calumma.model.directory import missing_files
 from calumma.platform import storage, tracking
 from calumma.platform.config import Tracking
+from calumma.serve import ranks
 from calumma.serve.backend import CODER, ENGINE, INGRESS, WATCHER, Ingress
 from calumma.serve.rollout import Placed, Watcher
 from calumma.serve.safety import policy_of
@@ -39,6 +40,10 @@ def place(model: ModelSettings, source: str, endpoint: str) -> Placed:
     time. Raises ServeError, and leaves nothing of it behind."""
     from ray import serve
 
+    try:
+        ranks.require_room(model, ranks.nodes_of_cluster())
+    except ValueError as error:
+        raise ServeError(str(error)) from error
     application = f"{APPLICATION_PREFIX}{endpoint}:{model.name}:{secrets.token_hex(4)}"
     try:
         serve.run(build_model(model, source), name=application, route_prefix=None)
@@ -59,9 +64,15 @@ def build_model(model: ModelSettings, source: str) -> Application:
     from calumma.serve.replica import Replica
     from calumma.serve.scaling import QueuedTokens
 
+    each = ranks.bundle(model)
+    several: dict[str, Any] = {
+        "placement_group_bundles": [each] * model.tensor_parallel,
+        "placement_group_strategy": "STRICT_PACK",
+    }
     engine = serve.deployment(
         name=ENGINE,
-        ray_actor_options={"num_cpus": model.cpus_per_replica, "num_gpus": model.gpus_per_replica},
+        ray_actor_options={"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)},
+        **(several if model.tensor_parallel > 1 else {}),
         max_ongoing_requests=2 * model.max_sequences,  # those beyond the engine's slots wait in its own queue
         max_queued_requests=model.max_queued,
         autoscaling_config=AutoscalingConfig(
@@ -81,6 +92,7 @@ def build_model(model: ModelSettings, source: str) -> Application:
         ),
         request_router_config={"request_router_class": "calumma.serve.routing.PrefixRouter"},
         max_constructor_retry_count=2,
+        health_check_period_s=2,  # a failed engine is replaced after three looks
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=model.drain_seconds,
         graceful_shutdown_wait_loop_s=1.0,
@@ -140,6 +152,16 @@ def locate(model: str, settings: Tracking | None = None) -> str:
     return source
 
 
+def find(model: ModelSettings) -> str:
+    """`locate`, of a model that can be held as asked. Raises ServeError too where it cannot."""
+    source = locate(model.model, model.tracking)
+    try:
+        ranks.require_heads(model, source)
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+    return source
+
+
 def require_port(host: str, port: int) -> None:
     """Raises ServeError when somebody listens at the port already."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -163,7 +185,7 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
     """
     from ray import serve
 
-    sources = {model.name: locate(model.model, model.tracking) for model in settings.models}
+    sources = {model.name: find(model) for model in settings.models}
     policy_of(settings.safety)
     _quiet()
     _start_http(settings)

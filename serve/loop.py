@@ -20,6 +20,9 @@ from calumma.serve.text import TextStream, Top
 log = logging.getLogger(__name__)
 
 PROGRESS_STEPS = 16  # how often an image under way reports
+# Seconds after which an engine without work that is one of several says so to the others, who would give it up.
+HEARTBEAT = 30.0
+STUCK = 5.0  # seconds from the loss of another process until the engine's thread is taken to wait for it for ever
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,16 @@ class Answer:
 class EngineLoop:
     """Steps the engine on a thread of its own for as long as there is work, and hands its events out."""
 
-    def __init__(self, model: MixedModalModel, max_sequences: int, **engine: Any) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: MixedModalModel,
+        max_sequences: int,
+        explain: Callable[[Exception], Exception] = lambda error: error,
+        **engine: Any,
+    ) -> None:
+        """explain: called with what stopped the engine, gives the cause. engine: further options of it."""
+        self._model, self._explain = model, explain
+        self._heartbeat = HEARTBEAT if engine.get("shard") is not None else None
         self._engine = Engine(
             model.transformer, model.vocabulary, model.image_length, max_sequences=max_sequences, **engine
         )
@@ -190,7 +201,17 @@ class EngineLoop:
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(None if self.failure is None else STUCK)
+
+    def fail(self, error: Exception) -> None:
+        """Called from another thread: the engine cannot go on. What it works on is refused, even if its thread waits in
+        an exchange with a process that is lost."""
+        with self._wake:
+            self.failure = self.failure or error
+            self._closed = True
+            self._wake.notify()
+        self._thread.join(STUCK)
+        self._refuse_all()
 
     def _gone(self) -> Refused:
         if self.failure is not None:
@@ -207,7 +228,12 @@ class EngineLoop:
                 self._dispatch(events)
         except Exception as error:
             log.exception("the engine stopped")
-            self.failure = error
+            self.failure = self.failure or self._explain(error)
+        self._refuse_all()
+        if self.failure is None:
+            self._engine.close()
+
+    def _refuse_all(self) -> None:
         with self._wake:
             self._closed = True
             left, self._answers = list(self._answers.values()), {}
@@ -215,9 +241,9 @@ class EngineLoop:
             answer.post(self._gone())
 
     def _has_work(self) -> bool:
-        """Wait for work; false when the loop is to end."""
+        """Wait for work, or for the next heartbeat; false when the loop is to end."""
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._engine.has_work)
+            self._wake.wait_for(lambda: self._closed or self._engine.has_work, self._heartbeat)
             return not self._closed
 
     def _dispatch(self, events: list[Event]) -> None:

@@ -11,20 +11,23 @@ import dataclasses
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from calumma.model import MixedModalModel, load
 from calumma.model.document import Document
-from calumma.model.generation import PromptTooLong, Request, SamplingParams
+from calumma.model.generation import PromptTooLong, Request, SamplingParams, read_part
 from calumma.model.generation.answers import drawable
 from calumma.model.generation.request import Logprob
 from calumma.model.image_tokenizer import MissingDecoder
+from calumma.model.transformer import Transformer
 from calumma.serve.coding import ImageCoder, LocalCoder, PromptEncoder
 from calumma.serve.loop import Codes, EngineLoop, Part, Scored
 from calumma.serve.mailbox import Mailbox
 from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
+from calumma.serve.ranks import Ranks, precision
 from calumma.serve.settings import ModelSettings
 from calumma.serve.text import TextStream
 
@@ -49,8 +52,10 @@ class EngineReplica:
         coder: ImageCoder | None = None,
         **engine: Any,
     ) -> None:
-        """`engine`: further options of the generation engine."""
+        """`engine`: further options of the engine's loop and of the engine."""
         self.model = model
+        with torch.device("meta"):  # the whole of it, where this process has a part
+            self._parameters = sum(p.numel() for p in Transformer(model.config).parameters())
         self.max_sequences, self.max_queued = max_sequences, max_queued
         self._encoder = PromptEncoder(model.vocabulary, model.text_tokenizer, model.image_tokenizer)
         self._own_coder = LocalCoder(self._encoder) if coder is None else None
@@ -136,10 +141,10 @@ class EngineReplica:
     async def describe(self) -> dict[str, Any]:
         """Facts for /health and the playground. Raises when the engine has failed."""
         self.check_health()
-        transformer, tokenizer = self.model.transformer, self.model.image_tokenizer
+        tokenizer = self.model.image_tokenizer
         return {
             "context": self.model.config.context,
-            "parameters": sum(p.numel() for p in transformer.parameters()),
+            "parameters": self._parameters,
             "image_size": tokenizer.config.resolution,
             "image_tokens": self.model.image_length,
             "image_output": bool(tokenizer.config.decoder),
@@ -241,21 +246,47 @@ class Replica(EngineReplica):
         from calumma.platform import cluster, tracking
         from calumma.serve.coding import RemoteCoder
 
-        torch.set_num_threads(settings.threads or max(1, cluster.cores() // settings.min_replicas))
-        cuda = settings.gpus_per_replica > 0
+        processes = settings.min_replicas * settings.tensor_parallel
+        threads = settings.threads or max(1, cluster.cores() // processes)
+        torch.set_num_threads(threads)
+        self._ranks: Ranks | None = None
         with tracking.resolve_model(source, settings.tracking) as directory:
-            model = load(directory, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
+            if settings.tensor_parallel > 1:
+                self._ranks = Ranks(settings, directory, threads)
+            model = self._load(directory, settings)
         coder = None if coders is None else RemoteCoder(coders)
-        super().__init__(
-            model,
-            settings.max_sequences,
-            settings.max_queued,
-            coder,
-            cache_tokens=settings.cache_tokens,
-            prefill_tokens=settings.prefill_tokens,
-            jacobi_window=settings.speculative,
-            cuda_graphs=settings.cuda_graphs,
-        )
+        options = dict(settings.engine_options)
+        if self._ranks is not None:
+            options |= {"shard": self._ranks.shard, "explain": self._ranks.cause}
+        super().__init__(model, max_queued=settings.max_queued, coder=coder, **options)
+        if self._ranks is not None:
+            self._ranks.watch(self.loop.fail)
+
+    def _load(self, directory: Path, settings: ModelSettings) -> MixedModalModel:
+        """The model, of which this process has its part alone where there are others."""
+        if self._ranks is None:
+            return load(directory, *precision(settings))
+        shard = self._ranks.shard
+        try:
+            model = load(directory, *precision(settings), lambda *where: read_part(where[0], shard, *where[1:]))
+            self._ranks.all_here()
+        except Exception:
+            self._ranks.abandon()
+            raise
+        return model
+
+    def close(self) -> None:
+        super().close()
+        if self._ranks is not None:
+            if self.loop.failure is None:
+                self._ranks.close()
+            else:
+                self._ranks.abandon()
+
+    def __del__(self) -> None:
+        """Called by Ray Serve when the replica has answered what it had begun."""
+        if hasattr(self, "loop"):
+            self.close()
 
     async def statistics(self) -> dict[str, dict[str, float]]:
         from ray import serve

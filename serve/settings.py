@@ -80,8 +80,14 @@ class ModelSettings(Section):
     queued_tokens: int = Field(16384, ge=1, description="prompt tokens in line that are worth a further replica")
     cpus_per_replica: float = Field(1.0, gt=0)
     gpus_per_replica: float = Field(0.0, ge=0)
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="processes, on one node, that hold a replica's model together; they share its CPUs, and have a GPU "
+        "each where it has GPUs",
+    )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of a replica; none: the node's cores, shared fairly"
+        None, ge=1, description="CPU threads of a replica's process; none: the node's cores, shared fairly"
     )
     max_sequences: int = Field(16, ge=1, description="requests answered together; guidance branches come beside them")
     cache_tokens: int | None = Field(
@@ -113,7 +119,23 @@ class ModelSettings(Section):
     def _ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        if self.tensor_parallel > 1 and self.gpus_per_replica not in (0, self.tensor_parallel):
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel}: its processes have a GPU each, so gpus_per_replica must be "
+                f"{self.tensor_parallel}, or 0 to compute on CPUs; given {self.gpus_per_replica:g}"
+            )
         return self
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """How each process of a replica makes its engine."""
+        return {
+            "max_sequences": self.max_sequences,
+            "cache_tokens": self.cache_tokens,
+            "prefill_tokens": self.prefill_tokens,
+            "jacobi_window": self.speculative,
+            "cuda_graphs": self.cuda_graphs,
+        }
 
     @property
     def target_ongoing_requests(self) -> float:

@@ -51,6 +51,12 @@ def start(
     ] = None,
     cpus: Annotated[float | None, typer.Option(help="CPUs of a replica.  [default: 1]")] = None,
     gpus: Annotated[float | None, typer.Option(help="GPUs of a replica.  [default: 0]")] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that hold a replica's model together; with --gpus as many, one each. [default: 1]"
+        ),
+    ] = None,
     max_sequences: Annotated[
         int | None, typer.Option(help="Requests a replica answers together.  [default: 16]")
     ] = None,
@@ -81,6 +87,7 @@ def start(
             "port": port,
             "cpus_per_replica": cpus,
             "gpus_per_replica": gpus,
+            "tensor_parallel": tensor_parallel,
             "max_sequences": max_sequences,
         }
         values = _file(config) | {key: value for key, value in options.items() if value is not None}
@@ -292,7 +299,7 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
         from calumma.serve import app as serving
 
         for one in settings.models:
-            serving.locate(one.model, one.tracking)
+            serving.find(one)
         serving.require_port(settings.host, settings.port)
     needed = settings.ingress_cpus
     devices = cluster.gpus()

@@ -34,6 +34,8 @@ S = TypeVar("S", bound=JobSpecification)
 # may have another size looks again much sooner what size there is place for.
 START_TIMEOUT, ELASTIC_START_TIMEOUT = "900", "30"  # seconds
 
+THREADS = "CALUMMA_THREADS"  # environment: threads of a worker on a CPU; default: its share of the node's cores
+
 
 class TrainingFailed(RuntimeError):
     """Training stopped; the message holds the first worker's error, the cause all of them."""
@@ -94,7 +96,8 @@ def join() -> Worker:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one, and may find a driver without a device
-        torch.set_num_threads(max(1, _cores() // context.get_local_world_size()))
+        given = int(os.environ.get(THREADS, 0))
+        torch.set_num_threads(given or max(1, _cores() // context.get_local_world_size()))
     return Worker(context.get_world_rank(), context.get_world_size(), device)
 
 

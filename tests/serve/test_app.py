@@ -28,13 +28,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from calumma.model import load
 from calumma.model.directory import IMAGE_TOKENIZER, save_model
 from calumma.model.document import Document, Text
-from calumma.model.generation import SamplingParams
+from calumma.model.generation import PhaseSampling, SamplingParams, generate
 from calumma.model.transformer import Transformer
 from calumma.platform import tracking
 from calumma.platform.config import Tracking
-from calumma.serve.app import APPLICATION_PREFIX, ServeError, await_health, deploy, undeploy
+from calumma.serve.app import APPLICATION_PREFIX, ServeError, await_health, deploy, place, undeploy
 from calumma.serve.backend import ENGINE
 from calumma.serve.pieces import Job
+from calumma.serve.ranks import ACTOR
 from calumma.serve.routing import preferred, prefix_key
 from calumma.serve.settings import ModelSettings, ServeSettings
 
@@ -62,6 +63,22 @@ def talkative(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+@pytest.fixture(scope="module")
+def cut(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose greedy answers are long, and not easily guessed."""
+    model = load(model_directory)
+    torch.manual_seed(5)
+    transformer = Transformer(model.config.model_copy(update={"context": 2048}))
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.4)
+        transformer.output.weight[[model.vocabulary.eos, model.vocabulary.end_turn]] = 0  # seldom the likeliest
+    folder = tmp_path_factory.mktemp("cut")
+    save_model(folder, transformer, model_directory, model_directory / IMAGE_TOKENIZER)
+    return folder
+
+
 def name_champion(registry: str, model_directory: Path) -> None:
     """The directory is the registered model's next version, and its champion from now on."""
     from mlflow import MlflowClient
@@ -74,8 +91,9 @@ def name_champion(registry: str, model_directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings(model_directory: Path, talkative: Path, registry: str) -> ServeSettings:
+def settings(model_directory: Path, talkative: Path, cut: Path, registry: str) -> ServeSettings:
     name_champion(registry, model_directory)
+    pair = ModelSettings(model=str(cut), name="pair", tensor_parallel=2, cpus_per_replica=0.25, threads=1)
     tiny = {"model": "models:/tiny@champion", "name": "tiny", "tracking": Tracking(uri=registry), "image_coders": 1}
     return ServeSettings(
         model=str(talkative),
@@ -85,7 +103,7 @@ def settings(model_directory: Path, talkative: Path, registry: str) -> ServeSett
         min_replicas=2,
         max_replicas=2,
         threads=1,
-        also=(ModelSettings(**tiny, cpus_per_replica=0.25, threads=1),),
+        also=(ModelSettings(**tiny, cpus_per_replica=0.25, threads=1), pair),
         watch_seconds=1.0,
     )
 
@@ -187,7 +205,11 @@ def kill(application: str, replica: str) -> None:
 
 @pytest.mark.cluster
 def test_several_models_answer_under_one_endpoint(url: str, settings: ServeSettings) -> None:
-    assert {m["id"] for m in requests.get(f"{url}/v1/models", timeout=PATIENCE).json()["data"]} == {"talkative", "tiny"}
+    assert {m["id"] for m in requests.get(f"{url}/v1/models", timeout=PATIENCE).json()["data"]} == {
+        "talkative",
+        "tiny",
+        "pair",
+    }
     assert requests.get(f"{url}/ready", timeout=PATIENCE).json() == {"ready": True, "unavailable": {}}
     assert requests.get(f"{url}/health?model=tiny", timeout=PATIENCE).json()["context"] == 128
     asked = {"messages": [{"role": "user", "content": "Draw a three."}], "modalities": ["image"], "model": "tiny"}
@@ -223,6 +245,44 @@ def engine_application(model: str) -> str:
         name for name in serve.status().applications if name.startswith(f"{APPLICATION_PREFIX}talkative:{model}:")
     ]
     return found
+
+
+def followers() -> list[str]:
+    """Names of the actors of replicas' further processes."""
+    import ray
+
+    return [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["name"].startswith(ACTOR)]
+
+
+@pytest.mark.cluster
+def test_a_replica_of_two_processes_answers_as_one_and_is_replaced_when_it_loses_one(url: str, cut: Path) -> None:
+    import ray
+
+    model = load(cut)
+    params = SamplingParams(100, "text", text=PhaseSampling(0))
+    [document] = generate(model, [Document((Text("Which digit?", "user"),))], [params])
+    assert len(set(document.text)) > 10
+
+    def answer() -> Heard:
+        return listen(url, "Which digit?", model="pair", max_tokens=100)
+
+    expected = Heard(document.text, finish="length")
+    assert answer() == expected
+
+    [lost] = followers()
+    begun = threading.Barrier(2)
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(listen, url, "Which digit?", begun, model="pair")
+        begun.wait(PATIENCE)
+        ray.kill(ray.get_actor(lost, namespace="serve"))
+        heard = stream.result()
+    assert heard.error == "engine_failed"
+    assert heard.text.startswith(document.text[:1])
+    until(lambda: len(followers()) == 1 and followers() != [lost], "another replica with its own second process")
+    until(lambda: answer() == expected, "an answer of the new replica")
+    assert len(followers()) == 1
+    with pytest.raises(ServeError, match=r"pair-like.* need 900 CPU on one node each, and the cluster has room for 0"):
+        place(ModelSettings(model="pair-like", tensor_parallel=2, cpus_per_replica=900), str(cut), "talkative")
 
 
 @pytest.mark.cluster
@@ -296,5 +356,6 @@ def test_streams_in_flight_finish_when_the_command_is_told_to_end(
     assert command.stdout.read().endswith("stopped talkative\n")
     with pytest.raises(requests.RequestException):
         requests.get(f"{url}/health", timeout=PATIENCE).raise_for_status()
+    assert not followers(), "all processes of a replica end with it"
     undeploy(settings.name)  # what another process has ended already
     assert not serve.status().applications

@@ -174,6 +174,8 @@ def test_a_key_is_shown_once_with_the_line_for_the_file(tmp_path: Path) -> None:
         ("safety: {policy: 'nowhere:policy'}", ["--port", "0"], "port: Input should be greater"),
         ("{}", ["--keys", "{folder}/keys"], "Keys are given by their hash"),
         ("also: [{name: big, model: '{model}', gpus_per_replica: 64}]", [], "64 GPUs each"),
+        ("{}", ["--tensor-parallel", "2", "--gpus", "1"], "gpus_per_replica must be 2, or 0"),
+        ("{}", ["--tensor-parallel", "3"], "2 heads cannot be cut into 3 parts: use at most 2 processes"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_told(
