@@ -53,9 +53,7 @@ def start(
     gpus: Annotated[float | None, typer.Option(help="GPUs of a replica.  [default: 0]")] = None,
     tensor_parallel: Annotated[
         int | None,
-        typer.Option(
-            help="Processes that hold a replica's model together; with --gpus as many, one each. [default: 1]"
-        ),
+        typer.Option(help="Processes that hold a replica together, a GPU each with as many --gpus.  [default: 1]"),
     ] = None,
     max_sequences: Annotated[
         int | None, typer.Option(help="Requests a replica answers together.  [default: 16]")

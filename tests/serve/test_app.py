@@ -277,7 +277,9 @@ def test_a_replica_of_two_processes_answers_as_one_and_is_replaced_when_it_loses
         ray.kill(ray.get_actor(lost, namespace="serve"))
         heard = stream.result()
     assert heard.error == "engine_failed"
-    assert heard.text.startswith(document.text[:1])
+    known = min(len(heard.text), len(document.text) - 4)  # the last character may be cut
+    assert heard.text
+    assert heard.text[:known] == document.text[:known]
     until(lambda: len(followers()) == 1 and followers() != [lost], "another replica with its own second process")
     until(lambda: answer() == expected, "an answer of the new replica")
     assert len(followers()) == 1
