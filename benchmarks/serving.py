@@ -132,6 +132,11 @@ def mixed(seed: int) -> dict[str, Any]:
 # ---- HTTP over the bare engine
 
 
+def length(client: int, turn: int, mean: int) -> int:
+    """Tokens of an answer, from half the mean to one and a half: clients do not ask in step."""
+    return mean // 2 + (client * 37 + turn * 61) % (mean + 1)
+
+
 def bare(directory: str, clients: int, turns: int, tokens: int) -> float:
     """Tokens a second of an engine in this process, for that many clients, each of which asks again when it has its
     answer. Greedy: of random weights such answers never end by themselves."""
@@ -142,7 +147,7 @@ def bare(directory: str, clients: int, turns: int, tokens: int) -> float:
 
         def ask_again(client: int, turn: int, engine: Engine = engine) -> None:
             prompt = model.encode(Document((Text(TEXTS[client % len(TEXTS)], "user"),)), complete=False)
-            params = SamplingParams(tokens, "text", text=PhaseSampling(0.0, 1.0))
+            params = SamplingParams(length(client, turn, tokens), "text", text=PhaseSampling(0.0, 1.0))
             engine.add(Request(f"{client} {turn}", prompt, params))
 
         for client in range(clients):
@@ -163,8 +168,8 @@ def over_http(url: str, clients: int, turns: int, tokens: int) -> tuple[float, l
 
     def client(number: int) -> list[Heard]:
         body = {"messages": [{"role": "user", "content": TEXTS[number % len(TEXTS)]}], "modalities": ["text"]}
-        greedy = {"max_tokens": tokens, "temperature": 0.0, "repetition_penalty": 1.0}
-        return [ask(url, body | greedy) for _ in range(turns)]
+        greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
+        return [ask(url, body | greedy | {"max_tokens": length(number, turn, tokens)}) for turn in range(turns)]
 
     rates, firsts = [], []
     for _ in range(3):
