@@ -209,11 +209,11 @@ def registered_copy(model_directory: str) -> str:
     from calumma.platform import storage
     from calumma.platform.data.manifest import Manifest, fingerprints
 
-    place = model_directory
-    if Manifest.find(model_directory) is not None:
-        (mark,) = fingerprints([model_directory]).values()
-        place = storage.join(model_directory.rstrip("/").rpartition("/")[0], "registered", mark[:16])
-    return place if "://" in place else str(Path(place).absolute())
+    place = model_directory if "://" in model_directory else str(Path(model_directory).absolute())
+    if Manifest.find(place) is None:
+        return place
+    (mark,) = fingerprints([place]).values()
+    return storage.join(place.rstrip("/").rpartition("/")[0], "registered", mark[:16])
 
 
 def register(tracking: Tracking, name: str, model_directory: str, run_id: str, alias: str | None = None) -> str:

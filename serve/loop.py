@@ -201,7 +201,10 @@ class EngineLoop:
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join(None if self.failure is None else STUCK)
+        while self._thread.is_alive():
+            self._thread.join(STUCK)
+            if self.failure is not None:  # it may wait in an exchange with a process that is lost
+                return
 
     def fail(self, error: Exception) -> None:
         """Called from another thread: the engine cannot go on. What it works on is refused, even if its thread waits in

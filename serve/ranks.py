@@ -87,12 +87,13 @@ def require_room(settings: ModelSettings, nodes: Iterable[Nodes]) -> None:
         raise ValueError(
             f"{settings.min_replicas} replica(s) of {settings.model} with tensor_parallel {settings.tensor_parallel} "
             f"need {' and '.join(f'{much:g} {name}' for name, much in need.items())} on one node each, and the cluster "
-            f"has room for {room:g} (its nodes: {found}); use a smaller tensor_parallel, fewer replicas or larger nodes"
+            f"has room for {room:g} (its nodes: {found}); use a smaller tensor_parallel, fewer replicas or larger "
+            "nodes; where an autoscaler would add a node, start one first"
         )
 
 
 def nodes_of_cluster() -> list[Nodes]:
-    """The nodes there are, and those that an autoscaler may add."""
+    """The nodes there are, and those of which an autoscaler has told Ray that it may add them."""
     import ray
 
     there = [Nodes(node["Resources"]) for node in ray.nodes() if node["Alive"]]

@@ -103,7 +103,7 @@ class Watcher:
         self._rollouts = Rollouts(
             settings.models,
             placed,
-            lambda model: app.locate(model.model, model.tracking),
+            app.find,
             lambda model, source: app.place(model, source, settings.name),
             announce,
             lambda application: serve.delete(application, _blocking=False),
@@ -118,4 +118,7 @@ class Watcher:
     def _run(self) -> None:
         while True:
             time.sleep(self._seconds)
-            self._rollouts.look()
+            try:
+                self._rollouts.look()
+            except Exception:
+                log.exception("looking for new versions failed; it goes on")

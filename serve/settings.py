@@ -98,7 +98,8 @@ class ModelSettings(Section):
         0, ge=0, description="image codes drafted ahead by speculative Jacobi decoding; 0: none. A seed's codes change"
     )
     cuda_graphs: bool | None = Field(
-        None, description="record the passes of answers in progress as CUDA graphs; none: where there is a GPU"
+        None,
+        description="record the passes of answers in progress as CUDA graphs; none: where one GPU holds a replica",
     )
     max_queued: int = Field(256, ge=1, description="requests that may wait for a replica; more get 429")
     image_coders: int = Field(

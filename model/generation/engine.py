@@ -97,7 +97,7 @@ class Engine:
             self.context,
             shard,
             jacobi_window,
-            transformer.embedding.weight.is_cuda if cuda_graphs is None else cuda_graphs,
+            transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs,
         )
         self._blocks = Blocks(count, block_size, self._runner.cache.copy, share=prefix_cache)
         self._scheduler = Scheduler(self._blocks, max_sequences, prefill_tokens)

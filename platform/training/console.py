@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -203,15 +203,15 @@ def watch(identifier: str, tracking_uri: str | None = None, poll: float = POLL) 
     except Exception as error:
         print(f"there is no run {run.id} to watch at {run.uri}: {error}", file=sys.stderr)
         return 2
-    with screen() as show:
+    with suppress(KeyboardInterrupt), screen() as show:
         while True:
             try:
                 recorded = run.client.get_run(run.id)
+            except Exception as error:  # away for a while
+                logger.debug("no news from MLflow: %s", error)
+            else:
                 show(Status.of(stage, steps, recorded.data.metrics))
                 if recorded.info.status not in ("RUNNING", "SCHEDULED"):
                     return 0 if recorded.info.status == "FINISHED" else 1
-            except KeyboardInterrupt:
-                return 0
-            except Exception as error:  # away for a while
-                logger.debug("no news from MLflow: %s", error)
             time.sleep(poll)
+    return 0

@@ -103,7 +103,7 @@ class Keeper:
             if kind is None:
                 self.settle()
                 if self._notices is not None:  # training ended before it could be followed
-                    self._notices.done()
+                    self._notices.done("stop")
         finally:
             if self._notices is not None:
                 self._notices.close()
@@ -134,7 +134,7 @@ class Keeper:
         if action is not None:
             self.settle()
             if self._notices is not None:
-                self._notices.done()
+                self._notices.done(action)
         self.seconds += time.monotonic() - began
         if action == "stop":
             raise Stopped(

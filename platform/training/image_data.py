@@ -1,7 +1,8 @@
 """The images an image tokenizer is trained on: a pool that all workers hold together, and the batches drawn from it.
 
-The pool, and which of its images a step is given, depend on the seed and the step alone: any number of workers takes
-the same steps. Worker r of W holds images r, r+W, ... of the pool, and sends them to whoever needs them in a step.
+The pool, and which of its images a step is given, depend on the seed and the steps before, not on the number of
+workers: any takes the same steps. Worker r of W holds images r, r+W, ... of the pool, and sends them to whoever needs
+them in a step.
 
 Shape suffixes: N images, B a batch of them, C channels, H height, W width.
 """

@@ -148,7 +148,7 @@ class Loop:
         if cause is None and (done % self.period == 0 or last):
             metrics |= self._end_period(done, x)
         if done % (spec.log_every or self.period) == 0 or last:
-            metrics |= self._metrics(done, rate, found)
+            metrics |= self._metrics(done, rate, found if cause is None else None)
         self._log(metrics, done)
         if spec.held_out_every is not None and done % spec.held_out_every == 0 and not last:
             self._evaluate(keeper, done)
@@ -161,14 +161,15 @@ class Loop:
         self.training.begin_period()
         return metrics
 
-    def _metrics(self, done: int, rate: float, found: Measures) -> dict[str, float]:
-        """Of the newest step, and since the last metrics."""
-        if math.isfinite(found.loss):
+    def _metrics(self, done: int, rate: float, found: Measures | None) -> dict[str, float]:
+        """Of the newest step, unless it was not taken, and since the last metrics."""
+        metrics: dict[str, float] = {}
+        if found is not None:
             self.report["loss"] = found.loss
+            metrics = {"loss": found.loss, **found.parts, "gradient_norm": found.norm}
         steps, whole = done - self._interval_step, time.monotonic() - self._interval_began
         speed = steps * self.spec.batch / max(whole - self._elsewhere, 1e-9)
-        metrics = {"loss": found.loss, **found.parts, "learning_rate": rate, "gradient_norm": found.norm}
-        metrics |= {"images_per_second": speed, "step": done, "workers": self.worker.world}
+        metrics |= {"learning_rate": rate, "images_per_second": speed, "step": done, "workers": self.worker.world}
         metrics |= self.clock.read() | meters.memory(self.worker.device) | self.bad.guard.metrics()
         metrics["seconds_left"] = whole / max(steps, 1) * (self.spec.steps - done)
         self._new_interval(done)

@@ -79,7 +79,7 @@ def prepare(spec: ImageTokenizerSpecification, run: Run) -> ImageAssignment:
                 "them"
             )
         logger.info("%s has the checkpoints of a finished training with %s: they are discarded", folder, why)
-    storage.delete(watchdog.notice_file(checkpoint.folder(place)))
+    watchdog.withdraw(checkpoint.folder(place), watchdog.ACTIONS)
     if resume is None:
         storage.delete(checkpoint.folder(place))
     return ImageAssignment(spec, run, place, inputs, resume)

@@ -55,7 +55,7 @@ def _comes_again(error: BaseException) -> bool:
 
 def checkpoint_before_resizing(lifeline: Lifeline, recovery: Recovery) -> Any:
     """A callback of Ray Train's controller: a group that is well checkpoints before another size takes its place, so
-    that no step is taken twice."""
+    that few steps are taken twice."""
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
     class BeforeResizing(ControllerCallback, WorkerGroupCallback):
@@ -73,7 +73,8 @@ def checkpoint_before_resizing(lifeline: Lifeline, recovery: Recovery) -> Any:
             self._well = False
             try:
                 lifeline.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
-                within(recovery.stop_seconds, lifeline.followed)
+                if not within(recovery.stop_seconds, lifeline.followed):
+                    logger.warning("no checkpoint before resizing within %g s", recovery.stop_seconds)
             except OSError as error:  # resizing goes on from an older checkpoint
                 logger.warning("no checkpoint before resizing: %s", error)
 

@@ -174,7 +174,7 @@ def chart(groups: list[dict[str, Any]], steps: int) -> Image:
 def _begin(assignment: Assignment) -> None:
     """From here on the output is in the making: take away its manifest, and what killed uploads have left."""
     storage.delete(storage.join(assignment.output, MANIFEST))
-    storage.delete(watchdog.notice_file(checkpoint.folder(assignment.output)))
+    watchdog.withdraw(checkpoint.folder(assignment.output), watchdog.ACTIONS)
     if assignment.resume is None:
         storage.delete(checkpoint.folder(assignment.output))
 

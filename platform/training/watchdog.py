@@ -13,7 +13,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TextIO
@@ -22,6 +22,7 @@ from calumma.platform import storage
 
 logger = logging.getLogger(__name__)
 Action = Literal["checkpoint", "stop"]
+ACTIONS: tuple[Action, ...] = ("checkpoint", "stop")  # the later includes the earlier
 HUNG = 75  # exit code of a worker that was ended by its watchdog
 _POLL = 2.0  # seconds between two looks for a notice
 _GRACE = 5.0  # seconds that a hung worker leaves to the others of its group to write their stacks, too
@@ -97,25 +98,32 @@ def stacks() -> str:
     return found
 
 
-def notice_file(checkpoints: str) -> str:
-    return storage.join(checkpoints, "notice.json")
+def notice_file(checkpoints: str, action: Action) -> str:
+    """One for each action, so that no notice takes another's place."""
+    return storage.join(checkpoints, f"notice-{action}.json")
 
 
 def notify(checkpoints: str, action: Action, why: str) -> None:
     """Ask the workers that write to this folder of checkpoints to write one now, and with `stop` to end after it."""
-    storage.write_bytes(notice_file(checkpoints), json.dumps({"action": action, "why": why}).encode())
+    storage.write_bytes(notice_file(checkpoints, action), json.dumps({"why": why}).encode())
 
 
 def followed(checkpoints: str) -> bool:
     """Whether no notice is waiting to be followed."""
-    return not storage.exists(notice_file(checkpoints))
+    return not any(storage.exists(notice_file(checkpoints, action)) for action in ACTIONS)
+
+
+def withdraw(checkpoints: str, actions: Iterable[Action]) -> None:
+    """Take notices away; whoever waits until they are followed sees it by that. Raises StorageError."""
+    for action in actions:
+        storage.delete(notice_file(checkpoints, action))
 
 
 class Notices:
     """Looks for a notice in the background. One worker of a group does."""
 
     def __init__(self, checkpoints: str, poll: float | None = None) -> None:
-        self._uri, self._poll = notice_file(checkpoints), _POLL if poll is None else poll
+        self._checkpoints, self._poll = checkpoints, _POLL if poll is None else poll
         self._found: tuple[Action, str] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
@@ -126,11 +134,13 @@ class Notices:
         """What is asked for, and why."""
         return self._found
 
-    def done(self) -> None:
-        """The notice was followed; whoever waits for that sees it by the file being gone."""
-        self._found = None
+    def done(self, action: Action) -> None:
+        """What was asked for is done; a notice to stop that came meanwhile waits."""
+        followed = ACTIONS[: ACTIONS.index(action) + 1]
+        if self._found is not None and self._found[0] in followed:
+            self._found = None
         with suppress(storage.StorageError):
-            storage.delete(self._uri)
+            withdraw(self._checkpoints, followed)
 
     def close(self) -> None:
         self._stop.set()
@@ -138,12 +148,13 @@ class Notices:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll):
-            if self._found is not None:
-                continue
-            try:
-                told = json.loads(storage.read_bytes(self._uri))
-                self._found = (told["action"], str(told.get("why", "")))
-            except storage.NotFound:
-                continue
-            except (storage.StorageError, ValueError, KeyError, TypeError) as error:
-                logger.debug("no notice can be read: %s", error)
+            known = -1 if self._found is None else ACTIONS.index(self._found[0])
+            for action in reversed(ACTIONS[known + 1 :]):
+                try:
+                    told = json.loads(storage.read_bytes(notice_file(self._checkpoints, action)))
+                    self._found = (action, str(told.get("why", "")))
+                    break
+                except storage.NotFound:
+                    continue
+                except (storage.StorageError, ValueError, AttributeError) as error:
+                    logger.debug("no notice can be read: %s", error)

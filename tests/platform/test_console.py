@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -106,3 +107,18 @@ def test_a_run_is_watched_from_anywhere_until_it_ends(tmp_path: Path, capsys: py
     assert capsys.readouterr().err == Status.of("stage 1", 5000, METRICS).line() + "\n"
     assert console.watch("no-such-run", run.uri) == 2
     assert f"there is no run no-such-run to watch at {run.uri}" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = PretrainSpecification(
+        storage="/data", mixture={"tokens": 1.0}, output="stage", steps=5000, micro_batches=1, initial="x",
+        tracking=Tracking(uri=str(tmp_path)),
+    )  # fmt: skip
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with tracking.run(spec) as run:
+        monkeypatch.setattr(console, "time", SimpleNamespace(sleep=interrupted))
+        assert console.watch(run.id, run.uri) == 0
+        assert run.client.get_run(run.id).info.status == "RUNNING"

@@ -127,14 +127,20 @@ def command(
         text=True,
     )
     assert process.stdout is not None
-    with process.stdout:
+    late = threading.Timer(PATIENCE, process.kill)
+    late.start()
+    try:
         said = process.stdout.readline()
+        late.cancel()
         assert said == f"talkative is served at {settings.url}\n"
         await_health(settings.url)
         yield process
+    finally:
+        late.cancel()
         if process.poll() is None:
             process.terminate()
         process.wait(PATIENCE)
+        process.stdout.close()
 
 
 @pytest.fixture(scope="module")
