@@ -112,7 +112,7 @@ def test_the_registered_model_is_the_champion(workdir: Path, mlflow: MlflowClien
     version = mlflow.get_model_version_by_alias("calumma-quickstart", "champion")
     assert version.source is not None
     assert (Path(version.source) / "config.json").is_file()
-    assert Path(version.source) == workdir / "storage" / "stages" / "finetuned" / "model"
+    assert Path(version.source).parent == workdir / "storage" / "stages" / "finetuned" / "registered"
 
 
 def test_http_answers_hold_pictures_that_decode(workdir: Path) -> None:

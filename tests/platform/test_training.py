@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -504,8 +504,12 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
 
 def training_workers() -> list[psutil.Process]:
     """Ray Train's workers below this process."""
-    family = psutil.Process().children(recursive=True)
-    return [process for process in family if "RayTrainWorker" in process.name() + " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def when(happened: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
