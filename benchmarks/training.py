@@ -156,7 +156,7 @@ def bare(root: str, given: argparse.Namespace, threads: int) -> dict[str, float]
 
 def stalls(given: argparse.Namespace, threads: int) -> dict[str, float]:
     """How long a checkpoint stops training, beside `torch.save` of the same state to the same disk."""
-    from calumma.platform.training.elastic import Saver
+    from calumma.platform.training.saver import Saver
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if given.gpus else "cpu")

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from calumma.platform import storage
 from calumma.platform.config import TrainSpecification
 from calumma.platform.training import checkpoint
-from calumma.platform.training.saver import WHOLE as WHOLE
 from calumma.platform.training.saver import Published, Replicated, Saver
 from calumma.platform.training.watchdog import Action, Notices, Watchdog, followed, notify
 from calumma.platform.training.workers import Lifeline, Stopped, TrainingFailed, Worker

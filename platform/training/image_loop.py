@@ -25,6 +25,7 @@ from calumma.platform.training.checkpoint import Checkpoint
 from calumma.platform.training.image_data import Pool
 from calumma.platform.training.image_measure import Measured, comparison, measure
 from calumma.platform.training.image_training import ImageTraining, Measures
+from calumma.platform.training.saver import WHOLE
 from calumma.platform.training.schedule import learning_rate
 from calumma.platform.training.text_tokenizer import clear
 from calumma.platform.training.workers import Stopped, TrainingFailed, Worker, join
@@ -251,5 +252,5 @@ class Loop:
 def _state(found: Checkpoint) -> dict[str, Any]:
     """What `ImageTraining.whole_state` was; every worker calls it."""
     with universal.on_this_node(found.files) as folder:
-        state: dict[str, Any] = torch.load(folder / elastic.WHOLE, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(folder / WHOLE, map_location="cpu", weights_only=True)
     return state

@@ -133,7 +133,7 @@ class ImageTraining:
         """Forget which codes were used."""
         self.used_K.zero_()
 
-    # -- what a checkpoint holds (elastic.Replicated) --
+    # -- what a checkpoint holds (saver.Replicated) --
 
     def zero_optimization_stage(self) -> int:
         return 0

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import threading
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from calumma.platform import storage
 from calumma.platform.config import PretrainSpecification
 from calumma.platform.data.manifest import Manifest
 from calumma.platform.training import checkpoint, engine, trainable
+from calumma.platform.training.held_out import HeldOutBatch
 from calumma.platform.training.saver import Saver
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50, dropout=0.1)
@@ -49,19 +49,12 @@ def specification(output: str, **fields: Any) -> PretrainSpecification:
     return PretrainSpecification.model_validate(values | fields)
 
 
-@dataclass
-class Rows:
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    segments: torch.Tensor
-
-
-def rows(step: int, number: int) -> Rows:
+def rows(step: int, number: int) -> HeldOutBatch:
     """A micro-batch that can be learned: the next token is the last plus a number that the row begins with."""
     generator = torch.Generator().manual_seed(1000 * step + number)
     stride = torch.randint(1, 4, (2, 1), generator=generator)
     tokens = (torch.randint(0, 50, (2, 1), generator=generator) + stride * torch.arange(17)) % 50
-    return Rows(tokens, torch.rand(2, 17, generator=generator) < 0.3 + 0.1 * number, torch.zeros_like(tokens))
+    return HeldOutBatch(tokens, torch.rand(2, 17, generator=generator) < 0.3 + 0.1 * number, torch.zeros_like(tokens))
 
 
 def join(rank: int, world: int, meeting: str) -> None:
@@ -81,7 +74,7 @@ def started(spec: PretrainSpecification, world: int, seed: int = 0) -> Any:
 def steps(run: Any, spec: PretrainSpecification, world: int, rank: int, first: int, last: int) -> list[list[float]]:
     """Optimizer steps of a fixed plan: [step, mean loss, gradient norm] each, and the micro-batches used."""
     image_mask_V = torch.arange(50) >= 40
-    empty = Rows(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
+    empty = HeldOutBatch(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
     seen = []
     for step in range(first, last):
         group = [rows(step, number) for number in range(rank, MICRO_BATCHES, world)]

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.config import PretrainSpecification, SpecificationError, validate
 from calumma.platform.training import engine, lora, trainable
+from calumma.platform.training.held_out import HeldOutBatch
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50)
 IMAGE_IDS = list(range(40, 48))
@@ -158,20 +158,13 @@ def test_adapters_are_a_function_of_the_seed_and_as_large_as_their_rank() -> Non
 # -- steps of two workers at every stage of ZeRO --
 
 
-@dataclass
-class Rows:
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    segments: torch.Tensor
-
-
-def rows(step: int, number: int) -> Rows:
+def rows(step: int, number: int) -> HeldOutBatch:
     generator = torch.Generator().manual_seed(100 * step + number)
     tokens = torch.randint(0, 50, (2, 17), generator=generator)
-    return Rows(tokens, torch.rand(2, 17, generator=generator) < 0.5, torch.zeros_like(tokens))
+    return HeldOutBatch(tokens, torch.rand(2, 17, generator=generator) < 0.5, torch.zeros_like(tokens))
 
 
-EMPTY = Rows(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
+EMPTY = HeldOutBatch(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
 PRECISE: dict[str, dict[str, Any]] = {
     f"{kind}, ZeRO {stage}": {"zero_stage": stage, "precision": kind}
     for kind in ("float32", "bfloat16")

@@ -25,7 +25,7 @@ from calumma.platform.config import ImageTokenizerSpecification
 from calumma.platform.data import shards
 from calumma.platform.data.manifest import FileEntry, Manifest
 from calumma.platform.tracking import Run
-from calumma.platform.training import checkpoint, elastic, image_data, image_loop, watchdog
+from calumma.platform.training import checkpoint, elastic, image_data, image_loop, saver, watchdog
 from calumma.platform.training.image_loop import ImageAssignment, Loop
 from calumma.platform.training.image_training import ImageTraining, Measures
 from calumma.platform.training.workers import Stopped, TrainingFailed, Worker
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(alone: None, root:
     spec = specification(root)
     with pytest.raises(Died):
         train(spec, tmp_path, at=dying(13))
-    (file,) = (tmp_path / "checkpoints/step-00000010").glob(f"*/{elastic.WHOLE}")
+    (file,) = (tmp_path / "checkpoints/step-00000010").glob(f"*/{saver.WHOLE}")
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     found = checkpoint.resumption(str(tmp_path), spec, {})

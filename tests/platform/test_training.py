@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,7 @@ from calumma.platform.training import (
     text_tokenizer,
     watchdog,
 )
+from calumma.platform.training.held_out import HeldOutBatch
 from calumma.platform.training.stage import prepare, run_stage
 from calumma.platform.training.workers import Stopped
 
@@ -155,18 +155,11 @@ def stage(root: str, **fields: Any) -> PretrainSpecification:
 # -- one step is the same on any number of workers --
 
 
-@dataclass
-class Rows:
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    segments: torch.Tensor
-
-
-def rows(step: int, number: int) -> Rows:
+def rows(step: int, number: int) -> HeldOutBatch:
     """Micro-batches with very different numbers of trained tokens: averaging averages would show."""
     generator = torch.Generator().manual_seed(100 * step + number)
     tokens = torch.randint(0, 50, (2, 17), generator=generator)
-    return Rows(tokens, torch.rand(2, 17, generator=generator) < 0.1 + 0.4 * number, torch.zeros_like(tokens))
+    return HeldOutBatch(tokens, torch.rand(2, 17, generator=generator) < 0.1 + 0.4 * number, torch.zeros_like(tokens))
 
 
 def take_steps(rank: int, world: int, zero_stage: int, recompute: bool, folder: str) -> None:
@@ -182,7 +175,7 @@ def take_steps(rank: int, world: int, zero_stage: int, recompute: bool, folder: 
     transformer = Transformer(config).initialize(0).checkpoint_activations(recompute)
     run = engine.initialize(transformer, spec, world)
     image_mask_V = torch.arange(50) >= 40
-    empty = Rows(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
+    empty = HeldOutBatch(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
     seen = []
     for step in range(3):
         group = [rows(step, number) for number in range(rank, 3, world)]
