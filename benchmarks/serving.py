@@ -41,12 +41,14 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform import cluster
+from calumma.serve import engine_process
 from calumma.serve.app import deploy, undeploy
 from calumma.serve.settings import ServeSettings
 
 CHAT = "/v1/chat/completions"
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes" / "quickstart"
 NAME = "load"
+ENGINE_PROCESS = engine_process.MODULE
 PATIENCE = 600
 ROUNDS = 3
 SETTLED = 15.0  # seconds that the chart goes on when it is all over
@@ -215,13 +217,13 @@ def kill_one(url: str) -> None:
 
 
 def memory_of_replicas() -> list[float]:
-    """MiB of each process of an engine replica."""
+    """MiB of each process of an engine replica: of its own, and its engine's."""
     import psutil
 
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "Engine" in "".join(process.cmdline()[:1]):
+            if "Engine" in "".join(process.cmdline()[:1]) or ENGINE_PROCESS in process.cmdline():
                 found.append(process.memory_info().rss / 2**20)
     return found
 
@@ -283,7 +285,7 @@ def under_load(url: str, clients: int, seconds: float, kill_every: float) -> dic
         "replicas killed": len(kills),
         "errors away from a kill": sum(not any(-1 < at - kill < 10 for kill in kills) for at in errors),
         "cache held afterwards": max(held, default=-1.0),
-        "largest MiB of a replica, first and second half": f"{first:.0f}, {second:.0f}",
+        "largest MiB of a process of a replica, first and second half": f"{first:.0f}, {second:.0f}",
     }
 
 

@@ -39,6 +39,7 @@ class RayBackend:
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         """A replica that is lost before there is any of the answer is replaced by another; later it ends as Refused."""
+        from grpc import RpcError
         from ray.exceptions import RayError
         from ray.serve.exceptions import BackPressureError, RayServeException
 
@@ -60,7 +61,7 @@ class RayBackend:
                 ended = True
                 yield Refused(429, "all replicas are busy and the queue is full; try again shortly", code="overloaded")
                 return
-            except (RayError, RayServeException) as error:
+            except (RayError, RayServeException, RpcError) as error:
                 ended = True
                 log.warning("lost a replica of %s: %s", self.application, type(error).__name__)
                 if begun or attempt == ATTEMPTS:

@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from calumma.model import MixedModalModel
-from calumma.model.generation import Engine, Event, Request
+from calumma.model.generation import Engine, Event, PromptTooLong, Request
 from calumma.model.generation.request import Logprob
+from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.transformer import Transformer
+from calumma.model.vocabulary import Vocabulary
 from calumma.serve.pieces import Drawing, Finished, Job, Refused, TextPiece, Token, TokenCount
 from calumma.serve.text import TextStream, Top
 
@@ -22,7 +24,24 @@ log = logging.getLogger(__name__)
 PROGRESS_STEPS = 16  # how often an image under way reports
 # Seconds after which an engine without work that is one of several says so to the others, who would give it up.
 HEARTBEAT = 30.0
-STUCK = 5.0  # seconds from the loss of another process until the engine's thread is taken to wait for it for ever
+
+
+class Language(Protocol):
+    """What the loop needs of a model."""
+
+    @property
+    def transformer(self) -> Transformer: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    @property
+    def text_tokenizer(self) -> TextTokenizer: ...
+    @property
+    def image_length(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The engine has taken the request in."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +60,47 @@ class Scored:
     values: list[Logprob]
 
 
-Part = TextPiece | Drawing | Codes | Scored | Finished | Refused
+Part = Taken | TextPiece | Drawing | Codes | Scored | Finished | Refused
 Post = Callable[[Part], None]
+
+
+class Loop(Protocol):
+    """An engine at work, on a thread of this process or in a process of its own."""
+
+    failure: Exception | None
+
+    @property
+    def running(self) -> int:
+        """Requests in work."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Requests in line for the engine."""
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers for metrics and autoscaling, named as in metrics.py."""
+        ...
+
+    def submit(self, request: Request, job: Job, post: Post) -> None:
+        """Take a request in. `post` is called on another thread: first with Taken, last with Finished or Refused; with
+        Refused alone where the request cannot be answered."""
+        ...
+
+    def abandon(self, request_id: str) -> None:
+        """Stop working on a request. One that is not (or no longer) there is fine."""
+        ...
+
+    def close(self) -> None:
+        """End; running requests are refused."""
+        ...
 
 
 class Answer:
     """Turns one request's tokens into text without broken characters, and images' codes."""
 
-    def __init__(self, model: MixedModalModel, job: Job, post: Post) -> None:
+    def __init__(self, model: Language, job: Job, post: Post) -> None:
         self.job, self.post = job, post
         self.text_tokens = 0
         self.image_tokens = 0
@@ -126,17 +178,14 @@ class Answer:
 
 
 class EngineLoop:
-    """Steps the engine on a thread of its own for as long as there is work, and hands its events out."""
+    """A `Loop` on a thread of this process."""
 
     def __init__(
-        self,
-        model: MixedModalModel,
-        max_sequences: int,
-        explain: Callable[[Exception], Exception] = lambda error: error,
-        **engine: Any,
+        self, model: Language, max_sequences: int, stepped: Callable[[], None] = lambda: None, **engine: Any
     ) -> None:
-        """explain: called with what stopped the engine, gives the cause. engine: further options of it."""
-        self._model, self._explain = model, explain
+        """stepped: called on the engine's thread when what a step brought is posted, and at the end. engine: further
+        options of it."""
+        self._model, self._stepped = model, stepped
         self._heartbeat = HEARTBEAT if engine.get("shard") is not None else None
         self._engine = Engine(
             model.transformer, model.vocabulary, model.image_length, max_sequences=max_sequences, **engine
@@ -151,16 +200,18 @@ class EngineLoop:
 
     @property
     def running(self) -> int:
-        """Requests in work."""
         return len(self._answers)
 
     @property
     def waiting(self) -> int:
-        """Requests in line for the engine."""
         return self._engine.waiting
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._engine.has_work
+
     def statistics(self) -> dict[str, float]:
-        """Numbers for metrics and autoscaling, named as in metrics.py."""
         now = self._engine.statistics
         return {
             "requests_running": now.running_text + now.running_image,
@@ -177,49 +228,32 @@ class EngineLoop:
         }
 
     def submit(self, request: Request, job: Job, post: Post) -> None:
-        """Take a request in. `post` is called on the engine's thread; Finished or Refused is always the last part.
-
-        Raises ValueError, of the engine's, on a request that cannot be answered.
-        """
         with self._wake:
             if self._closed:
-                post(self._gone())
+                post(gone(self.failure))
                 return
-            self._engine.add(request)
+            try:
+                self._engine.add(request)
+            except ValueError as error:
+                code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+                post(Refused(400, str(error), code=code))
+                return
+            post(Taken())
             self._answers[request.id] = Answer(self._model, job, post)
             self._wake.notify()
 
     def abandon(self, request_id: str) -> None:
-        """Stop working on a request; nothing more is posted for it. One that is not (or no longer) there is fine."""
+        """Nothing more is posted for it."""
         with self._wake:
             if self._answers.pop(request_id, None) is not None:
                 self._engine.abort(request_id)
                 self._wake.notify()
 
     def close(self) -> None:
-        """Stop the thread; running requests are refused."""
         with self._wake:
             self._closed = True
             self._wake.notify()
-        while self._thread.is_alive():
-            self._thread.join(STUCK)
-            if self.failure is not None:  # it may wait in an exchange with a process that is lost
-                return
-
-    def fail(self, error: Exception) -> None:
-        """Called from another thread: the engine cannot go on. What it works on is refused, even if its thread waits in
-        an exchange with a process that is lost."""
-        with self._wake:
-            self.failure = self.failure or error
-            self._closed = True
-            self._wake.notify()
-        self._thread.join(STUCK)
-        self._refuse_all()
-
-    def _gone(self) -> Refused:
-        if self.failure is not None:
-            return Refused(500, f"the engine stopped: {self.failure}", code="engine_failed")
-        return Refused(503, "this replica is shutting down; try again", code="unavailable")
+        self._thread.join()
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -229,19 +263,18 @@ class EngineLoop:
                 events = self._engine.step()
                 self._step_seconds += time.perf_counter() - begin
                 self._dispatch(events)
+                self._stepped()
         except Exception as error:
             log.exception("the engine stopped")
-            self.failure = self.failure or self._explain(error)
-        self._refuse_all()
-        if self.failure is None:
-            self._engine.close()
-
-    def _refuse_all(self) -> None:
+            self.failure = error
         with self._wake:
             self._closed = True
             left, self._answers = list(self._answers.values()), {}
         for answer in left:
-            answer.post(self._gone())
+            answer.post(gone(self.failure))
+        self._stepped()
+        if self.failure is None:
+            self._engine.close()
 
     def _has_work(self) -> bool:
         """Wait for work, or for the next heartbeat; false when the loop is to end."""
@@ -251,9 +284,10 @@ class EngineLoop:
 
     def _dispatch(self, events: list[Event]) -> None:
         """Post what a step brought, in order."""
-        for event in events:
-            answer = self._answers.get(event.request_id)
-            if answer is None:
+        with self._wake:  # not while a request is taken in: the step may have begun with it already
+            answers = [(event, self._answers.get(event.request_id)) for event in events]
+        for event, answer in answers:
+            if answer is None or event.request_id not in self._answers:
                 continue
             parts = answer.take(event)
             if parts and isinstance(parts[-1], Finished):
@@ -263,3 +297,10 @@ class EngineLoop:
                         self._engine.abort(event.request_id)
             for part in parts:
                 answer.post(part)
+
+
+def gone(failure: Exception | None) -> Refused:
+    """Why an engine that has ended answers nothing."""
+    if failure is not None:
+        return Refused(500, f"the engine stopped: {failure}", code="engine_failed")
+    return Refused(503, "this replica is shutting down; try again", code="unavailable")

@@ -1,8 +1,9 @@
 """A replica whose model several processes hold together (tensor parallelism, see model/generation/parallel.py).
 
-The replica is the first of them; the others are Ray actors in its placement group, so on its node. They meet through a
-TCP store of the replica's: tensors on GPUs go by NCCL, all else by gloo. They end together: the others when the first
-closes its engine, or is lost (Ray ends the actors of a lost owner), and the first fails when it loses another.
+The first of them is the replica's engine process (engine_process.py); the others are Ray actors in the replica's
+placement group, so on its node. They meet through a TCP store of the replica's: tensors on GPUs go by NCCL, all else by
+gloo. They end together: the others when the first closes its engine, or the replica is lost (Ray ends the actors of a
+lost owner); the replica ends the first when another is lost, even while they still meet.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from calumma.model import config
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import IMAGE_TOKENIZER
 from calumma.model.generation import Engine, Shard, read_part
+from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.serve.settings import ModelSettings
@@ -54,7 +56,8 @@ def bundle(settings: ModelSettings) -> dict[str, float]:
 
 def precision(settings: ModelSettings) -> tuple[str, torch.dtype]:
     """Where a replica computes, and in what."""
-    return ("cuda", torch.bfloat16) if settings.gpus_per_replica else ("cpu", torch.float32)
+    device, usual = ("cuda", "bfloat16") if settings.gpus_per_replica else ("cpu", "float32")
+    return device, getattr(torch, settings.dtype or usual)
 
 
 def require_heads(settings: ModelSettings, source: str) -> None:
@@ -104,14 +107,32 @@ def nodes_of_cluster() -> list[Nodes]:
     return there
 
 
-def _join(store: dist.Store, rank: int, settings: ModelSettings) -> Shard:
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes of a replica meet."""
+
+    host: str
+    port: int
+
+
+def join(meeting: Meeting, rank: int, settings: ModelSettings) -> Shard:
     """This process's part, in torch.distributed's default group."""
+    count = settings.tensor_parallel
+    if settings.gpus_per_replica:
+        # Ray shows an actor its own GPU alone; the first process sees what the replica has, which is one as well.
+        torch.cuda.set_device(0)
+    store = dist.TCPStore(meeting.host, meeting.port, count, is_master=False, timeout=PATIENCE)
     backend = "cpu:gloo,cuda:nccl" if settings.gpus_per_replica else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=settings.tensor_parallel, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     return Shard.of(None)
 
 
-def _all_here(shard: Shard) -> None:
+def read_own(directory: str, shard: Shard, settings: ModelSettings) -> Transformer:
+    """This process's part of the model."""
+    return read_part(directory, shard, *precision(settings))
+
+
+def all_here(shard: Shard) -> None:
     """Wait for all processes. On the CPU, so that the loss of one is noticed at once."""
     shard.sum(torch.zeros(1))
 
@@ -119,21 +140,15 @@ def _all_here(shard: Shard) -> None:
 class Follower:
     """The actor of a process that is not the first."""
 
-    def prepare(self, settings: ModelSettings, threads: int) -> None:
-        """What takes long, or may fail, before anybody waits for it."""
-        torch.set_num_threads(threads)
-        if settings.gpus_per_replica:
-            torch.cuda.set_device(0)  # Ray shows each process its own alone
-
-    def follow(self, settings: ModelSettings, directory: str, rank: int, host: str, port: int) -> None:
+    def follow(self, settings: ModelSettings, directory: str, threads: int, rank: int, meeting: Meeting) -> None:
         """Hold a part of the model until the first process closes its engine."""
-        store = dist.TCPStore(host, port, settings.tensor_parallel, is_master=False, timeout=PATIENCE)
+        torch.set_num_threads(threads)
         try:
-            shard = _join(store, rank, settings)
-            transformer = read_part(directory, shard, *precision(settings))
+            shard = join(meeting, rank, settings)
+            transformer = read_own(directory, shard, settings)
             codes = ImageTokenizerConfig.read(Path(directory) / IMAGE_TOKENIZER).codes_per_image
             vocabulary = Vocabulary.read(directory)
-            _all_here(shard)
+            all_here(shard)
             Engine(transformer, vocabulary, codes, shard=shard, **settings.engine_options).follow()
         finally:
             if dist.is_initialized():
@@ -141,11 +156,10 @@ class Follower:
 
 
 class Ranks:
-    """The other processes of a replica, as the first sees them. Made within the replica's actor."""
+    """The other processes of a replica, as it sees them. Made within the replica's actor."""
 
     def __init__(self, settings: ModelSettings, directory: Path, threads: int) -> None:
-        """Start them and meet them; they read their parts. Raises ValueError where the model cannot be cut so, and
-        RuntimeError where a process is lost."""
+        """Start them; they wait for the first at `meeting`. Raises ValueError where the model cannot be cut so."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -162,6 +176,7 @@ class Ranks:
         self._store = dist.TCPStore(
             host, 0, settings.tensor_parallel, is_master=True, timeout=PATIENCE, wait_for_workers=False
         )
+        self.meeting = Meeting(host, self._store.port)
         self._closed = False
         self._count = settings.tensor_parallel
         follower: Any = ray.remote(Follower)
@@ -175,25 +190,10 @@ class Ranks:
             ).remote()
             for rank in range(1, settings.tensor_parallel)
         ]
-        self._ends: list[Any] = []
-        try:
-            ray.get([actor.prepare.remote(settings, threads) for actor in self._actors])
-            self._ends = [
-                actor.follow.remote(settings, str(directory), rank, host, self._store.port)
-                for rank, actor in enumerate(self._actors, 1)
-            ]
-            self.shard = _join(self._store, 0, settings)
-        except Exception as error:
-            cause = self.cause(error)
-            self.abandon()
-            raise cause from None
-
-    def all_here(self) -> None:
-        """Wait until all have read their parts. Raises RuntimeError that says who did not."""
-        try:
-            _all_here(self.shard)
-        except RuntimeError as error:
-            raise self.cause(error) from None
+        self._ends: list[Any] = [
+            actor.follow.remote(settings, str(directory), threads, rank, self.meeting)
+            for rank, actor in enumerate(self._actors, 1)
+        ]
 
     def watch(self, lost: Callable[[Exception], None]) -> None:
         """Call `lost`, on a thread, as soon as a process ends that was not told to."""
@@ -215,7 +215,7 @@ class Ranks:
         """Why something failed here: the loss of another process, where there is one soon, or the error itself."""
         import ray
 
-        ended, _ = ray.wait(self._ends, num_returns=1, timeout=NOTICE) if self._ends else ([], [])
+        ended, _ = ray.wait(self._ends, num_returns=1, timeout=NOTICE)
         return self._failure(ended) or error
 
     def _failure(self, ended: list[Any]) -> RuntimeError | None:
@@ -241,8 +241,6 @@ class Ranks:
 
         if self._closed:
             return
-        if dist.is_initialized():
-            dist.destroy_process_group()
         ray.wait(self._ends, num_returns=len(self._ends), timeout=ENDING)
         self.abandon()
 

@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calumma.model import MixedModalModel, load
+from calumma.model.config import ModelConfig
 from calumma.model.document import Document
-from calumma.model.generation import PromptTooLong, Request, SamplingParams, read_part
+from calumma.model.generation import Request, SamplingParams
 from calumma.model.generation.answers import drawable
 from calumma.model.generation.request import Logprob
 from calumma.model.image_tokenizer import MissingDecoder
 from calumma.model.transformer import Transformer
 from calumma.serve.coding import ImageCoder, LocalCoder, PromptEncoder
-from calumma.serve.loop import Codes, EngineLoop, Part, Scored
+from calumma.serve.engine_process import EngineProcess
+from calumma.serve.loop import Codes, EngineLoop, Loop, Part, Scored, Taken
 from calumma.serve.mailbox import Mailbox
 from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
 from calumma.serve.ranks import Ranks, precision
@@ -50,17 +52,20 @@ class EngineReplica:
         max_sequences: int = 16,
         max_queued: int = 256,
         coder: ImageCoder | None = None,
+        loop: Loop | None = None,
+        device: str | None = None,
         **engine: Any,
     ) -> None:
-        """`engine`: further options of the engine's loop and of the engine."""
+        """loop: an engine at work with this model, on `device`; else one is made here, on a thread, with further
+        options."""
         self.model = model
-        with torch.device("meta"):  # the whole of it, where this process has a part
-            self._parameters = sum(p.numel() for p in Transformer(model.config).parameters())
+        self._parameters = sum(p.numel() for p in model.transformer.parameters())
+        self.device = device or str(model.device)
         self.max_sequences, self.max_queued = max_sequences, max_queued
         self._encoder = PromptEncoder(model.vocabulary, model.text_tokenizer, model.image_tokenizer)
         self._own_coder = LocalCoder(self._encoder) if coder is None else None
         self.coder: ImageCoder = coder or self._own_coder  # type: ignore[assignment]
-        self.loop = EngineLoop(model, max_sequences, **engine)
+        self.loop = loop or EngineLoop(model, max_sequences, **engine)
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         """Pieces of the answer; Started or Refused is the first. Closing the generator abandons the job."""
@@ -87,22 +92,21 @@ class EngineReplica:
                 yield [Started(self._count(tokens), self._echo(job, tokens, None)), Finished("length", TokenCount())]
                 return
             request = Request(job.id, tokens, self._params(job, asked))
-            self.loop.submit(request, job, mailbox.post)
         except ValueError as error:
-            code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
-            yield [Refused(400, str(error), code=code, param=job.param)]
+            yield [Refused(400, str(error), param=job.param)]
             return
         ended = False
         try:
+            self.loop.submit(request, job, mailbox.post)
+            first, *parts = await mailbox.take()
             scored: list[Logprob] | None = None
-            parts: list[Part] = []
-            if request.params.prompt_logprobs is not None:  # they come first
-                first, *parts = await mailbox.take()
-                if not isinstance(first, Scored):
-                    ended = True
-                    yield [first if isinstance(first, Refused) else Refused(500, "the engine did not score the prompt")]
-                    return
-                scored = first.values
+            if isinstance(first, Taken) and request.params.prompt_logprobs is not None:  # they come next
+                first, *parts = parts or await mailbox.take()
+                scored = first.values if isinstance(first, Scored) else None
+            if isinstance(first, Refused):
+                ended = True
+                yield [dataclasses.replace(first, param=job.param) if first.status == 400 else first]
+                return
             yield [Started(self._count(tokens), self._echo(job, tokens, scored))]
             clock = asyncio.get_running_loop()
             due = 0.0
@@ -148,7 +152,7 @@ class EngineReplica:
             "image_size": tokenizer.config.resolution,
             "image_tokens": self.model.image_length,
             "image_output": bool(tokenizer.config.decoder),
-            "device": str(self.model.device),
+            "device": self.device,
             "max_sequences": self.max_sequences,
             "running": self.loop.running,
         }
@@ -207,8 +211,8 @@ class EngineReplica:
 
     async def _finished(self, part: Part) -> Piece:
         """The part with its codes decoded."""
-        if isinstance(part, Scored):
-            raise AssertionError("a prompt is scored once, before its answer")
+        if isinstance(part, Taken | Scored):
+            raise AssertionError(f"{type(part).__name__} comes before the answer")
         if not isinstance(part, Codes):
             return part
         try:
@@ -240,7 +244,8 @@ def _merged(parts: list[Part]) -> list[Part]:
 
 
 class Replica(EngineReplica):
-    """The Ray Serve deployment: an engine for the model directory at `source` (a path or s3://…)."""
+    """The Ray Serve deployment: an engine, in a process of its own, for the model directory at `source` (a path or
+    s3://…)."""
 
     def __init__(self, settings: ModelSettings, source: str, coders: DeploymentHandle | None = None) -> None:
         from calumma.platform import cluster, tracking
@@ -251,29 +256,22 @@ class Replica(EngineReplica):
         torch.set_num_threads(threads)
         self._ranks: Ranks | None = None
         with tracking.resolve_model(source, settings.tracking) as directory:
-            if settings.tensor_parallel > 1:
+            if settings.tensor_parallel == 1:
+                engine = EngineProcess(settings, directory, threads)
+            else:
                 self._ranks = Ranks(settings, directory, threads)
-            model = self._load(directory, settings)
+                engine = EngineProcess(settings, directory, threads, self._ranks.meeting, self._ranks.cause)
+                self._ranks.watch(engine.fail)
+            try:
+                model = load(directory, precision(settings)[0], read=described)
+                engine.started()
+            except Exception as error:
+                engine.fail(error)
+                if self._ranks is not None:
+                    self._ranks.abandon()
+                raise
         coder = None if coders is None else RemoteCoder(coders)
-        options = dict(settings.engine_options)
-        if self._ranks is not None:
-            options |= {"shard": self._ranks.shard, "explain": self._ranks.cause}
-        super().__init__(model, max_queued=settings.max_queued, coder=coder, **options)
-        if self._ranks is not None:
-            self._ranks.watch(self.loop.fail)
-
-    def _load(self, directory: Path, settings: ModelSettings) -> MixedModalModel:
-        """The model, of which this process has its part alone where there are others."""
-        if self._ranks is None:
-            return load(directory, *precision(settings))
-        shard = self._ranks.shard
-        try:
-            model = load(directory, *precision(settings), lambda *where: read_part(where[0], shard, *where[1:]))
-            self._ranks.all_here()
-        except Exception:
-            self._ranks.abandon()
-            raise
-        return model
+        super().__init__(model, settings.max_sequences, settings.max_queued, coder, engine, precision(settings)[0])
 
     def close(self) -> None:
         super().close()
@@ -292,3 +290,9 @@ class Replica(EngineReplica):
         from ray import serve
 
         return {serve.get_replica_context().replica_id.unique_id: self.loop.statistics()}
+
+
+def described(directory: Path, *_: Any) -> Transformer:
+    """The Transformer without its weights: they are in the engine's process."""
+    with torch.device("meta"):
+        return Transformer(ModelConfig.read(directory))

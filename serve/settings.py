@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -94,6 +94,9 @@ class ModelSettings(Section):
         None, ge=1, description="positions of a replica's KV cache; none: max_sequences whole contexts"
     )
     prefill_tokens: int = Field(2048, ge=1, description="most prompt tokens that a step takes in")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="what the Transformer computes in; none: bfloat16 on GPUs, float32 on CPUs"
+    )
     speculative: int = Field(
         0, ge=0, description="image codes drafted ahead by speculative Jacobi decoding; 0: none. A seed's codes change"
     )

@@ -6,20 +6,29 @@ from pathlib import Path
 
 import torch
 
-from calumma.serve.replica import Replica
+from calumma.serve.engine_main import hold
+from calumma.serve.engine_process import Start
+from calumma.serve.loop import EngineLoop
+from calumma.serve.ranks import precision
 from calumma.serve.settings import ModelSettings
 
 
 def test_a_specification_reaches_the_engine(model_directory: Path) -> None:
-    threads = torch.get_num_threads()
     settings = ModelSettings(
-        model=str(model_directory), threads=threads, max_sequences=3, cache_tokens=640, speculative=2, cuda_graphs=True
+        model=str(model_directory), max_sequences=3, cache_tokens=640, speculative=2, cuda_graphs=True
     )
-    replica = Replica(settings, settings.model)
+    held, options = hold(Start(settings, str(model_directory), 1, None))
+    loop = EngineLoop(held, **options)
     try:
-        engine = replica.loop._engine
+        engine = loop._engine
         assert (engine.max_sequences, engine.statistics.blocks * engine.statistics.block_size) == (3, 640)
         assert engine._runner.window == 2
         assert engine._runner.graphs is not None
     finally:
-        replica.close()
+        loop.close()
+
+
+def test_a_replica_computes_in_what_suits_its_device_unless_told() -> None:
+    cpu, gpu = ModelSettings(model="m"), ModelSettings(model="m", gpus_per_replica=1)
+    assert [precision(cpu), precision(gpu)] == [("cpu", torch.float32), ("cuda", torch.bfloat16)]
+    assert precision(cpu.model_copy(update={"dtype": "bfloat16"})) == ("cpu", torch.bfloat16)

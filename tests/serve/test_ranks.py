@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
-from contextlib import aclosing
+import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from calumma.model import MixedModalModel
-from calumma.model.document import Document, Text
-from calumma.model.generation import Engine, Event, SamplingParams, Shard
+from calumma.model.generation import Engine, Event, Shard
 from calumma.serve import loop
 from calumma.serve.app import ServeError, find
-from calumma.serve.pieces import Job, Piece, Refused, Started
-from calumma.serve.ranks import Nodes, bundle, require_room
+from calumma.serve.engine_process import EngineProcess
+from calumma.serve.ranks import Meeting, Nodes, bundle, require_room
 from calumma.serve.replica import EngineReplica
 from calumma.serve.settings import ModelSettings
-
-PROMPT = Document((Text("Draw a three.", "user"),))
 
 
 def test_processes_share_the_cpus_of_a_replica_and_have_a_gpu_each() -> None:
@@ -55,41 +52,6 @@ def test_a_cluster_without_a_node_for_a_replica_is_told() -> None:
     require_room(settings.model_copy(update={"tensor_parallel": 1}), [])  # Ray waits for room, as it always did
 
 
-def test_streams_end_although_the_engine_waits_for_a_lost_process(
-    model: MixedModalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stuck, returns = threading.Event(), threading.Event()
-
-    def step(engine: Engine) -> list[Event]:
-        stuck.set()
-        returns.wait()  # as an exchange on GPUs does
-        return []
-
-    monkeypatch.setattr(Engine, "step", step)
-    monkeypatch.setattr(loop, "STUCK", 0.01)
-    replica = EngineReplica(model)
-
-    async def pieces() -> list[Piece]:
-        found = []
-        async with aclosing(replica.generate(Job("a", PROMPT, SamplingParams()))) as answer:
-            async for piece in answer:
-                found.append(piece)
-                if isinstance(piece, Started):
-                    await asyncio.to_thread(stuck.wait)
-                    await asyncio.to_thread(replica.loop.fail, RuntimeError("process 2 of 2 was lost"))
-        return found
-
-    try:
-        last = asyncio.run(asyncio.wait_for(pieces(), 300))[-1]
-        assert isinstance(last, Refused)
-        assert (last.code, last.message) == ("engine_failed", "the engine stopped: process 2 of 2 was lost")
-        with pytest.raises(RuntimeError, match="process 2 of 2 was lost"):
-            replica.check_health()
-    finally:
-        returns.set()
-        replica.close()
-
-
 def test_an_engine_without_work_is_heard_by_the_others_and_lets_them_go_in_the_end(
     model: MixedModalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,21 +74,13 @@ def test_an_engine_without_work_is_heard_by_the_others_and_lets_them_go_in_the_e
     assert set(done[:-1]) == {"step"}
 
 
-def test_the_cause_of_a_failure_is_told_rather_than_its_effect(
-    model: MixedModalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def step(engine: Engine) -> list[Event]:
-        raise RuntimeError("connection closed by peer")
-
-    monkeypatch.setattr(Engine, "step", step)
-    monkeypatch.setattr(Engine, "close", lambda engine: pytest.fail("nobody is there to be told"))
-    replica = EngineReplica(model, explain=lambda error: RuntimeError("process 2 of 2 was lost"))
-
-    async def last() -> Piece:
-        async with aclosing(replica.generate(Job("a", PROMPT, SamplingParams()))) as answer:
-            return [piece async for piece in answer][-1]
-
-    refused = asyncio.run(asyncio.wait_for(last(), 300))
-    replica.close()
-    assert isinstance(refused, Refused)
-    assert refused.message == "the engine stopped: process 2 of 2 was lost"
+def test_a_process_lost_while_they_meet_is_not_waited_for(model_directory: Path) -> None:
+    settings = ModelSettings(model=str(model_directory), tensor_parallel=2)
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    engine = EngineProcess(settings, model_directory, 1, Meeting("127.0.0.1", store.port))
+    while not store.num_keys():  # until the first has come
+        time.sleep(0.01)
+    engine.fail(RuntimeError("process 2 of 2 was lost"))
+    with pytest.raises(RuntimeError, match="the engine did not start: process 2 of 2 was lost"):
+        engine.started()
+    engine.close()

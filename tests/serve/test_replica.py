@@ -16,7 +16,7 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.encoding import DocumentEncoder
 from calumma.model.generation import Engine, PhaseSampling, SamplingParams, generate
 from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.serve.loop import Codes
+from calumma.serve.loop import Codes, Taken
 from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
 from calumma.serve.replica import EngineReplica
 
@@ -97,6 +97,7 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
     async def read() -> list[list[Piece]]:
         replica = EngineReplica(model, coder=(coder := Coder()))
         said = [
+            Taken(),
             TextPiece("a "),
             TextPiece("three: "),
             Codes([1], 1, 0.0),

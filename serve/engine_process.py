@@ -1,0 +1,200 @@
+"""The engine in a process of its own, and its replica's end of the line.
+
+Every operation of PyTorch lets go of the interpreter's lock and has to get it back. Beside an event loop that serves
+clients the engine waits for it between all its operations; so, as in vLLM, it has an interpreter to itself. The two
+talk through a pair of sockets; when either is lost, the other end closes: the engine's process ends, or the replica's
+streams do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from calumma.model.generation import Request
+from calumma.serve.loop import Part, Post, gone
+from calumma.serve.pieces import Finished, Job, Refused
+from calumma.serve.ranks import Meeting
+from calumma.serve.settings import ModelSettings
+
+log = logging.getLogger(__name__)
+
+MODULE = "calumma.serve.engine_main"
+ENDING = 60.0  # seconds that the engine's process has to end when it is told to
+
+
+# ---- what is said
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first word to the engine's process. directory: of the model. meeting: where it meets those that hold the
+    model with it."""
+
+    settings: ModelSettings
+    directory: str
+    threads: int
+    meeting: Meeting | None
+
+
+@dataclass(frozen=True)
+class Submit:
+    request: Request
+    job: Job  # without its prompt
+
+
+@dataclass(frozen=True)
+class Abandon:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Close:
+    pass
+
+
+@dataclass(frozen=True)
+class Ready:
+    pass
+
+
+@dataclass(frozen=True)
+class News:
+    """Parts of answers in order, and the engine's numbers."""
+
+    parts: list[tuple[str, Part]]
+    statistics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The engine cannot start, or go on."""
+
+    kind: str
+    message: str
+
+
+# ---- the replica's end
+
+
+class EngineProcess:
+    """A `Loop` in a process of its own."""
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        directory: str | Path,
+        threads: int,
+        meeting: Meeting | None = None,
+        explain: Callable[[Exception], Exception] = lambda error: error,
+    ) -> None:
+        """Begin to start it. explain: called with what stopped the engine, gives the cause."""
+        self._max_sequences, self._explain = settings.max_sequences, explain
+        self.failure: Exception | None = None
+        self._posts: dict[str, Post] = {}
+        self._statistics: dict[str, float] = {}
+        self._lock = threading.Lock()  # of what is sent, and of who waits for an answer
+        self._closed = False
+        self._ready = threading.Event()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            )
+        self._line = Connection(ours.detach())
+        self._line.send(Start(settings, str(directory), threads, meeting))
+        self._thread = threading.Thread(target=self._listen, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def started(self) -> None:
+        """Wait until the engine has its model. Raises RuntimeError that says why it does not come up."""
+        self._ready.wait()
+        if self.failure is not None:
+            raise RuntimeError(f"the engine did not start: {self.failure}") from self.failure
+
+    @property
+    def running(self) -> int:
+        return len(self._posts)
+
+    @property
+    def waiting(self) -> int:
+        """As many as the engine says, or as there must be: it says so a moment later."""
+        return max(int(self._statistics.get("requests_waiting", 0)), self.running - self._max_sequences)
+
+    def statistics(self) -> dict[str, float]:
+        return dict(self._statistics)
+
+    def submit(self, request: Request, job: Job, post: Post) -> None:
+        with self._lock:
+            if not self._closed:
+                self._posts[request.id] = post
+                with contextlib.suppress(OSError):  # its end is noticed by who listens
+                    self._line.send(Submit(request, replace(job, prompt=())))
+                return
+        post(gone(self.failure))
+
+    def abandon(self, request_id: str) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            if self._posts.pop(request_id, None) is not None:
+                self._line.send(Abandon(request_id))
+
+    def fail(self, error: Exception) -> None:
+        """Called when the engine cannot go on, whatever it does: what it works on is refused."""
+        self.failure = self.failure or error
+        self._process.kill()
+        self._thread.join()
+
+    def close(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._closed = True
+            self._line.send(Close())
+        try:
+            self._process.wait(ENDING)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._line.close()
+
+    def _listen(self) -> None:
+        """Post what the engine's process says, to its end."""
+        said: Failed | None = None
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                match self._line.recv():
+                    case Ready():
+                        self._ready.set()
+                    case News(parts, statistics):
+                        self._statistics = statistics
+                        for request_id, part in parts:
+                            self._post(request_id, part)
+                    case Failed() as said:
+                        log.error("the engine stopped: %s: %s", said.kind, said.message)
+        if self.failure is None and not (self._closed and said is None):
+            ended = f"its process ended with code {self._process.wait()}"
+            self.failure = self._explain(RuntimeError(said.message if said else ended))
+        with self._lock:
+            self._closed = True
+            left, self._posts = list(self._posts.values()), {}
+        for post in left:
+            post(gone(self.failure))
+        self._ready.set()
+
+    def _post(self, request_id: str, part: Part) -> None:
+        last = isinstance(part, Finished | Refused)
+        post = self._posts.pop(request_id, None) if last else self._posts.get(request_id)
+        if post is not None:
+            post(part)
