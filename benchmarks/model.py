@@ -202,6 +202,7 @@ def speed(case: Case) -> dict[str, float]:
         "seconds": fastest["calumma"],
         "their_seconds": fastest["transformers"],
         "instruments": instruments(both["calumma"], case.turns),
+        "products": products(both["calumma"], case.turns),
         "loss": first,
         "their_loss": second,
     }
@@ -216,6 +217,17 @@ def instruments(steps: Steps, turns: int) -> float:
             if turn >= 0:
                 seconds[measured].append(taken)
     return min(seconds[True]) / min(seconds[False]) - 1
+
+
+def products(steps: Steps, turns: int) -> float:
+    """Fewest seconds that a step spent in matrix products, by PyTorch's profiler: none of them can be left out."""
+    spent, field = [], "self_device_time_total" if steps.tokens.is_cuda else "self_cpu_time_total"
+    for _ in range(turns):
+        with torch.profiler.profile() as profile:
+            steps.step()
+        found = [e for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::addmm_")]
+        spent.append(sum(getattr(e, field) for e in found) / 1e6)
+    return min(spent)
 
 
 def memory(case: Case, implementation: str) -> dict[str, float]:
@@ -273,7 +285,8 @@ def measure(kind: str, case: Case, **options: str) -> dict[str, float]:
     request = json.dumps({"kind": kind, "case": asdict(case), "options": options})
     command = [sys.executable, str(Path(__file__).resolve()), "--measure", request]
     # glibc keeps one arena: how much of what was freed stays with the process would otherwise be chance
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "1"})
+    settings = {"MALLOC_ARENA_MAX": "1", "KINETO_LOG_LEVEL": "99"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | settings)
     if done.returncode:
         raise SystemExit(f"{kind} of {case.name} {options or ''} failed with exit code {done.returncode}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -338,6 +351,8 @@ def side_by_side(case: Case) -> Iterator[Row]:
     used, others = (measure("memory", case, implementation=each)["bytes"] for each in ("calumma", "transformers"))
     sizes = f"{used / others:.2f} ({used / 1e9:.2f} : {others / 1e9:.2f} GB)"
     yield name, "peak memory over transformers'", sizes, verdict(used / others, 0.6, below=True)
+    bound = f"{fast['products'] / fast['seconds']:.0%}; {fast['their_seconds'] / fast['products']:.2f}"
+    yield name, "matrix products, of a step; tokens/s over transformers' if it were nothing else", bound, "the bound"
     yield name, "time of the stability instruments, of a step", f"{fast['instruments']:+.1%}", "cheap"
     yield name, "loss of the first step", f"{fast['loss']:.4f} : {fast['their_loss']:.4f}", "equal"
 

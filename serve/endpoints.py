@@ -207,7 +207,11 @@ def _add_tokenizer(app: FastAPI, served: Served) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: wire.DetokenizeRequest) -> dict[str, Any]:
-        return {"prompt": await served.backends[served.model(request.model).name].detokenize(request.tokens)}
+        backend = served.backends[served.model(request.model).name]
+        try:
+            return {"prompt": await backend.detokenize(request.tokens)}
+        except LookupError as error:
+            raise WireError(f"an id is none of the model's: {error}", param="tokens") from error
 
 
 async def _whole(served: Served, jobs: list[Job], model: str) -> list[Answer]:
@@ -240,7 +244,7 @@ def _add_pages(app: FastAPI, served: Served) -> None:
     async def facts(name: str) -> dict[str, Any]:
         found = await served.backends[name].describe()
         source = {} if settings.keys else {"source": served.models[name].model}
-        return {"model": name, **source, **found}
+        return {"model": name, **source, "sampling": served.models[name].sampling.model_dump(), **found}
 
     @app.get("/health")
     async def health(model: str | None = None) -> Response:

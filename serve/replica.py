@@ -1,4 +1,4 @@
-"""An engine replica: one model, one thread that steps the engine, and as many clients as come.
+"""An engine replica: one model, one engine, and as many clients as come.
 
 Requests of all clients share every step (continuous batching); each gets its text token by token and an image as
 soon as it is decoded.

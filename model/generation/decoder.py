@@ -24,6 +24,8 @@ from calumma.model.transformer import Block, Transformer
 
 # Most bytes of projections that are copied to lie side by side.
 FUSED_BYTES = 1 << 28
+# Fewest bytes of an output projection that is packed on a CPU: the caches hold less, in whatever order it is read.
+PACKED_BYTES = 1 << 22
 Weights = tuple[Tensor, ...]  # that read the same input; one, where they lie side by side
 
 
@@ -55,6 +57,7 @@ class Decoder:
         blocks = enumerate(cast(Iterable[Block], transformer.blocks))
         self.layers = [self._layer(f"blocks.{number}", block) for number, block in blocks]
         self.head = self._head() if self.shard.count > 1 else None
+        self._packed: dict[tuple[int, int], Tensor | None] = {}  # of the head, by first and last column
         self._complex_rope = torch.view_as_complex(transformer.rope)
 
     def hidden(self, tokens_T: Tensor, paged: PagedPass) -> Tensor:
@@ -73,11 +76,26 @@ class Decoder:
 
     def logits(self, x_RD: Tensor, columns: slice | None = None) -> Tensor:
         """FloatTensor [R, C] of some states, all columns of the vocabulary or some; the caller's own to change."""
-        if self.head is None:
-            logits_RC: Tensor = self.transformer.output(x_RD, columns=columns)
-            return logits_RC
-        logits_RV = self.shard.gather(F.linear(x_RD, self.head).float())[:, : self.transformer.config.vocabulary_size]
-        return logits_RV if columns is None else logits_RV[:, columns].contiguous()
+        columns = columns or slice(0, self.transformer.config.vocabulary_size)
+        if self.head is not None:
+            logits_RV = self.shard.gather(F.linear(x_RD, self.head).float())
+            return logits_RV[:, columns].contiguous()
+        if len(x_RD) > 1 and (packed := self._packed_head(columns)) is not None:
+            return torch.ops.mkldnn._linear_pointwise(x_RD, packed, None, "none", [], "").float()
+        logits_RC: Tensor = self.transformer.output(x_RD, columns=columns)
+        return logits_RC
+
+    def _packed_head(self, columns: slice) -> Tensor | None:
+        """Some columns of the head as oneDNN reads them from end to end, kept; None where they are not worth a copy. As
+        they are stored MKL reads them for a few states at half that speed or less, and rounds a state's logits by how
+        many others there are."""
+        key = (columns.start, columns.stop)
+        if key not in self._packed:
+            own = self.transformer.output.weight.detach()[columns]
+            worth = PACKED_BYTES <= own.numel() * own.element_size() <= FUSED_BYTES
+            packs = worth and own.device.type == "cpu" and _onednn_takes(own.dtype)
+            self._packed[key] = torch.ops.mkldnn._reorder_linear_weight(own) if packs else None
+        return self._packed[key]
 
     def _embed(self, tokens_T: Tensor) -> Tensor:
         if self.shard.count == 1:
@@ -161,3 +179,10 @@ class Decoder:
             return tuple(weights)
         whole = torch.cat(weights) if len(weights) > 1 else weights[0]
         return (whole if whole.is_cuda else whole.t().contiguous().t(),)
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether this machine's oneDNN multiplies such matrices."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -55,20 +55,20 @@ class Step:
 
 
 STEPS = (
-    Step("documents", "Documents", 5),
-    Step("curate", "Curation", 20),
-    Step("train_text_tokenizer", "Text tokenizer", 10),
-    Step("train_image_tokenizer", "Image tokenizer", 120),
-    Step("tokenize", "Token shards", 40),
-    Step("stage1", "Pre-training, stage 1", 220),
-    Step("stage2", "Pre-training, stage 2", 100),
-    Step("finetune", "Fine-tuning", 150),
-    Step("evaluate", "Evaluation", 80),
-    Step("serve", "Serving and questions", 40),
+    Step("documents", "Documents", 8),
+    Step("curate", "Curation", 10),
+    Step("train_text_tokenizer", "Text tokenizer", 2),
+    Step("train_image_tokenizer", "Image tokenizer", 65),
+    Step("tokenize", "Token shards", 27),
+    Step("stage1", "Pre-training, stage 1", 155),
+    Step("stage2", "Pre-training, stage 2", 57),
+    Step("finetune", "Fine-tuning", 280),
+    Step("evaluate", "Evaluation", 18),
+    Step("serve", "Serving and questions", 18),
 )
 
 
-CLUSTER = Step("cluster", "Ray cluster", 20)  # started once, before the first step that needs it
+CLUSTER = Step("cluster", "Ray cluster", 7)  # started once, before the first step that needs it
 
 
 class AnswersSpecification(JobSpecification):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from calumma.model import MixedModalModel
-from calumma.model.text_tokenizer import train_text_tokenizer
+from calumma.model.text_tokenizer import TextTokenizer, train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -99,6 +101,19 @@ def test_the_public_releases_ids_fit() -> None:
 def test_an_id_with_two_meanings_is_refused() -> None:
     with pytest.raises(ValidationError, match="given twice"):
         Vocabulary(size=10, bos=0, pad=1, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=[6, 7])
+
+
+def test_every_digit_is_an_id_of_its_own_however_often_a_number_occurs(tmp_path: Path) -> None:
+    train_text_tokenizer(["in 2024 as in 2024 and 1999\n" * 50], tmp_path, vocabulary_size=284, image_codes=4)
+    tokenizer = TextTokenizer.read(tmp_path)
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("2024")] == ["2", "0", "2", "4"]
+    assert len(tokenizer.encode(" and")) < 4
+
+
+def test_the_vocabulary_has_the_size_asked_for_image_codes_and_bytes_among_it(model: MixedModalModel) -> None:
+    assert model.vocabulary.size == model.text_tokenizer.size == 400
+    assert len(model.vocabulary.image_ids) == 32
+    assert len(model.text_tokenizer.encode("字")) == 3  # a character it never saw, as its bytes
 
 
 def test_too_little_text_for_the_vocabulary_is_a_clear_error(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -158,6 +158,19 @@ def test_only_some_columns_of_the_logits_are_computed() -> None:
     assert torch.allclose(model.output(states, columns=slice(7, 20)), model(tokens)[..., 7:20], atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_packed_head_gives_the_logits_of_the_plain_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "PACKED_BYTES", 1)
+    model = build().to(dtype)
+    decoder, states = Decoder(model), model.hidden(torch.randint(V, (1, 9)))[0]
+    for columns in (None, slice(7, 20), slice(3, 4)):
+        for count in (1, 2, 9):
+            found, expected = decoder.logits(states[:count], columns), model.output(states[:count], columns=columns)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
 @torch.no_grad()
 def test_a_cached_pass_waits_for_no_device() -> None:
     """Fake tensors have no values: reading one, as the host does when it waits for a device, is an error."""

@@ -185,6 +185,13 @@ def metric(client: TestClient, line: str) -> float:
     return float(found[0].split()[-1]) if found else 0.0
 
 
+def test_ids_that_the_model_does_not_have_are_no_text(client: TestClient) -> None:
+    tokens = client.post("/tokenize", json={"prompt": "seven", "add_special_tokens": False}).json()["tokens"]
+    assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "seven"}
+    reply = client.post("/detokenize", json={"tokens": [*tokens, 10**6]})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tokens")
+
+
 def test_metrics_count_requests_and_tokens(client: TestClient) -> None:
     client.post(CHAT, json=ask(modalities=["image"]))
     client.post(CHAT, json=ask(model="other"))

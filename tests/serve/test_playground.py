@@ -222,6 +222,14 @@ def test_one_of_two_equal_images_is_taken_away_again(page: Any, backend: Scripte
     assert len(prompt.images) == 1
 
 
+def test_a_file_that_is_no_image_is_told(page: Any, tmp_path: Path, png: bytes) -> None:
+    (tmp_path / "notes.txt").write_text("seven")
+    (tmp_path / "digit.png").write_bytes(png)
+    page.locator("#file").set_input_files([tmp_path / "notes.txt", tmp_path / "digit.png"])
+    expect(page.locator("#told")).to_contain_text("notes.txt is not an image")
+    expect(page.locator("#attached img")).to_have_count(1)
+
+
 def test_settings_of_both_modalities_reach_the_model(page: Any, backend: Scripted) -> None:
     page.keyboard.press("Control+,")
     values = {
@@ -246,6 +254,22 @@ def test_settings_of_both_modalities_reach_the_model(page: Any, backend: Scripte
     assert job.prompt.text == "Be brief.\nhi"
     page.keyboard.press("Escape")
     expect(page.locator("aside")).to_be_hidden()
+
+
+def test_a_setting_out_of_range_is_told_before_anything_is_sent(page: Any, backend: Scripted) -> None:
+    page.keyboard.press("Control+,")
+    field = page.locator("[name=image_temperature]")
+    assert field.get_attribute("placeholder") == "0.7", "what the server takes when nothing is given"
+    field.fill("9")
+    page.locator("#close").click()
+    page.locator("#prompt").fill("hi")
+    page.locator("#prompt").press("Enter")
+    expect(field).to_be_focused()
+    expect(page.locator(".turn")).to_have_count(0)
+    field.fill("0.33")
+    page.locator("#prompt").press("Enter")
+    done(page)
+    assert [job.params.image.temperature for job in backend.jobs] == [0.33]
 
 
 @pytest.mark.parametrize(("choice", "mode"), [("text", "text"), ("image", "image"), ("text,image", "interleaved")])
@@ -332,6 +356,7 @@ def test_a_new_chat_forgets_the_old_one(page: Any, backend: Scripted) -> None:
     done(page)
     page.locator("#clear").click()
     expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator("#examples button").first).to_be_visible()
     send(page, "two")
     done(page)
     prompt = backend.jobs[1].prompt
@@ -395,6 +420,8 @@ def test_everything_fits_on_a_phone(browser: Any, address: str, width: int) -> N
     assert page.evaluate("document.documentElement.scrollWidth") == width
     for name in ("#send", "#prompt", "#attach", "#clear", "#adjust"):
         expect(page.locator(name)).to_be_in_viewport(ratio=0.99)
+    tops = [page.locator(name).bounding_box()["y"] for name in ("#clear", "#theme", "#adjust")]
+    assert max(tops) - min(tops) < 5, "the buttons share a line"
     assert page.errors == []
     page.context.close()
 
