@@ -141,6 +141,7 @@ def job(corpus: Corpus, folder: Path, batch: int, cores: int, device: str) -> Ca
         "storage": str(folder),
         "documents": ["curated"],
         "image_batch": batch,
+        "micro_batch": 2,  # as in jobs/recipes/chameleon-7b/tokenize.yaml
         "resources": {"workers": 0, "cpus_per_worker": cores, "gpus_per_worker": int(device == "cuda")},
     }
     worker = Tokenizer(TokenizeSpecification.model_validate(values).model_dump(mode="json"))

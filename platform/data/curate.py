@@ -24,7 +24,7 @@ from PIL import ImageOps
 
 from calumma.model.document import Document
 from calumma.platform import cluster, sources, storage
-from calumma.platform.config import CurateSpecification, Resources, Source, SpecificationError
+from calumma.platform.config import CurateSpecification, Resources, Source
 from calumma.platform.curation import chain, decontaminate, duplicates, report, scoring, staging, tasks
 from calumma.platform.curation.findings import Findings
 from calumma.platform.data import pipeline, shards
@@ -129,7 +129,7 @@ def _require(spec: CurateSpecification, resources: Resources) -> None:
 
 def _plan(spec: CurateSpecification) -> list[_Work]:
     """The tasks of all sources. Raises SpecificationError when a location has no files of its format."""
-    listed = {source.name: _files(spec, source) for source in spec.sources}
+    listed = {source.name: sources.require_files(source, spec.locate) for source in spec.sources}
     steps = (spec.licenses, spec.domains)
     lists = [spec.locate(step.deny_file) for step in steps if step is not None and step.deny_file]
     against = [spec.locate(location) for location in spec.decontaminate.against] if spec.decontaminate else []
@@ -166,20 +166,6 @@ def _alone(spec: CurateSpecification, source: Source) -> CurateSpecification:
         return spec.only([source.name])
     earlier = [name for name in names[: names.index(source.name)] if chain.applies(spec.duplicates, name)]
     return spec.only([*earlier, source.name])
-
-
-def _files(spec: CurateSpecification, source: Source) -> tuple[dict[str, int], list[str]]:
-    location = spec.locate(source.location)
-    sizes, ignored = sources.list_source(source.format, location)
-    if sizes:
-        return sizes, ignored
-    suffixes = " or ".join(f"*{suffix}" for suffix in sources.find(source.format).suffixes) or "any"
-    if ignored:
-        names = ", ".join(storage.relative(uri, location) for uri in ignored[:3])
-        there = f"there are {len(ignored):,} other files, such as {names}"
-    else:
-        there = "there is nothing at that location"
-    raise SpecificationError(f"source {source.name!r} ({source.format}): no {suffixes} files at {location}; {there}")
 
 
 def _standing(spec: CurateSpecification, works: list[_Work]) -> dict[str, Manifest]:

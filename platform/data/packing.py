@@ -21,7 +21,7 @@ PADDING_SEGMENT = -1
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row of a token shard. `loss_mask` None means that every token is trained."""
+    """One row of a token shard. `loss_mask` None means that every token but padding is trained."""
 
     tokens: NDArray[np.int32]  # [length]
     loss_mask: NDArray[np.bool_] | None  # [length]
@@ -29,11 +29,11 @@ class PackedRow:
 
     @property
     def padding(self) -> int:
-        return int((self.segments == PADDING_SEGMENT).sum())
+        return int(np.count_nonzero(self.segments == PADDING_SEGMENT))
 
     @property
     def trained(self) -> int:
-        return len(self.tokens) if self.loss_mask is None else int(self.loss_mask.sum())
+        return len(self.tokens) - self.padding if self.loss_mask is None else int(np.count_nonzero(self.loss_mask))
 
 
 class ImageTooLong(ValueError):
@@ -119,4 +119,4 @@ def _row(sequences: Sequence[Tokens], length: int, pad: int) -> PackedRow:
     np.concatenate([sequence.trained for sequence in sequences], out=mask[:filled])
     segments = np.full(length, PADDING_SEGMENT, dtype=np.int32)
     segments[:filled] = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    return PackedRow(tokens, None if mask.all() else mask, segments)
+    return PackedRow(tokens, None if mask[:filled].all() else mask, segments)

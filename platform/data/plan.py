@@ -23,8 +23,10 @@ MAX_PERIOD = 1 << 16
 # Of the permutation. Four do for large domains (Luby and Rackoff, 1988), small ones need more: the chi-squared of where
 # one of 5 values goes, over 20,000 keys, is 241 at 4 degrees of freedom with four rounds, 16 with eight, 2 with ten.
 ROUNDS = 10
-_MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)  # odd, bits well spread
-_HALF = np.uint64(32)
+# Odd, bits well spread. Arrays of no dimension are what numpy takes soonest.
+_MULTIPLIERS = (np.array(0x9E3779B97F4A7C15, np.uint64), np.array(0xD6E8FEB86659FD93, np.uint64))
+_HALF = np.array(32, np.uint64)
+_AHEAD = 1024  # micro-batches that are looked up together where steps are asked for in a row
 Integers = NDArray[np.int64]
 
 
@@ -99,6 +101,7 @@ class Plan:
         for number in range(len(self.sources)):
             (places,) = np.nonzero(self.choice == number)
             self._ordinal[places] = np.arange(len(places))
+        self._last: tuple[int, list[MicroBatch]] = (0, [])  # what was looked up last, from which step on
 
     @property
     def totals(self) -> dict[str, int]:
@@ -118,8 +121,15 @@ class Plan:
         return Visits(*(column.reshape(-1, self.micro_batches) for column in self._visits(numbers)))
 
     def step(self, n: int) -> list[MicroBatch]:
-        """The M micro-batches of step n, n >= 0."""
-        return self.named(self.steps(n, n + 1))
+        """The M micro-batches of step n, n >= 0. Steps in a row are looked up many at a time: alone, one costs twice
+        as much, for numpy's calls."""
+        m, (first, found) = self.micro_batches, self._last
+        end = first + len(found) // m
+        if not first <= n < end:
+            first, ahead = n, max(1, _AHEAD // m) if n == end else 1
+            found = self.named(self.steps(first, first + ahead))
+            self._last = first, found
+        return found[(n - first) * m : (n - first + 1) * m]
 
     def share(self, first: int, last: int, rank: int, world: int) -> list[tuple[int, MicroBatch | None]]:
         """(step, micro-batch) that one of `world` workers takes of steps first .. last - 1, in order: as many a step

@@ -17,6 +17,7 @@ from calumma.platform.data.manifest import Manifest
 CURATED = "curated"  # Manifest.kind
 DOCUMENTS_AT_ONCE = 64
 ROW_GROUP, MOST = 1 << 20, 4096  # characters and documents of a row group of texts, about
+READ = 256  # documents read at once: what is read stays in the processor's cache until it is used
 
 
 def schema() -> Any:
@@ -60,9 +61,11 @@ def read_shard(uri: str) -> Iterator[Document]:
     import pyarrow.parquet as pq
 
     with storage.open_read(uri) as file:
-        for batch in pq.ParquetFile(cast(Any, file)).iter_batches(DOCUMENTS_AT_ONCE):
-            for row in batch.to_pylist():
-                yield Document.from_row(row)
+        table = pq.ParquetFile(cast(Any, file))
+        for group in range(table.num_row_groups):
+            for batch in table.iter_batches(READ, [group], use_threads=False):
+                for row in batch.to_pylist():
+                    yield Document.from_row(row)
 
 
 def read_documents(uri_dir: str) -> Iterator[Document]:

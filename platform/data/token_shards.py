@@ -3,6 +3,7 @@
 A reader fetches a single row group by its byte range and checks just that. The ranges and digests are in the footer,
 under `calumma.row_groups`, as JSON `[[offset, length, digest], ...]`: from the first column chunk's start to the last
 one's end, digest the first 32 characters of the SHA-256 in hex. The footer's own checksum is in the manifest.
+A loss mask is null where every token but padding (segment -1, which readers never train) is trained.
 """
 
 from __future__ import annotations
@@ -63,16 +64,15 @@ def footer(data: bytes) -> Footer:
 def _table(rows: Sequence[PackedRow]) -> Any:
     import pyarrow as pa
 
-    ends = pa.array(np.cumsum([0, *(len(row.tokens) for row in rows)]), pa.int32())
-
     def lists(arrays: list[NDArray[Any]], missing: Any = None) -> Any:
+        ends = pa.array(np.cumsum([0, *map(len, arrays)]), pa.int32())
         return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(arrays)), mask=missing)
 
-    everything = [row.loss_mask is None for row in rows]
-    masks = [np.zeros(len(row.tokens), np.bool_) if row.loss_mask is None else row.loss_mask for row in rows]
+    none = np.zeros(0, np.bool_)
+    masks = [none if row.loss_mask is None else row.loss_mask for row in rows]
     columns = [
         lists([row.tokens for row in rows]),
-        lists(masks, pa.array(everything)),
+        lists(masks, pa.array([row.loss_mask is None for row in rows])),
         lists([row.segments for row in rows]),
     ]
     return pa.Table.from_arrays(columns, schema=schema())

@@ -77,12 +77,12 @@ def test_rows_have_one_shape_and_padding_at_their_end_is_never_trained(given: li
         assert (row.segments[filled:] == -1).all()
         assert (row.tokens[filled:] == PAD).all()
         if row.loss_mask is None:
-            assert row.padding == 0
-            assert row.trained == LENGTH
+            assert row.trained == filled
         else:
             assert row.loss_mask.dtype == np.bool_
-            assert not row.loss_mask.all()
+            assert not row.loss_mask[:filled].all()
             assert not row.loss_mask[filled:].any()
+            assert row.trained == row.loss_mask.sum()
 
 
 @given(st.lists(sequences(), max_size=30))

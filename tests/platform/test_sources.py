@@ -281,18 +281,21 @@ def test_a_suffix_may_tell_a_compression_too(tmp_path: Path) -> None:
     assert [Path(file).name for file in others] == ["d.gz", "f.txt"]
 
 
-def test_many_files_are_listed_by_one_request(s3: str) -> None:
+@pytest.mark.parametrize(("page", "pages"), [(1000, 1), (7, 6)])
+def test_many_files_are_listed_by_one_request_a_page(s3: str, page: int, pages: int) -> None:
     for number in range(40):
         storage.write_bytes(f"{s3}/{number:03d}.jsonl", b"{}")
     requests: list[str] = []
     events = storage._client().meta.events
+    events.register("before-parameter-build.s3.ListObjectsV2", lambda params, **_: params.update(MaxKeys=page), "page")
     events.register("before-send.s3", lambda request, **_: requests.append(request.url), unique_id="count")
     try:
         files, _ = list_source("text", s3)
     finally:
         events.unregister("before-send.s3", unique_id="count")
+        events.unregister("before-parameter-build.s3.ListObjectsV2", unique_id="page")
     assert list(files) == [f"{s3}/{number:03d}.jsonl" for number in range(40)]
-    assert len(requests) == 1
+    assert len(requests) == pages
 
 
 def test_a_file_knows_its_place_and_what_is_left_of_it(tmp_path: Path) -> None:
