@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from calumma.model.document import Document, Image, Text, UnreadableImage, without_layout
 from calumma.platform import sources
@@ -15,6 +17,8 @@ from calumma.platform.curation.words import is_pair, share
 from calumma.platform.named import named
 from calumma.platform.sources import BadInput
 
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 # That drop documents, in the order in which these meet them. Scrubbing stands before the last two.
 STEPS = ("form", "licenses", "domains", "images", "captions", "texts", "decontaminate", "scorers", "duplicates")
 
@@ -50,34 +54,43 @@ class Chain:
     def __init__(self, spec: CurateSpecification, source: str, index: str | None = None) -> None:
         """`index`: where decontamination's index is."""
         self._spec = spec
+        self.seconds: dict[str, float] = {}  # that each step has taken
         self.scrubber = scrub.Scrubber(spec.scrub) if spec.scrub is not None and applies(spec.scrub, source) else None
         # Of the samples that a report shows of documents dropped before: marks there are no part of the count.
         self.veil = scrub.Scrubber(spec.scrub) if spec.scrub is not None and self.scrubber is not None else None
-        self._rules: list[Rule] = []
+        self._rules: list[tuple[str, Rule]] = []
         for step, make in (("licenses", filters.licenses), ("domains", filters.domains)):
             rules = getattr(spec, step)
             if applies(rules, source):
                 file = rules.deny_file
-                self._rules.append(make(rules, filters.denied_names(spec.locate(file)) if file else frozenset()))
+                denied = filters.denied_names(spec.locate(file)) if file else frozenset[str]()
+                self._rules.append((step, make(rules, denied)))
         for step, check in (("images", filters.images), ("captions", filters.captions), ("texts", filters.texts)):
             if applies(getattr(spec, step), source):
-                self._rules.append(check(getattr(spec, step)))
+                self._rules.append((step, check(getattr(spec, step))))
         if spec.decontaminate is not None and applies(spec.decontaminate, source) and index is not None:
-            self._rules.append(decontaminate.overlap(spec.decontaminate, spec.decontaminate.against, index))
+            overlap = decontaminate.overlap(spec.decontaminate, spec.decontaminate.against, index)
+            self._rules.append(("decontaminate", overlap))
 
     def __call__(self, item: sources.Item) -> Checked | BadInput:
-        checked = form(item, self._spec.min_text)
+        checked = self._timed("form", lambda item: form(item, self._spec.min_text), item)
         if isinstance(checked, BadInput) or checked.dropped is not None:
             return checked
         document = checked.document
         images = len(document.images)
-        for rule in self._rules:
-            result = rule(document)
+        for step, rule in self._rules:
+            result = self._timed(step, rule, document)
             if isinstance(result, Dropped):
                 return Checked(replace(document, metadata={**document.metadata, **result.facts}), result)
             document = result
-        clean = self.scrubber(document) if self.scrubber is not None else document
+        clean = document if self.scrubber is None else self._timed("scrub", self.scrubber, document)
         return Checked(clean, None, images - len(document.images), clean != document)
+
+    def _timed(self, step: str, work: Callable[[Given], Found], given: Given) -> Found:
+        begin = time.perf_counter()
+        found = work(given)
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - begin
+        return found
 
 
 def form(item: sources.Item, min_text: int) -> Checked | BadInput:

@@ -63,13 +63,15 @@ class Sample(BaseModel):
 
 
 class Findings(BaseModel):
-    """Of one source. `steps`: step -> reason -> documents. `measures`: what -> kept or dropped -> bin -> values."""
+    """Of one source. `steps`: step -> reason -> documents. `measures`: what -> kept or dropped -> bin -> values.
+    `seconds`: that each step took, of all processes together; of duplicates, to sign the documents."""
 
     model_config = ConfigDict(extra="forbid")
 
     steps: dict[str, dict[str, int]] = {}
     measures: dict[str, dict[str, dict[int, int]]] = {}
     languages: dict[str, dict[str, int]] = {}
+    seconds: dict[str, float] = {}
     marks: dict[str, int] = {}  # what was scrubbed, by mark or hook
     images_removed: int = 0  # from pages that passed
     samples: dict[str, list[Sample]] = {}
@@ -105,6 +107,7 @@ class Findings(BaseModel):
                 _add(self.measures.setdefault(what, {}).setdefault(outcome, {}), counts)
         for outcome, languages in other.languages.items():
             _add(self.languages.setdefault(outcome, {}), languages)
+        _add(self.seconds, other.seconds)
         _add(self.marks, other.marks)
         self.images_removed += other.images_removed
         for key, samples in other.samples.items():
@@ -146,7 +149,7 @@ class Findings(BaseModel):
         del samples[limit:]
 
 
-def _add(counts: dict[Any, int], more: Mapping[Any, int]) -> None:
+def _add(counts: dict[Any, Any], more: Mapping[Any, float]) -> None:
     for name, count in more.items():
         counts[name] = counts.get(name, 0) + count
 

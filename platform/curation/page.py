@@ -187,7 +187,15 @@ def _steps(parts: Sequence[Part]) -> str:
     if any(part.report.get("copies") for part in parts):
         rows.append(_row("copies", "step", [part.report.get("copies", 0) for part in parts]))
     table = f'<table><tr><th></th>{head}<th class="number">all</th></tr>{"".join(rows)}</table>'
-    return f'<div class="card wide">{table}</div>'
+    return f'<div class="card wide">{table}{_seconds(parts)}</div>'
+
+
+def _seconds(parts: Sequence[Part]) -> str:
+    """What each step cost, the dearest first."""
+    steps = {step for part in parts for step in part.findings.seconds}
+    took = {step: sum(part.findings.seconds.get(step, 0.0) for part in parts) for step in steps}
+    told = [f"{TITLES.get(s, s.capitalize())} {took[s]:,.1f} s" for s in sorted(steps, key=lambda s: (-took[s], s))]
+    return f"<p>Time, of all processes together: {escape(', '.join(told))}.</p>" if told else ""
 
 
 def _row(title: str, kind: str, counts: Sequence[int]) -> str:

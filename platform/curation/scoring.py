@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -33,12 +34,13 @@ class Scoring:
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """`task`: "file" (staged), "scores" (where to write).
 
-        Returns {"scored": how many documents}. Raises StorageError and ScorerFailed."""
+        Returns {"scored": how many documents, "seconds"}. Raises StorageError and ScorerFailed."""
+        begin = time.perf_counter()
         documents = staging.read_documents(task["file"])
         scores = self._of_images(documents) if self._spec.of == "images" else self._of_documents(documents)
         rows = list(scores)
         staging.write_table(task["scores"], {"id": [n for n, _ in rows], "score": [score for _, score in rows]})
-        return {"scored": len(rows)}
+        return {"scored": len(rows), "seconds": time.perf_counter() - begin}
 
     def _of_documents(self, documents: Iterable[tuple[int, Document]]) -> Iterator[tuple[int, float]]:
         for batch in _batches(documents, self._spec.batch):

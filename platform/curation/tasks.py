@@ -4,6 +4,7 @@ in phases: files -> staged documents, scores, signatures and their comparison, s
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,7 @@ def _passed(task: dict[str, Any], spec: CurateSpecification, outcome: Outcome) -
                     outcome.findings.scrubbed(checked.document)
                 yield checked.document
     outcome.findings.marks = dict(chain.scrubber.found) if chain.scrubber is not None else {}
+    outcome.findings.add(Findings(seconds=chain.seconds))
 
 
 def _write(documents: Iterator[Document], spec: CurateSpecification, task: dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,12 +114,16 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
     rules = spec.duplicates if applies(spec.duplicates, task["source"]) and not spec.scorers else None
     source, place = task["place"]
     numbers = itertools.count(staging.identity(source, place, 0))
+    signing = 0.0
 
     def staged() -> Iterator[tuple[int, Document]]:
+        nonlocal signing
         for document in _passed(task, spec, outcome):
             number = next(numbers)
             if rules is not None:
+                begin = time.perf_counter()
                 spool.sign(document, number, rules)
+                signing += time.perf_counter() - begin
             yield number, document
 
     files = []
@@ -126,21 +132,24 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
         staging.write_documents(document_file(task["root"], path), part)
         files.append([path, part[0][0], len(part)])
     spool.flush()
+    if rules is not None:
+        outcome.findings.add(Findings(seconds={"duplicates": signing}))
     return {"source": task["source"], "staged": files, "rows": spool.written, **outcome.values()}
 
 
 def sign_files(task: dict[str, Any]) -> dict[str, Any]:
     """After scoring: signatures of the documents whose scores are wanted. What goes by its score keeps no other from
-    staying. `task`: as of `finish_files`. Returns {"rows": {kind: signatures}}. Raises StorageError."""
+    staying. `task`: as of `finish_files`. Returns {"rows": {kind: signatures}, "seconds"}. Raises StorageError."""
     spec = CurateSpecification.model_validate(task["specification"])
     assert spec.duplicates is not None
+    begin = time.perf_counter()
     spool = duplicates.Spool(task["root"], task["stem"])
     for part in _staged(task, spec):
         for number, document, _, unwanted in part.documents:
             if unwanted is None:
                 spool.sign(document, number, spec.duplicates)
     spool.flush()
-    return {"rows": spool.written}
+    return {"rows": spool.written, "seconds": time.perf_counter() - begin}
 
 
 def finish_files(task: dict[str, Any]) -> dict[str, Any]:

@@ -398,8 +398,13 @@ def test_every_step_is_counted_and_shown(tmp_path: Path) -> None:
         assert report["read"] == report["kept"] + sum(report["steps"].values()) == 40
     assert progress == sorted(progress)
     assert progress[-1] == 1
+    took = {name: seconds for name, seconds in recorder.metrics.items() if name.startswith("texts/seconds_")}
+    steps = ("form", "images", "captions", "texts", "decontaminate", "scrub", "scorers", "duplicates")
+    assert took.keys() == {f"texts/seconds_{step}" for step in steps}
+    assert min(took.values()) > 0
 
     page = (tmp_path / "curated/report.html").read_text()
+    assert "Time, of all processes together: " in page
     assert recorder.artifacts == {"report.html": page.encode()}
     for words in ("image side below 6 pixels", "caption is boilerplate", "like ", "&lt;SECRET&gt;", "&lt;EMAIL&gt;"):
         assert words in page
