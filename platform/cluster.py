@@ -34,8 +34,10 @@ PATIENCE = 10.0  # seconds Ray's processes get to end by themselves before they 
 # Read by Ray's processes when they start. Nobody watches progress bars of inner pipelines; jobs report their own.
 QUIET = {
     # Ray Serve's processes send each other what they stream by gRPC, not through Ray's object store ("Performance
-    # Tuning" in its documentation): a third more tokens a second on two cores.
+    # Tuning" in its documentation): a third more tokens a second on two cores. Its limit of 4 MiB a message is
+    # less than prompts with images have.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # a worker process starts when something needs it, not one for every logical CPU in advance

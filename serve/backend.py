@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calumma.serve.pieces import LAST, Job, Piece, Refused, Started
@@ -39,13 +40,12 @@ class RayBackend:
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         """A replica that is lost before there is any of the answer is replaced by another; later it ends as Refused."""
-        from grpc import RpcError
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import BackPressureError, RayServeException
+        from ray.serve.exceptions import BackPressureError
 
         started = begun = False
         for attempt in range(1, ATTEMPTS + 1):
-            stream: Any = self._handle.options(stream=True).batches.remote(job)
+            asked = replace(job, id=f"{job.id}-{attempt}")  # a replica may still be at the one before
+            stream: Any = self._handle.options(stream=True).batches.remote(asked)
             ended = False
             try:
                 async for pieces in stream:
@@ -61,7 +61,7 @@ class RayBackend:
                 ended = True
                 yield Refused(429, "all replicas are busy and the queue is full; try again shortly", code="overloaded")
                 return
-            except (RayError, RayServeException, RpcError) as error:
+            except Exception as error:  # of Ray, of gRPC, or the replica's own
                 ended = True
                 log.warning("lost a replica of %s: %s", self.application, type(error).__name__)
                 if begun or attempt == ATTEMPTS:

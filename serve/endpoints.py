@@ -211,7 +211,7 @@ def _add_tokenizer(app: FastAPI, served: Served) -> None:
         try:
             return {"prompt": await backend.detokenize(request.tokens)}
         except LookupError as error:
-            raise WireError(f"an id is none of the model's: {error}", param="tokens") from error
+            raise WireError("the tokens hold an id that is none of the model's", param="tokens") from error
 
 
 async def _whole(served: Served, jobs: list[Job], model: str) -> list[Answer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.serve.engine_process import Abandon, Close, Failed, News, Ready, Start, Submit
 from calumma.serve.loop import EngineLoop, Part, Post
-from calumma.serve.pieces import Drawing, Finished, Job, Refused, TextPiece
+from calumma.serve.pieces import Drawing, Job, Refused, TextPiece
 from calumma.serve.ranks import all_here, join, precision, read_own
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Held:
 
 class Outbox:
     """Parts of all answers on their way. What is urgent, or the first of an answer, goes at the end of its step, the
-    rest together with it or a moment later."""
+    rest with it or at the end of the first step after `TOGETHER`. For any thread."""
 
     def __init__(self, line: Connection) -> None:
         self._line = line
@@ -56,23 +57,18 @@ class Outbox:
         self._lock = threading.Lock()
 
     def box(self, request_id: str) -> Post:
-        """Where the parts of an answer are posted; by any thread."""
+        """Where the parts of an answer are posted."""
 
         def post(part: Part) -> None:
             with self._lock:
                 self._parts.append((request_id, part))
-                self._urgent |= not isinstance(part, TextPiece | Drawing) or request_id not in self._begun
-                if isinstance(part, Finished | Refused):
-                    self._begun.discard(request_id)
-                elif isinstance(part, TextPiece | Drawing):
+                if not isinstance(part, TextPiece | Drawing):
+                    self._urgent = True
+                elif request_id not in self._begun:
+                    self._urgent = True
                     self._begun.add(request_id)
 
         return post
-
-    def forget(self, request_id: str) -> None:
-        """Nothing is sent any more of an answer nobody waits for."""
-        with self._lock:
-            self._begun.discard(request_id)
 
     def send(self, statistics: Callable[[], dict[str, float]], idle: bool) -> None:
         """What is to be sent by now."""
@@ -82,6 +78,12 @@ class Outbox:
                 parts, self._parts, self._urgent = self._parts, [], False
                 self._sent += since
                 self._line.send(News(parts, statistics()))
+            if idle:
+                self._begun.clear()
+
+    def say(self, word: Ready | Failed) -> None:
+        with self._lock:
+            self._line.send(word)
 
 
 def hold(start: Start) -> tuple[Held, dict[str, object]]:
@@ -99,33 +101,36 @@ def hold(start: Start) -> tuple[Held, dict[str, object]]:
     return Held(transformer, vocabulary, tokenizer, images.codes_per_image), options
 
 
-def run(line: Connection) -> None:
+def run(line: Connection, outbox: Outbox) -> None:
     """The engine's process, from the first word to the last."""
     start: Start = line.recv()
     torch.set_num_threads(start.threads)
-    outbox = Outbox(line)
     held, options = hold(start)
 
     def stepped() -> None:
         if loop.failure is not None:  # who is at the other end finds out why, and tells those who wait
-            line.send(failed(loop.failure))
+            outbox.say(failed(loop.failure))
             os._exit(1)
         outbox.send(loop.statistics, loop.idle)
 
     def submit(request: Request, job: Job) -> None:
-        loop.submit(request, job, outbox.box(request.id))
+        box = outbox.box(request.id)
+        try:
+            loop.submit(request, job, box)
+        except Exception as error:
+            log.exception("a request could not be taken in")
+            box(Refused(500, f"the request could not be taken in: {type(error).__name__}"))
         stepped()  # whether it is taken in is told at once, however long a step lasts
 
     loop = EngineLoop(held, stepped=stepped, **options)  # type: ignore[arg-type]
-    line.send(Ready())
-    stepped()
+    outbox.send(loop.statistics, True)
+    outbox.say(Ready())
     while True:
         match line.recv():
             case Submit(request, job):
                 submit(request, job)
             case Abandon(request_id):
                 loop.abandon(request_id)
-                outbox.forget(request_id)
             case Close():
                 loop.close()
                 return
@@ -135,19 +140,27 @@ def failed(error: Exception) -> Failed:
     return Failed(type(error).__name__, str(error))
 
 
+def end_with_replica(descriptor: int) -> None:
+    """End when the replica is lost, whatever else is done: it would hold memory that its successor needs."""
+    watch = select.poll()
+    watch.register(descriptor, select.POLLRDHUP)
+    watch.poll()
+    os._exit(1)
+
+
 def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the replica's to answer
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    threading.Thread(target=end_with_replica, args=(descriptor,), daemon=True).start()
     line = Connection(descriptor)
+    outbox = Outbox(line)
     code = 0
     try:
-        run(line)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        code = 1  # the replica is lost: nobody waits for an answer
+        run(line, outbox)
     except Exception as error:
-        log.exception("the engine did not start")
+        log.exception("the engine's process ends")
         with contextlib.suppress(OSError):
-            line.send(failed(error))
+            outbox.say(failed(error))
         code = 1
     logging.shutdown()
     os._exit(code)  # whatever the engine's thread waits for

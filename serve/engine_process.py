@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import socket
 import subprocess
 import sys
@@ -86,7 +87,7 @@ class Failed:
 
 
 class EngineProcess:
-    """A `Loop` in a process of its own."""
+    """A `Loop` in a process of its own. Requests have ids that no other ever had."""
 
     def __init__(
         self,
@@ -101,18 +102,24 @@ class EngineProcess:
         self.failure: Exception | None = None
         self._posts: dict[str, Post] = {}
         self._statistics: dict[str, float] = {}
-        self._lock = threading.Lock()  # of what is sent, and of who waits for an answer
+        self._lock = threading.Lock()  # of who waits for an answer, and whether there will be any
         self._closed = False
         self._ready = threading.Event()
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, str(theirs.fileno())], pass_fds=[theirs.fileno()]
+                [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
         self._line = Connection(ours.detach())
-        self._line.send(Start(settings, str(directory), threads, meeting))
-        self._thread = threading.Thread(target=self._listen, name="engine", daemon=True)
-        self._thread.start()
+        # What is to be sent: a socket that is full, or an engine that is slow to listen, holds up no client.
+        self._outgoing: queue.SimpleQueue[Start | Submit | Abandon | Close | None] = queue.SimpleQueue()
+        self._outgoing.put(Start(settings, str(directory), threads, meeting))
+        self._threads = [
+            threading.Thread(target=work, name=f"engine, {name}", daemon=True)
+            for name, work in (("sending", self._send), ("listening", self._listen))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def pid(self) -> int:
@@ -121,8 +128,8 @@ class EngineProcess:
     def started(self) -> None:
         """Wait until the engine has its model. Raises RuntimeError that says why it does not come up."""
         self._ready.wait()
-        if self.failure is not None:
-            raise RuntimeError(f"the engine did not start: {self.failure}") from self.failure
+        if self.failure is not None or self._closed:
+            raise RuntimeError(f"the engine did not start: {self.failure or 'it was closed'}") from self.failure
 
     @property
     def running(self) -> int:
@@ -138,41 +145,73 @@ class EngineProcess:
 
     def submit(self, request: Request, job: Job, post: Post) -> None:
         with self._lock:
-            if not self._closed:
+            closed, known = self._closed, request.id in self._posts
+            if not closed and not known:
                 self._posts[request.id] = post
-                with contextlib.suppress(OSError):  # its end is noticed by who listens
-                    self._line.send(Submit(request, replace(job, prompt=())))
-                return
-        post(gone(self.failure))
+                self._outgoing.put(Submit(request, replace(job, prompt=())))
+        if closed:
+            post(gone(self.failure))
+        elif known:
+            post(Refused(400, f"a request with the id {request.id!r} is being answered"))
 
     def abandon(self, request_id: str) -> None:
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock:
             if self._posts.pop(request_id, None) is not None:
-                self._line.send(Abandon(request_id))
+                self._outgoing.put(Abandon(request_id))
 
     def fail(self, error: Exception) -> None:
         """Called when the engine cannot go on, whatever it does: what it works on is refused."""
         self.failure = self.failure or error
         self._process.kill()
-        self._thread.join()
+        self._end()
 
     def close(self) -> None:
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock:
             self._closed = True
-            self._line.send(Close())
+            self._outgoing.put(Close())
+        if not self._ready.is_set():  # it does not listen yet
+            self._process.kill()
         try:
             self._process.wait(ENDING)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._end()
+
+    def _end(self) -> None:
+        """Once its process ends, or has."""
+        self._process.wait()
+        self._outgoing.put(None)
+        for thread in self._threads:
+            thread.join()
         self._line.close()
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # its end is noticed by who listens
+            while (message := self._outgoing.get()) is not None:
+                self._line.send(message)
 
     def _listen(self) -> None:
         """Post what the engine's process says, to its end."""
+        try:
+            error = self._heard()
+            if error is not None and self.failure is None:
+                self.failure = self._explain(error)
+        except Exception as error:
+            log.exception("what the engine's process says cannot be understood")
+            self._process.kill()
+            self.failure = self.failure or error
+        finally:
+            with self._lock:
+                self._closed = True
+                left, self._posts = list(self._posts.values()), {}
+            for post in left:
+                post(gone(self.failure))
+            self._ready.set()
+
+    def _heard(self) -> Exception | None:
+        """Why the engine's process has ended; None where it was told to."""
         said: Failed | None = None
-        with contextlib.suppress(EOFError, OSError):
+        with contextlib.suppress(EOFError, ConnectionResetError):
             while True:
                 match self._line.recv():
                     case Ready():
@@ -183,15 +222,10 @@ class EngineProcess:
                             self._post(request_id, part)
                     case Failed() as said:
                         log.error("the engine stopped: %s: %s", said.kind, said.message)
-        if self.failure is None and not (self._closed and said is None):
-            ended = f"its process ended with code {self._process.wait()}"
-            self.failure = self._explain(RuntimeError(said.message if said else ended))
-        with self._lock:
-            self._closed = True
-            left, self._posts = list(self._posts.values()), {}
-        for post in left:
-            post(gone(self.failure))
-        self._ready.set()
+        code = self._process.wait()
+        if said is not None:
+            return RuntimeError(said.message)
+        return None if self._closed else RuntimeError(f"its process ended with code {code}")
 
     def _post(self, request_id: str, part: Part) -> None:
         last = isinstance(part, Finished | Refused)

@@ -102,7 +102,10 @@ class EngineReplica:
             scored: list[Logprob] | None = None
             if isinstance(first, Taken) and request.params.prompt_logprobs is not None:  # they come next
                 first, *parts = parts or await mailbox.take()
-                scored = first.values if isinstance(first, Scored) else None
+                if isinstance(first, Scored):
+                    scored = first.values
+                elif not isinstance(first, Refused):
+                    raise AssertionError(f"{type(first).__name__} came before the prompt's scores")
             if isinstance(first, Refused):
                 ended = True
                 yield [dataclasses.replace(first, param=job.param) if first.status == 400 else first]
@@ -176,7 +179,7 @@ class EngineReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve for the autoscaling policy (routing.py)."""
-        return {"queued_tokens": self.loop.statistics()["queued_tokens"]}
+        return {"queued_tokens": self.loop.statistics().get("queued_tokens", 0)}
 
     def close(self) -> None:
         self.loop.close()

@@ -86,9 +86,8 @@ class Decoder:
         return logits_RC
 
     def _packed_head(self, columns: slice) -> Tensor | None:
-        """Some columns of the head as oneDNN reads them from end to end, kept; None where they are not worth a copy. As
-        they are stored MKL reads them for a few states at half that speed or less, and rounds a state's logits by how
-        many others there are."""
+        """Some columns of the head as oneDNN reads them from end to end, a copy that is kept; None where they are not
+        worth one. As they are stored MKL reads them for a few states at half that speed or less."""
         key = (columns.start, columns.stop)
         if key not in self._packed:
             own = self.transformer.output.weight.detach()[columns]

@@ -30,7 +30,8 @@ from calumma.platform.data.receipts import Receipt
 if TYPE_CHECKING:
     import torch
 
-CHUNK, CHARACTERS = 64, 1 << 18  # documents whose texts one thread encodes, at least so many, or so long, about
+# Documents whose texts one thread encodes: at least so many, of so many characters together; not more than.
+CHUNK, CHARACTERS, MOST = 64, 1 << 18, 8192
 _WRITERS = 4  # shards of a window written at once
 
 
@@ -206,7 +207,7 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         chunk.append(document)
         for segment in document.segments:
             characters += len(segment.text) if isinstance(segment, Text) else CHARACTERS
-        if len(chunk) >= CHUNK and characters >= CHARACTERS:
+        if len(chunk) >= MOST or (len(chunk) >= CHUNK and characters >= CHARACTERS):
             yield chunk
             chunk, characters = [], 0
     if chunk:

@@ -169,6 +169,8 @@ def test_a_packed_head_gives_the_logits_of_the_plain_one(dtype: torch.dtype, mon
             found, expected = decoder.logits(states[:count], columns), model.output(states[:count], columns=columns)
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    packed = [head is not None for head in decoder._packed.values()]
+    assert packed == [decoders._onednn_takes(dtype)] * 3
 
 
 @torch.no_grad()

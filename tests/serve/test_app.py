@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -230,7 +231,11 @@ def test_several_models_answer_under_one_endpoint(url: str, settings: ServeSetti
     assert images[:3] == images[3:], "an answer does not depend on who else is served"
     data = base64.b64decode(images[0].partition(",")[2])
     assert PILImage.open(io.BytesIO(data), formats=["PNG"]).size == (8, 8), "decoded by the image-coding deployment"
-    question = [{"type": "text", "text": "Which?"}, {"type": "image_url", "image_url": {"url": images[0]}}]
+    buffer = io.BytesIO()
+    PILImage.frombytes("RGB", (1300, 1300), random.Random(0).randbytes(3 * 1300**2)).save(buffer, "PNG")
+    assert buffer.tell() > 1 << 22, "more than a message of gRPC has by default"
+    large = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    question = [{"type": "text", "text": "Which?"}, {"type": "image_url", "image_url": {"url": large}}]
     reply = requests.post(
         url + CHAT,
         json=asked | {"messages": [{"role": "user", "content": question}], "modalities": ["text"], "max_tokens": 3},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -49,15 +51,9 @@ def engine_of(replica: EngineReplica) -> EngineProcess:
     return replica.loop
 
 
-async def answer(replica: EngineReplica, job: Job, begun: Callable[[], object] = lambda: None) -> list[Piece]:
-    """Its pieces; `begun` is called after the first."""
-    found = []
+async def answer(replica: EngineReplica, job: Job) -> list[Piece]:
     async with aclosing(replica.generate(job)) as pieces:
-        async for piece in pieces:
-            found.append(piece)
-            if len(found) == 1:
-                begun()
-    return found
+        return [piece async for piece in pieces]
 
 
 def run(replica: EngineReplica, *jobs: Job) -> list[list[Piece]]:
@@ -99,29 +95,43 @@ def test_what_nobody_waits_for_is_given_up_and_the_numbers_say_so(apart: EngineR
         async with aclosing(apart.generate(Job("left", PROMPT, LONG))) as pieces:
             assert isinstance(await anext(pieces), Started)
         assert apart.loop.running == 0
-        while apart.loop.statistics()["requests_running"] or apart.loop.statistics()["cache_used_ratio"]:
+        held = ("requests_running", "requests_waiting", "queued_tokens", "cache_used_ratio")
+        while any(apart.loop.statistics()[name] for name in held):
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(leave(), PATIENCE))
     assert apart.loop.waiting == 0
 
 
+def test_two_requests_of_one_id_are_not_mixed_up(apart: EngineReplica) -> None:
+    [one, other] = run(apart, Job("same", PROMPT, LONG), Job("same", PROMPT, LONG))
+    assert isinstance(one[-1], Finished)
+    assert other == [Refused(400, "a request with the id 'same' is being answered", param="messages")]
+
+
+def end_of(replica: EngineReplica, end: Callable[[], object]) -> list[Piece]:
+    """What a stream brings of an engine that does nothing, and then is ended."""
+    os.kill(engine_of(replica).pid, signal.SIGSTOP)
+
+    async def stream() -> list[Piece]:
+        found = asyncio.create_task(answer(replica, Job("a", PROMPT, LONG)))
+        while not replica.loop.running:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(end)
+        return await found
+
+    return asyncio.run(asyncio.wait_for(stream(), PATIENCE))
+
+
 def test_its_loss_ends_its_streams_with_the_cause_though_it_hangs(model_directory: Path) -> None:
     replica = served(model_directory)
-    engine = engine_of(replica)
-
-    def hang_and_fail() -> None:
-        os.kill(engine.pid, signal.SIGSTOP)  # as in an exchange with a process that is lost
-        asyncio.get_running_loop().run_in_executor(None, engine.fail, RuntimeError("process 2 of 2 was lost"))
-
+    lost = RuntimeError("process 2 of 2 was lost")
     try:
-        job = Job("a", PROMPT, LONG)
-        [*_, last] = asyncio.run(asyncio.wait_for(answer(replica, job, hang_and_fail), PATIENCE))
-        assert last == Refused(500, "the engine stopped: process 2 of 2 was lost", code="engine_failed")
+        refused = Refused(500, "the engine stopped: process 2 of 2 was lost", code="engine_failed")
+        assert end_of(replica, lambda: engine_of(replica).fail(lost)) == [refused]
         with pytest.raises(RuntimeError, match="process 2 of 2 was lost"):
             replica.check_health()
-        [[refused]] = run(replica, Job("b", PROMPT, LONG))
-        assert refused == last
+        assert run(replica, Job("b", PROMPT, LONG)) == [[refused]]
     finally:
         replica.close()
 
@@ -135,12 +145,25 @@ def test_a_killed_one_is_told_as_such_or_by_who_knows_better(model_directory: Pa
 
     replica = served(model_directory, explain)
     try:
-        kill = lambda: os.kill(engine_of(replica).pid, signal.SIGKILL)  # noqa: E731
-        pieces = asyncio.run(asyncio.wait_for(answer(replica, Job("a", PROMPT, LONG), kill), PATIENCE))
+        cause = "the engine stopped: the other process ran out of memory"
+        killed = end_of(replica, lambda: os.kill(engine_of(replica).pid, signal.SIGKILL))
+        assert killed == [Refused(500, cause, code="engine_failed")]
         assert asked == ["its process ended with code -9"]
-        assert pieces[-1] == Refused(
-            500, "the engine stopped: the other process ran out of memory", code="engine_failed"
-        )
+    finally:
+        replica.close()
+
+
+def test_what_cannot_be_understood_ends_it_and_its_streams(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = served(model_directory)
+    try:
+        monkeypatch.setattr(EngineProcess, "_post", lambda *_: pickle.loads(b"no pickle"))
+        [[refused]] = run(replica, Job("a", PROMPT, LONG))
+        assert isinstance(refused, Refused)
+        assert refused.code == "engine_failed"
+        with pytest.raises(RuntimeError, match="the engine stopped"):
+            replica.check_health()
     finally:
         replica.close()
 
@@ -154,14 +177,16 @@ def test_why_it_does_not_start_is_told(model_directory: Path, tmp_path: Path) ->
     engine.close()
 
 
-def test_it_ends_when_its_replica_is_lost(model_directory: Path) -> None:
+@pytest.mark.parametrize("started", [True, False])
+def test_it_ends_when_its_replica_is_lost(model_directory: Path, started: bool) -> None:
     program = (
         "import sys, time\n"
         "from calumma.serve.engine_process import EngineProcess\n"
         "from calumma.serve.settings import ModelSettings\n"
         "engine = EngineProcess(ModelSettings(model=sys.argv[1]), sys.argv[1], 1)\n"
-        "engine.started()\n"
         "print(engine.pid, flush=True)\n"
+        "engine.started()\n"
+        "print('started', flush=True)\n"
         "time.sleep(1000)\n"
     )
     with subprocess.Popen(
@@ -169,6 +194,9 @@ def test_it_ends_when_its_replica_is_lost(model_directory: Path) -> None:
     ) as replica:
         assert replica.stdout is not None
         engine = psutil.Process(int(replica.stdout.readline()))
+        assert not started or replica.stdout.readline() == "started\n"
         replica.kill()
-    psutil.wait_procs([engine], timeout=PATIENCE)
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
     assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE

@@ -78,7 +78,7 @@ def test_a_process_lost_while_they_meet_is_not_waited_for(model_directory: Path)
     settings = ModelSettings(model=str(model_directory), tensor_parallel=2)
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     engine = EngineProcess(settings, model_directory, 1, Meeting("127.0.0.1", store.port))
-    while not store.num_keys():  # until the first has come
+    while not store.num_keys() and engine.failure is None:  # until the first has come
         time.sleep(0.01)
     engine.fail(RuntimeError("process 2 of 2 was lost"))
     with pytest.raises(RuntimeError, match="the engine did not start: process 2 of 2 was lost"):
