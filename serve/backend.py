@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from calumma.serve.pieces import LAST, Job, Piece, Refused, Started
+from calumma.serve.pieces import ENGINE_FAILED, LAST, Job, Piece, Refused, Started
 from calumma.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -18,7 +19,12 @@ log = logging.getLogger(__name__)
 
 ENGINE, INGRESS, WATCHER, CODER = "Engine", "Ingress", "Watcher", "ImageCoder"
 ATTEMPTS = 3  # to find a replica that takes a job in, when those that are asked die before they have
+LEAVING = 2.0  # seconds until a replica whose engine has failed is gone
 SCRAPE_SECONDS = 3.0
+
+
+class _EngineFailedError(Exception):
+    """A replica's engine has failed; the replica is about to end."""
 
 
 class RayBackend:
@@ -52,6 +58,9 @@ class RayBackend:
                     for piece in pieces:
                         if isinstance(piece, Started) and started:
                             continue
+                        failed = isinstance(piece, Refused) and piece.code == ENGINE_FAILED
+                        if failed and not begun and attempt < ATTEMPTS:
+                            raise _EngineFailedError
                         started, begun = True, begun or not isinstance(piece, Started)
                         ended = isinstance(piece, LAST)
                         yield piece
@@ -71,6 +80,8 @@ class RayBackend:
                         code="unavailable",
                     )
                     return
+                if isinstance(error, _EngineFailedError):
+                    await asyncio.sleep(LEAVING)
             finally:
                 if not ended:
                     stream.cancel()

@@ -131,6 +131,11 @@ class EngineProcess:
         if self.failure is not None or self._closed:
             raise RuntimeError(f"the engine did not start: {self.failure or 'it was closed'}") from self.failure
 
+    def ended(self) -> Exception | None:
+        """Wait for its end, when all who waited for answers are told: what failed, or None where it was closed."""
+        self._threads[1].join()
+        return self.failure
+
     @property
     def running(self) -> int:
         return len(self._posts)

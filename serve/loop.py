@@ -16,7 +16,7 @@ from calumma.model.generation.request import Logprob
 from calumma.model.text_tokenizer import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.serve.pieces import Drawing, Finished, Job, Refused, TextPiece, Token, TokenCount
+from calumma.serve.pieces import ENGINE_FAILED, Drawing, Finished, Job, Refused, TextPiece, Token, TokenCount
 from calumma.serve.text import TextStream, Top
 
 log = logging.getLogger(__name__)
@@ -302,5 +302,5 @@ class EngineLoop:
 def gone(failure: Exception | None) -> Refused:
     """Why an engine that has ended answers nothing."""
     if failure is not None:
-        return Refused(500, f"the engine stopped: {failure}", code="engine_failed")
+        return Refused(500, f"the engine stopped: {failure}", code=ENGINE_FAILED)
     return Refused(503, "this replica is shutting down; try again", code="unavailable")

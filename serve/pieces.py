@@ -119,6 +119,7 @@ class Refused:
 
 Piece = Started | TextPiece | Drawing | ImagePiece | Finished | Declined | Refused
 LAST = (Finished, Declined, Refused)
+ENGINE_FAILED = "engine_failed"  # Refused.code
 
 
 class Backend(Protocol):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 # How the special ids are spelled towards clients that need a name for them (lm-evaluation-harness).
 BOS, EOS = "<s>", "</s>"
+TELLING = 10.0  # seconds, at most, until the streams of an engine that failed have said so
+LINGER = 0.5  # seconds until what they said is on its way
 # A message costs the processes it passes two milliseconds together. So an answer's texts within some time travel as
 # one, the longer the more answers there are: least seconds, most seconds, and messages a second in all.
 SOONEST, LATEST, MESSAGES = 0.04, 0.25, 100.0
@@ -275,6 +279,28 @@ class Replica(EngineReplica):
                 raise
         coder = None if coders is None else RemoteCoder(coders)
         super().__init__(model, settings.max_sequences, settings.max_queued, coder, engine, precision(settings)[0])
+        self._streams = 0
+        threading.Thread(target=self._end_with, args=(engine,), daemon=True).start()
+
+    async def batches(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+        self._streams += 1
+        try:
+            async with aclosing(super().batches(job)) as batches:
+                async for pieces in batches:
+                    yield pieces
+        finally:
+            self._streams -= 1
+
+    def _end_with(self, engine: EngineProcess) -> None:
+        """End when the engine has failed and its streams are told: Ray Serve replaces what is gone at once, but would
+        look three times at what is not well, and send it requests meanwhile."""
+        if engine.ended() is None:
+            return
+        end = time.monotonic() + TELLING
+        while self._streams and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(LINGER)
+        os._exit(1)
 
     def close(self) -> None:
         super().close()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 import torch
@@ -35,6 +36,7 @@ from calumma.platform import tracking
 from calumma.platform.config import Tracking
 from calumma.serve.app import APPLICATION_PREFIX, ServeError, await_health, deploy, place, undeploy
 from calumma.serve.backend import ENGINE
+from calumma.serve.engine_process import MODULE
 from calumma.serve.pieces import Job
 from calumma.serve.ranks import ACTOR
 from calumma.serve.routing import preferred, prefix_key
@@ -296,6 +298,18 @@ def test_a_replica_of_two_processes_answers_as_one_and_is_replaced_when_it_loses
     assert len(followers()) == 1
     with pytest.raises(ServeError, match=r"pair-like.* need 900 CPU on one node each, and the cluster has room for 0"):
         place(ModelSettings(model="pair-like", tensor_parallel=2, cpus_per_replica=900), str(cut), "talkative")
+
+
+@pytest.mark.cluster
+def test_a_replica_whose_engine_is_lost_is_replaced_and_no_request_with_it(url: str) -> None:
+    [engine] = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if MODULE in (process.info["cmdline"] or ()) and ":tiny:" in "".join(process.parent().cmdline())
+    ]
+    engine.kill()
+    heard = listen(url, "Draw", model="tiny", max_tokens=5, seed=1, temperature=1)
+    assert (heard.error, heard.finish) in ((None, "length"), (None, "stop"))
 
 
 @pytest.mark.cluster
