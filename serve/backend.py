@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 ENGINE, INGRESS, WATCHER, CODER = "Engine", "Ingress", "Watcher", "ImageCoder"
 ATTEMPTS = 3  # to find a replica that takes a job in, when those that are asked die before they have
-LEAVING = 2.0  # seconds until a replica whose engine has failed is gone
+LEAVING = 2.0  # seconds until a replica that is lost, or whose engine has failed, is known to be gone
 SCRAPE_SECONDS = 3.0
 
 
@@ -80,8 +80,7 @@ class RayBackend:
                         code="unavailable",
                     )
                     return
-                if isinstance(error, _EngineFailedError):
-                    await asyncio.sleep(LEAVING)
+                await asyncio.sleep(LEAVING)
             finally:
                 if not ended:
                     stream.cancel()
