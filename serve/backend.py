@@ -24,7 +24,7 @@ SCRAPE_SECONDS = 3.0
 
 
 class _EngineFailedError(Exception):
-    """A replica's engine has failed; the replica is about to end."""
+    """A replica's engine has failed, as the message says; the replica is about to end."""
 
 
 class RayBackend:
@@ -58,9 +58,9 @@ class RayBackend:
                     for piece in pieces:
                         if isinstance(piece, Started) and started:
                             continue
-                        failed = isinstance(piece, Refused) and piece.code == ENGINE_FAILED
-                        if failed and not begun and attempt < ATTEMPTS:
-                            raise _EngineFailedError
+                        last_try = begun or attempt == ATTEMPTS
+                        if isinstance(piece, Refused) and piece.code == ENGINE_FAILED and not last_try:
+                            raise _EngineFailedError(piece.message)
                         started, begun = True, begun or not isinstance(piece, Started)
                         ended = isinstance(piece, LAST)
                         yield piece
@@ -72,7 +72,7 @@ class RayBackend:
                 return
             except Exception as error:  # of Ray, of gRPC, or the replica's own
                 ended = True
-                log.warning("lost a replica of %s: %s", self.application, type(error).__name__)
+                log.warning("lost a replica of %s: %s: %s", self.application, type(error).__name__, error)
                 if begun or attempt == ATTEMPTS:
                     yield Refused(
                         503,

@@ -137,7 +137,7 @@ def run(line: Connection, outbox: Outbox) -> None:
 
 
 def failed(error: Exception) -> Failed:
-    return Failed(type(error).__name__, str(error))
+    return Failed(f"{type(error).__name__}: {error}")
 
 
 def end_with_replica(descriptor: int) -> None:

@@ -79,8 +79,7 @@ class News:
 class Failed:
     """The engine cannot start, or go on."""
 
-    kind: str
-    message: str
+    why: str
 
 
 # ---- the replica's end
@@ -226,10 +225,10 @@ class EngineProcess:
                         for request_id, part in parts:
                             self._post(request_id, part)
                     case Failed() as said:
-                        log.error("the engine stopped: %s: %s", said.kind, said.message)
+                        log.error("the engine stopped: %s", said.why)
         code = self._process.wait()
         if said is not None:
-            return RuntimeError(said.message)
+            return RuntimeError(said.why)
         return None if self._closed else RuntimeError(f"its process ended with code {code}")
 
     def _post(self, request_id: str, part: Part) -> None:

@@ -84,7 +84,7 @@ class Loop(Protocol):
         ...
 
     def submit(self, request: Request, job: Job, post: Post) -> None:
-        """Take a request in. `post` is called on another thread: first with Taken, last with Finished or Refused; with
+        """Take a request in. `post` is called on any thread: first with Taken, last with Finished or Refused; with
         Refused alone where the request cannot be answered."""
         ...
 

@@ -1,6 +1,6 @@
-"""From the engine's thread to the task that answers a request.
+"""From the thread that brings what the engine makes to the task that answers a request.
 
-Waking another thread for every token costs the engine's thread more than the token's text does. So a reader that has
+Waking another thread for every token costs more than the token's text does. So a reader that has
 sent something a moment ago is not woken by what can wait.
 """
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 BOS, EOS = "<s>", "</s>"
 TELLING = 10.0  # seconds, at most, until the streams of an engine that failed have said so
 LINGER = 0.5  # seconds until what they said is on its way
-# A message costs the processes it passes two milliseconds together. So an answer's texts within some time travel as
+# A message costs the processes it passes some milliseconds together. So an answer's texts within some time travel as
 # one, the longer the more answers there are: least seconds, most seconds, and messages a second in all.
 SOONEST, LATEST, MESSAGES = 0.04, 0.25, 100.0
 
