@@ -41,14 +41,13 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform import cluster
-from calumma.serve import engine_process
-from calumma.serve.app import deploy, undeploy
+from calumma.serve.deploy.endpoint import deploy, undeploy
+from calumma.serve.replica.engine.process import MODULE as ENGINE_PROCESS
 from calumma.serve.settings import ServeSettings
 
 CHAT = "/v1/chat/completions"
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes" / "quickstart"
 NAME = "load"
-ENGINE_PROCESS = engine_process.MODULE
 PATIENCE = 600
 ROUNDS = 3
 SETTLED = 15.0  # seconds that the chart goes on when it is all over

@@ -34,12 +34,14 @@ from calumma.model.generation import PhaseSampling, SamplingParams, generate
 from calumma.model.transformer import Transformer
 from calumma.platform import tracking
 from calumma.platform.config import Tracking
-from calumma.serve.app import APPLICATION_PREFIX, ServeError, await_health, deploy, place, undeploy
-from calumma.serve.backend import ENGINE
-from calumma.serve.engine_process import MODULE
-from calumma.serve.pieces import Job
-from calumma.serve.ranks import ACTOR
-from calumma.serve.routing import preferred, prefix_key
+from calumma.serve.deploy.applications import place
+from calumma.serve.deploy.endpoint import await_health, deploy, undeploy
+from calumma.serve.deploy.naming import APPLICATION_PREFIX, ENGINE
+from calumma.serve.deploy.preparation import ServeError
+from calumma.serve.deploy.routing import preferred, prefix_key
+from calumma.serve.protocol import Job
+from calumma.serve.replica.engine.process import MODULE
+from calumma.serve.replica.tensor_parallel import ACTOR
 from calumma.serve.settings import ModelSettings, ServeSettings
 
 from .conftest import free_port

@@ -23,9 +23,9 @@ from calumma.platform.cluster import ClusterError
 from calumma.platform.commands import serve
 from calumma.platform.commands.chat import ChatError, Conversation, blocks, chat, picture_part
 from calumma.platform.service import Service
-from calumma.serve.app import ServeError, locate, require_port
-from calumma.serve.endpoints import create_app
-from calumma.serve.keys import hashed, known_keys
+from calumma.serve.deploy.preparation import ServeError, locate, require_port
+from calumma.serve.http.access.api_keys import hashed, known_keys
+from calumma.serve.http.app import create_app
 from calumma.serve.settings import Key, Safety, ServeSettings
 
 from .conftest import free_port, listening

@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from calumma.model.document import Image, Text
-from calumma.serve.conversation import chat_prompt, drawing_prompt, plain_prompt, sampling_params
+from calumma.serve.http.prompts import chat_prompt, drawing_prompt, plain_prompt, sampling_params
+from calumma.serve.http.wire.errors import WireError, describe_errors
+from calumma.serve.http.wire.requests import ChatRequest, ImageRequest
 from calumma.serve.settings import SamplingDefaults, ServeSettings
-from calumma.serve.wire import ChatRequest, ImageRequest, WireError, describe_errors
 
 
 def request(*messages: dict[str, Any], **fields: Any) -> ChatRequest:

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image as PILImage
 from starlette.testclient import TestClient
 
-from calumma.serve.endpoints import create_app
-from calumma.serve.pieces import Refused, Started, TextPiece, TokenCount
+from calumma.serve.http.app import create_app
+from calumma.serve.protocol import Refused, Started, TextPiece, TokenCount
 from calumma.serve.settings import ServeSettings
 
 from .conftest import CONTEXT, IMAGE_SIZE

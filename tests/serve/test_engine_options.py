@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from calumma.serve.engine_main import hold
-from calumma.serve.engine_process import Start
-from calumma.serve.loop import EngineLoop
-from calumma.serve.ranks import precision
+from calumma.serve.replica.engine.main import hold
+from calumma.serve.replica.engine.messages import Start
+from calumma.serve.replica.engine.thread import EngineLoop
+from calumma.serve.replica.model_loading import precision
 from calumma.serve.settings import ModelSettings
 
 

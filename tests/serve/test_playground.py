@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from calumma.model.document import Document
-from calumma.serve.endpoints import create_app
-from calumma.serve.keys import hashed
-from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Refused, Started, TextPiece, TokenCount
-from calumma.serve.replica import EngineReplica
+from calumma.serve.http.access.api_keys import hashed
+from calumma.serve.http.app import create_app
+from calumma.serve.protocol import Drawing, Finished, ImagePiece, Job, Refused, Started, TextPiece, TokenCount
+from calumma.serve.replica.replica import EngineReplica
 from calumma.serve.settings import Key, ServeSettings
 
 from .conftest import listening

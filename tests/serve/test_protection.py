@@ -20,14 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from starlette.testclient import TestClient
 
-from calumma.serve import keys, pictures
-from calumma.serve.endpoints import create_app
-from calumma.serve.keys import Doorkeeper, hashed, known_keys, new_key
-from calumma.serve.pictures import Pictures, is_public
-from calumma.serve.pieces import Finished, Started, TextPiece, TokenCount
-from calumma.serve.replica import EngineReplica
+from calumma.serve.http import image_loader
+from calumma.serve.http.access import api_keys
+from calumma.serve.http.access.api_keys import Doorkeeper, hashed, known_keys, new_key
+from calumma.serve.http.app import create_app
+from calumma.serve.http.image_loader import Pictures, is_public
+from calumma.serve.http.wire.errors import WireError
+from calumma.serve.protocol import Finished, Started, TextPiece, TokenCount
+from calumma.serve.replica.replica import EngineReplica
 from calumma.serve.settings import Key, Limits, RemoteImages, ServeSettings
-from calumma.serve.wire import WireError
 
 from .conftest import listening
 
@@ -125,7 +126,7 @@ def test_keys_come_from_a_file_and_the_environment(
     one, two, three = hashed(secret), hashed("two"), hashed("three")
     file = tmp_path / "keys"
     file.write_text(f"# who may ask\n{one} alice 4\n\n{two}\n")
-    monkeypatch.setenv(keys.VARIABLE, f"{three} carol")
+    monkeypatch.setenv(api_keys.VARIABLE, f"{three} carol")
     found = known_keys(file)
     assert [(key.name, key.sha256, key.running) for key in found] == [
         ("alice", one, 4),
@@ -380,7 +381,7 @@ def test_what_an_allowed_host_answers_is_checked(web: str, path: str, says: str)
     ],
 )
 def test_other_hosts_are_not_asked(url: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures.socket, "create_connection", None)
+    monkeypatch.setattr(image_loader.socket, "create_connection", None)
     assert says in refusal(url, reader())
 
 
@@ -403,8 +404,8 @@ def test_the_connection_goes_to_the_address_that_was_checked(web: str, monkeypat
         connected.append(address)
         raise OSError("no route")
 
-    monkeypatch.setattr(pictures.socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(pictures.socket, "create_connection", connect)
+    monkeypatch.setattr(image_loader.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(image_loader.socket, "create_connection", connect)
     assert "no route" in refusal("http://a.example.org/cat.png", reader(public=is_public))
     assert connected == [("93.184.215.14", 80)]
     assert asked == ["a.example.org"]
@@ -412,7 +413,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(web: str, monkeypat
 
 def test_one_private_address_among_several_is_enough_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("93.184.215.14", "10.0.0.1")]
-    monkeypatch.setattr(pictures.socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(image_loader.socket, "getaddrinfo", lambda *_, **__: found)
     assert "does not lead to a public address" in refusal("http://a.example.org/x", reader(public=is_public))
 
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from calumma.model import MixedModalModel
 from calumma.model.generation import Engine, Event, Shard
-from calumma.serve import loop
-from calumma.serve.app import ServeError, find
-from calumma.serve.engine_process import EngineProcess
-from calumma.serve.ranks import Meeting, Nodes, bundle, require_room
-from calumma.serve.replica import EngineReplica
+from calumma.serve.deploy.preparation import Nodes, ServeError, find, require_room
+from calumma.serve.replica.engine import thread
+from calumma.serve.replica.engine.process import EngineProcess
+from calumma.serve.replica.replica import EngineReplica
+from calumma.serve.replica.tensor_parallel import Meeting, bundle
 from calumma.serve.settings import ModelSettings
 
 
@@ -65,7 +65,7 @@ def test_an_engine_without_work_is_heard_by_the_others_and_lets_them_go_in_the_e
 
     monkeypatch.setattr(Engine, "step", step)
     monkeypatch.setattr(Engine, "close", lambda engine: done.append("close"))
-    monkeypatch.setattr(loop, "HEARTBEAT", 0.001)
+    monkeypatch.setattr(thread, "HEARTBEAT", 0.001)
     replica = EngineReplica(model, shard=Shard())
     assert beaten.acquire(timeout=300)
     assert beaten.acquire(timeout=300)

@@ -16,9 +16,9 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.encoding import DocumentEncoder
 from calumma.model.generation import Engine, PhaseSampling, SamplingParams, generate
 from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.serve.loop import Codes, Taken
-from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
-from calumma.serve.replica import EngineReplica
+from calumma.serve.protocol import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
+from calumma.serve.replica.engine.client import Codes, Taken
+from calumma.serve.replica.replica import EngineReplica
 
 T = TypeVar("T")
 PROMPT = Document((Text("Draw a three.", "user"),))

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from calumma.model.document import Document, Image, Role, Text
 from calumma.model.generation import SamplingParams
-from calumma.serve.backend import ATTEMPTS, RayBackend
-from calumma.serve.pieces import Finished, Job, Piece, Refused, Started, TextPiece, TokenCount
-from calumma.serve.rollout import Placed, Rollouts
-from calumma.serve.routing import SLACK, PrefixRouter, preferred, prefix_key
-from calumma.serve.scaling import QueuedTokens
+from calumma.serve.deploy.applications import Placed
+from calumma.serve.deploy.ingress import ATTEMPTS, RayBackend
+from calumma.serve.deploy.rollout import Rollouts
+from calumma.serve.deploy.routing import SLACK, PrefixRouter, preferred, prefix_key
+from calumma.serve.deploy.scaling import QueuedTokens
+from calumma.serve.protocol import Finished, Job, Piece, Refused, Started, TextPiece, TokenCount
 from calumma.serve.settings import ModelSettings
 
 # ---- routing

@@ -12,8 +12,8 @@ from openai import OpenAI
 from starlette.testclient import TestClient
 
 from calumma.model.document import Document, Image, Text
-from calumma.serve.endpoints import create_app
-from calumma.serve.pieces import Drawing, Finished, ImagePiece, Started, TextPiece, TokenCount
+from calumma.serve.http.app import create_app
+from calumma.serve.protocol import Drawing, Finished, ImagePiece, Started, TextPiece, TokenCount
 from calumma.serve.safety import Look, Policy, keywords, policy_of
 from calumma.serve.settings import Safety, ServeSettings
 

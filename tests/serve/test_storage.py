@@ -9,7 +9,7 @@ import pytest
 from calumma.model import Document, Text, load
 from calumma.model.generation import SamplingParams, generate
 from calumma.platform import storage, tracking
-from calumma.serve.app import ServeError, find
+from calumma.serve.deploy.preparation import ServeError, find
 from calumma.serve.settings import ModelSettings
 
 from ..platform.conftest import s3 as s3

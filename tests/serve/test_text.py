@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calumma.model import MixedModalModel
-from calumma.serve.text import StopWatch, TextStream
+from calumma.serve.replica.text_stream import StopWatch, TextStream
 
 letters = st.text("ab", max_size=12)
 stops = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)

@@ -1,0 +1,135 @@
+"""The HTTP deployment, and how it reaches the engine replicas of each model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from calumma.serve.deploy.naming import ENGINE, WATCHER
+from calumma.serve.protocol import ENGINE_FAILED, LAST, Job, Piece, Refused, Started
+from calumma.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve.handle import DeploymentHandle
+
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 3  # to find a replica that takes a job in, when those that are asked die before they have
+LEAVING = 2.0  # seconds until a replica that is lost, or whose engine has failed, is known to be gone
+SCRAPE_SECONDS = 3.0
+
+
+class _EngineFailedError(Exception):
+    """A replica's engine has failed, as the message says; the replica is about to end."""
+
+
+class RayBackend:
+    """A `Backend` behind Ray Serve: the engine replicas of one application, wherever they are."""
+
+    def __init__(self, application: str) -> None:
+        self.application = application
+        self._handle = self._find()
+
+    def switch(self, application: str) -> None:
+        """Send what comes from now on to another application; answers under way go on where they are."""
+        self.application = application
+        self._handle = self._find()
+
+    def _find(self) -> DeploymentHandle:
+        from ray import serve
+
+        return serve.get_deployment_handle(ENGINE, self.application)
+
+    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """A replica that is lost before there is any of the answer is replaced by another; later it ends as Refused."""
+        from ray.serve.exceptions import BackPressureError
+
+        started = begun = False
+        for attempt in range(1, ATTEMPTS + 1):
+            asked = replace(job, id=f"{job.id}-{attempt}")  # a replica may still be at the one before
+            stream: Any = self._handle.options(stream=True).batches.remote(asked)
+            ended = False
+            try:
+                async for pieces in stream:
+                    for piece in pieces:
+                        if isinstance(piece, Started) and started:
+                            continue
+                        last_try = begun or attempt == ATTEMPTS
+                        if isinstance(piece, Refused) and piece.code == ENGINE_FAILED and not last_try:
+                            raise _EngineFailedError(piece.message)
+                        started, begun = True, begun or not isinstance(piece, Started)
+                        ended = isinstance(piece, LAST)
+                        yield piece
+                ended = True
+                return
+            except BackPressureError:
+                ended = True
+                yield Refused(429, "all replicas are busy and the queue is full; try again shortly", code="overloaded")
+                return
+            except Exception as error:  # of Ray, of gRPC, or the replica's own
+                ended = True
+                log.warning("lost a replica of %s: %s: %s", self.application, type(error).__name__, error)
+                if begun or attempt == ATTEMPTS:
+                    yield Refused(
+                        503,
+                        f"the replica was lost while answering ({type(error).__name__}); try again",
+                        code="unavailable",
+                    )
+                    return
+                await asyncio.sleep(LEAVING)
+            finally:
+                if not ended:
+                    stream.cancel()
+
+    async def describe(self) -> dict[str, Any]:
+        facts: dict[str, Any] = await self._handle.describe.remote()
+        return facts
+
+    async def statistics(self) -> dict[str, dict[str, float]]:
+        """Of all replicas that answer soon."""
+        found = await self._handle.broadcast("statistics").results_async(
+            timeout_s=SCRAPE_SECONDS, return_exceptions=True
+        )
+        return {name: numbers for one in found if isinstance(one, dict) for name, numbers in one.items()}
+
+    async def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = await self._handle.tokenize.remote(text)
+        return ids
+
+    async def detokenize(self, ids: list[int]) -> str:
+        text: str = await self._handle.detokenize.remote(ids)
+        return text
+
+
+class Ingress:
+    """The HTTP deployment: checks and converts, never touches a tensor of the model.
+
+    `table`: the application of each model. `watch`: the application that may have moved some of them since.
+    """
+
+    def __init__(self, settings: ServeSettings, table: dict[str, str], watch: str | None = None) -> None:
+        self._settings = settings
+        self._backends = {name: RayBackend(application) for name, application in table.items()}
+        self._catch_up(watch)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from calumma.serve.http.app import create_app
+
+        return create_app(self._backends, self._settings)
+
+    def switch(self, table: dict[str, str]) -> None:
+        """Called by the watcher when a model has moved to another application."""
+        for name, application in table.items():
+            if self._backends[name].application != application:
+                self._backends[name].switch(application)
+
+    def _catch_up(self, watch: str | None) -> None:
+        """An ingress that replaces a lost one asks where the models are by now."""
+        from ray import serve
+
+        if watch is not None and watch in serve.status().applications:
+            self.switch(serve.get_deployment_handle(WATCHER, watch).table.remote().result(timeout_s=30))

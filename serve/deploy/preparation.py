@@ -1,0 +1,113 @@
+"""What must hold before an endpoint starts: whole models, room for the replicas, a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from calumma.model import config
+from calumma.model.config import ModelConfig
+from calumma.model.directory import missing_files
+from calumma.platform import storage, tracking
+from calumma.platform.config import Tracking
+from calumma.serve.replica.tensor_parallel import bundle, check_heads
+from calumma.serve.settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes of a kind."""
+
+    resources: Mapping[str, float]
+    count: float = 1
+
+
+def require_heads(settings: ModelSettings, source: str) -> None:
+    """Raises ValueError where the model at a path or URI has too few heads for the processes that shall hold it."""
+    if settings.tensor_parallel > 1 and ("://" not in source or source.startswith(("s3://", "file://"))):
+        shape = ModelConfig.model_validate_json(storage.read_bytes(storage.join(source, config.FILE)))
+        check_heads(settings, shape)
+
+
+def require_room(settings: ModelSettings, nodes: Iterable[Nodes]) -> None:
+    """Raises ValueError where `min_replicas` could never run on these nodes, however idle; each is on one node."""
+    if settings.tensor_parallel == 1:
+        return
+    need = {name: much * settings.tensor_parallel for name, much in bundle(settings).items()}
+    nodes = list(nodes)
+
+    def fitting(node: Nodes) -> int:
+        return min(math.floor(node.resources.get(name, 0.0) / much + 1e-9) for name, much in need.items())
+
+    room = sum(fitting(node) * node.count for node in nodes if fitting(node))
+    if room < settings.min_replicas:
+        found = "; ".join(" and ".join(f"{node.resources.get(name, 0.0):g} {name}" for name in need) for node in nodes)
+        raise ValueError(
+            f"{settings.min_replicas} replica(s) of {settings.model} with tensor_parallel {settings.tensor_parallel} "
+            f"need {' and '.join(f'{much:g} {name}' for name, much in need.items())} on one node each, and the cluster "
+            f"has room for {room:g} (its nodes: {found}); use a smaller tensor_parallel, fewer replicas or larger "
+            "nodes; where an autoscaler would add a node, start one first"
+        )
+
+
+def nodes_of_cluster() -> list[Nodes]:
+    """The nodes there are, and those of which an autoscaler has told Ray that it may add them."""
+    import ray
+
+    there = [Nodes(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    with contextlib.suppress(Exception):  # a Ray client, or a cluster without an autoscaler, knows of none
+        for group in ray._private.state.state.get_cluster_config().node_group_configs:
+            if group.max_count:
+                there.append(Nodes(dict(group.resources), math.inf if group.max_count < 0 else group.max_count))
+    return there
+
+
+class ServeError(RuntimeError):
+    """Serving cannot start as asked; the message says what was found and what to do."""
+
+
+def locate(model: str, settings: Tracking | None = None) -> str:
+    """The URI or absolute path of the model directory that `model` names, proven to be a whole one.
+
+    Raises TrackingError, StorageError or ServeError, each saying what was looked for.
+    """
+    source = tracking.model_source(model, settings)
+    if "://" not in source:
+        source = str(Path(source).expanduser().resolve())
+    elif not source.startswith(("s3://", "file://")):
+        return source  # an artifact of an MLflow server: the replica downloads it
+    origin = "" if source == model else f" ({model} leads there)"
+    if not storage.exists(source):
+        raise ServeError(f"there is no model directory at {source}{origin}")
+    missing = missing_files(lambda name: storage.exists(storage.join(source, name)))
+    if missing:
+        raise ServeError(f"{source}{origin} is not a whole model directory: {', '.join(missing)} missing")
+    return source
+
+
+def find(model: ModelSettings) -> str:
+    """`locate`, of a model that can be held as asked. Raises ServeError too where it cannot."""
+    source = locate(model.model, model.tracking)
+    try:
+        require_heads(model, source)
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+    return source
+
+
+def require_port(host: str, port: int) -> None:
+    """Raises ServeError when somebody listens at the port already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServeError(
+                f"cannot listen at {host}:{port} ({error.strerror}); choose another with --port, or see who has it: "
+                f"ss -ltnp 'sport = :{port}'"
+            ) from error

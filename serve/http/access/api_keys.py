@@ -1,0 +1,116 @@
+"""API keys: who may ask, and how much at once. Only their SHA-256 hashes are kept, in memory and in files.
+
+A key is 256 random bits, so a plain hash keeps it; a password would need a slow one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from calumma.serve.http.wire.errors import WireError
+from calumma.serve.settings import Key
+
+VARIABLE = "CALUMMA_API_KEYS"
+PREFIX = "sk-calumma-"
+LINE = re.compile(r"(?P<sha256>[0-9a-f]{64})(?:\s+(?P<name>[A-Za-z0-9._-]+))?(?:\s+(?P<running>[1-9]\d*))?$")
+FORM = "SHA256 [NAME [REQUESTS AT ONCE]]"
+
+
+def new_key() -> str:
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hashed(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def parse(lines: Iterator[str] | list[str], where: str) -> list[Key]:
+    """Keys, one a line; empty lines and comments are skipped. Raises ValueError that names the line, not the key."""
+    keys = []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = LINE.match(text)
+        if found is None:
+            raise ValueError(
+                f"{where}, entry {number}: not `{FORM}`. Keys are given by their hash: calumma serve key makes one"
+            )
+        running = found["running"]
+        keys.append(
+            Key(
+                name=found["name"] or found["sha256"][:8],
+                sha256=found["sha256"],
+                running=int(running) if running else None,
+            )
+        )
+    return keys
+
+
+def known_keys(file: Path | None) -> list[Key]:
+    """The keys of a file, and of the environment (entries separated by commas). Raises ValueError, OSError."""
+    keys = parse(file.read_text().splitlines(), str(file)) if file else []
+    if file and not keys:
+        raise ValueError(f"{file} holds no key: everybody could use the server. Leave --keys out if that is wanted")
+    return keys + parse(os.environ.get(VARIABLE, "").split(","), f"${VARIABLE}")
+
+
+class Doorkeeper:
+    """Tells who asks, and counts what they have under way. Without keys everybody is the same guest."""
+
+    def __init__(self, keys: tuple[Key, ...], running: int, running_per_key: int) -> None:
+        self._keys = {key.sha256: key for key in keys}
+        self._running, self._per_key = running, running_per_key
+        self._under_way: Counter[str] = Counter()
+
+    @property
+    def open(self) -> bool:
+        """Whether no key is needed."""
+        return not self._keys
+
+    def who(self, authorization: str) -> Key | None:
+        """The key in an Authorization header; None where none is needed. Raises WireError 401.
+
+        Looking a hash up takes a time that depends on the hash alone, which tells nothing about a key.
+        """
+        if self.open:
+            return None
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            raise WireError(
+                "this server needs an API key; send it as Authorization: Bearer KEY", status=401, code="invalid_api_key"
+            )
+        key = self._keys.get(hashed(given.strip()))
+        if key is None:
+            raise WireError("the API key is not one that this server knows", status=401, code="invalid_api_key")
+        return key
+
+    @contextmanager
+    def under_way(self, key: Key | None) -> Iterator[None]:
+        """For the length of a request. Raises WireError 429 when there are too many."""
+        if self._under_way.total() >= self._running:
+            raise WireError(
+                f"the server is working on {self._running} requests already; try again shortly",
+                status=429,
+                code="overloaded",
+            )
+        name = key.name if key else ""
+        most = (key.running or self._per_key) if key else self._running
+        if self._under_way[name] >= most:
+            raise WireError(
+                f"this API key has {most} requests under way, as many as it may; wait for one to end",
+                status=429,
+                code="rate_limit_exceeded",
+            )
+        self._under_way[name] += 1
+        try:
+            yield
+        finally:
+            self._under_way[name] -= 1

@@ -1,0 +1,123 @@
+"""From a request on the wire to a prompt (a document with roles) and sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+from calumma.model.document import Document, Image, Role, Segment, Text, without_layout
+from calumma.model.generation import PhaseSampling, SamplingParams
+from calumma.serve.http.image_loader import Pictures
+from calumma.serve.http.wire.content import ImagePart
+from calumma.serve.http.wire.errors import WireError
+from calumma.serve.http.wire.requests import ChatRequest, Message, Sampling
+from calumma.serve.protocol import Job
+from calumma.serve.settings import Limits, RemoteImages, SamplingDefaults
+
+# Messages of one role that follow each other are one turn; this stands between their texts.
+BETWEEN = "\n"
+DATA_URLS = Pictures(Limits(), RemoteImages())
+
+
+def chat_prompt(request: ChatRequest, pictures: Pictures = DATA_URLS) -> Document:
+    """The conversation so far. System text becomes the head of the user's turn it stands before. Decodes every image.
+
+    Blocks when images are fetched. Raises WireError that names the message and part.
+    """
+    segments: list[Segment] = []
+    number = sum(isinstance(part, ImagePart) for message in request.messages for part in message.body)
+    pictures.require_number(number, "messages")
+    for index, message in enumerate(request.messages):
+        where = f"messages[{index}]"
+        role: Role = "assistant" if message.role == "assistant" else "user"
+        if role == "assistant" and not segments:
+            raise WireError("the conversation must begin with a user message", param=f"{where}.role")
+        new = _segments(message, role, where, pictures)
+        if not new:
+            raise WireError("the message is empty", param=f"{where}.content")
+        if segments and segments[-1].role == role and isinstance(new[0], Text):
+            new[0] = Text(BETWEEN + new[0].text, role)
+        segments += new
+    if request.messages[-1].role != "user":
+        raise WireError("the last message must be a user's: it is what gets answered", param="messages")
+    return Document(without_layout(_joined(segments)))
+
+
+def _segments(message: Message, role: Role, where: str, pictures: Pictures) -> list[Segment]:
+    segments: list[Segment] = []
+    for index, part in enumerate(message.body):
+        here = f"{where}.{message.field}[{index}]"
+        if isinstance(part, ImagePart):
+            if message.role in ("system", "developer"):
+                raise WireError(f"a {message.role} message holds text only", param=here)
+            segments.append(Image(pictures.read(part.image_url.url, f"{here}.image_url.url"), role=role))
+        elif part.text:
+            segments.append(Text(well_formed(part.text, f"{here}.text"), role))
+    return segments
+
+
+def _joined(segments: Iterable[Segment]) -> list[Segment]:
+    """Adjacent texts of one role as one, so that a text split over parts encodes as it would in one piece."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if isinstance(segment, Text) and isinstance(last, Text) and last.role == segment.role:
+            joined[-1] = Text(last.text + segment.text, segment.role)
+        else:
+            joined.append(segment)
+    return joined
+
+
+def plain_prompt(text: str) -> Document:
+    """A document to go on with: no roles. Raises WireError."""
+    return Document((Text(well_formed(text, "prompt")),) if text else ())
+
+
+def drawing_prompt(text: str) -> Document:
+    """A user's turn that asks for an image. Raises WireError."""
+    return Document((Text(well_formed(text, "prompt"), "user"),))
+
+
+def well_formed(text: str, param: str) -> str:
+    """JSON may carry half a surrogate pair, which is no character. Raises WireError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise WireError(f"the text is not valid Unicode at character {error.start}", param=param) from error
+    return text
+
+
+def sampling_params(request: Sampling, modalities: Collection[str], defaults: SamplingDefaults) -> SamplingParams:
+    """["text"]: text, ["image"]: one image, both: text and images in any order. The replica sets `max_tokens`, and
+    what needs its token ids."""
+
+    def value(field: str) -> float:
+        given = getattr(request, field)
+        return getattr(defaults, field) if given is None else given
+
+    wanted = set(modalities)
+    return SamplingParams(
+        mode="interleaved" if len(wanted) == 2 else "image" if "image" in wanted else "text",
+        max_images=int(value("max_images")),
+        text=PhaseSampling(
+            value("temperature"), value("top_p"), value("repetition_penalty"), int(value("top_k")), value("min_p")
+        ),
+        image=PhaseSampling(
+            value("image_temperature"),
+            value("image_top_p"),
+            top_k=int(value("image_top_k")),
+            min_p=value("image_min_p"),
+        ),
+        guidance_text=value("guidance_text"),
+        guidance_image=value("guidance_image"),
+        seed=request.seed,
+    )
+
+
+def numbered(job: Job, number: int) -> list[Job]:
+    """The same job so many times, each with an id of its own and, where there is a seed, the next one."""
+    jobs = [replace(job, id=f"{job.id}-{k}") for k in range(number)]
+    seed = job.params.seed
+    if seed is None:
+        return jobs
+    return [replace(one, params=replace(one.params, seed=seed + k)) for k, one in enumerate(jobs)]

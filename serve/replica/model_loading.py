@@ -1,0 +1,30 @@
+"""A replica's model: device and dtype, the engine's weights, the description without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calumma.model.config import ModelConfig
+from calumma.model.generation import Shard, read_part
+from calumma.model.transformer import Transformer
+from calumma.serve.settings import ModelSettings
+
+
+def precision(settings: ModelSettings) -> tuple[str, torch.dtype]:
+    """Where a replica computes, and in what."""
+    device, usual = ("cuda", "bfloat16") if settings.gpus_per_replica else ("cpu", "float32")
+    return device, getattr(torch, settings.dtype or usual)
+
+
+def read_own(directory: str, shard: Shard, settings: ModelSettings) -> Transformer:
+    """This process's part of the model."""
+    return read_part(directory, shard, *precision(settings))
+
+
+def described(directory: Path, *_: Any) -> Transformer:
+    """The Transformer without its weights: they are in the engine's process."""
+    with torch.device("meta"):
+        return Transformer(ModelConfig.read(directory))
