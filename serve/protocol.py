@@ -14,7 +14,7 @@ BOS, EOS = "<s>", "</s>"
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationRequest:
     """A prompt to answer: a document, or token ids as a client of /v1/completions gives them.
 
     max_tokens: None is as many as the context has room for, 0 none (the prompt is only looked at).
@@ -64,7 +64,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class TextPiece:
+class TextDelta:
     """More text; `tokens` are those that end in it, where they were asked for."""
 
     text: str
@@ -76,11 +76,11 @@ class Started:
     """The prompt was taken in; always the first piece of an accepted job."""
 
     prompt: TokenCount
-    echo: TextPiece | None = None
+    echo: TextDelta | None = None
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ImageProgress:
     """An image is under way: `done` of `total` codes; perhaps with a picture of what is there."""
 
     done: int
@@ -89,7 +89,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class ImagePiece:
+class ImageOutput:
     """A PNG file; `seconds` from its first token to its last pixel."""
 
     png: bytes
@@ -103,7 +103,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Declined:
+class ContentFiltered:
     """The safety policy ends the answer, perhaps before it began. Always the last piece."""
 
     message: str
@@ -111,7 +111,7 @@ class Declined:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RequestFailed:
     """The job cannot be done (first piece) or failed half-way (last piece): HTTP status and OpenAI's error fields."""
 
     status: int
@@ -120,15 +120,15 @@ class Refused:
     code: str | None = None
 
 
-Piece = Started | TextPiece | Drawing | ImagePiece | Finished | Declined | Refused
-LAST = (Finished, Declined, Refused)
+OutputEvent = Started | TextDelta | ImageProgress | ImageOutput | Finished | ContentFiltered | RequestFailed
+FINAL_EVENTS = (Finished, ContentFiltered, RequestFailed)
 ENGINE_FAILED = "engine_failed"  # Refused.code
 
 
 class Backend(Protocol):
     """Answers jobs: a Ray Serve handle in production, a replica of this process in tests."""
 
-    def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+    def generate(self, job: GenerationRequest) -> AsyncGenerator[OutputEvent, None]:
         """Pieces of the answer as they come. Closing the generator early abandons the job."""
         ...
 

@@ -22,14 +22,14 @@ from calumma.serve.settings import Safety
 
 
 @dataclass(frozen=True)
-class Look:
+class PolicyInput:
     """What a policy is shown: a prompt, or an answer as far as it has come and would be sent."""
 
     stage: Literal["prompt", "answer"]
     document: Document
 
 
-Policy = Callable[[Look], str | None]
+Policy = Callable[[PolicyInput], str | None]
 
 
 def keywords(words: Iterable[str], reason: str = "this request is against the rules of this server") -> Policy:
@@ -40,7 +40,7 @@ def keywords(words: Iterable[str], reason: str = "this request is against the ru
         raise ValueError("keywords: give at least one word")
     pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)")
 
-    def policy(look: Look) -> str | None:
+    def policy(look: PolicyInput) -> str | None:
         return reason if pattern.search(_plain(look.document.text)) else None
 
     return policy
@@ -50,7 +50,7 @@ def _plain(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
 
 
-def policy_of(safety: Safety) -> Policy | None:
+def load_policy(safety: Safety) -> Policy | None:
     """The policy that the settings name. Raises ValueError."""
     if safety.policy is None:
         return None

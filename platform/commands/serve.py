@@ -106,11 +106,11 @@ def start(
 @app.command()
 def key(name: Annotated[str, typer.Argument(help="Whose it is; shown in errors and logs.")]) -> None:
     """Make an API key: show it once, and the line that goes into the file of `serve start --keys`."""
-    from calumma.serve.http.access.api_keys import hashed, new_key
+    from calumma.serve.http.access.api_keys import hash_key, new_key
 
     secret = new_key()
     typer.echo(f"key   {secret}")
-    typer.echo(f"line  {hashed(secret)} {name}")
+    typer.echo(f"line  {hash_key(secret)} {name}")
 
 
 @app.command()
@@ -231,9 +231,9 @@ def _further(text: str, tracking_uri: str | None) -> dict[str, Any]:
 
 def _keys(file: Path | None) -> list[dict[str, Any]]:
     """The API keys of a file and the environment. Raises ValueError, OSError."""
-    from calumma.serve.http.access.api_keys import known_keys
+    from calumma.serve.http.access.api_keys import load_keys
 
-    return [one.model_dump() for one in known_keys(file)]
+    return [one.model_dump() for one in load_keys(file)]
 
 
 def replica_range(text: str) -> tuple[int, int]:
@@ -295,10 +295,10 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
     settings = _settings(values)
     with console.status("looking at the model"):
         from calumma.serve.deploy.endpoint import deploy
-        from calumma.serve.deploy.preparation import find, require_port
+        from calumma.serve.deploy.preparation import locate_servable, require_port
 
         for one in settings.models:
-            find(one)
+            locate_servable(one)
         require_port(settings.host, settings.port)
     needed = settings.ingress_cpus
     devices = cluster.gpus()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 
-def place(model: ModelSettings, source: str, endpoint: str) -> Placed:
+def start_model(model: ModelSettings, source: str, endpoint: str) -> ModelApplication:
     """Start a model as an application of its own, beside whatever runs, and wait until it is up. Its name is new each
     time. Raises ServeError, and leaves nothing of it behind."""
     from ray import serve
@@ -34,7 +34,7 @@ def place(model: ModelSettings, source: str, endpoint: str) -> Placed:
         with contextlib.suppress(Exception):
             serve.delete(application)
         raise ServeError(f"the model {model.model} did not come up: {reason}") from error
-    return Placed(application, source)
+    return ModelApplication(application, source)
 
 
 def build_model(model: ModelSettings, source: str) -> Application:
@@ -42,9 +42,9 @@ def build_model(model: ModelSettings, source: str) -> Application:
     from ray import serve
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-    from calumma.serve.deploy.scaling import QueuedTokens
-    from calumma.serve.replica.deployment import Replica
-    from calumma.serve.replica.image_coder import CodingReplica
+    from calumma.serve.deploy.scaling import QueuedTokensPolicy
+    from calumma.serve.replica.deployment import EngineDeployment
+    from calumma.serve.replica.image_coder import ImageCoderDeployment
 
     each = tensor_parallel.bundle(model)
     several: dict[str, Any] = {
@@ -65,7 +65,7 @@ def build_model(model: ModelSettings, source: str) -> Application:
             downscale_delay_s=model.idle_seconds,
             look_back_period_s=max(11.0, min(30.0, model.busy_seconds)),
             policy=AutoscalingPolicy(
-                policy_function=QueuedTokens,
+                policy_function=QueuedTokensPolicy,
                 policy_kwargs={
                     "requests_per_replica": model.target_ongoing_requests,
                     "tokens_per_replica": model.queued_tokens,
@@ -78,7 +78,7 @@ def build_model(model: ModelSettings, source: str) -> Application:
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=model.drain_seconds,
         graceful_shutdown_wait_loop_s=1.0,
-    )(Replica)
+    )(EngineDeployment)
     if not model.image_coders:
         return engine.bind(model, source)
     coder = serve.deployment(
@@ -95,7 +95,7 @@ def build_model(model: ModelSettings, source: str) -> Application:
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=model.drain_seconds,
         graceful_shutdown_wait_loop_s=1.0,
-    )(CodingReplica)
+    )(ImageCoderDeployment)
     return engine.bind(model, source, coder.bind(model, source))
 
 
@@ -127,7 +127,7 @@ def failure_reason(application: str) -> str:
 
 
 @dataclass(frozen=True)
-class Placed:
+class ModelApplication:
     """Where a model runs, and from which model directory."""
 
     application: str

@@ -11,11 +11,11 @@ import contextlib
 import logging
 import time
 
-from calumma.serve.deploy.applications import Placed, build_ingress, failure_reason, place
+from calumma.serve.deploy.applications import ModelApplication, build_ingress, failure_reason, start_model
 from calumma.serve.deploy.naming import APPLICATION_PREFIX, WATCHER, watcher_application
-from calumma.serve.deploy.preparation import ServeError, find, require_port
-from calumma.serve.deploy.rollout import Watcher
-from calumma.serve.safety import policy_of
+from calumma.serve.deploy.preparation import ServeError, locate_servable, require_port
+from calumma.serve.deploy.rollout import AliasWatcher
+from calumma.serve.safety import load_policy
 from calumma.serve.settings import ServeSettings
 
 PATIENCE = 300.0  # seconds from deployed to answering; it takes one or two
@@ -30,21 +30,21 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
     """
     from ray import serve
 
-    sources = {model.name: find(model) for model in settings.models}
-    policy_of(settings.safety)
-    _quiet()
+    sources = {model.name: locate_servable(model) for model in settings.models}
+    load_policy(settings.safety)
+    _quiet_logs()
     _start_http(settings)
     name = APPLICATION_PREFIX + settings.name
     old = [application for application in serve.status().applications if application.startswith(f"{name}:")]
-    placed: dict[str, Placed] = {}
+    placed: dict[str, ModelApplication] = {}
     try:
         for model in settings.models:
-            placed[model.name] = place(model, sources[model.name], settings.name)
+            placed[model.name] = start_model(model, sources[model.name], settings.name)
         table = {model: one.application for model, one in placed.items()}
         _delete([watcher_application(settings.name)])
         serve.run(build_ingress(settings, table), name=name, route_prefix="/")
         if settings.watch_seconds:
-            watcher = serve.deployment(name=WATCHER, num_replicas=1, ray_actor_options={"num_cpus": 0})(Watcher)
+            watcher = serve.deployment(name=WATCHER, num_replicas=1, ray_actor_options={"num_cpus": 0})(AliasWatcher)
             bound = watcher.bind(settings, placed, name, settings.watch_seconds)
             serve.run(bound, name=watcher_application(settings.name), route_prefix=None)
     except Exception as error:
@@ -83,8 +83,8 @@ def undeploy(name: str = "calumma", patience: float = PATIENCE) -> None:
     answers in flight get up to `patience` seconds."""
     from ray import serve
 
-    _quiet()
-    _forget_the_dead()
+    _quiet_logs()
+    _drop_stale_client()
     endpoint = APPLICATION_PREFIX + name
     _delete([watcher_application(name)])
     _delete([endpoint], patience)  # its streams need the models until they end
@@ -105,12 +105,12 @@ def _delete(applications: list[str], patience: float = PATIENCE) -> None:
         time.sleep(0.2)
 
 
-def _quiet() -> None:
+def _quiet_logs() -> None:
     """Ray Serve's notes on every deployment stay in its log files; the terminal gets warnings."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def _forget_the_dead() -> None:
+def _drop_stale_client() -> None:
     """This process may have a handle of a Ray Serve that another process has shut down since."""
     from ray.serve.context import _check_cached_client_alive
 
@@ -123,7 +123,7 @@ def _start_http(settings: ServeSettings) -> None:
     from ray.serve.context import _get_global_client
     from ray.serve.exceptions import RayServeException
 
-    _forget_the_dead()
+    _drop_stale_client()
     try:
         client = _get_global_client()
     except RayServeException:

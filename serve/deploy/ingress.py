@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calumma.serve.deploy.naming import ENGINE, WATCHER
-from calumma.serve.protocol import ENGINE_FAILED, LAST, Job, Piece, Refused, Started
+from calumma.serve.protocol import ENGINE_FAILED, FINAL_EVENTS, GenerationRequest, OutputEvent, RequestFailed, Started
 from calumma.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # to find a replica that takes a job in, when those that are asked die before they have
-LEAVING = 2.0  # seconds until a replica that is lost, or whose engine has failed, is known to be gone
+REPLICA_GONE_SECONDS = 2.0  # seconds until a replica that is lost, or whose engine has failed, is known to be gone
 SCRAPE_SECONDS = 3.0
 
 
@@ -44,7 +44,7 @@ class RayBackend:
 
         return serve.get_deployment_handle(ENGINE, self.application)
 
-    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+    async def generate(self, job: GenerationRequest) -> AsyncGenerator[OutputEvent, None]:
         """A replica that is lost before there is any of the answer is replaced by another; later it ends as Refused."""
         from ray.serve.exceptions import BackPressureError
 
@@ -59,28 +59,30 @@ class RayBackend:
                         if isinstance(piece, Started) and started:
                             continue
                         last_try = begun or attempt == ATTEMPTS
-                        if isinstance(piece, Refused) and piece.code == ENGINE_FAILED and not last_try:
+                        if isinstance(piece, RequestFailed) and piece.code == ENGINE_FAILED and not last_try:
                             raise _EngineFailedError(piece.message)
                         started, begun = True, begun or not isinstance(piece, Started)
-                        ended = isinstance(piece, LAST)
+                        ended = isinstance(piece, FINAL_EVENTS)
                         yield piece
                 ended = True
                 return
             except BackPressureError:
                 ended = True
-                yield Refused(429, "all replicas are busy and the queue is full; try again shortly", code="overloaded")
+                yield RequestFailed(
+                    429, "all replicas are busy and the queue is full; try again shortly", code="overloaded"
+                )
                 return
             except Exception as error:  # of Ray, of gRPC, or the replica's own
                 ended = True
                 log.warning("lost a replica of %s: %s: %s", self.application, type(error).__name__, error)
                 if begun or attempt == ATTEMPTS:
-                    yield Refused(
+                    yield RequestFailed(
                         503,
                         f"the replica was lost while answering ({type(error).__name__}); try again",
                         code="unavailable",
                     )
                     return
-                await asyncio.sleep(LEAVING)
+                await asyncio.sleep(REPLICA_GONE_SECONDS)
             finally:
                 if not ended:
                     stream.cancel()

@@ -14,12 +14,12 @@ from calumma.model.config import ModelConfig
 from calumma.model.directory import missing_files
 from calumma.platform import storage, tracking
 from calumma.platform.config import Tracking
-from calumma.serve.replica.tensor_parallel import bundle, check_heads
+from calumma.serve.replica.tensor_parallel import bundle, require_divisible_heads
 from calumma.serve.settings import ModelSettings
 
 
 @dataclass(frozen=True)
-class Nodes:
+class NodeGroup:
     """Nodes of a kind."""
 
     resources: Mapping[str, float]
@@ -30,17 +30,17 @@ def require_heads(settings: ModelSettings, source: str) -> None:
     """Raises ValueError where the model at a path or URI has too few heads for the processes that shall hold it."""
     if settings.tensor_parallel > 1 and ("://" not in source or source.startswith(("s3://", "file://"))):
         shape = ModelConfig.model_validate_json(storage.read_bytes(storage.join(source, config.FILE)))
-        check_heads(settings, shape)
+        require_divisible_heads(settings, shape)
 
 
-def require_room(settings: ModelSettings, nodes: Iterable[Nodes]) -> None:
+def require_room(settings: ModelSettings, nodes: Iterable[NodeGroup]) -> None:
     """Raises ValueError where `min_replicas` could never run on these nodes, however idle; each is on one node."""
     if settings.tensor_parallel == 1:
         return
     need = {name: much * settings.tensor_parallel for name, much in bundle(settings).items()}
     nodes = list(nodes)
 
-    def fitting(node: Nodes) -> int:
+    def fitting(node: NodeGroup) -> int:
         return min(math.floor(node.resources.get(name, 0.0) / much + 1e-9) for name, much in need.items())
 
     room = sum(fitting(node) * node.count for node in nodes if fitting(node))
@@ -54,15 +54,15 @@ def require_room(settings: ModelSettings, nodes: Iterable[Nodes]) -> None:
         )
 
 
-def nodes_of_cluster() -> list[Nodes]:
+def nodes_of_cluster() -> list[NodeGroup]:
     """The nodes there are, and those of which an autoscaler has told Ray that it may add them."""
     import ray
 
-    there = [Nodes(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    there = [NodeGroup(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     with contextlib.suppress(Exception):  # a Ray client, or a cluster without an autoscaler, knows of none
         for group in ray._private.state.state.get_cluster_config().node_group_configs:
             if group.max_count:
-                there.append(Nodes(dict(group.resources), math.inf if group.max_count < 0 else group.max_count))
+                there.append(NodeGroup(dict(group.resources), math.inf if group.max_count < 0 else group.max_count))
     return there
 
 
@@ -70,7 +70,7 @@ class ServeError(RuntimeError):
     """Serving cannot start as asked; the message says what was found and what to do."""
 
 
-def locate(model: str, settings: Tracking | None = None) -> str:
+def locate_directory(model: str, settings: Tracking | None = None) -> str:
     """The URI or absolute path of the model directory that `model` names, proven to be a whole one.
 
     Raises TrackingError, StorageError or ServeError, each saying what was looked for.
@@ -89,9 +89,9 @@ def locate(model: str, settings: Tracking | None = None) -> str:
     return source
 
 
-def find(model: ModelSettings) -> str:
+def locate_servable(model: ModelSettings) -> str:
     """`locate`, of a model that can be held as asked. Raises ServeError too where it cannot."""
-    source = locate(model.model, model.tracking)
+    source = locate_directory(model.model, model.tracking)
     try:
         require_heads(model, source)
     except ValueError as error:

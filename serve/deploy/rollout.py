@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calumma.serve.deploy.applications import Placed, place
+from calumma.serve.deploy.applications import ModelApplication, start_model
 from calumma.serve.deploy.naming import INGRESS
-from calumma.serve.deploy.preparation import find
+from calumma.serve.deploy.preparation import locate_servable
 from calumma.serve.settings import ModelSettings, ServeSettings
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-SETTLE = 2.0  # seconds in which requests that were on their way to the old version still reach it
+SETTLE_SECONDS = 2.0  # seconds in which requests that were on their way to the old version still reach it
 
 
 @dataclass
-class Rollouts:
+class RolloutController:
     """The decisions, apart from Ray: what is placed where, and what a look at the registry changes.
 
     locate(model) is its present source; place(model, source) starts a version and waits until it answers, and leaves
@@ -32,12 +32,12 @@ class Rollouts:
     """
 
     models: tuple[ModelSettings, ...]
-    placed: dict[str, Placed]
+    placed: dict[str, ModelApplication]
     locate: Callable[[ModelSettings], str]
-    place: Callable[[ModelSettings, str], Placed]
+    start_model: Callable[[ModelSettings, str], ModelApplication]
     announce: Callable[[dict[str, str]], None]
     remove: Callable[[str], None]
-    settle: float = SETTLE
+    settle: float = SETTLE_SECONDS
 
     @property
     def table(self) -> dict[str, str]:
@@ -83,20 +83,22 @@ def follows_alias(model: str) -> bool:
     return model.startswith("models:/") and "@" in model
 
 
-class Watcher:
+class AliasWatcher:
     """The deployment that looks."""
 
-    def __init__(self, settings: ServeSettings, placed: dict[str, Placed], ingress: str, seconds: float) -> None:
+    def __init__(
+        self, settings: ServeSettings, placed: dict[str, ModelApplication], ingress: str, seconds: float
+    ) -> None:
         from ray import serve
 
         def announce(table: dict[str, str]) -> None:
             serve.get_deployment_handle(INGRESS, ingress).broadcast("switch", table).results(timeout_s=60)
 
-        self._rollouts = Rollouts(
+        self._rollouts = RolloutController(
             settings.models,
             placed,
-            find,
-            lambda model, source: place(model, source, settings.name),
+            locate_servable,
+            lambda model, source: start_model(model, source, settings.name),
             announce,
             lambda application: serve.delete(application, _blocking=False),
         )

@@ -7,16 +7,16 @@ import hashlib
 from ray.serve.request_router import LocalityMixin, MultiplexMixin, PendingRequest, RequestRouter, RunningReplica
 
 from calumma.model.document import Document, Text
-from calumma.serve.protocol import Job
+from calumma.serve.protocol import GenerationRequest
 
-PREFIX = 512  # characters, or token ids, at the front of a prompt that decide
-SLACK = 4  # requests by which the preferred replica may be busier than the least busy one
+PREFIX_LENGTH = 512  # characters, or token ids, at the front of a prompt that decide
+MAX_IMBALANCE = 4  # requests by which the preferred replica may be busier than the least busy one
 
 
-def prefix_key(job: Job) -> bytes:
+def prefix_key(job: GenerationRequest) -> bytes:
     """Equal for prompts that begin alike: the same system text, the same first images, later turns of one chat."""
     digest = hashlib.sha256()
-    left = PREFIX
+    left = PREFIX_LENGTH
     for part in job.prompt.segments if isinstance(job.prompt, Document) else (job.prompt,):
         if isinstance(part, tuple):
             digest.update(repr(part[:left]).encode())
@@ -26,13 +26,13 @@ def prefix_key(job: Job) -> bytes:
             left -= len(part.text)
         else:
             digest.update(hashlib.sha256(part.png() if not isinstance(part.data, bytes) else part.data).digest())
-            left -= PREFIX // 4
+            left -= PREFIX_LENGTH // 4
         if left <= 0:
             break
     return digest.digest()
 
 
-def preferred(key: bytes, replicas: list[str]) -> str:
+def preferred_replica(key: bytes, replicas: list[str]) -> str:
     """Rendezvous hashing: each key has its own order of replicas, so one that comes or goes moves only its own share
     of the keys (Thaler and Ravishankar 1998)."""
     return max(replicas, key=lambda name: hashlib.sha256(key + name.encode()).digest())
@@ -48,10 +48,10 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if not candidate_replicas:
             return []
         job = pending_request.args[0] if pending_request and pending_request.args else None
-        if not isinstance(job, Job) or len(candidate_replicas) == 1:
+        if not isinstance(job, GenerationRequest) or len(candidate_replicas) == 1:
             return [candidate_replicas]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        first = by_name[preferred(prefix_key(job), list(by_name))]
+        first = by_name[preferred_replica(prefix_key(job), list(by_name))]
         others = [replica for replica in candidate_replicas if replica is not first]
         return [candidate_replicas] if self._busy(first, others) else [[first], others]
 
@@ -61,4 +61,4 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         def length(replica: RunningReplica) -> int:
             return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
-        return length(first) > min(map(length, others)) + SLACK
+        return length(first) > min(map(length, others)) + MAX_IMBALANCE

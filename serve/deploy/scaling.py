@@ -15,7 +15,7 @@ def replicas_wanted(requests: float, queued_tokens: float, per_replica: float, t
     return max(requests / per_replica, queued_tokens / tokens_per_replica)
 
 
-class QueuedTokens:
+class QueuedTokensPolicy:
     """The autoscaling policy, called by Ray Serve's controller: ongoing requests, and prompt tokens in line. Ray Serve
     applies the delays and the bounds of the configuration."""
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from fastapi import FastAPI
 
 from calumma.serve.http.access import middleware
-from calumma.serve.http.context import Served
+from calumma.serve.http.context import ServingContext
 from calumma.serve.http.endpoints.chat import add_chat
 from calumma.serve.http.endpoints.completions import add_completions
 from calumma.serve.http.endpoints.images import add_images
 from calumma.serve.http.endpoints.status import add_status
 from calumma.serve.http.endpoints.tokenizer import add_tokenizer
-from calumma.serve.http.error_handlers import add_errors
+from calumma.serve.http.error_handlers import add_error_handlers
 from calumma.serve.protocol import Backend
 from calumma.serve.settings import ServeSettings
 
@@ -23,10 +23,10 @@ def create_app(backends: Backend | Mapping[str, Backend], settings: ServeSetting
 
     Raises ValueError when the settings name a safety policy that cannot be made.
     """
-    served = Served(backends if isinstance(backends, Mapping) else {settings.name: backends}, settings)
+    served = ServingContext(backends if isinstance(backends, Mapping) else {settings.name: backends}, settings)
     app = FastAPI(title="calumma", docs_url=None, redoc_url=None)
     app.add_middleware(middleware.Gate, metrics=served.metrics, settings=settings)
-    add_errors(app)
+    add_error_handlers(app)
     add_status(app, served)
     add_chat(app, served)
     add_completions(app, served)

@@ -12,14 +12,14 @@ from starlette.exceptions import HTTPException
 from calumma.serve.http.access import middleware
 from calumma.serve.http.access.middleware import error_response
 from calumma.serve.http.wire import errors
-from calumma.serve.http.wire.errors import WireError
+from calumma.serve.http.wire.errors import APIError
 
 log = logging.getLogger(__name__)
 
 
-def add_errors(app: FastAPI) -> None:
-    @app.exception_handler(WireError)
-    async def wire_error(request: Request, error: WireError) -> Response:
+def add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(APIError)
+    async def wire_error(request: Request, error: APIError) -> Response:
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
@@ -34,21 +34,21 @@ def add_errors(app: FastAPI) -> None:
         }
         code = middleware.CODE if error.status_code == 413 else None
         message = messages.get(error.status_code, str(error.detail))
-        return error_response(WireError(message, status=error.status_code, code=code))
+        return error_response(APIError(message, status=error.status_code, code=code))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         log.exception("failed to answer %s", request.url.path, exc_info=error)
-        return error_response(WireError("the server failed to answer; its log has the details", status=500))
+        return error_response(APIError("the server failed to answer; its log has the details", status=500))
 
 
-def _validation(request: Request, error: RequestValidationError) -> WireError:
+def _validation(request: Request, error: RequestValidationError) -> APIError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return WireError(f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+        return APIError(f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     if tuple(first["loc"]) == ("body",):
         if "json" not in request.headers.get("content-type", ""):
-            return WireError("send the body as JSON, with the header Content-Type: application/json")
-        return WireError("the body must be a JSON object")
+            return APIError("send the body as JSON, with the header Content-Type: application/json")
+        return APIError("the body must be a JSON object")
     message, param = errors.describe_errors(error.errors())
-    return WireError(message, param=param, code="invalid_value")
+    return APIError(message, param=param, code="invalid_value")

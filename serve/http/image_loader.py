@@ -23,12 +23,12 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from PIL import Image as PILImage
 
 from calumma.model.document import Image, UnreadableImage
-from calumma.serve.http.wire.errors import WireError
+from calumma.serve.http.wire.errors import APIError
 from calumma.serve.settings import Limits, RemoteImages
 
 CHUNK = 65536
 REDIRECTS = (301, 302, 303, 307, 308)
-Public = Callable[[str], bool]
+AddressCheck = Callable[[str], bool]
 
 
 def is_public(address: str) -> bool:
@@ -43,10 +43,10 @@ def is_public(address: str) -> bool:
     return found.is_global and not found.is_multicast
 
 
-class Pictures:
+class ImageLoader:
     """Reads image parts of requests. `public` says which addresses may be fetched from."""
 
-    def __init__(self, limits: Limits, remote: RemoteImages, public: Public = is_public) -> None:
+    def __init__(self, limits: Limits, remote: RemoteImages, public: AddressCheck = is_public) -> None:
         self._limits, self._remote, self._public = limits, remote, public
 
     def read(self, url: str, param: str) -> bytes:
@@ -59,7 +59,7 @@ class Pictures:
     def require_number(self, number: int, param: str) -> None:
         """Raises WireError on more images than a prompt may have."""
         if number > self._limits.images:
-            raise WireError(
+            raise APIError(
                 f"the prompt has {number} images; this server takes {self._limits.images}", param=param, code="too_many"
             )
 
@@ -70,7 +70,7 @@ class Pictures:
         except Exception:
             width = height = 0  # Image.open says what is wrong
         if width * height > self._limits.pixels:
-            raise WireError(
+            raise APIError(
                 f"the image has {width}x{height} pixels; this server takes {self._limits.pixels} in all",
                 param=param,
                 code="image_too_large",
@@ -78,27 +78,27 @@ class Pictures:
         try:
             Image(data).open()
         except UnreadableImage as error:
-            raise WireError(f"the image part is {error}", param=param, code="invalid_image") from error
+            raise APIError(f"the image part is {error}", param=param, code="invalid_image") from error
 
     # ---- remote images
 
     def _fetch(self, url: str, param: str) -> bytes:
         if not self._remote.hosts:
-            raise WireError(
+            raise APIError(
                 "remote images are not fetched; send the image itself as a data URL: data:image/png;base64,…",
                 param=param,
                 code="remote_image_url",
             )
 
         def refuse(why: str) -> NoReturn:
-            raise WireError(f"the image at {url[:200]} was not fetched: {why}", param=param, code="remote_image_url")
+            raise APIError(f"the image at {url[:200]} was not fetched: {why}", param=param, code="remote_image_url")
 
         end = time.monotonic() + self._remote.seconds
         here = url
         for _ in range(self._remote.redirects + 1):
             try:
                 found = self._one(here, end)
-            except _Forbidden as error:
+            except _FetchRefused as error:
                 refuse(str(error))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 refuse(f"{type(error).__name__}: {error}")
@@ -112,7 +112,7 @@ class Pictures:
         parts = urlsplit(url)
         address, port = self._address(parts)
         left = max(0.001, end - time.monotonic())
-        connection = _Pinned(parts, address, port, left)
+        connection = _PinnedConnection(parts, address, port, left)
         try:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"User-Agent": "calumma", "Accept": "image/*"})
@@ -120,7 +120,7 @@ class Pictures:
             if reply.status in REDIRECTS and (location := reply.getheader("Location")):
                 return location
             if reply.status != 200:
-                raise _Forbidden(f"the server answered with status {reply.status}")
+                raise _FetchRefused(f"the server answered with status {reply.status}")
             return self._body(reply, end)
         finally:
             connection.close()
@@ -131,30 +131,30 @@ class Pictures:
         while chunk := reply.read1(CHUNK):
             data += chunk
             if len(data) > limit:
-                raise _Forbidden(f"it is larger than {self._remote.mebibytes:g} MiB")
+                raise _FetchRefused(f"it is larger than {self._remote.mebibytes:g} MiB")
             if time.monotonic() > end:
-                raise _Forbidden(f"it was not there after {self._remote.seconds:g} s")
+                raise _FetchRefused(f"it was not there after {self._remote.seconds:g} s")
         return bytes(data)
 
     def _address(self, parts: SplitResult) -> tuple[str, int]:
         """The checked address to connect to. Raises _Forbidden; OSError when the name has none."""
         host = (parts.hostname or "").rstrip(".")
         if parts.scheme not in ("http", "https") or parts.username or parts.password or not host:
-            raise _Forbidden("only plain http and https URLs are fetched")
+            raise _FetchRefused("only plain http and https URLs are fetched")
         if not any(fnmatchcase(host, allowed.lower()) for allowed in self._remote.hosts):
-            raise _Forbidden(f"{host} is not among the hosts that this server fetches from")
+            raise _FetchRefused(f"{host} is not among the hosts that this server fetches from")
         port = parts.port or (443 if parts.scheme == "https" else 80)
         found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         if not found or not all(self._public(address) for address in found):
-            raise _Forbidden(f"{host} does not lead to a public address")
+            raise _FetchRefused(f"{host} does not lead to a public address")
         return found[0], port
 
 
-class _Forbidden(Exception):
+class _FetchRefused(Exception):
     """A fetch that is not done; the message says why."""
 
 
-class _Pinned(http.client.HTTPConnection):
+class _PinnedConnection(http.client.HTTPConnection):
     """A connection to one address, whatever the name resolves to by now; TLS still proves the name."""
 
     def __init__(self, parts: SplitResult, address: str, port: int, seconds: float) -> None:
@@ -173,12 +173,12 @@ def from_data_url(url: str, param: str) -> bytes:
     """What a base64 data URL holds. Raises WireError."""
     header, comma, payload = url.partition(",")
     if not header.startswith("data:") or not comma:
-        raise WireError(
+        raise APIError(
             "not a data URL; it must look like data:image/png;base64,…", param=param, code="invalid_image_url"
         )
     if not header.endswith(";base64"):
-        raise WireError(f"the data URL must be base64, found {header[:60]!r}", param=param, code="invalid_image_url")
+        raise APIError(f"the data URL must be base64, found {header[:60]!r}", param=param, code="invalid_image_url")
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise WireError(f"the data URL is not valid base64: {error}", param=param, code="invalid_base64") from error
+        raise APIError(f"the data URL is not valid base64: {error}", param=param, code="invalid_base64") from error

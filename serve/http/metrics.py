@@ -16,7 +16,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 
-Engines = dict[tuple[str, str], dict[str, float]]  # (model, replica) -> numbers
+EngineStatistics = dict[tuple[str, str], dict[str, float]]  # (model, replica) -> numbers
 
 # Numbers of an engine that only grow; all others go up and down.
 COUNTERS = {
@@ -51,7 +51,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.engines: Engines = {}
+        self.engines: EngineStatistics = {}
         self._requests = Counter(
             "calumma_requests", "Finished HTTP requests", ["endpoint", "status"], registry=registry
         )
@@ -85,7 +85,7 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        registry.register(_EngineNumbers(self))
+        registry.register(_EngineCollector(self))
 
     def page(self) -> bytes:
         return generate_latest(self._registry)
@@ -94,15 +94,15 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
-    def answering(self, model: str) -> Watch:
-        return Watch(self, model)
+    def answering(self, model: str) -> GenerationTimer:
+        return GenerationTimer(self, model)
 
     def _count(self, model: str, direction: str, count: TokenCount) -> None:
         self._tokens.labels(model, direction, "text").inc(count.text)
         self._tokens.labels(model, direction, "image").inc(count.image)
 
 
-class Watch:
+class GenerationTimer:
     """Takes the times of one answer."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
@@ -137,7 +137,7 @@ class Watch:
         self._metrics._ended.labels(self._model, how).inc()
 
 
-class _EngineNumbers(Collector):
+class _EngineCollector(Collector):
     """Each number of each engine as `calumma_engine_…`, by model and replica."""
 
     def __init__(self, metrics: Metrics) -> None:

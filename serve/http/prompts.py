@@ -7,19 +7,19 @@ from dataclasses import replace
 
 from calumma.model.document import Document, Image, Role, Segment, Text, without_layout
 from calumma.model.generation import PhaseSampling, SamplingParams
-from calumma.serve.http.image_loader import Pictures
+from calumma.serve.http.image_loader import ImageLoader
 from calumma.serve.http.wire.content import ImagePart
-from calumma.serve.http.wire.errors import WireError
-from calumma.serve.http.wire.requests import ChatRequest, Message, Sampling
-from calumma.serve.protocol import Job
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.http.wire.requests import ChatRequest, Message, SamplingFields
+from calumma.serve.protocol import GenerationRequest
 from calumma.serve.settings import Limits, RemoteImages, SamplingDefaults
 
 # Messages of one role that follow each other are one turn; this stands between their texts.
-BETWEEN = "\n"
-DATA_URLS = Pictures(Limits(), RemoteImages())
+SEPARATOR = "\n"
+DATA_URLS_ONLY = ImageLoader(Limits(), RemoteImages())
 
 
-def chat_prompt(request: ChatRequest, pictures: Pictures = DATA_URLS) -> Document:
+def chat_prompt(request: ChatRequest, pictures: ImageLoader = DATA_URLS_ONLY) -> Document:
     """The conversation so far. System text becomes the head of the user's turn it stands before. Decodes every image.
 
     Blocks when images are fetched. Raises WireError that names the message and part.
@@ -31,25 +31,25 @@ def chat_prompt(request: ChatRequest, pictures: Pictures = DATA_URLS) -> Documen
         where = f"messages[{index}]"
         role: Role = "assistant" if message.role == "assistant" else "user"
         if role == "assistant" and not segments:
-            raise WireError("the conversation must begin with a user message", param=f"{where}.role")
+            raise APIError("the conversation must begin with a user message", param=f"{where}.role")
         new = _segments(message, role, where, pictures)
         if not new:
-            raise WireError("the message is empty", param=f"{where}.content")
+            raise APIError("the message is empty", param=f"{where}.content")
         if segments and segments[-1].role == role and isinstance(new[0], Text):
-            new[0] = Text(BETWEEN + new[0].text, role)
+            new[0] = Text(SEPARATOR + new[0].text, role)
         segments += new
     if request.messages[-1].role != "user":
-        raise WireError("the last message must be a user's: it is what gets answered", param="messages")
+        raise APIError("the last message must be a user's: it is what gets answered", param="messages")
     return Document(without_layout(_joined(segments)))
 
 
-def _segments(message: Message, role: Role, where: str, pictures: Pictures) -> list[Segment]:
+def _segments(message: Message, role: Role, where: str, pictures: ImageLoader) -> list[Segment]:
     segments: list[Segment] = []
     for index, part in enumerate(message.body):
         here = f"{where}.{message.field}[{index}]"
         if isinstance(part, ImagePart):
             if message.role in ("system", "developer"):
-                raise WireError(f"a {message.role} message holds text only", param=here)
+                raise APIError(f"a {message.role} message holds text only", param=here)
             segments.append(Image(pictures.read(part.image_url.url, f"{here}.image_url.url"), role=role))
         elif part.text:
             segments.append(Text(well_formed(part.text, f"{here}.text"), role))
@@ -73,7 +73,7 @@ def plain_prompt(text: str) -> Document:
     return Document((Text(well_formed(text, "prompt")),) if text else ())
 
 
-def drawing_prompt(text: str) -> Document:
+def image_prompt(text: str) -> Document:
     """A user's turn that asks for an image. Raises WireError."""
     return Document((Text(well_formed(text, "prompt"), "user"),))
 
@@ -83,11 +83,11 @@ def well_formed(text: str, param: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise WireError(f"the text is not valid Unicode at character {error.start}", param=param) from error
+        raise APIError(f"the text is not valid Unicode at character {error.start}", param=param) from error
     return text
 
 
-def sampling_params(request: Sampling, modalities: Collection[str], defaults: SamplingDefaults) -> SamplingParams:
+def sampling_params(request: SamplingFields, modalities: Collection[str], defaults: SamplingDefaults) -> SamplingParams:
     """["text"]: text, ["image"]: one image, both: text and images in any order. The replica sets `max_tokens`, and
     what needs its token ids."""
 
@@ -114,7 +114,7 @@ def sampling_params(request: Sampling, modalities: Collection[str], defaults: Sa
     )
 
 
-def numbered(job: Job, number: int) -> list[Job]:
+def expand_choices(job: GenerationRequest, number: int) -> list[GenerationRequest]:
     """The same job so many times, each with an id of its own and, where there is a seed, the next one."""
     jobs = [replace(job, id=f"{job.id}-{k}") for k in range(number)]
     seed = job.params.seed

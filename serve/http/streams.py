@@ -14,30 +14,30 @@ from fastapi.responses import StreamingResponse
 
 from calumma.serve.http.metrics import Metrics
 from calumma.serve.http.wire import responses, sse
-from calumma.serve.http.wire.errors import WireError
-from calumma.serve.http.wire.responses import Reason
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.http.wire.responses import FinishReason
 from calumma.serve.protocol import (
-    Declined,
-    Drawing,
+    ContentFiltered,
     Finished,
-    ImagePiece,
-    Piece,
-    Refused,
+    ImageOutput,
+    ImageProgress,
+    OutputEvent,
+    RequestFailed,
     Started,
-    TextPiece,
+    TextDelta,
     Token,
     TokenCount,
 )
 from calumma.serve.settings import ModelSettings
 
-Pieces = AsyncGenerator[Piece, None]
+OutputStream = AsyncGenerator[OutputEvent, None]
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-Tail = Callable[[TokenCount], list[bytes]]
-Chunks = Callable[[int, Piece], list[bytes]]
+EndWriter = Callable[[TokenCount], list[bytes]]
+EventWriter = Callable[[int, OutputEvent], list[bytes]]
 
 
 @dataclass(frozen=True)
-class Label:
+class ResponseMetadata:
     """What every response and chunk of a request carries."""
 
     id: str
@@ -45,20 +45,20 @@ class Label:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def new_label(kind: str, model: ModelSettings) -> Label:
-    return Label(f"{kind}-{uuid.uuid4().hex}", model.name)
+def new_metadata(kind: str, model: ModelSettings) -> ResponseMetadata:
+    return ResponseMetadata(f"{kind}-{uuid.uuid4().hex}", model.name)
 
 
 @dataclass
-class Answer:
+class GenerationOutput:
     """A whole answer: texts and PNG files in their order; what of the prompt is echoed, and log-probabilities."""
 
     parts: list[str | bytes] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
-    echo: TextPiece | None = None
+    echo: TextDelta | None = None
     prompt: TokenCount = field(default_factory=TokenCount)
     answer: TokenCount = field(default_factory=TokenCount)
-    reason: Reason = "stop"
+    reason: FinishReason = "stop"
     refusal: str | None = None
 
     @property
@@ -69,31 +69,31 @@ class Answer:
     def images(self) -> list[bytes]:
         return [part for part in self.parts if isinstance(part, bytes)]
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: OutputEvent) -> None:
         match piece:
             case Started(prompt, echo):
                 self.prompt, self.echo = prompt, echo
-            case TextPiece(text, tokens):
+            case TextDelta(text, tokens):
                 self.tokens += tokens
                 if self.parts and isinstance(self.parts[-1], str):
                     self.parts[-1] += text
                 elif text:
                     self.parts.append(text)
-            case ImagePiece(png):
+            case ImageOutput(png):
                 self.parts.append(png)
             case Finished(reason, answer):
                 self.reason, self.answer = reason, answer
-            case Declined(message, answer):
+            case ContentFiltered(message, answer):
                 self.reason, self.refusal, self.answer = "content_filter", message, answer
-            case Refused():
-                refuse(piece)
+            case RequestFailed():
+                raise_failure(piece)
 
 
-def refuse(piece: Refused) -> NoReturn:
-    raise WireError(piece.message, status=piece.status, param=piece.param, code=piece.code)
+def raise_failure(piece: RequestFailed) -> NoReturn:
+    raise APIError(piece.message, status=piece.status, param=piece.param, code=piece.code)
 
 
-async def watched(pieces: Pieces, metrics: Metrics, model: str, seconds: float) -> Pieces:
+async def metered(pieces: OutputStream, metrics: Metrics, model: str, seconds: float) -> OutputStream:
     """The same pieces, counted as they pass; refused when the answer is not whole after so many seconds."""
     watch = metrics.answering(model)
     end = asyncio.get_running_loop().time() + seconds
@@ -109,54 +109,54 @@ async def watched(pieces: Pieces, metrics: Metrics, model: str, seconds: float) 
                         return
                     except TimeoutError:
                         how = "late"
-                        yield Refused(
+                        yield RequestFailed(
                             504, f"the answer was not ready after {seconds:g} s, the most this server allows",
                             code="deadline_exceeded",
                         )  # fmt: skip
                         return
-                    if isinstance(piece, TextPiece | ImagePiece | Drawing):
+                    if isinstance(piece, TextDelta | ImageOutput | ImageProgress):
                         watch.token()
                     match piece:
                         case Started(prompt):
                             watch.prompt(prompt)
-                        case ImagePiece(_, took):
+                        case ImageOutput(_, took):
                             watch.image(took)
                         case Finished(reason, answer):
                             how = reason
                             watch.answer(answer)
-                        case Declined(_, answer):
+                        case ContentFiltered(_, answer):
                             how = "declined"
                             watch.answer(answer)
-                        case Refused(status):
+                        case RequestFailed(status):
                             how = "refused" if status < 500 else "failed"
                     yield piece
     finally:
         watch.ended(how)
 
 
-async def collected(pieces: Pieces) -> Answer:
+async def collect(pieces: OutputStream) -> GenerationOutput:
     """Wait for the whole answer. Raises WireError when the job was refused or failed."""
-    answer = Answer()
+    answer = GenerationOutput()
     async with aclosing(pieces):
         async for piece in pieces:
             answer.add(piece)
     return answer
 
 
-async def accepted(pieces: Pieces) -> Started:
+async def wait_started(pieces: OutputStream) -> Started:
     """Wait until the job is taken in, so that a refusal still becomes an HTTP status. Raises WireError."""
     first = await anext(pieces)
     if isinstance(first, Started):
         return first
     await pieces.aclose()
-    if isinstance(first, Refused):
-        refuse(first)
+    if isinstance(first, RequestFailed):
+        raise_failure(first)
     raise AssertionError(f"an answer began with {type(first).__name__}")
 
 
-async def all_accepted(streams: list[Pieces]) -> list[Started]:
+async def wait_all_started(streams: list[OutputStream]) -> list[Started]:
     """`accepted` for several jobs at once; the first refusal closes the others. Raises WireError."""
-    found = await asyncio.gather(*(accepted(pieces) for pieces in streams), return_exceptions=True)
+    found = await asyncio.gather(*(wait_started(pieces) for pieces in streams), return_exceptions=True)
     errors = [one for one in found if isinstance(one, BaseException)]
     if errors:
         for pieces in streams:
@@ -165,9 +165,9 @@ async def all_accepted(streams: list[Pieces]) -> list[Started]:
     return [one for one in found if isinstance(one, Started)]
 
 
-async def merged(streams: list[Pieces]) -> AsyncGenerator[tuple[int, Piece], None]:
+async def merge(streams: list[OutputStream]) -> AsyncGenerator[tuple[int, OutputEvent], None]:
     """The pieces of several answers as they come, with the answer's number. Closing it closes them all."""
-    pending: dict[asyncio.Task[Piece], int] = {}
+    pending: dict[asyncio.Task[OutputEvent], int] = {}
 
     def ask(index: int) -> None:
         pending[asyncio.ensure_future(anext(streams[index]))] = index
@@ -203,19 +203,19 @@ def usage(prompt: TokenCount, answer: TokenCount) -> responses.Usage:
     )
 
 
-def total(counts: list[TokenCount]) -> TokenCount:
+def sum_tokens(counts: list[TokenCount]) -> TokenCount:
     return TokenCount(sum(c.text for c in counts), sum(c.image for c in counts))
 
 
-def usage_of(answers: list[Answer], n: int) -> responses.Usage:
+def total_usage(answers: list[GenerationOutput], n: int) -> responses.Usage:
     """Each of the prompts counts once, whatever the number `n` of its answers."""
-    return usage(total([a.prompt for a in answers[::n]]), total([a.answer for a in answers]))
+    return usage(sum_tokens([a.prompt for a in answers[::n]]), sum_tokens([a.answer for a in answers]))
 
 
-async def events(
-    streams: list[Pieces],
+async def sse_stream(
+    streams: list[OutputStream],
     first: list[bytes],
-    chunks: Callable[[int, Piece], list[bytes]],
+    chunks: Callable[[int, OutputEvent], list[bytes]],
     tail: Callable[[TokenCount], list[bytes]],
 ) -> AsyncIterator[bytes]:
     """Several answers as server-sent events: what comes first, what `chunks` writes for a piece of one of them, and
@@ -224,20 +224,20 @@ async def events(
     An error after the response has begun is an event, for its status is sent already. It ends the stream.
     """
     counts: list[TokenCount] = []
-    async with aclosing(merged(streams)) as pieces:
+    async with aclosing(merge(streams)) as pieces:
         if first:
             yield b"".join(first)
         async for index, piece in pieces:
-            if isinstance(piece, Refused):
-                error = WireError(piece.message, status=piece.status, param=piece.param, code=piece.code)
+            if isinstance(piece, RequestFailed):
+                error = APIError(piece.message, status=piece.status, param=piece.param, code=piece.code)
                 yield sse.error_event(error.body) + sse.END
                 return
-            if isinstance(piece, Finished | Declined):
+            if isinstance(piece, Finished | ContentFiltered):
                 counts.append(piece.answer)
             if found := chunks(index, piece):
                 yield b"".join(found)
-        yield b"".join([*tail(total(counts)), sse.END])
+        yield b"".join([*tail(sum_tokens(counts)), sse.END])
 
 
-def event_stream(events: AsyncIterator[bytes]) -> StreamingResponse:
-    return StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED)
+def streaming_response(sse_stream: AsyncIterator[bytes]) -> StreamingResponse:
+    return StreamingResponse(sse_stream, media_type="text/event-stream", headers=UNBUFFERED)

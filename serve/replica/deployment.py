@@ -12,54 +12,56 @@ from typing import TYPE_CHECKING
 import torch
 
 from calumma.model import load
-from calumma.serve.protocol import Job, Piece
+from calumma.serve.protocol import GenerationRequest, OutputEvent
 from calumma.serve.replica.engine.process import EngineProcess
-from calumma.serve.replica.model_loading import described, precision
+from calumma.serve.replica.model_loading import device_and_dtype, without_weights
 from calumma.serve.replica.replica import EngineReplica
-from calumma.serve.replica.tensor_parallel import Ranks
+from calumma.serve.replica.tensor_parallel import WorkerGroup
 from calumma.serve.settings import ModelSettings
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 
-TELLING = 10.0  # seconds, at most, until the streams of an engine that failed have said so
-LINGER = 0.5  # seconds until what they said is on its way
+DRAIN_SECONDS = 10.0  # seconds, at most, until the streams of an engine that failed have said so
+FLUSH_SECONDS = 0.5  # seconds until what they said is on its way
 
 
-class Replica(EngineReplica):
+class EngineDeployment(EngineReplica):
     """The Ray Serve deployment: an engine, in a process of its own, for the model directory at `source` (a path or
     s3://…)."""
 
     def __init__(self, settings: ModelSettings, source: str, coders: DeploymentHandle | None = None) -> None:
         from calumma.platform import cluster, tracking
-        from calumma.serve.replica.image_coder import RemoteCoder
+        from calumma.serve.replica.image_coder import RemoteImageCoder
 
         processes = settings.min_replicas * settings.tensor_parallel
         threads = settings.threads or max(1, cluster.cores() // processes)
         torch.set_num_threads(threads)
-        self._ranks: Ranks | None = None
+        self._ranks: WorkerGroup | None = None
         with tracking.resolve_model(source, settings.tracking) as directory:
             if settings.tensor_parallel == 1:
                 engine = EngineProcess(settings, directory, threads)
             else:
-                self._ranks = Ranks(settings, directory, threads)
+                self._ranks = WorkerGroup(settings, directory, threads)
                 engine = EngineProcess(settings, directory, threads, self._ranks.meeting, self._ranks.cause)
                 self._ranks.watch(engine.fail)
             try:
-                model = load(directory, precision(settings)[0], read=described)
+                model = load(directory, device_and_dtype(settings)[0], read=without_weights)
                 engine.started()
             except Exception as error:
                 engine.fail(error)
                 if self._ranks is not None:
                     self._ranks.abandon()
                 raise
-        coder = None if coders is None else RemoteCoder(coders)
-        super().__init__(model, settings.max_sequences, settings.max_queued, coder, engine, precision(settings)[0])
+        coder = None if coders is None else RemoteImageCoder(coders)
+        super().__init__(
+            model, settings.max_sequences, settings.max_queued, coder, engine, device_and_dtype(settings)[0]
+        )
         self._streams = 0
         threading.Thread(target=self._end_with, args=(engine,), daemon=True).start()
 
-    async def batches(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+    async def batches(self, job: GenerationRequest) -> AsyncGenerator[list[OutputEvent], None]:
         self._streams += 1
         try:
             async with aclosing(super().batches(job)) as batches:
@@ -73,10 +75,10 @@ class Replica(EngineReplica):
         look three times at what is not well, and send it requests meanwhile."""
         if engine.ended() is None:
             return
-        end = time.monotonic() + TELLING
+        end = time.monotonic() + DRAIN_SECONDS
         while self._streams and time.monotonic() < end:
             time.sleep(0.05)
-        time.sleep(LINGER)
+        time.sleep(FLUSH_SECONDS)
         os._exit(1)
 
     def close(self) -> None:

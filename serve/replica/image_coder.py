@@ -54,7 +54,7 @@ class PromptEncoder(DocumentEncoder):
         return found
 
 
-class LocalCoder:
+class LocalImageCoder:
     """Codes on a thread of this process. Each image is decoded by itself: in a batch the last bits of a convolution,
     and with them some pixels, depend on who else is in it, and the same seed should give the same file."""
 
@@ -93,7 +93,7 @@ class LocalCoder:
         return self._grey[drawn:]
 
 
-class RemoteCoder:
+class RemoteImageCoder:
     """Codes on the replicas of an image-coding deployment."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
@@ -108,7 +108,7 @@ class RemoteCoder:
         return file
 
 
-class CodingReplica(LocalCoder):
+class ImageCoderDeployment(LocalImageCoder):
     """The image-coding deployment of Ray Serve: the image tokenizer of the model directory at `source` alone."""
 
     def __init__(self, settings: Any, source: str) -> None:

@@ -13,18 +13,18 @@ from calumma.model.transformer import Transformer
 from calumma.serve.settings import ModelSettings
 
 
-def precision(settings: ModelSettings) -> tuple[str, torch.dtype]:
+def device_and_dtype(settings: ModelSettings) -> tuple[str, torch.dtype]:
     """Where a replica computes, and in what."""
     device, usual = ("cuda", "bfloat16") if settings.gpus_per_replica else ("cpu", "float32")
     return device, getattr(torch, settings.dtype or usual)
 
 
-def read_own(directory: str, shard: Shard, settings: ModelSettings) -> Transformer:
+def read_own_shard(directory: str, shard: Shard, settings: ModelSettings) -> Transformer:
     """This process's part of the model."""
-    return read_part(directory, shard, *precision(settings))
+    return read_part(directory, shard, *device_and_dtype(settings))
 
 
-def described(directory: Path, *_: Any) -> Transformer:
+def without_weights(directory: Path, *_: Any) -> Transformer:
     """The Transformer without its weights: they are in the engine's process."""
     with torch.device("meta"):
         return Transformer(ModelConfig.read(directory))

@@ -18,25 +18,25 @@ from calumma.model.image_tokenizer import MissingDecoder
 from calumma.serve.protocol import (
     BOS,
     EOS,
-    Drawing,
     Finished,
-    ImagePiece,
-    Job,
-    Piece,
-    Refused,
+    GenerationRequest,
+    ImageOutput,
+    ImageProgress,
+    OutputEvent,
+    RequestFailed,
     Started,
-    TextPiece,
+    TextDelta,
     TokenCount,
 )
-from calumma.serve.replica.engine.client import Codes, Loop, Part, Scored, Taken
-from calumma.serve.replica.engine.thread import EngineLoop
-from calumma.serve.replica.image_coder import ImageCoder, LocalCoder, PromptEncoder
+from calumma.serve.replica.engine.client import Admitted, EngineClient, EngineOutput, ImageCodes, PromptLogprobs
+from calumma.serve.replica.engine.thread import EngineThread
+from calumma.serve.replica.image_coder import ImageCoder, LocalImageCoder, PromptEncoder
 from calumma.serve.replica.mailbox import Mailbox
 from calumma.serve.replica.text_stream import TextStream
 
 # A message costs the processes it passes some milliseconds together. So an answer's texts within some time travel as
 # one, the longer the more answers there are: least seconds, most seconds, and messages a second in all.
-SOONEST, LATEST, MESSAGES = 0.04, 0.25, 100.0
+MIN_INTERVAL, MAX_INTERVAL, MESSAGES_PER_SECOND = 0.04, 0.25, 100.0
 
 
 class EngineReplica:
@@ -48,7 +48,7 @@ class EngineReplica:
         max_sequences: int = 16,
         max_queued: int = 256,
         coder: ImageCoder | None = None,
-        loop: Loop | None = None,
+        loop: EngineClient | None = None,
         device: str | None = None,
         **engine: Any,
     ) -> None:
@@ -59,29 +59,29 @@ class EngineReplica:
         self.device = device or str(model.device)
         self.max_sequences, self.max_queued = max_sequences, max_queued
         self._encoder = PromptEncoder(model.vocabulary, model.text_tokenizer, model.image_tokenizer)
-        self._own_coder = LocalCoder(self._encoder) if coder is None else None
+        self._own_coder = LocalImageCoder(self._encoder) if coder is None else None
         self.coder: ImageCoder = coder or self._own_coder  # type: ignore[assignment]
-        self.loop = loop or EngineLoop(model, max_sequences, **engine)
+        self.loop = loop or EngineThread(model, max_sequences, **engine)
 
-    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+    async def generate(self, job: GenerationRequest) -> AsyncGenerator[OutputEvent, None]:
         """Pieces of the answer; Started or Refused is the first. Closing the generator abandons the job."""
         async with aclosing(self.batches(job)) as batches:
             async for pieces in batches:
                 for piece in pieces:
                     yield piece
 
-    async def batches(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+    async def batches(self, job: GenerationRequest) -> AsyncGenerator[list[OutputEvent], None]:
         """`generate`, with what is there at a time together."""
         if self.loop.waiting >= self.max_queued:
             message = f"{self.max_queued} requests are in line already; try again shortly"
-            yield [Refused(429, message, code="overloaded")]
+            yield [RequestFailed(429, message, code="overloaded")]
             return
         try:
             asked = drawable(job.params, self.model)
         except MissingDecoder as error:
-            yield [Refused(400, str(error), code="no_image_output")]
+            yield [RequestFailed(400, str(error), code="no_image_output")]
             return
-        mailbox: Mailbox[Part] = Mailbox((TextPiece, Drawing))
+        mailbox: Mailbox[EngineOutput] = Mailbox((TextDelta, ImageProgress))
         try:
             tokens = await self._encode(job.prompt)
             if job.max_tokens == 0 and not (job.echo and job.logprobs is not None):
@@ -89,20 +89,20 @@ class EngineReplica:
                 return
             request = Request(job.id, tokens, self._params(job, asked))
         except ValueError as error:
-            yield [Refused(400, str(error), param=job.param)]
+            yield [RequestFailed(400, str(error), param=job.param)]
             return
         ended = False
         try:
             self.loop.submit(request, job, mailbox.post)
             first, *parts = await mailbox.take()
             scored: list[Logprob] | None = None
-            if isinstance(first, Taken) and request.params.prompt_logprobs is not None:  # they come next
+            if isinstance(first, Admitted) and request.params.prompt_logprobs is not None:  # they come next
                 first, *parts = parts or await mailbox.take()
-                if isinstance(first, Scored):
+                if isinstance(first, PromptLogprobs):
                     scored = first.values
-                elif not isinstance(first, Refused):
+                elif not isinstance(first, RequestFailed):
                     raise AssertionError(f"{type(first).__name__} came before the prompt's scores")
-            if isinstance(first, Refused):
+            if isinstance(first, RequestFailed):
                 ended = True
                 yield [dataclasses.replace(first, param=job.param) if first.status == 400 else first]
                 return
@@ -111,26 +111,26 @@ class EngineReplica:
             due = 0.0
             while not ended:
                 parts = parts or await mailbox.take(due)
-                due = clock.time() + min(LATEST, max(SOONEST, self.loop.running / MESSAGES))
-                ended = isinstance(parts[-1], Finished | Refused)
-                async for pieces in self._pieces(_merged(parts)):
+                due = clock.time() + min(MAX_INTERVAL, max(MIN_INTERVAL, self.loop.running / MESSAGES_PER_SECOND))
+                ended = isinstance(parts[-1], Finished | RequestFailed)
+                async for pieces in self._pieces(_merge_outputs(parts)):
                     yield pieces
                 parts = []
         finally:
             if not ended:
                 self.loop.abandon(job.id)
 
-    async def _pieces(self, parts: list[Part]) -> AsyncGenerator[list[Piece], None]:
+    async def _pieces(self, parts: list[EngineOutput]) -> AsyncGenerator[list[OutputEvent], None]:
         """The parts with their codes decoded; what stands before an image does not wait for it."""
-        ready: list[Piece] = []
+        ready: list[OutputEvent] = []
         for part in parts:
-            if isinstance(part, Codes) and ready:
+            if isinstance(part, ImageCodes) and ready:
                 yield ready
                 ready = []
             ready.append(await self._finished(part))
         yield ready
 
-    def _params(self, job: Job, asked: SamplingParams) -> SamplingParams:
+    def _params(self, job: GenerationRequest, asked: SamplingParams) -> SamplingParams:
         """The job's parameters as the engine takes them."""
         begin_image = job.begin_with_image and asked.mode == "interleaved"
         return dataclasses.replace(
@@ -192,7 +192,7 @@ class EngineReplica:
         codes = await self.coder.encode(prompt.images)
         return await asyncio.to_thread(self._encoder.ids, prompt, codes)
 
-    def _echo(self, job: Job, tokens: list[int], scored: list[Logprob] | None) -> TextPiece | None:
+    def _echo(self, job: GenerationRequest, tokens: list[int], scored: list[Logprob] | None) -> TextDelta | None:
         """The prompt's text where the job asks for it, with log-probabilities where there are some; without the bos
         that was put before a client's ids or text."""
         if not job.echo:
@@ -206,21 +206,21 @@ class EngineReplica:
             top = tuple((i, tokenizer.surface(i), value) for i, value in score.top) if score else ()
             pieces.append(stream.push(tokens[at], tokenizer.surface(tokens[at]), score.value if score else None, top))
         found = [piece for piece in [*pieces, stream.finish()] if piece]
-        return TextPiece("".join(p.text for p in found), tuple(token for p in found for token in p.tokens))
+        return TextDelta("".join(p.text for p in found), tuple(token for p in found for token in p.tokens))
 
-    async def _finished(self, part: Part) -> Piece:
+    async def _finished(self, part: EngineOutput) -> OutputEvent:
         """The part with its codes decoded."""
-        if isinstance(part, Taken | Scored):
+        if isinstance(part, Admitted | PromptLogprobs):
             raise AssertionError(f"{type(part).__name__} comes before the answer")
-        if not isinstance(part, Codes):
+        if not isinstance(part, ImageCodes):
             return part
         try:
             png = await self.coder.decode(part.codes)
         except MissingDecoder as error:
-            return Refused(400, str(error), code="no_image_output")
+            return RequestFailed(400, str(error), code="no_image_output")
         if len(part.codes) < part.total:
-            return Drawing(len(part.codes), part.total, png)
-        return ImagePiece(png, time.monotonic() - part.began)
+            return ImageProgress(len(part.codes), part.total, png)
+        return ImageOutput(png, time.monotonic() - part.began)
 
     def _count(self, tokens: list[int]) -> TokenCount:
         vocabulary = self.model.vocabulary
@@ -228,14 +228,14 @@ class EngineReplica:
         return TokenCount(len(tokens) - image, image)
 
 
-def _merged(parts: list[Part]) -> list[Part]:
+def _merge_outputs(parts: list[EngineOutput]) -> list[EngineOutput]:
     """Adjacent texts as one, and of adjacent reports on an image the last."""
-    found: list[Part] = []
+    found: list[EngineOutput] = []
     for part in parts:
         last = found[-1] if found else None
-        if isinstance(part, TextPiece) and isinstance(last, TextPiece):
-            found[-1] = TextPiece(last.text + part.text, last.tokens + part.tokens)
-        elif isinstance(part, Drawing) and isinstance(last, Drawing):
+        if isinstance(part, TextDelta) and isinstance(last, TextDelta):
+            found[-1] = TextDelta(last.text + part.text, last.tokens + part.tokens)
+        elif isinstance(part, ImageProgress) and isinstance(last, ImageProgress):
             found[-1] = part
         else:
             found.append(part)

@@ -23,20 +23,20 @@ from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import IMAGE_TOKENIZER
 from calumma.model.generation import Engine, Shard
 from calumma.model.vocabulary import Vocabulary
-from calumma.serve.replica.model_loading import read_own
+from calumma.serve.replica.model_loading import read_own_shard
 from calumma.serve.settings import ModelSettings
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 
-ACTOR = "CALUMMA_RANK::"  # how names of the other processes' actors begin
+ACTOR_PREFIX = "CALUMMA_RANK::"  # how names of the other processes' actors begin
 
 
 # Most time of an exchange between the processes; an engine without work makes one every half minute (loop.py).
-PATIENCE = timedelta(minutes=10)
-NOTICE = 5.0  # seconds until Ray knows that a process is lost, whose connections have been closed
-ENDING = 10.0  # seconds from the engine's end to the end of the processes that follow it
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+LOSS_NOTICE_SECONDS = 5.0  # seconds until Ray knows that a process is lost, whose connections have been closed
+SHUTDOWN_SECONDS = 10.0  # seconds from the engine's end to the end of the processes that follow it
 
 
 def bundle(settings: ModelSettings) -> dict[str, float]:
@@ -46,7 +46,7 @@ def bundle(settings: ModelSettings) -> dict[str, float]:
     return {name: math.ceil(round(1e4 * much / parts, 6)) / 1e4 for name, much in share.items() if much}
 
 
-def check_heads(settings: ModelSettings, shape: ModelConfig) -> None:
+def require_divisible_heads(settings: ModelSettings, shape: ModelConfig) -> None:
     try:
         Shard(0, settings.tensor_parallel).heads(shape)
     except ValueError as error:
@@ -54,49 +54,49 @@ def check_heads(settings: ModelSettings, shape: ModelConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the processes of a replica meet."""
 
     host: str
     port: int
 
 
-def join(meeting: Meeting, rank: int, settings: ModelSettings) -> Shard:
+def join_process_group(meeting: Rendezvous, rank: int, settings: ModelSettings) -> Shard:
     """This process's part, in torch.distributed's default group."""
     count = settings.tensor_parallel
     if settings.gpus_per_replica:
         # Ray shows an actor its own GPU alone; the first process sees what the replica has, which is one as well.
         torch.cuda.set_device(0)
-    store = dist.TCPStore(meeting.host, meeting.port, count, is_master=False, timeout=PATIENCE)
+    store = dist.TCPStore(meeting.host, meeting.port, count, is_master=False, timeout=COLLECTIVE_TIMEOUT)
     backend = "cpu:gloo,cuda:nccl" if settings.gpus_per_replica else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=COLLECTIVE_TIMEOUT)
     return Shard.of(None)
 
 
-def all_here(shard: Shard) -> None:
+def barrier(shard: Shard) -> None:
     """Wait for all processes. On the CPU, so that the loss of one is noticed at once."""
     shard.sum(torch.zeros(1))
 
 
-class Follower:
+class TensorParallelWorker:
     """The actor of a process that is not the first."""
 
-    def follow(self, settings: ModelSettings, directory: str, threads: int, rank: int, meeting: Meeting) -> None:
+    def follow(self, settings: ModelSettings, directory: str, threads: int, rank: int, meeting: Rendezvous) -> None:
         """Hold a part of the model until the first process closes its engine."""
         torch.set_num_threads(threads)
         try:
-            shard = join(meeting, rank, settings)
-            transformer = read_own(directory, shard, settings)
+            shard = join_process_group(meeting, rank, settings)
+            transformer = read_own_shard(directory, shard, settings)
             codes = ImageTokenizerConfig.read(Path(directory) / IMAGE_TOKENIZER).codes_per_image
             vocabulary = Vocabulary.read(directory)
-            all_here(shard)
+            barrier(shard)
             Engine(transformer, vocabulary, codes, shard=shard, **settings.engine_options).follow()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()  # closes the connections: the others notice at once
 
 
-class Ranks:
+class WorkerGroup:
     """The other processes of a replica, as it sees them. Made within the replica's actor."""
 
     def __init__(self, settings: ModelSettings, directory: Path, threads: int) -> None:
@@ -104,7 +104,7 @@ class Ranks:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        check_heads(settings, ModelConfig.read(directory))
+        require_divisible_heads(settings, ModelConfig.read(directory))
         place = ray.util.get_current_placement_group()
         if place is None or len(place.bundle_specs) < settings.tensor_parallel:
             raise RuntimeError(
@@ -115,15 +115,15 @@ class Ranks:
         each = bundle(settings)
         host = "127.0.0.1"  # one node
         self._store = dist.TCPStore(
-            host, 0, settings.tensor_parallel, is_master=True, timeout=PATIENCE, wait_for_workers=False
+            host, 0, settings.tensor_parallel, is_master=True, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False
         )
-        self.meeting = Meeting(host, self._store.port)
+        self.meeting = Rendezvous(host, self._store.port)
         self._closed = False
         self._count = settings.tensor_parallel
-        follower: Any = ray.remote(Follower)
+        follower: Any = ray.remote(TensorParallelWorker)
         self._actors: list[ActorHandle[Any]] = [
             follower.options(
-                name=f"{ACTOR}{name}#{rank}",
+                name=f"{ACTOR_PREFIX}{name}#{rank}",
                 namespace="serve",
                 num_cpus=each["CPU"],
                 num_gpus=each.get("GPU", 0),
@@ -156,7 +156,7 @@ class Ranks:
         """Why something failed here: the loss of another process, where there is one soon, or the error itself."""
         import ray
 
-        ended, _ = ray.wait(self._ends, num_returns=1, timeout=NOTICE)
+        ended, _ = ray.wait(self._ends, num_returns=1, timeout=LOSS_NOTICE_SECONDS)
         return self._failure(ended) or error
 
     def _failure(self, ended: list[Any]) -> RuntimeError | None:
@@ -182,7 +182,7 @@ class Ranks:
 
         if self._closed:
             return
-        ray.wait(self._ends, num_returns=len(self._ends), timeout=ENDING)
+        ray.wait(self._ends, num_returns=len(self._ends), timeout=SHUTDOWN_SECONDS)
         self.abandon()
 
     def abandon(self) -> None:

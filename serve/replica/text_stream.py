@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calumma.model.text_tokenizer import StreamDecoder
-from calumma.serve.protocol import TextPiece, Token
+from calumma.serve.protocol import TextDelta, Token
 
-Top = tuple[tuple[int, bytes, float], ...]
+TopLogprobs = tuple[tuple[int, bytes, float], ...]
 
 
-class StopWatch:
+class StopChecker:
     """Finds the first stop string in a text that comes in pieces. However it is cut, the result is the same: the text
     ends where the first stop string that completes begins (of several that complete at one character, the longest)."""
 
@@ -56,7 +56,7 @@ class TextStream:
 
     def __init__(self, decoder: StreamDecoder, stops: Sequence[str] = (), tokens: bool = False) -> None:
         self._decoder = decoder
-        self._watch = StopWatch(stops)
+        self._watch = StopChecker(stops)
         self._tokens = tokens
         self._waiting: list[tuple[int, Token]] = []  # (where it ends, token)
         self._decoded = self._shown = 0  # characters
@@ -71,7 +71,7 @@ class TextStream:
         """Characters taken in."""
         return self._decoded
 
-    def push(self, token: int, surface: bytes, logprob: float | None = None, top: Top = ()) -> TextPiece | None:
+    def push(self, token: int, surface: bytes, logprob: float | None = None, top: TopLogprobs = ()) -> TextDelta | None:
         """What one more token lets be shown."""
         if self.stopped:
             return None
@@ -83,7 +83,7 @@ class TextStream:
             self._waiting.append((self._decoded, Token(token, surface, begin, logprob, top)))
         return self._piece(self._watch.push(text))
 
-    def finish(self) -> TextPiece | None:
+    def finish(self) -> TextDelta | None:
         """What is left when the text ends, or is interrupted by an image."""
         if self.stopped:
             return None
@@ -91,7 +91,7 @@ class TextStream:
         self._decoded += len(text)
         return self._piece(self._watch.push(text) + ("" if self.stopped else self._watch.finish()), last=True)
 
-    def _piece(self, text: str, last: bool = False) -> TextPiece | None:
+    def _piece(self, text: str, last: bool = False) -> TextDelta | None:
         self._shown += len(text)
         if self.stopped:  # a token that reaches into the stop string counts, one that begins there does not
             ready = [token for end, token in self._waiting if token.begin < self._shown or end <= self._shown]
@@ -99,4 +99,4 @@ class TextStream:
         else:
             ready = [token for end, token in self._waiting if last or end <= self._shown]
             self._waiting = self._waiting[len(ready) :]
-        return TextPiece(text, tuple(ready)) if text or ready else None
+        return TextDelta(text, tuple(ready)) if text or ready else None

@@ -22,13 +22,13 @@ from starlette.testclient import TestClient
 
 from calumma.serve.http import image_loader
 from calumma.serve.http.access import api_keys
-from calumma.serve.http.access.api_keys import Doorkeeper, hashed, known_keys, new_key
+from calumma.serve.http.access.api_keys import AccessControl, hash_key, load_keys, new_key
 from calumma.serve.http.app import create_app
-from calumma.serve.http.image_loader import Pictures, is_public
-from calumma.serve.http.wire.errors import WireError
-from calumma.serve.protocol import Finished, Started, TextPiece, TokenCount
+from calumma.serve.http.image_loader import ImageLoader, is_public
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.protocol import Finished, Started, TextDelta, TokenCount
 from calumma.serve.replica.replica import EngineReplica
-from calumma.serve.settings import Key, Limits, RemoteImages, ServeSettings
+from calumma.serve.settings import APIKey, Limits, RemoteImages, ServeSettings
 
 from .conftest import listening
 
@@ -53,7 +53,7 @@ class Stub:
         yield Started(TokenCount(3))
         if self.wait is not None:
             await self.wait()
-        yield TextPiece("seven")
+        yield TextDelta("seven")
         yield Finished("stop", TokenCount(1))
 
     async def describe(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def secret() -> str:
 
 @pytest.fixture
 def locked(secret: str) -> Iterator[TestClient]:
-    with TestClient(create_app(Stub(), settings(keys=[Key(name="alice", sha256=hashed(secret))]))) as client:
+    with TestClient(create_app(Stub(), settings(keys=[APIKey(name="alice", sha256=hash_key(secret))]))) as client:
         yield client
 
 
@@ -113,7 +113,7 @@ def test_pages_and_probes_need_no_key_and_tell_no_paths(locked: TestClient) -> N
 
 
 def test_the_openai_client_sees_an_authentication_error(secret: str) -> None:
-    with listening(create_app(Stub(), settings(keys=[Key(name="a", sha256=hashed(secret))]))) as url:
+    with listening(create_app(Stub(), settings(keys=[APIKey(name="a", sha256=hash_key(secret))]))) as url:
         wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-wrong", max_retries=0)
         with pytest.raises(openai.AuthenticationError, match="not one that this server knows"):
             wrong.models.list()
@@ -123,11 +123,11 @@ def test_the_openai_client_sees_an_authentication_error(secret: str) -> None:
 def test_keys_come_from_a_file_and_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str
 ) -> None:
-    one, two, three = hashed(secret), hashed("two"), hashed("three")
+    one, two, three = hash_key(secret), hash_key("two"), hash_key("three")
     file = tmp_path / "keys"
     file.write_text(f"# who may ask\n{one} alice 4\n\n{two}\n")
     monkeypatch.setenv(api_keys.VARIABLE, f"{three} carol")
-    found = known_keys(file)
+    found = load_keys(file)
     assert [(key.name, key.sha256, key.running) for key in found] == [
         ("alice", one, 4),
         (two[:8], two, None),
@@ -139,20 +139,20 @@ def test_keys_come_from_a_file_and_the_environment(
 def test_a_key_that_is_not_given_by_its_hash_is_refused_and_not_repeated(tmp_path: Path, line: str) -> None:
     (tmp_path / "keys").write_text(f"{'1' * 64} bob\n{line}\n")
     with pytest.raises(ValueError, match="entry 2") as error:
-        known_keys(tmp_path / "keys")
+        load_keys(tmp_path / "keys")
     assert line not in str(error.value)
 
 
 def test_a_file_without_keys_opens_no_server(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# none yet\n")
     with pytest.raises(ValueError, match="everybody could use the server"):
-        known_keys(tmp_path / "keys")
+        load_keys(tmp_path / "keys")
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans()), max_size=40))
 def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, bool]]) -> None:
-    known = {name: Key(name=name, sha256=hashed(name), running=2) for name in ("a", "b")}
-    door = Doorkeeper(tuple(known.values()), running=3, running_per_key=9)
+    known = {name: APIKey(name=name, sha256=hash_key(name), running=2) for name in ("a", "b")}
+    door = AccessControl(tuple(known.values()), running=3, running_per_key=9)
     inside: list[tuple[str | None, Any]] = []
     for name, enter in steps:
         mine = [entry for entry in inside if entry[0] == name]
@@ -163,7 +163,7 @@ def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, boo
             continue
         visit = door.under_way(known.get(name) if name else None)
         if len(inside) >= 3 or (name and len(mine) >= 2):
-            with pytest.raises(WireError) as error:
+            with pytest.raises(APIError) as error:
                 visit.__enter__()
             assert error.value.status == 429
         else:
@@ -174,7 +174,7 @@ def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, boo
 def test_a_key_that_has_enough_under_way_gets_429_and_others_do_not() -> None:
     first, second = new_key(), new_key()
     limited = settings(
-        keys=[Key(name="first", sha256=hashed(first), running=1), Key(name="second", sha256=hashed(second))]
+        keys=[APIKey(name="first", sha256=hash_key(first), running=1), APIKey(name="second", sha256=hash_key(second))]
     )
     let = threading.Event()
 
@@ -338,12 +338,12 @@ def web() -> Iterator[str]:
 REMOTE = RemoteImages(hosts=("localhost", "*.example.org"), mebibytes=1)
 
 
-def reader(remote: RemoteImages = REMOTE, public: Callable[[str], bool] = lambda address: True) -> Pictures:
-    return Pictures(Limits(), remote, public)
+def reader(remote: RemoteImages = REMOTE, public: Callable[[str], bool] = lambda address: True) -> ImageLoader:
+    return ImageLoader(Limits(), remote, public)
 
 
-def refusal(url: str, pictures: Pictures) -> str:
-    with pytest.raises(WireError) as error:
+def refusal(url: str, pictures: ImageLoader) -> str:
+    with pytest.raises(APIError) as error:
         pictures.read(url, "here")
     assert error.value.status == 400
     assert error.value.body["error"]["param"] == "here"

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from calumma.serve.http.wire.errors import WireError
-from calumma.serve.settings import Key
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.settings import APIKey
 
 VARIABLE = "CALUMMA_API_KEYS"
 PREFIX = "sk-calumma-"
@@ -27,11 +27,11 @@ def new_key() -> str:
     return PREFIX + secrets.token_urlsafe(32)
 
 
-def hashed(key: str) -> str:
+def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def parse(lines: Iterator[str] | list[str], where: str) -> list[Key]:
+def parse_keys(lines: Iterator[str] | list[str], where: str) -> list[APIKey]:
     """Keys, one a line; empty lines and comments are skipped. Raises ValueError that names the line, not the key."""
     keys = []
     for number, line in enumerate(lines, start=1):
@@ -45,7 +45,7 @@ def parse(lines: Iterator[str] | list[str], where: str) -> list[Key]:
             )
         running = found["running"]
         keys.append(
-            Key(
+            APIKey(
                 name=found["name"] or found["sha256"][:8],
                 sha256=found["sha256"],
                 running=int(running) if running else None,
@@ -54,18 +54,18 @@ def parse(lines: Iterator[str] | list[str], where: str) -> list[Key]:
     return keys
 
 
-def known_keys(file: Path | None) -> list[Key]:
+def load_keys(file: Path | None) -> list[APIKey]:
     """The keys of a file, and of the environment (entries separated by commas). Raises ValueError, OSError."""
-    keys = parse(file.read_text().splitlines(), str(file)) if file else []
+    keys = parse_keys(file.read_text().splitlines(), str(file)) if file else []
     if file and not keys:
         raise ValueError(f"{file} holds no key: everybody could use the server. Leave --keys out if that is wanted")
-    return keys + parse(os.environ.get(VARIABLE, "").split(","), f"${VARIABLE}")
+    return keys + parse_keys(os.environ.get(VARIABLE, "").split(","), f"${VARIABLE}")
 
 
-class Doorkeeper:
+class AccessControl:
     """Tells who asks, and counts what they have under way. Without keys everybody is the same guest."""
 
-    def __init__(self, keys: tuple[Key, ...], running: int, running_per_key: int) -> None:
+    def __init__(self, keys: tuple[APIKey, ...], running: int, running_per_key: int) -> None:
         self._keys = {key.sha256: key for key in keys}
         self._running, self._per_key = running, running_per_key
         self._under_way: Counter[str] = Counter()
@@ -75,7 +75,7 @@ class Doorkeeper:
         """Whether no key is needed."""
         return not self._keys
 
-    def who(self, authorization: str) -> Key | None:
+    def who(self, authorization: str) -> APIKey | None:
         """The key in an Authorization header; None where none is needed. Raises WireError 401.
 
         Looking a hash up takes a time that depends on the hash alone, which tells nothing about a key.
@@ -84,19 +84,19 @@ class Doorkeeper:
             return None
         scheme, _, given = authorization.partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
-            raise WireError(
+            raise APIError(
                 "this server needs an API key; send it as Authorization: Bearer KEY", status=401, code="invalid_api_key"
             )
-        key = self._keys.get(hashed(given.strip()))
+        key = self._keys.get(hash_key(given.strip()))
         if key is None:
-            raise WireError("the API key is not one that this server knows", status=401, code="invalid_api_key")
+            raise APIError("the API key is not one that this server knows", status=401, code="invalid_api_key")
         return key
 
     @contextmanager
-    def under_way(self, key: Key | None) -> Iterator[None]:
+    def under_way(self, key: APIKey | None) -> Iterator[None]:
         """For the length of a request. Raises WireError 429 when there are too many."""
         if self._under_way.total() >= self._running:
-            raise WireError(
+            raise APIError(
                 f"the server is working on {self._running} requests already; try again shortly",
                 status=429,
                 code="overloaded",
@@ -104,7 +104,7 @@ class Doorkeeper:
         name = key.name if key else ""
         most = (key.running or self._per_key) if key else self._running
         if self._under_way[name] >= most:
-            raise WireError(
+            raise APIError(
                 f"this API key has {most} requests under way, as many as it may; wait for one to end",
                 status=429,
                 code="rate_limit_exceeded",

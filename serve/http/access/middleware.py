@@ -12,13 +12,13 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from calumma.serve.http.access.api_keys import Doorkeeper
+from calumma.serve.http.access.api_keys import AccessControl
 from calumma.serve.http.metrics import Metrics
-from calumma.serve.http.wire.errors import WireError
+from calumma.serve.http.wire.errors import APIError
 from calumma.serve.settings import ServeSettings
 
-CODE = "request_too_large"
-CLIENT_GONE = 499  # in the metrics only: nobody is there to receive it (nginx's number)
+TOO_LARGE = "request_too_large"
+CLIENT_CLOSED_REQUEST = 499  # in the metrics only: nobody is there to receive it (nginx's number)
 RETRY_AFTER = {429: "1", 503: "5"}  # seconds
 
 
@@ -28,7 +28,7 @@ def too_large(limit: int) -> HTTPException:
     return HTTPException(413, message)
 
 
-def error_response(error: WireError) -> JSONResponse:
+def error_response(error: APIError) -> JSONResponse:
     """OpenAI's error object, with the headers that belong to its status."""
     headers = {}
     if error.status in RETRY_AFTER:
@@ -38,7 +38,7 @@ def error_response(error: WireError) -> JSONResponse:
     return JSONResponse(error.body, error.status, headers)
 
 
-class Gate:
+class AccessMiddleware:
     """ASGI middleware. A body without a length is counted as it comes; then reading it fails with status 413."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, settings: ServeSettings) -> None:
@@ -46,7 +46,7 @@ class Gate:
         self._metrics = metrics
         self._limit = settings.max_body_bytes
         self._body_seconds = settings.limits.body_seconds
-        self._door = Doorkeeper(settings.keys, settings.limits.running, settings.limits.running_per_key)
+        self._door = AccessControl(settings.keys, settings.limits.running, settings.limits.running_per_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,10 +77,10 @@ class Gate:
         try:
             with self._admitted(scope):
                 await self._app(scope, limited, noted)
-        except WireError as error:
+        except APIError as error:
             await error_response(error)(scope, receive, noted)
         except asyncio.CancelledError:
-            status = CLIENT_GONE
+            status = CLIENT_CLOSED_REQUEST
             raise
         finally:
             self._metrics.finished(_endpoint(scope), status, time.monotonic() - begin)
@@ -90,7 +90,7 @@ class Gate:
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limit:
-            raise WireError(too_large(self._limit).detail, status=413, code=CODE)
+            raise APIError(too_large(self._limit).detail, status=413, code=TOO_LARGE)
         if not _is_api(scope["path"]):
             return contextlib.nullcontext()
         key = self._door.who(headers.get("authorization", ""))

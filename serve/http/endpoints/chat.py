@@ -8,38 +8,40 @@ from typing import Any
 from fastapi import FastAPI
 
 from calumma.serve.http import prompts
-from calumma.serve.http.context import Served, whole
+from calumma.serve.http.context import ServingContext, generate_all
 from calumma.serve.http.streams import (
-    Answer,
-    Chunks,
-    Label,
-    Tail,
-    all_accepted,
-    event_stream,
-    events,
-    new_label,
+    EndWriter,
+    EventWriter,
+    GenerationOutput,
+    ResponseMetadata,
+    new_metadata,
+    sse_stream,
+    streaming_response,
+    total_usage,
     usage,
-    usage_of,
+    wait_all_started,
 )
 from calumma.serve.http.wire import content, responses, sse
 from calumma.serve.http.wire.logprobs import chat_logprobs
 from calumma.serve.http.wire.requests import ChatRequest
-from calumma.serve.http.wire.responses import Reason
+from calumma.serve.http.wire.responses import FinishReason
 from calumma.serve.protocol import (
-    Declined,
-    Drawing,
+    ContentFiltered,
     Finished,
-    ImagePiece,
-    Job,
-    Piece,
+    GenerationRequest,
+    ImageOutput,
+    ImageProgress,
+    OutputEvent,
     Started,
-    TextPiece,
+    TextDelta,
     TokenCount,
 )
 
 
-def chat_response(label: Label, answers: list[Answer], logprobs: bool = False) -> responses.ChatCompletion:
-    def choice(index: int, answer: Answer) -> responses.ChatChoice:
+def chat_response(
+    label: ResponseMetadata, answers: list[GenerationOutput], logprobs: bool = False
+) -> responses.ChatCompletion:
+    def choice(index: int, answer: GenerationOutput) -> responses.ChatChoice:
         parts: list[content.Part] = [
             content.TextPart(text=part) if isinstance(part, str) else content.image_part(part) for part in answer.parts
         ]
@@ -61,11 +63,13 @@ def chat_response(label: Label, answers: list[Answer], logprobs: bool = False) -
         created=label.created,
         model=label.model,
         choices=[choice(index, answer) for index, answer in enumerate(answers)],
-        usage=usage_of(answers, len(answers)),
+        usage=total_usage(answers, len(answers)),
     )
 
 
-def chat_chunks(label: Label, started: list[Started], request: ChatRequest) -> tuple[list[bytes], Chunks, Tail]:
+def chat_chunks(
+    label: ResponseMetadata, started: list[Started], request: ChatRequest
+) -> tuple[list[bytes], EventWriter, EndWriter]:
     """chat.completion.chunk events: the first of each answer, those of its pieces, the last of all. The order of
     chunks is the order of text and images."""
     options = request.options
@@ -73,26 +77,26 @@ def chat_chunks(label: Label, started: list[Started], request: ChatRequest) -> t
     def chunk(
         index: int,
         delta: responses.Delta,
-        reason: Reason | None = None,
+        reason: FinishReason | None = None,
         logprobs: responses.ChatLogprobs | None = None,
     ) -> bytes:
         choice = responses.ChunkChoice(index=index, delta=delta, finish_reason=reason, logprobs=logprobs)
         return sse.event(responses.ChatChunk(id=label.id, created=label.created, model=label.model, choices=[choice]))
 
-    def chunks(index: int, piece: Piece) -> list[bytes]:
+    def chunks(index: int, piece: OutputEvent) -> list[bytes]:
         match piece:
-            case TextPiece(text, tokens):
+            case TextDelta(text, tokens):
                 logprobs = chat_logprobs(list(tokens)) if request.logprobs else None
                 return [chunk(index, responses.Delta(content=text), logprobs=logprobs)]
-            case ImagePiece(png):
+            case ImageOutput(png):
                 return [chunk(index, responses.Delta(images=[content.image_part(png)]))]
-            case Drawing(done, of, preview) if options.include_progress or preview:
+            case ImageProgress(done, of, preview) if options.include_progress or preview:
                 shown = content.data_url(preview) if preview else None
                 progress = responses.Progress(done=done, total=of, preview=shown)
                 return [chunk(index, responses.Delta(drawing=progress))]
             case Finished(reason):
                 return [chunk(index, responses.Delta(), reason)]
-            case Declined(message):
+            case ContentFiltered(message):
                 return [
                     chunk(index, responses.Delta(refusal=message)),
                     chunk(index, responses.Delta(), "content_filter"),
@@ -115,13 +119,13 @@ def chat_chunks(label: Label, started: list[Started], request: ChatRequest) -> t
     return first, chunks, tail
 
 
-def add_chat(app: FastAPI, served: Served) -> None:
+def add_chat(app: FastAPI, served: ServingContext) -> None:
     @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
     async def chat(request: ChatRequest) -> Any:
         model = served.model(request.model)
         served.require_choices(request.n, len(request.stops))
-        label = new_label("chatcmpl", model)
-        job = Job(
+        label = new_metadata("chatcmpl", model)
+        job = GenerationRequest(
             label.id,
             await asyncio.to_thread(prompts.chat_prompt, request, served.pictures),
             prompts.sampling_params(request, request.modalities, model.sampling),
@@ -134,7 +138,7 @@ def add_chat(app: FastAPI, served: Served) -> None:
         )
         jobs = prompts.numbered(job, request.n)
         if not request.stream:
-            return chat_response(label, await whole(served, jobs, model.name), request.logprobs)
+            return chat_response(label, await generate_all(served, jobs, model.name), request.logprobs)
         begun = [served.begin(one, model.name) for one in jobs]
-        started = await all_accepted(begun)
-        return event_stream(events(begun, *chat_chunks(label, started, request)))
+        started = await wait_all_started(begun)
+        return streaming_response(sse_stream(begun, *chat_chunks(label, started, request)))

@@ -10,29 +10,29 @@ from fastapi import FastAPI
 from PIL import Image as PILImage
 
 from calumma.serve.http import prompts
-from calumma.serve.http.context import Served, whole
+from calumma.serve.http.context import ServingContext, generate_all
 from calumma.serve.http.streams import (
-    Answer,
-    Chunks,
-    Label,
-    Tail,
-    all_accepted,
-    event_stream,
-    events,
-    new_label,
+    EndWriter,
+    EventWriter,
+    GenerationOutput,
+    ResponseMetadata,
+    new_metadata,
+    sse_stream,
+    streaming_response,
+    total_usage,
     usage,
-    usage_of,
+    wait_all_started,
 )
 from calumma.serve.http.wire import responses, sse
-from calumma.serve.http.wire.errors import WireError
+from calumma.serve.http.wire.errors import APIError
 from calumma.serve.http.wire.requests import ImageRequest
 from calumma.serve.protocol import (
-    Declined,
-    Drawing,
+    ContentFiltered,
     Finished,
-    ImagePiece,
-    Job,
-    Piece,
+    GenerationRequest,
+    ImageOutput,
+    ImageProgress,
+    OutputEvent,
     Started,
 )
 
@@ -47,11 +47,13 @@ def converted(png: bytes, form: str, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def images_response(label: Label, answers: list[Answer], request: ImageRequest) -> responses.Images:
+def images_response(
+    label: ResponseMetadata, answers: list[GenerationOutput], request: ImageRequest
+) -> responses.Images:
     """Raises WireError where the safety policy declined one: there is no image to send in its place."""
     for answer in answers:
         if answer.refusal is not None:
-            raise WireError(answer.refusal, code="content_policy_violation", param="prompt")
+            raise APIError(answer.refusal, code="content_policy_violation", param="prompt")
     form, quality = request.output_format, request.output_compression
 
     def encoded(png: bytes) -> responses.EncodedImage:
@@ -64,11 +66,13 @@ def images_response(label: Label, answers: list[Answer], request: ImageRequest) 
         created=label.created,
         data=[encoded(png) for a in answers for png in a.images],
         output_format=form,
-        usage=usage_of(answers, len(answers)),
+        usage=total_usage(answers, len(answers)),
     )
 
 
-def image_events(label: Label, started: list[Started], request: ImageRequest, size: int) -> tuple[Chunks, Tail]:
+def image_events(
+    label: ResponseMetadata, started: list[Started], request: ImageRequest, size: int
+) -> tuple[EventWriter, EndWriter]:
     """image_generation events: partial images while one is drawn, and it when it is there."""
     form, quality = request.output_format, request.output_compression
     shown = [0] * len(started)
@@ -76,9 +80,9 @@ def image_events(label: Label, started: list[Started], request: ImageRequest, si
     def encoded(png: bytes) -> str:
         return base64.b64encode(converted(png, form, quality)).decode()
 
-    def chunks(index: int, piece: Piece) -> list[bytes]:
+    def chunks(index: int, piece: OutputEvent) -> list[bytes]:
         match piece:
-            case Drawing(preview=bytes(png)):
+            case ImageProgress(preview=bytes(png)):
                 shown[index] += 1
                 event = responses.ImageEvent(
                     type="image_generation.partial_image",
@@ -89,7 +93,7 @@ def image_events(label: Label, started: list[Started], request: ImageRequest, si
                     partial_image_index=shown[index] - 1,
                 )
                 return [sse.image_event(event)]
-            case ImagePiece(png):
+            case ImageOutput(png):
                 held[index] = png
             case Finished(_, count):
                 counted = usage(started[index].prompt, count)
@@ -107,8 +111,8 @@ def image_events(label: Label, started: list[Started], request: ImageRequest, si
                     ),
                 )
                 return [sse.image_event(event)]
-            case Declined(message):
-                error = WireError(message, code="content_policy_violation", param="prompt")
+            case ContentFiltered(message):
+                error = APIError(message, code="content_policy_violation", param="prompt")
                 return [sse.error_event(error.body)]
         return []
 
@@ -116,18 +120,18 @@ def image_events(label: Label, started: list[Started], request: ImageRequest, si
     return chunks, lambda counts: []
 
 
-def add_images(app: FastAPI, served: Served) -> None:
+def add_images(app: FastAPI, served: ServingContext) -> None:
     @app.post("/v1/images/generations", response_model=responses.Images, response_model_exclude_none=True)
     async def draw(request: ImageRequest) -> Any:
         model = served.model(request.model)
-        label = new_label("img", model)
+        label = new_metadata("img", model)
         side = 0
         if request.stream or request.size not in (None, "auto"):
             side = int((await served.backends[model.name].describe())["image_size"])
             if request.size not in (None, "auto", f"{side}x{side}"):
-                raise WireError(f"this model draws {side}x{side}; found size {request.size}", param="size")
+                raise APIError(f"this model draws {side}x{side}; found size {request.size}", param="size")
         params = prompts.sampling_params(request, ["image"], model.sampling)
-        job = Job(
+        job = GenerationRequest(
             label.id,
             prompts.drawing_prompt(request.prompt),
             params,
@@ -136,8 +140,8 @@ def add_images(app: FastAPI, served: Served) -> None:
         )
         jobs = prompts.numbered(job, request.n)
         if not request.stream:
-            return images_response(label, await whole(served, jobs, model.name), request)
+            return images_response(label, await generate_all(served, jobs, model.name), request)
         begun = [served.begin(one, model.name) for one in jobs]
-        started = await all_accepted(begun)
+        started = await wait_all_started(begun)
         chunks, tail = image_events(label, started, request, side)
-        return event_stream(events(begun, [], chunks, tail))
+        return streaming_response(sse_stream(begun, [], chunks, tail))

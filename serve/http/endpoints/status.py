@@ -9,21 +9,21 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from calumma.serve.http.context import Served
+from calumma.serve.http.context import ServingContext
 from calumma.serve.http.metrics import CONTENT_TYPE
 from calumma.serve.http.playground.page import PAGE, PAGE_HEADERS
-from calumma.serve.http.streams import Label
+from calumma.serve.http.streams import ResponseMetadata
 from calumma.serve.http.wire import responses
-from calumma.serve.http.wire.errors import WireError
+from calumma.serve.http.wire.errors import APIError
 
 log = logging.getLogger(__name__)
 
 SCRAPE_SECONDS = 3.0  # the engines get so long to tell their numbers before a page shows the last known ones
 
 
-def add_status(app: FastAPI, served: Served) -> None:
+def add_status(app: FastAPI, served: ServingContext) -> None:
     settings, metrics = served.settings, served.metrics
-    created = Label("", "").created
+    created = ResponseMetadata("", "").created
     cards = {name: responses.ModelCard(id=name, created=created) for name in served.models}
 
     @app.get("/v1/models")
@@ -44,7 +44,7 @@ def add_status(app: FastAPI, served: Served) -> None:
         """Facts about a model, and whether it answers."""
         try:
             about = await facts(served.model(model).name)
-        except WireError:
+        except APIError:
             raise
         except Exception as error:  # whatever keeps a replica from answering is what the caller wants to know
             log.warning("not healthy: %s", error)
@@ -68,7 +68,7 @@ def add_status(app: FastAPI, served: Served) -> None:
         return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
 
-async def _renew(served: Served) -> None:
+async def _renew(served: ServingContext) -> None:
     """Ask every engine for its numbers; of those that do not answer soon, the last known ones stay."""
 
     async def ask(name: str) -> dict[tuple[str, str], dict[str, float]]:

@@ -7,13 +7,13 @@ from typing import Any
 from fastapi import FastAPI
 
 from calumma.serve.http import prompts
-from calumma.serve.http.context import Served
-from calumma.serve.http.wire.errors import WireError
+from calumma.serve.http.context import ServingContext
+from calumma.serve.http.wire.errors import APIError
 from calumma.serve.http.wire.requests import DetokenizeRequest, TokenizeRequest
 from calumma.serve.protocol import BOS, EOS
 
 
-def add_tokenizer(app: FastAPI, served: Served) -> None:
+def add_tokenizer(app: FastAPI, served: ServingContext) -> None:
     @app.get("/tokenizer_info")
     async def info() -> dict[str, Any]:
         return {"tokenizer_class": "calumma", "bos_token": BOS, "eos_token": EOS, "pad_token": None}
@@ -32,4 +32,4 @@ def add_tokenizer(app: FastAPI, served: Served) -> None:
         try:
             return {"prompt": await backend.detokenize(request.tokens)}
         except LookupError as error:
-            raise WireError("the tokens hold an id that is none of the model's", param="tokens") from error
+            raise APIError("the tokens hold an id that is none of the model's", param="tokens") from error

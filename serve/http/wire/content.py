@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-class Wire(BaseModel):
+class WireModel(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-class ImageURL(Wire):
+class ImageURL(WireModel):
     url: str
 
 
@@ -20,18 +20,18 @@ def _as_image_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
-class TextPart(Wire):
+class TextPart(WireModel):
     type: Literal["text"] = "text"
     text: str
 
 
-class ImagePart(Wire):
+class ImagePart(WireModel):
     type: Literal["image_url"] = "image_url"
     image_url: Annotated[ImageURL, BeforeValidator(_as_image_url)]
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-PART_TYPES = ("text", "image_url")
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+CONTENT_PART_TYPES = ("text", "image_url")
 
 
 def data_url(png: bytes) -> str:

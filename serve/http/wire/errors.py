@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calumma.serve.http.wire.content import PART_TYPES
+from calumma.serve.http.wire.content import CONTENT_PART_TYPES
 
 
-class WireError(Exception):
+class APIError(Exception):
     """An answer with an HTTP error status and OpenAI's error object."""
 
     def __init__(
@@ -46,6 +46,6 @@ def _param(location: Sequence[str | int]) -> str | None:
     for before, part in zip([None, *parts], parts, strict=False):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif not (isinstance(before, int) and part in PART_TYPES):  # the tag that chose among content parts
+        elif not (isinstance(before, int) and part in CONTENT_PART_TYPES):  # the tag that chose among content parts
             text += f".{part}" if text else str(part)
     return text or None

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from calumma.serve.http.wire.content import ImagePart, Part, TextPart, Wire
-from calumma.serve.http.wire.errors import WireError
+from calumma.serve.http.wire.content import ContentPart, ImagePart, TextPart, WireModel
+from calumma.serve.http.wire.errors import APIError
 
 Modality = Literal["text", "image"]
 
@@ -20,12 +20,12 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class Message(Wire):
+class Message(WireModel):
     """`parts`, as this server's own answers carry them, stands for `content` when both are given."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part] | None, BeforeValidator(_as_parts)] = None
-    parts: list[Part] | None = None
+    content: Annotated[list[ContentPart] | None, BeforeValidator(_as_parts)] = None
+    parts: list[ContentPart] | None = None
 
     @property
     def field(self) -> Literal["parts", "content"]:
@@ -37,7 +37,7 @@ class Message(Wire):
 
 
 # Fields of OpenAI's that would change the answer and that this server does not have: field -> values without effect.
-WITHOUT_SUPPORT: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "stop": ([],),
@@ -55,7 +55,7 @@ WITHOUT_SUPPORT: dict[str, tuple[Any, ...]] = {
 }
 
 
-class StreamOptions(Wire):
+class StreamOptions(WireModel):
     """`include_progress` adds chunks that say how far an image under way is; `partial_images` of them a picture."""
 
     include_usage: bool = False
@@ -63,15 +63,15 @@ class StreamOptions(Wire):
     partial_images: int = Field(0, ge=0, le=8)
 
 
-def _all(value: Any) -> Any:
+def _unlimited(value: Any) -> Any:
     """vLLM's -1 for no limit."""
     return 0 if value == -1 else value
 
 
-TopK = Annotated[int, BeforeValidator(_all), Field(ge=0)]
+TopK = Annotated[int, BeforeValidator(_unlimited), Field(ge=0)]
 
 
-class Sampling(Wire):
+class SamplingFields(WireModel):
     """Sampling fields that all endpoints take. What is left out comes from the server's settings."""
 
     model: str | None = None
@@ -93,11 +93,11 @@ class Sampling(Wire):
     @classmethod
     def _supported(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for field, harmless in WITHOUT_SUPPORT.items():
+            for field, harmless in UNSUPPORTED_FIELDS.items():
                 given = values.get(field)
                 if field in cls.model_fields or given is None or given in harmless:
                     continue
-                raise WireError(f"this server has no `{field}`; leave it out", param=field, code="unsupported")
+                raise APIError(f"this server has no `{field}`; leave it out", param=field, code="unsupported")
         return values
 
 
@@ -105,7 +105,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class _Text(Sampling):
+class _TextFields(SamplingFields):
     """What the endpoints have in common that answer with text."""
 
     stream: bool = False
@@ -122,7 +122,7 @@ class _Text(Sampling):
         return tuple(self.stop or ())
 
 
-class ChatRequest(_Text):
+class ChatRequest(_TextFields):
     """`begin_with`: an image stands first in the answer, whatever the model would do."""
 
     messages: list[Message] = Field(min_length=1)
@@ -145,21 +145,21 @@ class ChatRequest(_Text):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise WireError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+            raise APIError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
         if self.begin_with and "image" not in self.modalities:
-            raise WireError(
+            raise APIError(
                 'begin_with: "image" needs "image" among the modalities', param="begin_with", code="invalid_value"
             )
         return self
 
 
-Ids = Annotated[list[int], Field(min_length=1)]
+TokenIds = Annotated[list[int], Field(min_length=1)]
 
 
-class CompletionRequest(_Text):
+class CompletionRequest(_TextFields):
     """`prompt`: a text or token ids, or a list of either; each gets n answers. `max_tokens` 0 looks at it only."""
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=0)
     echo: bool = False
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
@@ -176,7 +176,7 @@ class CompletionRequest(_Text):
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 
-class ImageRequest(Sampling):
+class ImageRequest(SamplingFields):
     """`size` may name only what the model draws. `response_format: url` gives data URLs."""
 
     prompt: str = Field(min_length=1)
@@ -189,12 +189,12 @@ class ImageRequest(Sampling):
     partial_images: int = Field(0, ge=0, le=8)
 
 
-class TokenizeRequest(Wire):
+class TokenizeRequest(WireModel):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(Wire):
+class DetokenizeRequest(WireModel):
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from calumma.serve.http.wire.content import ImagePart, Part, Wire
+from calumma.serve.http.wire.content import ContentPart, ImagePart, WireModel
 from calumma.serve.http.wire.requests import ImageFormat
 
-Reason = Literal["stop", "length", "content_filter"]
+FinishReason = Literal["stop", "length", "content_filter"]
 
 
-class TokenDetails(Wire):
+class TokenDetails(WireModel):
     text_tokens: int = 0
     image_tokens: int = 0
 
 
-class Usage(Wire):
+class Usage(WireModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -27,7 +27,7 @@ class Usage(Wire):
     completion_tokens_details: TokenDetails
 
 
-class Alternative(Wire):
+class Alternative(WireModel):
     token: str
     bytes: list[int]
     logprob: float
@@ -37,27 +37,27 @@ class ChatToken(Alternative):
     top_logprobs: list[Alternative]
 
 
-class ChatLogprobs(Wire):
+class ChatLogprobs(WireModel):
     content: list[ChatToken]
     refusal: None = None
 
 
-class AssistantMessage(Wire):
+class AssistantMessage(WireModel):
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: str | None = None
     images: list[ImagePart]
-    parts: list[Part]
+    parts: list[ContentPart]
 
 
-class ChatChoice(Wire):
+class ChatChoice(WireModel):
     index: int = 0
     message: AssistantMessage
-    finish_reason: Reason
+    finish_reason: FinishReason
     logprobs: ChatLogprobs | None = None
 
 
-class ChatCompletion(Wire):
+class ChatCompletion(WireModel):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -66,7 +66,7 @@ class ChatCompletion(Wire):
     usage: Usage
 
 
-class Progress(Wire):
+class Progress(WireModel):
     """`preview`: a data URL of what is drawn so far."""
 
     done: int
@@ -74,7 +74,7 @@ class Progress(Wire):
     preview: str | None = None
 
 
-class Delta(Wire):
+class Delta(WireModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: str | None = None
@@ -82,14 +82,14 @@ class Delta(Wire):
     drawing: Progress | None = None
 
 
-class ChunkChoice(Wire):
+class ChunkChoice(WireModel):
     index: int = 0
     delta: Delta
-    finish_reason: Reason | None = None
+    finish_reason: FinishReason | None = None
     logprobs: ChatLogprobs | None = None
 
 
-class ChatChunk(Wire):
+class ChatChunk(WireModel):
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
@@ -98,21 +98,21 @@ class ChatChunk(Wire):
     usage: Usage | None = None
 
 
-class TextLogprobs(Wire):
+class TextLogprobs(WireModel):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-class TextChoice(Wire):
+class TextChoice(WireModel):
     index: int = 0
     text: str
-    finish_reason: Reason | None = None
+    finish_reason: FinishReason | None = None
     logprobs: TextLogprobs | None = None
 
 
-class Completion(Wire):
+class Completion(WireModel):
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
@@ -121,19 +121,19 @@ class Completion(Wire):
     usage: Usage | None = None
 
 
-class EncodedImage(Wire):
+class EncodedImage(WireModel):
     b64_json: str | None = None
     url: str | None = None
 
 
-class Images(Wire):
+class Images(WireModel):
     created: int
     data: list[EncodedImage]
     output_format: ImageFormat = "png"
     usage: Usage
 
 
-class ImageUsage(Wire):
+class ImageUsage(WireModel):
     """Usage as events of image generation name it."""
 
     input_tokens: int
@@ -142,7 +142,7 @@ class ImageUsage(Wire):
     input_tokens_details: TokenDetails
 
 
-class ImageEvent(Wire):
+class ImageEvent(WireModel):
     type: Literal["image_generation.partial_image", "image_generation.completed"]
     b64_json: str
     created_at: int
@@ -154,13 +154,13 @@ class ImageEvent(Wire):
     usage: ImageUsage | None = None
 
 
-class ModelCard(Wire):
+class ModelCard(WireModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "calumma"
 
 
-class ModelList(Wire):
+class ModelList(WireModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]

@@ -8,16 +8,16 @@ from typing import Protocol
 
 from calumma.model.generation import Request
 from calumma.model.generation.request import Logprob
-from calumma.serve.protocol import ENGINE_FAILED, Drawing, Finished, Job, Refused, TextPiece
+from calumma.serve.protocol import ENGINE_FAILED, Finished, GenerationRequest, ImageProgress, RequestFailed, TextDelta
 
 
 @dataclass(frozen=True)
-class Taken:
+class Admitted:
     """The engine has taken the request in."""
 
 
 @dataclass(frozen=True)
-class Codes:
+class ImageCodes:
     """Codes of an image, not decoded yet: all of them, or those of a preview."""
 
     codes: list[int]
@@ -26,17 +26,17 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Scored:
+class PromptLogprobs:
     """Log-probabilities of the prompt's tokens after the first."""
 
     values: list[Logprob]
 
 
-Part = Taken | TextPiece | Drawing | Codes | Scored | Finished | Refused
-Post = Callable[[Part], None]
+EngineOutput = Admitted | TextDelta | ImageProgress | ImageCodes | PromptLogprobs | Finished | RequestFailed
+OnOutput = Callable[[EngineOutput], None]
 
 
-class Loop(Protocol):
+class EngineClient(Protocol):
     """An engine at work, on a thread of this process or in a process of its own."""
 
     failure: Exception | None
@@ -55,7 +55,7 @@ class Loop(Protocol):
         """Numbers for metrics and autoscaling, named as in metrics.py."""
         ...
 
-    def submit(self, request: Request, job: Job, post: Post) -> None:
+    def submit(self, request: Request, job: GenerationRequest, post: OnOutput) -> None:
         """Take a request in. `post` is called on any thread: first with Taken, last with Finished or Refused; with
         Refused alone where the request cannot be answered."""
         ...
@@ -69,8 +69,8 @@ class Loop(Protocol):
         ...
 
 
-def gone(failure: Exception | None) -> Refused:
+def engine_ended(failure: Exception | None) -> RequestFailed:
     """Why an engine that has ended answers nothing."""
     if failure is not None:
-        return Refused(500, f"the engine stopped: {failure}", code=ENGINE_FAILED)
-    return Refused(503, "this replica is shutting down; try again", code="unavailable")
+        return RequestFailed(500, f"the engine stopped: {failure}", code=ENGINE_FAILED)
+    return RequestFailed(503, "this replica is shutting down; try again", code="unavailable")

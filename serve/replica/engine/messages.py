@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calumma.model.generation import Request
-from calumma.serve.protocol import Job
-from calumma.serve.replica.engine.client import Part
-from calumma.serve.replica.tensor_parallel import Meeting
+from calumma.serve.protocol import GenerationRequest
+from calumma.serve.replica.engine.client import EngineOutput
+from calumma.serve.replica.tensor_parallel import Rendezvous
 from calumma.serve.settings import ModelSettings
 
 
@@ -19,17 +19,17 @@ class Start:
     settings: ModelSettings
     directory: str
     threads: int
-    meeting: Meeting | None
+    meeting: Rendezvous | None
 
 
 @dataclass(frozen=True)
 class Submit:
     request: Request
-    job: Job  # without its prompt
+    job: GenerationRequest  # without its prompt
 
 
 @dataclass(frozen=True)
-class Abandon:
+class Abort:
     request_id: str
 
 
@@ -44,15 +44,15 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class News:
+class Outputs:
     """Parts of answers in order, and the engine's numbers."""
 
-    parts: list[tuple[str, Part]]
+    parts: list[tuple[str, EngineOutput]]
     statistics: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Failed:
+class EngineFailed:
     """The engine cannot start, or go on."""
 
     why: str

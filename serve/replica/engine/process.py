@@ -21,15 +21,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from calumma.model.generation import Request
-from calumma.serve.protocol import Finished, Job, Refused
-from calumma.serve.replica.engine.client import Part, Post, gone
-from calumma.serve.replica.engine.messages import Abandon, Close, Failed, News, Ready, Start, Submit
-from calumma.serve.replica.tensor_parallel import Meeting
+from calumma.serve.protocol import Finished, GenerationRequest, RequestFailed
+from calumma.serve.replica.engine.client import EngineOutput, OnOutput, engine_ended
+from calumma.serve.replica.engine.messages import Abort, Close, EngineFailed, Outputs, Ready, Start, Submit
+from calumma.serve.replica.tensor_parallel import Rendezvous
 from calumma.serve.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 MODULE = "calumma.serve.replica.engine.main"
-ENDING = 60.0  # seconds that the engine's process has to end when it is told to
+CLOSE_TIMEOUT = 60.0  # seconds that the engine's process has to end when it is told to
 
 
 class EngineProcess:
@@ -40,13 +40,13 @@ class EngineProcess:
         settings: ModelSettings,
         directory: str | Path,
         threads: int,
-        meeting: Meeting | None = None,
+        meeting: Rendezvous | None = None,
         explain: Callable[[Exception], Exception] = lambda error: error,
     ) -> None:
         """Begin to start it. explain: called with what stopped the engine, gives the cause."""
         self._max_sequences, self._explain = settings.max_sequences, explain
         self.failure: Exception | None = None
-        self._posts: dict[str, Post] = {}
+        self._posts: dict[str, OnOutput] = {}
         self._statistics: dict[str, float] = {}
         self._lock = threading.Lock()  # of who waits for an answer, and whether there will be any
         self._closed = False
@@ -58,7 +58,7 @@ class EngineProcess:
             )
         self._line = Connection(ours.detach())
         # What is to be sent: a socket that is full, or an engine that is slow to listen, holds up no client.
-        self._outgoing: queue.SimpleQueue[Start | Submit | Abandon | Close | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Start | Submit | Abort | Close | None] = queue.SimpleQueue()
         self._outgoing.put(Start(settings, str(directory), threads, meeting))
         self._threads = [
             threading.Thread(target=work, name=f"engine, {name}", daemon=True)
@@ -94,21 +94,21 @@ class EngineProcess:
     def statistics(self) -> dict[str, float]:
         return dict(self._statistics)
 
-    def submit(self, request: Request, job: Job, post: Post) -> None:
+    def submit(self, request: Request, job: GenerationRequest, post: OnOutput) -> None:
         with self._lock:
             closed, known = self._closed, request.id in self._posts
             if not closed and not known:
                 self._posts[request.id] = post
                 self._outgoing.put(Submit(request, replace(job, prompt=())))
         if closed:
-            post(gone(self.failure))
+            post(engine_ended(self.failure))
         elif known:
-            post(Refused(400, f"a request with the id {request.id!r} is being answered"))
+            post(RequestFailed(400, f"a request with the id {request.id!r} is being answered"))
 
     def abandon(self, request_id: str) -> None:
         with self._lock:
             if self._posts.pop(request_id, None) is not None:
-                self._outgoing.put(Abandon(request_id))
+                self._outgoing.put(Abort(request_id))
 
     def fail(self, error: Exception) -> None:
         """Called when the engine cannot go on, whatever it does: what it works on is refused."""
@@ -123,7 +123,7 @@ class EngineProcess:
         if not self._ready.is_set():  # it does not listen yet
             self._process.kill()
         try:
-            self._process.wait(ENDING)
+            self._process.wait(CLOSE_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._end()
@@ -156,30 +156,30 @@ class EngineProcess:
                 self._closed = True
                 left, self._posts = list(self._posts.values()), {}
             for post in left:
-                post(gone(self.failure))
+                post(engine_ended(self.failure))
             self._ready.set()
 
     def _heard(self) -> Exception | None:
         """Why the engine's process has ended; None where it was told to."""
-        said: Failed | None = None
+        said: EngineFailed | None = None
         with contextlib.suppress(EOFError, ConnectionResetError):
             while True:
                 match self._line.recv():
                     case Ready():
                         self._ready.set()
-                    case News(parts, statistics):
+                    case Outputs(parts, statistics):
                         self._statistics = statistics
                         for request_id, part in parts:
                             self._post(request_id, part)
-                    case Failed() as said:
+                    case EngineFailed() as said:
                         log.error("the engine stopped: %s", said.why)
         code = self._process.wait()
         if said is not None:
             return RuntimeError(said.why)
         return None if self._closed else RuntimeError(f"its process ended with code {code}")
 
-    def _post(self, request_id: str, part: Part) -> None:
-        last = isinstance(part, Finished | Refused)
+    def _post(self, request_id: str, part: EngineOutput) -> None:
+        last = isinstance(part, Finished | RequestFailed)
         post = self._posts.pop(request_id, None) if last else self._posts.get(request_id)
         if post is not None:
             post(part)

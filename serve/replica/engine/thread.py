@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from calumma.model.generation import Engine, Event, PromptTooLong, Request
-from calumma.serve.protocol import Finished, Job, Refused
-from calumma.serve.replica.engine.client import Post, Taken, gone
-from calumma.serve.replica.engine.detokenizer import Answer, Language
+from calumma.serve.protocol import Finished, GenerationRequest, RequestFailed
+from calumma.serve.replica.engine.client import Admitted, OnOutput, engine_ended
+from calumma.serve.replica.engine.detokenizer import Detokenizer, EngineModel
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 HEARTBEAT = 30.0
 
 
-class EngineLoop:
+class EngineThread:
     """A `Loop` on a thread of this process."""
 
     def __init__(
-        self, model: Language, max_sequences: int, stepped: Callable[[], None] = lambda: None, **engine: Any
+        self, model: EngineModel, max_sequences: int, stepped: Callable[[], None] = lambda: None, **engine: Any
     ) -> None:
         """stepped: called on the engine's thread when what a step brought is posted, and at the end. engine: further
         options of it."""
@@ -36,7 +36,7 @@ class EngineLoop:
         self._engine = Engine(
             model.transformer, model.vocabulary, model.image_length, max_sequences=max_sequences, **engine
         )
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, Detokenizer] = {}
         self._wake = threading.Condition()
         self._closed = False
         self._step_seconds = 0.0
@@ -73,19 +73,19 @@ class EngineLoop:
             **asdict(now.counters),
         }
 
-    def submit(self, request: Request, job: Job, post: Post) -> None:
+    def submit(self, request: Request, job: GenerationRequest, post: OnOutput) -> None:
         with self._wake:
             if self._closed:
-                post(gone(self.failure))
+                post(engine_ended(self.failure))
                 return
             try:
                 self._engine.add(request)
             except ValueError as error:
                 code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
-                post(Refused(400, str(error), code=code))
+                post(RequestFailed(400, str(error), code=code))
                 return
-            post(Taken())
-            self._answers[request.id] = Answer(self._model, job, post)
+            post(Admitted())
+            self._answers[request.id] = Detokenizer(self._model, job, post)
             self._wake.notify()
 
     def abandon(self, request_id: str) -> None:
@@ -117,7 +117,7 @@ class EngineLoop:
             self._closed = True
             left, self._answers = list(self._answers.values()), {}
         for answer in left:
-            answer.post(gone(self.failure))
+            answer.post(engine_ended(self.failure))
         self._stepped()
         if self.failure is None:
             self._engine.close()
