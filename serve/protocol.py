@@ -15,13 +15,13 @@ BOS, EOS = "<s>", "</s>"
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt to answer: a document, or token ids as a client of /v1/completions gives them.
+    """One generation: a prompt, which is a document, or token ids as a client of /v1/completions gives them.
 
-    max_tokens: None is as many as the context has room for, 0 none (the prompt is only looked at).
-    stop: the answer ends before the first of these that occurs in its text.
+    max_tokens: None is as many as the context has room for; 0 generates nothing: the prompt is counted and scored.
+    stop: the text ends before the first of these strings that occurs in it.
     logprobs: log-probabilities of text tokens with so many alternatives each; None is none.
-    begin_with_image: the answer's first part is an image. echo: Started brings the prompt's text.
-    previews: pictures of an unfinished image, spread over its drawing.
+    progress: how far an image is, from time to time. previews: so many decoded previews of each unfinished image.
+    begin_with_image: the output's first part is an image. echo: Started brings the prompt's text.
     """
 
     id: str
@@ -37,7 +37,7 @@ class GenerationRequest:
 
     @property
     def param(self) -> str:
-        """The request's field that holds the prompt."""
+        """The HTTP request's field that holds the prompt."""
         return "messages" if isinstance(self.prompt, Document) and self.prompt.is_conversation else "prompt"
 
 
@@ -65,7 +65,7 @@ class Token:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More text; `tokens` are those that end in it, where they were asked for."""
+    """More text. tokens: those that end in it, where log-probabilities were asked for."""
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -73,7 +73,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt was taken in; always the first piece of an accepted job."""
+    """The engine has admitted the request; always the first event of one that is answered. prompt: its tokens."""
 
     prompt: TokenCount
     echo: TextDelta | None = None
@@ -81,7 +81,7 @@ class Started:
 
 @dataclass(frozen=True)
 class ImageProgress:
-    """An image is under way: `done` of `total` codes; perhaps with a picture of what is there."""
+    """An image is under way: `done` of `total` codes. preview: a PNG file of what is there."""
 
     done: int
     total: int
@@ -90,7 +90,7 @@ class ImageProgress:
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """A PNG file; `seconds` from its first token to its last pixel."""
+    """A finished image as a PNG file. seconds: from its first token to its last pixel."""
 
     png: bytes
     seconds: float = 0.0
@@ -98,21 +98,23 @@ class ImageOutput:
 
 @dataclass(frozen=True)
 class Finished:
+    """The output is whole; always the last event. completion: its tokens."""
+
     reason: Literal["stop", "length"]
-    answer: TokenCount
+    completion: TokenCount
 
 
 @dataclass(frozen=True)
 class ContentFiltered:
-    """The safety policy ends the answer, perhaps before it began. Always the last piece."""
+    """The safety policy ends the output, perhaps before it began; always the last event. message: for the client."""
 
     message: str
-    answer: TokenCount = TokenCount()
+    completion: TokenCount = TokenCount()
 
 
 @dataclass(frozen=True)
 class RequestFailed:
-    """The job cannot be done (first piece) or failed half-way (last piece): HTTP status and OpenAI's error fields."""
+    """The request is not answered (first event) or failed half-way (last event): HTTP status, OpenAI's error fields."""
 
     status: int
     message: str
@@ -121,15 +123,16 @@ class RequestFailed:
 
 
 OutputEvent = Started | TextDelta | ImageProgress | ImageOutput | Finished | ContentFiltered | RequestFailed
+OutputStream = AsyncGenerator[OutputEvent, None]
 FINAL_EVENTS = (Finished, ContentFiltered, RequestFailed)
-ENGINE_FAILED = "engine_failed"  # Refused.code
+ENGINE_FAILED = "engine_failed"  # RequestFailed.code
 
 
 class Backend(Protocol):
-    """Answers jobs: a Ray Serve handle in production, a replica of this process in tests."""
+    """Generates: engine replicas behind a Ray Serve handle, or a replica in this process."""
 
-    def generate(self, job: GenerationRequest) -> AsyncGenerator[OutputEvent, None]:
-        """Pieces of the answer as they come. Closing the generator early abandons the job."""
+    def generate(self, request: GenerationRequest) -> OutputStream:
+        """The output as it comes. Closing the generator early aborts the request."""
         ...
 
     async def describe(self) -> dict[str, Any]:

@@ -1,11 +1,9 @@
-"""Safety hooks before and after generation.
+"""Safety policies: what they are shown, how the settings name one, and an example.
 
 A policy is a callable that is shown a prompt before it reaches the model, and the answer so far before any more of it
-reaches the client; it returns None, or the reason that the client is told. `Safety.policy` of the settings names what
-makes one, `package.module:callable`, called with `Safety.options`; `calumma.serve.safety:keywords` is an example.
-
-Text of an answer is held back to the end of a word, so that a policy sees whole words; previews of unfinished images,
-which no policy could judge, are not sent while there is one.
+reaches the client (http/moderation.py); it returns None, or the reason that the client is told. `Safety.policy` of the
+settings names what makes one, `package.module:callable`, called with `Safety.options`; `calumma.serve.safety:keywords`
+is an example.
 """
 
 from __future__ import annotations

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 from calumma.serve.deploy.ingress import Ingress
 from calumma.serve.deploy.naming import APPLICATION_PREFIX, CODER, ENGINE, INGRESS, watcher_application
 from calumma.serve.deploy.preparation import ServeError, nodes_of_cluster, require_room
-from calumma.serve.replica import tensor_parallel
+from calumma.serve.replica.tensor_parallel import bundle
 from calumma.serve.settings import ModelSettings, ServeSettings
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+
+@dataclass(frozen=True)
+class ModelApplication:
+    """A model that is deployed."""
+
+    application: str  # its name on Ray Serve
+    source: str  # path or URI of the model directory
 
 
 def start_model(model: ModelSettings, source: str, endpoint: str) -> ModelApplication:
@@ -38,7 +46,7 @@ def start_model(model: ModelSettings, source: str, endpoint: str) -> ModelApplic
 
 
 def build_model(model: ModelSettings, source: str) -> Application:
-    """A model's application, not yet deployed: engine replicas, and replicas that code images where asked for."""
+    """A model's application, not yet deployed: engine replicas, and image coders where the settings ask for them."""
     from ray import serve
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
@@ -46,7 +54,7 @@ def build_model(model: ModelSettings, source: str) -> Application:
     from calumma.serve.replica.deployment import EngineDeployment
     from calumma.serve.replica.image_coder import ImageCoderDeployment
 
-    each = tensor_parallel.bundle(model)
+    each = bundle(model)
     several: dict[str, Any] = {
         "placement_group_bundles": [each] * model.tensor_parallel,
         "placement_group_strategy": "STRICT_PACK",
@@ -55,7 +63,7 @@ def build_model(model: ModelSettings, source: str) -> Application:
         name=ENGINE,
         ray_actor_options={"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)},
         **(several if model.tensor_parallel > 1 else {}),
-        max_ongoing_requests=2 * model.max_sequences,  # those beyond the engine's slots wait in its own queue
+        max_ongoing_requests=2 * model.max_sequences,  # those beyond the engine's batch wait in its own queue
         max_queued_requests=model.max_queued,
         autoscaling_config=AutoscalingConfig(
             min_replicas=model.min_replicas,
@@ -74,7 +82,7 @@ def build_model(model: ModelSettings, source: str) -> Application:
         ),
         request_router_config={"request_router_class": "calumma.serve.deploy.routing.PrefixRouter"},
         max_constructor_retry_count=2,
-        health_check_period_s=2,  # a failed engine is replaced after three looks
+        health_check_period_s=2,  # a replica is replaced after three failed checks
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=model.drain_seconds,
         graceful_shutdown_wait_loop_s=1.0,
@@ -100,14 +108,14 @@ def build_model(model: ModelSettings, source: str) -> Application:
 
 
 def build_ingress(settings: ServeSettings, table: dict[str, str]) -> Application:
-    """The endpoint's application, not yet deployed; `table` says which application has each model."""
+    """The endpoint's application, not yet deployed. table: the application of each model."""
     from ray import serve
 
     ingress = serve.deployment(
         name=INGRESS,
         num_replicas=1,
         ray_actor_options={"num_cpus": settings.ingress_cpus},
-        max_ongoing_requests=2 * settings.limits.running,  # the limit itself is told by the application, as 429
+        max_ongoing_requests=2 * settings.limits.running,  # the HTTP application enforces the limit, with status 429
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=1.0,
@@ -116,19 +124,11 @@ def build_ingress(settings: ServeSettings, table: dict[str, str]) -> Application
 
 
 def failure_reason(application: str) -> str:
-    """What Ray Serve says about an application that did not come up: the last line is the exception's."""
+    """What Ray Serve reports of an application that did not start: the last line, which is the exception's; or ""."""
     from ray import serve
 
     with contextlib.suppress(Exception):
         overview = serve.status().applications[application]
-        said = [d.message for d in overview.deployments.values() if d.message] or [overview.message]
-        return "; ".join(message.strip().splitlines()[-1] for message in said if message.strip())
+        messages = [d.message for d in overview.deployments.values() if d.message] or [overview.message]
+        return "; ".join(message.strip().splitlines()[-1] for message in messages if message.strip())
     return ""
-
-
-@dataclass(frozen=True)
-class ModelApplication:
-    """Where a model runs, and from which model directory."""
-
-    application: str
-    source: str

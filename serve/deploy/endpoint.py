@@ -18,7 +18,7 @@ from calumma.serve.deploy.rollout import AliasWatcher
 from calumma.serve.safety import load_policy
 from calumma.serve.settings import ServeSettings
 
-PATIENCE = 300.0  # seconds from deployed to answering; it takes one or two
+PATIENCE = 300.0  # seconds; a deployed endpoint answers after one or two
 
 
 def deploy(settings: ServeSettings, wait: bool = True) -> str:
@@ -36,21 +36,21 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
     _start_http(settings)
     name = APPLICATION_PREFIX + settings.name
     old = [application for application in serve.status().applications if application.startswith(f"{name}:")]
-    placed: dict[str, ModelApplication] = {}
+    started: dict[str, ModelApplication] = {}
     try:
         for model in settings.models:
-            placed[model.name] = start_model(model, sources[model.name], settings.name)
-        table = {model: one.application for model, one in placed.items()}
+            started[model.name] = start_model(model, sources[model.name], settings.name)
+        table = {model: one.application for model, one in started.items()}
         _delete([watcher_application(settings.name)])
         serve.run(build_ingress(settings, table), name=name, route_prefix="/")
         if settings.watch_seconds:
             watcher = serve.deployment(name=WATCHER, num_replicas=1, ray_actor_options={"num_cpus": 0})(AliasWatcher)
-            bound = watcher.bind(settings, placed, name, settings.watch_seconds)
+            bound = watcher.bind(settings, started, name, settings.watch_seconds)
             serve.run(bound, name=watcher_application(settings.name), route_prefix=None)
     except Exception as error:
         reason = str(error) if isinstance(error, ServeError) else failure_reason(name) or str(error)
         with contextlib.suppress(Exception):
-            _delete([one.application for one in placed.values()])
+            _delete([one.application for one in started.values()])
             if not old:
                 undeploy(settings.name)
         raise ServeError(reason) from error
@@ -61,7 +61,7 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
 
 
 def await_health(url: str, patience: float = PATIENCE) -> None:
-    """Wait until a server answers as healthy. Raises ServeError with its last word after `patience` seconds."""
+    """Wait until a server answers as healthy. Raises ServeError with the last reply after `patience` seconds."""
     import requests
 
     end = time.monotonic() + patience
@@ -106,7 +106,7 @@ def _delete(applications: list[str], patience: float = PATIENCE) -> None:
 
 
 def _quiet_logs() -> None:
-    """Ray Serve's notes on every deployment stay in its log files; the terminal gets warnings."""
+    """Ray Serve's messages on every deployment stay in its log files; the terminal gets warnings."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calumma.serve.deploy.naming import ENGINE, WATCHER
-from calumma.serve.protocol import ENGINE_FAILED, FINAL_EVENTS, GenerationRequest, OutputEvent, RequestFailed, Started
+from calumma.serve.protocol import ENGINE_FAILED, FINAL_EVENTS, GenerationRequest, OutputStream, RequestFailed, Started
 from calumma.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-ATTEMPTS = 3  # to find a replica that takes a job in, when those that are asked die before they have
-REPLICA_GONE_SECONDS = 2.0  # seconds until a replica that is lost, or whose engine has failed, is known to be gone
-SCRAPE_SECONDS = 3.0
+
+ATTEMPTS = 3  # at a request, while the replicas that get it are lost before they have output
+REPLICA_GONE_SECONDS = 2.0  # until Ray Serve knows that a replica is lost, or has failed
+SCRAPE_SECONDS = 3.0  # replicas that take longer to send their statistics are left out
 
 
 class _EngineFailedError(Exception):
@@ -35,7 +35,7 @@ class RayBackend:
         self._handle = self._find()
 
     def switch(self, application: str) -> None:
-        """Send what comes from now on to another application; answers under way go on where they are."""
+        """Send requests from now on to another application; those under way finish where they are."""
         self.application = application
         self._handle = self._find()
 
@@ -44,26 +44,27 @@ class RayBackend:
 
         return serve.get_deployment_handle(ENGINE, self.application)
 
-    async def generate(self, job: GenerationRequest) -> AsyncGenerator[OutputEvent, None]:
-        """A replica that is lost before there is any of the answer is replaced by another; later it ends as Refused."""
+    async def generate(self, request: GenerationRequest) -> OutputStream:
+        """As `Backend.generate`. While there is no output, a request whose replica is lost goes to another replica;
+        later, or after ATTEMPTS, it fails."""
         from ray.serve.exceptions import BackPressureError
 
         started = begun = False
         for attempt in range(1, ATTEMPTS + 1):
-            asked = replace(job, id=f"{job.id}-{attempt}")  # a replica may still be at the one before
-            stream: Any = self._handle.options(stream=True).batches.remote(asked)
+            retry = replace(request, id=f"{request.id}-{attempt}")  # a replica may still work on the last attempt
+            stream: Any = self._handle.options(stream=True).generate_batches.remote(retry)
             ended = False
             try:
-                async for pieces in stream:
-                    for piece in pieces:
-                        if isinstance(piece, Started) and started:
+                async for events in stream:
+                    for event in events:
+                        if isinstance(event, Started) and started:
                             continue
-                        last_try = begun or attempt == ATTEMPTS
-                        if isinstance(piece, RequestFailed) and piece.code == ENGINE_FAILED and not last_try:
-                            raise _EngineFailedError(piece.message)
-                        started, begun = True, begun or not isinstance(piece, Started)
-                        ended = isinstance(piece, FINAL_EVENTS)
-                        yield piece
+                        last_attempt = begun or attempt == ATTEMPTS
+                        if isinstance(event, RequestFailed) and event.code == ENGINE_FAILED and not last_attempt:
+                            raise _EngineFailedError(event.message)
+                        started, begun = True, begun or not isinstance(event, Started)
+                        ended = isinstance(event, FINAL_EVENTS)
+                        yield event
                 ended = True
                 return
             except BackPressureError:
@@ -92,7 +93,7 @@ class RayBackend:
         return facts
 
     async def statistics(self) -> dict[str, dict[str, float]]:
-        """Of all replicas that answer soon."""
+        """Of all replicas that answer in SCRAPE_SECONDS."""
         found = await self._handle.broadcast("statistics").results_async(
             timeout_s=SCRAPE_SECONDS, return_exceptions=True
         )
@@ -108,9 +109,9 @@ class RayBackend:
 
 
 class Ingress:
-    """The HTTP deployment: checks and converts, never touches a tensor of the model.
+    """The HTTP deployment. It validates and converts, and imports no torch.
 
-    `table`: the application of each model. `watch`: the application that may have moved some of them since.
+    table: the application of each model. watch: that of the watcher, which may have moved some of them since.
     """
 
     def __init__(self, settings: ServeSettings, table: dict[str, str], watch: str | None = None) -> None:

@@ -18,16 +18,20 @@ from calumma.serve.replica.tensor_parallel import bundle, require_divisible_head
 from calumma.serve.settings import ModelSettings
 
 
+class ServeError(RuntimeError):
+    """Serving cannot start as asked; the message says what was found and what to do."""
+
+
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes of a kind."""
+    """Nodes with equal resources (CPU, GPU); math.inf of them where an autoscaler has no limit."""
 
     resources: Mapping[str, float]
     count: float = 1
 
 
 def require_heads(settings: ModelSettings, source: str) -> None:
-    """Raises ValueError where the model at a path or URI has too few heads for the processes that shall hold it."""
+    """Raises ValueError where the model at a path or URI cannot be sharded as the settings ask."""
     if settings.tensor_parallel > 1 and ("://" not in source or source.startswith(("s3://", "file://"))):
         shape = ModelConfig.model_validate_json(storage.read_bytes(storage.join(source, config.FILE)))
         require_divisible_heads(settings, shape)
@@ -37,37 +41,35 @@ def require_room(settings: ModelSettings, nodes: Iterable[NodeGroup]) -> None:
     """Raises ValueError where `min_replicas` could never run on these nodes, however idle; each is on one node."""
     if settings.tensor_parallel == 1:
         return
-    need = {name: much * settings.tensor_parallel for name, much in bundle(settings).items()}
+    replica = {name: amount * settings.tensor_parallel for name, amount in bundle(settings).items()}
     nodes = list(nodes)
 
     def fitting(node: NodeGroup) -> int:
-        return min(math.floor(node.resources.get(name, 0.0) / much + 1e-9) for name, much in need.items())
+        return min(math.floor(node.resources.get(name, 0.0) / amount + 1e-9) for name, amount in replica.items())
 
     room = sum(fitting(node) * node.count for node in nodes if fitting(node))
     if room < settings.min_replicas:
-        found = "; ".join(" and ".join(f"{node.resources.get(name, 0.0):g} {name}" for name in need) for node in nodes)
+        found = "; ".join(
+            " and ".join(f"{node.resources.get(name, 0.0):g} {name}" for name in replica) for node in nodes
+        )
         raise ValueError(
             f"{settings.min_replicas} replica(s) of {settings.model} with tensor_parallel {settings.tensor_parallel} "
-            f"need {' and '.join(f'{much:g} {name}' for name, much in need.items())} on one node each, and the cluster "
-            f"has room for {room:g} (its nodes: {found}); use a smaller tensor_parallel, fewer replicas or larger "
-            "nodes; where an autoscaler would add a node, start one first"
+            f"need {' and '.join(f'{amount:g} {name}' for name, amount in replica.items())} on one node each, and the "
+            f"cluster has room for {room:g} (its nodes: {found}); use a smaller tensor_parallel, fewer replicas or "
+            "larger nodes; where an autoscaler would add a node, start one first"
         )
 
 
 def nodes_of_cluster() -> list[NodeGroup]:
-    """The nodes there are, and those of which an autoscaler has told Ray that it may add them."""
+    """The nodes that are alive, and those that an autoscaler may add."""
     import ray
 
-    there = [NodeGroup(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    groups = [NodeGroup(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     with contextlib.suppress(Exception):  # a Ray client, or a cluster without an autoscaler, knows of none
         for group in ray._private.state.state.get_cluster_config().node_group_configs:
             if group.max_count:
-                there.append(NodeGroup(dict(group.resources), math.inf if group.max_count < 0 else group.max_count))
-    return there
-
-
-class ServeError(RuntimeError):
-    """Serving cannot start as asked; the message says what was found and what to do."""
+                groups.append(NodeGroup(dict(group.resources), math.inf if group.max_count < 0 else group.max_count))
+    return groups
 
 
 def locate_directory(model: str, settings: Tracking | None = None) -> str:
@@ -90,7 +92,7 @@ def locate_directory(model: str, settings: Tracking | None = None) -> str:
 
 
 def locate_servable(model: ModelSettings) -> str:
-    """`locate`, of a model that can be held as asked. Raises ServeError too where it cannot."""
+    """`locate_directory` of a model that can be sharded as its settings ask. Raises ServeError too where it cannot."""
     source = locate_directory(model.model, model.tracking)
     try:
         require_heads(model, source)
@@ -100,7 +102,7 @@ def locate_servable(model: ModelSettings) -> str:
 
 
 def require_port(host: str, port: int) -> None:
-    """Raises ServeError when somebody listens at the port already."""
+    """Raises ServeError when another process listens at the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,5 +1,5 @@
-"""New versions behind aliases: models:/name@alias is looked up again and again, and a new version takes over when it
-answers. The old one finishes what it has begun, so no request is dropped; both need room for that time."""
+"""Rollout of new model versions: models:/name@alias is resolved again and again, and a new version takes over when it
+answers. The old one drains, so no request is dropped; both need room for that time."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-SETTLE_SECONDS = 2.0  # seconds in which requests that were on their way to the old version still reach it
+SETTLE_SECONDS = 2.0  # requests that were sent to the old version reach it within so long
 
 
 @dataclass
 class RolloutController:
-    """The decisions, apart from Ray: what is placed where, and what a look at the registry changes.
+    """Which application serves each model, and how a new version replaces it; without Ray, by what it is given.
 
-    locate(model) is its present source; place(model, source) starts a version and waits until it answers, and leaves
+    locate(model) is its present source; start(model, source) starts a version and waits until it answers, and leaves
     nothing behind when it does not; announce(table) tells every ingress; remove(application) ends a version when it has
     nothing left to do.
     """
 
     models: tuple[ModelSettings, ...]
-    placed: dict[str, ModelApplication]
+    applications: dict[str, ModelApplication]
     locate: Callable[[ModelSettings], str]
-    start_model: Callable[[ModelSettings, str], ModelApplication]
+    start: Callable[[ModelSettings, str], ModelApplication]
     announce: Callable[[dict[str, str]], None]
     remove: Callable[[str], None]
     settle: float = SETTLE_SECONDS
 
     @property
     def table(self) -> dict[str, str]:
-        return {name: placed.application for name, placed in self.placed.items()}
+        return {name: one.application for name, one in self.applications.items()}
 
-    def look(self) -> list[str]:
+    def reconcile(self) -> list[str]:
         """Roll out what has a new version; the names of those models. A version that does not come up changes nothing
-        and is tried again at the next look."""
+        and is tried again the next time."""
         changed = []
         for model in self.models:
             if not follows_alias(model.model):
                 continue
-            old = self.placed[model.name]
+            old = self.applications[model.name]
             try:
                 source = self.locate(model)
                 if source == old.source:
                     continue
                 log.info("%s is now at %s, was at %s: rolling out", model.model, source, old.source)
-                new = self.place(model, source)
+                new = self.start(model, source)
             except Exception:
                 log.exception("%s stays at %s: its new version did not come up", model.model, old.source)
                 continue
-            self.placed[model.name] = new
+            self.applications[model.name] = new
             self._announce()
             time.sleep(self.settle)
             self.remove(old.application)
@@ -68,7 +68,7 @@ class RolloutController:
         return changed
 
     def _announce(self) -> None:
-        """Until all have heard it: a lost ingress is replaced by one that asks by itself."""
+        """Again until every ingress has confirmed: a lost one is replaced by one that asks by itself."""
         while True:
             try:
                 self.announce(self.table)
@@ -84,19 +84,19 @@ def follows_alias(model: str) -> bool:
 
 
 class AliasWatcher:
-    """The deployment that looks."""
+    """The deployment that runs a `RolloutController` every `seconds`."""
 
     def __init__(
-        self, settings: ServeSettings, placed: dict[str, ModelApplication], ingress: str, seconds: float
+        self, settings: ServeSettings, applications: dict[str, ModelApplication], ingress: str, seconds: float
     ) -> None:
         from ray import serve
 
         def announce(table: dict[str, str]) -> None:
             serve.get_deployment_handle(INGRESS, ingress).broadcast("switch", table).results(timeout_s=60)
 
-        self._rollouts = RolloutController(
+        self._controller = RolloutController(
             settings.models,
-            placed,
+            applications,
             locate_servable,
             lambda model, source: start_model(model, source, settings.name),
             announce,
@@ -107,12 +107,12 @@ class AliasWatcher:
 
     def table(self) -> dict[str, str]:
         """The application of each model, for an ingress that starts later."""
-        return self._rollouts.table
+        return self._controller.table
 
     def _run(self) -> None:
         while True:
             time.sleep(self._seconds)
             try:
-                self._rollouts.look()
+                self._controller.reconcile()
             except Exception:
                 log.exception("looking for new versions failed; it goes on")

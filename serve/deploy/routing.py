@@ -9,15 +9,15 @@ from ray.serve.request_router import LocalityMixin, MultiplexMixin, PendingReque
 from calumma.model.document import Document, Text
 from calumma.serve.protocol import GenerationRequest
 
-PREFIX_LENGTH = 512  # characters, or token ids, at the front of a prompt that decide
-MAX_IMBALANCE = 4  # requests by which the preferred replica may be busier than the least busy one
+PREFIX_LENGTH = 512  # of a prompt that the choice depends on: characters, or token ids
+MAX_IMBALANCE = 4  # requests that the preferred replica may have beyond the least busy one
 
 
-def prefix_key(job: GenerationRequest) -> bytes:
+def prefix_key(request: GenerationRequest) -> bytes:
     """Equal for prompts that begin alike: the same system text, the same first images, later turns of one chat."""
     digest = hashlib.sha256()
     left = PREFIX_LENGTH
-    for part in job.prompt.segments if isinstance(job.prompt, Document) else (job.prompt,):
+    for part in request.prompt.segments if isinstance(request.prompt, Document) else (request.prompt,):
         if isinstance(part, tuple):
             digest.update(repr(part[:left]).encode())
             break
@@ -47,16 +47,16 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     ) -> list[list[RunningReplica]]:
         if not candidate_replicas:
             return []
-        job = pending_request.args[0] if pending_request and pending_request.args else None
-        if not isinstance(job, GenerationRequest) or len(candidate_replicas) == 1:
+        request = pending_request.args[0] if pending_request and pending_request.args else None
+        if not isinstance(request, GenerationRequest) or len(candidate_replicas) == 1:
             return [candidate_replicas]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        first = by_name[preferred_replica(prefix_key(job), list(by_name))]
+        first = by_name[preferred_replica(prefix_key(request), list(by_name))]
         others = [replica for replica in candidate_replicas if replica is not first]
         return [candidate_replicas] if self._busy(first, others) else [[first], others]
 
     def _busy(self, first: RunningReplica, others: list[RunningReplica]) -> bool:
-        """By the queue lengths that are known; one that is not is taken for empty."""
+        """By the known queue lengths; an unknown one counts as empty."""
 
         def length(replica: RunningReplica) -> int:
             return self.replica_queue_len_cache.get(replica.replica_id) or 0

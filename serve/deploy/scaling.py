@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def replicas_wanted(requests: float, queued_tokens: float, per_replica: float, tokens_per_replica: float) -> float:
-    """Enough for the requests under way, and for the prompts in line: long prompts fill a replica before their number
-    does."""
+    """Enough for the ongoing requests, and for the queued prompt tokens: long prompts fill a replica before their
+    number does."""
     return max(requests / per_replica, queued_tokens / tokens_per_replica)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from fastapi import FastAPI
 
-from calumma.serve.http.access import middleware
+from calumma.serve.http.access.middleware import AccessMiddleware
 from calumma.serve.http.context import ServingContext
 from calumma.serve.http.endpoints.chat import add_chat
 from calumma.serve.http.endpoints.completions import add_completions
@@ -19,17 +19,17 @@ from calumma.serve.settings import ServeSettings
 
 
 def create_app(backends: Backend | Mapping[str, Backend], settings: ServeSettings) -> FastAPI:
-    """The application that answers over HTTP with what the backends generate; one alone is the settings' first model.
+    """The application over the backends, by the model's name; one alone is that of the settings' first model.
 
     Raises ValueError when the settings name a safety policy that cannot be made.
     """
-    served = ServingContext(backends if isinstance(backends, Mapping) else {settings.name: backends}, settings)
+    context = ServingContext(backends if isinstance(backends, Mapping) else {settings.name: backends}, settings)
     app = FastAPI(title="calumma", docs_url=None, redoc_url=None)
-    app.add_middleware(middleware.Gate, metrics=served.metrics, settings=settings)
+    app.add_middleware(AccessMiddleware, metrics=context.metrics, settings=settings)
     add_error_handlers(app)
-    add_status(app, served)
-    add_chat(app, served)
-    add_completions(app, served)
-    add_images(app, served)
-    add_tokenizer(app, served)
+    add_status(app, context)
+    add_chat(app, context)
+    add_completions(app, context)
+    add_images(app, context)
+    add_tokenizer(app, context)
     return app

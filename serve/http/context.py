@@ -5,28 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from calumma.serve import safety
-from calumma.serve.http import moderation, streams
 from calumma.serve.http.image_loader import ImageLoader
 from calumma.serve.http.metrics import Metrics
-from calumma.serve.http.streams import GenerationOutput, OutputStream
+from calumma.serve.http.moderation import moderated
+from calumma.serve.http.streams import GenerationOutput, collect, metered
 from calumma.serve.http.wire.errors import APIError
-from calumma.serve.protocol import Backend, GenerationRequest
+from calumma.serve.protocol import Backend, GenerationRequest, OutputStream
+from calumma.serve.safety import load_policy
 from calumma.serve.settings import ModelSettings, ServeSettings
 
 
 class ServingContext:
-    """The models of an endpoint, and what a request goes through on its way to one of them and back."""
+    """The served models, and what every generation goes through: limits, the safety policy, metrics."""
 
     def __init__(self, backends: Mapping[str, Backend], settings: ServeSettings) -> None:
+        """backends: by the model's name. Raises ValueError on a safety policy that cannot be made."""
         self.settings, self.metrics = settings, Metrics()
         self.backends = backends
         self.models = {model.name: model for model in settings.models}
-        self.pictures = ImageLoader(settings.limits, settings.remote_images)
-        self._policy = safety.policy_of(settings.safety)
+        self.image_loader = ImageLoader(settings.limits, settings.remote_images)
+        self._policy = load_policy(settings.safety)
 
     def model(self, name: str | None) -> ModelSettings:
-        """The model a request names; the first one where it names none. Raises WireError 404."""
+        """The model a request names; the first one where it names none. Raises APIError 404."""
         found = self.models.get(name or self.settings.name)
         if found is None:
             known = ", ".join(repr(one) for one in self.models)
@@ -38,32 +39,31 @@ class ServingContext:
             )
         return found
 
-    def begin(self, job: GenerationRequest, model: str) -> OutputStream:
-        """The answer to a job, under the safety policy, the deadline and the eyes of the metrics."""
-        pieces = moderation.guarded(job, self.backends[model].generate, self._policy)
-        return streams.watched(pieces, self.metrics, model, self.settings.limits.seconds)
+    def generate(self, request: GenerationRequest, model: str) -> OutputStream:
+        """The output of a request to a model, under the safety policy and the deadline, and measured."""
+        stream = moderated(request, self.backends[model].generate, self._policy)
+        return metered(stream, self.metrics, model, self.settings.limits.seconds)
 
-    def limited(self, tokens: int | None, param: str) -> int | None:
-        """The most tokens an answer may have. Raises WireError on more than the server allows."""
+    async def generate_all(self, requests: list[GenerationRequest], model: str) -> list[GenerationOutput]:
+        """The whole outputs of several requests at once; the first failure stops the others. Raises APIError."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(collect(self.generate(request, model))) for request in requests]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    def max_tokens(self, asked: int | None, param: str) -> int | None:
+        """The most tokens an output may have. Raises APIError on more than the server allows."""
         most = self.settings.limits.tokens
-        if most is not None and tokens is not None and tokens > most:
-            raise APIError(f"an answer may have {most} tokens here, {tokens} were asked for", param=param)
-        return most if tokens is None else tokens
+        if most is not None and asked is not None and asked > most:
+            raise APIError(f"an answer may have {most} tokens here, {asked} were asked for", param=param)
+        return most if asked is None else asked
 
-    def require_choices(self, number: int, stops: int = 0) -> None:
-        """Raises WireError on more answers, or stop strings, than a request may ask for."""
+    def require_choices(self, choices: int, stops: int = 0) -> None:
+        """Raises APIError on more choices, or stop strings, than a request may ask for."""
         limits = self.settings.limits
-        if number > limits.choices:
-            raise APIError(f"a request may ask for {limits.choices} answers here, found {number}", param="n")
+        if choices > limits.choices:
+            raise APIError(f"a request may ask for {limits.choices} answers here, found {choices}", param="n")
         if stops > limits.stops:
             raise APIError(f"a request may have {limits.stops} stop strings here, found {stops}", param="stop")
-
-
-async def generate_all(served: ServingContext, jobs: list[GenerationRequest], model: str) -> list[GenerationOutput]:
-    """The answers to several jobs at once; the first failure stops the others and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(streams.collected(served.begin(job, model))) for job in jobs]
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]

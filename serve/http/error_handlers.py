@@ -9,17 +9,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from calumma.serve.http.access import middleware
-from calumma.serve.http.access.middleware import error_response
-from calumma.serve.http.wire import errors
-from calumma.serve.http.wire.errors import APIError
+from calumma.serve.http.access.middleware import TOO_LARGE, error_response
+from calumma.serve.http.wire.errors import APIError, describe_errors
 
 log = logging.getLogger(__name__)
 
 
 def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(APIError)
-    async def wire_error(request: Request, error: APIError) -> Response:
+    async def api_error(request: Request, error: APIError) -> Response:
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
@@ -32,7 +30,7 @@ def add_error_handlers(app: FastAPI) -> None:
             404: f"there is nothing at {request.url.path}; the API is below /v1, the playground at /",
             405: f"{request.url.path} does not take {request.method}",
         }
-        code = middleware.CODE if error.status_code == 413 else None
+        code = TOO_LARGE if error.status_code == 413 else None
         message = messages.get(error.status_code, str(error.detail))
         return error_response(APIError(message, status=error.status_code, code=code))
 
@@ -50,5 +48,5 @@ def _validation(request: Request, error: RequestValidationError) -> APIError:
         if "json" not in request.headers.get("content-type", ""):
             return APIError("send the body as JSON, with the header Content-Type: application/json")
         return APIError("the body must be a JSON object")
-    message, param = errors.describe_errors(error.errors())
+    message, param = describe_errors(error.errors())
     return APIError(message, param=param, code="invalid_value")

@@ -50,14 +50,14 @@ class ImageLoader:
         self._limits, self._remote, self._public = limits, remote, public
 
     def read(self, url: str, param: str) -> bytes:
-        """The encoded image at a URL, proven to be one by decoding it. Blocks. Raises WireError."""
+        """The encoded image at a URL, proven to be one by decoding it. Blocks. Raises APIError."""
         remote = url[:8].lower().startswith(("http://", "https://"))
-        data = self._fetch(url, param) if remote else from_data_url(url, param)
+        data = self._fetch(url, param) if remote else _from_data_url(url, param)
         self._check(data, param)
         return data
 
-    def require_number(self, number: int, param: str) -> None:
-        """Raises WireError on more images than a prompt may have."""
+    def require_count(self, number: int, param: str) -> None:
+        """Raises APIError on more images than a prompt may have."""
         if number > self._limits.images:
             raise APIError(
                 f"the prompt has {number} images; this server takes {self._limits.images}", param=param, code="too_many"
@@ -80,7 +80,7 @@ class ImageLoader:
         except UnreadableImage as error:
             raise APIError(f"the image part is {error}", param=param, code="invalid_image") from error
 
-    # ---- remote images
+    # ---- images by URL
 
     def _fetch(self, url: str, param: str) -> bytes:
         if not self._remote.hosts:
@@ -97,7 +97,7 @@ class ImageLoader:
         here = url
         for _ in range(self._remote.redirects + 1):
             try:
-                found = self._one(here, end)
+                found = self._get(here, end)
             except _FetchRefused as error:
                 refuse(str(error))
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -107,7 +107,7 @@ class ImageLoader:
             here = urljoin(here, found)
         refuse(f"more than {self._remote.redirects} redirects")
 
-    def _one(self, url: str, end: float) -> bytes | str:
+    def _get(self, url: str, end: float) -> bytes | str:
         """The body at a URL, or where it redirects to."""
         parts = urlsplit(url)
         address, port = self._address(parts)
@@ -137,7 +137,7 @@ class ImageLoader:
         return bytes(data)
 
     def _address(self, parts: SplitResult) -> tuple[str, int]:
-        """The checked address to connect to. Raises _Forbidden; OSError when the name has none."""
+        """The checked address to connect to. Raises _FetchRefused; OSError when the name has none."""
         host = (parts.hostname or "").rstrip(".")
         if parts.scheme not in ("http", "https") or parts.username or parts.password or not host:
             raise _FetchRefused("only plain http and https URLs are fetched")
@@ -151,7 +151,7 @@ class ImageLoader:
 
 
 class _FetchRefused(Exception):
-    """A fetch that is not done; the message says why."""
+    """An image that is not fetched; the message says why."""
 
 
 class _PinnedConnection(http.client.HTTPConnection):
@@ -169,8 +169,8 @@ class _PinnedConnection(http.client.HTTPConnection):
         self.sock = plain if context is None else context.wrap_socket(plain, server_hostname=self.host)
 
 
-def from_data_url(url: str, param: str) -> bytes:
-    """What a base64 data URL holds. Raises WireError."""
+def _from_data_url(url: str, param: str) -> bytes:
+    """What a base64 data URL holds. Raises APIError."""
     header, comma, payload = url.partition(",")
     if not header.startswith("data:") or not comma:
         raise APIError(

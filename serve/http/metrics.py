@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus: requests, tokens and latencies of this ingress, and numbers of its engines."""
+"""What `/metrics` shows Prometheus: requests, tokens and latencies of this ingress, and statistics of its engines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 
-EngineStatistics = dict[tuple[str, str], dict[str, float]]  # (model, replica) -> numbers
+EngineStatistics = dict[tuple[str, str], dict[str, float]]  # (model, replica) -> statistics by name
 
-# Numbers of an engine that only grow; all others go up and down.
+# Statistics of an engine that only grow; all others go up and down.
 COUNTERS = {
     "text_tokens": "Text tokens sampled",
     "image_tokens": "Image tokens sampled",
@@ -47,7 +47,7 @@ GAUGES = {
 
 
 class Metrics:
-    """`engines` are this ingress's last known numbers; the endpoint renews them before it shows the page."""
+    """engines: the last known statistics; the /metrics endpoint refreshes them before it shows the page."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -90,11 +90,11 @@ class Metrics:
     def page(self) -> bytes:
         return generate_latest(self._registry)
 
-    def finished(self, endpoint: str, status: int, seconds: float) -> None:
+    def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
-    def answering(self, model: str) -> GenerationTimer:
+    def time_generation(self, model: str) -> GenerationTimer:
         return GenerationTimer(self, model)
 
     def _count(self, model: str, direction: str, count: TokenCount) -> None:
@@ -103,7 +103,7 @@ class Metrics:
 
 
 class GenerationTimer:
-    """Takes the times of one answer."""
+    """Measures one generation from its request to its end."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics, self._model = metrics, model
@@ -119,7 +119,7 @@ class GenerationTimer:
         self._metrics._count(self._model, "prompt", count)
 
     def token(self) -> None:
-        """Something of the answer is there."""
+        """Some of the output is there."""
         if self._first is None:
             self._first = time.monotonic()
             self._metrics._first.labels(self._model).observe(self._first - self._begin)
@@ -128,17 +128,17 @@ class GenerationTimer:
         self._metrics._images.labels(self._model).inc()
         self._metrics._image.labels(self._model).observe(seconds)
 
-    def answer(self, count: TokenCount) -> None:
+    def completion(self, count: TokenCount) -> None:
         self._metrics._count(self._model, "answer", count)
         if self._first is not None and count.total > 1:
             self._metrics._token.labels(self._model).observe((time.monotonic() - self._first) / (count.total - 1))
 
-    def ended(self, how: str) -> None:
-        self._metrics._ended.labels(self._model, how).inc()
+    def ended(self, end: str) -> None:
+        self._metrics._ended.labels(self._model, end).inc()
 
 
 class _EngineCollector(Collector):
-    """Each number of each engine as `calumma_engine_…`, by model and replica."""
+    """Each statistic of each engine as `calumma_engine_…`, by model and replica."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

@@ -1,10 +1,14 @@
-"""The safety policy over a stream of outputs: the prompt before it reaches the model, the output before it is sent."""
+"""The safety policy over a stream of outputs: the prompt before it reaches the model, the output before it is sent.
+
+Text of an output is held back to the end of a word, so that a policy sees whole words; previews of unfinished images,
+which no policy could judge, are not sent while there is one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Literal
@@ -17,6 +21,7 @@ from calumma.serve.protocol import (
     ImageOutput,
     ImageProgress,
     OutputEvent,
+    OutputStream,
     RequestFailed,
     Started,
     TextDelta,
@@ -24,82 +29,82 @@ from calumma.serve.protocol import (
 )
 from calumma.serve.safety import Policy, PolicyInput
 
-OutputStream = AsyncGenerator[OutputEvent, None]
-
 
 async def moderated(
-    job: GenerationRequest, generate: Callable[[GenerationRequest], OutputStream], policy: Policy | None
+    request: GenerationRequest, generate: Callable[[GenerationRequest], OutputStream], policy: Policy | None
 ) -> OutputStream:
-    """What `generate` answers to the job, under the policy. The prompt of token ids is shown as text when it starts."""
+    """What `generate` makes of the request, under the policy. A prompt of token ids is shown to it as text, which is
+    known when the request has started."""
     if policy is None:
-        async with aclosing(generate(job)) as pieces:
-            async for piece in pieces:
-                yield piece
+        async with aclosing(generate(request)) as events:
+            async for event in events:
+                yield event
         return
-    asked = replace(job, previews=0)
-    if isinstance(job.prompt, Document):
-        if (why := await _ask_policy(policy, "prompt", job.prompt)) is not None:
+    passed = replace(request, previews=0)
+    if isinstance(request.prompt, Document):
+        if (reason := await _ask_policy(policy, "prompt", request.prompt)) is not None:
             yield Started(TokenCount())
-            yield ContentFiltered(why)
+            yield ContentFiltered(reason)
             return
     else:
-        asked = replace(asked, echo=True)
-    guard = _OutputFilter(policy)
-    async with aclosing(generate(asked)) as pieces:
-        async for piece in pieces:
-            if isinstance(piece, Started) and piece.echo is not None:
-                why = await _ask_policy(policy, "prompt", Document((Text(piece.echo.text),)))
-                if why is not None:
-                    yield Started(piece.prompt)
-                    yield ContentFiltered(why)
+        passed = replace(passed, echo=True)
+    output_filter = _OutputFilter(policy)
+    async with aclosing(generate(passed)) as events:
+        async for event in events:
+            if isinstance(event, Started) and event.echo is not None:
+                reason = await _ask_policy(policy, "prompt", Document((Text(event.echo.text),)))
+                if reason is not None:
+                    yield Started(event.prompt)
+                    yield ContentFiltered(reason)
                     return
-                piece = piece if job.echo else Started(piece.prompt)
-            for checked in await guard.take(piece):
+                event = event if request.echo else Started(event.prompt)
+            for checked in await output_filter.push(event):
                 yield checked
                 if isinstance(checked, ContentFiltered):
                     return
 
 
 class _OutputFilter:
-    """Holds an answer's text back to the end of a word, and asks the policy about all that is to be sent."""
+    """Holds an output's text back to the end of a word, and asks the policy about all that is to be sent."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._sent: list[Segment] = []
-        self._held = TextDelta("")
-        self._count = TokenCount()
+        self._pending = TextDelta("")
+        self._completion = TokenCount()
 
-    async def take(self, piece: OutputEvent) -> list[OutputEvent]:
-        match piece:
+    async def push(self, event: OutputEvent) -> list[OutputEvent]:
+        """What may be sent once the event is there; after ContentFiltered nothing more."""
+        match event:
             case TextDelta():
-                self._held = TextDelta(self._held.text + piece.text, self._held.tokens + piece.tokens)
-                return await self._release(_end_of_words(self._held.text))
+                self._pending = TextDelta(self._pending.text + event.text, self._pending.tokens + event.tokens)
+                return await self._release(_end_of_words(self._pending.text))
             case ImageOutput(png):
-                before = await self._release(len(self._held.text))
+                before = await self._release(len(self._pending.text))
                 if before and isinstance(before[-1], ContentFiltered):
                     return before
-                why = await self._ask(Image(png))
-                return [*before, piece if why is None else ContentFiltered(why, self._count)]
+                reason = await self._ask(Image(png))
+                return [*before, event if reason is None else ContentFiltered(reason, self._completion)]
             case Finished() | RequestFailed():
-                self._count = piece.answer if isinstance(piece, Finished) else self._count
-                before = await self._release(len(self._held.text), last=True)
-                return before if before and isinstance(before[-1], ContentFiltered) else [*before, piece]
+                self._completion = event.completion if isinstance(event, Finished) else self._completion
+                before = await self._release(len(self._pending.text), last=True)
+                return before if before and isinstance(before[-1], ContentFiltered) else [*before, event]
             case ImageProgress():
-                return [replace(piece, preview=None)]
-        return [piece]
+                return [replace(event, preview=None)]
+        return [event]
 
     async def _release(self, characters: int, last: bool = False) -> list[OutputEvent]:
-        """The first characters of what is held, with the tokens that go with them."""
-        held = self._held
-        if not characters and not (last and held.tokens):
+        """The first characters of what is pending, with the tokens that go with them."""
+        pending = self._pending
+        if not characters and not (last and pending.tokens):
             return []
-        why = await self._ask(Text(held.text[:characters]))
-        if why is not None:
-            return [ContentFiltered(why, self._count)]
-        whole = characters == len(held.text)
-        now, later = (held.tokens, ()) if whole else ((), held.tokens)
-        self._held = TextDelta(held.text[characters:], later)
-        return [TextDelta(held.text[:characters], now)]
+        reason = await self._ask(Text(pending.text[:characters]))
+        if reason is not None:
+            return [ContentFiltered(reason, self._completion)]
+        whole = characters == len(pending.text)
+        now, later = (pending.tokens, ()) if whole else ((), pending.tokens)
+        self._pending = TextDelta(pending.text[characters:], later)
+        return [TextDelta(pending.text[:characters], now)]
 
     async def _ask(self, segment: Segment) -> str | None:
         self._sent.append(segment)
@@ -112,5 +117,5 @@ def _end_of_words(text: str) -> int:
 
 
 async def _ask_policy(policy: Policy, stage: Literal["prompt", "answer"], document: Document) -> str | None:
-    """The policy may take its time, or look at pictures: it runs on a thread."""
+    """The policy may take its time, or look at images: it runs on a thread."""
     return await asyncio.to_thread(policy, PolicyInput(stage, document))

@@ -19,20 +19,20 @@ SEPARATOR = "\n"
 DATA_URLS_ONLY = ImageLoader(Limits(), RemoteImages())
 
 
-def chat_prompt(request: ChatRequest, pictures: ImageLoader = DATA_URLS_ONLY) -> Document:
+def chat_prompt(request: ChatRequest, loader: ImageLoader = DATA_URLS_ONLY) -> Document:
     """The conversation so far. System text becomes the head of the user's turn it stands before. Decodes every image.
 
-    Blocks when images are fetched. Raises WireError that names the message and part.
+    Blocks when images are fetched. Raises APIError that names the message and part.
     """
     segments: list[Segment] = []
     number = sum(isinstance(part, ImagePart) for message in request.messages for part in message.body)
-    pictures.require_number(number, "messages")
+    loader.require_count(number, "messages")
     for index, message in enumerate(request.messages):
         where = f"messages[{index}]"
         role: Role = "assistant" if message.role == "assistant" else "user"
         if role == "assistant" and not segments:
             raise APIError("the conversation must begin with a user message", param=f"{where}.role")
-        new = _segments(message, role, where, pictures)
+        new = _segments(message, role, where, loader)
         if not new:
             raise APIError("the message is empty", param=f"{where}.content")
         if segments and segments[-1].role == role and isinstance(new[0], Text):
@@ -43,14 +43,14 @@ def chat_prompt(request: ChatRequest, pictures: ImageLoader = DATA_URLS_ONLY) ->
     return Document(without_layout(_joined(segments)))
 
 
-def _segments(message: Message, role: Role, where: str, pictures: ImageLoader) -> list[Segment]:
+def _segments(message: Message, role: Role, where: str, loader: ImageLoader) -> list[Segment]:
     segments: list[Segment] = []
     for index, part in enumerate(message.body):
         here = f"{where}.{message.field}[{index}]"
         if isinstance(part, ImagePart):
             if message.role in ("system", "developer"):
                 raise APIError(f"a {message.role} message holds text only", param=here)
-            segments.append(Image(pictures.read(part.image_url.url, f"{here}.image_url.url"), role=role))
+            segments.append(Image(loader.read(part.image_url.url, f"{here}.image_url.url"), role=role))
         elif part.text:
             segments.append(Text(well_formed(part.text, f"{here}.text"), role))
     return segments
@@ -69,17 +69,17 @@ def _joined(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def plain_prompt(text: str) -> Document:
-    """A document to go on with: no roles. Raises WireError."""
+    """A document to continue: no roles. Raises APIError."""
     return Document((Text(well_formed(text, "prompt")),) if text else ())
 
 
 def image_prompt(text: str) -> Document:
-    """A user's turn that asks for an image. Raises WireError."""
+    """A user's turn that asks for an image. Raises APIError."""
     return Document((Text(well_formed(text, "prompt"), "user"),))
 
 
 def well_formed(text: str, param: str) -> str:
-    """JSON may carry half a surrogate pair, which is no character. Raises WireError."""
+    """JSON may carry half a surrogate pair, which is no character. Raises APIError."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -114,10 +114,10 @@ def sampling_params(request: SamplingFields, modalities: Collection[str], defaul
     )
 
 
-def expand_choices(job: GenerationRequest, number: int) -> list[GenerationRequest]:
-    """The same job so many times, each with an id of its own and, where there is a seed, the next one."""
-    jobs = [replace(job, id=f"{job.id}-{k}") for k in range(number)]
-    seed = job.params.seed
+def expand_choices(request: GenerationRequest, n: int) -> list[GenerationRequest]:
+    """`n` requests of equal prompts, each with an id of its own and, where there is a seed, the next one."""
+    choices = [replace(request, id=f"{request.id}-{k}") for k in range(n)]
+    seed = request.params.seed
     if seed is None:
-        return jobs
-    return [replace(one, params=replace(one.params, seed=seed + k)) for k, one in enumerate(jobs)]
+        return choices
+    return [replace(one, params=replace(one.params, seed=seed + k)) for k, one in enumerate(choices)]

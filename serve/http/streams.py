@@ -1,11 +1,11 @@
-"""Streams of output events: measured, collected, merged, and sent as server-sent events."""
+"""Streams of output events: metered, collected, merged, and sent as server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -22,42 +22,42 @@ from calumma.serve.protocol import (
     ImageOutput,
     ImageProgress,
     OutputEvent,
+    OutputStream,
     RequestFailed,
     Started,
     TextDelta,
     Token,
     TokenCount,
 )
-from calumma.serve.settings import ModelSettings
 
-OutputStream = AsyncGenerator[OutputEvent, None]
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-EndWriter = Callable[[TokenCount], list[bytes]]
-EventWriter = Callable[[int, OutputEvent], list[bytes]]
+EventWriter = Callable[[int, OutputEvent], list[bytes]]  # (index of the choice, event) -> server-sent events
+EndWriter = Callable[[TokenCount], list[bytes]]  # completion tokens of all choices -> the last server-sent events
 
 
 @dataclass(frozen=True)
 class ResponseMetadata:
-    """What every response and chunk of a request carries."""
+    """What every response and chunk of an HTTP request carries. created: Unix time."""
 
     id: str
     model: str
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def new_metadata(kind: str, model: ModelSettings) -> ResponseMetadata:
-    return ResponseMetadata(f"{kind}-{uuid.uuid4().hex}", model.name)
+def new_metadata(kind: str, model: str) -> ResponseMetadata:
+    return ResponseMetadata(f"{kind}-{uuid.uuid4().hex}", model)
 
 
 @dataclass
 class GenerationOutput:
-    """A whole answer: texts and PNG files in their order; what of the prompt is echoed, and log-probabilities."""
+    """The whole output of one request: texts and PNG files in their order, what of the prompt is echoed, tokens with
+    log-probabilities, counts."""
 
     parts: list[str | bytes] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     echo: TextDelta | None = None
     prompt: TokenCount = field(default_factory=TokenCount)
-    answer: TokenCount = field(default_factory=TokenCount)
+    completion: TokenCount = field(default_factory=TokenCount)
     reason: FinishReason = "stop"
     refusal: str | None = None
 
@@ -69,8 +69,9 @@ class GenerationOutput:
     def images(self) -> list[bytes]:
         return [part for part in self.parts if isinstance(part, bytes)]
 
-    def add(self, piece: OutputEvent) -> None:
-        match piece:
+    def add(self, event: OutputEvent) -> None:
+        """Raises APIError when the request failed."""
+        match event:
             case Started(prompt, echo):
                 self.prompt, self.echo = prompt, echo
             case TextDelta(text, tokens):
@@ -81,92 +82,92 @@ class GenerationOutput:
                     self.parts.append(text)
             case ImageOutput(png):
                 self.parts.append(png)
-            case Finished(reason, answer):
-                self.reason, self.answer = reason, answer
-            case ContentFiltered(message, answer):
-                self.reason, self.refusal, self.answer = "content_filter", message, answer
+            case Finished(reason, completion):
+                self.reason, self.completion = reason, completion
+            case ContentFiltered(message, completion):
+                self.reason, self.refusal, self.completion = "content_filter", message, completion
             case RequestFailed():
-                raise_failure(piece)
+                raise_failure(event)
 
 
-def raise_failure(piece: RequestFailed) -> NoReturn:
-    raise APIError(piece.message, status=piece.status, param=piece.param, code=piece.code)
+def raise_failure(event: RequestFailed) -> NoReturn:
+    raise APIError(event.message, status=event.status, param=event.param, code=event.code)
 
 
-async def metered(pieces: OutputStream, metrics: Metrics, model: str, seconds: float) -> OutputStream:
-    """The same pieces, counted as they pass; refused when the answer is not whole after so many seconds."""
-    watch = metrics.answering(model)
-    end = asyncio.get_running_loop().time() + seconds
-    how = "abandoned"
+async def metered(stream: OutputStream, metrics: Metrics, model: str, seconds: float) -> OutputStream:
+    """The same events, measured as they pass; the request fails when its output is not whole after so many seconds."""
+    timer = metrics.time_generation(model)
+    deadline = asyncio.get_running_loop().time() + seconds
+    end = "abandoned"
     try:
-        with watch.running():
-            async with aclosing(pieces):
+        with timer.running():
+            async with aclosing(stream):
                 while True:
                     try:
-                        async with asyncio.timeout_at(end):
-                            piece = await anext(pieces)
+                        async with asyncio.timeout_at(deadline):
+                            event = await anext(stream)
                     except StopAsyncIteration:
                         return
                     except TimeoutError:
-                        how = "late"
+                        end = "late"
                         yield RequestFailed(
                             504, f"the answer was not ready after {seconds:g} s, the most this server allows",
                             code="deadline_exceeded",
                         )  # fmt: skip
                         return
-                    if isinstance(piece, TextDelta | ImageOutput | ImageProgress):
-                        watch.token()
-                    match piece:
+                    if isinstance(event, TextDelta | ImageOutput | ImageProgress):
+                        timer.token()
+                    match event:
                         case Started(prompt):
-                            watch.prompt(prompt)
+                            timer.prompt(prompt)
                         case ImageOutput(_, took):
-                            watch.image(took)
-                        case Finished(reason, answer):
-                            how = reason
-                            watch.answer(answer)
-                        case ContentFiltered(_, answer):
-                            how = "declined"
-                            watch.answer(answer)
+                            timer.image(took)
+                        case Finished(reason, completion):
+                            end = reason
+                            timer.completion(completion)
+                        case ContentFiltered(_, completion):
+                            end = "declined"
+                            timer.completion(completion)
                         case RequestFailed(status):
-                            how = "refused" if status < 500 else "failed"
-                    yield piece
+                            end = "refused" if status < 500 else "failed"
+                    yield event
     finally:
-        watch.ended(how)
+        timer.ended(end)
 
 
-async def collect(pieces: OutputStream) -> GenerationOutput:
-    """Wait for the whole answer. Raises WireError when the job was refused or failed."""
-    answer = GenerationOutput()
-    async with aclosing(pieces):
-        async for piece in pieces:
-            answer.add(piece)
-    return answer
+async def collect(stream: OutputStream) -> GenerationOutput:
+    """Wait for the whole output. Raises APIError when the request failed."""
+    output = GenerationOutput()
+    async with aclosing(stream):
+        async for event in stream:
+            output.add(event)
+    return output
 
 
-async def wait_started(pieces: OutputStream) -> Started:
-    """Wait until the job is taken in, so that a refusal still becomes an HTTP status. Raises WireError."""
-    first = await anext(pieces)
+async def wait_started(stream: OutputStream) -> Started:
+    """Wait until the request is admitted, so that its failure still becomes an HTTP status. Raises APIError."""
+    first = await anext(stream)
     if isinstance(first, Started):
         return first
-    await pieces.aclose()
+    await stream.aclose()
     if isinstance(first, RequestFailed):
         raise_failure(first)
-    raise AssertionError(f"an answer began with {type(first).__name__}")
+    raise AssertionError(f"an output began with {type(first).__name__}")
 
 
 async def wait_all_started(streams: list[OutputStream]) -> list[Started]:
-    """`accepted` for several jobs at once; the first refusal closes the others. Raises WireError."""
-    found = await asyncio.gather(*(wait_started(pieces) for pieces in streams), return_exceptions=True)
+    """`wait_started` for several requests at once; the first failure closes the others. Raises APIError."""
+    found = await asyncio.gather(*map(wait_started, streams), return_exceptions=True)
     errors = [one for one in found if isinstance(one, BaseException)]
     if errors:
-        for pieces in streams:
-            await pieces.aclose()
+        for stream in streams:
+            await stream.aclose()
         raise errors[0]
     return [one for one in found if isinstance(one, Started)]
 
 
 async def merge(streams: list[OutputStream]) -> AsyncGenerator[tuple[int, OutputEvent], None]:
-    """The pieces of several answers as they come, with the answer's number. Closing it closes them all."""
+    """(index of the stream, event) of several streams as they come. Closing it closes them all."""
     pending: dict[asyncio.Task[OutputEvent], int] = {}
 
     def ask(index: int) -> None:
@@ -180,64 +181,60 @@ async def merge(streams: list[OutputStream]) -> AsyncGenerator[tuple[int, Output
             for task in sorted(done, key=pending.__getitem__):
                 index = pending.pop(task)
                 try:
-                    piece = task.result()
+                    event = task.result()
                 except StopAsyncIteration:
                     continue
-                yield index, piece
+                yield index, event
                 ask(index)
     finally:
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-        for pieces in streams:
-            await pieces.aclose()
+        for stream in streams:
+            await stream.aclose()
 
 
-def usage(prompt: TokenCount, answer: TokenCount) -> responses.Usage:
+def usage(prompt: TokenCount, completion: TokenCount) -> responses.Usage:
     return responses.Usage(
         prompt_tokens=prompt.total,
-        completion_tokens=answer.total,
-        total_tokens=prompt.total + answer.total,
+        completion_tokens=completion.total,
+        total_tokens=prompt.total + completion.total,
         prompt_tokens_details=responses.TokenDetails(text_tokens=prompt.text, image_tokens=prompt.image),
-        completion_tokens_details=responses.TokenDetails(text_tokens=answer.text, image_tokens=answer.image),
+        completion_tokens_details=responses.TokenDetails(text_tokens=completion.text, image_tokens=completion.image),
     )
 
 
+def total_usage(outputs: Sequence[GenerationOutput], n: int) -> responses.Usage:
+    """Each prompt counts once, whatever the number `n` of its choices."""
+    return usage(sum_tokens([one.prompt for one in outputs[::n]]), sum_tokens([one.completion for one in outputs]))
+
+
 def sum_tokens(counts: list[TokenCount]) -> TokenCount:
-    return TokenCount(sum(c.text for c in counts), sum(c.image for c in counts))
-
-
-def total_usage(answers: list[GenerationOutput], n: int) -> responses.Usage:
-    """Each of the prompts counts once, whatever the number `n` of its answers."""
-    return usage(sum_tokens([a.prompt for a in answers[::n]]), sum_tokens([a.answer for a in answers]))
+    return TokenCount(sum(count.text for count in counts), sum(count.image for count in counts))
 
 
 async def sse_stream(
-    streams: list[OutputStream],
-    first: list[bytes],
-    chunks: Callable[[int, OutputEvent], list[bytes]],
-    tail: Callable[[TokenCount], list[bytes]],
+    streams: list[OutputStream], first: list[bytes], write: EventWriter, write_end: EndWriter
 ) -> AsyncIterator[bytes]:
-    """Several answers as server-sent events: what comes first, what `chunks` writes for a piece of one of them, and
-    the `tail`, given all tokens.
+    """Several outputs as server-sent events: `first`, what `write` makes of each output event, then `write_end`.
 
     An error after the response has begun is an event, for its status is sent already. It ends the stream.
     """
     counts: list[TokenCount] = []
-    async with aclosing(merge(streams)) as pieces:
+    async with aclosing(merge(streams)) as events:
         if first:
             yield b"".join(first)
-        async for index, piece in pieces:
-            if isinstance(piece, RequestFailed):
-                error = APIError(piece.message, status=piece.status, param=piece.param, code=piece.code)
+        async for index, event in events:
+            if isinstance(event, RequestFailed):
+                error = APIError(event.message, status=event.status, param=event.param, code=event.code)
                 yield sse.error_event(error.body) + sse.END
                 return
-            if isinstance(piece, Finished | ContentFiltered):
-                counts.append(piece.answer)
-            if found := chunks(index, piece):
-                yield b"".join(found)
-        yield b"".join([*tail(sum_tokens(counts)), sse.END])
+            if isinstance(event, Finished | ContentFiltered):
+                counts.append(event.completion)
+            if written := write(index, event):
+                yield b"".join(written)
+        yield b"".join([*write_end(sum_tokens(counts)), sse.END])
 
 
-def streaming_response(sse_stream: AsyncIterator[bytes]) -> StreamingResponse:
-    return StreamingResponse(sse_stream, media_type="text/event-stream", headers=UNBUFFERED)
+def streaming_response(events: AsyncIterator[bytes]) -> StreamingResponse:
+    return StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED)

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment of an engine replica."""
+"""The Ray Serve deployment whose replicas each have an engine in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,78 +23,77 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 
-DRAIN_SECONDS = 10.0  # seconds, at most, until the streams of an engine that failed have said so
-FLUSH_SECONDS = 0.5  # seconds until what they said is on its way
+DRAIN_SECONDS = 10.0  # most time for the streams of a failed engine to report the failure
+FLUSH_SECONDS = 0.5  # until what they reported has left this process
 
 
 class EngineDeployment(EngineReplica):
-    """The Ray Serve deployment: an engine, in a process of its own, for the model directory at `source` (a path or
-    s3://…)."""
+    """An `EngineReplica` as Ray Serve makes it, of the model directory at `source` (a path or s3://…)."""
 
-    def __init__(self, settings: ModelSettings, source: str, coders: DeploymentHandle | None = None) -> None:
+    def __init__(self, settings: ModelSettings, source: str, image_coders: DeploymentHandle | None = None) -> None:
         from calumma.platform import cluster, tracking
         from calumma.serve.replica.image_coder import RemoteImageCoder
 
         processes = settings.min_replicas * settings.tensor_parallel
         threads = settings.threads or max(1, cluster.cores() // processes)
         torch.set_num_threads(threads)
-        self._ranks: WorkerGroup | None = None
+        self._workers: WorkerGroup | None = None
         with tracking.resolve_model(source, settings.tracking) as directory:
             if settings.tensor_parallel == 1:
                 engine = EngineProcess(settings, directory, threads)
             else:
-                self._ranks = WorkerGroup(settings, directory, threads)
-                engine = EngineProcess(settings, directory, threads, self._ranks.meeting, self._ranks.cause)
-                self._ranks.watch(engine.fail)
+                self._workers = WorkerGroup(settings, directory, threads)
+                engine = EngineProcess(settings, directory, threads, self._workers.rendezvous, self._workers.explain)
+                self._workers.watch(engine.fail)
             try:
                 model = load(directory, device_and_dtype(settings)[0], read=without_weights)
-                engine.started()
+                engine.wait_ready()
             except Exception as error:
                 engine.fail(error)
-                if self._ranks is not None:
-                    self._ranks.abandon()
+                if self._workers is not None:
+                    self._workers.kill()
                 raise
-        coder = None if coders is None else RemoteImageCoder(coders)
+        coder = None if image_coders is None else RemoteImageCoder(image_coders)
         super().__init__(
             model, settings.max_sequences, settings.max_queued, coder, engine, device_and_dtype(settings)[0]
         )
         self._streams = 0
-        threading.Thread(target=self._end_with, args=(engine,), daemon=True).start()
+        threading.Thread(target=self._exit_after, args=(engine,), daemon=True).start()
 
-    async def batches(self, job: GenerationRequest) -> AsyncGenerator[list[OutputEvent], None]:
+    async def generate_batches(self, request: GenerationRequest) -> AsyncGenerator[list[OutputEvent], None]:
         self._streams += 1
         try:
-            async with aclosing(super().batches(job)) as batches:
-                async for pieces in batches:
-                    yield pieces
+            async with aclosing(super().generate_batches(request)) as batches:
+                async for batch in batches:
+                    yield batch
         finally:
             self._streams -= 1
 
-    def _end_with(self, engine: EngineProcess) -> None:
-        """End when the engine has failed and its streams are told: Ray Serve replaces what is gone at once, but would
-        look three times at what is not well, and send it requests meanwhile."""
-        if engine.ended() is None:
+    def _exit_after(self, engine: EngineProcess) -> None:
+        """End this process when the engine has failed and its streams have reported it: Ray Serve replaces a lost
+        replica at once, but an unhealthy one only after three checks, and would send it requests meanwhile."""
+        if engine.wait_ended() is None:
             return
-        end = time.monotonic() + DRAIN_SECONDS
-        while self._streams and time.monotonic() < end:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self._streams and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(FLUSH_SECONDS)
         os._exit(1)
 
     def close(self) -> None:
         super().close()
-        if self._ranks is not None:
-            if self.loop.failure is None:
-                self._ranks.close()
+        if self._workers is not None:
+            if self.engine.failure is None:
+                self._workers.close()
             else:
-                self._ranks.abandon()
+                self._workers.kill()
 
     def __del__(self) -> None:
-        """Called by Ray Serve when the replica has answered what it had begun."""
-        if hasattr(self, "loop"):
+        """Called by Ray Serve when the replica has drained."""
+        if hasattr(self, "engine"):
             self.close()
 
     async def statistics(self) -> dict[str, dict[str, float]]:
         from ray import serve
 
-        return {serve.get_replica_context().replica_id.unique_id: self.loop.statistics()}
+        return {serve.get_replica_context().replica_id.unique_id: self.engine.statistics()}

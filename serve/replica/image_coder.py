@@ -10,7 +10,7 @@ import asyncio
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch
 from calumma.model.document import Document, Image
 from calumma.model.encoding import DocumentEncoder
 from calumma.model.image_tokenizer import ImageTokenizer, to_image
+from calumma.serve.settings import ModelSettings
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -70,22 +71,22 @@ class LocalImageCoder:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encoder.image_ids, images)
 
     async def decode(self, codes: Sequence[int]) -> bytes:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._file, list(codes))
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._png, list(codes))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     @torch.inference_mode()
-    def _file(self, codes: list[int]) -> bytes:
+    def _png(self, codes: list[int]) -> bytes:
         device = self._tokenizer.codebook.weight.device
         missing = self._tokenizer.config.codes_per_image - len(codes)
-        whole = codes + self._blank(len(codes)) if missing > 0 else codes
+        complete = codes + self._grey_from(len(codes)) if missing > 0 else codes
         buffer = io.BytesIO()
-        to_image(self._tokenizer.decode(torch.tensor([whole], device=device))[0]).save(buffer, format="PNG")
+        to_image(self._tokenizer.decode(torch.tensor([complete], device=device))[0]).save(buffer, format="PNG")
         return buffer.getvalue()
 
-    def _blank(self, drawn: int) -> list[int]:
-        """Codes of a grey image from the first that is not drawn yet."""
+    def _grey_from(self, drawn: int) -> list[int]:
+        """Codes of a grey image from index `drawn` on."""
         if self._grey is None:
             weight, side = self._tokenizer.codebook.weight, self._tokenizer.config.resolution
             grey_13HW = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
@@ -104,14 +105,14 @@ class RemoteImageCoder:
         return found
 
     async def decode(self, codes: Sequence[int]) -> bytes:
-        file: bytes = await self._handle.decode.remote(list(codes))
-        return file
+        png: bytes = await self._handle.decode.remote(list(codes))
+        return png
 
 
 class ImageCoderDeployment(LocalImageCoder):
     """The image-coding deployment of Ray Serve: the image tokenizer of the model directory at `source` alone."""
 
-    def __init__(self, settings: Any, source: str) -> None:
+    def __init__(self, settings: ModelSettings, source: str) -> None:
         from calumma.model.directory import IMAGE_TOKENIZER
         from calumma.model.text_tokenizer import TextTokenizer
         from calumma.model.vocabulary import Vocabulary

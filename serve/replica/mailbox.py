@@ -1,7 +1,7 @@
-"""From the thread that brings what the engine makes to the task that answers a request.
+"""Hands the engine's outputs from its thread to the asyncio task of their request.
 
-Waking another thread for every token costs more than the token's text does. So a reader that has
-sent something a moment ago is not woken by what can wait.
+Waking another thread for every token costs more than the token's text does. So a task that has sent something a moment
+ago is not woken by what is not urgent.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Item = TypeVar("Item")
 
 class Reader(Enum):
     BUSY = auto()
-    WAITS = auto()  # for anything
-    DOZES = auto()  # until something urgent comes, or its time
+    WAITING = auto()  # for anything
+    DEFERRED = auto()  # until something urgent comes, or its time
 
 
 class Mailbox(Generic[Item]):
     """Any thread posts; one task, of the event loop in which the box is made, takes."""
 
-    def __init__(self, can_wait: tuple[type, ...]) -> None:
-        """can_wait: types of items that are not urgent."""
-        self._can_wait = can_wait
+    def __init__(self, deferrable: tuple[type, ...]) -> None:
+        """deferrable: types of items that are not urgent."""
+        self._deferrable = deferrable
         self._items: deque[Item] = deque()
-        self._hurry = False  # true while something urgent is in the box
+        self._urgent = False  # true while something urgent is in it
         self._loop = asyncio.get_running_loop()
         self._woken = asyncio.Event()
         self._reader = Reader.BUSY
@@ -37,9 +37,9 @@ class Mailbox(Generic[Item]):
     def post(self, item: Item) -> None:
         """Does not block. Where the event loop has ended, nobody is left who waits."""
         self._items.append(item)
-        if not isinstance(item, self._can_wait):
-            self._hurry = True
-        if self._reader is Reader.WAITS or (self._hurry and self._reader is Reader.DOZES):
+        if not isinstance(item, self._deferrable):
+            self._urgent = True
+        if self._reader is Reader.WAITING or (self._urgent and self._reader is Reader.DEFERRED):
             self._reader = Reader.BUSY  # once is enough
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._woken.set)
@@ -47,12 +47,12 @@ class Mailbox(Generic[Item]):
     async def take(self, not_before: float = 0.0) -> list[Item]:
         """All that is there, at least one item: with something urgent among it at once, else not before that time of
         the event loop."""
-        await self._sleep(Reader.WAITS, lambda: bool(self._items))
+        await self._sleep(Reader.WAITING, lambda: bool(self._items))
         if not_before > self._loop.time():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(not_before):
-                    await self._sleep(Reader.DOZES, lambda: self._hurry)
-        self._hurry = False
+                    await self._sleep(Reader.DEFERRED, lambda: self._urgent)
+        self._urgent = False
         return [self._items.popleft() for _ in range(len(self._items))]
 
     async def _sleep(self, how: Reader, until: Callable[[], bool]) -> None:

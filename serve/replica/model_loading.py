@@ -1,4 +1,4 @@
-"""A replica's model: device and dtype, the engine's weights, the description without weights."""
+"""How the processes of a replica load their model: device and dtype, a shard of the weights, or none of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from calumma.serve.settings import ModelSettings
 
 
 def device_and_dtype(settings: ModelSettings) -> tuple[str, torch.dtype]:
-    """Where a replica computes, and in what."""
+    """Of a replica's Transformer: bfloat16 on GPUs and float32 on CPUs where the settings name no dtype."""
     device, usual = ("cuda", "bfloat16") if settings.gpus_per_replica else ("cpu", "float32")
     return device, getattr(torch, settings.dtype or usual)
 
 
 def read_own_shard(directory: str, shard: Shard, settings: ModelSettings) -> Transformer:
-    """This process's part of the model."""
+    """This rank's shard of the Transformer."""
     return read_part(directory, shard, *device_and_dtype(settings))
 
 

@@ -1,4 +1,8 @@
-"""TODO-DOC"""
+"""An engine replica: one model, one engine, and as many clients as come.
+
+Requests of all clients share every step (continuous batching); each gets its text token by token and an image as
+soon as it is decoded.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from calumma.serve.protocol import (
     ImageOutput,
     ImageProgress,
     OutputEvent,
+    OutputStream,
     RequestFailed,
     Started,
     TextDelta,
@@ -34,13 +39,15 @@ from calumma.serve.replica.image_coder import ImageCoder, LocalImageCoder, Promp
 from calumma.serve.replica.mailbox import Mailbox
 from calumma.serve.replica.text_stream import TextStream
 
-# A message costs the processes it passes some milliseconds together. So an answer's texts within some time travel as
-# one, the longer the more answers there are: least seconds, most seconds, and messages a second in all.
+# A message costs the processes it passes some milliseconds together. So the texts of an output within some time travel
+# as one message, the longer the more requests run: least and most seconds between messages, and messages a second in
+# all.
 MIN_INTERVAL, MAX_INTERVAL, MESSAGES_PER_SECOND = 0.04, 0.25, 100.0
 
 
 class EngineReplica:
-    """A `Backend` in this process: encodes prompts, hands them to the engine, streams pieces back."""
+    """A `Backend` in this process: encodes prompts, submits them to the engine, streams its outputs with images
+    decoded."""
 
     def __init__(
         self,
@@ -48,12 +55,11 @@ class EngineReplica:
         max_sequences: int = 16,
         max_queued: int = 256,
         coder: ImageCoder | None = None,
-        loop: EngineClient | None = None,
+        engine: EngineClient | None = None,
         device: str | None = None,
-        **engine: Any,
+        **options: Any,
     ) -> None:
-        """loop: an engine at work with this model, on `device`; else one is made here, on a thread, with further
-        options."""
+        """engine: a running one with this model, on `device`; else one is made here, on a thread, with `options`."""
         self.model = model
         self._parameters = sum(p.numel() for p in model.transformer.parameters())
         self.device = device or str(model.device)
@@ -61,84 +67,85 @@ class EngineReplica:
         self._encoder = PromptEncoder(model.vocabulary, model.text_tokenizer, model.image_tokenizer)
         self._own_coder = LocalImageCoder(self._encoder) if coder is None else None
         self.coder: ImageCoder = coder or self._own_coder  # type: ignore[assignment]
-        self.loop = loop or EngineThread(model, max_sequences, **engine)
+        self.engine = engine or EngineThread(model, max_sequences, **options)
 
-    async def generate(self, job: GenerationRequest) -> AsyncGenerator[OutputEvent, None]:
-        """Pieces of the answer; Started or Refused is the first. Closing the generator abandons the job."""
-        async with aclosing(self.batches(job)) as batches:
-            async for pieces in batches:
-                for piece in pieces:
-                    yield piece
+    async def generate(self, request: GenerationRequest) -> OutputStream:
+        """The output as it comes; Started or RequestFailed is the first event. Closing the generator aborts it."""
+        async with aclosing(self.generate_batches(request)) as batches:
+            async for events in batches:
+                for event in events:
+                    yield event
 
-    async def batches(self, job: GenerationRequest) -> AsyncGenerator[list[OutputEvent], None]:
-        """`generate`, with what is there at a time together."""
-        if self.loop.waiting >= self.max_queued:
+    async def generate_batches(self, request: GenerationRequest) -> AsyncGenerator[list[OutputEvent], None]:
+        """`generate`, with the events that are there at a time together."""
+        if self.engine.waiting >= self.max_queued:
             message = f"{self.max_queued} requests are in line already; try again shortly"
             yield [RequestFailed(429, message, code="overloaded")]
             return
         try:
-            asked = drawable(job.params, self.model)
+            params = drawable(request.params, self.model)
         except MissingDecoder as error:
             yield [RequestFailed(400, str(error), code="no_image_output")]
             return
         mailbox: Mailbox[EngineOutput] = Mailbox((TextDelta, ImageProgress))
         try:
-            tokens = await self._encode(job.prompt)
-            if job.max_tokens == 0 and not (job.echo and job.logprobs is not None):
-                yield [Started(self._count(tokens), self._echo(job, tokens, None)), Finished("length", TokenCount())]
+            tokens = await self._encode(request.prompt)
+            if request.max_tokens == 0 and not (request.echo and request.logprobs is not None):
+                started = Started(self._count(tokens), self._echo(request, tokens, None))
+                yield [started, Finished("length", TokenCount())]
                 return
-            request = Request(job.id, tokens, self._params(job, asked))
+            engine_request = Request(request.id, tokens, self._params(request, params))
         except ValueError as error:
-            yield [RequestFailed(400, str(error), param=job.param)]
+            yield [RequestFailed(400, str(error), param=request.param)]
             return
         ended = False
         try:
-            self.loop.submit(request, job, mailbox.post)
-            first, *parts = await mailbox.take()
-            scored: list[Logprob] | None = None
-            if isinstance(first, Admitted) and request.params.prompt_logprobs is not None:  # they come next
-                first, *parts = parts or await mailbox.take()
+            self.engine.submit(engine_request, request, mailbox.post)
+            first, *outputs = await mailbox.take()
+            scores: list[Logprob] | None = None
+            if isinstance(first, Admitted) and engine_request.params.prompt_logprobs is not None:  # they come next
+                first, *outputs = outputs or await mailbox.take()
                 if isinstance(first, PromptLogprobs):
-                    scored = first.values
+                    scores = first.values
                 elif not isinstance(first, RequestFailed):
                     raise AssertionError(f"{type(first).__name__} came before the prompt's scores")
             if isinstance(first, RequestFailed):
                 ended = True
-                yield [dataclasses.replace(first, param=job.param) if first.status == 400 else first]
+                yield [dataclasses.replace(first, param=request.param) if first.status == 400 else first]
                 return
-            yield [Started(self._count(tokens), self._echo(job, tokens, scored))]
+            yield [Started(self._count(tokens), self._echo(request, tokens, scores))]
             clock = asyncio.get_running_loop()
             due = 0.0
             while not ended:
-                parts = parts or await mailbox.take(due)
-                due = clock.time() + min(MAX_INTERVAL, max(MIN_INTERVAL, self.loop.running / MESSAGES_PER_SECOND))
-                ended = isinstance(parts[-1], Finished | RequestFailed)
-                async for pieces in self._pieces(_merge_outputs(parts)):
-                    yield pieces
-                parts = []
+                outputs = outputs or await mailbox.take(due)
+                due = clock.time() + min(MAX_INTERVAL, max(MIN_INTERVAL, self.engine.running / MESSAGES_PER_SECOND))
+                ended = isinstance(outputs[-1], Finished | RequestFailed)
+                async for events in self._decoded(_merge_outputs(outputs)):
+                    yield events
+                outputs = []
         finally:
             if not ended:
-                self.loop.abandon(job.id)
+                self.engine.abort(request.id)
 
-    async def _pieces(self, parts: list[EngineOutput]) -> AsyncGenerator[list[OutputEvent], None]:
-        """The parts with their codes decoded; what stands before an image does not wait for it."""
+    async def _decoded(self, outputs: list[EngineOutput]) -> AsyncGenerator[list[OutputEvent], None]:
+        """The outputs with images decoded; what stands before an image does not wait for it."""
         ready: list[OutputEvent] = []
-        for part in parts:
-            if isinstance(part, ImageCodes) and ready:
+        for output in outputs:
+            if isinstance(output, ImageCodes) and ready:
                 yield ready
                 ready = []
-            ready.append(await self._finished(part))
+            ready.append(await self._event(output))
         yield ready
 
-    def _params(self, job: GenerationRequest, asked: SamplingParams) -> SamplingParams:
-        """The job's parameters as the engine takes them."""
-        begin_image = job.begin_with_image and asked.mode == "interleaved"
+    def _params(self, request: GenerationRequest, params: SamplingParams) -> SamplingParams:
+        """Sampling parameters of the request as the engine takes them."""
+        begin_image = request.begin_with_image and params.mode == "interleaved"
         return dataclasses.replace(
-            asked,
-            max_tokens=self.model.config.context if job.max_tokens is None else job.max_tokens,
+            params,
+            max_tokens=self.model.config.context if request.max_tokens is None else request.max_tokens,
             prefix=(self.model.vocabulary.begin_image,) if begin_image else (),
-            logprobs=job.logprobs,
-            prompt_logprobs=job.logprobs if job.echo else None,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if request.echo else None,
         )
 
     async def describe(self) -> dict[str, Any]:
@@ -153,12 +160,12 @@ class EngineReplica:
             "image_output": bool(tokenizer.config.decoder),
             "device": self.device,
             "max_sequences": self.max_sequences,
-            "running": self.loop.running,
+            "running": self.engine.running,
         }
 
     async def statistics(self) -> dict[str, dict[str, float]]:
-        """Numbers of this replica."""
-        return {"local": self.loop.statistics()}
+        """Of this replica's engine."""
+        return {"local": self.engine.statistics()}
 
     async def tokenize(self, text: str) -> list[int]:
         """Token ids of a text; the names of bos and eos alone stand for those ids."""
@@ -170,15 +177,15 @@ class EngineReplica:
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises."""
-        if self.loop.failure is not None:
-            raise RuntimeError(f"the engine stopped: {self.loop.failure}") from self.loop.failure
+        if self.engine.failure is not None:
+            raise RuntimeError(f"the engine stopped: {self.engine.failure}") from self.engine.failure
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Ray Serve for the autoscaling policy (routing.py)."""
-        return {"queued_tokens": self.loop.statistics().get("queued_tokens", 0)}
+        """Called by Ray Serve for the autoscaling policy (deploy/scaling.py)."""
+        return {"queued_tokens": self.engine.statistics().get("queued_tokens", 0)}
 
     def close(self) -> None:
-        self.loop.close()
+        self.engine.close()
         if self._own_coder is not None:
             self._own_coder.close()
 
@@ -192,35 +199,35 @@ class EngineReplica:
         codes = await self.coder.encode(prompt.images)
         return await asyncio.to_thread(self._encoder.ids, prompt, codes)
 
-    def _echo(self, job: GenerationRequest, tokens: list[int], scored: list[Logprob] | None) -> TextDelta | None:
-        """The prompt's text where the job asks for it, with log-probabilities where there are some; without the bos
-        that was put before a client's ids or text."""
-        if not job.echo:
+    def _echo(self, request: GenerationRequest, tokens: list[int], scores: list[Logprob] | None) -> TextDelta | None:
+        """The prompt's text where the request asks for it, with log-probabilities where there are some; without the
+        bos that was put before a client's ids or text."""
+        if not request.echo:
             return None
         tokenizer = self.model.text_tokenizer
-        given = isinstance(job.prompt, tuple) and job.prompt[0] == tokens[0]
-        stream = TextStream(tokenizer.stream_decoder(), tokens=scored is not None)
-        pieces = []
-        for at in range(0 if given else 1, len(tokens)):
-            score = scored[at - 1] if scored and at > 0 else None
-            top = tuple((i, tokenizer.surface(i), value) for i, value in score.top) if score else ()
-            pieces.append(stream.push(tokens[at], tokenizer.surface(tokens[at]), score.value if score else None, top))
-        found = [piece for piece in [*pieces, stream.finish()] if piece]
-        return TextDelta("".join(p.text for p in found), tuple(token for p in found for token in p.tokens))
+        given_bos = isinstance(request.prompt, tuple) and request.prompt[0] == tokens[0]
+        stream = TextStream(tokenizer.stream_decoder(), tokens=scores is not None)
+        deltas = []
+        for i in range(0 if given_bos else 1, len(tokens)):
+            score = scores[i - 1] if scores and i > 0 else None
+            top = tuple((id, tokenizer.surface(id), value) for id, value in score.top) if score else ()
+            deltas.append(stream.push(tokens[i], tokenizer.surface(tokens[i]), score.value if score else None, top))
+        found = [delta for delta in [*deltas, stream.finish()] if delta]
+        return TextDelta("".join(delta.text for delta in found), tuple(t for delta in found for t in delta.tokens))
 
-    async def _finished(self, part: EngineOutput) -> OutputEvent:
-        """The part with its codes decoded."""
-        if isinstance(part, Admitted | PromptLogprobs):
-            raise AssertionError(f"{type(part).__name__} comes before the answer")
-        if not isinstance(part, ImageCodes):
-            return part
+    async def _event(self, output: EngineOutput) -> OutputEvent:
+        """The output, with an image's codes decoded."""
+        if isinstance(output, Admitted | PromptLogprobs):
+            raise AssertionError(f"{type(output).__name__} comes before the output")
+        if not isinstance(output, ImageCodes):
+            return output
         try:
-            png = await self.coder.decode(part.codes)
+            png = await self.coder.decode(output.codes)
         except MissingDecoder as error:
             return RequestFailed(400, str(error), code="no_image_output")
-        if len(part.codes) < part.total:
-            return ImageProgress(len(part.codes), part.total, png)
-        return ImageOutput(png, time.monotonic() - part.began)
+        if len(output.codes) < output.total:
+            return ImageProgress(len(output.codes), output.total, png)
+        return ImageOutput(png, time.monotonic() - output.began)
 
     def _count(self, tokens: list[int]) -> TokenCount:
         vocabulary = self.model.vocabulary
@@ -228,15 +235,15 @@ class EngineReplica:
         return TokenCount(len(tokens) - image, image)
 
 
-def _merge_outputs(parts: list[EngineOutput]) -> list[EngineOutput]:
-    """Adjacent texts as one, and of adjacent reports on an image the last."""
-    found: list[EngineOutput] = []
-    for part in parts:
-        last = found[-1] if found else None
-        if isinstance(part, TextDelta) and isinstance(last, TextDelta):
-            found[-1] = TextDelta(last.text + part.text, last.tokens + part.tokens)
-        elif isinstance(part, ImageProgress) and isinstance(last, ImageProgress):
-            found[-1] = part
+def _merge_outputs(outputs: list[EngineOutput]) -> list[EngineOutput]:
+    """Adjacent texts as one, and of adjacent reports of an image's progress the last."""
+    merged: list[EngineOutput] = []
+    for output in outputs:
+        last = merged[-1] if merged else None
+        if isinstance(output, TextDelta) and isinstance(last, TextDelta):
+            merged[-1] = TextDelta(last.text + output.text, last.tokens + output.tokens)
+        elif isinstance(output, ImageProgress) and isinstance(last, ImageProgress):
+            merged[-1] = output
         else:
-            found.append(part)
-    return found
+            merged.append(output)
+    return merged

@@ -1,4 +1,4 @@
-"""An answer's text as it may be shown: no broken UTF-8, nothing from a stop string on."""
+"""An output's text as it may be sent: no broken UTF-8, nothing from a stop string on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StopChecker:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is safe to show now: what may be the beginning of a stop string is held back."""
+        """The text that is safe to send now: what may be the beginning of a stop string is held back."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -44,7 +44,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _characters(surface: bytes) -> int:
-    """How many a token has by itself; of part of a character, as many as there can be."""
+    """How many a token has by itself; of a token with part of a character, as many as there can be."""
     try:
         return len(surface.decode())
     except UnicodeDecodeError:
@@ -52,27 +52,27 @@ def _characters(surface: bytes) -> int:
 
 
 class TextStream:
-    """Tokens of an answer in, pieces of text out. With `tokens`, each piece names the tokens that end in it."""
+    """Token ids in, text out. tokens: each delta names the tokens that end in it."""
 
     def __init__(self, decoder: StreamDecoder, stops: Sequence[str] = (), tokens: bool = False) -> None:
         self._decoder = decoder
-        self._watch = StopChecker(stops)
+        self._checker = StopChecker(stops)
         self._tokens = tokens
-        self._waiting: list[tuple[int, Token]] = []  # (where it ends, token)
-        self._decoded = self._shown = 0  # characters
+        self._pending: list[tuple[int, Token]] = []  # (where it ends, token)
+        self._decoded = self._sent = 0  # characters
 
     @property
     def stopped(self) -> bool:
-        """A stop string has come; nothing is taken in any more."""
-        return self._watch.stopped
+        """A stop string has come; further tokens are ignored."""
+        return self._checker.stopped
 
     @property
     def length(self) -> int:
-        """Characters taken in."""
+        """Characters decoded so far."""
         return self._decoded
 
     def push(self, token: int, surface: bytes, logprob: float | None = None, top: TopLogprobs = ()) -> TextDelta | None:
-        """What one more token lets be shown."""
+        """The text that may be sent after one more token."""
         if self.stopped:
             return None
         begin = self._decoded
@@ -80,8 +80,8 @@ class TextStream:
         self._decoded += len(text)
         if self._tokens:
             begin = max(begin, self._decoded - _characters(surface))  # before it, what an earlier token left open
-            self._waiting.append((self._decoded, Token(token, surface, begin, logprob, top)))
-        return self._piece(self._watch.push(text))
+            self._pending.append((self._decoded, Token(token, surface, begin, logprob, top)))
+        return self._delta(self._checker.push(text))
 
     def finish(self) -> TextDelta | None:
         """What is left when the text ends, or is interrupted by an image."""
@@ -89,14 +89,14 @@ class TextStream:
             return None
         text = self._decoder.finish()
         self._decoded += len(text)
-        return self._piece(self._watch.push(text) + ("" if self.stopped else self._watch.finish()), last=True)
+        return self._delta(self._checker.push(text) + ("" if self.stopped else self._checker.finish()), last=True)
 
-    def _piece(self, text: str, last: bool = False) -> TextDelta | None:
-        self._shown += len(text)
+    def _delta(self, text: str, last: bool = False) -> TextDelta | None:
+        self._sent += len(text)
         if self.stopped:  # a token that reaches into the stop string counts, one that begins there does not
-            ready = [token for end, token in self._waiting if token.begin < self._shown or end <= self._shown]
-            self._waiting = []
+            ready = [token for end, token in self._pending if token.begin < self._sent or end <= self._sent]
+            self._pending = []
         else:
-            ready = [token for end, token in self._waiting if last or end <= self._shown]
-            self._waiting = self._waiting[len(ready) :]
+            ready = [token for end, token in self._pending if last or end <= self._sent]
+            self._pending = self._pending[len(ready) :]
         return TextDelta(text, tuple(ready)) if text or ready else None

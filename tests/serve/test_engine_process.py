@@ -41,8 +41,8 @@ LONG = SamplingParams(100, "text", text=PhaseSampling(0.0))
 
 def served(directory: Path, explain: Callable[[Exception], Exception] = lambda error: error) -> EngineReplica:
     engine = EngineProcess(ModelSettings(model=str(directory), max_sequences=4), directory, 1, explain=explain)
-    engine.started()
-    return EngineReplica(load(directory, read=without_weights), 4, loop=engine, device="cpu")
+    engine.wait_ready()
+    return EngineReplica(load(directory, read=without_weights), 4, engine=engine, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def apart(model_directory: Path) -> Iterator[EngineReplica]:
 
 
 def engine_of(replica: EngineReplica) -> EngineProcess:
-    assert isinstance(replica.loop, EngineProcess)
-    return replica.loop
+    assert isinstance(replica.engine, EngineProcess)
+    return replica.engine
 
 
 async def answer(replica: EngineReplica, job: GenerationRequest) -> list[OutputEvent]:
@@ -105,13 +105,13 @@ def test_what_nobody_waits_for_is_given_up_and_the_numbers_say_so(apart: EngineR
     async def leave() -> None:
         async with aclosing(apart.generate(GenerationRequest("left", PROMPT, LONG))) as pieces:
             assert isinstance(await anext(pieces), Started)
-        assert apart.loop.running == 0
+        assert apart.engine.running == 0
         held = ("requests_running", "requests_waiting", "queued_tokens", "cache_used_ratio")
-        while any(apart.loop.statistics()[name] for name in held):
+        while any(apart.engine.statistics()[name] for name in held):
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(leave(), PATIENCE))
-    assert apart.loop.waiting == 0
+    assert apart.engine.waiting == 0
 
 
 def test_two_requests_of_one_id_are_not_mixed_up(apart: EngineReplica) -> None:
@@ -127,7 +127,7 @@ def end_of(replica: EngineReplica, end: Callable[[], object]) -> list[OutputEven
 
     async def stream() -> list[OutputEvent]:
         found = asyncio.create_task(answer(replica, GenerationRequest("a", PROMPT, LONG)))
-        while not replica.loop.running:
+        while not replica.engine.running:
             await asyncio.sleep(0)
         await asyncio.to_thread(end)
         return await found
@@ -170,7 +170,7 @@ def test_what_cannot_be_understood_ends_it_and_its_streams(
 ) -> None:
     replica = served(model_directory)
     try:
-        monkeypatch.setattr(EngineProcess, "_post", lambda *_: pickle.loads(b"no pickle"))
+        monkeypatch.setattr(EngineProcess, "_dispatch", lambda *_: pickle.loads(b"no pickle"))
         [[refused]] = run(replica, GenerationRequest("a", PROMPT, LONG))
         assert isinstance(refused, RequestFailed)
         assert refused.code == "engine_failed"
@@ -185,7 +185,7 @@ def test_why_it_does_not_start_is_told(model_directory: Path, tmp_path: Path) ->
     (broken / weights.FILE).write_bytes(b"no weights")
     engine = EngineProcess(ModelSettings(model=str(broken)), broken, 1)
     with pytest.raises(RuntimeError, match=f"the engine did not start: .*{weights.FILE}"):
-        engine.started()
+        engine.wait_ready()
     engine.close()
 
 
@@ -197,7 +197,7 @@ def test_it_ends_when_its_replica_is_lost(model_directory: Path, started: bool) 
         "from calumma.serve.settings import ModelSettings\n"
         "engine = EngineProcess(ModelSettings(model=sys.argv[1]), sys.argv[1], 1)\n"
         "print(engine.pid, flush=True)\n"
-        "engine.started()\n"
+        "engine.wait_ready()\n"
         "print('started', flush=True)\n"
         "time.sleep(1000)\n"
     )

@@ -161,7 +161,7 @@ def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, boo
                 inside.remove(mine[0])
                 mine[0][1].__exit__(None, None, None)
             continue
-        visit = door.under_way(known.get(name) if name else None)
+        visit = door.slot(known.get(name) if name else None)
         if len(inside) >= 3 or (name and len(mine) >= 2):
             with pytest.raises(APIError) as error:
                 visit.__enter__()

@@ -82,5 +82,5 @@ def test_a_process_lost_while_they_meet_is_not_waited_for(model_directory: Path)
         time.sleep(0.01)
     engine.fail(RuntimeError("process 2 of 2 was lost"))
     with pytest.raises(RuntimeError, match="the engine did not start: process 2 of 2 was lost"):
-        engine.started()
+        engine.wait_ready()
     engine.close()

@@ -116,10 +116,10 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
             TextDelta("."),
             Finished("stop", TokenCount()),
         ]
-        monkeypatch.setattr(replica.loop, "submit", lambda request, job, post: [post(part) for part in said])
+        monkeypatch.setattr(replica.engine, "submit", lambda engine_request, request, on_output: [on_output(one) for one in said])
         found = []
         try:
-            async with aclosing(replica.batches(GenerationRequest("a", PROMPT, params(0)))) as batches:
+            async with aclosing(replica.generate_batches(GenerationRequest("a", PROMPT, params(0)))) as batches:
                 async for pieces in batches:
                     found.append(pieces)
                     if len(found) == 2:
@@ -169,7 +169,7 @@ def test_who_leaves_is_forgotten(model: MixedModalModel) -> None:
 
     try:
         assert isinstance(run(leave_then_ask())[-1], Finished)
-        assert replica.loop.running == 0
+        assert replica.engine.running == 0
     finally:
         replica.close()
 
@@ -211,7 +211,7 @@ def test_a_model_without_image_decoder_answers_in_text_and_says_why(model: Mixed
     try:
         pieces = run(pieces_of(replica, GenerationRequest("free", PROMPT, params(3, max_tokens=40), max_tokens=40)))
         assert isinstance(pieces[-1], Finished)
-        assert pieces[-1].answer.image == 0
+        assert pieces[-1].completion.image == 0
         [refused] = run(pieces_of(replica, GenerationRequest("image", PROMPT, params(3, "image"))))
         assert isinstance(refused, RequestFailed)
         assert (refused.status, refused.code) == (400, "no_image_output")

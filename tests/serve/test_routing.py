@@ -115,7 +115,7 @@ class Handle:
     def __init__(self, *calls: list[OutputEvent | Exception]) -> None:
         self.calls = list(calls)
         self.cancelled = 0
-        self.batches = self
+        self.generate_batches = self
 
     def options(self, stream: bool) -> Handle:
         assert stream
@@ -220,7 +220,7 @@ class Registry:
             ),
             {name: ModelApplication(f"{name}-1", "1") for name in ("a", "b")},
             locate=lambda model: self.sources[model.model],
-            place=self.place,
+            start=self.place,
             announce=lambda table: self.did.append(("announce", dict(table))),
             remove=lambda application: self.did.append(("remove", application)),
             settle=0,
@@ -235,11 +235,11 @@ class Registry:
 
 def test_a_new_version_is_up_before_it_is_told_and_the_old_one_ends_last() -> None:
     registry = Registry("models:/a@live", "models:/b@live")
-    assert registry.rollouts.look() == []
+    assert registry.rollouts.reconcile() == []
     registry.sources["models:/b@live"] = "2"
-    assert registry.rollouts.look() == ["b"]
+    assert registry.rollouts.reconcile() == ["b"]
     assert registry.did == [("place", "b", "2"), ("announce", {"a": "a-1", "b": "b-2"}), ("remove", "b-1")]
-    assert registry.rollouts.look() == []
+    assert registry.rollouts.reconcile() == []
 
 
 def test_an_ingress_that_did_not_hear_of_a_new_version_is_told_again() -> None:
@@ -254,28 +254,28 @@ def test_an_ingress_that_did_not_hear_of_a_new_version_is_told_again() -> None:
 
     registry.rollouts.announce = announce
     registry.sources["models:/b@live"] = "2"
-    assert registry.rollouts.look() == ["b"]
+    assert registry.rollouts.reconcile() == ["b"]
     assert registry.did[1:] == [("announce", {"a": "a-1", "b": "b-2"}), ("remove", "b-1")]
 
 
 def test_a_version_that_does_not_come_up_changes_nothing_and_is_tried_again() -> None:
     registry = Registry("models:/a@live")
     registry.sources["models:/a@live"], registry.broken = "2", True
-    assert registry.rollouts.look() == []
+    assert registry.rollouts.reconcile() == []
     assert registry.did == []
     registry.broken = False
-    assert registry.rollouts.look() == ["a"]
+    assert registry.rollouts.reconcile() == ["a"]
 
 
 def test_a_registry_that_does_not_answer_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry("models:/a@live", "models:/b@live")
     registry.sources["models:/b@live"] = "2"
     del registry.sources["models:/a@live"]
-    assert registry.rollouts.look() == ["b"]
+    assert registry.rollouts.reconcile() == ["b"]
 
 
 @pytest.mark.parametrize("model", ["/folder/a", "s3://bucket/a", "models:/a/3"])
 def test_what_is_no_alias_is_not_followed(model: str) -> None:
     registry = Registry("models:/b@live")
     registry.rollouts.models = (ModelSettings(model=model, name="a"),)
-    assert registry.rollouts.look() == []
+    assert registry.rollouts.reconcile() == []

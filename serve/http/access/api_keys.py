@@ -63,39 +63,40 @@ def load_keys(file: Path | None) -> list[APIKey]:
 
 
 class AccessControl:
-    """Tells who asks, and counts what they have under way. Without keys everybody is the same guest."""
+    """Authenticates requests by their API key, and limits how many run at once: in all, and of each key. Without keys
+    everybody may use the server."""
 
     def __init__(self, keys: tuple[APIKey, ...], running: int, running_per_key: int) -> None:
         self._keys = {key.sha256: key for key in keys}
         self._running, self._per_key = running, running_per_key
-        self._under_way: Counter[str] = Counter()
+        self._in_flight: Counter[str] = Counter()  # by the key's name
 
     @property
     def open(self) -> bool:
         """Whether no key is needed."""
         return not self._keys
 
-    def who(self, authorization: str) -> APIKey | None:
-        """The key in an Authorization header; None where none is needed. Raises WireError 401.
+    def authenticate(self, authorization: str) -> APIKey | None:
+        """The key in an Authorization header; None where none is needed. Raises APIError 401.
 
         Looking a hash up takes a time that depends on the hash alone, which tells nothing about a key.
         """
         if self.open:
             return None
-        scheme, _, given = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not given.strip():
+        scheme, _, secret = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
             raise APIError(
                 "this server needs an API key; send it as Authorization: Bearer KEY", status=401, code="invalid_api_key"
             )
-        key = self._keys.get(hash_key(given.strip()))
+        key = self._keys.get(hash_key(secret.strip()))
         if key is None:
             raise APIError("the API key is not one that this server knows", status=401, code="invalid_api_key")
         return key
 
     @contextmanager
-    def under_way(self, key: APIKey | None) -> Iterator[None]:
-        """For the length of a request. Raises WireError 429 when there are too many."""
-        if self._under_way.total() >= self._running:
+    def slot(self, key: APIKey | None) -> Iterator[None]:
+        """Held for the length of a request. Raises APIError 429 when there are too many."""
+        if self._in_flight.total() >= self._running:
             raise APIError(
                 f"the server is working on {self._running} requests already; try again shortly",
                 status=429,
@@ -103,14 +104,14 @@ class AccessControl:
             )
         name = key.name if key else ""
         most = (key.running or self._per_key) if key else self._running
-        if self._under_way[name] >= most:
+        if self._in_flight[name] >= most:
             raise APIError(
                 f"this API key has {most} requests under way, as many as it may; wait for one to end",
                 status=429,
                 code="rate_limit_exceeded",
             )
-        self._under_way[name] += 1
+        self._in_flight[name] += 1
         try:
             yield
         finally:
-            self._under_way[name] -= 1
+            self._in_flight[name] -= 1

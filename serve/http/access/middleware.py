@@ -1,5 +1,5 @@
-"""The outermost layer of the HTTP application: it counts every request, and lets in no body above the limit, nobody
-without a key where keys are needed, and no more requests at once than are allowed."""
+"""The outermost layer of the HTTP application. It measures every request, and refuses bodies above the limit, requests
+without a valid API key where keys are needed, and more requests at once than are allowed."""
 
 from __future__ import annotations
 
@@ -46,55 +46,55 @@ class AccessMiddleware:
         self._metrics = metrics
         self._limit = settings.max_body_bytes
         self._body_seconds = settings.limits.body_seconds
-        self._door = AccessControl(settings.keys, settings.limits.running, settings.limits.running_per_key)
+        self._access = AccessControl(settings.keys, settings.limits.running, settings.limits.running_per_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status, read, complete = time.monotonic(), 500, 0, False
-        end = asyncio.get_running_loop().time() + self._body_seconds
+        begin, status, size, complete = time.monotonic(), 500, 0, False
+        deadline = asyncio.get_running_loop().time() + self._body_seconds
 
-        async def limited() -> Message:
-            nonlocal read, complete
+        async def receive_limited() -> Message:
+            nonlocal size, complete
             try:
-                async with asyncio.timeout_at(None if complete else end):
+                async with asyncio.timeout_at(None if complete else deadline):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"the body was not there after {self._body_seconds:g} s") from None
             complete = complete or not message.get("more_body", False)
-            read += len(message.get("body", b""))
-            if read > self._limit:
+            size += len(message.get("body", b""))
+            if size > self._limit:
                 raise too_large(self._limit)
             return message
 
-        async def noted(message: Message) -> None:
+        async def send_observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            with self._admitted(scope):
-                await self._app(scope, limited, noted)
+            with self._admit(scope):
+                await self._app(scope, receive_limited, send_observed)
         except APIError as error:
-            await error_response(error)(scope, receive, noted)
+            await error_response(error)(scope, receive, send_observed)
         except asyncio.CancelledError:
             status = CLIENT_CLOSED_REQUEST
             raise
         finally:
-            self._metrics.finished(_endpoint(scope), status, time.monotonic() - begin)
+            self._metrics.observe_request(_endpoint(scope), status, time.monotonic() - begin)
 
-    def _admitted(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
-        """For the length of a request to the API; pages and probes need nothing. Raises WireError."""
+    def _admit(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
+        """For the length of a request to the API; pages and probes need nothing. Raises APIError."""
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limit:
             raise APIError(too_large(self._limit).detail, status=413, code=TOO_LARGE)
         if not _is_api(scope["path"]):
             return contextlib.nullcontext()
-        key = self._door.who(headers.get("authorization", ""))
-        return self._door.under_way(key) if scope["method"] == "POST" else contextlib.nullcontext()
+        key = self._access.authenticate(headers.get("authorization", ""))
+        return self._access.slot(key) if scope["method"] == "POST" else contextlib.nullcontext()
 
 
 def _is_api(path: str) -> bool:

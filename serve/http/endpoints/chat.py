@@ -7,8 +7,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from calumma.serve.http import prompts
-from calumma.serve.http.context import ServingContext, generate_all
+from calumma.serve.http.context import ServingContext
+from calumma.serve.http.prompts import chat_prompt, expand_choices, sampling_params
 from calumma.serve.http.streams import (
     EndWriter,
     EventWriter,
@@ -21,7 +21,8 @@ from calumma.serve.http.streams import (
     usage,
     wait_all_started,
 )
-from calumma.serve.http.wire import content, responses, sse
+from calumma.serve.http.wire import responses, sse
+from calumma.serve.http.wire.content import ContentPart, ImagePart, TextPart, data_url, image_part
 from calumma.serve.http.wire.logprobs import chat_logprobs
 from calumma.serve.http.wire.requests import ChatRequest
 from calumma.serve.http.wire.responses import FinishReason
@@ -38,40 +39,67 @@ from calumma.serve.protocol import (
 )
 
 
+def add_chat(app: FastAPI, context: ServingContext) -> None:
+    @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
+    async def chat(request: ChatRequest) -> Any:
+        model = context.model(request.model)
+        context.require_choices(request.n, len(request.stops))
+        metadata = new_metadata("chatcmpl", model.name)
+        one = GenerationRequest(
+            metadata.id,
+            await asyncio.to_thread(chat_prompt, request, context.image_loader),
+            sampling_params(request, request.modalities, model.sampling),
+            context.max_tokens(
+                request.limit, "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+            ),
+            progress=True,
+            previews=request.options.partial_images if request.stream else 0,
+            stop=request.stops,
+            logprobs=request.alternatives,
+            begin_with_image=request.begin_with == "image",
+        )
+        choices = expand_choices(one, request.n)
+        if not request.stream:
+            return chat_response(metadata, await context.generate_all(choices, model.name), request.logprobs)
+        streams = [context.generate(choice, model.name) for choice in choices]
+        started = await wait_all_started(streams)
+        return streaming_response(sse_stream(streams, *chat_chunks(metadata, started, request)))
+
+
 def chat_response(
-    label: ResponseMetadata, answers: list[GenerationOutput], logprobs: bool = False
+    metadata: ResponseMetadata, outputs: list[GenerationOutput], logprobs: bool = False
 ) -> responses.ChatCompletion:
-    def choice(index: int, answer: GenerationOutput) -> responses.ChatChoice:
-        parts: list[content.Part] = [
-            content.TextPart(text=part) if isinstance(part, str) else content.image_part(part) for part in answer.parts
+    def choice(index: int, output: GenerationOutput) -> responses.ChatChoice:
+        parts: list[ContentPart] = [
+            TextPart(text=part) if isinstance(part, str) else image_part(part) for part in output.parts
         ]
         message = responses.AssistantMessage(
-            content=answer.text,
-            refusal=answer.refusal,
-            images=[part for part in parts if isinstance(part, content.ImagePart)],
+            content=output.text,
+            refusal=output.refusal,
+            images=[part for part in parts if isinstance(part, ImagePart)],
             parts=parts,
         )
         return responses.ChatChoice(
             index=index,
             message=message,
-            finish_reason=answer.reason,
-            logprobs=chat_logprobs(answer.tokens) if logprobs else None,
+            finish_reason=output.reason,
+            logprobs=chat_logprobs(output.tokens) if logprobs else None,
         )
 
     return responses.ChatCompletion(
-        id=label.id,
-        created=label.created,
-        model=label.model,
-        choices=[choice(index, answer) for index, answer in enumerate(answers)],
-        usage=total_usage(answers, len(answers)),
+        id=metadata.id,
+        created=metadata.created,
+        model=metadata.model,
+        choices=[choice(index, output) for index, output in enumerate(outputs)],
+        usage=total_usage(outputs, len(outputs)),
     )
 
 
 def chat_chunks(
-    label: ResponseMetadata, started: list[Started], request: ChatRequest
+    metadata: ResponseMetadata, started: list[Started], request: ChatRequest
 ) -> tuple[list[bytes], EventWriter, EndWriter]:
-    """chat.completion.chunk events: the first of each answer, those of its pieces, the last of all. The order of
-    chunks is the order of text and images."""
+    """chat.completion.chunk events: the first of each choice, those of its output events, the last of all. The order
+    of chunks is the order of text and images."""
     options = request.options
 
     def chunk(
@@ -81,17 +109,19 @@ def chat_chunks(
         logprobs: responses.ChatLogprobs | None = None,
     ) -> bytes:
         choice = responses.ChunkChoice(index=index, delta=delta, finish_reason=reason, logprobs=logprobs)
-        return sse.event(responses.ChatChunk(id=label.id, created=label.created, model=label.model, choices=[choice]))
+        return sse.event(
+            responses.ChatChunk(id=metadata.id, created=metadata.created, model=metadata.model, choices=[choice])
+        )
 
-    def chunks(index: int, piece: OutputEvent) -> list[bytes]:
-        match piece:
+    def write(index: int, event: OutputEvent) -> list[bytes]:
+        match event:
             case TextDelta(text, tokens):
                 logprobs = chat_logprobs(list(tokens)) if request.logprobs else None
                 return [chunk(index, responses.Delta(content=text), logprobs=logprobs)]
             case ImageOutput(png):
-                return [chunk(index, responses.Delta(images=[content.image_part(png)]))]
+                return [chunk(index, responses.Delta(images=[image_part(png)]))]
             case ImageProgress(done, of, preview) if options.include_progress or preview:
-                shown = content.data_url(preview) if preview else None
+                shown = data_url(preview) if preview else None
                 progress = responses.Progress(done=done, total=of, preview=shown)
                 return [chunk(index, responses.Delta(drawing=progress))]
             case Finished(reason):
@@ -103,42 +133,17 @@ def chat_chunks(
                 ]
         return []
 
-    def tail(answers: TokenCount) -> list[bytes]:
+    def write_end(completion: TokenCount) -> list[bytes]:
         if not options.include_usage:
             return []
         last = responses.ChatChunk(
-            id=label.id,
-            created=label.created,
-            model=label.model,
+            id=metadata.id,
+            created=metadata.created,
+            model=metadata.model,
             choices=[],
-            usage=usage(started[0].prompt, answers),
+            usage=usage(started[0].prompt, completion),
         )
         return [sse.event(last)]
 
     first = [chunk(index, responses.Delta(role="assistant", content="")) for index in range(len(started))]
-    return first, chunks, tail
-
-
-def add_chat(app: FastAPI, served: ServingContext) -> None:
-    @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
-    async def chat(request: ChatRequest) -> Any:
-        model = served.model(request.model)
-        served.require_choices(request.n, len(request.stops))
-        label = new_metadata("chatcmpl", model)
-        job = GenerationRequest(
-            label.id,
-            await asyncio.to_thread(prompts.chat_prompt, request, served.pictures),
-            prompts.sampling_params(request, request.modalities, model.sampling),
-            served.limited(request.limit, "max_completion_tokens" if request.max_completion_tokens else "max_tokens"),
-            progress=True,
-            previews=request.options.partial_images if request.stream else 0,
-            stop=request.stops,
-            logprobs=request.alternatives,
-            begin_with_image=request.begin_with == "image",
-        )
-        jobs = prompts.numbered(job, request.n)
-        if not request.stream:
-            return chat_response(label, await generate_all(served, jobs, model.name), request.logprobs)
-        begun = [served.begin(one, model.name) for one in jobs]
-        started = await wait_all_started(begun)
-        return streaming_response(sse_stream(begun, *chat_chunks(label, started, request)))
+    return first, write, write_end

@@ -6,9 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from calumma.model.document import Document
-from calumma.serve.http import prompts
-from calumma.serve.http.context import ServingContext, generate_all
+from calumma.serve.http.context import ServingContext
+from calumma.serve.http.prompts import expand_choices, plain_prompt, sampling_params
 from calumma.serve.http.streams import (
     EndWriter,
     EventWriter,
@@ -38,88 +37,95 @@ from calumma.serve.protocol import (
 )
 
 
+def add_completions(app: FastAPI, context: ServingContext) -> None:
+    @app.post("/v1/completions", response_model=responses.Completion)
+    async def complete(request: CompletionRequest) -> Any:
+        model = context.model(request.model)
+        context.require_choices(request.n * len(request.prompts), len(request.stops))
+        metadata = new_metadata("cmpl", model.name)
+        params = sampling_params(request, ["text"], model.sampling)
+        max_tokens = context.max_tokens(request.max_tokens, "max_tokens")
+        choices = []
+        for number, prompt in enumerate(request.prompts):
+            one = GenerationRequest(
+                f"{metadata.id}-{number}",
+                plain_prompt(prompt) if isinstance(prompt, str) else prompt,
+                params,
+                max_tokens,
+                progress=True,
+                stop=request.stops,
+                logprobs=request.logprobs,
+                echo=request.echo,
+            )
+            choices += expand_choices(one, request.n)
+        if not request.stream:
+            outputs = await context.generate_all(choices, model.name)
+            return completion_response(metadata, outputs, request.n, request.logprobs is not None)
+        streams = [context.generate(choice, model.name) for choice in choices]
+        started = await wait_all_started(streams)
+        return streaming_response(sse_stream(streams, *completion_chunks(metadata, started, request)))
+
+
 def completion_response(
-    label: ResponseMetadata, answers: list[GenerationOutput], n: int, logprobs: bool
+    metadata: ResponseMetadata, outputs: list[GenerationOutput], n: int, logprobs: bool
 ) -> responses.Completion:
-    def choice(index: int, answer: GenerationOutput) -> responses.TextChoice:
-        echo = answer.echo or TextDelta("")
-        shift = len(echo.text)
+    def choice(index: int, output: GenerationOutput) -> responses.TextChoice:
+        echo = output.echo or TextDelta("")
         return responses.TextChoice(
             index=index,
-            text=echo.text + answer.text,
-            finish_reason=answer.reason,
-            logprobs=_text_logprobs(echo.tokens, answer.tokens, shift) if logprobs else None,
+            text=echo.text + output.text,
+            finish_reason=output.reason,
+            logprobs=_joined_logprobs(echo.tokens, output.tokens, len(echo.text)) if logprobs else None,
         )
 
     return responses.Completion(
-        id=label.id,
-        created=label.created,
-        model=label.model,
-        choices=[choice(index, answer) for index, answer in enumerate(answers)],
-        usage=total_usage(answers, n),
+        id=metadata.id,
+        created=metadata.created,
+        model=metadata.model,
+        choices=[choice(index, output) for index, output in enumerate(outputs)],
+        usage=total_usage(outputs, n),
     )
 
 
-def _text_logprobs(echoed: tuple[Token, ...], tokens: list[Token], shift: int) -> responses.TextLogprobs:
-    first, then = text_logprobs(list(echoed)), text_logprobs(tokens, shift)
+def _joined_logprobs(echoed: tuple[Token, ...], tokens: list[Token], offset: int) -> responses.TextLogprobs:
+    """Of an echoed prompt and the text that follows it. offset: characters of the echo."""
+    first, then = text_logprobs(list(echoed)), text_logprobs(tokens, offset)
     return responses.TextLogprobs(
         **{name: getattr(first, name) + getattr(then, name) for name in responses.TextLogprobs.model_fields}
     )
 
 
 def completion_chunks(
-    label: ResponseMetadata, started: list[Started], request: CompletionRequest
+    metadata: ResponseMetadata, started: list[Started], request: CompletionRequest
 ) -> tuple[list[bytes], EventWriter, EndWriter]:
     """text_completion events; an echo comes first."""
-    shifts = [len(one.echo.text) if one.echo else 0 for one in started]
+    offsets = [len(one.echo.text) if one.echo else 0 for one in started]
 
-    def chunk(index: int, piece: TextDelta, shift: int, reason: FinishReason | None = None) -> bytes:
-        logprobs = text_logprobs(list(piece.tokens), shift) if request.logprobs is not None else None
-        choice = responses.TextChoice(index=index, text=piece.text, finish_reason=reason, logprobs=logprobs)
-        return _completion([choice])
-
-    def _completion(choices: list[responses.TextChoice], count: responses.Usage | None = None) -> bytes:
+    def chunk(choices: list[responses.TextChoice], count: responses.Usage | None = None) -> bytes:
         return sse.event(
-            responses.Completion(id=label.id, created=label.created, model=label.model, choices=choices, usage=count)
+            responses.Completion(
+                id=metadata.id, created=metadata.created, model=metadata.model, choices=choices, usage=count
+            )
         )
 
-    def chunks(index: int, piece: OutputEvent) -> list[bytes]:
-        match piece:
+    def text(index: int, delta: TextDelta, offset: int, reason: FinishReason | None = None) -> bytes:
+        logprobs = text_logprobs(list(delta.tokens), offset) if request.logprobs is not None else None
+        return chunk([responses.TextChoice(index=index, text=delta.text, finish_reason=reason, logprobs=logprobs)])
+
+    def write(index: int, event: OutputEvent) -> list[bytes]:
+        match event:
             case TextDelta():
-                return [chunk(index, piece, shifts[index])]
+                return [text(index, event, offsets[index])]
             case Finished(reason):
-                return [chunk(index, TextDelta(""), 0, reason)]
+                return [text(index, TextDelta(""), 0, reason)]
             case ContentFiltered():
-                return [chunk(index, TextDelta(""), 0, "content_filter")]
+                return [text(index, TextDelta(""), 0, "content_filter")]
         return []
 
-    def tail(answers: TokenCount) -> list[bytes]:
+    def write_end(completion: TokenCount) -> list[bytes]:
         if not request.options.include_usage:
             return []
-        return [_completion([], usage(sum_tokens([one.prompt for one in started[:: request.n]]), answers))]
+        return [chunk([], usage(sum_tokens([one.prompt for one in started[:: request.n]]), completion))]
 
-    first = [chunk(index, one.echo, 0) for index, one in enumerate(started) if one.echo]
-    return first, chunks, tail
-
-
-def add_completions(app: FastAPI, served: ServingContext) -> None:
-    @app.post("/v1/completions", response_model=responses.Completion)
-    async def complete(request: CompletionRequest) -> Any:
-        model = served.model(request.model)
-        served.require_choices(request.n * len(request.prompts), len(request.stops))
-        label = new_metadata("cmpl", model)
-        params = prompts.sampling_params(request, ["text"], model.sampling)
-        most = served.limited(request.max_tokens, "max_tokens")
-        jobs = []
-        for number, prompt in enumerate(request.prompts):
-            read: Document | tuple[int, ...] = prompts.plain_prompt(prompt) if isinstance(prompt, str) else prompt
-            job = GenerationRequest(
-                f"{label.id}-{number}", read, params, most, True, 0, request.stops, request.logprobs, echo=request.echo
-            )
-            jobs += prompts.numbered(job, request.n)
-        if not request.stream:
-            answers = await generate_all(served, jobs, model.name)
-            return completion_response(label, answers, request.n, request.logprobs is not None)
-        begun = [served.begin(one, model.name) for one in jobs]
-        started = await wait_all_started(begun)
-        return streaming_response(sse_stream(begun, *completion_chunks(label, started, request)))
+    first = [text(index, one.echo, 0) for index, one in enumerate(started) if one.echo]
+    return first, write, write_end

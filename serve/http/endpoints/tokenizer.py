@@ -13,14 +13,14 @@ from calumma.serve.http.wire.requests import DetokenizeRequest, TokenizeRequest
 from calumma.serve.protocol import BOS, EOS
 
 
-def add_tokenizer(app: FastAPI, served: ServingContext) -> None:
+def add_tokenizer(app: FastAPI, context: ServingContext) -> None:
     @app.get("/tokenizer_info")
     async def info() -> dict[str, Any]:
         return {"tokenizer_class": "calumma", "bos_token": BOS, "eos_token": EOS, "pad_token": None}
 
     @app.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
-        backend = served.backends[served.model(request.model).name]
+        backend = context.backends[context.model(request.model).name]
         tokens = await backend.tokenize(prompts.well_formed(request.prompt, "prompt"))
         if request.add_special_tokens:
             tokens = [*(await backend.tokenize(BOS)), *tokens]
@@ -28,7 +28,7 @@ def add_tokenizer(app: FastAPI, served: ServingContext) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, Any]:
-        backend = served.backends[served.model(request.model).name]
+        backend = context.backends[context.model(request.model).name]
         try:
             return {"prompt": await backend.detokenize(request.tokens)}
         except LookupError as error:

@@ -13,21 +13,21 @@ from calumma.serve.protocol import ENGINE_FAILED, Finished, GenerationRequest, I
 
 @dataclass(frozen=True)
 class Admitted:
-    """The engine has taken the request in."""
+    """The engine has admitted the request."""
 
 
 @dataclass(frozen=True)
 class ImageCodes:
-    """Codes of an image, not decoded yet: all of them, or those of a preview."""
+    """Codes of an image, not decoded yet: all `total` of them, or the first ones for a preview."""
 
     codes: list[int]
     total: int
-    began: float  # time.monotonic()
+    began: float  # time.monotonic() at the image's first token
 
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """Log-probabilities of the prompt's tokens after the first."""
+    """Log-probabilities of the prompt's tokens after the first. They follow Admitted."""
 
     values: list[Logprob]
 
@@ -43,34 +43,34 @@ class EngineClient(Protocol):
 
     @property
     def running(self) -> int:
-        """Requests in work."""
+        """Requests admitted and not finished."""
         ...
 
     @property
     def waiting(self) -> int:
-        """Requests in line for the engine."""
+        """Requests that wait for a place in the engine's batch."""
         ...
 
     def statistics(self) -> dict[str, float]:
-        """Numbers for metrics and autoscaling, named as in metrics.py."""
+        """For metrics and autoscaling, named as in http/metrics.py."""
         ...
 
-    def submit(self, request: Request, job: GenerationRequest, post: OnOutput) -> None:
-        """Take a request in. `post` is called on any thread: first with Taken, last with Finished or Refused; with
-        Refused alone where the request cannot be answered."""
+    def submit(self, engine_request: Request, request: GenerationRequest, on_output: OnOutput) -> None:
+        """Add a request to the engine. on_output is called on any thread: first with Admitted, last with Finished or
+        RequestFailed; with RequestFailed alone where the request cannot be answered."""
         ...
 
-    def abandon(self, request_id: str) -> None:
-        """Stop working on a request. One that is not (or no longer) there is fine."""
+    def abort(self, request_id: str) -> None:
+        """Stop a request; nothing more is reported of it. One that is not (or no longer) there is fine."""
         ...
 
     def close(self) -> None:
-        """End; running requests are refused."""
+        """Stop the engine; running requests fail."""
         ...
 
 
 def engine_ended(failure: Exception | None) -> RequestFailed:
-    """Why an engine that has ended answers nothing."""
+    """What a request gets from an engine that has ended."""
     if failure is not None:
         return RequestFailed(500, f"the engine stopped: {failure}", code=ENGINE_FAILED)
     return RequestFailed(503, "this replica is shutting down; try again", code="unavailable")

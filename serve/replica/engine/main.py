@@ -1,4 +1,4 @@
-"""The engine's process: `python -m calumma.serve.replica.engine.main DESCRIPTOR`, started by engine_process.py."""
+"""The engine's process: `python -m calumma.serve.replica.engine.main DESCRIPTOR`, started by process.py."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from calumma.serve.replica.tensor_parallel import barrier, join_process_group
 
 log = logging.getLogger(__name__)
 
-BATCH_SECONDS = 0.02  # seconds within which what is not urgent travels together
-STATISTICS_SECONDS = 0.5  # seconds after which the engine's numbers are told again
+BATCH_SECONDS = 0.02  # outputs that are not urgent are sent together for so long
+STATISTICS_SECONDS = 0.5  # the engine's statistics are sent at least so often
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What of a model the engine's process holds."""
+    """An `EngineModel`: what of a model the engine's process needs."""
 
     transformer: Transformer
     vocabulary: Vocabulary
@@ -47,55 +47,55 @@ class LoadedModel:
 
 
 class OutputBatcher:
-    """Parts of all answers on their way. What is urgent, or the first of an answer, goes at the end of its step, the
-    rest with it or at the end of the first step after `TOGETHER`. For any thread."""
+    """Sends outputs of all requests to the replica, many in a message. What is urgent, or the first of a request, is
+    sent at the end of its step, the rest with it or at the end of the first step after BATCH_SECONDS. Thread-safe."""
 
-    def __init__(self, line: Connection) -> None:
-        self._line = line
-        self._parts: list[tuple[str, EngineOutput]] = []
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._outputs: list[tuple[str, EngineOutput]] = []
         self._begun: set[str] = set()
         self._urgent = False
         self._sent = 0.0
         self._lock = threading.Lock()
 
-    def box(self, request_id: str) -> OnOutput:
-        """Where the parts of an answer are posted."""
+    def callback(self, request_id: str) -> OnOutput:
+        """Takes the outputs of a request."""
 
-        def post(part: EngineOutput) -> None:
+        def on_output(output: EngineOutput) -> None:
             with self._lock:
-                self._parts.append((request_id, part))
-                if not isinstance(part, TextDelta | ImageProgress):
+                self._outputs.append((request_id, output))
+                if not isinstance(output, TextDelta | ImageProgress):
                     self._urgent = True
                 elif request_id not in self._begun:
                     self._urgent = True
                     self._begun.add(request_id)
 
-        return post
+        return on_output
 
-    def send(self, statistics: Callable[[], dict[str, float]], idle: bool) -> None:
-        """What is to be sent by now."""
+    def flush(self, statistics: Callable[[], dict[str, float]], idle: bool) -> None:
+        """Send what is due. idle: the engine has no work, so nothing waits for a later step."""
         with self._lock:
             since = time.monotonic() - self._sent
-            if self._urgent or idle or since > STATISTICS_SECONDS or (self._parts and since > BATCH_SECONDS):
-                parts, self._parts, self._urgent = self._parts, [], False
+            if self._urgent or idle or since > STATISTICS_SECONDS or (self._outputs and since > BATCH_SECONDS):
+                outputs, self._outputs, self._urgent = self._outputs, [], False
                 self._sent += since
-                self._line.send(Outputs(parts, statistics()))
+                self._connection.send(Outputs(outputs, statistics()))
             if idle:
                 self._begun.clear()
 
-    def say(self, word: Ready | EngineFailed) -> None:
+    def send(self, message: Ready | EngineFailed) -> None:
         with self._lock:
-            self._line.send(word)
+            self._connection.send(message)
 
 
 def load_model(start: Start) -> tuple[LoadedModel, dict[str, object]]:
-    """The model, of which this process has its part alone where there are others, and what the engine is made with."""
+    """The model, or this process's shard of it, and the options of its engine."""
     options = dict(start.settings.engine_options)
     device, dtype = device_and_dtype(start.settings)
-    if start.meeting is None:
+    if start.rendezvous is None:
         transformer = read_transformer(start.directory, device, dtype).eval()
     else:
-        options["shard"] = shard = join_process_group(start.meeting, 0, start.settings)
+        options["shard"] = shard = join_process_group(start.rendezvous, 0, start.settings)
         transformer = read_own_shard(start.directory, shard, start.settings)
         barrier(shard)
     images = ImageTokenizerConfig.read(Path(start.directory) / IMAGE_TOKENIZER)
@@ -103,38 +103,38 @@ def load_model(start: Start) -> tuple[LoadedModel, dict[str, object]]:
     return LoadedModel(transformer, vocabulary, tokenizer, images.codes_per_image), options
 
 
-def run(line: Connection, outbox: OutputBatcher) -> None:
-    """The engine's process, from the first word to the last."""
-    start: Start = line.recv()
+def run(connection: Connection, batcher: OutputBatcher) -> None:
+    """From the first message to the last."""
+    start: Start = connection.recv()
     torch.set_num_threads(start.threads)
-    held, options = load_model(start)
+    model, options = load_model(start)
 
-    def stepped() -> None:
-        if loop.failure is not None:  # who is at the other end finds out why, and tells those who wait
-            outbox.say(failure(loop.failure))
+    def after_step() -> None:
+        if engine.failure is not None:  # the replica finds out why, and fails its running requests
+            batcher.send(failure(engine.failure))
             os._exit(1)
-        outbox.send(loop.statistics, loop.idle)
+        batcher.flush(engine.statistics, engine.idle)
 
-    def submit(request: Request, job: GenerationRequest) -> None:
-        box = outbox.box(request.id)
+    def submit(engine_request: Request, request: GenerationRequest) -> None:
+        on_output = batcher.callback(engine_request.id)
         try:
-            loop.submit(request, job, box)
+            engine.submit(engine_request, request, on_output)
         except Exception as error:
             log.exception("a request could not be taken in")
-            box(RequestFailed(500, f"the request could not be taken in: {type(error).__name__}"))
-        stepped()  # whether it is taken in is told at once, however long a step lasts
+            on_output(RequestFailed(500, f"the request could not be taken in: {type(error).__name__}"))
+        after_step()  # whether it is admitted is sent at once, however long a step lasts
 
-    loop = EngineThread(held, stepped=stepped, **options)  # type: ignore[arg-type]
-    outbox.send(loop.statistics, True)
-    outbox.say(Ready())
+    engine = EngineThread(model, after_step=after_step, **options)  # type: ignore[arg-type]
+    batcher.flush(engine.statistics, True)
+    batcher.send(Ready())
     while True:
-        match line.recv():
-            case Submit(request, job):
-                submit(request, job)
+        match connection.recv():
+            case Submit(engine_request, request):
+                submit(engine_request, request)
             case Abort(request_id):
-                loop.abandon(request_id)
+                engine.abort(request_id)
             case Close():
-                loop.close()
+                engine.close()
                 return
 
 
@@ -143,7 +143,7 @@ def failure(error: Exception) -> EngineFailed:
 
 
 def exit_with_replica(descriptor: int) -> None:
-    """End when the replica is lost, whatever else is done: it would hold memory that its successor needs."""
+    """End this process when its replica is lost, whatever it does: it would hold memory that its successor needs."""
     watch = select.poll()
     watch.register(descriptor, select.POLLRDHUP)
     watch.poll()
@@ -151,18 +151,18 @@ def exit_with_replica(descriptor: int) -> None:
 
 
 def main(descriptor: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the replica's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the replica to handle
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     threading.Thread(target=exit_with_replica, args=(descriptor,), daemon=True).start()
-    line = Connection(descriptor)
-    outbox = OutputBatcher(line)
+    connection = Connection(descriptor)
+    batcher = OutputBatcher(connection)
     code = 0
     try:
-        run(line, outbox)
+        run(connection, batcher)
     except Exception as error:
         log.exception("the engine's process ends")
         with contextlib.suppress(OSError):
-            outbox.say(failure(error))
+            batcher.send(failure(error))
         code = 1
     logging.shutdown()
     os._exit(code)  # whatever the engine's thread waits for

@@ -13,19 +13,19 @@ from calumma.serve.settings import ModelSettings
 
 @dataclass(frozen=True)
 class Start:
-    """The first word to the engine's process. directory: of the model. meeting: where it meets those that hold the
-    model with it."""
+    """The first message to the engine's process. directory: of the model. threads: of PyTorch. rendezvous: of the
+    processes that share the model; None where there is one."""
 
     settings: ModelSettings
     directory: str
     threads: int
-    meeting: Rendezvous | None
+    rendezvous: Rendezvous | None
 
 
 @dataclass(frozen=True)
 class Submit:
-    request: Request
-    job: GenerationRequest  # without its prompt
+    engine_request: Request
+    request: GenerationRequest  # without its prompt
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Parts of answers in order, and the engine's numbers."""
+    """(request id, output) in order, and the engine's statistics."""
 
-    parts: list[tuple[str, EngineOutput]]
+    outputs: list[tuple[str, EngineOutput]]
     statistics: dict[str, float]
 
 
@@ -55,4 +55,4 @@ class Outputs:
 class EngineFailed:
     """The engine cannot start, or go on."""
 
-    why: str
+    reason: str

@@ -1,9 +1,9 @@
-"""The engine in a process of its own, and its replica's end of the line.
+"""The engine in a process of its own, as its replica sees it.
 
-Every operation of PyTorch lets go of the interpreter's lock and has to get it back. Beside an event loop that serves
-clients the engine waits for it between all its operations; so, as in vLLM, it has an interpreter to itself. The two
-talk through a pair of sockets; when either is lost, the other end closes: the engine's process ends, or the replica's
-streams do.
+Every operation of PyTorch releases the interpreter's lock and has to get it back. Beside an event loop that serves
+clients the engine would wait for it between all its operations; so, as in vLLM, it has an interpreter to itself. The
+two exchange messages through a pair of sockets; when either process is lost, the other notices: the engine's process
+ends, or the replica's streams do.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ from calumma.serve.replica.tensor_parallel import Rendezvous
 from calumma.serve.settings import ModelSettings
 
 log = logging.getLogger(__name__)
+
 MODULE = "calumma.serve.replica.engine.main"
-CLOSE_TIMEOUT = 60.0  # seconds that the engine's process has to end when it is told to
+CLOSE_TIMEOUT = 60.0  # seconds until an engine's process that was told to end is killed
 
 
 class EngineProcess:
-    """A `Loop` in a process of its own. Requests have ids that no other ever had."""
+    """An `EngineClient` with the engine in a process of its own. Ids of requests are never used again."""
 
     def __init__(
         self,
         settings: ModelSettings,
         directory: str | Path,
         threads: int,
-        meeting: Rendezvous | None = None,
+        rendezvous: Rendezvous | None = None,
         explain: Callable[[Exception], Exception] = lambda error: error,
     ) -> None:
-        """Begin to start it. explain: called with what stopped the engine, gives the cause."""
+        """Start the process, without waiting for it. explain: called with what stopped the engine, gives the cause."""
         self._max_sequences, self._explain = settings.max_sequences, explain
         self.failure: Exception | None = None
-        self._posts: dict[str, OnOutput] = {}
+        self._callbacks: dict[str, OnOutput] = {}  # by request id
         self._statistics: dict[str, float] = {}
-        self._lock = threading.Lock()  # of who waits for an answer, and whether there will be any
+        self._lock = threading.Lock()  # of _callbacks and _closed
         self._closed = False
         self._ready = threading.Event()
         ours, theirs = socket.socketpair()
@@ -56,13 +57,13 @@ class EngineProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
-        self._line = Connection(ours.detach())
-        # What is to be sent: a socket that is full, or an engine that is slow to listen, holds up no client.
+        self._connection = Connection(ours.detach())
+        # Sent by a thread: a socket that is full, or an engine that is slow to receive, holds up no client.
         self._outgoing: queue.SimpleQueue[Start | Submit | Abort | Close | None] = queue.SimpleQueue()
-        self._outgoing.put(Start(settings, str(directory), threads, meeting))
+        self._outgoing.put(Start(settings, str(directory), threads, rendezvous))
         self._threads = [
             threading.Thread(target=work, name=f"engine, {name}", daemon=True)
-            for name, work in (("sending", self._send), ("listening", self._listen))
+            for name, work in (("sending", self._send), ("receiving", self._receive))
         ]
         for thread in self._threads:
             thread.start()
@@ -71,47 +72,47 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def started(self) -> None:
-        """Wait until the engine has its model. Raises RuntimeError that says why it does not come up."""
+    def wait_ready(self) -> None:
+        """Wait until the engine has its model. Raises RuntimeError that says why it does not start."""
         self._ready.wait()
         if self.failure is not None or self._closed:
             raise RuntimeError(f"the engine did not start: {self.failure or 'it was closed'}") from self.failure
 
-    def ended(self) -> Exception | None:
-        """Wait for its end, when all who waited for answers are told: what failed, or None where it was closed."""
+    def wait_ended(self) -> Exception | None:
+        """Wait for its end, when all running requests have failed: what went wrong, or None where it was closed."""
         self._threads[1].join()
         return self.failure
 
     @property
     def running(self) -> int:
-        return len(self._posts)
+        return len(self._callbacks)
 
     @property
     def waiting(self) -> int:
-        """As many as the engine says, or as there must be: it says so a moment later."""
+        """As many as the engine reported, or as there must be: it reports a moment later."""
         return max(int(self._statistics.get("requests_waiting", 0)), self.running - self._max_sequences)
 
     def statistics(self) -> dict[str, float]:
         return dict(self._statistics)
 
-    def submit(self, request: Request, job: GenerationRequest, post: OnOutput) -> None:
+    def submit(self, engine_request: Request, request: GenerationRequest, on_output: OnOutput) -> None:
         with self._lock:
-            closed, known = self._closed, request.id in self._posts
+            closed, known = self._closed, engine_request.id in self._callbacks
             if not closed and not known:
-                self._posts[request.id] = post
-                self._outgoing.put(Submit(request, replace(job, prompt=())))
+                self._callbacks[engine_request.id] = on_output
+                self._outgoing.put(Submit(engine_request, replace(request, prompt=())))
         if closed:
-            post(engine_ended(self.failure))
+            on_output(engine_ended(self.failure))
         elif known:
-            post(RequestFailed(400, f"a request with the id {request.id!r} is being answered"))
+            on_output(RequestFailed(400, f"a request with the id {engine_request.id!r} is being answered"))
 
-    def abandon(self, request_id: str) -> None:
+    def abort(self, request_id: str) -> None:
         with self._lock:
-            if self._posts.pop(request_id, None) is not None:
+            if self._callbacks.pop(request_id, None) is not None:
                 self._outgoing.put(Abort(request_id))
 
     def fail(self, error: Exception) -> None:
-        """Called when the engine cannot go on, whatever it does: what it works on is refused."""
+        """End an engine that cannot go on, whatever it does: its running requests fail."""
         self.failure = self.failure or error
         self._process.kill()
         self._end()
@@ -120,7 +121,7 @@ class EngineProcess:
         with self._lock:
             self._closed = True
             self._outgoing.put(Close())
-        if not self._ready.is_set():  # it does not listen yet
+        if not self._ready.is_set():  # it does not receive yet
             self._process.kill()
         try:
             self._process.wait(CLOSE_TIMEOUT)
@@ -134,52 +135,52 @@ class EngineProcess:
         self._outgoing.put(None)
         for thread in self._threads:
             thread.join()
-        self._line.close()
+        self._connection.close()
 
     def _send(self) -> None:
-        with contextlib.suppress(OSError):  # its end is noticed by who listens
+        with contextlib.suppress(OSError):  # the receiving thread notices its end
             while (message := self._outgoing.get()) is not None:
-                self._line.send(message)
+                self._connection.send(message)
 
-    def _listen(self) -> None:
-        """Post what the engine's process says, to its end."""
+    def _receive(self) -> None:
+        """Report what the engine's process sends, until its end."""
         try:
-            error = self._heard()
+            error = self._dispatch_until_end()
             if error is not None and self.failure is None:
                 self.failure = self._explain(error)
         except Exception as error:
-            log.exception("what the engine's process says cannot be understood")
+            log.exception("a message of the engine's process cannot be read")
             self._process.kill()
             self.failure = self.failure or error
         finally:
             with self._lock:
                 self._closed = True
-                left, self._posts = list(self._posts.values()), {}
-            for post in left:
-                post(engine_ended(self.failure))
+                left, self._callbacks = list(self._callbacks.values()), {}
+            for on_output in left:
+                on_output(engine_ended(self.failure))
             self._ready.set()
 
-    def _heard(self) -> Exception | None:
+    def _dispatch_until_end(self) -> Exception | None:
         """Why the engine's process has ended; None where it was told to."""
-        said: EngineFailed | None = None
+        reported: EngineFailed | None = None
         with contextlib.suppress(EOFError, ConnectionResetError):
             while True:
-                match self._line.recv():
+                match self._connection.recv():
                     case Ready():
                         self._ready.set()
-                    case Outputs(parts, statistics):
+                    case Outputs(outputs, statistics):
                         self._statistics = statistics
-                        for request_id, part in parts:
-                            self._post(request_id, part)
-                    case EngineFailed() as said:
-                        log.error("the engine stopped: %s", said.why)
+                        for request_id, output in outputs:
+                            self._dispatch(request_id, output)
+                    case EngineFailed() as reported:
+                        log.error("the engine stopped: %s", reported.reason)
         code = self._process.wait()
-        if said is not None:
-            return RuntimeError(said.why)
+        if reported is not None:
+            return RuntimeError(reported.reason)
         return None if self._closed else RuntimeError(f"its process ended with code {code}")
 
-    def _post(self, request_id: str, part: EngineOutput) -> None:
-        last = isinstance(part, Finished | RequestFailed)
-        post = self._posts.pop(request_id, None) if last else self._posts.get(request_id)
-        if post is not None:
-            post(part)
+    def _dispatch(self, request_id: str, output: EngineOutput) -> None:
+        last = isinstance(output, Finished | RequestFailed)
+        on_output = self._callbacks.pop(request_id, None) if last else self._callbacks.get(request_id)
+        if on_output is not None:
+            on_output(output)

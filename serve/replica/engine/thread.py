@@ -18,25 +18,25 @@ from calumma.serve.replica.engine.detokenizer import Detokenizer, EngineModel
 
 log = logging.getLogger(__name__)
 
-
-# Seconds after which an engine without work that is one of several says so to the others, who would give it up.
+# Seconds after which an engine without work steps once for the processes that share its model: they wait in a
+# collective operation that would time out.
 HEARTBEAT = 30.0
 
 
 class EngineThread:
-    """A `Loop` on a thread of this process."""
+    """An `EngineClient` with the engine on a thread of this process."""
 
     def __init__(
-        self, model: EngineModel, max_sequences: int, stepped: Callable[[], None] = lambda: None, **engine: Any
+        self, model: EngineModel, max_sequences: int, after_step: Callable[[], None] = lambda: None, **options: Any
     ) -> None:
-        """stepped: called on the engine's thread when what a step brought is posted, and at the end. engine: further
-        options of it."""
-        self._model, self._stepped = model, stepped
-        self._heartbeat = HEARTBEAT if engine.get("shard") is not None else None
+        """after_step: called on the engine's thread when a step's outputs are reported, and at the end. options:
+        further ones of the engine."""
+        self._model, self._after_step = model, after_step
+        self._heartbeat = HEARTBEAT if options.get("shard") is not None else None
         self._engine = Engine(
-            model.transformer, model.vocabulary, model.image_length, max_sequences=max_sequences, **engine
+            model.transformer, model.vocabulary, model.image_length, max_sequences=max_sequences, **options
         )
-        self._answers: dict[str, Detokenizer] = {}
+        self._requests: dict[str, Detokenizer] = {}
         self._wake = threading.Condition()
         self._closed = False
         self._step_seconds = 0.0
@@ -46,7 +46,7 @@ class EngineThread:
 
     @property
     def running(self) -> int:
-        return len(self._answers)
+        return len(self._requests)
 
     @property
     def waiting(self) -> int:
@@ -73,25 +73,24 @@ class EngineThread:
             **asdict(now.counters),
         }
 
-    def submit(self, request: Request, job: GenerationRequest, post: OnOutput) -> None:
+    def submit(self, engine_request: Request, request: GenerationRequest, on_output: OnOutput) -> None:
         with self._wake:
             if self._closed:
-                post(engine_ended(self.failure))
+                on_output(engine_ended(self.failure))
                 return
             try:
-                self._engine.add(request)
+                self._engine.add(engine_request)
             except ValueError as error:
                 code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
-                post(RequestFailed(400, str(error), code=code))
+                on_output(RequestFailed(400, str(error), code=code))
                 return
-            post(Admitted())
-            self._answers[request.id] = Detokenizer(self._model, job, post)
+            on_output(Admitted())
+            self._requests[engine_request.id] = Detokenizer(self._model, request, on_output)
             self._wake.notify()
 
-    def abandon(self, request_id: str) -> None:
-        """Nothing more is posted for it."""
+    def abort(self, request_id: str) -> None:
         with self._wake:
-            if self._answers.pop(request_id, None) is not None:
+            if self._requests.pop(request_id, None) is not None:
                 self._engine.abort(request_id)
                 self._wake.notify()
 
@@ -109,37 +108,37 @@ class EngineThread:
                 events = self._engine.step()
                 self._step_seconds += time.perf_counter() - begin
                 self._dispatch(events)
-                self._stepped()
+                self._after_step()
         except Exception as error:
             log.exception("the engine stopped")
             self.failure = error
         with self._wake:
             self._closed = True
-            left, self._answers = list(self._answers.values()), {}
-        for answer in left:
-            answer.post(engine_ended(self.failure))
-        self._stepped()
+            left, self._requests = list(self._requests.values()), {}
+        for request in left:
+            request.on_output(engine_ended(self.failure))
+        self._after_step()
         if self.failure is None:
             self._engine.close()
 
     def _has_work(self) -> bool:
-        """Wait for work, or for the next heartbeat; false when the loop is to end."""
+        """Wait for work, or for the next heartbeat; false when the engine is to stop."""
         with self._wake:
             self._wake.wait_for(lambda: self._closed or self._engine.has_work, self._heartbeat)
             return not self._closed
 
     def _dispatch(self, events: list[Event]) -> None:
-        """Post what a step brought, in order."""
+        """Report what a step brought, in order."""
         with self._wake:  # not while a request is taken in: the step may have begun with it already
-            answers = [(event, self._answers.get(event.request_id)) for event in events]
-        for event, answer in answers:
-            if answer is None or event.request_id not in self._answers:
+            pairs = [(event, self._requests.get(event.request_id)) for event in events]
+        for event, request in pairs:
+            if request is None or event.request_id not in self._requests:
                 continue
-            parts = answer.take(event)
-            if parts and isinstance(parts[-1], Finished):
+            outputs = request.process(event)
+            if outputs and isinstance(outputs[-1], Finished):
                 with self._wake:
-                    self._answers.pop(event.request_id, None)
+                    self._requests.pop(event.request_id, None)
                     if event.finish is None:  # a stop string
                         self._engine.abort(event.request_id)
-            for part in parts:
-                answer.post(part)
+            for output in outputs:
+                request.on_output(output)
