@@ -116,7 +116,9 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
             TextDelta("."),
             Finished("stop", TokenCount()),
         ]
-        monkeypatch.setattr(replica.engine, "submit", lambda engine_request, request, on_output: [on_output(one) for one in said])
+        monkeypatch.setattr(
+            replica.engine, "submit", lambda engine_request, request, on_output: [on_output(one) for one in said]
+        )
         found = []
         try:
             async with aclosing(replica.generate_batches(GenerationRequest("a", PROMPT, params(0)))) as batches:

@@ -12,8 +12,8 @@ from calumma.platform import storage, tracking
 from calumma.serve.deploy.preparation import ServeError, locate_servable
 from calumma.serve.settings import ModelSettings
 
-from ..platform.conftest import s3 as s3
-from ..platform.conftest import server as server
+from ...platform.conftest import s3 as s3
+from ...platform.conftest import server as server
 
 
 def test_a_model_in_a_bucket_answers_as_its_copy_in_a_folder(s3: str, model_directory: Path) -> None:
