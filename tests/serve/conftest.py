@@ -49,7 +49,7 @@ class StubBackend:
     ) -> None:
         fixed = steps or answered(TextDelta("seven"))
         self._script = script or (lambda request: fixed)
-        self._facts = {"context": CONTEXT} if facts is None else facts
+        self._facts = {"context": CONTEXT, "image_size": IMAGE_SIZE} if facts is None else facts
         self.healthy = True
         self.requests: list[GenerationRequest] = []
         self.endings: list[str] = []  # "whole" or "stopped", of each request

@@ -1,4 +1,4 @@
-"""Streams end with their clients."""
+"""Streams bring the whole output and its usage, and end with their clients."""
 
 from __future__ import annotations
 
@@ -10,11 +10,54 @@ import pytest
 from starlette.testclient import TestClient
 
 from calumma.serve.http.app import create_app
-from calumma.serve.protocol import Started, TokenCount
+from calumma.serve.protocol import Finished, GenerationRequest, RequestFailed, Started, TextDelta, TokenCount
 from calumma.serve.settings import ServeSettings
 
-from ..conftest import StubBackend
-from .conftest import CHAT, ask, metric
+from ..conftest import Step, StubBackend
+from .conftest import CHAT, ask, metric, sse_events, stub_settings
+
+PROMPT, COMPLETION = TokenCount(5, 18), TokenCount(3, 36)
+STEPS = [Started(PROMPT), TextDelta("seven"), Finished("stop", COMPLETION)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "prompts", "choices"),
+    [
+        (CHAT, ask(n=3), 1, 3),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 3}, 2, 6),
+        ("/v1/completions", {"prompt": "a"}, 1, 1),
+    ],
+)
+def test_a_prompt_is_counted_once_and_every_answer_to_it(
+    path: str, body: dict[str, Any], prompts: int, choices: int
+) -> None:
+    expected = {
+        "prompt_tokens": prompts * 23,
+        "completion_tokens": choices * 39,
+        "total_tokens": prompts * 23 + choices * 39,
+        "prompt_tokens_details": {"text_tokens": prompts * 5, "image_tokens": prompts * 18},
+        "completion_tokens_details": {"text_tokens": choices * 3, "image_tokens": choices * 36},
+    }
+    with TestClient(create_app(StubBackend(*STEPS), stub_settings())) as client:
+        whole = client.post(path, json=body).json()
+        streamed = client.post(path, json=body | {"stream": True, "stream_options": {"include_usage": True}})
+    assert whole["usage"] == expected
+    assert len(whole["choices"]) == choices
+    *_, last = sse_events(streamed.text)
+    assert (last["choices"], last["usage"]) == ([], expected)
+
+
+def test_the_first_refusal_of_several_choices_ends_the_others() -> None:
+    def script(request: GenerationRequest) -> list[Step]:
+        if request.id.endswith("-1"):
+            return [RequestFailed(429, "the queue is full", code="overloaded")]
+        return [Started(PROMPT), asyncio.Event().wait]
+
+    for stream in (False, True):
+        backend = StubBackend(script=script)
+        with TestClient(create_app(backend, stub_settings())) as client:
+            assert client.post(CHAT, json=ask(n=3, stream=stream)).status_code == 429
+        assert backend.endings == ["stopped"] * 3
 
 
 def test_the_work_of_a_client_that_leaves_is_given_up(settings: ServeSettings) -> None:
