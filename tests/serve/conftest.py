@@ -6,7 +6,7 @@ import base64
 import io
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class StubBackend:
         self.requests: list[GenerationRequest] = []
         self.endings: list[str] = []  # "whole" or "stopped", of each request
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputEvent, None]:
         self.requests.append(request)
         ending = "stopped"
         try:

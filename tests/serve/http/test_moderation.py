@@ -55,10 +55,13 @@ def test_a_word_within_another_is_another_word(text: str) -> None:
 
 def test_an_answer_is_declined_before_the_word_is_sent() -> None:
     pieces = [TextDelta(text) for text in ("Take some ", "dyna", "mite", ", light ", "it.")]
-    with client(saying(*pieces)) as http:
+    backend = saying(*pieces)
+    with client(backend) as http:
         chunks = sse_events(http.post(CHAT, json=ask(stream=True)).text)
         assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks) == "Take some "
         assert chunks[-1]["choices"][0]["finish_reason"] == "content_filter"
+        assert sum("refusal" in c["choices"][0]["delta"] for c in chunks) == 1
+        assert backend.endings == ["stopped"], "nothing more is generated"
         whole = http.post(CHAT, json=ask()).json()["choices"][0]
         assert (whole["message"]["content"], whole["message"]["refusal"]) == ("Take some ", "no")
 
@@ -106,17 +109,19 @@ def test_a_word_is_declined_that_a_space_lets_out_in_two_parts() -> None:
 
 
 def test_log_probabilities_tell_nothing_of_text_that_is_held_back() -> None:
-    texts = ["some ", "dyna", "mite ", "now"]
-    deltas = [TextDelta(text, (Token(k, text.encode(), 0, -1.0),)) for k, text in enumerate(texts)]
-    with client(saying(*deltas)) as http:
+    def deltas(*texts: str) -> list[TextDelta]:
+        return [TextDelta(text, (Token(k, text.encode(), 0, -1.0),)) for k, text in enumerate(texts)]
+
+    with client(saying(*deltas("some ", "more dyna", "mite ", "now"))) as http:
         streamed = sse_events(http.post(CHAT, json=ask(stream=True, logprobs=True)).text)
         whole = http.post(CHAT, json=ask(logprobs=True)).json()["choices"][0]
     tokens = [token for chunk in streamed for token in (chunk["choices"][0].get("logprobs") or {}).get("content", [])]
     assert [token["token"] for token in tokens] == ["some "]
     assert [token["token"] for token in whole["logprobs"]["content"]] == ["some "]
-    with client(saying(*deltas[:1], *deltas[3:])) as http:
+    harmless = ["some ", "more dyna", "mo ", "now"]
+    with client(saying(*deltas(*harmless))) as http:
         whole = http.post(CHAT, json=ask(logprobs=True)).json()["choices"][0]
-    assert [token["token"] for token in whole["logprobs"]["content"]] == ["some ", "now"], "what is sent has them all"
+    assert [token["token"] for token in whole["logprobs"]["content"]] == harmless, "what is sent has them all"
 
 
 def no_pictures() -> Policy:

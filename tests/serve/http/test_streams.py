@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from calumma.model.document import Document
+from calumma.model.generation import SamplingParams
 from calumma.serve.http.app import create_app
+from calumma.serve.http.streams import wait_all_started
+from calumma.serve.http.wire.errors import APIError
 from calumma.serve.protocol import Finished, GenerationRequest, RequestFailed, Started, TextDelta, TokenCount
 from calumma.serve.settings import ServeSettings
 
@@ -47,17 +51,31 @@ def test_a_prompt_is_counted_once_and_every_answer_to_it(
     assert (last["choices"], last["usage"]) == ([], expected)
 
 
-def test_the_first_refusal_of_several_choices_ends_the_others() -> None:
-    def script(request: GenerationRequest) -> list[Step]:
-        if request.id.endswith("-1"):
-            return [RequestFailed(429, "the queue is full", code="overloaded")]
-        return [Started(PROMPT), asyncio.Event().wait]
+def second_fails(request: GenerationRequest) -> list[Step]:
+    if request.id.endswith("-1"):
+        return [RequestFailed(429, "the queue is full", code="overloaded")]
+    return [Started(PROMPT), asyncio.Event().wait]
 
+
+def test_the_first_failure_of_several_choices_ends_the_others() -> None:
     for stream in (False, True):
-        backend = StubBackend(script=script)
+        backend = StubBackend(script=second_fails)
         with TestClient(create_app(backend, stub_settings())) as client:
             assert client.post(CHAT, json=ask(n=3, stream=stream)).status_code == 429
         assert backend.endings == ["stopped"] * 3
+
+
+def test_streams_are_closed_by_the_first_failure_among_them() -> None:
+    backend = StubBackend(script=second_fails)
+
+    async def start() -> None:
+        requests = [GenerationRequest(f"a-{k}", Document(()), SamplingParams()) for k in range(3)]
+        streams = [backend.generate(request) for request in requests]
+        with pytest.raises(APIError, match="the queue is full"):
+            await wait_all_started(streams)
+        assert backend.endings == ["stopped"] * 3
+
+    asyncio.run(start())
 
 
 def test_the_work_of_a_client_that_leaves_is_given_up(settings: ServeSettings) -> None:

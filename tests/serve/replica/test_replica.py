@@ -238,6 +238,7 @@ def test_ids_of_a_prompt_are_those_of_the_vocabulary(replica: EngineReplica, bey
     assert isinstance(first, Started) == accepted
     if isinstance(first, RequestFailed):
         assert (first.status, first.param) == (400, "prompt")
+        assert f"must lie in 0..{token - 1}; found {token}" in first.message
 
 
 def test_as_many_requests_may_wait_as_the_settings_say(model: MixedModalModel, monkeypatch: pytest.MonkeyPatch) -> None:

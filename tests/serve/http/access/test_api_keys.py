@@ -160,11 +160,13 @@ def test_a_server_that_works_on_enough_gets_no_more_and_its_pages_go_on() -> Non
     full = stub_settings(limits={"running": 1})
     with listening(create_app(StubBackend(started, wait, *rest), full)) as url, ThreadPoolExecutor(1) as pool:
         first = pool.submit(requests.post, url + CHAT, json=ask(), timeout=300)
-        assert waiting.wait(300)
-        refused = requests.post(url + CHAT, json=ask(), timeout=300)
-        assert (refused.status_code, error_of(refused)["code"]) == (429, "overloaded")
-        assert requests.get(f"{url}/v1/models", timeout=300).status_code == 200
-        let.set()
+        try:
+            assert waiting.wait(300)
+            refused = requests.post(url + CHAT, json=ask(), timeout=300)
+            assert (refused.status_code, error_of(refused)["code"]) == (429, "overloaded")
+            assert requests.get(f"{url}/v1/models", timeout=300).status_code == 200
+        finally:
+            let.set()
         assert first.result().status_code == 200
         assert requests.post(url + CHAT, json=ask(), timeout=300).status_code == 200
 
