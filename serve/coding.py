@@ -115,12 +115,12 @@ class CodingReplica(LocalCoder):
         from calumma.model.directory import IMAGE_TOKENIZER
         from calumma.model.text_tokenizer import TextTokenizer
         from calumma.model.vocabulary import Vocabulary
-        from calumma.platform import tracking
+        from calumma.platform.tracking import registry
 
         device = "cuda" if settings.image_coder_gpus > 0 else "cpu"
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        with tracking.resolve_model(source, settings.tracking) as directory:
+        with registry.resolve_model(source, settings.tracking) as directory:
             tokenizer = ImageTokenizer.read(f"{directory}/{IMAGE_TOKENIZER}", device).eval()
             encoder = PromptEncoder(Vocabulary.read(directory), TextTokenizer.read(directory), tokenizer)
         super().__init__(encoder)

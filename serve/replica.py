@@ -255,14 +255,15 @@ class Replica(EngineReplica):
     s3://…)."""
 
     def __init__(self, settings: ModelSettings, source: str, coders: DeploymentHandle | None = None) -> None:
-        from calumma.platform import cluster, tracking
+        from calumma.platform.cluster import capacity
+        from calumma.platform.tracking import registry
         from calumma.serve.coding import RemoteCoder
 
         processes = settings.min_replicas * settings.tensor_parallel
-        threads = settings.threads or max(1, cluster.cores() // processes)
+        threads = settings.threads or max(1, capacity.cores() // processes)
         torch.set_num_threads(threads)
         self._ranks: Ranks | None = None
-        with tracking.resolve_model(source, settings.tracking) as directory:
+        with registry.resolve_model(source, settings.tracking) as directory:
             if settings.tensor_parallel == 1:
                 engine = EngineProcess(settings, directory, threads)
             else:

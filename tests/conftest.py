@@ -61,9 +61,9 @@ def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_cluster() -> Iterator[None]:
     """One lean Ray cluster in this process for all tests that ask for it, started by the first of them.
 
-    Mark such tests with `cluster`. `calumma.platform.cluster.embedded()` inside them uses this cluster.
+    Mark such tests with `cluster`. `calumma.platform.cluster.connection.embedded()` inside them uses this cluster.
     """
-    from calumma.platform import cluster
+    from calumma.platform.cluster import connection
 
-    with cluster.embedded(lean=True):
+    with connection.embedded(lean=True):
         yield

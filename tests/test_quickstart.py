@@ -13,14 +13,14 @@ import typer
 from mlflow import MlflowClient
 from typer.testing import CliRunner, Result
 
+from calumma.jobs.commands.quickstart import quickstart
+from calumma.jobs.quickstart import report, steps
+from calumma.jobs.quickstart.questions import Answer
+from calumma.jobs.quickstart.steps import Options
 from calumma.model import load
 from calumma.model.document import Image
-from calumma.platform import runner
-from calumma.platform.commands.quickstart import quickstart
-from calumma.platform.data.manifest import Manifest
-from calumma.platform.quickstart import report, steps
-from calumma.platform.quickstart.questions import Answer
-from calumma.platform.quickstart.steps import Options
+from calumma.platform.cluster import runner
+from calumma.platform.storage.manifest import Manifest
 
 pytestmark = pytest.mark.cluster
 
@@ -65,7 +65,7 @@ def test_every_step_is_published(workdir: Path) -> None:
         spec = steps.specification(name, Options(workdir, fast=True))
         manifest = runner.standing(spec)
         assert manifest is not None, name
-        manifest.verify(runner.output_of(spec))
+        manifest.verify(spec.output_uri)
 
 
 def test_results_say_what_was_measured(workdir: Path) -> None:

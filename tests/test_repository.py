@@ -164,7 +164,7 @@ def test_the_wheel_contains_recipes_playground_and_license(wheel: zipfile.ZipFil
 
 def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
     [entry_points] = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-    assert "calumma = calumma.platform.commands.main:main" in wheel.read(entry_points).decode()
+    assert "calumma = calumma.jobs.commands.main:main" in wheel.read(entry_points).decode()
 
 
 def test_the_license_is_apache_2() -> None:

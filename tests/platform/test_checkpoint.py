@@ -21,11 +21,13 @@ from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
-from calumma.platform.config import PretrainSpecification
-from calumma.platform.data.manifest import Manifest
-from calumma.platform.training import checkpoint, engine, trainable
-from calumma.platform.training.held_out import HeldOutBatch
-from calumma.platform.training.saver import Saver
+from calumma.platform.storage.manifest import Manifest
+from calumma.platform.training.checkpoints import catalog, resumption, saver
+from calumma.platform.training.checkpoints.saver import Saver
+from calumma.platform.training.specification import PretrainSpecification
+from calumma.platform.training.steps import engine
+from calumma.platform.training.steps.held_out import HeldOutBatch
+from calumma.platform.training.trainable.parameters import parameters
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50, dropout=0.1)
 VOCABULARY = Vocabulary(
@@ -67,7 +69,7 @@ def join(rank: int, world: int, meeting: str) -> None:
 def started(spec: PretrainSpecification, world: int, seed: int = 0) -> Any:
     assert spec.model is not None
     shape = spec.model.model_copy(update={"vocabulary_size": SHAPE.vocabulary_size})
-    model = trainable.prepare(Transformer(shape).initialize(seed), spec, VOCABULARY)
+    model = parameters.prepare(Transformer(shape).initialize(seed), spec, VOCABULARY)
     return engine.initialize(model, spec, world)
 
 
@@ -93,15 +95,15 @@ def part_of_a_run(
     """One group of workers: from the newest checkpoint on, and a checkpoint at the end. Losses go to a file."""
     join(rank, world, f"{notes}-meeting-{first}-{last}")
     spec = specification(output, zero_stage=stage, **fields)
-    found = checkpoint.resumption(output, spec, {})
+    found = resumption.resumption(output, spec, {})
     assert (found.step if found else 0) == first
     run = started(spec, world, seed=first)  # nothing of a later group's own start may be left
     if found:
-        assert checkpoint.fits(found, spec, world)
-        checkpoint.load(run, found)
+        assert resumption.fits(found, spec, world)
+        resumption.load(run, found)
     seen = steps(run, spec, world, rank, first, last)
     report = {"step": last, "schedule_step": last, "tokens": {}, "loss": seen[-1][1]}
-    checkpoint.save(run, checkpoint.location(output, last), spec, {}, report)
+    saver.save(run, catalog.location(output, last), spec, {}, report)
     if rank == 0:
         Path(f"{notes}-{first}.json").write_text(json.dumps(seen))
 
@@ -183,15 +185,15 @@ def rolled_back(rank: int, world: int, stage: int, output: str, notes: str) -> N
     run = started(spec, world, seed=1)
     seen = []
     for first in (2, 4):
-        found = checkpoint.resumption(output, spec, {})
+        found = resumption.resumption(output, spec, {})
         assert found is not None
         assert found.step == first
-        checkpoint.load(run, found)
+        resumption.load(run, found)
         seen.append(steps(run, spec, world, rank, first, first + 2))
         refused(run, spec, world, rank, first + 2)
-        checkpoint.load(run, found)
+        resumption.load(run, found)
         seen.append(steps(run, spec, world, rank, first, first + 2))
-        checkpoint.save(run, checkpoint.location(output, first + 2), spec, {}, report(first + 2))
+        saver.save(run, catalog.location(output, first + 2), spec, {}, report(first + 2))
     if rank == 0:
         Path(f"{notes}.json").write_text(json.dumps(seen))
 
@@ -210,7 +212,7 @@ def test_a_roll_back_brings_back_weights_and_optimizer(tmp_path: Path, straight:
     trained(output, [(1, 1, 2)])
     for stage in (2, 3):
         for later in (4, 6):
-            storage.delete(checkpoint.location(output, later))
+            storage.delete(catalog.location(output, later))
         in_a_group(rolled_back, 2, stage, output, f"{output}-{stage}")
         first, again, second, once_more = json.loads(Path(f"{output}-{stage}.json").read_text())
         assert again == [pytest.approx(values, rel=1e-6) for values in first]
@@ -250,16 +252,16 @@ def group_under_fire(
     join(rank, world, f"{notes}-meeting-{attempt}")
     chance = random.Random(f"{attempt} {rank}")
     spec = specification(output, resources={"keep": {"last": 2}}, **fields)
-    found = checkpoint.resumption(output, spec, {})
+    found = resumption.resumption(output, spec, {})
     first = found.step if found else 0
     run = started(spec, world)
     if found:
-        checkpoint.load(run, found)
+        resumption.load(run, found)
     doomed = None
     if kill and (rank == attempt % world or attempt % 3 == 2):
         doomed = first + random.Random(attempt).randrange(6)
     unreliable(chance)
-    keep_few = partial(checkpoint.retain, output, spec.resources.keep)
+    keep_few = partial(catalog.retain, output, spec.resources.keep)
     with Saver(spec, {}, retain=keep_few if rank == 0 else None) as saver:
         for step in range(first, last):
             if step == doomed:
@@ -269,7 +271,7 @@ def group_under_fire(
                 with Path(f"{notes}.jsonl").open("a") as file:
                     file.write(json.dumps([attempt, first, *seen]) + "\n")
             if (step + 1) % EVERY == 0:
-                saver.save(run, checkpoint.location(output, step + 1), report(step + 1))
+                saver.save(run, catalog.location(output, step + 1), report(step + 1))
     if rank == 0:
         Path(f"{notes}-done").touch()
 
@@ -285,8 +287,8 @@ def survives(tmp_path: Path, output: str, kills: int, **fields: Any) -> None:
             killed += ended.signal_name == "SIGKILL"
         except torch.multiprocessing.ProcessRaisedException:  # the other worker saw it first, or storage failed
             pass
-        for step in checkpoint.published(output):  # whatever is published is whole
-            Manifest.read(checkpoint.location(output, step)).verify(checkpoint.location(output, step), content=True)
+        for step in catalog.published(output):  # whatever is published is whole
+            Manifest.read(catalog.location(output, step)).verify(catalog.location(output, step), content=True)
         attempt += 1
         assert attempt < 5 * kills + 10
     seen = [json.loads(line) for line in Path(f"{notes}.jsonl").read_text().splitlines()]

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.platform import cluster
-from calumma.platform.cluster import Available, ClusterError
-from calumma.platform.config import Resources, SpecificationError, WorkerRange
+from calumma.platform.cluster import capacity, connection
+from calumma.platform.cluster.capacity import Available, ClusterError
+from calumma.platform.specification import Resources, SpecificationError, WorkerRange
 
 SMALL = Available(cpus=4, gpus=0, place="this machine (2 cores, used as 4 logical CPUs)")
 NODE = Available(cpus=64, gpus=8, place="the cluster")
@@ -27,25 +27,25 @@ NODE = Available(cpus=64, gpus=8, place="the cluster")
 
 @pytest.mark.parametrize(("machine", "logical"), [(1, 4), (2, 4), (3, 4), (4, 5), (64, 65)])
 def test_small_machines_are_oversubscribed_and_large_ones_are_not(machine: int, logical: int) -> None:
-    assert cluster.logical_cpus(machine) == logical
+    assert capacity.logical_cpus(machine) == logical
 
 
 @pytest.mark.parametrize("machine", range(1, 9))
 def test_two_workers_and_a_worker_for_every_core_run_on_any_machine(machine: int) -> None:
-    there = Available(cluster.logical_cpus(machine), 0, "this machine")
-    assert cluster.fit(Resources(workers=2), there) == 2
-    assert cluster.fit(Resources(workers=machine), there) == machine
+    there = Available(capacity.logical_cpus(machine), 0, "this machine")
+    assert capacity.fit(Resources(workers=2), there) == 2
+    assert capacity.fit(Resources(workers=machine), there) == machine
 
 
 def test_a_range_adapts_to_what_there_is() -> None:
-    assert cluster.fit(Resources(workers=WorkerRange(min=1, max=64)), SMALL) == 3
-    assert cluster.fit(Resources(workers=WorkerRange(min=1, max=64), gpus_per_worker=1), NODE) == 8
-    assert cluster.fit(Resources(workers=WorkerRange(min=1, max=2)), NODE) == 2
+    assert capacity.fit(Resources(workers=WorkerRange(min=1, max=64)), SMALL) == 3
+    assert capacity.fit(Resources(workers=WorkerRange(min=1, max=64), gpus_per_worker=1), NODE) == 8
+    assert capacity.fit(Resources(workers=WorkerRange(min=1, max=2)), NODE) == 2
 
 
 def test_too_many_workers_are_refused_with_what_exists() -> None:
     with pytest.raises(SpecificationError) as raised:
-        cluster.fit(Resources(workers=8), SMALL)
+        capacity.fit(Resources(workers=8), SMALL)
     said = str(raised.value)
     assert said.startswith("resources.workers: asked for 8 with 1 CPU each")
     assert "2 cores" in said
@@ -54,12 +54,12 @@ def test_too_many_workers_are_refused_with_what_exists() -> None:
 
 def test_gpus_that_do_not_exist_are_refused() -> None:
     with pytest.raises(SpecificationError, match=r"1 CPU and 1 GPU each.*0 GPUs, enough for 0: ask for less"):
-        cluster.fit(Resources(workers=2, gpus_per_worker=1), SMALL)
+        capacity.fit(Resources(workers=2, gpus_per_worker=1), SMALL)
 
 
 def test_a_range_whose_least_does_not_fit_is_refused() -> None:
     with pytest.raises(SpecificationError, match="asked for at least 9 "):
-        cluster.fit(Resources(workers=WorkerRange(min=9, max=20), gpus_per_worker=1), NODE)
+        capacity.fit(Resources(workers=WorkerRange(min=9, max=20), gpus_per_worker=1), NODE)
 
 
 @given(
@@ -80,7 +80,7 @@ def test_what_is_started_fits_and_nothing_that_fits_is_refused(
         return number * cpus_per_worker <= cpus - 1 + 1e-6 and number * gpus_per_worker <= gpus + 1e-6
 
     try:
-        started = cluster.fit(asked, Available(cpus, gpus, "the cluster"))
+        started = capacity.fit(asked, Available(cpus, gpus, "the cluster"))
     except SpecificationError:
         assert not fits(least)
     else:
@@ -90,9 +90,9 @@ def test_what_is_started_fits_and_nothing_that_fits_is_refused(
 
 
 def test_without_a_cluster_the_machine_is_what_there_is() -> None:
-    there = cluster.available()
-    assert there.cpus == cluster.logical_cpus(cluster.cores())
-    assert cluster.require(Resources(workers=2)) == 2
+    there = capacity.available()
+    assert there.cpus == capacity.logical_cpus(capacity.cores())
+    assert capacity.require(Resources(workers=2)) == 2
 
 
 # --- starting and ending -------------------------------------------------------------------------------------------
@@ -118,9 +118,9 @@ def stubborn() -> Iterator[psutil.Process]:
 
 def test_processes_that_do_not_end_are_ended(stubborn: psutil.Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "PATIENCE", 0.2)
-    family = cluster._family([stubborn])
+    family = connection._family([stubborn])
     assert len(family) == 2
-    cluster.end(family)
+    connection.end(family)
     assert not any(alive(process) for process in family)
 
 
@@ -138,7 +138,7 @@ def test_a_start_that_fails_is_tried_twice_and_leaves_no_process(monkeypatch: py
     monkeypatch.setattr(cluster, "PATIENCE", 0.2)
     with (
         pytest.raises(ClusterError, match=r"did not start in 2 attempts \(the node did not appear"),
-        cluster.embedded(),
+        connection.embedded(),
     ):
         pass
     assert len(started) == 2
@@ -156,7 +156,7 @@ def test_an_interrupted_start_is_not_tried_again_and_leaves_no_process(monkeypat
 
     monkeypatch.setattr(ray, "init", interrupted)
     monkeypatch.setattr(cluster, "PATIENCE", 0.2)
-    with pytest.raises(KeyboardInterrupt), cluster.embedded():
+    with pytest.raises(KeyboardInterrupt), connection.embedded():
         pass
     assert len(started) == 1
     assert not alive(started[0])
@@ -165,18 +165,18 @@ def test_an_interrupted_start_is_not_tried_again_and_leaves_no_process(monkeypat
 def test_the_environment_and_signal_handlers_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "0")
     before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
-    with cluster._environment(cluster.QUIET), cluster._exit_on_sigterm():
+    with connection._environment(connection.QUIET), connection._exit_on_sigterm():
         assert os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] == "0"  # the user's choice
-        assert cluster.QUIET.items() - os.environ.items() == {("RAY_DATA_DISABLE_PROGRESS_BARS", "1")}
+        assert connection.QUIET.items() - os.environ.items() == {("RAY_DATA_DISABLE_PROGRESS_BARS", "1")}
         with pytest.raises(SystemExit) as raised:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert raised.value.code == cluster.TERMINATED
+        assert raised.value.code == connection.TERMINATED
     assert dict(os.environ) == before
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_an_address_of_a_dashboard_is_explained() -> None:
-    with pytest.raises(ClusterError, match="calumma job submit"), cluster.connected("http://127.0.0.1:8265"):
+    with pytest.raises(ClusterError, match="calumma job submit"), connection.connected("http://127.0.0.1:8265"):
         pass
 
 
@@ -189,7 +189,7 @@ def test_a_cluster_that_does_not_answer_is_explained(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ray, "init", refused)
     with (
         pytest.raises(ClusterError, match=r"no Ray cluster answers at 'ray://nowhere:10001' \(ray client conn"),
-        cluster.connected("ray://nowhere:10001"),
+        connection.connected("ray://nowhere:10001"),
     ):
         pass
 
@@ -198,12 +198,12 @@ def test_a_cluster_that_does_not_answer_is_explained(monkeypatch: pytest.MonkeyP
 def test_an_embedded_cluster_offers_what_was_promised(ray_cluster: None) -> None:
     import ray
 
-    assert cluster.available().cpus == cluster.logical_cpus(cluster.cores())
-    with cluster.embedded():  # inside a running one: the same
+    assert capacity.available().cpus == capacity.logical_cpus(capacity.cores())
+    with connection.embedded():  # inside a running one: the same
         assert ray.get(ray.remote(lambda: os.getpid()).options(num_cpus=0.1).remote()) != os.getpid()
     assert ray.is_initialized()
     with pytest.raises(SpecificationError, match="the cluster has"):
-        cluster.require(Resources(workers=1000))
+        capacity.require(Resources(workers=1000))
 
 
 @pytest.mark.cluster
@@ -215,7 +215,7 @@ def test_a_signal_ends_the_cluster_with_all_its_processes(tmp_path: Path, number
         import psutil
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         from calumma.platform import cluster
-        with cluster.embedded(lean=True, logs=Path(sys.argv[1])):
+        with connection.embedded(lean=True, logs=Path(sys.argv[1])):
             import ray
             ray.get(ray.remote(lambda: print("a worker was here")).remote())
             family = psutil.Process().children(recursive=True)
@@ -233,7 +233,7 @@ def test_a_signal_ends_the_cluster_with_all_its_processes(tmp_path: Path, number
     finally:
         process.kill()
     if number is signal.SIGTERM:
-        assert process.returncode == cluster.TERMINATED, errors
+        assert process.returncode == connection.TERMINATED, errors
     else:
         assert "KeyboardInterrupt" in errors
     assert not [entry for entry in family if runs(entry)]

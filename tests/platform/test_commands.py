@@ -13,13 +13,13 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from calumma.platform import runner
-from calumma.platform.cluster import ClusterError
-from calumma.platform.commands import doctor, job
-from calumma.platform.commands.doctor import State
-from calumma.platform.commands.main import app
-from calumma.platform.config import JOBS
-from calumma.platform.data.manifest import Manifest
+from calumma.jobs import entry
+from calumma.jobs.commands import doctor, job
+from calumma.jobs.commands.doctor import State
+from calumma.jobs.commands.main import app
+from calumma.jobs.specifications.table import JOBS
+from calumma.platform.cluster.capacity import ClusterError
+from calumma.platform.storage.manifest import Manifest
 
 HEAVY = ("deepspeed", "matplotlib", "mlflow", "ray", "sklearn", "torch", "transformers")
 
@@ -65,7 +65,7 @@ def test_help_loads_nothing_heavy() -> None:
     script = f"""
         import sys
         from typer.testing import CliRunner
-        from calumma.platform.commands.main import app
+        from calumma.jobs.commands.main import app
         for words in (["--help"], ["job", "run", "--help"], ["serve", "start", "--help"], ["chat", "--help"]):
             assert CliRunner().invoke(app, words).exit_code == 0
         print([name for name in {HEAVY} if name in sys.modules])
@@ -196,7 +196,7 @@ class Agentless:
 
 
 def submitted(jobs: Agentless, curate: Path) -> str:
-    return job.send(jobs, runner.specification("curate", curate))  # type: ignore[arg-type]
+    return job.send(jobs, entry.specification("curate", curate))  # type: ignore[arg-type]
 
 
 def test_a_submission_waits_for_the_job_agent(
@@ -270,7 +270,7 @@ def test_a_job_is_submitted_followed_listed_and_stopped(dashboard: str, curate: 
     variables = os.environ | {"RAY_AUTH_MODE": "token", "COLUMNS": "200"}
 
     def calumma(*words: str) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, "-c", "from calumma.platform.commands.main import main; main()"]
+        program = [sys.executable, "-c", "from calumma.jobs.commands.main import main; main()"]
         return subprocess.run([*program, *words, "--address", dashboard], capture_output=True, text=True, env=variables)
 
     # The specification and its override travel: the job ends by what it says of them, on the cluster.

@@ -9,17 +9,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.platform.config import (
-    JOBS,
-    CurateSpecification,
-    PretrainSpecification,
-    Resources,
-    SpecificationError,
-    TokenizeSpecification,
-    WorkerRange,
-    read,
-    validate,
-)
+from calumma.jobs.specifications.reading import read
+from calumma.jobs.specifications.table import JOBS
+from calumma.platform.curation.specification import CurateSpecification
+from calumma.platform.specification import Resources, SpecificationError, WorkerRange, validate
+from calumma.platform.tokenizing.specification import TokenizeSpecification
+from calumma.platform.training.specification import PretrainSpecification
 
 CURATE: dict[str, Any] = {
     "storage": "/data",

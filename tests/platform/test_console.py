@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from calumma.platform import tracking
-from calumma.platform.config import PretrainSpecification, Tracking
-from calumma.platform.training import console
-from calumma.platform.training.console import Lines, Status
+from calumma.platform.specification import Tracking
+from calumma.platform.tracking.job_run import job_run
+from calumma.platform.training.group import console
+from calumma.platform.training.group.console import Lines, Status
+from calumma.platform.training.specification import PretrainSpecification
 
 METRICS = {
     "step": 1200.0,
@@ -101,7 +102,7 @@ def test_a_run_is_watched_from_anywhere_until_it_ends(tmp_path: Path, capsys: py
         storage="/data", mixture={"tokens": 1.0}, output="stage", steps=5000, micro_batches=1, initial="x",
         tracking=Tracking(uri=str(tmp_path)), run_name="stage 1",
     )  # fmt: skip
-    with tracking.run(spec) as run:
+    with job_run(spec) as run:
         run.log_metrics(METRICS)
     assert console.watch(run.id, run.uri, poll=0.01) == 0
     assert capsys.readouterr().err == Status.of("stage 1", 5000, METRICS).line() + "\n"
@@ -118,7 +119,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path: Path, monkeypatch: p
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    with tracking.run(spec) as run:
+    with job_run(spec) as run:
         monkeypatch.setattr(console, "time", SimpleNamespace(sleep=interrupted))
         assert console.watch(run.id, run.uri) == 0
         assert run.client.get_run(run.id).info.status == "RUNNING"

@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Segment, Text
-from calumma.platform.config import CurateSpecification, SpecificationError
-from calumma.platform.curation.chain import Chain, ordered
-from calumma.platform.curation.filters import Dropped
-from calumma.platform.data import curate, pipeline
-from calumma.platform.data.curate import TooMuchBadInput
-from calumma.platform.data.manifest import MANIFEST, Manifest
-from calumma.platform.data.shards import read_documents
-from calumma.platform.progress import silent
-from calumma.platform.sources import BadInput
+from calumma.platform.cluster.progress import silent
+from calumma.platform.curation import curate
+from calumma.platform.curation.curate import TooMuchBadInput
+from calumma.platform.curation.specification import CurateSpecification
+from calumma.platform.curation.steps.chain import Chain, ordered
+from calumma.platform.curation.steps.filters import Dropped
+from calumma.platform.shards.documents import read_documents
+from calumma.platform.sources.files import BadInput
+from calumma.platform.specification import SpecificationError
+from calumma.platform.storage.manifest import MANIFEST, Manifest
 
 
 class Recorder:

@@ -19,12 +19,13 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from calumma.model.document import Document, Image, Text
-from calumma.platform.config import Decontamination, DuplicateRules, NearDuplicates, SpecificationError
-from calumma.platform.curation import decontaminate, duplicates, signatures, staging
-from calumma.platform.curation.filters import Dropped
-from calumma.platform.curation.words import hashes, ngrams, words
-from calumma.platform.data import shards
-from calumma.platform.data.manifest import FileEntry, Manifest
+from calumma.platform.curation.specification import Decontamination, DuplicateRules, NearDuplicates
+from calumma.platform.curation.steps import decontaminate, duplicates, signatures, staging
+from calumma.platform.curation.steps.filters import Dropped
+from calumma.platform.curation.steps.words import hashes, ngrams, words
+from calumma.platform.shards import documents as document_shards
+from calumma.platform.specification import SpecificationError
+from calumma.platform.storage.manifest import FileEntry, Manifest
 
 VOCABULARY = [f"word{n}" for n in range(4000)]
 
@@ -273,10 +274,12 @@ def test_evaluation_texts_shorter_than_the_run_count_whole(tmp_path: Path) -> No
 
 def test_curated_evaluation_sets_count_with_their_images(tmp_path: Path) -> None:
     picture = Image(encoded(drawing(5)))
-    data = shards.to_parquet([Document((picture, Text(QUESTION))), text("x")])
+    data = document_shards.to_parquet([Document((picture, Text(QUESTION))), text("x")])
     (tmp_path / "set").mkdir()
     (tmp_path / "set/documents.parquet").write_bytes(data)
-    Manifest(kind=shards.CURATED, files=[FileEntry.of("documents.parquet", data, rows=2)]).write(f"{tmp_path}/set")
+    Manifest(kind=document_shards.CURATED, files=[FileEntry.of("documents.parquet", data, rows=2)]).write(
+        f"{tmp_path}/set"
+    )
     copy = Document((Image(encoded(drawing(5).resize((150, 150)), "JPEG")), Text("something else")))
     uri = f"{tmp_path}/set"
     assert overlap(tmp_path, uri, text(QUESTION)) == "13 words of the test"

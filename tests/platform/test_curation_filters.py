@@ -10,11 +10,12 @@ import pytest
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Text
-from calumma.platform.config import CurateSpecification, SpecificationError, validate
-from calumma.platform.curation import chain
-from calumma.platform.curation.chain import Chain
-from calumma.platform.curation.filters import size_of
-from calumma.platform.sources import BadInput
+from calumma.platform.curation.specification import CurateSpecification
+from calumma.platform.curation.steps import chain
+from calumma.platform.curation.steps.chain import Chain
+from calumma.platform.curation.steps.filters import size_of
+from calumma.platform.sources.files import BadInput
+from calumma.platform.specification import SpecificationError, validate
 
 
 def picture(width: int, height: int) -> bytes:

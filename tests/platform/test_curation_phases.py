@@ -18,14 +18,15 @@ from PIL import Image as PILImage
 
 from calumma.model.document import Document
 from calumma.platform import storage
-from calumma.platform.config import CurateSpecification, SpecificationError
-from calumma.platform.curation import duplicates, scorers, staging, tasks
-from calumma.platform.curation.scoring import ScorerFailed
-from calumma.platform.data import curate
-from calumma.platform.data.curate import TooMuchBadInput
-from calumma.platform.data.manifest import MANIFEST, Manifest
-from calumma.platform.data.shards import read_documents
-from calumma.platform.progress import silent
+from calumma.platform.cluster.progress import silent
+from calumma.platform.curation import curate, tasks
+from calumma.platform.curation.curate import TooMuchBadInput
+from calumma.platform.curation.specification import CurateSpecification
+from calumma.platform.curation.steps import duplicates, scorers, staging
+from calumma.platform.curation.steps.scoring import ScorerFailed
+from calumma.platform.shards.documents import read_documents
+from calumma.platform.specification import SpecificationError
+from calumma.platform.storage.manifest import MANIFEST, Manifest
 
 PLUGIN = "scorers_of_the_test"
 
@@ -265,8 +266,8 @@ def test_scores_choose_and_repeat_documents(tmp_path: Path) -> None:
 
 def test_a_fraction_of_copies_is_a_share_of_the_documents() -> None:
     from calumma.model.document import Text
-    from calumma.platform.config import Scorer
-    from calumma.platform.curation.scoring import copies
+    from calumma.platform.curation.specification import Scorer
+    from calumma.platform.curation.steps.scoring import copies
 
     rules = {
         "a": Scorer.model_validate({"factory": "x:y", "upsample": {"above": 0, "times": 1.3}}),
@@ -353,11 +354,11 @@ def everything(root: Path | str, workers: Any = 0) -> CurateSpecification:
         duplicates={"near": {"words": 3, "similarity": 0.7}},
         scorers={
             "colour": {
-                "factory": "calumma.platform.curation.scorers:colourfulness",
+                "factory": "calumma.platform.curation.steps.scorers:colourfulness",
                 "upsample": {"above": 45, "times": 1.5},
             },
             "repetition": {
-                "factory": "calumma.platform.curation.scorers:compressibility",
+                "factory": "calumma.platform.curation.steps.scorers:compressibility",
                 "of": "documents",
                 "sources": ["texts"],
                 "maximum": 20,

@@ -9,10 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calumma.model.document import Document, Text
-from calumma.platform.curation.drawing import histogram, number, ticks
-from calumma.platform.curation.filters import Dropped
-from calumma.platform.curation.findings import KEPT, SAMPLES, SAMPLES_A_REASON, Findings, bin_of, middle_of
-from calumma.platform.curation.page import Part, page
+from calumma.platform.curation.report.drawing import histogram, number, ticks
+from calumma.platform.curation.report.findings import (
+    KEPT,
+    SAMPLES,
+    SAMPLES_A_REASON,
+    Findings,
+    bin_of,
+    middle_of,
+)
+from calumma.platform.curation.report.page import Part, page
+from calumma.platform.curation.steps.filters import Dropped
 
 REASONS = (None, Dropped("too short", "texts"), Dropped("too long", "texts"), Dropped("exact duplicate", "duplicates"))
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calumma.model.document import Document, Image, Text
-from calumma.platform.config import ScrubRules, SpecificationError
-from calumma.platform.curation.scrub import MARKS, Scrubber, luhn
+from calumma.platform.curation.specification import ScrubRules
+from calumma.platform.curation.steps.scrub import MARKS, Scrubber, luhn
+from calumma.platform.specification import SpecificationError
 
 ALL = Scrubber(ScrubRules())
 

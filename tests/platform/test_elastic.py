@@ -18,11 +18,16 @@ import pytest
 import torch
 
 from calumma.platform import storage
-from calumma.platform.config import PretrainSpecification, Recovery
-from calumma.platform.data.manifest import Manifest
-from calumma.platform.training import checkpoint, elastic, policies, watchdog, workers
-from calumma.platform.training.stage import chart
-from calumma.platform.training.workers import Lifeline, Stopped, Worker
+from calumma.platform.specification import Recovery
+from calumma.platform.storage.manifest import Manifest
+from calumma.platform.training import errors
+from calumma.platform.training.checkpoints import catalog
+from calumma.platform.training.errors import Stopped
+from calumma.platform.training.group import fit, lifeline, policies, supervisor, watchdog
+from calumma.platform.training.group.chart import chart
+from calumma.platform.training.group.lifeline import Lifeline
+from calumma.platform.training.group.worker import Worker
+from calumma.platform.training.specification import PretrainSpecification
 
 PREEMPTED = SimpleNamespace(deadline_ms=None, preempted_node_to_ranks={"node": [0]})
 
@@ -34,7 +39,7 @@ def hung_process(tmp_path: Path, wait: str) -> subprocess.CompletedProcess[str]:
     """A process with a watchdog that beats once and then waits for ever, in the given way."""
     script = f"""
 import ctypes, pathlib, threading, time
-from calumma.platform.training.watchdog import Watchdog
+from calumma.platform.training.group.watchdog import Watchdog
 
 def keep(text):
     pathlib.Path("stacks.txt").write_text(text)
@@ -110,15 +115,17 @@ def assignment(output: str, first_step: int = 0, resume: Any = None, **recovery:
     return SimpleNamespace(spec=spec, inputs={}, output=output, first_step=first_step, resume=resume)
 
 
-def keeper(output: str, **given: Any) -> elastic.Keeper:
-    return elastic.Keeper(Engine(), assignment(output, **given), Worker(0, 1, torch.device("cpu")))  # type: ignore[arg-type]
+def keeper(output: str, **given: Any) -> supervisor.Supervisor:
+    return supervisor.Supervisor(Engine(), assignment(output, **given), Worker(0, 1, torch.device("cpu")))  # type: ignore[arg-type]
 
 
 def report(step: int) -> dict[str, Any]:
     return {"step": step, "schedule_step": step, "tokens": {}}
 
 
-def train(kept: elastic.Keeper, first: int, last: int, until: Callable[[int], object] = lambda step: None) -> None:
+def train(
+    kept: supervisor.Supervisor, first: int, last: int, until: Callable[[int], object] = lambda step: None
+) -> None:
     for step in range(first, last):
         kept.expect(step)
         kept.after(step + 1, report(step + 1), due=(step + 1) % 10 == 0)
@@ -135,7 +142,7 @@ def test_a_notice_to_stop_brings_a_checkpoint_and_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr(watchdog, "_POLL", 0.05)
     output = str(tmp_path)
-    line = pickle.loads(pickle.dumps(elastic.lifeline(output)))  # it goes to Ray Train's controller
+    line = pickle.loads(pickle.dumps(lifeline.lifeline(output)))  # it goes to Ray Train's controller
     assert line.followed()
     with keeper(output) as kept:
         train(kept, 0, 3)
@@ -148,7 +155,7 @@ def test_a_notice_to_stop_brings_a_checkpoint_and_says_how_to_go_on(
             train(kept, 3, 100)
     assert line.followed()
     assert line.newest_step() == 4
-    found = checkpoint.newest(output)
+    found = catalog.newest(output)
     assert found is not None
     found.manifest.verify(found.uri, content=True)
 
@@ -160,9 +167,9 @@ def test_a_preemption_brings_one_checkpoint_at_once_and_training_goes_on(
     monkeypatch.setattr(elastic, "_preemption", lambda: told[-1] if told else None)
     with keeper(str(tmp_path)) as kept:
         train(kept, 0, 6, lambda done: told.append(PREEMPTED) if done == 3 else None)
-        assert checkpoint.published(str(tmp_path)) == [4]
+        assert catalog.published(str(tmp_path)) == [4]
         train(kept, 6, 12)
-    assert checkpoint.published(str(tmp_path)) == [10, 4]
+    assert catalog.published(str(tmp_path)) == [10, 4]
 
 
 def test_weights_never_meet_the_data_of_another_step(group: None, tmp_path: Path) -> None:
@@ -177,10 +184,10 @@ def test_checkpoints_remember_every_group_of_workers(group: None, tmp_path: Path
     output = str(tmp_path)
     with keeper(output) as kept:
         train(kept, 0, 10)
-    found = checkpoint.newest(output)
+    found = catalog.newest(output)
     with keeper(output, first_step=10, resume=found) as kept:
         train(kept, 10, 20)
-    newest = checkpoint.newest(output)
+    newest = catalog.newest(output)
     assert newest is not None
     groups = newest.manifest.report["groups"]
     assert [(group["step"], group["workers"]) for group in groups] == [(0, 1), (10, 1)]
@@ -192,7 +199,7 @@ def test_checkpoints_remember_every_group_of_workers(group: None, tmp_path: Path
 def test_a_group_that_starts_goes_on_from_the_newest_checkpoint_of_then(group: None, tmp_path: Path) -> None:
     output = str(tmp_path)
     given = assignment(output)
-    first_step = elastic.FirstStep(output, given.spec, {})
+    first_step = lifeline.FirstStep(output, given.spec, {})
     assert first_step() == 0
     with keeper(output) as kept:
         train(kept, 0, 10)
@@ -223,7 +230,7 @@ def test_failures_count_from_the_last_checkpoint_on() -> None:
 
 
 def test_an_error_that_would_come_again_ends_the_run_at_once() -> None:
-    assert decisions([0, 0], [workers.TrainingFailed("diverged")], 3) == ["RAISE"]
+    assert decisions([0, 0], [errors.TrainingFailed("diverged")], 3) == ["RAISE"]
 
 
 def test_only_a_group_that_is_well_is_asked_for_a_checkpoint_before_resizing() -> None:
@@ -321,13 +328,13 @@ def test_a_running_group_sees_a_node_that_joined_at_its_next_look() -> None:
 def test_a_signal_asks_the_workers_for_a_checkpoint_and_a_second_ends_them(
     number: signal.Signals, ends_with: type[BaseException]
 ) -> None:
-    asked, aborted, signals = list[str](), list[bool](), workers.Signals()
+    asked, aborted, signals = list[str](), list[bool](), fit.Signals()
     line = Lifeline(lambda: 0, lambda action, why: asked.append(f"{action}: {why}"), lambda: bool(asked))
     before = signal.getsignal(number)
 
     def twice() -> None:
-        with workers._interruptible(signals):
-            workers._stop_on_signals(line, 60, lambda: aborted.append(True), signals)
+        with fit._interruptible(signals):
+            fit._stop_on_signals(line, 60, lambda: aborted.append(True), signals)
             os.kill(os.getpid(), number)
             wait_for(lambda: bool(asked))
             assert not aborted
@@ -342,12 +349,12 @@ def test_a_signal_asks_the_workers_for_a_checkpoint_and_a_second_ends_them(
 
 def test_workers_that_do_not_answer_are_ended_after_the_grace_period() -> None:
     aborted = threading.Event()
-    signals = workers.Signals()
+    signals = fit.Signals()
     line = Lifeline(lambda: 0, lambda action, why: None, lambda: False)
 
     def once() -> None:
-        with workers._interruptible(signals):
-            workers._stop_on_signals(line, 0.1, aborted.set, signals)
+        with fit._interruptible(signals):
+            fit._stop_on_signals(line, 0.1, aborted.set, signals)
             os.kill(os.getpid(), signal.SIGINT)
             aborted.wait()
             raise ConnectionError("the controller is gone")  # what Ray says in the driver then
@@ -395,7 +402,7 @@ def test_a_notice_to_stop_that_comes_during_a_checkpoint_is_followed_after_it(tm
 
 
 def test_a_checkpoint_is_asked_for_while_no_folder_exists_yet(tmp_path: Path) -> None:
-    line = elastic.lifeline(str(tmp_path / "stage"))
+    line = lifeline.lifeline(str(tmp_path / "stage"))
     assert line.newest_step() == -1
     assert line.followed()
     line.notify("checkpoint", "by hand")

@@ -15,9 +15,11 @@ import torch
 from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.platform.config import PretrainSpecification, SpecificationError, validate
-from calumma.platform.training import engine, lora, trainable
-from calumma.platform.training.held_out import HeldOutBatch
+from calumma.platform.specification import SpecificationError, validate
+from calumma.platform.training.specification import PretrainSpecification
+from calumma.platform.training.steps import engine
+from calumma.platform.training.steps.held_out import HeldOutBatch
+from calumma.platform.training.trainable.parameters import lora, parameters
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50)
 IMAGE_IDS = list(range(40, 48))
@@ -109,7 +111,7 @@ def test_names_that_fit_nothing_are_refused_with_those_there_are(fields: dict[st
     with torch.device("meta"):
         transformer = Transformer(SHAPE)
     with pytest.raises(SpecificationError, match=said):
-        trainable.check(transformer, specification(**fields))
+        parameters.check(transformer, specification(**fields))
 
 
 @pytest.mark.parametrize("fields", [{"lora": {}}, {"trainable": "image_head"}, {"lora": {}, "trainable": "image_head"}])
@@ -118,24 +120,24 @@ def test_what_is_added_changes_nothing_before_it_is_trained(fields: dict[str, An
     expected, tokens = plain.state_dict(), torch.arange(20)[None]
     logits = plain(tokens)
     spec = specification(**fields)
-    prepared = trainable.prepare(plain, spec, VOCABULARY)
+    prepared = parameters.prepare(plain, spec, VOCABULARY)
     assert torch.equal(prepared(tokens), logits)
-    found = trainable.plain(prepared.state_dict(), spec, VOCABULARY)
+    found = parameters.plain(prepared.state_dict(), spec, VOCABULARY)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def test_merged_adapters_say_what_the_adapted_model_says() -> None:
     spec = specification(lora={"rank": 3, "alpha": 7, "targets": ["*.query", "*.down"]}, trainable="image_head")
-    adapted = trainable.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
+    adapted = parameters.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 2 + 1
-    assert all(trainable.added(name) for name in trained)
+    assert all(parameters.added(name) for name in trained)
     for name, parameter in adapted.named_parameters():
         if name in trained:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
     merged = Transformer(SHAPE)
-    merged.load_state_dict(trainable.plain(adapted.state_dict(), spec, VOCABULARY))
+    merged.load_state_dict(parameters.plain(adapted.state_dict(), spec, VOCABULARY))
     tokens = torch.arange(30)[None]
     torch.testing.assert_close(merged(tokens), adapted(tokens), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(merged(tokens), Transformer(SHAPE).initialize(0)(tokens), atol=0.1)
@@ -145,7 +147,7 @@ def test_adapters_are_a_function_of_the_seed_and_as_large_as_their_rank() -> Non
     def adapters(seed: int) -> dict[str, torch.Tensor]:
         model = Transformer(SHAPE).initialize(0)
         lora.add(model, specification(lora={"rank": 5}).lora, seed)  # type: ignore[arg-type]
-        return {name: p for name, p in model.named_parameters() if trainable.added(name)}
+        return {name: p for name, p in model.named_parameters() if parameters.added(name)}
 
     one, same, other = adapters(1), adapters(1), adapters(2)
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -179,7 +181,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 def taken(spec: PretrainSpecification, rank: int, world: int, plan: list[tuple[int, str]]) -> dict[str, torch.Tensor]:
     """Plain weights after a plan of (step, what becomes of it): taken, refused, or broken, its gradient no number."""
-    model = trainable.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
+    model = parameters.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
     run = engine.initialize(model, spec, world)
     mask_V = VOCABULARY.mask(IMAGE_IDS)
     usual, norms = engine.losses, []
@@ -194,7 +196,7 @@ def taken(spec: PretrainSpecification, rank: int, world: int, plan: list[tuple[i
         norms.append(engine.gradient_norm(run))
     assert [bool(torch.isfinite(torch.tensor(norm))) for norm in norms] == [what != "broken" for _, what in plan]
     NORMS.append(norms[0])
-    return trainable.plain(engine.gathered_weights(run, keep=True), spec, VOCABULARY)
+    return parameters.plain(engine.gathered_weights(run, keep=True), spec, VOCABULARY)
 
 
 NORMS: list[float] = []  # of the first step of each call of `taken` in this process

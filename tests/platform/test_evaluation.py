@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from calumma.jobs.quickstart import digits
 from calumma.model.document import Document, Image, Role, Segment, Text
-from calumma.platform import runner
-from calumma.platform.config import EvaluateSpecification, EvaluationTask
-from calumma.platform.data.manifest import Manifest
+from calumma.platform.cluster import runner
+from calumma.platform.cluster.progress import silent
 from calumma.platform.evaluation import benchmark, judge, sheet, tasks
+from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
 from calumma.platform.evaluation.tasks import Case, Kind
-from calumma.platform.progress import silent
-from calumma.platform.quickstart import digits
+from calumma.platform.storage.manifest import Manifest
 
 GREY = {word: 20 * (i + 1) for i, word in enumerate(digits.WORDS)}
 BACK = {value: word for word, value in GREY.items()}
@@ -222,7 +222,7 @@ def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
     for name in ("one", "two"):
         Manifest(kind="model").write(str(tmp_path / name))
     labelled = [(picture("one"), "one"), (picture("nine"), "nine")]
-    monkeypatch.setattr("calumma.platform.tracking.model_source", lambda uri, tracking: champion[0])
+    monkeypatch.setattr("calumma.platform.tracking.registry.model_source", lambda uri, tracking: champion[0])
     monkeypatch.setattr(benchmark, "_labelled", lambda uri: labelled)
     monkeypatch.setattr(benchmark, "_cases", lambda task, spec: [asked("recognition", "six")])
     monkeypatch.setattr(benchmark, "_answers", lambda spec, cases, progress: iter([answer("six")]))

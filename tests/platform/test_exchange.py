@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from calumma.jobs.commands.main import app
 from calumma.model import load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import IMAGE_TOKENIZER, save_model
@@ -19,7 +20,6 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.weights import INDEX
-from calumma.platform.commands.main import app
 
 TEXTS = ["Which digit is this? Draw a seven.\n" * 5, "def f(x):\n    return x\n"]
 SHAPE = ImageTokenizerConfig(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.platform.config import Faults
-from calumma.platform.training import faults
-from calumma.platform.training.faults import Guard, Incident, Incidents
+from calumma.platform.training.specification import Faults
+from calumma.platform.training.steps import faults
+from calumma.platform.training.steps.faults import Guard, Incident, Incidents
 
 finite = st.floats(0.1, 20)
 

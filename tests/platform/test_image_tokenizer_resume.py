@@ -21,14 +21,18 @@ from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image
 from calumma.model.image_tokenizer import to_image
 from calumma.platform import storage
-from calumma.platform.config import ImageTokenizerSpecification
-from calumma.platform.data import shards
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.tracking import Run
-from calumma.platform.training import checkpoint, elastic, image_data, image_loop, saver, watchdog
-from calumma.platform.training.image_loop import ImageAssignment, Loop
-from calumma.platform.training.image_training import ImageTraining, Measures
-from calumma.platform.training.workers import Stopped, TrainingFailed, Worker
+from calumma.platform.shards import documents as document_shards
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.tracking.run import Run
+from calumma.platform.training.assignment import ImageAssignment
+from calumma.platform.training.checkpoints import catalog, resumption, saver
+from calumma.platform.training.errors import Stopped, TrainingFailed
+from calumma.platform.training.group import lifeline, supervisor, watchdog
+from calumma.platform.training.group.worker import Worker
+from calumma.platform.training.images import data
+from calumma.platform.training.images.loop import Loop
+from calumma.platform.training.images.objective import ImageTraining, Measures
+from calumma.platform.training.specification import ImageTokenizerSpecification
 
 IMAGES, HELD_OUT, BATCH, STEPS = 23, 5, 7, 16  # three workers have unequal parts of all of them
 LOSS = {  # everything that has state
@@ -60,7 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Curated images."""
     root = tmp_path_factory.mktemp("storage")
     for name, count in (("curated", IMAGES), ("held-out", HELD_OUT)):
-        data = shards.to_parquet([Document((Image(to_image(image_data.as_floats(p))),)) for p in bars(count)])
+        data = document_shards.to_parquet([Document((Image(to_image(data.as_floats(p))),)) for p in bars(count)])
         storage.write_bytes(f"{root}/{name}/documents.parquet", data)
         Manifest(kind="curated", files=[FileEntry.of("documents.parquet", data, rows=count)]).write(f"{root}/{name}")
     return root
@@ -138,15 +142,15 @@ def train(
     spec: ImageTokenizerSpecification,
     folder: Path | str,
     worker: Worker = ALONE,
-    at: Callable[[Loop, elastic.Keeper, int], None] = lambda loop, keeper, step: None,
+    at: Callable[[Loop, supervisor.Supervisor, int], None] = lambda loop, keeper, step: None,
 ) -> tuple[Loop, Log]:
     """Train as a group does that starts now; `at` is called before each step."""
     log = Log()
-    resume = checkpoint.resumption(str(folder), spec, {})
+    resume = resumption.resumption(str(folder), spec, {})
     loop = Loop(ImageAssignment(spec, Run("unused", "0"), str(folder), {}, resume), worker, log)  # type: ignore[arg-type]
     usual = loop._step
 
-    def step(keeper: elastic.Keeper, number: int) -> None:
+    def step(keeper: supervisor.Supervisor, number: int) -> None:
         at(loop, keeper, number)
         usual(keeper, number)
 
@@ -155,8 +159,8 @@ def train(
     return loop, log
 
 
-def dying(when: int) -> Callable[[Loop, elastic.Keeper, int], None]:
-    def at(loop: Loop, keeper: elastic.Keeper, step: int) -> None:
+def dying(when: int) -> Callable[[Loop, supervisor.Supervisor, int], None]:
+    def at(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step == when:
             keeper.settle()
             raise Died
@@ -191,11 +195,11 @@ def test_a_run_that_died_goes_on_bit_for_bit_as_one_that_did_not(
     spec = specification(root)
     with pytest.raises(Died):
         train(spec, tmp_path, at=dying(13))
-    assert checkpoint.newest_step(str(tmp_path)) == 10
+    assert catalog.newest_step(str(tmp_path)) == 10
     loop, log = train(spec, tmp_path)
     assert log.losses == {step: loss for step, loss in straight[1].losses.items() if step > 10}
     assert equal(loop.training.whole_state(), straight[0].training.whole_state())
-    newest = checkpoint.newest(str(tmp_path))
+    newest = catalog.newest(str(tmp_path))
     assert newest is not None
     assert [(group["step"], group["workers"]) for group in newest.manifest.report["groups"]] == [(0, 1), (10, 1)]
 
@@ -207,23 +211,23 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(alone: None, root:
     (file,) = (tmp_path / "checkpoints/step-00000010").glob(f"*/{saver.WHOLE}")
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    found = checkpoint.resumption(str(tmp_path), spec, {})
+    found = resumption.resumption(str(tmp_path), spec, {})
     assert found is not None
     assert found.step == 5
 
 
 def test_as_many_checkpoints_stay_as_are_to_be_kept(alone: None, root: Path, tmp_path: Path) -> None:
     train(specification(root, resources={"keep": {"last": 2, "every": 10}}), tmp_path)
-    assert checkpoint.published(str(tmp_path)) == [16, 15, 10]
+    assert catalog.published(str(tmp_path)) == [16, 15, 10]
 
 
 def test_a_notice_ends_it_with_a_checkpoint_and_the_same_command_goes_on_to_the_same_end(
     alone: None, root: Path, straight: tuple[Loop, Log], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog, "_POLL", 0.02)
-    spec, line = specification(root, checkpoint_every=100), elastic.lifeline(str(tmp_path))
+    spec, line = specification(root, checkpoint_every=100), lifeline.lifeline(str(tmp_path))
 
-    def told(loop: Loop, keeper: elastic.Keeper, step: int) -> None:
+    def told(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step == 6:
             line.notify("stop", "SIGTERM")
             while keeper._notices is None or keeper._notices.found is None:
@@ -259,7 +263,7 @@ def test_a_bad_step_is_passed_over(
 ) -> None:
     states: dict[int, Any] = {}
 
-    def keep(loop: Loop, keeper: elastic.Keeper, step: int) -> None:
+    def keep(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step in (9, 10):
             networks = {name: loop.training.whole_state()[name] for name in ("tokenizer", "discriminator", "average")}
             states[step] = copy.deepcopy(networks)
@@ -288,7 +292,7 @@ def test_a_roll_back_returns_to_the_last_checkpoint_and_goes_on_with_other_image
 ) -> None:
     after: list[Any] = []
 
-    def keep(loop: Loop, keeper: elastic.Keeper, step: int) -> None:
+    def keep(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step == 14:
             after.append(copy.deepcopy(loop.training.whole_state()))
 
@@ -297,9 +301,9 @@ def test_a_roll_back_returns_to_the_last_checkpoint_and_goes_on_with_other_image
     loop, log = train(specification(root, faults=faults), tmp_path, at=keep)
     (incident,) = loop.report["incidents"]
     assert (incident["step"], incident["back_to"], incident["resumed_after"]) == (13, 10, 14)
-    found = checkpoint.newest(str(tmp_path), lambda manifest: manifest.report["step"] == 10)
+    found = catalog.newest(str(tmp_path), lambda manifest: manifest.report["step"] == 10)
     assert found is not None
-    kept = image_loop._state(found)
+    kept = loop._state(found)
     assert all(equal(after[0][name], kept[name]) for name in ("tokenizer", "discriminator", "average", "used"))
     assert not equal(after[0]["generator"], kept["generator"])
     assert 14 not in log.losses
@@ -321,7 +325,7 @@ def test_metrics_pictures_and_checkpoints_are_told(root: Path, straight: tuple[L
     assert pictures == [f"samples/step-{step:08d}/reconstructions.png" for step in (6, 12)]
     assert list(log.checkpoints) == [f"step-{step:08d}" for step in (5, 10, 15, 16)]
     uri, step, metrics, _ = log.checkpoints["step-00000010"]
-    assert (uri, step) == (checkpoint.location(loop.assignment.output, 10), 10)
+    assert (uri, step) == (catalog.location(loop.assignment.output, 10), 10)
     assert metrics == {"loss": log.losses[10], "held_out_loss": log.metrics[6]["image_reconstruction_error"]}
 
 
@@ -334,7 +338,7 @@ def work(rank: int, world: int, root: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     worker = Worker(rank, world, torch.device("cpu"))
     spec = specification(root, sampling_weight=f"{__name__}:area", steps=10)  # rounding grows from step to step
-    pool = image_data.Pool(image_data.read(spec, spec.documents, worker), worker)
+    pool = data.Pool(data.read(spec, spec.documents, worker), worker)
     taken = [pool.take(drawn) for drawn in draws()]
     told = {}
     for name in ("together", "half"):
@@ -364,7 +368,7 @@ def test_three_workers_take_the_steps_of_one_and_go_on_with_its_checkpoint(root:
     torch.multiprocessing.start_processes(work, (3, str(root), str(tmp_path)), nprocs=3, start_method="fork")
     workers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
 
-    images = image_data.read(spec, spec.documents, ALONE)
+    images = data.read(spec, spec.documents, ALONE)
     for turn, drawn in enumerate(draws()):
         assert torch.equal(torch.cat([worker["taken"][turn] for worker in workers]), images[drawn])
 

@@ -16,14 +16,19 @@ from calumma.model.config import ImageLossConfig, ImageTokenizerConfig
 from calumma.model.document import Document, Image
 from calumma.model.image_losses import PerceptualLoss
 from calumma.model.image_tokenizer import ImageTokenizer, to_image
-from calumma.platform import config, runner, storage
-from calumma.platform.config import ImageTokenizerSpecification, SpecificationError
-from calumma.platform.data import shards
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.progress import silent
-from calumma.platform.tracking import Run
-from calumma.platform.training import checkpoint, image_data, image_loop, image_measure, image_tokenizer
-from calumma.platform.training.workers import TrainingFailed, Worker
+from calumma.platform import specification, storage
+from calumma.platform.cluster import runner
+from calumma.platform.cluster.progress import silent
+from calumma.platform.shards import documents as document_shards
+from calumma.platform.specification import SpecificationError
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.tracking.run import Run
+from calumma.platform.training import assignment
+from calumma.platform.training.checkpoints import catalog
+from calumma.platform.training.errors import TrainingFailed
+from calumma.platform.training.group.worker import Worker
+from calumma.platform.training.images import data, loop, measure, stage
+from calumma.platform.training.specification import ImageTokenizerSpecification
 
 SHAPE = ImageTokenizerConfig(
     resolution=16, codebook_size=16, embedding=4, base_channels=8, multipliers=[1, 2], residual_blocks=1
@@ -85,10 +90,10 @@ def train(
 ) -> tuple[ImageTokenizer, list[dict[str, float]]]:
     """The tokenizer after all steps, and the metrics of those that have a loss."""
     log = Log()
-    assignment = image_loop.ImageAssignment(spec, Run("unused", "0"), str(folder), {}, None)
+    assignment = assignment.ImageAssignment(spec, Run("unused", "0"), str(folder), {}, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_data, "read", lambda *given: images)
-        loop = image_loop.Loop(assignment, Worker(0, 1, torch.device("cpu")), log)  # type: ignore[arg-type]
+        loop = loop.Loop(assignment, Worker(0, 1, torch.device("cpu")), log)  # type: ignore[arg-type]
         loop.run()
     return loop.training.tokenizer.eval(), [metrics for metrics in log.metrics if "loss" in metrics]
 
@@ -122,7 +127,7 @@ def test_every_objective_learns_to_reconstruct(loss: dict[str, Any], tmp_path: P
     images = bars()
     tokenizer, metrics = train(specification(loss=ImageLossConfig(**loss)), images, tmp_path)
     assert metrics[-1]["reconstruction"] < 0.6 * metrics[0]["reconstruction"]
-    assert image_measure.measure(tokenizer, images).used_K.sum() > 3
+    assert measure.measure(tokenizer, images).used_K.sum() > 3
     judged = [m["step"] for m in metrics if "discriminator_loss" in m]
     assert judged == ([m["step"] for m in metrics if m["step"] > 30] if "adversarial" in loss else [])
 
@@ -157,7 +162,7 @@ def test_perceptual_weights_are_read_from_storage(tmp_path: Path) -> None:
 
 
 def publish_images(uri: str, images: torch.Tensor) -> None:
-    data = shards.to_parquet([Document((Image(to_image(image_data.as_floats(pixels))),)) for pixels in images])
+    data = document_shards.to_parquet([Document((Image(to_image(data.as_floats(pixels))),)) for pixels in images])
     storage.write_bytes(f"{uri}/documents.parquet", data)
     Manifest(kind="curated", files=[FileEntry.of("documents.parquet", data, rows=len(images))]).write(uri)
 
@@ -171,8 +176,8 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     storage.write_bytes(f"{tmp_path}/made/old.safetensors", b"old")
     Manifest(kind="image_tokenizer", files=[FileEntry.of("old.safetensors", b"old")]).write(f"{tmp_path}/made")
     (tmp_path / "made/notes.txt").write_text("mine")
-    monkeypatch.setattr(image_tokenizer.cluster, "require", lambda resources: 1)
-    monkeypatch.setattr(image_tokenizer.workers, "fit", lambda loop, config, **named: loop(config))
+    monkeypatch.setattr(stage.cluster, "require", lambda resources: 1)
+    monkeypatch.setattr(stage.workers, "fit", lambda loop, config, **named: loop(config))
     monkeypatch.setattr(image_loop, "join", lambda: Worker(0, 1, torch.device("cpu")))
     monkeypatch.setattr(image_loop, "BackgroundWriter", Log)
     return tmp_path
@@ -180,7 +185,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_job(spec: ImageTokenizerSpecification) -> Manifest:
     run = Run("unused", "0")
-    return image_tokenizer.train_image_tokenizer(spec, run, silent)
+    return stage.train_image_tokenizer(spec, run, silent)
 
 
 def test_a_failed_training_keeps_the_tokenizer_and_a_finished_one_replaces_its_files_alone(
@@ -193,7 +198,7 @@ def test_a_failed_training_keeps_the_tokenizer_and_a_finished_one_replaces_its_f
         raise TrainingFailed("no")
 
     with monkeypatch.context() as failing:
-        failing.setattr(image_tokenizer.workers, "fit", fails)
+        failing.setattr(stage.workers, "fit", fails)
         with pytest.raises(TrainingFailed):
             run_job(spec)
     assert storage.sizes(str(published)) == before
@@ -215,18 +220,18 @@ def test_checkpoints_of_a_finished_training_make_way_for_another_and_those_of_a_
     run_job(spec)
     changed = spec.model_copy(update={"learning_rate": 1e-4})
     run_job(changed)
-    assert checkpoint.published(spec.training) == [4]
-    found = checkpoint.newest(spec.training)
+    assert catalog.published(spec.training) == [4]
+    found = catalog.newest(spec.training)
     assert found is not None
     assert found.manifest.specification["learning_rate"] == 1e-4
     report = found.manifest.report | {"step": 2}
-    found.manifest.model_copy(update={"report": report}).write(checkpoint.location(spec.training, 4))
+    found.manifest.model_copy(update={"report": report}).write(catalog.location(spec.training, 4))
     with pytest.raises(
         SpecificationError, match=r"stopped after step 2 of 4.*other settings \(learning_rate\).*--force"
     ):
         run_job(spec)
     runner.discard(spec)
-    assert checkpoint.published(spec.training) == []
+    assert catalog.published(spec.training) == []
     assert not Manifest.find(f"{published}/made")
     run_job(spec)
 
@@ -245,11 +250,11 @@ def test_an_output_that_holds_something_else_is_refused(published: Path, output:
 def test_weights_decide_which_images_are_drawn(tmp_path: Path) -> None:
     images = torch.zeros(10, 3, 16, 16, dtype=torch.uint8)
     images[3, 0] = 255  # the one red image
-    weights = image_data.sampling_weights(images, redness)
+    weights = data.sampling_weights(images, redness)
     assert weights.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
     spec = specification(steps=80, sampling_weight=f"{__name__}:redness")
     tokenizer, _ = train(spec, images, tmp_path)
-    red, black = image_measure.measure(tokenizer, images[3:4]), image_measure.measure(tokenizer, images[:1])
+    red, black = measure.measure(tokenizer, images[3:4]), measure.measure(tokenizer, images[:1])
     assert red.squared < 0.05 < black.squared  # it has seen nothing but red
 
 
@@ -286,11 +291,11 @@ def test_sampling_weights_that_cannot_be_are_refused(function: str, message: str
 def test_specifications_that_cannot_run_are_refused(values: dict[str, Any], message: str) -> None:
     given = {"storage": "s", "documents": ["x"], "steps": 1, "batch": 1} | values
     with pytest.raises(SpecificationError, match=message):
-        config.validate(ImageTokenizerSpecification, given, "here")
+        specification.validate(ImageTokenizerSpecification, given, "here")
 
 
 def test_a_specification_of_before_still_means_the_same() -> None:
-    spec = config.validate(
+    spec = specification.validate(
         ImageTokenizerSpecification, {"storage": "s", "documents": ["x"], "steps": 1, "batch": 1}, "here"
     )
     assert spec.loss == ImageLossConfig()

@@ -29,11 +29,16 @@ from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
-from calumma.platform import storage, tracking
-from calumma.platform.config import PretrainSpecification, SpecificationError, Tracking
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.tracking import Run
-from calumma.platform.training import checkpoint, engine, held_out, loop, stage
+from calumma.platform import storage
+from calumma.platform.specification import SpecificationError, Tracking
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.tracking import registry
+from calumma.platform.tracking.job_run import job_run
+from calumma.platform.tracking.run import Run
+from calumma.platform.training import loop, preparation
+from calumma.platform.training.checkpoints import catalog
+from calumma.platform.training.specification import PretrainSpecification
+from calumma.platform.training.steps import engine, held_out
 from calumma.platform.training.workers import Worker
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32)
@@ -166,7 +171,7 @@ def work(rank: int, world: int, root: str, folder: str, runs: dict[str, list[Run
             spec = specification(root, name, **fields)
             outcome: dict[str, Any] = {}
             try:
-                assignment = stage.prepare(spec, run)
+                assignment = preparation.prepare(spec, run)
                 scripted(spec, script, assignment.first_step)
                 outcome["report"] = loop.train({"assignment": assignment})
             except Exception as error:
@@ -213,7 +218,7 @@ def told(root: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str,
     for name, parts in (SCENARIOS | TOGETHER).items():
         runs[name] = []
         for fields, _ in parts:
-            with tracking.run(specification(root, name, **fields)) as run:
+            with job_run(specification(root, name, **fields)) as run:
                 runs[name].append(run)
     for world in (1, 2):
         torch.multiprocessing.spawn(work, (world, root, folder, runs), nprocs=world)
@@ -302,7 +307,7 @@ def test_checkpoints_are_logged_models_with_their_step_and_metrics(told: Any, ro
     assert sorted(by_name) == [f"step-{step:08d}" for step in range(4, STEPS + 1, 4)]
     model = by_name["step-00000016"]
     assert model.status == LoggedModelStatus.READY
-    assert model.tags["calumma.uri"] == checkpoint.location(f"{root}/stages/straight", 16)
+    assert model.tags["calumma.uri"] == catalog.location(f"{root}/stages/straight", 16)
     metrics = {metric.key: (metric.value, metric.step) for metric in model.metrics}
     assert metrics["checkpoint/loss"] == (pytest.approx(history(told, "straight", "loss")[16]), 16)
     assert metrics["checkpoint/held_out_loss"][0] == pytest.approx(
@@ -315,7 +320,7 @@ def test_checkpoints_are_logged_models_with_their_step_and_metrics(told: Any, ro
 def test_a_registered_model_says_where_it_comes_from(told: Any, root: str) -> None:
     report(told, "lora")
     run = told[1]["lora"][0]
-    uri = tracking.register(Tracking(uri=f"{root}/mlflow"), "tuned", f"{root}/stages/lora/model", run.id)
+    uri = registry.register(Tracking(uri=f"{root}/mlflow"), "tuned", f"{root}/stages/lora/model", run.id)
     assert uri == "models:/tuned/1"
     tags = run.client.get_model_version("tuned", "1").tags
     assert tags["calumma.parent"] == "stages/straight"
@@ -429,4 +434,4 @@ def test_another_choice_of_what_is_trained_cannot_go_on_with_an_optimizer(told: 
     with pytest.raises(
         SpecificationError, match="lora: the stage whose optimizer continue_schedule goes on with had None"
     ):
-        stage.prepare(specification(root, "next", **fields), told[1]["straight"][0])
+        preparation.prepare(specification(root, "next", **fields), told[1]["straight"][0])

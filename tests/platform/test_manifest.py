@@ -15,16 +15,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from calumma.platform import storage
-from calumma.platform.config import TokenizeSpecification, TrainSpecification
-from calumma.platform.data.manifest import (
-    MANIFEST,
-    FileEntry,
-    Manifest,
-    ManifestError,
-    entries,
-    fingerprints,
-    finished,
-)
+from calumma.platform.storage.manifest import MANIFEST, FileEntry, Manifest, ManifestError, entries
+from calumma.platform.tokenizing.specification import TokenizeSpecification
+from calumma.platform.tracking.fingerprints import fingerprints, finished
+from calumma.platform.training.specification import TrainSpecification
 
 
 def specification(**changes: Any) -> TokenizeSpecification:
@@ -220,7 +214,7 @@ def test_a_registered_model_is_another_input_when_its_alias_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leads_to: dict[str | None, str] = {}
-    monkeypatch.setattr("calumma.platform.tracking.model_source", lambda uri, tracking: leads_to[tracking.uri])
+    monkeypatch.setattr("calumma.platform.tracking.registry.model_source", lambda uri, tracking: leads_to[tracking.uri])
     one, two, made, uri = str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "made"), "models:/m@champion"
     for place in (one, two):
         Manifest(kind="model").write(place)

@@ -11,9 +11,10 @@ import torch
 from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.platform.config import PretrainSpecification
-from calumma.platform.training import meters, trainable
-from calumma.platform.training.engine import Counts
+from calumma.platform.training.specification import PretrainSpecification
+from calumma.platform.training.steps import meters
+from calumma.platform.training.steps.engine import Counts
+from calumma.platform.training.trainable.parameters import parameters
 
 SHAPE = ModelConfig(layers=3, width=32, heads=4, kv_heads=2, ffn_width=64, context=16, vocabulary_size=50)
 VOCABULARY = Vocabulary(
@@ -27,7 +28,7 @@ def model(**fields: Any) -> Transformer:
         | {"micro_batches": 1}
         | fields
     )
-    return trainable.prepare(Transformer(SHAPE), spec, VOCABULARY)
+    return parameters.prepare(Transformer(SHAPE), spec, VOCABULARY)
 
 
 BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64  # query and output, key and value, feed-forward

@@ -12,8 +12,9 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
-from calumma.platform.config import PretrainSpecification, SpecificationError
-from calumma.platform.training import engine
+from calumma.platform.specification import SpecificationError
+from calumma.platform.training.specification import PretrainSpecification
+from calumma.platform.training.steps import engine
 
 SHAPE = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, ffn_width=16, context=16, vocabulary_size=20)
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8}

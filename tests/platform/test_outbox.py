@@ -20,10 +20,14 @@ import pytest
 from PIL import Image
 from werkzeug.serving import make_server
 
-from calumma.platform import outbox, storage, tracking
-from calumma.platform.config import PretrainSpecification, Tracking
-from calumma.platform.outbox import BackgroundWriter
-from calumma.platform.tracking import Run
+from calumma.platform import storage
+from calumma.platform.specification import Tracking
+from calumma.platform.tracking import outbox
+from calumma.platform.tracking.job_run import job_run
+from calumma.platform.tracking.outbox import BackgroundWriter
+from calumma.platform.tracking.run import Run
+from calumma.platform.tracking.server import resolve
+from calumma.platform.training.specification import PretrainSpecification
 
 
 def specification(uri: str, **fields: Any) -> PretrainSpecification:
@@ -43,12 +47,12 @@ def boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tracking.resolve(Tracking(uri=str(tmp_path_factory.mktemp("mlflow"))))
+    return resolve(Tracking(uri=str(tmp_path_factory.mktemp("mlflow"))))
 
 
 @pytest.fixture
 def run(database: str) -> Iterator[Run]:
-    with tracking.run(specification(database)) as current:
+    with job_run(specification(database)) as current:
         yield current
 
 
@@ -92,7 +96,7 @@ def losses(run: Run) -> list[tuple[int, float]]:
 
 def test_a_server_that_is_stopped_and_started_gets_everything_in_the_end(server: Server, boxes: Path) -> None:
     with server.up():
-        recording = tracking.run(specification(server.uri))
+        recording = job_run(specification(server.uri))
         run = recording.__enter__()
         writer = BackgroundWriter(run)
         writer.log({"loss": 10.0}, 0)
@@ -121,7 +125,7 @@ def test_a_server_that_is_stopped_and_started_gets_everything_in_the_end(server:
     recording.__exit__(None, None, None)  # the run ends while nobody answers
     with server.up():
         assert run.client.get_run(run.id).info.status == "RUNNING"
-        with tracking.run(specification(server.uri)):  # the next job
+        with job_run(specification(server.uri)):  # the next job
             assert run.client.get_run(run.id).info.status == "FINISHED"
     assert not list(boxes.glob("*/*"))
 
@@ -163,7 +167,7 @@ def test_what_a_server_that_stays_away_has_not_taken_is_counted_and_waits(
 
 KILLED = """
 import sys
-from calumma.platform.outbox import Outbox
+from calumma.platform.tracking.outbox import Outbox
 outbox = Outbox.new(sys.argv[1], sys.argv[2])
 for step in range(3):
     outbox.put("metrics", {"values": [["loss", 3.0 - step, 1000, step]]})

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from calumma.model.encoding import Encoded, Tokens
 from calumma.model.vocabulary import Vocabulary
-from calumma.platform.data.packing import ImageTooLong, PackedRow, pack, split
+from calumma.platform.shards.tokens import PackedRow
+from calumma.platform.tokenizing.packing import ImageTooLong, pack, split
 
 PAD = 1
 VOCABULARY = Vocabulary(

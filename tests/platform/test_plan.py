@@ -13,8 +13,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.data.plan import MAX_PERIOD, ROUNDS, MicroBatch, Plan, PlanError, permuted
+from calumma.platform.shards.row_groups import MicroBatch
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.streaming.plan import MAX_PERIOD, ROUNDS, Plan, PlanError, permuted
 
 weights = st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.65, 1.0, 2.0, 3.0, 7.5])
 seeds = st.integers(0, 2**64)

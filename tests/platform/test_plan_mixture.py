@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.platform.config import PretrainSpecification, SpecificationError, validate
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.data.plan import Plan
-from calumma.platform.training import checkpoint
-from calumma.platform.training.mixture import check_epochs, resolved
+from calumma.platform.specification import SpecificationError, validate
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.streaming.mixture import check_epochs, resolved
+from calumma.platform.streaming.plan import Plan
+from calumma.platform.training.checkpoints import resumption
+from calumma.platform.training.specification import PretrainSpecification
 
 STAGE1 = {"tokens/text": 2.9, "tokens/pairs": 1.5, "tokens/interleaved": 0.4}
 
@@ -165,7 +166,7 @@ def test_checkpoints_of_before_these_fields_are_gone_on_with() -> None:
     old = spec.model_dump(mode="json")
     for added in ("mixture_of", "max_epochs", "data"):
         del old[added]
-    accept = checkpoint.continues(spec, {})
+    accept = resumption.continues(spec, {})
     assert accept(Manifest(kind="checkpoint", specification=old, report={"step": 3}))
     old["mixture"] = {"tokens/text": 1.0}
     assert not accept(Manifest(kind="checkpoint", specification=old, report={"step": 3}))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from calumma.platform.progress import Display, LogLines, remaining, spoken
+from calumma.platform.cluster.progress import Display, LogLines, remaining, spoken
 
 
 class Clock:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
+from calumma.jobs.quickstart import conversations, digits, documents
+from calumma.jobs.quickstart.digits import WORDS
 from calumma.model.document import Document, Image
-from calumma.platform import sources, storage
-from calumma.platform.data.manifest import MANIFEST, Manifest
-from calumma.platform.quickstart import conversations, digits, documents
-from calumma.platform.quickstart.digits import WORDS
+from calumma.platform import storage
+from calumma.platform.sources import files, reading
+from calumma.platform.storage.manifest import MANIFEST, Manifest
 
 CONVERSATIONS = ("chat_recognition", "chat_drawing", "chat_counting", "chat_text")
 ASKED = ("ask_recognition", "ask_drawing", "ask_counting")
@@ -37,10 +38,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(root: Path, source: str) -> list[Document]:
     """Documents of a source; a bad input is a failure."""
-    found, ignored = sources.list_source(FORMATS[source], str(root / source))
+    found, ignored = reading.list_source(FORMATS[source], str(root / source))
     assert [Path(uri).name for uri in ignored] == [MANIFEST]
-    items = [item for uri in found for item in sources.read_file(FORMATS[source], source, uri)]
-    assert not [item for item in items if isinstance(item, sources.BadInput)]
+    items = [item for uri in found for item in reading.read_file(FORMATS[source], source, uri)]
+    assert not [item for item in items if isinstance(item, files.BadInput)]
     return [item for item in items if isinstance(item, Document)]
 
 

@@ -13,15 +13,17 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from calumma.platform import runner
-from calumma.platform.commands.quickstart import quickstart
-from calumma.platform.config import FinetuneSpecification, SpecificationError
-from calumma.platform.data.manifest import Manifest
-from calumma.platform.progress import Progress
-from calumma.platform.quickstart import display, questions, steps
-from calumma.platform.quickstart.digits import read_scans, split
-from calumma.platform.quickstart.display import Board, Row
-from calumma.platform.quickstart.steps import Options
+from calumma.jobs import entry
+from calumma.jobs.commands.quickstart import quickstart
+from calumma.jobs.quickstart import display, questions, steps
+from calumma.jobs.quickstart.digits import read_scans, split
+from calumma.jobs.quickstart.display import Board, Row
+from calumma.jobs.quickstart.steps import Options
+from calumma.platform.cluster import runner
+from calumma.platform.cluster.progress import Progress
+from calumma.platform.specification import SpecificationError
+from calumma.platform.storage.manifest import Manifest
+from calumma.platform.training.specification import FinetuneSpecification
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(quickstart)
@@ -123,9 +125,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise failing[name]
         ran.append(name)
         manifest = Manifest(kind="test", specification=spec.model_dump(mode="json"))
-        manifest.write(runner.output_of(spec))
+        manifest.write(spec.output_uri)
         if isinstance(spec, FinetuneSpecification):
-            registered[f"models:/{spec.register_as}@{spec.alias}"] = f"{runner.output_of(spec)}/model"
+            registered[f"models:/{spec.register_as}@{spec.alias}"] = f"{spec.output_uri}/model"
         return manifest
 
     @contextmanager
@@ -136,7 +138,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(steps, "_run", publish)
     monkeypatch.setattr(steps.cluster, "embedded", no_cluster)
-    monkeypatch.setattr("calumma.platform.tracking.model_source", lambda uri, tracking=None: registered[uri])
+    monkeypatch.setattr("calumma.platform.tracking.registry.model_source", lambda uri, tracking=None: registered[uri])
     return ran
 
 
@@ -183,7 +185,7 @@ def test_ctrl_c_says_how_to_resume_and_the_next_call_does(
     failing["tokenize"] = KeyboardInterrupt()
     work = tmp_path / "my work"
     done = CliRunner().invoke(app, ["--fast", "--workdir", str(work), "--port", "8005"])
-    assert done.exit_code == runner.INTERRUPTED == 130
+    assert done.exit_code == entry.INTERRUPTED == 130
     assert f"calumma quickstart --workdir '{work}' --fast --port 8005" in done.output
     assert runner.standing(steps.specification("tokenize", Options(work, fast=True))) is None
     failing.clear()
@@ -211,14 +213,15 @@ def test_a_shared_storage_brings_its_model_into_a_new_registry(
     other = Options(tmp_path / "two", storage=storage, fast=True)
     spec = steps.specification("finetune", other)
     assert steps._standing(spec) is not None
-    from calumma.platform import tracking
+    from calumma.platform.tracking import registry
+    from calumma.platform.tracking.job_run import job_run
 
     champion, model = "models:/calumma-quickstart@champion", f"{storage}/stages/finetuned/model"
-    assert tracking.model_source(champion, other.tracking) == model
-    with tracking.run(spec) as current:
-        tracking.register(other.tracking, "calumma-quickstart", "/another/model", current.id, "champion")
+    assert registry.model_source(champion, other.tracking) == model
+    with job_run(spec) as current:
+        registry.register(other.tracking, "calumma-quickstart", "/another/model", current.id, "champion")
     assert steps._standing(spec) is not None
-    assert tracking.model_source(champion, other.tracking) == model, "the alias led elsewhere"
+    assert registry.model_source(champion, other.tracking) == model, "the alias led elsewhere"
     versions = current.client.search_model_versions("name = 'calumma-quickstart'")
     assert steps._standing(spec) is not None
     assert len(current.client.search_model_versions("name = 'calumma-quickstart'")) == len(versions) == 3

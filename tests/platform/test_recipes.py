@@ -9,20 +9,17 @@ from typing import Any
 import pytest
 import yaml
 
+from calumma.jobs.quickstart import steps
+from calumma.jobs.quickstart.documents import FAST, FULL, DocumentsSpecification
+from calumma.jobs.quickstart.steps import Options
+from calumma.jobs.specifications.reading import read
+from calumma.jobs.specifications.table import JOBS
 from calumma.model.config import preset
-from calumma.platform.config import (
-    JOBS,
-    CurateSpecification,
-    FinetuneSpecification,
-    JobSpecification,
-    MixtureOf,
-    PretrainSpecification,
-    TokenizeSpecification,
-    read,
-)
-from calumma.platform.quickstart import steps
-from calumma.platform.quickstart.documents import FAST, FULL, DocumentsSpecification
-from calumma.platform.quickstart.steps import Options
+from calumma.platform.curation.specification import CurateSpecification
+from calumma.platform.specification import JobSpecification
+from calumma.platform.streaming.specification import MixtureOf
+from calumma.platform.tokenizing.specification import TokenizeSpecification
+from calumma.platform.training.specification import FinetuneSpecification, PretrainSpecification
 
 RECIPES = Path(str(resources.files("calumma.jobs"))) / "recipes"
 FILES = sorted(p for p in RECIPES.rglob("*.yaml") if p.name != steps.OVERRIDES)
@@ -156,7 +153,7 @@ def test_the_steps_fit_each_other(options: Options) -> None:
 
 
 def documents_written(options: Options) -> list[str]:
-    from calumma.platform.quickstart import documents
+    from calumma.jobs.quickstart import documents
 
     spec = steps.specification("documents", options)
     assert isinstance(spec, DocumentsSpecification)

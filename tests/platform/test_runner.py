@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 import pytest
 
-from calumma.platform import config, runner, storage
+from calumma.jobs import entry
+from calumma.jobs.specifications import table
+from calumma.platform import runner, storage
+from calumma.platform.cluster import runner
+from calumma.platform.cluster.progress import Progress
 from calumma.platform.config import JobSpecification, Resources, SpecificationError, Tracking
 from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.progress import Progress
 from calumma.platform.storage import StorageError
 
 
@@ -51,7 +54,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Count:
     module = ModuleType("calumma.jobs.count")
     module.run = job.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "calumma.jobs.count", module)
-    monkeypatch.setitem(config.JOBS, "count", CountSpecification)
+    monkeypatch.setitem(table.JOBS, "count", CountSpecification)
     return job
 
 
@@ -102,7 +105,7 @@ def test_a_result_whose_files_are_gone_or_cut_short_is_made_again(
     count: Count, spec: CountSpecification, harm: Callable[[Path], object]
 ) -> None:
     runner.run_job(spec)
-    file = Path(runner.output_of(spec), "number.txt")
+    file = Path(spec.output_uri, "number.txt")
     harm(file)
     assert runner.standing(spec) is None
     assert runner.run_job(spec)[1] is False
@@ -112,7 +115,7 @@ def test_a_result_whose_files_are_gone_or_cut_short_is_made_again(
 
 def test_force_discards_what_was_made_and_only_that(count: Count, spec: CountSpecification) -> None:
     runner.run_job(spec)
-    place = Path(runner.output_of(spec))
+    place = Path(spec.output_uri)
     (place / "checkpoints").mkdir()
     (place / "checkpoints" / "old.bin").write_bytes(b"old")
     (place / ".receipts").mkdir()
@@ -170,7 +173,7 @@ def test_a_job_that_fails_is_marked_and_publishes_nothing(
 
 def test_an_unknown_job_is_told_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SpecificationError, match=r"no job 'tokenise'; jobs are: curate, .*tokenize"):
-        runner.specification("tokenise", tmp_path / "x.yaml")
+        entry.specification("tokenise", tmp_path / "x.yaml")
 
 
 # --- what the user is told -----------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def told(error: BaseException) -> tuple[int, str]:
     def act() -> None:
         raise error
 
-    code = runner.guarded(act, "calumma job run count", words.append)
+    code = entry.guarded(act, "calumma job run count", words.append)
     return code, "\n".join(words)
 
 
@@ -225,7 +228,7 @@ def test_a_job_file_exits_with_a_code_and_names_the_wrong_field(
 ) -> None:
     file = tmp_path / "count.yaml"
     file.write_text(f"storage: {tmp_path}\nnumbr: 3\n")
-    assert runner.main("count", ["--config", str(file)]) == 1
+    assert entry.main("count", ["--config", str(file)]) == 1
     errors = capsys.readouterr().err
     assert "numbr: unknown field (given 3)" in errors
     assert "Traceback" not in errors
@@ -237,7 +240,7 @@ def test_a_job_file_skips_what_stands_without_a_cluster(
     runner.run_job(spec)
     file = tmp_path / "count.yaml"
     file.write_text(f"storage: {spec.storage}\ntracking: {{uri: '{spec.tracking.uri}'}}\n")
-    assert runner.main("count", ["--config", str(file), "--set", "number=7"]) == 0
+    assert entry.main("count", ["--config", str(file), "--set", "number=7"]) == 0
     assert "count: already done" in capsys.readouterr().err
     assert count.ran == [7]
 
@@ -248,6 +251,6 @@ def test_a_job_file_runs_on_the_cluster_of_the_session(
 ) -> None:
     file = tmp_path / "count.yaml"
     file.write_text(f"storage: {spec.storage}\ntracking: {{uri: '{spec.tracking.uri}'}}\nnumber: 5\n")
-    assert runner.main("count", ["--config", str(file)]) == 0
-    assert (Path(runner.output_of(spec)) / "number.txt").read_text() == "5"
+    assert entry.main("count", ["--config", str(file)]) == 0
+    assert (Path(spec.output_uri) / "number.txt").read_text() == "5"
     assert "count:  50%  half" in capsys.readouterr().err

@@ -12,11 +12,12 @@ import torch
 from botocore.exceptions import ConnectionClosedError
 
 from calumma.platform import storage
-from calumma.platform.config import PretrainSpecification, Retention
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.training import checkpoint
-from calumma.platform.training.saver import Saver
-from calumma.platform.training.workers import TrainingFailed
+from calumma.platform.specification import Retention
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.training.checkpoints import catalog, resumption, saver
+from calumma.platform.training.checkpoints.saver import Saver
+from calumma.platform.training.errors import TrainingFailed
+from calumma.platform.training.specification import PretrainSpecification
 
 
 def specification(output: str) -> PretrainSpecification:
@@ -68,16 +69,16 @@ def report(step: int, **fields: Any) -> dict[str, Any]:
 def saved(run: Engine, output: str, step: int, **fields: Any) -> str:
     """The URI of a published checkpoint whose weights are `step` everywhere."""
     run.state.fill_(step)
-    uri = checkpoint.location(output, step)
-    checkpoint.save(run, uri, specification(output), {}, report(step, **fields))  # type: ignore[arg-type]
+    uri = catalog.location(output, step)
+    saver.save(run, uri, specification(output), {}, report(step, **fields))  # type: ignore[arg-type]
     return uri
 
 
 def content(output: str, step: int) -> float:
-    manifest = Manifest.read(checkpoint.location(output, step))
-    manifest.verify(checkpoint.location(output, step), content=True)
+    manifest = Manifest.read(catalog.location(output, step))
+    manifest.verify(catalog.location(output, step), content=True)
     (path,) = [entry.path for entry in manifest.files if entry.path.endswith("model_states.pt")]
-    weights = torch.load(Path(checkpoint.location(output, step), path))["weights"][0]
+    weights = torch.load(Path(catalog.location(output, step), path))["weights"][0]
     assert len(weights.unique()) == 1
     return float(weights[0])
 
@@ -98,14 +99,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         for step in (1, 2):
             run.state.fill_(step)
             may_write.clear()
-            saver.save(run, checkpoint.location(output, step), report(step))  # type: ignore[arg-type]
+            saver.save(run, catalog.location(output, step), report(step))  # type: ignore[arg-type]
             run.state.fill_(99)  # the next optimizer step
-            assert checkpoint.newest_step(output) == step - 1 or step == 1
-            assert not storage.exists(f"{checkpoint.location(output, step)}/manifest.json")
+            assert catalog.newest_step(output) == step - 1 or step == 1
+            assert not storage.exists(f"{catalog.location(output, step)}/manifest.json")
             may_write.set()
             saver.settle()
     assert [content(output, step) for step in (1, 2)] == [1.0, 2.0]
-    assert told == [checkpoint.location(output, step) for step in (1, 2)]
+    assert told == [catalog.location(output, step) for step in (1, 2)]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
@@ -117,11 +118,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
         broken.setattr(torch, "save", failing)
         with pytest.raises(storage.StorageError, match=r"step-00000002 was not written: .*disk full"):
             saved(run, output, 2)
-        assert checkpoint.newest_step(output) == 1
+        assert catalog.newest_step(output) == 1
         with pytest.raises(TrainingFailed, match=r"3 checkpoints in a row could not be written: .*disk full"):
             save_without_waiting(run, output, range(3, 8))
     assert "training goes on with the one before it" in caplog.text
-    assert checkpoint.newest_step(output) == 1
+    assert catalog.newest_step(output) == 1
     saved(run, output, 8)
     assert content(output, 8) == 8.0
 
@@ -129,7 +130,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
 def save_without_waiting(run: Engine, output: str, steps: range) -> None:
     with Saver(specification(output), {}) as saver:
         for step in steps:
-            saver.save(run, checkpoint.location(output, step), report(step))  # type: ignore[arg-type]
+            saver.save(run, catalog.location(output, step), report(step))  # type: ignore[arg-type]
 
 
 def failing(*given: Any, **named: Any) -> None:
@@ -157,14 +158,14 @@ def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_goo
 
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     storage._client().meta.events.register("before-send.s3.UploadPart", send)
-    Manifest.read(saved(run, output, 1)).verify(checkpoint.location(output, 1), content=True)
+    Manifest.read(saved(run, output, 1)).verify(catalog.location(output, 1), content=True)
     assert len(sent) == 4
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     storage._client().meta.events.register("before-send.s3.UploadPart", send)
     with pytest.raises(storage.StorageError, match=r"step-00000002 was not written: .*mp_rank_00_model_states"):
         saved(run, output, 2)
-    assert storage.sizes(checkpoint.location(output, 2)).keys() == set()
-    found = checkpoint.resumption(output, specification(output), {})
+    assert storage.sizes(catalog.location(output, 2)).keys() == set()
+    found = resumption.resumption(output, specification(output), {})
     assert found is not None
     assert found.step == 1
 
@@ -177,20 +178,20 @@ def test_one_that_is_not_whole_is_passed_over_and_a_damaged_one_is_set_aside(
 ) -> None:
     output, run = str(tmp_path / "stage"), Engine()
     places = [Path(saved(run, output, step)) for step in (1, 2, 3, 4)]
-    storage.write_bytes(f"{checkpoint.location(output, 5)}/abc/state/part.pt", b"killed before its manifest")
+    storage.write_bytes(f"{catalog.location(output, 5)}/abc/state/part.pt", b"killed before its manifest")
     cut, changed = (next(place.rglob("*model_states.pt")) for place in (places[3], places[2]))
     cut.write_bytes(cut.read_bytes()[:-1])
     data = bytearray(changed.read_bytes())
     data[len(data) // 2] ^= 1  # one bit, same size
     changed.write_bytes(data)
 
-    found = checkpoint.resumption(output, specification(output), {})
+    found = resumption.resumption(output, specification(output), {})
     assert found is not None
     assert found.step == 2
     assert "the checkpoint after step 4 is not whole" in caplog.text
     assert "the checkpoint after step 3 is damaged and set aside" in caplog.text
-    assert (places[2] / checkpoint.DAMAGED).exists()
-    newest = checkpoint.newest(output)
+    assert (places[2] / catalog.DAMAGED).exists()
+    newest = catalog.newest(output)
     assert newest is not None
     assert newest.step == 2  # whoever looks from now on agrees, without reading contents
 
@@ -200,7 +201,7 @@ def test_late_writers_of_a_group_that_was_given_up_do_no_harm(group: None, tmp_p
     spec = specification(output)
     with Saver(spec, {}) as old:
         run.state.fill_(7.5)
-        old.save(run, checkpoint.location(output, 7), report(7))  # type: ignore[arg-type]
+        old.save(run, catalog.location(output, 7), report(7))  # type: ignore[arg-type]
         saved(run, output, 7)
         old.settle()
     assert content(output, 7) in (7.0, 7.5)
@@ -219,15 +220,13 @@ def test_retention_keeps_the_last_every_nth_and_the_best(tmp_path: Path, keep: d
     output = str(tmp_path)
     losses = [9.0, 1.0, 8.0, 7.0, 2.0, 6.0, 5.0, 4.0]
     for step, loss in enumerate(losses, start=1):
-        storage.write_bytes(f"{checkpoint.location(output, step)}/abc/state/part.pt", b"x")
+        storage.write_bytes(f"{catalog.location(output, step)}/abc/state/part.pt", b"x")
         files = [FileEntry.of("abc/state/part.pt", b"x")]
-        Manifest(kind="checkpoint", files=files, report=report(step, loss=loss)).write(
-            checkpoint.location(output, step)
-        )
-    storage.delete(f"{checkpoint.location(output, 4)}/manifest.json")  # killed while it was written, long ago
-    storage.write_bytes(f"{checkpoint.location(output, 9)}/abc/state/part.pt", b"being written")
-    assert set(checkpoint.retain(output, Retention.model_validate(keep))) == left - {4}
-    there = {int(path.name.removeprefix("step-")) for path in Path(checkpoint.folder(output)).iterdir()}
+        Manifest(kind="checkpoint", files=files, report=report(step, loss=loss)).write(catalog.location(output, step))
+    storage.delete(f"{catalog.location(output, 4)}/manifest.json")  # killed while it was written, long ago
+    storage.write_bytes(f"{catalog.location(output, 9)}/abc/state/part.pt", b"being written")
+    assert set(catalog.retain(output, Retention.model_validate(keep))) == left - {4}
+    there = {int(path.name.removeprefix("step-")) for path in Path(catalog.folder(output)).iterdir()}
     assert there == left - {4} | {9}
 
 
@@ -236,5 +235,5 @@ def test_fields_that_a_checkpoint_is_older_than_do_not_make_it_another_training(
     older = spec.model_dump(mode="json")
     del older["resources"], older["z_loss"]
     manifest = Manifest(kind="checkpoint", specification=older, report=report(4))
-    assert checkpoint.continues(spec, {})(manifest)
-    assert not checkpoint.continues(spec.model_copy(update={"z_loss": 0.5}), {})(manifest)
+    assert resumption.continues(spec, {})(manifest)
+    assert not resumption.continues(spec.model_copy(update={"z_loss": 0.5}), {})(manifest)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.platform.config import Schedule
-from calumma.platform.training.schedule import learning_rate
+from calumma.platform.training.specification import Schedule
+from calumma.platform.training.steps.schedule import learning_rate
 
 PEAK = 1e-3
 kinds = st.sampled_from(["exponential", "cosine", "constant"])

@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Text
-from calumma.platform import sources, storage
-from calumma.platform.config import Source, SpecificationError
-from calumma.platform.sources import BadInput, Draft, File, Malformed, Reference, list_source, name_of, read_file
+from calumma.platform import storage
+from calumma.platform.sources import formats, reading, registry
+from calumma.platform.sources.files import BadInput, Draft, File, Malformed, Reference
+from calumma.platform.sources.reading import list_source, name_of, read_file
 from calumma.platform.sources.references import AHEAD, fetch, path_of, resolved
+from calumma.platform.sources.specification import Source
+from calumma.platform.specification import SpecificationError
 
 
 def png(shade: int = 0) -> bytes:
@@ -181,7 +184,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "modules" / "readers_of_my_own.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     yield "readers_of_my_own"
-    sources.FORMATS.pop("words", None)
+    registry.FORMATS.pop("words", None)
 
 
 def test_a_reader_of_ones_own_is_a_function_named_by_its_module(own: str, tmp_path: Path) -> None:
@@ -194,7 +197,7 @@ def test_a_reader_of_ones_own_is_a_function_named_by_its_module(own: str, tmp_pa
     )
     files, others = list_source(source.format, source.location)
     assert (list(files), others) == ([f"{tmp_path}/data/a.words"], [f"{tmp_path}/data/b.other"])
-    items = list(sources.read_source(source, f"{tmp_path}/data/a.words", lambda place: str(tmp_path / place)))
+    items = list(reading.read_source(source, f"{tmp_path}/data/a.words", lambda place: str(tmp_path / place)))
     assert items == [Document((Text(text), Image(png(1))), source="mine") for text in ("two words", "three more words")]
     assert name_of(good(items)[0]) == f"{tmp_path}/data/a.words: line 2"
 
@@ -243,7 +246,7 @@ def test_a_specification_names_a_known_format_and_its_options(
     if said is None:  # only the cluster may have the module
         assert Source.model_validate(values).format == format
         with pytest.raises(SpecificationError, match="no_such_module cannot be imported"):
-            sources.find(format)
+            formats.find(format)
     else:
         with pytest.raises(ValueError, match=said):
             Source.model_validate(values)
@@ -251,9 +254,9 @@ def test_a_specification_names_a_known_format_and_its_options(
 
 def test_a_name_is_given_once_and_a_function_that_is_not_there_is_told(own: str) -> None:
     with pytest.raises(ValueError, match=r"'text' is taken by calumma\.platform\.sources\.text:text"):
-        sources.reader("text", (".x",))(lambda file: iter(()))
+        registry.reader("text", (".x",))(lambda file: iter(()))
     with pytest.raises(SpecificationError, match="readers_of_my_own has no function nothing"):
-        sources.find(f"{own}:nothing")
+        formats.find(f"{own}:nothing")
     with pytest.raises(SpecificationError, match="has no option 'most'"):
         list(read_file(f"{own}:words", "source", "/nowhere", options={"most": 1}))
 

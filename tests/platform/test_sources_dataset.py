@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from calumma.model.document import Document
-from calumma.platform import sources, storage
-from calumma.platform.config import Source, SpecificationError
-from calumma.platform.sources import dataset
+from calumma.platform import storage
+from calumma.platform.sources import dataset, reading
+from calumma.platform.sources.specification import Source
+from calumma.platform.specification import SpecificationError
 
 PNG = "data:image/png;base64," + base64.b64encode(b"\x89PNG and so on").decode()
 
@@ -40,16 +41,16 @@ def test_a_dataset_has_the_documents_of_all_files_in_order(ray_cluster: None, tm
     assert found.context.execution_options.preserve_order
     rows = found.map(lambda row: {**row, "url": row["name"].rpartition("/")[2]}).take_all()
 
-    files, _ = sources.list_source(source.format, str(folder))
+    files, _ = reading.list_source(source.format, str(folder))
     expected = [
         item
         for uri in files
-        for item in sources.read_source(source, uri, lambda place: str(tmp_path / place))
+        for item in reading.read_source(source, uri, lambda place: str(tmp_path / place))
         if isinstance(item, Document)
     ]
     assert len(expected) == 253
     assert [Document.from_row({**row, "url": ""}) for row in rows] == expected
-    assert [row["name"] for row in rows] == [sources.name_of(document) for document in expected]
+    assert [row["name"] for row in rows] == [reading.name_of(document) for document in expected]
     assert rows[0]["url"] == "0.jsonl: line 1"
     with pytest.raises(Exception, match=r"3\.jsonl: line 201: not a line of JSON"):
         dataset.read(source, root=str(tmp_path), bad="raise").count()

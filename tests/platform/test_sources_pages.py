@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
-from calumma.platform.config import Source
-from calumma.platform.sources import BadInput, Reference, list_source, read_file, read_source
+from calumma.platform.sources.files import BadInput, Reference
 from calumma.platform.sources.markup import DEEPEST, read_html
 from calumma.platform.sources.pages import _from_markdown
+from calumma.platform.sources.reading import list_source, read_file, read_source
+from calumma.platform.sources.specification import Source
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
 

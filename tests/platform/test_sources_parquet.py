@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
-from calumma.platform.sources import BadInput, read_file
+from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.reading import read_file
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
 LISTS = {"texts": pa.list_(pa.string()), "captions": pa.list_(pa.string())}

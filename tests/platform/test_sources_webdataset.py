@@ -16,7 +16,8 @@ from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image
 from calumma.platform import storage
-from calumma.platform.sources import BadInput, name_of, read_file
+from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.reading import name_of, read_file
 
 
 def png(shade: int = 0) -> bytes:

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from calumma.platform import storage
-from calumma.platform.data import stream, token_shards
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.data.packing import PackedRow
-from calumma.platform.data.plan import MicroBatch
-from calumma.platform.data.row_groups import RowGroupReader
-from calumma.platform.data.stream import MicroBatchTensors, PlanDataConfig, ShardError, micro_batches
+from calumma.platform.shards import tokens as token_shards
+from calumma.platform.shards.row_groups import MicroBatch, RowGroupReader
+from calumma.platform.shards.tokens import PackedRow
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.streaming import tensors
+from calumma.platform.streaming.tensors import MicroBatchTensors, PlanDataConfig, ShardError, micro_batches
 
 CONTEXT = 12
 
@@ -167,7 +167,7 @@ class Blocks:
 
     def __init__(self, data: PlanDataConfig, first: int, last: int, rank: int, world: int) -> None:
         items = pa.table({"first": [first], "last": [last]})
-        self.blocks = list(stream._read(items, data.plan, data.reader, rank, world))
+        self.blocks = list(tensors._read(items, data.plan, data.reader, rank, world))
 
     def iter_batches(self, **settings: Any) -> list[pa.Table]:
         return self.blocks
@@ -245,7 +245,7 @@ def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest
     original = RowGroupReader.read
     monkeypatch.setattr(RowGroupReader, "read", read)
     data = config(shards, micro_batches=1)
-    blocks = stream._read(pa.table({"first": [0], "last": [10_000]}), data.plan, data.reader, 0, 1)
+    blocks = tensors._read(pa.table({"first": [0], "last": [10_000]}), data.plan, data.reader, 0, 1)
     taken = [next(blocks) for _ in range(5)]
     blocks.close()
     assert len(begun) <= sum(len(table["steps"][0]) for table in taken) + 5, "the taken ones and the next"

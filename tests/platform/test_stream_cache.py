@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calumma.platform import storage
-from calumma.platform.data.cache import ShardCache
+from calumma.platform.shards.cache import ShardCache
 
 
 @pytest.fixture

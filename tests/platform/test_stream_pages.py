@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calumma.platform.data import pages, row_groups, token_shards
-from calumma.platform.data.packing import PackedRow
-from calumma.platform.data.plan import MicroBatch
-from calumma.platform.data.row_groups import RowGroup, RowGroupReader, ShardError, _Footer
+from calumma.platform.shards import parquet_pages, row_groups
+from calumma.platform.shards import tokens as token_shards
+from calumma.platform.shards.row_groups import MicroBatch, RowGroup, RowGroupReader, ShardError, _Footer
+from calumma.platform.shards.tokens import PackedRow
 
 
 @pytest.fixture(autouse=True)
@@ -198,16 +198,16 @@ def test_damaged_pages_are_never_more_than_an_error(place: float, value: int, cu
     """Even with a digest that agrees: it is for pyarrow then, and to say what is wrong."""
     random = np.random.default_rng(1)
     data = token_shards.to_parquet([packed(random, 50, False) for _ in range(4)], 4)
-    chunk = pages.chunks(pq.read_metadata(io.BytesIO(data)), 0)[1 if masks else 0]
+    chunk = parquet_pages.chunks(pq.read_metadata(io.BytesIO(data)), 0)[1 if masks else 0]
     part = bytearray(data[chunk.begin : chunk.end])
     at = int(place * len(part))
     part[at] = value
     try:
         if masks:
-            pages.no_lists(bytes(part[:at] if cut else part), 4)
+            parquet_pages.no_lists(bytes(part[:at] if cut else part), 4)
         else:
-            assert pages.equal_rows(memoryview(part[:at] if cut else part), chunk.values, 4).shape == (4, 50)
-    except (pages.OtherLayout, pa.ArrowException, OSError):
+            assert parquet_pages.equal_rows(memoryview(part[:at] if cut else part), chunk.values, 4).shape == (4, 50)
+    except (parquet_pages.OtherLayout, pa.ArrowException, OSError):
         pass
 
 

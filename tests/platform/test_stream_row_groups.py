@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calumma.platform import storage
-from calumma.platform.data import row_groups, token_shards
-from calumma.platform.data.manifest import Footer
-from calumma.platform.data.packing import PackedRow
-from calumma.platform.data.plan import MicroBatch
-from calumma.platform.data.row_groups import RowGroupReader, ShardError
+from calumma.platform.shards import row_groups
+from calumma.platform.shards import tokens as token_shards
+from calumma.platform.shards.row_groups import MicroBatch, RowGroupReader, ShardError
+from calumma.platform.shards.tokens import PackedRow
+from calumma.platform.storage.manifest import Footer
 
 CONTEXT, ROWS, GROUPS = 20, 3, 4
 

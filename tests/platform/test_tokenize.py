@@ -26,13 +26,15 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import TextTokenizer, train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
-from calumma.platform.config import SpecificationError, TokenizeSpecification, validate
-from calumma.platform.data import shards, token_shards, tokenize, windows
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.data.packing import pack
-from calumma.platform.data.shards import read_documents
-from calumma.platform.data.windows import DocumentsUnusable
-from calumma.platform.progress import silent
+from calumma.platform.cluster.progress import silent
+from calumma.platform.shards import tokens as token_shards
+from calumma.platform.shards.documents import read_documents
+from calumma.platform.specification import SpecificationError, validate
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.tokenizing import tokenize, tokenizer
+from calumma.platform.tokenizing.packing import pack
+from calumma.platform.tokenizing.specification import TokenizeSpecification
+from calumma.platform.tokenizing.tokenizer import DocumentsUnusable
 
 CODES = 8  # entries of the tests' codebook; an image is 4x4 of them
 IMAGE_LENGTH = 16 + 2
@@ -64,12 +66,12 @@ def publish(uri: str, documents: list[Document], a_shard: int = 1000) -> None:
     """A curated directory of these documents."""
     entries = []
     for number in range(0, len(documents), a_shard):
-        data = shards.to_parquet(part := documents[number : number + a_shard])
+        data = documents.to_parquet(part := documents[number : number + a_shard])
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
         entries.append(FileEntry.of(path, data, rows=len(part)))
     images = sum(len(document.images) for document in documents)
-    Manifest(kind=shards.CURATED, files=entries, report={"images": images}).write(uri)
+    Manifest(kind=documents.CURATED, files=entries, report={"images": images}).write(uri)
 
 
 def curated(root: Path | str) -> None:
@@ -105,13 +107,13 @@ def encoder(tokenizers: Path) -> DocumentEncoder:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the directories that windows were made of, one for each window."""
     names: list[str] = []
-    work = windows.Tokenizer.__call__
+    work = tokenizer.Tokenizer.__call__
 
-    def noted(self: windows.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
+    def noted(self: tokenizer.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
         names.append(Path(task["output"]).name)
         return work(self, task)
 
-    monkeypatch.setattr(windows.Tokenizer, "__call__", noted)
+    monkeypatch.setattr(tokenizer.Tokenizer, "__call__", noted)
     return names
 
 
@@ -227,23 +229,23 @@ def test_shards_of_documents_hold_few_images_and_many_texts_in_a_row_group(
         for n, image in enumerate(with_image)
     ]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
-    storage.write_bytes(uri, shards.to_parquet(documents))
-    assert list(shards.read_shard(uri)) == documents
+    storage.write_bytes(uri, documents.to_parquet(documents))
+    assert list(documents.read_shard(uri)) == documents
     metadata = pq.ParquetFile(uri).metadata
     groups = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
     ends = np.cumsum([0, *groups])
     for begin, end in pairwise(ends):
         group = documents[begin:end]
         assert len(group) <= 64 or not any(d.images for d in group[:-1])
-        assert sum(len(d.text) for d in group[:-1]) <= shards.ROW_GROUP or len(group) <= 64
-    if sum(len(d.text) for d in documents) < shards.ROW_GROUP and not any(with_image):
+        assert sum(len(d.text) for d in group[:-1]) <= documents.ROW_GROUP or len(group) <= 64
+    if sum(len(d.text) for d in documents) < documents.ROW_GROUP and not any(with_image):
         assert len(groups) == (1 if documents else 0)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.booleans(), st.integers(1, 5))
 def test_rows_survive_the_file(sizes: list[int], trained: bool, micro_batch: int) -> None:
-    def tokens(size: int) -> windows.Tokens:
-        return windows.Tokens(np.arange(size, dtype=np.int32), np.full(size, trained))
+    def tokens(size: int) -> tokenizer.Tokens:
+        return tokenizer.Tokens(np.arange(size, dtype=np.int32), np.full(size, trained))
 
     rows = pack([tokens(size) for size in sizes], 40, 1)
     table = pq.read_table(io.BytesIO(token_shards.to_parquet(rows, micro_batch))).to_pylist()
@@ -305,8 +307,8 @@ def test_documents_meet_their_own_texts_and_images_again(
     )
     documents = [Document(tuple(segments)) for segments in given]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
-    storage.write_bytes(uri, shards.to_parquet(documents))
-    found = list(windows.encoded(encoder, [uri, uri], batch, threads))
+    storage.write_bytes(uri, documents.to_parquet(documents))
+    found = list(tokenizer.encoded(encoder, [uri, uri], batch, threads))
     assert [document for document, _ in found] == documents * 2
     expected = [encoder.encode(document) for document in documents] * 2
     assert [(tokens.ids.tolist(), tokens.trained.tolist()) for _, tokens in found] == expected
@@ -315,14 +317,14 @@ def test_documents_meet_their_own_texts_and_images_again(
 @given(st.lists(st.integers(1, 20_000) | st.none(), max_size=300))
 def test_few_images_and_many_short_texts_are_encoded_together(lengths: list[int | None]) -> None:
     documents = [Document((Text("a" * n) if n else Image(b"an image"),)) for n in lengths]
-    chunks = list(windows._chunks(iter(documents)))
+    chunks = list(tokenizer._chunks(iter(documents)))
     assert [document for chunk in chunks for document in chunk] == documents
-    assert all(len(chunk) >= windows.CHUNK for chunk in chunks[:-1])
+    assert all(len(chunk) >= tokenizer.CHUNK for chunk in chunks[:-1])
     for chunk in chunks:
         before = chunk[:-1]
-        if len(before) >= windows.CHUNK:
+        if len(before) >= tokenizer.CHUNK:
             assert not any(document.images for document in before)
-            assert sum(len(document.text) for document in before) < windows.CHARACTERS
+            assert sum(len(document.text) for document in before) < tokenizer.CHARACTERS
 
 
 # -- the job -----------------------------------------------------------------------------------------------------------
@@ -382,7 +384,8 @@ def test_missing_or_unequal_tokenizers_and_documents_are_named(tmp_path: Path, t
 
 
 def test_only_jobs_that_can_do_without_a_cluster_may_ask_for_no_workers(tmp_path: Path) -> None:
-    from calumma.platform.config import JOBS, TextTokenizerSpecification
+    from calumma.jobs.specifications.table import JOBS
+    from calumma.platform.tokenizing.specification import TextTokenizerSpecification
 
     values = {"storage": str(tmp_path), "documents": ["a"], "resources": {"workers": 0}}
     assert validate(TokenizeSpecification, values, "the test").resources.max_workers == 0

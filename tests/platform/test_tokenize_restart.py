@@ -24,10 +24,11 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer
 from calumma.platform import storage
-from calumma.platform.config import TokenizeSpecification
-from calumma.platform.data import pipeline, receipts, shards, tokenize, windows
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.progress import silent
+from calumma.platform.cluster.progress import silent
+from calumma.platform.shards import receipts
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.tokenizing import tokenize, tokenizer
+from calumma.platform.tokenizing.specification import TokenizeSpecification
 
 WINDOWS = 9  # 6 of pairs, 3 of text
 KILLS = 20
@@ -52,11 +53,11 @@ def publish(uri: str, documents: list[Document]) -> None:
     entries = []
     for number in range(0, len(documents), 5):
         part = documents[number : number + 5]
-        data = shards.to_parquet(part)
+        data = documents.to_parquet(part)
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
         entries.append(FileEntry.of(path, data, rows=len(part)))
-    Manifest(kind=shards.CURATED, files=entries).write(uri)
+    Manifest(kind=documents.CURATED, files=entries).write(uri)
 
 
 def pair(shade: int) -> Document:
@@ -116,14 +117,14 @@ def root(prepared: Path) -> Path:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stems of the windows that were made."""
     stems: list[str] = []
-    work = windows.Tokenizer.__call__
+    work = tokenizer.Tokenizer.__call__
 
-    def noted(self: windows.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
+    def noted(self: tokenizer.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
         made = work(self, task)
         stems.append(task["stem"])
         return made
 
-    monkeypatch.setattr(windows.Tokenizer, "__call__", noted)
+    monkeypatch.setattr(tokenizer.Tokenizer, "__call__", noted)
     return stems
 
 

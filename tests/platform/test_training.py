@@ -28,38 +28,34 @@ from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.document import Document, Image, Text
 from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.transformer import Transformer
-from calumma.platform import cluster, runner, storage, tracking
-from calumma.platform.config import (
+from calumma.platform import storage
+from calumma.platform.cluster import connection, runner
+from calumma.platform.cluster.progress import silent
+from calumma.platform.shards import documents as document_shards
+from calumma.platform.specification import Resources, SpecificationError, Tracking
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.tokenizing import text_tokenizer
+from calumma.platform.tokenizing.specification import TextTokenizerSpecification, TokenizeSpecification
+from calumma.platform.tracking import registry
+from calumma.platform.tracking.fingerprints import fingerprints, finished
+from calumma.platform.tracking.job_run import job_run
+from calumma.platform.tracking.run import Run
+from calumma.platform.training import ablation, samples
+from calumma.platform.training.checkpoints import catalog
+from calumma.platform.training.errors import Stopped
+from calumma.platform.training.group import watchdog
+from calumma.platform.training.images import data, measure, stage
+from calumma.platform.training.preparation import prepare
+from calumma.platform.training.specification import (
     AblateSpecification,
     FinetuneSpecification,
     ImageTokenizerSpecification,
     PretrainSpecification,
-    Resources,
-    SpecificationError,
-    TextTokenizerSpecification,
-    TokenizeSpecification,
-    Tracking,
     TrainSpecification,
 )
-from calumma.platform.data import shards
-from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints, finished
-from calumma.platform.progress import silent
-from calumma.platform.tracking import Run
-from calumma.platform.training import (
-    ablation,
-    checkpoint,
-    engine,
-    held_out,
-    image_data,
-    image_measure,
-    image_tokenizer,
-    samples,
-    text_tokenizer,
-    watchdog,
-)
-from calumma.platform.training.held_out import HeldOutBatch
-from calumma.platform.training.stage import prepare, run_stage
-from calumma.platform.training.workers import Stopped
+from calumma.platform.training.stage import run_stage
+from calumma.platform.training.steps import engine, held_out
+from calumma.platform.training.steps.held_out import HeldOutBatch
 
 MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=64, dropout=0.1)
 CODES = 16
@@ -78,19 +74,19 @@ def picture(seed: int, size: int = 8) -> PILImage.Image:
 
 
 def publish_documents(uri: str, documents: list[Document]) -> None:
-    data = shards.to_parquet(documents)
+    data = document_shards.to_parquet(documents)
     storage.write_bytes(storage.join(uri, "documents.parquet"), data)
     Manifest(kind="curated", files=[FileEntry.of("documents.parquet", data, rows=len(documents))]).write(uri)
 
 
 def publish_tokens(root: str, name: str) -> None:
-    from calumma.platform.data.windows import Tokenizer
+    from calumma.platform.tokenizing.tokenizer import Tokenizer
 
     spec = TokenizeSpecification(storage=root, documents=[f"curated/{name}"], context=MODEL.context, micro_batch=2)
     output = storage.join(root, "tokens", name)
     made = Tokenizer(spec.model_dump(mode="json"))(
         {
-            "shards": shards.shard_uris(f"{root}/curated/{name}"),
+            "shards": document_shards.shard_uris(f"{root}/curated/{name}"),
             "seed": 0,
             "output": output,
             "stem": "tokens",
@@ -127,7 +123,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextmanager
 def recorded(spec: Any, folder: str) -> Iterator[Run]:
-    with tracking.run(spec.model_copy(update={"tracking": Tracking(uri=folder)})) as run:
+    with job_run(spec.model_copy(update={"tracking": Tracking(uri=folder)})) as run:
         yield run
 
 
@@ -300,7 +296,7 @@ def test_what_cannot_be_trained_is_refused_in_the_terms_of_the_specification(
 def leave_checkpoint(spec: TrainSpecification, step: int, inputs: dict[str, str]) -> None:
     report = {"step": step, "schedule_step": step, "tokens": {"text": 0.0, "image": 0.0}}
     Manifest(kind="checkpoint", specification=spec.model_dump(mode="json"), report=report, inputs=inputs).write(
-        checkpoint.location(spec.locate(spec.output), step)
+        catalog.location(spec.locate(spec.output), step)
     )
 
 
@@ -309,7 +305,7 @@ def test_a_stage_goes_on_from_its_newest_whole_checkpoint(root: str, run: Run, t
     inputs = prepare(spec, run).inputs
     for step in (2, 4):
         leave_checkpoint(spec, step, inputs)
-    storage.write_bytes(f"{checkpoint.location(spec.output, 6)}/state/part", b"killed before its manifest")
+    storage.write_bytes(f"{catalog.location(spec.output, 6)}/state/part", b"killed before its manifest")
     again = spec.model_copy(update={"log_every": 1, "samples": []})
     assert prepare(again, run).first_step == 4
 
@@ -331,7 +327,7 @@ def test_the_checkpoints_of_another_training_are_refused_and_kept(
     other = spec.model_copy(update=change)
     with pytest.raises(SpecificationError, match=rf"stage/checkpoints .* step 4.*{why}.* `output`.* --force"):
         prepare(other, run)
-    found = checkpoint.newest(spec.output)
+    found = catalog.newest(spec.output)
     assert found is not None
     assert found.step == 4
     runner.discard(other)  # what --force does
@@ -440,7 +436,7 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
 ) -> None:
     spec = stage(root, register_as="tiny", alias="champion")
     progress: list[tuple[float, float]] = []
-    with tracking.run(spec) as run:
+    with job_run(spec) as run:
         manifest = run_stage(spec, run, lambda done, total, note="": progress.append((done, total)))
 
     # Losses fall, and everything is in MLflow.
@@ -465,16 +461,16 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
     assert report["held_out"]["lines"]["loss"] == pytest.approx(latest["held_out/lines/loss"])
     assert report["tokens"]["text"] > 0
     assert report["tokens"]["image"] > 0
-    with tracking.resolve_model(report["model_uri"], spec.tracking) as path:
+    with registry.resolve_model(report["model_uri"], spec.tracking) as path:
         assert path.parent == Path(root, "stages/one/registered")  # where no later training writes
         answer = load(path).transformer(torch.tensor([[0, 5, 6]]))
     assert answer.shape[:2] == (1, 3)
 
     # Killed while it uploaded its last checkpoint: the run before it is repeated to the same weights.
     straight = model_weights(f"{root}/stages/one/model")
-    Path(checkpoint.location(f"{root}/stages/one", 12), "manifest.json").unlink()
+    Path(catalog.location(f"{root}/stages/one", 12), "manifest.json").unlink()
     Path(root, "stages/one/manifest.json").unlink()
-    with tracking.run(spec) as again:
+    with job_run(spec) as again:
         repeated = run_stage(spec, again, silent)
     assert [m.step for m in again.client.get_metric_history(again.id, "loss")] == [9, 10, 12]
     for name, weight in model_weights(f"{root}/stages/one/model").items():
@@ -487,7 +483,7 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
         | {"initial": "stages/one", "continue_schedule": True, "output": "stages/two", "steps": 1, "dropout": 0.0}
         | {"resources": {"workers": 1}, "schedule": {"kind": "cosine", "warmup_steps": 2, "total_steps": 100}}
     )
-    with tracking.run(second) as run:
+    with job_run(second) as run:
         manifest = run_stage(second, run, silent)
     assert "fresh optimizer" not in caplog.text
     assert manifest.report["schedule_step"] == 13
@@ -533,8 +529,8 @@ def test_a_killed_worker_changes_nothing(ray_cluster: None, root: str) -> None:
         spec = stage(root, output=output, **plain)
         place = spec.locate(output)
         if kill:
-            when(lambda place=place: checkpoint.newest_step(place) >= 20, lambda: training_workers()[-1].kill())
-        with tracking.run(spec) as run:
+            when(lambda place=place: catalog.newest_step(place) >= 20, lambda: training_workers()[-1].kill())
+        with job_run(spec) as run:
             manifest = run_stage(spec, run, silent)
         found.append(losses(run))
     straight, killed = found
@@ -553,17 +549,17 @@ def test_sigterm_ends_a_stage_with_a_checkpoint_and_the_same_command_goes_on(
     fields: dict[str, Any] = {"steps": 200, "micro_batches": 12, "checkpoint_every": 20, "log_every": 50}
     spec = stage(root, output="stages/stopped", **fields, samples=[], held_out={})
     place = spec.locate("stages/stopped")
-    when(lambda: checkpoint.newest_step(place) >= 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    when(lambda: catalog.newest_step(place) >= 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
-    with tracking.run(spec) as run, pytest.raises(SystemExit) as ended:
+    with job_run(spec) as run, pytest.raises(SystemExit) as ended:
         run_stage(spec, run, silent)
     assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
-    stopped = checkpoint.newest_step(place)
+    stopped = catalog.newest_step(place)
     assert 20 < stopped < 200
     assert f"stopped after step {stopped} (SIGTERM)" in caplog.text
     assert "the same command goes on" in caplog.text
-    with tracking.run(spec) as run:
+    with job_run(spec) as run:
         manifest = run_stage(spec, run, silent)
     assert [group["step"] for group in manifest.report["groups"]] == [0, stopped]
 
@@ -575,7 +571,7 @@ def machines(monkeypatch: pytest.MonkeyPatch, cpus: int, seconds: float) -> Iter
     from ray.cluster_utils import Cluster
 
     settings = {"RAY_health_check_period_ms": str(int(seconds * 1000 / 5)), "RAY_health_check_initial_delay_ms": "500"}
-    for name, value in (cluster.QUIET | cluster.LEAN | settings).items():
+    for name, value in (connection.QUIET | connection.LEAN | settings).items():
         monkeypatch.setenv(name, value)
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
     try:
@@ -592,7 +588,7 @@ def machines(monkeypatch: pytest.MonkeyPatch, cpus: int, seconds: float) -> Iter
 
 def groups_so_far(place: str) -> list[dict[str, Any]]:
     """The groups of workers that the newest checkpoint remembers, and how many steps it has."""
-    found = checkpoint.newest(place)
+    found = catalog.newest(place)
     return [*found.manifest.report["groups"], {"step": found.step, "workers": 0}] if found else []
 
 
@@ -622,10 +618,10 @@ def until(trained: Future[Any], happened: Callable[[], bool]) -> None:
 
 def stopped(trained: Future[Any], place: str) -> int:
     """Have training stop; how many steps it has taken."""
-    watchdog.notify(checkpoint.folder(place), "stop", "that is enough")
+    watchdog.notify(catalog.folder(place), "stop", "that is enough")
     with pytest.raises(Stopped, match="that is enough"):
         trained.result()
-    return checkpoint.newest_step(place)
+    return catalog.newest_step(place)
 
 
 def undisturbed(root: str, steps: int) -> dict[int, float]:
@@ -633,7 +629,7 @@ def undisturbed(root: str, steps: int) -> dict[int, float]:
     # half a CPU: they and what reads data are two
     spec = endless(root, f"stages/undisturbed-{steps}", workers=2, cpus_per_worker=0.5)
     spec = spec.model_copy(update={"steps": steps})
-    with tracking.run(spec) as run:
+    with job_run(spec) as run:
         run_stage(spec, run, silent)
     return losses(run)
 
@@ -653,7 +649,7 @@ def test_a_stage_grows_and_shrinks_with_the_cluster(root: str, monkeypatch: pyte
         return int(found[number]["step"] - found[number - 1]["step"])
 
     with machines(monkeypatch, cpus=2, seconds=2.5) as nodes:
-        with tracking.run(spec) as run:
+        with job_run(spec) as run:
             trained = pool.submit(run_stage, spec, run, silent)
             until(trained, lambda: steps_of(1, workers=2) > 0)
             node = nodes.add_node(num_cpus=1)
@@ -662,7 +658,7 @@ def test_a_stage_grows_and_shrinks_with_the_cluster(root: str, monkeypatch: pyte
             until(trained, lambda: steps_of(3, workers=2) >= 20)
             taken = stopped(trained, place)
         finishing = spec.model_copy(update={"steps": taken})
-        with tracking.run(finishing) as finished_run:
+        with job_run(finishing) as finished_run:
             manifest = run_stage(finishing, finished_run, silent)
         expected = undisturbed(root, taken)
     assert [group["workers"] for group in manifest.report["groups"]] == [2, 3, 2]
@@ -684,11 +680,11 @@ def test_workers_and_nodes_lost_at_random_and_failing_storage_change_no_loss(
     chance.shuffle(blows)
     with machines(monkeypatch, cpus=1, seconds=7.5) as nodes:
         node = nodes.add_node(num_cpus=1)
-        with tracking.run(spec) as run:
+        with job_run(spec) as run:
             trained = pool.submit(run_stage, spec, run, silent)
             for blow in [*blows, ""]:
-                goal = checkpoint.newest_step(place) + 20  # the next may still be from before the last blow
-                until(trained, lambda goal=goal: checkpoint.newest_step(place) >= goal)
+                goal = catalog.newest_step(place) + 20  # the next may still be from before the last blow
+                until(trained, lambda goal=goal: catalog.newest_step(place) >= goal)
                 time.sleep(chance.random())
                 if blow == "worker":
                     chance.choice(training_workers()).kill()
@@ -696,9 +692,9 @@ def test_workers_and_nodes_lost_at_random_and_failing_storage_change_no_loss(
                     nodes.remove_node(node, allow_graceful=False)
                     node = nodes.add_node(num_cpus=1)
                 elif blow == "storage":  # where one of the next checkpoints belongs there is something else
-                    storage.write_bytes(checkpoint.location(place, checkpoint.newest_step(place) + 30), b"")
+                    storage.write_bytes(catalog.location(place, catalog.newest_step(place) + 30), b"")
             taken = stopped(trained, place)
-            found = checkpoint.newest(place)
+            found = catalog.newest(place)
             assert found is not None
             found.manifest.verify(found.uri, content=True)
             groups = found.manifest.report["groups"]
@@ -820,13 +816,13 @@ def test_a_limit_of_characters_leaves_no_source_out() -> None:
 
 def test_each_worker_reads_its_share_of_the_images_and_a_sample_of_too_many() -> None:
     documents = [Document((Text("x"), Image(picture(i)), Image(picture(i + 50)))) for i in range(10)]
-    everything = image_data.read_images(documents, 8)
+    everything = data.read_images(documents, 8)
     assert everything.shape == (20, 3, 8, 8)
     assert torch.equal(everything[0], torch.from_numpy(np.asarray(picture(0)).transpose(2, 0, 1).copy()))
-    parts = [image_data.read_images(documents, 8, (rank, 3)) for rank in range(3)]
+    parts = [data.read_images(documents, 8, (rank, 3)) for rank in range(3)]
     assert [len(part) for part in parts] == [7, 7, 6]
     assert torch.equal(parts[1], everything[1::3])
-    few = image_data.read_images(documents, 8, memory=5 * 3 * 64)
+    few = data.read_images(documents, 8, memory=5 * 3 * 64)
     assert len(few) == 5
     assert all(any(torch.equal(kept, image) for image in everything) for kept in few)
 
@@ -843,7 +839,7 @@ def test_reconstruction_errors_are_in_their_units() -> None:
         ImageTokenizerConfig(resolution=8, codebook_size=4, embedding=4, base_channels=4, multipliers=[1])
     )
     white = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
-    found = image_measure.measure(tokenizer, white, batch=2)
+    found = measure.measure(tokenizer, white, batch=2)
     assert (found.squared, found.absolute) == pytest.approx((1.0, 127.5))
     assert 1 <= int(found.used_K.sum()) <= 4
 
@@ -867,9 +863,9 @@ def test_the_image_tokenizer_learns_and_uses_its_codebook_though_a_worker_is_kil
         learning_rate=3e-3,
         checkpoint_every=20,
     )
-    when(lambda: checkpoint.newest_step(spec.training) >= 20, lambda: training_workers()[-1].kill())
-    with tracking.run(spec) as run:
-        manifest = image_tokenizer.train_image_tokenizer(spec, run, silent)
+    when(lambda: catalog.newest_step(spec.training) >= 20, lambda: training_workers()[-1].kill())
+    with job_run(spec) as run:
+        manifest = stage.train_image_tokenizer(spec, run, silent)
     groups = manifest.report["groups"]
     assert [group["workers"] for group in groups] == [2, 2]
     assert 20 <= groups[1]["step"] < 240
@@ -883,8 +879,8 @@ def test_the_image_tokenizer_learns_and_uses_its_codebook_though_a_worker_is_kil
     assert [a.path for a in run.client.list_artifacts(run.id, "samples")] == ["samples/reconstructions.png"]
     assert finished(f"{root}/tokenizers/trained", spec) == manifest
     read = ImageTokenizer.read(f"{root}/tokenizers/trained")
-    pixels = image_data.read_images(shards.read_documents(f"{root}/curated/pairs"), 8)
-    assert image_measure.measure(read, pixels).squared == pytest.approx(
+    pixels = data.read_images(document_shards.read_documents(f"{root}/curated/pairs"), 8)
+    assert measure.measure(read, pixels).squared == pytest.approx(
         manifest.report["image_reconstruction_error"], rel=1e-3
     )
 

@@ -11,12 +11,14 @@ import pyarrow as pa
 import pytest
 
 from calumma.platform import storage
-from calumma.platform.data import row_groups, stream, token_shards
-from calumma.platform.data.cache import ShardCache
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.data.packing import PackedRow
-from calumma.platform.data.row_groups import RowGroupReader, ShardError
-from calumma.platform.data.stream import PlanDataConfig
+from calumma.platform.shards import row_groups
+from calumma.platform.shards import tokens as token_shards
+from calumma.platform.shards.cache import ShardCache
+from calumma.platform.shards.row_groups import RowGroupReader, ShardError
+from calumma.platform.shards.tokens import PackedRow
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.streaming import tensors
+from calumma.platform.streaming.tensors import PlanDataConfig
 
 CONTEXT = 40
 KINDS = ["drop", "reset", "delay", "truncate", "short", "corrupt", "error", "slow down"]
@@ -53,7 +55,7 @@ def everything(uri: str, manifest: Manifest, cache: ShardCache | None = None) ->
     steps = 8
     row_groups._footers.cache_clear()
     data = PlanDataConfig(3, {uri: 1.0}, {uri: manifest}, 3, 0, steps, cache=cache)
-    tables = stream._read(pa.table({"first": [0], "last": [steps]}), data.plan, data.reader, 0, 1)
+    tables = tensors._read(pa.table({"first": [0], "last": [steps]}), data.plan, data.reader, 0, 1)
     return [table.to_pylist() for table in tables]
 
 
