@@ -21,6 +21,7 @@ from calumma.model.config import ImageTokenizerConfig
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
+from calumma.platform.cluster.tasks import in_order
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import receipts
 from calumma.platform.shards.receipts import Receipt

@@ -21,6 +21,7 @@ from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
+from calumma.platform.storage.client import s3_client
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training.checkpoints import catalog, resumption, saver
 from calumma.platform.training.checkpoints.saver import Saver
@@ -240,7 +241,7 @@ def unreliable(chance: random.Random) -> None:
 
     storage.write_bytes = may_fail  # type: ignore[assignment]
     os.environ["AWS_MAX_ATTEMPTS"] = "1"
-    storage._client().meta.events.register("before-send.s3", breaks_off)
+    s3_client().meta.events.register("before-send.s3", breaks_off)
 
 
 def group_under_fire(

@@ -117,7 +117,7 @@ def stubborn() -> Iterator[psutil.Process]:
 
 
 def test_processes_that_do_not_end_are_ended(stubborn: psutil.Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "PATIENCE", 0.2)
+    monkeypatch.setattr(connection, "PATIENCE", 0.2)
     family = connection._family([stubborn])
     assert len(family) == 2
     connection.end(family)
@@ -134,8 +134,8 @@ def test_a_start_that_fails_is_tried_twice_and_leaves_no_process(monkeypatch: py
         raise RuntimeError("the node did not appear within 30 s")
 
     monkeypatch.setattr(ray, "init", half_a_start)
-    monkeypatch.setattr(cluster, "PATIENCE", 0.2)
-    monkeypatch.setattr(cluster, "PATIENCE", 0.2)
+    monkeypatch.setattr(connection, "PATIENCE", 0.2)
+    monkeypatch.setattr(connection, "PATIENCE", 0.2)
     with (
         pytest.raises(ClusterError, match=r"did not start in 2 attempts \(the node did not appear"),
         connection.embedded(),
@@ -155,7 +155,7 @@ def test_an_interrupted_start_is_not_tried_again_and_leaves_no_process(monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ray, "init", interrupted)
-    monkeypatch.setattr(cluster, "PATIENCE", 0.2)
+    monkeypatch.setattr(connection, "PATIENCE", 0.2)
     with pytest.raises(KeyboardInterrupt), connection.embedded():
         pass
     assert len(started) == 1

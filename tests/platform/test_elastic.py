@@ -164,7 +164,7 @@ def test_a_preemption_brings_one_checkpoint_at_once_and_training_goes_on(
     group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Any] = []
-    monkeypatch.setattr(elastic, "_preemption", lambda: told[-1] if told else None)
+    monkeypatch.setattr(supervisor, "_preemption", lambda: told[-1] if told else None)
     with keeper(str(tmp_path)) as kept:
         train(kept, 0, 6, lambda done: told.append(PREEMPTED) if done == 3 else None)
         assert catalog.published(str(tmp_path)) == [4]

@@ -16,14 +16,14 @@ from calumma.model.config import ImageLossConfig, ImageTokenizerConfig
 from calumma.model.document import Document, Image
 from calumma.model.image_losses import PerceptualLoss
 from calumma.model.image_tokenizer import ImageTokenizer, to_image
-from calumma.platform import specification, storage
+from calumma.platform import storage
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import silent
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tracking.run import Run
-from calumma.platform.training import assignment
+from calumma.platform.training.assignment import ImageAssignment
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.group.worker import Worker
@@ -90,12 +90,12 @@ def train(
 ) -> tuple[ImageTokenizer, list[dict[str, float]]]:
     """The tokenizer after all steps, and the metrics of those that have a loss."""
     log = Log()
-    assignment = assignment.ImageAssignment(spec, Run("unused", "0"), str(folder), {}, None)
+    assignment = ImageAssignment(spec, Run("unused", "0"), str(folder), {}, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_data, "read", lambda *given: images)
-        loop = loop.Loop(assignment, Worker(0, 1, torch.device("cpu")), log)  # type: ignore[arg-type]
-        loop.run()
-    return loop.training.tokenizer.eval(), [metrics for metrics in log.metrics if "loss" in metrics]
+        patch.setattr(data, "read", lambda *given: images)
+        steps = loop.Loop(assignment, Worker(0, 1, torch.device("cpu")), log)  # type: ignore[arg-type]
+        steps.run()
+    return steps.training.tokenizer.eval(), [metrics for metrics in log.metrics if "loss" in metrics]
 
 
 def redness(image: PILImage.Image) -> float:
@@ -162,9 +162,9 @@ def test_perceptual_weights_are_read_from_storage(tmp_path: Path) -> None:
 
 
 def publish_images(uri: str, images: torch.Tensor) -> None:
-    data = document_shards.to_parquet([Document((Image(to_image(data.as_floats(pixels))),)) for pixels in images])
-    storage.write_bytes(f"{uri}/documents.parquet", data)
-    Manifest(kind="curated", files=[FileEntry.of("documents.parquet", data, rows=len(images))]).write(uri)
+    content = document_shards.to_parquet([Document((Image(to_image(data.as_floats(pixels))),)) for pixels in images])
+    storage.write_bytes(f"{uri}/documents.parquet", content)
+    Manifest(kind="curated", files=[FileEntry.of("documents.parquet", content, rows=len(images))]).write(uri)
 
 
 @pytest.fixture
@@ -176,10 +176,10 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     storage.write_bytes(f"{tmp_path}/made/old.safetensors", b"old")
     Manifest(kind="image_tokenizer", files=[FileEntry.of("old.safetensors", b"old")]).write(f"{tmp_path}/made")
     (tmp_path / "made/notes.txt").write_text("mine")
-    monkeypatch.setattr(stage.cluster, "require", lambda resources: 1)
-    monkeypatch.setattr(stage.workers, "fit", lambda loop, config, **named: loop(config))
-    monkeypatch.setattr(image_loop, "join", lambda: Worker(0, 1, torch.device("cpu")))
-    monkeypatch.setattr(image_loop, "BackgroundWriter", Log)
+    monkeypatch.setattr(stage.capacity, "require", lambda resources: 1)
+    monkeypatch.setattr(stage, "fit", lambda loop, config, **named: loop(config))
+    monkeypatch.setattr(loop, "join", lambda: Worker(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(loop, "BackgroundWriter", Log)
     return tmp_path
 
 
@@ -198,7 +198,7 @@ def test_a_failed_training_keeps_the_tokenizer_and_a_finished_one_replaces_its_f
         raise TrainingFailed("no")
 
     with monkeypatch.context() as failing:
-        failing.setattr(stage.workers, "fit", fails)
+        failing.setattr(stage, "fit", fails)
         with pytest.raises(TrainingFailed):
             run_job(spec)
     assert storage.sizes(str(published)) == before

@@ -137,7 +137,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append("cluster stopped")
 
     monkeypatch.setattr(steps, "_run", publish)
-    monkeypatch.setattr(steps.cluster, "embedded", no_cluster)
+    monkeypatch.setattr(steps.connection, "embedded", no_cluster)
     monkeypatch.setattr("calumma.platform.tracking.registry.model_source", lambda uri, tracking=None: registered[uri])
     return ran
 

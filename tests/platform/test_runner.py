@@ -10,12 +10,12 @@ import pytest
 
 from calumma.jobs import entry
 from calumma.jobs.specifications import table
-from calumma.platform import runner, storage
+from calumma.platform import specification, storage
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.config import JobSpecification, Resources, SpecificationError, Tracking
-from calumma.platform.data.manifest import FileEntry, Manifest
+from calumma.platform.specification import JobSpecification, Resources, SpecificationError, Tracking
 from calumma.platform.storage import StorageError
+from calumma.platform.storage.manifest import FileEntry, Manifest
 
 
 class CountSpecification(JobSpecification):
@@ -78,7 +78,9 @@ def statuses(tracking: Tracking) -> list[str]:
 
 def test_a_job_is_run_and_tracked_and_its_manifest_returned(count: Count, spec: CountSpecification) -> None:
     reports: list[tuple[float, float, str]] = []
-    manifest, skipped = runner.run_job(spec, lambda done, total, note="": reports.append((done, total, note)))
+    manifest, skipped = runner.run_job(
+        spec, count.run, lambda done, total, note="": reports.append((done, total, note))
+    )
     assert not skipped
     assert [entry.path for entry in manifest.files] == ["number.txt"]
     assert reports == [(1, 2, "half")]
@@ -86,16 +88,18 @@ def test_a_job_is_run_and_tracked_and_its_manifest_returned(count: Count, spec: 
 
 
 def test_a_result_of_an_equal_specification_is_kept(count: Count, spec: CountSpecification) -> None:
-    first, _ = runner.run_job(spec)
-    again, skipped = runner.run_alone(spec.model_copy(update={"run_name": "again", "resources": Resources(workers=2)}))
+    first, _ = runner.run_job(spec, count.run)
+    again, skipped = runner.run_alone(
+        spec.model_copy(update={"run_name": "again", "resources": Resources(workers=2)}), count.run
+    )
     assert skipped
     assert again == first
     assert count.ran == [7]
 
 
 def test_a_result_of_another_specification_is_made_again(count: Count, spec: CountSpecification) -> None:
-    runner.run_job(spec)
-    _, skipped = runner.run_job(spec.model_copy(update={"number": 8}))
+    runner.run_job(spec, count.run)
+    _, skipped = runner.run_job(spec.model_copy(update={"number": 8}), count.run)
     assert not skipped
     assert count.ran == [7, 8]
 
@@ -104,24 +108,24 @@ def test_a_result_of_another_specification_is_made_again(count: Count, spec: Cou
 def test_a_result_whose_files_are_gone_or_cut_short_is_made_again(
     count: Count, spec: CountSpecification, harm: Callable[[Path], object]
 ) -> None:
-    runner.run_job(spec)
+    runner.run_job(spec, count.run)
     file = Path(spec.output_uri, "number.txt")
     harm(file)
     assert runner.standing(spec) is None
-    assert runner.run_job(spec)[1] is False
+    assert runner.run_job(spec, count.run)[1] is False
     assert file.read_bytes() == b"7"
-    assert runner.run_job(spec)[1] is True
+    assert runner.run_job(spec, count.run)[1] is True
 
 
 def test_force_discards_what_was_made_and_only_that(count: Count, spec: CountSpecification) -> None:
-    runner.run_job(spec)
+    runner.run_job(spec, count.run)
     place = Path(spec.output_uri)
     (place / "checkpoints").mkdir()
     (place / "checkpoints" / "old.bin").write_bytes(b"old")
     (place / ".receipts").mkdir()
     (place / ".receipts" / "tokens-00000000-00000.json").write_text("{}")
     (place / "mine.txt").write_text("not made by the job")
-    _, skipped = runner.run_job(spec, force=True)
+    _, skipped = runner.run_job(spec, count.run, force=True)
     assert not skipped
     assert count.ran == [7, 7]
     assert sorted(file.name for file in place.rglob("*") if file.is_file()) == [
@@ -137,9 +141,9 @@ def test_a_job_without_workers_needs_no_cluster(
     def started(**_: object) -> None:
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr(runner.cluster, "embedded", started)
-    monkeypatch.setattr(config, "IN_PROCESS", ("count",))
-    _, skipped = runner.run_alone(spec.model_copy(update={"resources": Resources(workers=0)}))
+    monkeypatch.setattr(runner.connection, "embedded", started)
+    monkeypatch.setattr(specification, "IN_PROCESS", ("count",))
+    _, skipped = runner.run_alone(spec.model_copy(update={"resources": Resources(workers=0)}), count.run)
     assert not skipped
     assert count.ran == [7]
 
@@ -147,12 +151,12 @@ def test_a_job_without_workers_needs_no_cluster(
 def test_a_job_that_asks_for_too_much_is_refused_before_anything_happens(
     count: Count, spec: CountSpecification
 ) -> None:
-    runner.run_job(spec)
+    runner.run_job(spec, count.run)
     before = statuses(spec.tracking)
     greedy = spec.model_copy(update={"resources": Resources(workers=10_000), "number": 9})
     for run in (runner.run_job, runner.run_alone):
         with pytest.raises(SpecificationError, match="asked for 10000"):
-            run(greedy, force=True)
+            run(greedy, count.run, force=True)
     assert statuses(spec.tracking) == before
     assert runner.standing(spec) is not None
     assert count.ran == [7]
@@ -164,11 +168,11 @@ def test_a_job_that_fails_is_marked_and_publishes_nothing(
 ) -> None:
     count.error = error
     with pytest.raises(type(error)):
-        runner.run_job(spec)
+        runner.run_job(spec, count.run)
     assert statuses(spec.tracking)[0] == status
     assert runner.standing(spec) is None
     count.error = None
-    assert runner.run_job(spec)[1] is False
+    assert runner.run_job(spec, count.run)[1] is False
 
 
 def test_an_unknown_job_is_told_the_known_ones(tmp_path: Path) -> None:
@@ -237,7 +241,7 @@ def test_a_job_file_exits_with_a_code_and_names_the_wrong_field(
 def test_a_job_file_skips_what_stands_without_a_cluster(
     spec: CountSpecification, tmp_path: Path, count: Count, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runner.run_job(spec)
+    runner.run_job(spec, count.run)
     file = tmp_path / "count.yaml"
     file.write_text(f"storage: {spec.storage}\ntracking: {{uri: '{spec.tracking.uri}'}}\n")
     assert entry.main("count", ["--config", str(file), "--set", "number=7"]) == 0

@@ -13,6 +13,7 @@ from botocore.exceptions import ConnectionClosedError
 
 from calumma.platform import storage
 from calumma.platform.specification import Retention
+from calumma.platform.storage.client import s3_client
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.training.checkpoints import catalog, resumption, saver
 from calumma.platform.training.checkpoints.saver import Saver
@@ -157,11 +158,11 @@ def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_goo
             raise ConnectionClosedError(endpoint_url=request.url)
 
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    storage._client().meta.events.register("before-send.s3.UploadPart", send)
+    s3_client().meta.events.register("before-send.s3.UploadPart", send)
     Manifest.read(saved(run, output, 1)).verify(catalog.location(output, 1), content=True)
     assert len(sent) == 4
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    storage._client().meta.events.register("before-send.s3.UploadPart", send)
+    s3_client().meta.events.register("before-send.s3.UploadPart", send)
     with pytest.raises(storage.StorageError, match=r"step-00000002 was not written: .*mp_rank_00_model_states"):
         saved(run, output, 2)
     assert storage.sizes(catalog.location(output, 2)).keys() == set()

@@ -24,6 +24,7 @@ from calumma.platform.sources.reading import list_source, name_of, read_file
 from calumma.platform.sources.references import AHEAD, fetch, path_of, resolved
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import SpecificationError
+from calumma.platform.storage.client import s3_client
 
 
 def png(shade: int = 0) -> bytes:
@@ -289,7 +290,7 @@ def test_many_files_are_listed_by_one_request_a_page(s3: str, page: int, pages: 
     for number in range(40):
         storage.write_bytes(f"{s3}/{number:03d}.jsonl", b"{}")
     requests: list[str] = []
-    events = storage._client().meta.events
+    events = s3_client().meta.events
     events.register("before-parameter-build.s3.ListObjectsV2", lambda params, **_: params.update(MaxKeys=page), "page")
     events.register("before-send.s3", lambda request, **_: requests.append(request.url), unique_id="count")
     try:

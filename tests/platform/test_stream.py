@@ -186,7 +186,7 @@ def test_shards_are_read_from_s3(s3: str) -> None:
 def test_blocks_grow_from_one_step_to_their_limit(
     shards: dict[str, Manifest], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "_BLOCK", limit)
+    monkeypatch.setattr(tensors, "_BLOCK", limit)
     data = config(shards, micro_batches=2)
     blocks: Any = Blocks(data, 0, 40, 0, 1)
     sizes = [len(table["steps"][0]) for table in blocks.blocks]
@@ -235,7 +235,7 @@ def test_shards_without_checksums_are_read_and_pointed_out(
 
 
 def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest], monkeypatch: Any) -> None:
-    monkeypatch.setattr(stream, "_BLOCK", 500)
+    monkeypatch.setattr(tensors, "_BLOCK", 500)
     begun: list[MicroBatch] = []
 
     def read(self: RowGroupReader, micro_batch: MicroBatch) -> Any:

@@ -26,6 +26,7 @@ from calumma.model.text_tokenizer import train_text_tokenizer
 from calumma.platform import storage
 from calumma.platform.cluster.progress import silent
 from calumma.platform.shards import receipts
+from calumma.platform.storage import publishing
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tokenizing import tokenize, tokenizer
 from calumma.platform.tokenizing.specification import TokenizeSpecification
@@ -296,7 +297,7 @@ def test_a_job_killed_between_its_manifest_and_the_end_is_tidied_up(
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "tidy", stop)
+        patched.setattr(publishing, "tidy", stop)
         patched.setattr(receipts, "resume", lambda *_: {})
         with pytest.raises(Stopped):
             run(spec)

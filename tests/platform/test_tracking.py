@@ -18,7 +18,7 @@ from calumma.platform.specification import Tracking
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tracking import provenance, registry
 from calumma.platform.tracking.job_run import job_run
-from calumma.platform.tracking.run import Run
+from calumma.platform.tracking.run import Run, flatten
 from calumma.platform.tracking.server import TrackingError, resolve
 from calumma.platform.training.specification import PretrainSpecification
 
@@ -42,7 +42,7 @@ def specification(server: Tracking, **fields: Any) -> PretrainSpecification:
 
 
 @pytest.fixture
-def job_run(server: Tracking) -> Iterator[Run]:
+def run(server: Tracking) -> Iterator[Run]:
     with job_run(specification(server)) as current:
         yield current
 
@@ -73,51 +73,51 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) 
 
 
 def test_a_run_holds_parameters_metrics_and_pictures_and_ends_as_finished(server: Tracking) -> None:
-    with job_run(specification(server, run_name="stage1")) as job_run:
-        job_run.log_metrics({"loss": 2.0}, step=1)
-        job_run.log_metrics({"loss": 1.0}, step=2)
-        job_run.log_image(Image.new("RGB", (4, 4), "red"), "samples/0.png")
-        assert job_run.latest() == {"loss": 1.0}
-    found = job_run.client.get_run(job_run.id)
+    with job_run(specification(server, run_name="stage1")) as run:
+        run.log_metrics({"loss": 2.0}, step=1)
+        run.log_metrics({"loss": 1.0}, step=2)
+        run.log_image(Image.new("RGB", (4, 4), "red"), "samples/0.png")
+        assert run.latest() == {"loss": 1.0}
+    found = run.client.get_run(run.id)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "stage1"
     assert found.data.params["mixture.tokens/a b"] == "1.0"
     assert found.data.params["model.layers"] == "1"
-    assert [m.step for m in job_run.client.get_metric_history(job_run.id, "loss")] == [1, 2]
-    assert [a.path for a in job_run.client.list_artifacts(job_run.id, "samples")] == ["samples/0.png"]
+    assert [m.step for m in run.client.get_metric_history(run.id, "loss")] == [1, 2]
+    assert [a.path for a in run.client.list_artifacts(run.id, "samples")] == ["samples/0.png"]
 
 
 @pytest.mark.parametrize(
     ("error", "status"), [(ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")]
 )
 def test_a_run_that_stops_early_says_how(server: Tracking, error: BaseException, status: str) -> None:
-    with pytest.raises(type(error)), job_run(specification(server)) as job_run:
+    with pytest.raises(type(error)), job_run(specification(server)) as run:
         raise error
-    assert job_run.client.get_run(job_run.id).info.status == status
+    assert run.client.get_run(run.id).info.status == status
 
 
-def test_artifacts_lie_beside_the_database(job_run: Run) -> None:
-    folder = Path(job_run.uri.removeprefix("sqlite:///")).parent
-    assert job_run.client.get_run(job_run.id).info.artifact_uri.startswith((folder / "artifacts").as_uri())
+def test_artifacts_lie_beside_the_database(run: Run) -> None:
+    folder = Path(run.uri.removeprefix("sqlite:///")).parent
+    assert run.client.get_run(run.id).info.artifact_uri.startswith((folder / "artifacts").as_uri())
 
 
-def test_a_run_can_be_written_from_another_process(job_run: Run) -> None:
-    job_run.log_metrics({"here": 1.0})
-    copy = pickle.loads(pickle.dumps(job_run))
+def test_a_run_can_be_written_from_another_process(run: Run) -> None:
+    run.log_metrics({"here": 1.0})
+    copy = pickle.loads(pickle.dumps(run))
     copy.log_metrics({"there": 2.0})
-    assert job_run.latest() == {"here": 1.0, "there": 2.0}
+    assert run.latest() == {"here": 1.0, "there": 2.0}
 
 
 def test_runs_of_one_project_stand_below_one_run(server: Tracking) -> None:
     project = server.model_copy(update={"project": "the team's model"})
     for job in ("stage1", "stage2"):
-        with job_run(specification(project, run_name=job)) as job_run:
+        with job_run(specification(project, run_name=job)) as run:
             pass
     below = f"tags.`mlflow.parentRunId` = '{run.client.get_run(run.id).data.tags['mlflow.parentRunId']}'"
-    experiment = job_run.client.get_run(job_run.id).info.experiment_id
-    found = job_run.client.search_runs([experiment], below)
+    experiment = run.client.get_run(run.id).info.experiment_id
+    found = run.client.search_runs([experiment], below)
     assert sorted(each.info.run_name for each in found) == ["stage1", "stage2"]
-    parent = job_run.client.get_run(found[0].data.tags["mlflow.parentRunId"])
+    parent = run.client.get_run(found[0].data.tags["mlflow.parentRunId"])
     assert (parent.info.run_name, parent.info.status) == ("the team's model", "FINISHED")
 
 
@@ -132,22 +132,19 @@ def test_the_commit_of_this_code_is_known_and_may_be_given(monkeypatch: pytest.M
     provenance.commit.cache_clear()
 
 
-def test_a_registered_model_is_found_by_alias_and_by_version(
-    server: Tracking, job_run: Run, model_directory: Path
-) -> None:
+def test_a_registered_model_is_found_by_alias_and_by_version(server: Tracking, run: Run, model_directory: Path) -> None:
     assert (
-        registry.register(server, "by-alias", str(model_directory), job_run.id, "champion")
-        == "models:/by-alias@champion"
+        registry.register(server, "by-alias", str(model_directory), run.id, "champion") == "models:/by-alias@champion"
     )
-    assert registry.register(server, "by-alias", str(model_directory), job_run.id) == "models:/by-alias/2"
+    assert registry.register(server, "by-alias", str(model_directory), run.id) == "models:/by-alias/2"
     for uri in ("models:/by-alias@champion", "models:/by-alias/1", "models:/by-alias/2", str(model_directory)):
         with registry.resolve_model(uri, server) as path:
             assert path == model_directory
-    assert job_run.client.get_model_version("by-alias", "1").run_id == job_run.id
+    assert run.client.get_model_version("by-alias", "1").run_id == run.id
 
 
 def test_a_registered_version_outlives_the_next_training_of_its_folder(
-    server: Tracking, job_run: Run, tmp_path: Path
+    server: Tracking, run: Run, tmp_path: Path
 ) -> None:
     """Back to version 1 must mean back to its weights."""
 
@@ -160,7 +157,7 @@ def test_a_registered_version_outlives_the_next_training_of_its_folder(
         return str(folder)
 
     for weights in (b"first", b"second", b"second"):
-        registry.register(server, "kept", published(weights), job_run.id)
+        registry.register(server, "kept", published(weights), run.id)
     for version, weights in ((1, b"first"), (2, b"second"), (3, b"second")):
         with registry.resolve_model(f"models:/kept/{version}", server) as path:
             assert (path / "model.safetensors").read_bytes() == weights
@@ -168,9 +165,9 @@ def test_a_registered_version_outlives_the_next_training_of_its_folder(
     assert len(list((tmp_path / "stage" / "registered").iterdir())) == 2, "equal models share a copy"
 
 
-def test_the_alias_moves_to_the_newest_registration(server: Tracking, job_run: Run, model_directory: Path) -> None:
-    registry.register(server, "moving", "/elsewhere", job_run.id, "champion")
-    registry.register(server, "moving", str(model_directory), job_run.id, "champion")
+def test_the_alias_moves_to_the_newest_registration(server: Tracking, run: Run, model_directory: Path) -> None:
+    registry.register(server, "moving", "/elsewhere", run.id, "champion")
+    registry.register(server, "moving", str(model_directory), run.id, "champion")
     assert registry.model_source("models:/moving@champion", server) == str(model_directory)
 
 
@@ -185,16 +182,16 @@ def test_the_alias_moves_to_the_newest_registration(server: Tracking, job_run: R
     ],
 )
 def test_a_model_that_is_not_there_is_an_error_that_says_what_is(
-    server: Tracking, job_run: Run, model_directory: Path, uri: str, said: str
+    server: Tracking, run: Run, model_directory: Path, uri: str, said: str
 ) -> None:
-    if "known" not in {model.name for model in job_run.client.search_registered_models()}:
-        registry.register(server, "known", str(model_directory), job_run.id, "champion")
+    if "known" not in {model.name for model in run.client.search_registered_models()}:
+        registry.register(server, "known", str(model_directory), run.id, "champion")
     with pytest.raises(TrackingError, match=said), registry.resolve_model(uri, server):
         pass
 
 
-def test_a_registered_model_whose_files_are_gone_is_an_error_that_says_where(server: Tracking, job_run: Run) -> None:
-    registry.register(server, "gone", "/data/gone", job_run.id, "champion")
+def test_a_registered_model_whose_files_are_gone_is_an_error_that_says_where(server: Tracking, run: Run) -> None:
+    registry.register(server, "gone", "/data/gone", run.id, "champion")
     with (
         pytest.raises(TrackingError, match="registered as /data/gone"),
         registry.resolve_model("models:/gone@champion", server),
@@ -208,7 +205,7 @@ def test_a_server_that_cannot_be_used_is_an_error_that_names_it() -> None:
 
 
 def test_parameter_names_are_what_mlflow_accepts() -> None:
-    flat = job_run.flatten({"a": {"b": [1, 2], "c d": {}}, "ü(x)": 1, "tracking": Tracking()})
+    flat = flatten({"a": {"b": [1, 2], "c d": {}}, "ü(x)": 1, "tracking": Tracking()})
     assert flat == {"a.b": [1, 2], "a.c d": {}, "ü_x_": 1, "tracking.uri": None, "tracking.experiment": "calumma"} | {
         "tracking.project": None
     }
@@ -216,9 +213,9 @@ def test_parameter_names_are_what_mlflow_accepts() -> None:
 
 def test_a_mixture_of_uris_is_logged_as_parameters(server: Tracking) -> None:
     mixture = {"s3://bucket/x": 1.0, "s3:/bucket/x": 2.0, "tokens/pairs/": 3.0, "tokens/../pairs": 4.0, "/data/x": 5.0}
-    with job_run(specification(server, mixture=mixture)) as job_run:
+    with job_run(specification(server, mixture=mixture)) as run:
         pass
-    params = job_run.client.get_run(job_run.id).data.params
+    params = run.client.get_run(run.id).data.params
     assert {name: float(value) for name, value in params.items() if name.startswith("mixture.")} == {
         "mixture.s3:/bucket/x": 1.0,
         "mixture.s3:/bucket/x 2": 2.0,
@@ -230,7 +227,7 @@ def test_a_mixture_of_uris_is_logged_as_parameters(server: Tracking) -> None:
 
 @given(st.dictionaries(st.text("a./: (ü\n", max_size=8) | st.text(max_size=300), st.integers()))
 def test_every_parameter_name_passes_mlflows_check_and_no_value_is_lost(values: dict[str, int]) -> None:
-    flat = job_run.flatten(values)
+    flat = flatten(values)
     for name in flat:
         _validate_param(name, "1")
     assert list(flat.values()) == list(values.values())

@@ -44,7 +44,8 @@ from calumma.platform.training import ablation, samples
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.errors import Stopped
 from calumma.platform.training.group import watchdog
-from calumma.platform.training.images import data, measure, stage
+from calumma.platform.training.images import data, measure
+from calumma.platform.training.images.stage import train_image_tokenizer
 from calumma.platform.training.preparation import prepare
 from calumma.platform.training.specification import (
     AblateSpecification,
@@ -865,7 +866,7 @@ def test_the_image_tokenizer_learns_and_uses_its_codebook_though_a_worker_is_kil
     )
     when(lambda: catalog.newest_step(spec.training) >= 20, lambda: training_workers()[-1].kill())
     with job_run(spec) as run:
-        manifest = stage.train_image_tokenizer(spec, run, silent)
+        manifest = train_image_tokenizer(spec, run, silent)
     groups = manifest.report["groups"]
     assert [group["workers"] for group in groups] == [2, 2]
     assert 20 <= groups[1]["step"] < 240

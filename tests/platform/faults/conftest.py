@@ -135,15 +135,15 @@ def proxy(
     """The proxy, which `s3` now leads through; clients wait little between attempts."""
     import time
 
-    from calumma.platform import storage
+    from calumma.platform.storage import client
 
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds * 0.001))
     if "delay" in request.node.name:
-        monkeypatch.setattr(storage, "_READ_TIMEOUT", TIMEOUT)
+        monkeypatch.setattr(client, "_READ_TIMEOUT", TIMEOUT)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy_server.endpoint)
-    storage._client_for.cache_clear()
+    client._client_for.cache_clear()
     proxy_server.disturb()
     yield proxy_server
     proxy_server.disturb()
-    storage._client_for.cache_clear()
+    client._client_for.cache_clear()
