@@ -13,9 +13,6 @@ from calumma.platform.tracking import registry
 from calumma.serve.app import ServeError, find
 from calumma.serve.settings import ModelSettings
 
-from ..platform.conftest import s3 as s3
-from ..platform.conftest import server as server
-
 
 def test_a_model_in_a_bucket_answers_as_its_copy_in_a_folder(s3: str, model_directory: Path) -> None:
     place = storage.join(s3, "model")

@@ -37,9 +37,9 @@ from calumma.platform.tracking.job_run import job_run
 from calumma.platform.tracking.run import Run
 from calumma.platform.training import loop, preparation
 from calumma.platform.training.checkpoints import catalog
+from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import engine, held_out
-from calumma.platform.training.workers import Worker
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32)
 CODES, STEPS = 16, 20

@@ -207,7 +207,7 @@ def test_a_number_of_workers_is_a_range_of_one() -> None:
 
 
 def recipes() -> list[Path]:
-    folder = Path(__file__).parents[2] / "jobs" / "recipes"
+    folder = Path(__file__).parents[3] / "jobs" / "recipes"
     return [file for file in sorted(folder.glob("*/*.yaml")) if "job" in yaml.safe_load(file.read_text())]
 
 
