@@ -13,7 +13,7 @@ help:
 	@echo 'make quickstart   install into $(VENV), then train, evaluate and serve a small model (ARGS="--workdir DIR …")'
 	@echo 'make install      install the pinned packages and calumma into $(VENV); does nothing when nothing changed'
 	@echo 'make test         all tests, with coverage (ARGS="tests/model -k name" picks some)'
-	@echo 'make check        formatting, lint, types'
+	@echo 'make check        formatting, lint, types, and what imports what'
 	@echo 'make clean        remove $(VENV) and everything built; results in quickstart/ and mlflow/ stay'
 
 install: $(INSTALLED)
@@ -32,13 +32,15 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
-# mypy does not follow setuptools' package-dir: it gets a folder of links that looks as calumma is imported.
+# mypy and import-linter do not follow setuptools' package-dir: they get a folder of links that looks as calumma is
+# imported.
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@mkdir -p build/types/calumma
 	@for package in $(PACKAGES); do ln -sfn "../../../$$package" "build/types/calumma/$$package"; done
 	$(BIN)/mypy build/types/calumma infra/install.py
+	PYTHONPATH=build/types $(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

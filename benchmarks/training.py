@@ -34,6 +34,7 @@ from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.cluster import capacity, connection
 from calumma.platform.cluster.progress import silent
+from calumma.platform.shards import documents as document_shards
 from calumma.platform.specification import Tracking
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tokenizing.specification import TextTokenizerSpecification, TokenizeSpecification
@@ -55,7 +56,7 @@ def corpus(root: str, context: int, micro_batch: int) -> None:
     from calumma.platform.tokenizing.tokenizer import Tokenizer
 
     documents = [Document((Text(text),)) for text in pydoc_data.topics.topics.values()]
-    data = documents.to_parquet(documents)
+    data = document_shards.to_parquet(documents)
     storage.write_bytes(f"{root}/curated/text/documents.parquet", data)
     entry = FileEntry.of("documents.parquet", data, rows=len(documents))
     Manifest(kind="curated", files=[entry]).write(f"{root}/curated/text")

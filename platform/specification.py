@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -20,7 +20,7 @@ class SpecificationError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Tracking(Section):
@@ -132,13 +132,26 @@ def repeated(names: Iterable[str]) -> list[str]:
 S = TypeVar("S", bound=JobSpecification)
 
 
-def validate(kind: type[S], values: dict[str, Any], origin: str) -> S:
-    """Check plain values against a specification. Raises SpecificationError, one line for each wrong field."""
+def validate(
+    kind: type[S], values: dict[str, Any], origin: str, places: Mapping[tuple[str | int, ...], str] | None = None
+) -> S:
+    """Check plain values against a specification. Raises SpecificationError, one line for each wrong field.
+
+    `places`: where in `origin` a field was given (its keys and indices from the top -> `line 3`).
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(kind, e) for e in error.errors()]
+        lines = [f"{_place(e['loc'], places or {})}{_explain(kind, e)}" for e in error.errors()]
         raise SpecificationError("\n".join([f"{origin}:", *(f"  {line}" for line in lines)])) from error
+
+
+def _place(location: tuple[str | int, ...], places: Mapping[tuple[str | int, ...], str]) -> str:
+    """Where a wrong field, or what is nearest around it, was given: `line 3: `; empty when that is not known."""
+    for end in range(len(location), 0, -1):
+        if location[:end] in places:
+            return f"{places[location[:end]]}: "
+    return ""
 
 
 def _explain(kind: type[BaseModel], error: Any) -> str:
@@ -150,6 +163,8 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "missing":
         return f"{location}: required, and not given"
     shown = "" if isinstance(given, dict) else f" (given {given!r})"
+    if error["type"] == "string_type" and isinstance(given, bool):
+        shown += "; YAML reads yes, no, on and off as truth values: quote the word"
     return f"{location}: {error['msg']}{shown}"
 
 

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from calumma.platform.specification import JobSpecification, Section
+from calumma.platform.specification import JobSpecification, Section, repeated
 
 
 class MixtureOf(Section):
@@ -47,6 +47,8 @@ class MixtureSpecification(JobSpecification):
 
     @model_validator(mode="after")
     def _some_mixture(self) -> Self:
+        if twice := repeated(self.locate(uri).rstrip("/") for uri in self.mixture):
+            raise ValueError(f"mixture: {', '.join(twice)} is named more than once; give each source one weight")
         bad = {k: v for k, v in self.mixture.items() if v <= 0}
         if bad:
             raise ValueError(f"mixture weights must be above 0, found {bad}")

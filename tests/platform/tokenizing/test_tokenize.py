@@ -27,6 +27,7 @@ from calumma.model.text_tokenizer import TextTokenizer, train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import silent
+from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import tokens as token_shards
 from calumma.platform.shards.documents import read_documents
 from calumma.platform.specification import SpecificationError, validate
@@ -66,7 +67,7 @@ def publish(uri: str, documents: list[Document], a_shard: int = 1000) -> None:
     """A curated directory of these documents."""
     entries = []
     for number in range(0, len(documents), a_shard):
-        data = documents.to_parquet(part := documents[number : number + a_shard])
+        data = document_shards.to_parquet(part := documents[number : number + a_shard])
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
         entries.append(FileEntry.of(path, data, rows=len(part)))
@@ -229,7 +230,7 @@ def test_shards_of_documents_hold_few_images_and_many_texts_in_a_row_group(
         for n, image in enumerate(with_image)
     ]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
-    storage.write_bytes(uri, documents.to_parquet(documents))
+    storage.write_bytes(uri, document_shards.to_parquet(documents))
     assert list(documents.read_shard(uri)) == documents
     metadata = pq.ParquetFile(uri).metadata
     groups = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
@@ -307,7 +308,7 @@ def test_documents_meet_their_own_texts_and_images_again(
     )
     documents = [Document(tuple(segments)) for segments in given]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
-    storage.write_bytes(uri, documents.to_parquet(documents))
+    storage.write_bytes(uri, document_shards.to_parquet(documents))
     found = list(tokenizer.encoded(encoder, [uri, uri], batch, threads))
     assert [document for document, _ in found] == documents * 2
     expected = [encoder.encode(document) for document in documents] * 2

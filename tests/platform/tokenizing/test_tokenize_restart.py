@@ -25,6 +25,7 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer
 from calumma.platform import storage
 from calumma.platform.cluster.progress import silent
+from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import receipts
 from calumma.platform.storage import publishing
 from calumma.platform.storage.manifest import FileEntry, Manifest
@@ -54,7 +55,7 @@ def publish(uri: str, documents: list[Document]) -> None:
     entries = []
     for number in range(0, len(documents), 5):
         part = documents[number : number + 5]
-        data = documents.to_parquet(part)
+        data = document_shards.to_parquet(part)
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
         entries.append(FileEntry.of(path, data, rows=len(part)))

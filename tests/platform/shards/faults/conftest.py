@@ -122,8 +122,8 @@ class FaultProxy:
 
 
 @pytest.fixture(scope="module")
-def proxy_server(server: str) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(server)
+def proxy_server(s3_server: str) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(s3_server)
     yield proxy
     proxy.stop()
 

@@ -64,9 +64,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Curated images."""
     root = tmp_path_factory.mktemp("storage")
     for name, count in (("curated", IMAGES), ("held-out", HELD_OUT)):
-        data = document_shards.to_parquet([Document((Image(to_image(data.as_floats(p))),)) for p in bars(count)])
-        storage.write_bytes(f"{root}/{name}/documents.parquet", data)
-        Manifest(kind="curated", files=[FileEntry.of("documents.parquet", data, rows=count)]).write(f"{root}/{name}")
+        content = document_shards.to_parquet([Document((Image(to_image(data.as_floats(p))),)) for p in bars(count)])
+        storage.write_bytes(f"{root}/{name}/documents.parquet", content)
+        Manifest(kind="curated", files=[FileEntry.of("documents.parquet", content, rows=count)]).write(f"{root}/{name}")
     return root
 
 

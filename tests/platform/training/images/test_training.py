@@ -20,7 +20,7 @@ from calumma.platform import storage
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import silent
 from calumma.platform.shards import documents as document_shards
-from calumma.platform.specification import SpecificationError
+from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import ImageAssignment
@@ -291,13 +291,11 @@ def test_sampling_weights_that_cannot_be_are_refused(function: str, message: str
 def test_specifications_that_cannot_run_are_refused(values: dict[str, Any], message: str) -> None:
     given = {"storage": "s", "documents": ["x"], "steps": 1, "batch": 1} | values
     with pytest.raises(SpecificationError, match=message):
-        specification.validate(ImageTokenizerSpecification, given, "here")
+        validate(ImageTokenizerSpecification, given, "here")
 
 
 def test_a_specification_of_before_still_means_the_same() -> None:
-    spec = specification.validate(
-        ImageTokenizerSpecification, {"storage": "s", "documents": ["x"], "steps": 1, "batch": 1}, "here"
-    )
+    spec = validate(ImageTokenizerSpecification, {"storage": "s", "documents": ["x"], "steps": 1, "batch": 1}, "here")
     assert spec.loss == ImageLossConfig()
     assert (spec.loss.pixels, spec.loss.codebook, spec.loss.adversarial) == ("l2", "gradient", 0.0)
     assert spec.sampling_weight is None
