@@ -64,7 +64,11 @@ def linted(folder: Path) -> subprocess.CompletedProcess[str]:
     ("file", "line", "broken"),
     [
         ("model/loss.py", "from calumma.platform import storage", "floors"),
-        ("platform/storage/files.py", "def later():\n    from calumma.platform.tracking import run", "rooms of platform/"),
+        (
+            "platform/storage/files.py",
+            "def later():\n    from calumma.platform.tracking import run",
+            "rooms of platform/",
+        ),
         ("platform/storage/uri.py", "if TYPE_CHECKING:\n    from calumma.platform.storage import s3", "no circles"),
         ("serve/settings.py", "from calumma.platform.training import errors", "serve and the rooms of platform/"),
     ],
@@ -99,7 +103,8 @@ def test_our_platform_is_never_imported_by_its_bare_name() -> None:
         for file in (ROOT / folder).rglob("*.py")
         for module in imports(file)
         if re.match(
-            r"(platform\.(specification|cluster|storage|tracking|shards|sources|streaming|curation|training)|(model|jobs|serve)(\.|$))", module
+            r"(platform\.(specification|cluster|storage|tracking|shards|sources|streaming|curation|training)|(model|jobs|serve)(\.|$))",
+            module,
         )
     }
     assert wrong == set()

@@ -72,7 +72,7 @@ def publish(uri: str, documents: list[Document], a_shard: int = 1000) -> None:
         storage.write_bytes(storage.join(uri, path), data)
         entries.append(FileEntry.of(path, data, rows=len(part)))
     images = sum(len(document.images) for document in documents)
-    Manifest(kind=documents.CURATED, files=entries, report={"images": images}).write(uri)
+    Manifest(kind=document_shards.CURATED, files=entries, report={"images": images}).write(uri)
 
 
 def curated(root: Path | str) -> None:
@@ -231,7 +231,7 @@ def test_shards_of_documents_hold_few_images_and_many_texts_in_a_row_group(
     ]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
     storage.write_bytes(uri, document_shards.to_parquet(documents))
-    assert list(documents.read_shard(uri)) == documents
+    assert list(document_shards.read_shard(uri)) == documents
     metadata = pq.ParquetFile(uri).metadata
     groups = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
     ends = np.cumsum([0, *groups])

@@ -59,7 +59,7 @@ def publish(uri: str, documents: list[Document]) -> None:
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
         entries.append(FileEntry.of(path, data, rows=len(part)))
-    Manifest(kind=documents.CURATED, files=entries).write(uri)
+    Manifest(kind=document_shards.CURATED, files=entries).write(uri)
 
 
 def pair(shade: int) -> Document:
