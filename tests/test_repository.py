@@ -96,14 +96,15 @@ def test_the_model_needs_nothing_but_pytorch_and_its_tokenizers() -> None:
 
 
 def test_our_platform_is_never_imported_by_its_bare_name() -> None:
-    """`import platform` is the standard library's, `platform.config` would be ours under a wrong name."""
+    """`import platform` is the standard library's, `platform.storage` would be ours under a wrong name."""
     wrong = {
         f"{file.relative_to(ROOT)}: {module}"
         for folder in (*FOLDERS, "tests", "benchmarks")
         for file in (ROOT / folder).rglob("*.py")
         for module in imports(file)
         if re.match(
-            r"(platform\.(specification|cluster|storage|tracking|shards|sources|streaming|curation|training)|(model|jobs|serve)(\.|$))",
+            r"(platform\.(specification|storage|tracking|shards|sources|cluster|streaming|curation|training)"
+            r"|(model|jobs|serve)(\.|$))",
             module,
         )
     }

@@ -238,8 +238,8 @@ def test_shards_of_documents_hold_few_images_and_many_texts_in_a_row_group(
     for begin, end in pairwise(ends):
         group = documents[begin:end]
         assert len(group) <= 64 or not any(d.images for d in group[:-1])
-        assert sum(len(d.text) for d in group[:-1]) <= documents.ROW_GROUP or len(group) <= 64
-    if sum(len(d.text) for d in documents) < documents.ROW_GROUP and not any(with_image):
+        assert sum(len(d.text) for d in group[:-1]) <= document_shards.ROW_GROUP or len(group) <= 64
+    if sum(len(d.text) for d in documents) < document_shards.ROW_GROUP and not any(with_image):
         assert len(groups) == (1 if documents else 0)
 
 
