@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Role, Segment, Text, Turn
-from calumma.model.image_tokenizer import ImageTokenizer, preprocess, to_image
-from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.images import preprocess, to_image
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 
 

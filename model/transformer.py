@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calumma.model import stability
-from calumma.model.attention import Mask, attend, document_mask, rope_table, rotate
 from calumma.model.config import ModelConfig
-from calumma.model.loss import Loss, linear_loss, trained_rows
+from calumma.model.ops import stability
+from calumma.model.ops.attention import Mask, attend, document_mask, rope_table, rotate
+from calumma.model.ops.loss import Loss, linear_loss, trained_rows
 
 
 class HeadNorm(nn.Module):

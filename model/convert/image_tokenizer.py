@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.convert.names import ConversionError, require_names, require_same, require_shapes
 from calumma.model.convert.pytorch import open_checkpoint
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.model.weights import Entry, Weights, write_weights
 

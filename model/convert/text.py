@@ -16,7 +16,7 @@ from typing import Any
 import sentencepiece
 
 from calumma.model.convert.names import ConversionError, several
-from calumma.model.text_tokenizer import SPACE, HuggingFaceTokenizer, SentencepieceTokenizer, TextTokenizer
+from calumma.model.tokenizers.text import SPACE, HuggingFaceTokenizer, SentencepieceTokenizer, TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 
 # Our name of a special id -> its name in the public release.

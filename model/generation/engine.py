@@ -13,18 +13,18 @@ from dataclasses import replace
 
 import torch
 
-from calumma.model.generation.blocks import Blocks
-from calumma.model.generation.need import Need
-from calumma.model.generation.parallel import Shard
+from calumma.model.generation.admission import RequestLimits
+from calumma.model.generation.cache.block_manager import BlockManager
+from calumma.model.generation.passes.runner import ModelRunner, RunnerOutput
 from calumma.model.generation.request import Event, Request
-from calumma.model.generation.runner import Result, Runner
+from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.scheduler import Scheduler
-from calumma.model.generation.sequence import Generation
 from calumma.model.generation.statistics import Counters, Statistics
+from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
-Asked = tuple[str, tuple[Request, Need] | None]  # a request by its id; None is an abort
+Asked = tuple[str, tuple[Request, RequestLimits] | None]  # a request by its id; None is an abort
 
 
 class Engine:
@@ -88,7 +88,7 @@ class Engine:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
         self.image_burst = 1 if jacobi_window else image_burst
         count = max_sequences * -(-self.context // block_size) if cache_tokens is None else cache_tokens // block_size
-        self._runner = Runner(
+        self._runner = ModelRunner(
             transformer.eval(),
             vocabulary,
             count,
@@ -99,7 +99,7 @@ class Engine:
             jacobi_window,
             transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs,
         )
-        self._blocks = Blocks(count, block_size, self._runner.cache.copy, share=prefix_cache)
+        self._blocks = BlockManager(count, block_size, self._runner.cache.copy, share=prefix_cache)
         self._scheduler = Scheduler(self._blocks, max_sequences, prefill_tokens)
         self._shard = self._runner.decoder.shard
         self._counters = Counters()
@@ -112,7 +112,7 @@ class Engine:
         that is no prompt, on an id in use, and on a request that could outgrow the cache alone."""
         if request.id in self._known:
             raise ValueError(f"a request with the id {request.id!r} is being answered")
-        need = Need.of(request, self.vocabulary, self.image_length, self.context)
+        need = RequestLimits.of(request, self.vocabulary, self.image_length, self.context)
         needed = need.blocks(self._blocks.size)
         if needed > self._blocks.count:
             size = self._blocks.size
@@ -215,7 +215,7 @@ class Engine:
                 self._blocks.settle(sequence)
         return events
 
-    def _accept(self, result: Result) -> list[Event]:
+    def _accept(self, result: RunnerOutput) -> list[Event]:
         generation = result.generation
         events = generation.accept(result.tokens, result.logprobs)
         for event in events:
@@ -241,7 +241,7 @@ class Engine:
                 self._arrivals += 1
                 self._counters.prompt_tokens += len(request.tokens)
                 self._scheduler.waiting.append(
-                    Generation(request, need, self._arrivals, self.vocabulary, self.image_length)
+                    RequestState(request, need, self._arrivals, self.vocabulary, self.image_length)
                 )
             elif request_id in self._known:
                 generation = self._scheduler.find(request_id)

@@ -9,22 +9,23 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from calumma.model.generation.blocks import Blocks, Sequence
-from calumma.model.generation.sequence import Generation
+from calumma.model.generation.cache.block_manager import BlockManager
+from calumma.model.generation.cache.sequence import Sequence
+from calumma.model.generation.request_state import RequestState
 
 # A sequence of at most so many tokens is no prompt but an answer's end of image, and costs nothing of the budget.
 FREE_TOKENS = 2
 
 
 @dataclass
-class Part:
+class ScheduledRequest:
     """A request's share of a pass: the next `counts` tokens of each of its sequences.
 
     samples: whether all of them get to their end, so that the next token can be drawn. draft: image codes proposed
     after them, to be verified by the same pass.
     """
 
-    generation: Generation
+    generation: RequestState
     counts: list[int]
     samples: bool
     draft: int = 0
@@ -33,16 +34,16 @@ class Part:
 class Scheduler:
     """budget: most prompt tokens a pass takes in. seats: most requests at once."""
 
-    def __init__(self, blocks: Blocks, seats: int, budget: int) -> None:
+    def __init__(self, blocks: BlockManager, seats: int, budget: int) -> None:
         self.blocks, self.budget = blocks, budget
-        self.waiting: deque[Generation] = deque()  # in order of arrival, the preempted first
-        self.running: list[Generation] = []  # in order of arrival
+        self.waiting: deque[RequestState] = deque()  # in order of arrival, the preempted first
+        self.running: list[RequestState] = []  # in order of arrival
         self.preemptions = 0
         self._seats = list(reversed(range(seats)))
 
-    def schedule(self) -> list[Part]:
+    def schedule(self) -> list[ScheduledRequest]:
         """The parts of the next pass, with blocks for all they write; empty only when nobody is left."""
-        parts: list[Part] = []
+        parts: list[ScheduledRequest] = []
         budget, preemptions = self.budget, self.preemptions
         for generation in list(self.running):
             budget = self._plan(generation, budget, parts)
@@ -51,7 +52,7 @@ class Scheduler:
                 budget = self._plan(generation, budget, parts)
         return parts
 
-    def steps(self, parts: list[Part], most: int) -> int:
+    def steps(self, parts: list[ScheduledRequest], most: int) -> int:
         """Passes that may be issued at once, with blocks for all: more than one only within images, when nobody else
         could move or join meanwhile."""
         if len(parts) < len(self.running) or not all(
@@ -66,7 +67,7 @@ class Scheduler:
             self.blocks.grow(sequence, sequence.cached + steps)
         return steps
 
-    def finish(self, generation: Generation) -> None:
+    def finish(self, generation: RequestState) -> None:
         """A request is done, or aborted: its blocks and seat are free."""
         if generation.seat >= 0:
             self._release(generation)
@@ -74,11 +75,11 @@ class Scheduler:
         else:
             self.waiting.remove(generation)
 
-    def find(self, request_id: str) -> Generation | None:
+    def find(self, request_id: str) -> RequestState | None:
         every = (*self.running, *self.waiting)
         return next((generation for generation in every if generation.request.id == request_id), None)
 
-    def _plan(self, generation: Generation, budget: int, parts: list[Part]) -> int:
+    def _plan(self, generation: RequestState, budget: int, parts: list[ScheduledRequest]) -> int:
         """Add a request's share, unless it must stay behind, and say what is left of the budget. Takes blocks from the
         youngest others where it lacks them."""
         if generation.seat < 0:  # preempted meanwhile by an older one
@@ -101,14 +102,14 @@ class Scheduler:
                     return budget
                 self._preempt(youngest)
         if any(counts):
-            parts.append(Part(generation, counts, samples, draft))
+            parts.append(ScheduledRequest(generation, counts, samples, draft))
         return budget
 
-    def _admit(self) -> list[Generation]:
+    def _admit(self) -> list[RequestState]:
         """Start waiting requests while there are seats, and blocks for their contexts and first tokens. Nobody
         overtakes, but for one: who shares a prefix with a request that is computing it waits until it is there."""
-        started: list[Generation] = []
-        behind: list[Generation] = []
+        started: list[RequestState] = []
+        behind: list[RequestState] = []
         writing = {
             self.blocks.next_block(sequence)
             for generation in self.running
@@ -141,11 +142,11 @@ class Scheduler:
         self.running = sorted([*self.running, *started], key=lambda generation: generation.arrival)
         return started
 
-    def _shares(self, generation: Generation) -> bool:
+    def _shares(self, generation: RequestState) -> bool:
         """A prompt whose every logit is asked for must be computed; what it writes is as good for others."""
         return self.blocks.share and generation.params.prompt_logprobs is None
 
-    def attach(self, generation: Generation) -> None:
+    def attach(self, generation: RequestState) -> None:
         """Look a running request's new branches up in what the cache holds; release those of no further use."""
         for sequence in generation.retired:
             self.blocks.release(sequence)
@@ -154,18 +155,18 @@ class Scheduler:
             if not sequence.attached:
                 self._attach(generation, sequence)
 
-    def _attach(self, generation: Generation, sequence: Sequence) -> None:
+    def _attach(self, generation: RequestState, sequence: Sequence) -> None:
         if self._shares(generation) or sequence is not generation.full:
             self.blocks.attach(sequence)
         sequence.attached = True
 
-    def _preempt(self, generation: Generation) -> None:
+    def _preempt(self, generation: RequestState) -> None:
         self._release(generation)
         self.running.remove(generation)
         self.waiting.appendleft(generation)
         self.preemptions += 1
 
-    def _release(self, generation: Generation) -> None:
+    def _release(self, generation: RequestState) -> None:
         for sequence in (*generation.retired, *generation.sequences):
             self.blocks.release(sequence)
         generation.retired = []

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from calumma.model.document import Document, Image, Text
 from calumma.model.encoding import DocumentEncoder, Tokens
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.config import TokenizeSpecification

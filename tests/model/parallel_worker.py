@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from calumma.model.config import ModelConfig
-from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Shard, read_part
+from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Shard, read_shard
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.model.weights import Entry, write_weights
@@ -44,7 +44,7 @@ def answers(shard: Shard | None, folder: Path) -> list[dict[str, list[int]]]:
             write_weights(folder, {name: Entry.of(tensor) for name, tensor in transformer.state_dict().items()})
         elif number == 0 and shard is not None:
             whole = sum(parameter.numel() for parameter in transformer.parameters())
-            transformer = read_part(folder, shard)
+            transformer = read_shard(folder, shard)
             assert sum(parameter.numel() for parameter in transformer.parameters()) < 1.4 * whole / shard.count
         for options in OPTIONS:
             engine = Engine(transformer, V, N, shard=shard, **options)

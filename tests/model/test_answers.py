@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
 
-from calumma.model import Document, Image, MixedModalModel, Text
+from calumma.model import Document, Image, MixedModalModel, Text, generate
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.encoding import DocumentEncoder
-from calumma.model.generation import PromptTooLong, SamplingParams, generate
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.generation import PromptTooLong, SamplingParams
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 

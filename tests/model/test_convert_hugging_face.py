@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calumma.model import Image, Text, load
+from calumma.model import Image, Text, generate, load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.convert import ConversionError, export_hugging_face, import_hugging_face
 from calumma.model.convert.names import rows, shapes
 from calumma.model.directory import IMAGE_TOKENIZER, save_model
 from calumma.model.document import Document
-from calumma.model.generation import SamplingParams, generate
-from calumma.model.image_tokenizer import ImageTokenizer, MissingDecoder, preprocess
+from calumma.model.generation import SamplingParams
+from calumma.model.images import preprocess
+from calumma.model.tokenizers.image import ImageTokenizer, MissingDecoder
 from calumma.model.transformer import Transformer
 from calumma.model.weights import INDEX, open_weights
 

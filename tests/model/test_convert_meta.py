@@ -19,7 +19,7 @@ from calumma.model.config import ImageTokenizerConfig
 from calumma.model.convert import ConversionError, export_hugging_face, import_meta
 from calumma.model.convert.meta import tokenizer_folder
 from calumma.model.directory import IMAGE_TOKENIZER
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.weights import INDEX, open_weights
 
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from calumma.model import MixedModalModel
 from calumma.model.convert import ConversionError
 from calumma.model.convert.text import SPECIALS, code_of, export_tokenizer, import_tokenizer, name_of, vocabulary_of
-from calumma.model.text_tokenizer import HuggingFaceTokenizer, TextTokenizer
+from calumma.model.tokenizers.text import HuggingFaceTokenizer, TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

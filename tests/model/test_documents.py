@@ -54,7 +54,7 @@ def test_a_document_survives_its_tokens(model: MixedModalModel, document: Docume
 
 
 def pixels(image: Image, model: MixedModalModel) -> torch.Tensor:
-    from calumma.model.image_tokenizer import preprocess
+    from calumma.model.images import preprocess
 
     return preprocess(image.open(), model.image_tokenizer.config.resolution)[None]
 

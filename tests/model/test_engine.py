@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, Event, PhaseSampling, PromptTooLong, Request, SamplingParams
-from calumma.model.generation.decoder import Decoder
+from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 

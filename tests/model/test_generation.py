@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams
-from calumma.model.generation.sampler import TRIES
+from calumma.model.generation.sampling.categorical import TRIES
 from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 

@@ -9,7 +9,7 @@ import torch
 
 from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
-from calumma.model.generation.graphs import SEQUENCES
+from calumma.model.generation.passes.graphs import SEQUENCES
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 

@@ -11,7 +11,7 @@ import torch
 
 from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Statistics
-from calumma.model.generation.jacobi import Drafts
+from calumma.model.generation.sampling.jacobi import JacobiDraft
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
@@ -98,15 +98,15 @@ def test_a_sampler_that_is_not_exact_would_be_found_out(transformer: Transformer
     """The statistics can tell: accepting every draft fails by far."""
     image = PhaseSampling(1.0, 1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Drafts, "verify", _credulous)
+        patch.setattr(JacobiDraft, "verify", _credulous)
         drawn, _ = images(transformer, 6000, image, jacobi_window=2)
     assert chi_squared(Counter(drawn), exactly(transformer, image), 6000) > 100
 
 
-verify = Drafts.verify
+verify = JacobiDraft.verify
 
 
-def _credulous(self: Drafts, p_XC: torch.Tensor, left: int) -> list[int]:
+def _credulous(self: JacobiDraft, p_XC: torch.Tensor, left: int) -> list[int]:
     p_XC = p_XC.clone()
     for place, code in enumerate(self.codes):
         p_XC[place] = torch.nn.functional.one_hot(torch.tensor(code), p_XC.shape[1])

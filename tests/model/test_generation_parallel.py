@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calumma.model.config import ModelConfig
-from calumma.model.generation import Shard, read_part
-from calumma.model.generation.decoder import Decoder
+from calumma.model.generation import Shard, read_shard
+from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.transformer import Transformer
 from calumma.model.weights import Entry, write_weights
 
@@ -87,4 +87,4 @@ def test_a_directory_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     del state["norm.weight"]
     write_weights(tmp_path, {name: Entry.of(tensor) for name, tensor in state.items()})
     with pytest.raises(ValueError, match=r"does not hold the weights its config\.json describes: norm\.weight"):
-        read_part(tmp_path, Shard(0, 2))
+        read_shard(tmp_path, Shard(0, 2))

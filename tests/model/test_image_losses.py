@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from calumma.model.config import ImageLossConfig, ImageTokenizerConfig
-from calumma.model.image_losses import (
+from calumma.model.tokenizers.image import ImageTokenizer, Reconstruction
+from calumma.model.tokenizers.image_losses import (
     CodebookAverage,
     ImageObjective,
     PatchDiscriminator,
@@ -23,7 +24,6 @@ from calumma.model.image_losses import (
     discriminator_loss,
     hinge_loss,
 )
-from calumma.model.image_tokenizer import ImageTokenizer, Reconstruction
 
 WIDTHS = (2, 3, 4, 3, 2)
 

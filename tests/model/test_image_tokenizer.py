@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from calumma.model.config import ImageTokenizerConfig
-from calumma.model.image_tokenizer import AttentionBlock, GroupNorm, ImageTokenizer, MissingDecoder, Upsample
+from calumma.model.tokenizers.image import ImageTokenizer, MissingDecoder
+from calumma.model.tokenizers.image_layers import AttentionBlock, GroupNorm, Upsample
 
 
 def build(multipliers: list[int], resolution: int = 16) -> ImageTokenizer:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.convert.image_tokenizer import HUGGING_FACE_PREFIX, hugging_face_names, meta_names
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 
 pytest.importorskip("transformers")
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calumma.model import loss
 from calumma.model.config import ModelConfig
-from calumma.model.loss import LossSums, linear_loss, sums, trained_rows
+from calumma.model.ops import loss
+from calumma.model.ops.loss import LossSums, linear_loss, sums, trained_rows
 from calumma.model.transformer import Transformer
 
 V = 50

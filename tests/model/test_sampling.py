@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calumma.model.generation import PhaseSampling, SamplingParams
-from calumma.model.generation import sampler as module
-from calumma.model.generation.sampler import RUN, draw, invert, largest, propose, thresholds
+from calumma.model.generation.sampling import categorical
+from calumma.model.generation.sampling import filters as filtering
+from calumma.model.generation.sampling.categorical import RUN, draw, inverse_cdf, largest, propose
+from calumma.model.generation.sampling.filters import thresholds
 
 
 def filters(rows: int, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) -> Tensor:
@@ -60,7 +62,7 @@ def test_proposed_ids_have_the_distribution_of_the_filtered_ones(tries: int) -> 
     filters_3R = torch.tensor([kind[:3] for kind in kinds]).repeat(each, 1).T
     uniform_RX = torch.rand(each * len(kinds), tries + 1, generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TRIES", tries)
+        patch.setattr(categorical, "TRIES", tries)
         drawn_R1 = propose(torch.tensor([weights]).repeat(len(uniform_RX), 1), filters_3R, uniform_RX)
     for number, (*_, left) in enumerate(kinds):
         counts = drawn_R1[number :: len(kinds)].flatten().bincount(minlength=5).tolist()
@@ -90,7 +92,9 @@ def test_runs_find_what_a_plain_search_finds(columns: int, number: float, seed: 
     generator = torch.Generator().manual_seed(seed)
     weights_RC = torch.randint(0, 4, (2, columns), generator=generator).float()  # sums of them are exact; many are 0
     weights_RC[:, -1] += 1
-    for row, found in zip(weights_RC.tolist(), invert(weights_RC, torch.tensor([number] * 2)).tolist(), strict=True):
+    for row, found in zip(
+        weights_RC.tolist(), inverse_cdf(weights_RC, torch.tensor([number] * 2)).tolist(), strict=True
+    ):
         left, plain = float(torch.tensor(number) * torch.tensor(sum(row))), 0
         while left >= row[plain]:
             left -= row[plain]
@@ -131,8 +135,8 @@ def test_thresholds_are_the_same_however_many_are_looked_at(
     probabilities_RC = (torch.randn(len(rows), 40, generator=generator) * sharpness).softmax(-1)
     top_p_R, min_p_R, top_k_R = torch.tensor(rows).T
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "FEW", few)
-        patch.setattr(module, "MANY", many)
+        patch.setattr(filtering, "FEW", few)
+        patch.setattr(filtering, "MANY", many)
         found_R = thresholds(probabilities_RC, top_p_R, min_p_R, top_k_R)
     for row, (top_p, min_p, top_k), threshold in zip(probabilities_RC.tolist(), rows, found_R.tolist(), strict=True):
         expected = plainly(row, top_p, min_p, top_k)

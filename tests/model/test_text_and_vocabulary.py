@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from calumma.model import MixedModalModel
-from calumma.model.text_tokenizer import TextTokenizer, train_text_tokenizer
+from calumma.model.tokenizers.text import TextTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

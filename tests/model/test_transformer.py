@@ -13,13 +13,15 @@ from pydantic import ValidationError
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from calumma.model.attention import PagedCache, attend, document_mask, rotate
 from calumma.model.config import ModelConfig, preset
-from calumma.model.generation import decoder as decoders
-from calumma.model.generation.blocks import Sequence
-from calumma.model.generation.decoder import Decoder
-from calumma.model.generation.layout import Keeper, Layout
-from calumma.model.stability import BLOCK, OUTPUT
+from calumma.model.generation.cache.contiguous import ContiguousCache
+from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.cache.sequence import Sequence
+from calumma.model.generation.passes import decoder as decoders
+from calumma.model.generation.passes.decoder import Decoder
+from calumma.model.generation.passes.layout import BatchLayout
+from calumma.model.ops.attention import attend, document_mask, rotate
+from calumma.model.ops.stability import BLOCK, OUTPUT
 from calumma.model.transformer import Transformer
 
 V = 50
@@ -63,7 +65,7 @@ def test_cached_passes_equal_the_full_forward(changes: dict[str, object], data: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoders, "FUSED_BYTES", data.draw(st.sampled_from([0, 1 << 20])))
         decoder = Decoder(model)
-    keeper = Keeper(cache) if data.draw(st.booleans()) else None
+    keeper = ContiguousCache(cache) if data.draw(st.booleans()) else None
     sequences = [Sequence(row.tolist(), 0, [next(blocks) for _ in range(-(-20 // size))]) for row in contexts]
     while any(sequence.pending for sequence in sequences):
         counts = data.draw(st.sampled_from([(1, 1, 1), (1, 1, 0), (0, 1, 5), (9, 1, 1), (3, 3, 3), (2, 0, 9)]))
@@ -71,7 +73,7 @@ def test_cached_passes_equal_the_full_forward(changes: dict[str, object], data: 
         pairs = [(sequence, count) for sequence, count in pairs if count] or [
             (s, s.pending) for s in sequences if s.pending
         ]
-        layout = Layout(pairs, size)
+        layout = BatchLayout(pairs, size)
         states = decoder.hidden(torch.tensor(layout.tokens), layout.step(cache, 0, torch.device("cpu"), keeper))
         found = decoder.logits(states)
         for sequence, count in pairs:
@@ -179,7 +181,7 @@ def test_a_cached_pass_waits_for_no_device() -> None:
     with FakeTensorMode():
         model = build()
         cache, decoder = PagedCache(model.config, blocks=6, block_size=4), Decoder(model)
-        layout = Layout([(Sequence([1] * 7, 6, [3, 1]), 1), (Sequence([1] * 9, 3, [0, 2, 5]), 6)], 4)
+        layout = BatchLayout([(Sequence([1] * 7, 6, [3, 1]), 1), (Sequence([1] * 9, 3, [0, 2, 5]), 6)], 4)
         tokens = torch.zeros(7, dtype=torch.long)
         found = decoder.logits(decoder.hidden(tokens, layout.step(cache, 0, torch.device("cpu"))))
         assert found.shape == (7, V)

@@ -19,7 +19,7 @@ import torch
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image
-from calumma.model.image_tokenizer import to_image
+from calumma.model.images import to_image
 from calumma.platform import storage
 from calumma.platform.config import ImageTokenizerSpecification
 from calumma.platform.data import shards

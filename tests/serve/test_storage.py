@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from calumma.model import Document, Text, load
-from calumma.model.generation import SamplingParams, generate
+from calumma.model import Document, Text, generate, load
+from calumma.model.generation import SamplingParams
 from calumma.platform import storage, tracking
 from calumma.serve.app import ServeError, find
 from calumma.serve.settings import ModelSettings

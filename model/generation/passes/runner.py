@@ -12,35 +12,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calumma.model.attention import PagedCache
-from calumma.model.generation.blocks import Sequence
-from calumma.model.generation.decoder import Decoder
-from calumma.model.generation.graphs import Graphs
-from calumma.model.generation.jacobi import Drafts
-from calumma.model.generation.layout import Keeper, Layout
-from calumma.model.generation.parallel import Shard
+from calumma.model.generation.cache.contiguous import ContiguousCache
+from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.passes.decoder import Decoder
+from calumma.model.generation.passes.graphs import CudaGraphs
+from calumma.model.generation.passes.image_batch import ImageBatch
+from calumma.model.generation.passes.layout import BatchLayout
 from calumma.model.generation.request import Logprob
-from calumma.model.generation.sampler import IMAGE, TEXT, Drawn, Needs, Sampler
-from calumma.model.generation.scheduler import Part
-from calumma.model.generation.sequence import Generation
+from calumma.model.generation.request_state import RequestState
+from calumma.model.generation.sampling.jacobi import JacobiDraft
+from calumma.model.generation.sampling.sampler import IMAGE, TEXT, Sampler, SamplerOutput, SamplingMetadata
+from calumma.model.generation.scheduler import ScheduledRequest
+from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
 BROKEN = "the model's logits are not numbers: its weights are broken, or overflow their dtype"
+
+
 # Logits of a prompt are computed for so many tokens at once.
 PROMPT_ROWS = 256
 
 
 @dataclass
-class Result:
+class RunnerOutput:
     """What a pass drew for a request; no tokens where only its prompt was asked about."""
 
-    generation: Generation
+    generation: RequestState
     tokens: list[int]
     logprobs: list[Logprob]
 
 
-class Runner:
+class ModelRunner:
     def __init__(
         self,
         transformer: Transformer,
@@ -64,32 +67,32 @@ class Runner:
             self.decoder.kv_heads,
         )
         self.sampler = Sampler(vocabulary, transformer.config.vocabulary_size, seats, context, weight.device)
-        self.keeper = Keeper(self.cache) if self.device.type == "cpu" else None
-        self.graphs = Graphs(self.decoder, self.cache, -(-context // block_size)) if graphs else None
+        self.keeper = ContiguousCache(self.cache) if self.device.type == "cpu" else None
+        self.graphs = CudaGraphs(self.decoder, self.cache, -(-context // block_size)) if graphs else None
         self.window = window
         self.computed = self.drafted = self.accepted = 0
 
-    def run(self, parts: list[Part], steps: int) -> list[Result]:
+    def run(self, parts: list[ScheduledRequest], steps: int) -> list[RunnerOutput]:
         """Write the parts' tokens into the cache and draw the next token of those that get to their end; or `steps`
         codes of each, when all parts are images at their end: then nothing depends on what is drawn, and the host reads
         the device once for all of them."""
         for part in parts:
             if self.window and part.samples and part.generation.drawing and part.generation.drafts is None:
-                part.generation.drafts = Drafts(part.generation.seed + part.generation.answered, self.window)
+                part.generation.drafts = JacobiDraft(part.generation.seed + part.generation.answered, self.window)
         pairs = [pair for part in parts for pair in zip(part.generation.sequences, part.counts, strict=True)]
         layout = self._layout(parts)
         texts = [p.generation for p in parts if p.samples and not p.generation.drawing and p.generation.tokens_left]
-        images = Images([p.generation for p in parts if p.samples and p.generation.drawing], layout)
+        images = ImageBatch([p.generation for p in parts if p.samples and p.generation.drawing], layout)
         text_rows = self._tensor([layout.last[id(g.full)] for g in texts]) if texts else None
         image_rows = self._tensor(images.rows) if images.rows else None
-        text_needs, image_needs = needs_of(texts, TEXT), needs_of(images.generations, IMAGE)
+        text_needs, image_needs = sampling_metadata(texts, TEXT), sampling_metadata(images.generations, IMAGE)
         text_inputs = self._tensor([[g.seat, g.answered, g.may_begin_image] for g in texts]).T if texts else None
         image_inputs = None
         if image_rows is not None:
             image_inputs = self._tensor([[g.seat, g.answered] for g, _ in images.draws]).T
             images.to(self.device)
         tokens_T = self._tensor(layout.tokens)
-        drawn: list[Drawn] = []
+        drawn: list[SamplerOutput] = []
         x_TD = torch.empty(0)
         for step in range(steps):
             x_TD = self._hidden(tokens_T, layout, step)
@@ -117,7 +120,7 @@ class Runner:
         for part in parts:
             self._prompt_logprobs(part, layout, x_TD)
             if part.samples and not part.generation.tokens_left:
-                results.append(Result(part.generation, [], []))
+                results.append(RunnerOutput(part.generation, [], []))
         for sequence, count in pairs:
             sequence.cached += count + (steps - 1)
         if self.window:  # of a draft, what stands is in the cache but for the last
@@ -126,13 +129,13 @@ class Runner:
                     sequence.cached += max(0, len(result.tokens) - 1)
         return results
 
-    def _hidden(self, tokens_T: Tensor, layout: Layout, step: int) -> Tensor:
+    def _hidden(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor:
         x_TD = self.graphs.hidden(tokens_T, layout, step) if self.graphs is not None else None
         if x_TD is not None:
             return x_TD
         return self.decoder.hidden(tokens_T, layout.step(self.cache, step, self.device, self.keeper))
 
-    def _layout(self, parts: list[Part]) -> Layout:
+    def _layout(self, parts: list[ScheduledRequest]) -> BatchLayout:
         """Where the parts' tokens stand, and after them their drafts."""
         pairs = []
         for part in parts:
@@ -141,13 +144,13 @@ class Runner:
                 if count:
                     pairs.append((sequence, count + len(drafts)))
                     sequence.tokens += drafts
-        layout = Layout(pairs, self.cache.block_size)
+        layout = BatchLayout(pairs, self.cache.block_size)
         for part in parts:
             for sequence in part.generation.sequences if part.draft else []:
                 del sequence.tokens[-part.draft :]
         return layout
 
-    def _verify(self, images: Images, p_RC: Tensor, logprobs_RC: Tensor) -> list[Result]:
+    def _verify(self, images: ImageBatch, p_RC: Tensor, logprobs_RC: Tensor) -> list[RunnerOutput]:
         """What stands of the drafts, with one code more for each image."""
         if not bool(p_RC.isfinite().all()):
             raise FloatingPointError(BROKEN)
@@ -169,7 +172,7 @@ class Runner:
                 Logprob(value, tuple(pair for pair in pairs if pair[1] > -math.inf))
                 for value, pairs in zip(values, tops, strict=True)
             ]
-            results.append(Result(generation, self._ids(stands), logprobs))
+            results.append(RunnerOutput(generation, self._ids(stands), logprobs))
             begin = end
         return results
 
@@ -177,7 +180,7 @@ class Runner:
         """Ids of columns of the image phase."""
         return [code + self.sampler.columns[IMAGE].start for code in codes]
 
-    def _read(self, generations: list[Generation], drawn: list[Drawn], top: int) -> list[Result]:
+    def _read(self, generations: list[RequestState], drawn: list[SamplerOutput], top: int) -> list[RunnerOutput]:
         """To the host. Raises FloatingPointError where the model's logits are no numbers."""
         tokens_RS = torch.stack([step.token_R for step in drawn], dim=1).tolist()
         values_RS = torch.stack([step.logprob_R for step in drawn], dim=1).tolist()
@@ -191,10 +194,10 @@ class Runner:
                 Logprob(value, tuple(pair for pair in tops[step][row][:most] if pair[1] > -math.inf) if most else ())
                 for step, value in enumerate(values)
             ]
-            results.append(Result(generation, tokens, logprobs))
+            results.append(RunnerOutput(generation, tokens, logprobs))
         return results
 
-    def _prompt_logprobs(self, part: Part, layout: Layout, x_TD: Tensor) -> None:
+    def _prompt_logprobs(self, part: ScheduledRequest, layout: BatchLayout, x_TD: Tensor) -> None:
         """Of the prompt's tokens that follow those of this part, where the request asks for them."""
         generation, sequence = part.generation, part.generation.full
         if generation.params.prompt_logprobs is None:
@@ -218,65 +221,16 @@ class Runner:
         return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
 
 
-def needs_of(generations: list[Generation], phase: int) -> Needs:
+def sampling_metadata(generations: list[RequestState], phase: int) -> SamplingMetadata:
     """What some of the requests ask of the sampler."""
     sampling = [g.params.image if phase == IMAGE else g.params.text for g in generations]
     penalized = [g.answered for g, each in zip(generations, sampling, strict=True) if each.repetition_penalty != 1]
-    return Needs(
+    return SamplingMetadata(
         random=any(each.temperature > 0 for each in sampling),
         filtered=any(each.filtered for each in sampling),
         penalized=max(penalized, default=0),
         top=max((g.params.logprobs or 0 for g in generations), default=0),
     )
-
-
-class Images:
-    """Requests within images and what is drawn for them: one code each, or one for each drafted and one more.
-
-    draws: (request, number of the draw). rows: indices of the pass's tokens after which a code comes, one a draw of the
-    full contexts, then of the first, then of the second branches.
-    """
-
-    def __init__(self, generations: list[Generation], layout: Layout) -> None:
-        self.generations = generations
-        self.draws = [
-            (g, number) for g in generations for number in range(1 + (len(g.drafts.codes) if g.drafts else 0))
-        ]
-
-        def row(sequence: Sequence, g: Generation, number: int) -> int:
-            return layout.last[id(sequence)] - (len(g.drafts.codes) if g.drafts else 0) + number
-
-        # so that within a rank no draw occurs twice
-        ranks = [
-            [(*g.branches[rank], draw) for draw, (g, _) in enumerate(self.draws) if len(g.branches) > rank]
-            for rank in (0, 1)
-        ]
-        branches = [branch for rank in ranks for branch in rank]
-        self.rows = [row(g.full, g, number) for g, number in self.draws]
-        self.rows += [row(sequence, *self.draws[draw]) for sequence, _, draw in branches]
-        self._owners = [*range(len(self.draws)), *(draw for _, _, draw in branches)]
-        self._weights = [*(g.weight for g, _ in self.draws), *(weight for _, weight, _ in branches)]
-        self._first = len(ranks[0])
-
-    def to(self, device: torch.device) -> None:
-        self._owner_B = torch.tensor(self._owners, device=device)
-        self._weight_B1 = torch.tensor(self._weights, device=device)[:, None]
-
-    def each(self, values_R: Tensor) -> Tensor:
-        """A value of each draw for all its sequences."""
-        return values_R[self._owner_B]
-
-    def guide(self, logits_BC: Tensor) -> Tensor:
-        """The weighted sum of each draw's sequences, FloatTensor [R, C]; see `Weights`. Its order, and with it every
-        bit of the result, is fixed."""
-        R, B = len(self.draws), len(self.rows)
-        if B == R:
-            return logits_BC
-        logits_BC *= self._weight_B1
-        guided_RC = logits_BC[:R]
-        for rank in (slice(R, R + self._first), slice(R + self._first, B)):
-            guided_RC.index_add_(0, self._owner_B[rank], logits_BC[rank])
-        return guided_RC
 
 
 def _pairs(ids_RK: Tensor | None, values_RK: Tensor | None) -> list[list[tuple[int, float]]]:

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calumma.model.attention import PagedCache, PagedPass, Rows
-from calumma.model.generation.decoder import Decoder
-from calumma.model.generation.layout import Layout
+from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.passes.attention import AttentionGroup, PagedAttention
+from calumma.model.generation.passes.decoder import Decoder
+from calumma.model.generation.passes.layout import BatchLayout
 
 # Sequences of a pass; more of them are not recorded.
 SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 WARM_UP = 2
 
 
-class Graphs:
+class CudaGraphs:
     """Passes by shape, each made when it is first asked for. The cache's last block is the one that nobody owns."""
 
     def __init__(self, decoder: Decoder, cache: PagedCache, longest: int) -> None:
@@ -32,10 +33,10 @@ class Graphs:
         self.decoder, self.cache = decoder, cache
         most = (1 << max(0, longest - 1).bit_length()).bit_length()
         self.blocks = sorted({min(1 << power, longest) for power in range(most)})
-        self.passes: dict[tuple[int, int], FixedPass] = {}
+        self.passes: dict[tuple[int, int], FixedShapePass] = {}
         self._pool: Any = None
 
-    def hidden(self, tokens_T: Tensor, layout: Layout, step: int) -> Tensor | None:
+    def hidden(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor | None:
         """What `Decoder.hidden` gives for a layout's pass, to be read before the next; None where its shape is not to
         be recorded."""
         pairs = [pair for group in layout.groups for pair in group]
@@ -46,7 +47,7 @@ class Graphs:
         B = next(count for count in SEQUENCES if count >= len(pairs))
         M = next(count for count in self.blocks if count * size > longest)
         if (B, M) not in self.passes:
-            self.passes[B, M] = FixedPass(self.decoder, self.cache, B, M)
+            self.passes[B, M] = FixedShapePass(self.decoder, self.cache, B, M)
         fixed = self.passes[B, M]
         spare, missing = self.cache.blocks - 1, B - len(pairs)
         positions = [sequence.cached + step for sequence, _ in pairs]
@@ -58,7 +59,7 @@ class Graphs:
         return fixed.run()[: len(pairs)]
 
 
-class FixedPass:
+class FixedShapePass:
     """One token of each of B sequences with M blocks each, the inputs in `tokens_B`, `positions_B`, `where_B`,
     `tables_BM`; the output in `out_BD` once it is recorded."""
 
@@ -82,8 +83,8 @@ class FixedPass:
         seen_BL = torch.arange(L, device=self.device) <= self.positions_B[:, None]
         bias_BL = torch.zeros(self.B, L, device=self.device, dtype=self.cache.store.dtype)
         bias_BL.masked_fill_(~seen_BL, float("-inf"))
-        rows = Rows(self.B, 1, self.tables_BM.flatten(), bias_BL[:, None, None])
-        paged = PagedPass(self.cache, self.positions_B, self.where_B, [rows], own_room=True)
+        rows = AttentionGroup(self.B, 1, self.tables_BM.flatten(), bias_BL[:, None, None])
+        paged = PagedAttention(self.cache, self.positions_B, self.where_B, [rows], own_room=True)
         return self.decoder.hidden(self.tokens_B, paged)
 
     def record(self, pool: Any) -> Any:

@@ -8,60 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calumma.model.attention import Kept, PagedCache, PagedPass, Rows
-from calumma.model.generation.blocks import Sequence
+from calumma.model.generation.cache.contiguous import ContiguousCache
+from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.cache.sequence import Sequence
+from calumma.model.generation.passes.attention import AttentionGroup, PagedAttention
 
 # Sequences with so few new tokens attend together where their lengths are alike; longer ones each alone.
 TOGETHER = 8
-# Most bytes of keys and values that are kept a second time, in the order they are read.
-KEPT_BYTES = 1 << 29
 
 
-class Keeper:
-    """What sequences that go on together hold, kept from pass to pass in the order attention reads it.
-
-    Gathering blocks copies every key and value of a context for every token; where memory is what limits, that is as
-    dear as attention itself.
-    """
-
-    def __init__(self, cache: PagedCache) -> None:
-        self.cache = cache
-        self._kept: dict[tuple[int, ...], tuple[Kept, list[tuple[Sequence, int]]]] = {}
-        self._used: set[tuple[int, ...]] = set()
-
-    def find(self, sequences: list[Sequence], starts: list[int], M: int) -> Kept | None:
-        """For the next token of each sequence, at `starts`, with room for M blocks each; None where it is too much."""
-        key = tuple(map(id, sequences))
-        kept, state = self._kept.get(key, (None, []))
-        fresh = kept is None or kept.M < M
-        # the same sequences, none released meanwhile, each a token longer
-        if fresh or any(s is not o or start != at for s, start, (o, at) in zip(sequences, starts, state, strict=True)):
-            room = M + max(1, M // 4)
-            if self._bytes(len(sequences) * room) > KEPT_BYTES:
-                return None
-            tables = [block for s in sequences for block in (s.blocks + [0] * room)[:room]]
-            kept = Kept(self.cache, torch.tensor(tables), len(sequences))
-        assert kept is not None
-        self._kept[key] = (kept, [(s, start + 1) for s, start in zip(sequences, starts, strict=True)])
-        self._used.add(key)
-        return kept
-
-    def forget_unused(self) -> None:
-        """Whose sequences did not go on together in the last pass is not kept."""
-        self._kept = {key: self._kept[key] for key in self._used}
-        self._used = set()
-
-    def _bytes(self, blocks: int) -> int:
-        block = self.cache.store[:, :, 0]
-        held = sum(self._bytes_of(kept) for key, (kept, _) in self._kept.items() if key in self._used)
-        return held + blocks * block.numel() * block.element_size()
-
-    @staticmethod
-    def _bytes_of(kept: Kept) -> int:
-        return sum(tensor.numel() * tensor.element_size() for pair in kept.layers for tensor in pair)
-
-
-class Layout:
+class BatchLayout:
     """Where the tokens of a pass stand: sequences with few new tokens first, alike ones together.
 
     tokens: of all sequences, side by side. last: index of each sequence's last token in them, by the sequence's id().
@@ -85,7 +41,9 @@ class Layout:
             self.tokens += sequence.tokens[sequence.cached : sequence.cached + count]
             self.last[id(sequence)] = len(self.tokens) - 1
 
-    def step(self, cache: PagedCache, step: int, device: torch.device, keeper: Keeper | None = None) -> PagedPass:
+    def step(
+        self, cache: PagedCache, step: int, device: torch.device, keeper: ContiguousCache | None = None
+    ) -> PagedAttention:
         """The pass that is `step` passes after this layout's; its sequences have the blocks for it."""
         size = self.block_size
         positions: list[int] = []
@@ -103,7 +61,7 @@ class Layout:
             begin = end
         if keeper is not None:
             keeper.forget_unused()
-        return PagedPass(cache, positions_T, where_T, rows)
+        return PagedAttention(cache, positions_T, where_T, rows)
 
     def _rows(
         self,
@@ -112,8 +70,8 @@ class Layout:
         positions_T: Tensor,
         cache: PagedCache,
         device: torch.device,
-        keeper: Keeper | None,
-    ) -> Rows:
+        keeper: ContiguousCache | None,
+    ) -> AttentionGroup:
         B, T, size = len(group), group[0][1], self.block_size
         M = -(-(1 + max(positions)) // size)
         seen_BTL = torch.arange(M * size, device=device) <= positions_T.view(B, T, 1)
@@ -123,10 +81,10 @@ class Layout:
         if B == 1:
             own = sequences[0].blocks[:M]
             if own == list(range(own[0], own[0] + M)):
-                return Rows(B, T, slice(own[0] * size, (own[0] + M) * size), bias_B1TL)
+                return AttentionGroup(B, T, slice(own[0] * size, (own[0] + M) * size), bias_B1TL)
         if T == 1 and keeper is not None:
             kept = keeper.find(sequences, positions, M)
             if kept is not None:
-                return Rows(B, T, kept, bias_B1TL, kept.places(positions_T))
+                return AttentionGroup(B, T, kept, bias_B1TL, kept.places(positions_T))
         tables = [block for s in sequences for block in (s.blocks + [0] * M)[:M]]
-        return Rows(B, T, torch.tensor(tables).to(device, non_blocking=True), bias_B1TL)
+        return AttentionGroup(B, T, torch.tensor(tables).to(device, non_blocking=True), bias_B1TL)

@@ -11,9 +11,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ FILE = "text_tokenizer.model"
 HUGGING_FACE_FILE = "text_tokenizer.json"
 SPACE = "▁"  # sentencepiece's stand-in for a space; a real one in the text goes through its bytes
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a piece that stands for a byte
-BEGIN_IMAGE, END_IMAGE, END_TURN = "<image>", "</image>", "<end_turn>"
-MAX_LINE = 4096  # characters; sentencepiece skips longer training lines
 
 
 def file_of(directory: str | Path) -> Path:
@@ -300,67 +297,3 @@ def _byte_alphabet() -> dict[str, bytes]:
     return {chr(value): bytes([value]) for value in printable} | {
         chr(256 + k): bytes([value]) for k, value in enumerate(others)
     }
-
-
-def train_text_tokenizer(
-    texts: Iterable[str], directory: str | Path, vocabulary_size: int, image_codes: int, threads: int = 2
-) -> Vocabulary:
-    """Train BPE on `texts` and write `text_tokenizer.model` and `vocabulary.json` into `directory`.
-
-    `vocabulary_size` counts everything: 4 + 3 special ids, `image_codes` image ids, 256 bytes and the merges. Digits
-    are split, nothing is normalized. Raises ValueError when the texts do not support so large a vocabulary.
-    """
-    image_symbols = [f"<image:{code}>" for code in range(image_codes)]
-    with tempfile.TemporaryDirectory() as folder:
-        prefix = Path(folder) / "bpe"
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_lines(texts),
-                model_prefix=str(prefix),
-                model_type="bpe",
-                vocab_size=vocabulary_size,
-                control_symbols=[BEGIN_IMAGE, END_IMAGE, END_TURN, *image_symbols],
-                bos_id=0,
-                pad_id=1,
-                eos_id=2,
-                unk_id=3,
-                byte_fallback=True,
-                split_digits=True,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                max_sentence_length=4 * MAX_LINE,
-                num_threads=threads,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise ValueError(
-                f"no BPE vocabulary of {vocabulary_size} ids ({image_codes} of them image codes) from these texts: "
-                f"{error}"
-            ) from error
-        tokenizer = SentencepieceTokenizer(prefix.with_suffix(".model").read_bytes())
-    processor = tokenizer.processor
-    vocabulary = Vocabulary(
-        size=tokenizer.size,
-        bos=0,
-        pad=1,
-        eos=2,
-        unknown=3,
-        begin_image=processor.piece_to_id(BEGIN_IMAGE),
-        end_image=processor.piece_to_id(END_IMAGE),
-        end_turn=processor.piece_to_id(END_TURN),
-        image_codes=[processor.piece_to_id(symbol) for symbol in image_symbols],
-    )
-    tokenizer.save(directory)
-    vocabulary.save(directory)
-    return vocabulary
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Training sentences: lines, the long ones in pieces, without the characters sentencepiece refuses."""
-    for text in texts:
-        for line in text.replace("\0", "").splitlines(keepends=True):
-            for begin in range(0, len(line), MAX_LINE):
-                if piece := line[begin : begin + MAX_LINE]:
-                    yield piece

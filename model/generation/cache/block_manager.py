@@ -12,30 +12,15 @@ import struct
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from calumma.model.generation.cache.sequence import Sequence
+
 ROOT = b""
-Held = tuple[tuple[int, ...], int]  # the tokens of a block and its number
+BlockContent = tuple[tuple[int, ...], int]  # the tokens of a block and its number
 
 
-@dataclass(eq=False)
-class Sequence:
-    """A context in the cache: its tokens, the first `cached` of which are written in its blocks."""
-
-    tokens: list[int] = field(default_factory=list)
-    cached: int = 0
-    blocks: list[int] = field(default_factory=list)
-    chain: list[bytes] = field(default_factory=list)  # digests of its full, written blocks, in order
-    attached: bool = False  # whether it has been looked up in what the cache holds
-
-    @property
-    def pending(self) -> int:
-        """Tokens that are not written yet."""
-        return len(self.tokens) - self.cached
-
-
-class Blocks:
+class BlockManager:
     """`count` blocks of `size` positions. copy(source, target) copies what a block holds.
 
     share: whether what is written is kept for others to find.
@@ -50,7 +35,7 @@ class Blocks:
         self._free = list(reversed(range(count)))
         self._idle: OrderedDict[int, None] = OrderedDict()  # the longest unused first
         self._held: dict[int, tuple[bytes, tuple[int, ...]]] = {}
-        self._children: dict[bytes, list[Held]] = {}  # by the chain before them, sorted by their tokens
+        self._children: dict[bytes, list[BlockContent]] = {}  # by the chain before them, sorted by their tokens
 
     @property
     def free(self) -> int:

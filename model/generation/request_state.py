@@ -10,10 +10,11 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from itertools import groupby
 
-from calumma.model.generation.blocks import Sequence
-from calumma.model.generation.jacobi import Drafts
-from calumma.model.generation.need import Need, Weights, whole_images
+from calumma.model.generation.admission import RequestLimits, whole_images
+from calumma.model.generation.cache.sequence import Sequence
+from calumma.model.generation.guidance import GuidanceWeights
 from calumma.model.generation.request import Event, Finish, Logprob, Phase, Request
+from calumma.model.generation.sampling.jacobi import JacobiDraft
 from calumma.model.vocabulary import Vocabulary
 
 
@@ -29,14 +30,16 @@ class _Token:
 FORCED = Logprob(0.0)
 
 
-class Generation:
+class RequestState:
     """A request that has been admitted at least once; preempted, it keeps all but its blocks and its seat.
 
     arrival: its number in the order of requests. seat: its row of the sampler's tables, -1 is none. seated: the row
     that holds its settings.
     """
 
-    def __init__(self, request: Request, need: Need, arrival: int, vocabulary: Vocabulary, image_length: int) -> None:
+    def __init__(
+        self, request: Request, need: RequestLimits, arrival: int, vocabulary: Vocabulary, image_length: int
+    ) -> None:
         self.request, self.params, self.arrival = request, request.params, arrival
         self.vocabulary, self.image_length = vocabulary, image_length
         self.seat = self.seated = -1
@@ -52,7 +55,7 @@ class Generation:
         self.images_done = 0
         self.finish: Finish | None = None
         self.prompt_logprobs: list[Logprob] = []
-        self.drafts: Drafts | None = None  # of the image that is being drawn, where codes are drafted
+        self.drafts: JacobiDraft | None = None  # of the image that is being drawn, where codes are drafted
         self._images = whole_images(request.tokens, vocabulary, image_length)
         self._unreported: list[_Token] = []
         self._stops = {vocabulary.eos, vocabulary.end_turn, *request.params.stop_ids}
@@ -142,7 +145,7 @@ class Generation:
     def _begin_image(self) -> None:
         self.phase, self.codes_left = "image", self.image_length
         self.images_left -= 1
-        weights = Weights.of(self.params, images_before=bool(self._images))
+        weights = GuidanceWeights.of(self.params, images_before=bool(self._images))
         self.weight = weights.full
         begin, bos = self.vocabulary.begin_image, self.vocabulary.bos
         for context, weight in (([bos, *self._images, begin], weights.images), ([bos, begin], weights.nothing)):

@@ -18,27 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calumma.model.attention import PagedPass
-from calumma.model.generation.parallel import Shard
+from calumma.model.generation.passes.attention import PagedAttention
+from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.transformer import Block, Transformer
 
 # Most bytes of projections that are copied to lie side by side.
 FUSED_BYTES = 1 << 28
 # Fewest bytes of an output projection that is packed on a CPU: the caches hold less, in whatever order it is read.
 PACKED_BYTES = 1 << 22
-Weights = tuple[Tensor, ...]  # that read the same input; one, where they lie side by side
+FusedProjection = tuple[Tensor, ...]  # that read the same input; one, where they lie side by side
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerWeights:
     """A block's weights, or this shard's part of them."""
 
     attention_norm: Tensor
     feed_forward_norm: Tensor
-    query_key_value: Weights
+    query_key_value: FusedProjection
     norm: tuple[Tensor, Tensor] | None  # weight and bias of queries and keys [Q, H]
     output: Tensor
-    gate_up: Weights
+    gate_up: FusedProjection
     down: Tensor
 
 
@@ -60,7 +60,7 @@ class Decoder:
         self._packed: dict[tuple[int, int], Tensor | None] = {}  # of the head, by first and last column
         self._complex_rope = torch.view_as_complex(transformer.rope)
 
-    def hidden(self, tokens_T: Tensor, paged: PagedPass) -> Tensor:
+    def hidden(self, tokens_T: Tensor, paged: PagedAttention) -> Tensor:
         """LongTensor [T] -> FloatTensor [T, D], what the output projection reads; keys and values go into the cache."""
         x_TD = self._embed(tokens_T)
         rope_T1P = self._complex_rope[paged.positions_T][:, None]
@@ -120,7 +120,9 @@ class Decoder:
             return own
         return own[where].clone()
 
-    def _attention(self, x_TD: Tensor, rope_T1P: Tensor, number: int, layer: Layer, paged: PagedPass) -> Tensor:
+    def _attention(
+        self, x_TD: Tensor, rope_T1P: Tensor, number: int, layer: LayerWeights, paged: PagedAttention
+    ) -> Tensor:
         found = [F.linear(x_TD, weight) for weight in layer.query_key_value]
         Q = self.heads + self.kv_heads
         if len(found) == 1:
@@ -137,7 +139,7 @@ class Decoder:
         out_TX = paged.attend(number, qk_TQH[:, : self.heads], qk_TQH[:, self.heads :], v_TKH)
         return self.shard.sum(F.linear(out_TX, layer.output))
 
-    def _feed_forward(self, x_TD: Tensor, layer: Layer) -> Tensor:
+    def _feed_forward(self, x_TD: Tensor, layer: LayerWeights) -> Tensor:
         found = [F.linear(x_TD, weight) for weight in layer.gate_up]
         gate, up = found if len(found) == 2 else found[0].chunk(2, dim=-1)
         return self.shard.sum(F.linear(F.silu(gate) * up, layer.down))
@@ -148,7 +150,7 @@ class Decoder:
         scale_T1 = (x_TD * x_TD).mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # fewer calls than rms_norm's own
         return (x_TD * scale_T1).mul_(weight_D)
 
-    def _layer(self, prefix: str, block: Block) -> Layer:
+    def _layer(self, prefix: str, block: Block) -> LayerWeights:
         own = {name: self._part(f"{prefix}.{name}", weight) for name, weight in block.named_parameters()}
         norm = None
         if block.attention.normalize:
@@ -162,7 +164,7 @@ class Decoder:
             [own[f"feed_forward.{each}.weight"] for each in ("gate", "up")],
         )
         query_key_value, gate_up = (self._beside(weights) for weights in projections)
-        return Layer(
+        return LayerWeights(
             own["attention_norm.weight"],
             own["feed_forward_norm.weight"],
             query_key_value,
@@ -172,7 +174,7 @@ class Decoder:
             self._beside([own["feed_forward.down.weight"]])[0],
         )
 
-    def _beside(self, weights: list[Tensor]) -> Weights:
+    def _beside(self, weights: list[Tensor]) -> FusedProjection:
         """One weight, copied as its product with a few tokens reads it fastest; or what is too large to be copied."""
         if not self._copied:
             return tuple(weights)

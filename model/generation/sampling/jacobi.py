@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calumma.model.generation.sampler import draw
+from calumma.model.generation.sampling.categorical import draw
 
 
-class Drafts:
+class JacobiDraft:
     """A request's draft: `codes`, drawn from q_WC row by row.
 
     All numbers come from its own generator, a fixed count a pass, so its codes depend on its seed alone.

@@ -4,29 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from calumma.model.generation.guidance import GuidanceWeights
 from calumma.model.generation.request import PromptTooLong, Request, SamplingParams
 from calumma.model.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Guidance as a weighted sum of logits: u + s_image (i - u) + s_text (f - i), sorted by branch.
-
-    A branch of weight 0 need not be run. Without an earlier image in the context, i is u.
-    """
-
-    full: float
-    images: float
-    nothing: float
-
-    @classmethod
-    def of(cls, params: SamplingParams, images_before: bool) -> Weights:
-        text, image = params.guidance_text, params.guidance_image
-        return cls(text, image - text, 1 - image) if images_before else cls(text, 0.0, 1 - text)
-
-    @property
-    def branches(self) -> int:
-        return (self.images != 0) + (self.nothing != 0)
 
 
 def whole_images(tokens: list[int], vocabulary: Vocabulary, image_length: int) -> list[int]:
@@ -46,7 +26,7 @@ def whole_images(tokens: list[int], vocabulary: Vocabulary, image_length: int) -
 
 
 @dataclass(frozen=True)
-class Need:
+class RequestLimits:
     """Answer tokens and images that a request may have, and positions of each sequence it may hold at once."""
 
     tokens: int
@@ -54,7 +34,7 @@ class Need:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, request: Request, vocabulary: Vocabulary, image_length: int, context: int) -> Need:
+    def of(cls, request: Request, vocabulary: Vocabulary, image_length: int, context: int) -> RequestLimits:
         """Raises PromptTooLong, and ValueError on a prompt that is no prompt or a prefix that is no answer's."""
         prompt, params = request.tokens, request.params
         if not prompt:
@@ -81,8 +61,8 @@ class Need:
             images = min(params.max_images, tokens // image_room) if params.mode == "interleaved" else 0
         _check_prefix(params, vocabulary, image_length, tokens, images)
         # The last image is drawn beside the longest contexts: all of the answer, all images before it, none.
-        branches = [Weights.of(params, before > 0)] if images else []
-        branches += [Weights.of(params, True)] if images > 1 else []
+        branches = [GuidanceWeights.of(params, before > 0)] if images else []
+        branches += [GuidanceWeights.of(params, True)] if images > 1 else []
         lengths = [len(prompt) + tokens]
         if any(weights.images for weights in branches):
             lengths.append(1 + image_room * (before + images))

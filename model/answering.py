@@ -11,10 +11,10 @@ from calumma.model.generation.engine import Engine
 from calumma.model.generation.request import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from calumma.model import MixedModalModel
+    from calumma.model.directory import MixedModalModel
 
 
-def drawable(params: SamplingParams, model: MixedModalModel) -> SamplingParams:
+def supported_params(params: SamplingParams, model: MixedModalModel) -> SamplingParams:
     """The parameters as a model can fulfil them: where it has no decoder of images, free alternation becomes text.
 
     Raises MissingDecoder when it must draw and cannot.
@@ -42,7 +42,7 @@ def generate(
     each = params if isinstance(params, list) else [params] * len(prompts)
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts have {len(each)} sampling parameters; give one for all, or one each")
-    each = [drawable(own, model) for own in each]
+    each = [supported_params(own, model) for own in each]
     encoded = model.encoder.encode_many(prompts, complete=False)
     trained = model.transformer.training
     engine = Engine(model.transformer, model.vocabulary, model.image_length, max_sequences)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from calumma.model.config import ImageLossConfig
-from calumma.model.image_tokenizer import Reconstruction, channels_last
+from calumma.model.tokenizers.image import Reconstruction
+from calumma.model.tokenizers.image_layers import channels_last
 
 
 class PatchDiscriminator(nn.Module):

@@ -100,7 +100,7 @@ class Shard:
         return torch.cat(parts, dim=-1)
 
 
-def read_part(
+def read_shard(
     directory: str | Path, shard: Shard, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
     """The Transformer of a model directory with a shard's part of its weights alone, for an Engine of that shard: it
