@@ -22,7 +22,7 @@ from calumma.model.tokenizers.image import WEIGHTS, ImageTokenizer
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.model.weights import Entry, open_weights, write_weights
+from calumma.model.weights import LazyTensor, open_weights, write_weights
 
 IMAGE_TOKENIZER = "image_tokenizer"
 FILES = (
@@ -127,7 +127,7 @@ def save_model(
     directory = Path(directory)
     (directory / IMAGE_TOKENIZER).mkdir(parents=True, exist_ok=True)
     transformer.config.save(directory)
-    write_weights(directory, {name: Entry.of(tensor) for name, tensor in transformer.state_dict().items()})
+    write_weights(directory, {name: LazyTensor.of(tensor) for name, tensor in transformer.state_dict().items()})
     tokenizer = text.file_of(text_tokenizer_dir)
     for name in (tokenizer.name, vocabulary.FILE):
         (directory / name).write_bytes((Path(text_tokenizer_dir) / name).read_bytes())

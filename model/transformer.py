@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and feed-forward; `pre` normalizes their input (Llama), `swin` their output before the residual add."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
             raise ValueError("the model's vocabulary_size must be set before it is built")
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.output = Output(config)
         self.register_buffer("rope", torch.empty(0), persistent=False)

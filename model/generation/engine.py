@@ -24,7 +24,7 @@ from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
-Asked = tuple[str, tuple[Request, RequestLimits] | None]  # a request by its id; None is an abort
+Command = tuple[str, tuple[Request, RequestLimits] | None]  # a request by its id; None is an abort
 
 
 class Engine:
@@ -105,7 +105,7 @@ class Engine:
         self._counters = Counters()
         self._known: set[str] = set()
         self._arrivals = 0
-        self._inbox: deque[Asked] = deque()  # what other threads ask for, until the next step takes it up
+        self._inbox: deque[Command] = deque()  # what other threads ask for, until the next step takes it up
 
     def add(self, request: Request) -> None:
         """Put a request in line. Nothing else is disturbed when it is refused: PromptTooLong, or ValueError on a prompt
@@ -196,7 +196,7 @@ class Engine:
             self._shard.tell(None)
 
     @torch.inference_mode()
-    def _step(self, asked: list[Asked]) -> list[Event]:
+    def _step(self, asked: list[Command]) -> list[Event]:
         events = self._take_up(asked)
         parts = self._scheduler.schedule()
         if not parts:
@@ -232,7 +232,7 @@ class Engine:
             self._scheduler.attach(generation)
         return events
 
-    def _take_up(self, everything: list[Asked]) -> list[Event]:
+    def _take_up(self, everything: list[Command]) -> list[Event]:
         events = []
         for request_id, asked in everything:
             if asked is not None:

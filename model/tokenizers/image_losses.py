@@ -176,7 +176,7 @@ class CodebookAverage:
         self.sums_KE[moved_K] = 0
 
 
-class Losses(NamedTuple):
+class ImageLosses(NamedTuple):
     """0-dim tensors. `total` is what to go down from; `parts` are the unweighted terms, for the log."""
 
     total: Tensor
@@ -212,7 +212,7 @@ class ImageObjective:
         """Whether the discriminator takes part in a step (the first is 0)."""
         return self.discriminator is not None and step >= self.config.adversarial_start
 
-    def tokenizer(self, found: Reconstruction, x_BCHW: Tensor, step: int, last_layer: Tensor) -> Losses:
+    def tokenizer(self, found: Reconstruction, x_BCHW: Tensor, step: int, last_layer: Tensor) -> ImageLosses:
         """What the tokenizer learns from; `last_layer` is its `last_layer` weight."""
         config = self.config
         error = F.l1_loss if config.pixels == "l1" else F.mse_loss
@@ -234,7 +234,7 @@ class ImageObjective:
                 weight = weight * adaptive_weight(looks, parts["adversarial_loss"], last_layer, self.mean)
             parts["adversarial_weight"] = weight
             total = total + weight * parts["adversarial_loss"]
-        return Losses(total, {name: part.detach() for name, part in parts.items()})
+        return ImageLosses(total, {name: part.detach() for name, part in parts.items()})
 
 
 def discriminator_loss(discriminator: Callable[[Tensor], Tensor], found: Reconstruction, x_BCHW: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calumma.model.encoding import Tokens
+from calumma.model.encoding import EncodedArrays
 from calumma.model.vocabulary import Vocabulary
 
 PADDING_SEGMENT = -1
@@ -40,7 +40,7 @@ class ImageTooLong(ValueError):
     """A single image needs more tokens than a row has."""
 
 
-def split(sequence: Tokens, length: int, vocabulary: Vocabulary) -> list[Tokens]:
+def split(sequence: EncodedArrays, length: int, vocabulary: Vocabulary) -> list[EncodedArrays]:
     """Pieces of at most `length` tokens that together are the sequence, cut between text tokens or beside images.
 
     The first token of every later piece is not trained: what it followed is in another row. Raises ImageTooLong.
@@ -58,7 +58,7 @@ def split(sequence: Tokens, length: int, vocabulary: Vocabulary) -> list[Tokens]
         if begin:
             mask = mask.copy()
             mask[0] = False
-        pieces.append(Tokens(ids[begin:end], mask))
+        pieces.append(EncodedArrays(ids[begin:end], mask))
         begin = end
     return pieces
 
@@ -72,7 +72,7 @@ def _outside_image(ids: NDArray[np.int32], begin: int, end: int, vocabulary: Voc
     return end
 
 
-def pack(sequences: Sequence[Tokens], length: int, pad: int) -> list[PackedRow]:
+def pack(sequences: Sequence[EncodedArrays], length: int, pad: int) -> list[PackedRow]:
     """Put every sequence, whole, into one row: the fullest that still has room, else a new one.
 
     Taken in the given order, a shuffled input gives mixed rows. Taken longest first (arXiv 2404.10830, section 2.2)
@@ -110,7 +110,7 @@ def _best_fit(sizes: Sequence[int], order: Iterable[int], length: int) -> list[l
     return rows
 
 
-def _row(sequences: Sequence[Tokens], length: int, pad: int) -> PackedRow:
+def _row(sequences: Sequence[EncodedArrays], length: int, pad: int) -> PackedRow:
     sizes = [len(sequence.ids) for sequence in sequences]
     filled = sum(sizes)
     tokens = np.full(length, pad, dtype=np.int32)

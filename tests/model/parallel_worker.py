@@ -14,7 +14,7 @@ from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Shard, read_shard
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.model.weights import Entry, write_weights
+from calumma.model.weights import LazyTensor, write_weights
 
 N = 4  # codes of an image
 V = Vocabulary(
@@ -41,7 +41,7 @@ def answers(shard: Shard | None, folder: Path) -> list[dict[str, list[int]]]:
             transformer.output.weight[[V.eos, V.end_turn]] = 0  # seldom the likeliest
         if number == 0 and shard is None:
             config.save(folder)
-            write_weights(folder, {name: Entry.of(tensor) for name, tensor in transformer.state_dict().items()})
+            write_weights(folder, {name: LazyTensor.of(tensor) for name, tensor in transformer.state_dict().items()})
         elif number == 0 and shard is not None:
             whole = sum(parameter.numel() for parameter in transformer.parameters())
             transformer = read_shard(folder, shard)

@@ -17,7 +17,7 @@ from calumma.model.config import ModelConfig
 from calumma.model.generation import Shard, read_shard
 from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.transformer import Transformer
-from calumma.model.weights import Entry, write_weights
+from calumma.model.weights import LazyTensor, write_weights
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 SHAPE = ModelConfig(vocabulary_size=9, layers=1, width=32, heads=4, kv_heads=2, ffn_width=49)
@@ -85,6 +85,6 @@ def test_a_directory_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     SHAPE.save(tmp_path)
     state = Transformer(SHAPE).state_dict()
     del state["norm.weight"]
-    write_weights(tmp_path, {name: Entry.of(tensor) for name, tensor in state.items()})
+    write_weights(tmp_path, {name: LazyTensor.of(tensor) for name, tensor in state.items()})
     with pytest.raises(ValueError, match=r"does not hold the weights its config\.json describes: norm\.weight"):
         read_shard(tmp_path, Shard(0, 2))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from calumma.model.generation.passes.attention import PagedAttention
 from calumma.model.generation.tensor_parallel import Shard
-from calumma.model.transformer import Block, Transformer
+from calumma.model.transformer import Transformer, TransformerBlock
 
 # Most bytes of projections that are copied to lie side by side.
 FUSED_BYTES = 1 << 28
@@ -54,7 +54,7 @@ class Decoder:
         self.head_size, self.eps, self.swin = config.head_size, config.norm_eps, config.norm_order == "swin"
         total = sum(p.numel() * p.element_size() for p in transformer.blocks.parameters())
         self._copied = total // self.shard.count <= FUSED_BYTES
-        blocks = enumerate(cast(Iterable[Block], transformer.blocks))
+        blocks = enumerate(cast(Iterable[TransformerBlock], transformer.blocks))
         self.layers = [self._layer(f"blocks.{number}", block) for number, block in blocks]
         self.head = self._head() if self.shard.count > 1 else None
         self._packed: dict[tuple[int, int], Tensor | None] = {}  # of the head, by first and last column
@@ -150,7 +150,7 @@ class Decoder:
         scale_T1 = (x_TD * x_TD).mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # fewer calls than rms_norm's own
         return (x_TD * scale_T1).mul_(weight_D)
 
-    def _layer(self, prefix: str, block: Block) -> LayerWeights:
+    def _layer(self, prefix: str, block: TransformerBlock) -> LayerWeights:
         own = {name: self._part(f"{prefix}.{name}", weight) for name, weight in block.named_parameters()}
         norm = None
         if block.attention.normalize:
