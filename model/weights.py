@@ -42,12 +42,12 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is asked for; `part`: only some rows or columns of it, where its file can do so."""
+    """A tensor that is read when it is asked for; `read_slice` reads some rows or columns, where its file can."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    part: Callable[[tuple[slice, ...]], Tensor] | None = None
+    read_slice: Callable[[tuple[slice, ...]], Tensor] | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
@@ -92,8 +92,8 @@ def _open_file(path: Path, device: torch.device | str) -> dict[str, LazyTensor]:
         file = safe_open(str(path), framework="pt", device=str(device))
         entries = {}
         for name in file.keys():  # noqa: SIM118 (it is no mapping)
-            part = file.get_slice(name)
-            shape, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
+            stored = file.get_slice(name)
+            shape, dtype = tuple(stored.get_shape()), DTYPES[stored.get_dtype()]
             entries[name] = LazyTensor(
                 shape,
                 dtype,

@@ -31,14 +31,14 @@ FORCED = Logprob(0.0)
 
 
 class RequestState:
-    """A request that has been admitted at least once; preempted, it keeps all but its blocks and its seat.
+    """Preempted, it keeps all but its blocks and its seat.
 
     arrival: its number in the order of requests. seat: its row of the sampler's tables, -1 is none. seated: the row
     that holds its settings.
     """
 
     def __init__(
-        self, request: Request, need: RequestLimits, arrival: int, vocabulary: Vocabulary, image_length: int
+        self, request: Request, limits: RequestLimits, arrival: int, vocabulary: Vocabulary, image_length: int
     ) -> None:
         self.request, self.params, self.arrival = request, request.params, arrival
         self.vocabulary, self.image_length = vocabulary, image_length
@@ -50,7 +50,7 @@ class RequestState:
         self.weight = 1.0  # of the full context's logits
         self.phase: Phase = "text"
         self.answered = 0  # ids of the answer; the next one takes the random number of this index
-        self.tokens_left, self.images_left = need.tokens, need.images
+        self.tokens_left, self.images_left = limits.tokens, limits.images
         self.codes_left = 0
         self.images_done = 0
         self.finish: Finish | None = None
@@ -60,8 +60,8 @@ class RequestState:
         self._unreported: list[_Token] = []
         self._stops = {vocabulary.eos, vocabulary.end_turn, *request.params.stop_ids}
         self._prompt_reported = False
-        prefix = self.params.prefix if need.tokens else ()
-        if self.params.mode == "image" and need.tokens and not prefix:
+        prefix = self.params.prefix if limits.tokens else ()
+        if self.params.mode == "image" and limits.tokens and not prefix:
             prefix = (vocabulary.begin_image,)
         for token in prefix:
             self._append(token, FORCED)

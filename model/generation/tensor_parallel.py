@@ -1,10 +1,10 @@
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053): every matrix is cut over the processes of a group.
 
 Query, key, value, gate and up are cut by rows (heads stay whole, and so do their norms), output and down by columns,
-after which the processes' parts are summed; embedding and output projection by the vocabulary, whose parts are summed
-and put together. Nothing must divide: parts differ by a head or a column, and where there are more processes than
-key-value heads, those that share one keep it each, with the queries of theirs alone. `read_part` reads a process's part
-from a model directory, and no more; the engine also cuts it from whole weights.
+after which the processes' results are summed; embedding and output projection by the vocabulary, whose results are
+summed and put together. Nothing must divide: shards differ by a head or a column, and where there are more processes
+than key-value heads, those that share one hold it each, with the queries of theirs alone. `read_shard` reads a
+process's shard from a model directory, and no more; the engine also cuts it from whole weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from calumma.model.weights import open_weights
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count`, one a process of `group`; see the head of the module for what a part is."""
+    """Shard `index` of `count`, one a process of `group`; see the head of the module for what a shard holds."""
 
     index: int = 0
     count: int = 1
@@ -32,11 +32,11 @@ class Shard:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> Shard:
-        """This process's part in a group, torch.distributed's default one for None."""
+        """This process's shard in a group, torch.distributed's default one for None."""
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
     def heads(self, config: ModelConfig) -> tuple[slice, slice]:
-        """This part's heads, and the key-value heads they attend to. Raises ValueError where a part would have none."""
+        """This shard's heads, and the key-value heads they attend to. Raises ValueError where one would have none."""
         K, grouped = config.kv_heads, config.heads // config.kv_heads
         if self.count > config.heads:
             raise ValueError(
@@ -46,20 +46,20 @@ class Shard:
         if self.count <= K:
             own = _even(K, self.index, self.count)
             return slice(own.start * grouped, own.stop * grouped), own
-        shared = [index * K // self.count for index in range(self.count)]  # the key-value head of each part
+        shared = [index * K // self.count for index in range(self.count)]  # the key-value head of each shard
         head = shared[self.index]
         queries = _even(grouped, self.index - shared.index(head), shared.count(head))
         first = head * grouped
         return slice(first + queries.start, first + queries.stop), slice(head, head + 1)
 
     def vocabulary(self, config: ModelConfig) -> slice:
-        """This part's ids; the last parts may have fewer, or none."""
+        """This shard's ids; the last shards may have fewer, or none."""
         size = -(-config.vocabulary_size // self.count)
         begin, end = (min(at * size, config.vocabulary_size) for at in (self.index, self.index + 1))
         return slice(begin, end)
 
-    def cut(self, name: str, config: ModelConfig) -> tuple[slice, ...]:
-        """What this part has of a weight of the Transformer, by its rows, or its rows and columns."""
+    def slices(self, name: str, config: ModelConfig) -> tuple[slice, ...]:
+        """What this shard has of a weight of the Transformer, by its rows, or its rows and columns."""
         heads, kv_heads = self.heads(config)
         layer, _, kind = name.rpartition(".")[0].rpartition(".")
         rows = {"query_norm": heads, "key_norm": kv_heads, "query": _of_heads(heads, config)}
@@ -79,13 +79,13 @@ class Shard:
             dist.all_reduce(part, group=self.group)
         return part
 
-    def agree(self, values: Tensor) -> Tensor:
+    def broadcast(self, values: Tensor) -> Tensor:
         """The first process's values, in place: what is drawn must not hang on anybody's rounding."""
         if self.count > 1:
             dist.broadcast(values, group=self.group, group_src=0)
         return values
 
-    def tell(self, message: Any) -> Any:
+    def broadcast_object(self, message: Any) -> Any:
         """The first process's message, to all."""
         if self.count == 1:
             return message
@@ -103,8 +103,8 @@ class Shard:
 def read_shard(
     directory: str | Path, shard: Shard, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The Transformer of a model directory with a shard's part of its weights alone, for an Engine of that shard: it
-    cannot compute by itself. No more is read, or in memory, than the part. Raises what `open_weights` does, and
+    """The Transformer of a model directory with a shard of its weights alone, for an Engine of that shard: it
+    cannot compute by itself. No more is read, or in memory, than the shard. Raises what `open_weights` does, and
     ValueError where the model cannot be cut so, or lacks weights."""
     config = ModelConfig.read(directory)
     with torch.device("meta"):
@@ -115,10 +115,10 @@ def read_shard(
         wrong = ", ".join(sorted(names ^ entries.keys())[:20])
         raise ValueError(f"{directory} does not hold the weights its {FILE} describes: {wrong}")
     for name, entry in entries.items():
-        where = shard.cut(name, config)
-        part = entry.part(where) if where and entry.part is not None else entry.read()[where]
-        module, _, own = name.rpartition(".")
-        setattr(transformer.get_submodule(module), own, nn.Parameter(part.to(dtype or part.dtype), False))
+        where = shard.slices(name, config)
+        weight = entry.read_slice(where) if where and entry.read_slice is not None else entry.read()[where]
+        module, _, attribute = name.rpartition(".")
+        setattr(transformer.get_submodule(module), attribute, nn.Parameter(weight.to(dtype or weight.dtype), False))
     transformer.rebuild_rope(device)
     return transformer.eval()
 

@@ -72,7 +72,7 @@ def test_a_shape_reads_its_inputs_where_they_were_when_it_was_recorded(transform
     answers(engine, 2)
     graphs = engine._runner.graphs
     assert graphs is not None
-    inputs = ("tokens_B", "positions_B", "where_B", "tables_BM")
+    inputs = ("tokens_B", "positions_B", "slots_B", "tables_BM")
     before = {shape: [getattr(fixed, name).data_ptr() for name in inputs] for shape, fixed in graphs.passes.items()}
     answers(engine, 6)
     for shape, places in before.items():

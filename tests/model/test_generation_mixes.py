@@ -184,10 +184,10 @@ class Life(RuleBasedStateMachine):
         assert len(free) == blocks.free
         assert not free & idle
         assert free | idle == {block for block in range(blocks.count) if not held[block]}
-        assert idle <= set(blocks._held)
-        assert not free & set(blocks._held)
+        assert idle <= set(blocks._content)
+        assert not free & set(blocks._content)
         listed = {block: (chain, tokens) for chain, c in blocks._children.items() for tokens, block in c}
-        assert listed == blocks._held
+        assert listed == blocks._content
         assert all(children == sorted(children) for children in blocks._children.values())
 
     @invariant()

@@ -76,7 +76,7 @@ def test_parts_make_up_the_whole(name: str, count: int) -> None:
     weight = dict(Transformer(SHAPE).named_parameters())[name].detach()
     covered = torch.zeros_like(weight)
     for index in range(count):
-        covered[Shard(index, count).cut(name, SHAPE)] += 1
+        covered[Shard(index, count).slices(name, SHAPE)] += 1
     shared = "norm.weight" in name.removeprefix("blocks.0.attention.") or any(k in name for k in ("key", "value"))
     assert bool((covered >= 1).all()) if shared else bool((covered == 1).all())
 

@@ -23,7 +23,7 @@ BlockContent = tuple[tuple[int, ...], int]  # the tokens of a block and its numb
 class BlockManager:
     """`count` blocks of `size` positions. copy(source, target) copies what a block holds.
 
-    share: whether what is written is kept for others to find.
+    share: whether what is written can be found by others (prefix caching).
     """
 
     def __init__(self, count: int, size: int, copy: Callable[[int, int], None], share: bool = True) -> None:
@@ -34,7 +34,7 @@ class BlockManager:
         self._copy = copy
         self._free = list(reversed(range(count)))
         self._idle: OrderedDict[int, None] = OrderedDict()  # the longest unused first
-        self._held: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+        self._content: dict[int, tuple[bytes, tuple[int, ...]]] = {}  # of a block: the chain before it, its tokens
         self._children: dict[bytes, list[BlockContent]] = {}  # by the chain before them, sorted by their tokens
 
     @property
@@ -63,7 +63,7 @@ class BlockManager:
         missing = self.missing(sequence, length)
         if missing > self.available:
             return False
-        sequence.blocks += [self._take() for _ in range(missing)]
+        sequence.blocks += [self._allocate() for _ in range(missing)]
         return True
 
     def attach(self, sequence: Sequence) -> None:
@@ -79,7 +79,7 @@ class BlockManager:
             source, length = partial
             self._idle.pop(source, None)  # not the one to be evicted for its own copy
             if self.available:
-                target = self._take()
+                target = self._allocate()
                 self._copy(source, target)
                 sequence.blocks.append(target)
                 sequence.cached += length
@@ -87,39 +87,39 @@ class BlockManager:
                 self._idle[source] = None
         self.hit_tokens += sequence.cached
 
-    def found(self, tokens: list[int]) -> tuple[int, int, tuple[bytes, tuple[int, ...]] | None]:
-        """What attaching would find: full blocks that sequences hold, full blocks that are idle, and the first block it
-        would lack, by chain and tokens, where its tokens fill it."""
+    def lookup(self, tokens: list[int]) -> tuple[int, int, tuple[bytes, tuple[int, ...]] | None]:
+        """What attaching would find: the numbers of full blocks that sequences reference and of full blocks that are
+        idle; and the first block it would lack, by chain and tokens, where its tokens fill it."""
         blocks, chain, _ = self._match(tokens)
-        held = sum(self.references[block] > 0 for block in blocks)
+        referenced = sum(self.references[block] > 0 for block in blocks)
         begin = len(blocks) * self.size
         own = tuple(tokens[begin : begin + self.size])
         following = (chain[-1] if chain else ROOT, own) if len(own) == self.size else None
-        return held, len(blocks) - held, following
+        return referenced, len(blocks) - referenced, following
 
     def next_block(self, sequence: Sequence) -> tuple[bytes, tuple[int, ...]]:
-        """The block that a sequence is writing, as `found` names it."""
+        """The block that a sequence is writing, as `lookup` names it."""
         begin = len(sequence.chain) * self.size
         return (sequence.chain[-1] if sequence.chain else ROOT), tuple(sequence.tokens[begin : begin + self.size])
 
-    def settle(self, sequence: Sequence) -> None:
+    def cache_full_blocks(self, sequence: Sequence) -> None:
         """Let others find the blocks that a sequence has filled."""
         while (len(sequence.chain) + 1) * self.size <= sequence.cached:
             before, tokens = self.next_block(sequence)
-            self._hold(sequence.blocks[len(sequence.chain)], before, tokens)
+            self._register(sequence.blocks[len(sequence.chain)], before, tokens)
             sequence.chain.append(_digest(before, tokens))
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence's blocks back. What they hold stays to be found until their room is needed."""
-        self.settle(sequence)
+        self.cache_full_blocks(sequence)
         before, tokens = self.next_block(sequence)
         tokens = tokens[: sequence.cached - len(sequence.chain) * self.size]
         if tokens:
-            self._hold(sequence.blocks[len(sequence.chain)], before, tokens)
+            self._register(sequence.blocks[len(sequence.chain)], before, tokens)
         for block in reversed(sequence.blocks):  # a block is of no use without those before it: it goes first
             self.references[block] -= 1
             if not self.references[block]:
-                if block in self._held:
+                if block in self._content:
                     self._idle[block] = None
                 else:
                     self._free.append(block)
@@ -133,7 +133,7 @@ class BlockManager:
         while True:
             begin = len(blocks) * self.size
             own = tuple(tokens[begin : min(begin + self.size, limit)])
-            length, block = self._most_alike(before, own)
+            length, block = self._longest_match(before, own)
             if length < self.size:
                 # less is sooner computed than copied
                 return blocks, chain, (block, length) if length >= max(1, self.size // 4) else None
@@ -141,22 +141,23 @@ class BlockManager:
             blocks.append(block)
             chain.append(before)
 
-    def _most_alike(self, before: bytes, own: tuple[int, ...]) -> tuple[int, int]:
+    def _longest_match(self, before: bytes, own: tuple[int, ...]) -> tuple[int, int]:
         """How many tokens of `own` a block after that chain holds at most, and which. Among sorted neighbours the most
         alike stand next to where `own` belongs."""
         children = self._children.get(before, [])
         place = bisect_left(children, (own, -1))
         return max(
-            ((_common(own, held), block) for held, block in children[max(0, place - 1) : place + 1]), default=(0, 0)
+            ((_common(own, content), block) for content, block in children[max(0, place - 1) : place + 1]),
+            default=(0, 0),
         )
 
-    def _hold(self, block: int, before: bytes, tokens: tuple[int, ...]) -> None:
-        if self.share and block not in self._held and self._most_alike(before, tokens)[0] < len(tokens):
-            self._held[block] = (before, tokens)
+    def _register(self, block: int, before: bytes, tokens: tuple[int, ...]) -> None:
+        if self.share and block not in self._content and self._longest_match(before, tokens)[0] < len(tokens):
+            self._content[block] = (before, tokens)
             insort(self._children.setdefault(before, []), (tokens, block))
 
-    def _forget(self, block: int) -> None:
-        before, tokens = self._held.pop(block)
+    def _unregister(self, block: int) -> None:
+        before, tokens = self._content.pop(block)
         children = self._children[before]
         children.pop(bisect_left(children, (tokens, block)))
         if not children:
@@ -166,13 +167,13 @@ class BlockManager:
         self._idle.pop(block, None)
         self.references[block] += 1
 
-    def _take(self) -> int:
+    def _allocate(self) -> int:
         """A block to write in. The caller has seen that there is one."""
         if self._free:
             block = self._free.pop()
         else:
             block, _ = self._idle.popitem(last=False)
-            self._forget(block)
+            self._unregister(block)
             self.evictions += 1
         self.references[block] = 1
         return block

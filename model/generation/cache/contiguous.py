@@ -1,6 +1,10 @@
 """Contiguous copies of the keys and values of sequences that are decoded together, for attention on a CPU.
 
-Shape suffixes: B sequences, M blocks of a sequence, K key-value heads, H head size.
+Gathering blocks copies every key and value of a context for every token; where memory is what limits, that costs as
+much as attention itself.
+
+Shape suffixes: B sequences, M blocks of a sequence, K key-value heads, H head size, X key-value heads of all sequences
+(B*K).
 """
 
 from __future__ import annotations
@@ -11,12 +15,15 @@ from torch import Tensor
 from calumma.model.generation.cache.paged import PagedCache
 from calumma.model.generation.cache.sequence import Sequence
 
+# Most bytes of keys and values that are held a second time, in the order they are read.
+CONTIGUOUS_BYTES = 1 << 29
+
 
 class ContiguousKV:
-    """A second, contiguous copy of what B sequences hold, M blocks each: `layers`, a pair [B, K, M * block_size, H]
-    each. A pass reads it and adds its tokens to it, instead of gathering blocks anew.
+    """A second, contiguous copy of the keys and values of B sequences, M blocks each: `layers`, a pair
+    [B, K, M * block_size, H] each. A pass reads it and adds its tokens to it, instead of gathering blocks anew.
 
-    tables: LongTensor [B * M], their blocks.
+    tables: LongTensor [B * M], the sequences' block tables.
     """
 
     def __init__(self, cache: PagedCache, tables: Tensor, B: int) -> None:
@@ -27,66 +34,59 @@ class ContiguousKV:
         self._first = torch.arange(B * K) * shape[2]
         self._filled = 0
 
-    def places(self, positions_B: Tensor) -> Tensor:
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for pair in self.layers for tensor in pair)
+
+    def slots(self, positions_B: Tensor) -> Tensor:
         """LongTensor [B * K]: where a token of each sequence stands in a layer."""
         return self._first + positions_B.repeat_interleave(len(self._first) // len(positions_B))
 
-    def read(self, layer: int, k_BKH: Tensor, v_BKH: Tensor, places_X: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` positions [B, K, length, H], the tokens at `places` new among them."""
+    def read(self, layer: int, k_BKH: Tensor, v_BKH: Tensor, slots_X: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` positions [B, K, length, H], the new tokens at `slots` among them."""
         keys, values = self.layers[layer]
-        if self._filled == layer:  # in the first pass: the cache has the new tokens already
-            for kept, held in zip((keys, values), self._blocks[layer], strict=True):
-                kept.copy_(held[self._tables].view(len(kept), -1, *held.shape[2:]).transpose(1, 2))
+        if self._filled == layer:  # in the first pass: the paged cache has the new tokens already
+            for copy, paged in zip((keys, values), self._blocks[layer], strict=True):
+                copy.copy_(paged[self._tables].view(len(copy), -1, *paged.shape[2:]).transpose(1, 2))
             self._filled += 1
         else:
-            keys.flatten(0, 2).index_copy_(0, places_X, k_BKH.reshape(-1, k_BKH.shape[-1]))
-            values.flatten(0, 2).index_copy_(0, places_X, v_BKH.reshape(-1, v_BKH.shape[-1]))
+            keys.flatten(0, 2).index_copy_(0, slots_X, k_BKH.reshape(-1, k_BKH.shape[-1]))
+            values.flatten(0, 2).index_copy_(0, slots_X, v_BKH.reshape(-1, v_BKH.shape[-1]))
         return keys[:, :, :length], values[:, :, :length]
 
 
-# Most bytes of keys and values that are kept a second time, in the order they are read.
-CONTIGUOUS_BYTES = 1 << 29
-
-
 class ContiguousCache:
-    """What sequences that go on together hold, kept from pass to pass in the order attention reads it.
-
-    Gathering blocks copies every key and value of a context for every token; where memory is what limits, that is as
-    dear as attention itself.
-    """
+    """The contiguous copies, by the sequences they are of, from pass to pass."""
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
-        self._kept: dict[tuple[int, ...], tuple[ContiguousKV, list[tuple[Sequence, int]]]] = {}
+        self._copies: dict[tuple[int, ...], tuple[ContiguousKV, list[tuple[Sequence, int]]]] = {}
         self._used: set[tuple[int, ...]] = set()
 
     def find(self, sequences: list[Sequence], starts: list[int], M: int) -> ContiguousKV | None:
         """For the next token of each sequence, at `starts`, with room for M blocks each; None where it is too much."""
         key = tuple(map(id, sequences))
-        kept, state = self._kept.get(key, (None, []))
-        fresh = kept is None or kept.M < M
+        copy, state = self._copies.get(key, (None, []))
+        fresh = copy is None or copy.M < M
         # the same sequences, none released meanwhile, each a token longer
         if fresh or any(s is not o or start != at for s, start, (o, at) in zip(sequences, starts, state, strict=True)):
             room = M + max(1, M // 4)
             if self._bytes(len(sequences) * room) > CONTIGUOUS_BYTES:
                 return None
             tables = [block for s in sequences for block in (s.blocks + [0] * room)[:room]]
-            kept = ContiguousKV(self.cache, torch.tensor(tables), len(sequences))
-        assert kept is not None
-        self._kept[key] = (kept, [(s, start + 1) for s, start in zip(sequences, starts, strict=True)])
+            copy = ContiguousKV(self.cache, torch.tensor(tables), len(sequences))
+        assert copy is not None
+        self._copies[key] = (copy, [(s, start + 1) for s, start in zip(sequences, starts, strict=True)])
         self._used.add(key)
-        return kept
+        return copy
 
-    def forget_unused(self) -> None:
-        """Whose sequences did not go on together in the last pass is not kept."""
-        self._kept = {key: self._kept[key] for key in self._used}
+    def drop_unused(self) -> None:
+        """Copies that the last pass did not read are dropped."""
+        self._copies = {key: self._copies[key] for key in self._used}
         self._used = set()
 
     def _bytes(self, blocks: int) -> int:
+        """Of the copies that this pass reads, and of so many blocks more."""
         block = self.cache.store[:, :, 0]
-        held = sum(self._bytes_of(kept) for key, (kept, _) in self._kept.items() if key in self._used)
-        return held + blocks * block.numel() * block.element_size()
-
-    @staticmethod
-    def _bytes_of(kept: ContiguousKV) -> int:
-        return sum(tensor.numel() * tensor.element_size() for pair in kept.layers for tensor in pair)
+        used = sum(copy.bytes for key, (copy, _) in self._copies.items() if key in self._used)
+        return used + blocks * block.numel() * block.element_size()

@@ -31,7 +31,7 @@ FusedProjection = tuple[Tensor, ...]  # that read the same input; one, where the
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A block's weights, or this shard's part of them."""
+    """A block's weights, or this shard's slices of them."""
 
     attention_norm: Tensor
     feed_forward_norm: Tensor
@@ -43,14 +43,14 @@ class LayerWeights:
 
 
 class Decoder:
-    """`shard`: which part of every matrix this process has; all of it by default."""
+    """`shard`: what of every matrix this process has; all of it by default."""
 
     def __init__(self, transformer: Transformer, shard: Shard | None = None) -> None:
         config = transformer.config
         self.transformer, self.shard = transformer, shard or Shard()
         heads, kv_heads = self.shard.heads(config)
         self.heads, self.kv_heads = heads.stop - heads.start, kv_heads.stop - kv_heads.start
-        self.embedding = self._part("embedding.weight", transformer.embedding.weight)
+        self.embedding = self._slice("embedding.weight", transformer.embedding.weight)
         self.head_size, self.eps, self.swin = config.head_size, config.norm_eps, config.norm_order == "swin"
         total = sum(p.numel() * p.element_size() for p in transformer.blocks.parameters())
         self._copied = total // self.shard.count <= FUSED_BYTES
@@ -107,14 +107,14 @@ class Decoder:
         return self.shard.sum(x_TD.masked_fill_(elsewhere_T[:, None], 0))
 
     def _head(self) -> Tensor:
-        """As many rows as the first part has."""
-        own_CD = self._part("output.weight", self.transformer.output.weight)
+        """As many rows as the first shard has."""
+        own_CD = self._slice("output.weight", self.transformer.output.weight)
         missing = -(-self.transformer.config.vocabulary_size // self.shard.count) - len(own_CD)
         return F.pad(own_CD, (0, 0, 0, missing)) if missing else own_CD
 
-    def _part(self, name: str, weight: Tensor) -> Tensor:
-        """This shard's part of a weight, of which that may be all there is (`read_part`)."""
-        where = self.shard.cut(name, self.transformer.config)
+    def _slice(self, name: str, weight: Tensor) -> Tensor:
+        """This shard's slice of a weight, of which that may be all there is (`read_shard`)."""
+        where = self.shard.slices(name, self.transformer.config)
         own = weight.detach()
         if self.shard.count == 1 or all(o.stop - o.start == size for o, size in zip(where, own.shape, strict=False)):
             return own
@@ -151,7 +151,7 @@ class Decoder:
         return (x_TD * scale_T1).mul_(weight_D)
 
     def _layer(self, prefix: str, block: TransformerBlock) -> LayerWeights:
-        own = {name: self._part(f"{prefix}.{name}", weight) for name, weight in block.named_parameters()}
+        own = {name: self._slice(f"{prefix}.{name}", weight) for name, weight in block.named_parameters()}
         norm = None
         if block.attention.normalize:
             both = ("attention.query_norm", "attention.key_norm")

@@ -51,30 +51,30 @@ class CudaGraphs:
         fixed = self.passes[B, M]
         spare, missing = self.cache.blocks - 1, B - len(pairs)
         positions = [sequence.cached + step for sequence, _ in pairs]
-        where = [s.blocks[p // size] * size + p % size for (s, _), p in zip(pairs, positions, strict=True)]
+        slots = [s.blocks[p // size] * size + p % size for (s, _), p in zip(pairs, positions, strict=True)]
         tables = [(s.blocks + [spare] * M)[:M] for s, _ in pairs] + [[spare] * M] * missing
-        fixed.fill(tokens_T, positions + [0] * missing, where + [spare * size] * missing, tables)
+        fixed.fill(tokens_T, positions + [0] * missing, slots + [spare * size] * missing, tables)
         if tokens_T.is_cuda and fixed.graph is None and self.decoder.shard.count == 1:
             self._pool = fixed.record(self._pool)
         return fixed.run()[: len(pairs)]
 
 
 class FixedShapePass:
-    """One token of each of B sequences with M blocks each, the inputs in `tokens_B`, `positions_B`, `where_B`,
+    """One token of each of B sequences with M blocks each, the inputs in `tokens_B`, `positions_B`, `slots_B`,
     `tables_BM`; the output in `out_BD` once it is recorded."""
 
     def __init__(self, decoder: Decoder, cache: PagedCache, B: int, M: int) -> None:
         self.decoder, self.cache, self.B, self.M = decoder, cache, B, M
         self.device = cache.store.device
-        self.tokens_B, self.positions_B, self.where_B = torch.zeros(3, B, dtype=torch.long, device=self.device)
+        self.tokens_B, self.positions_B, self.slots_B = torch.zeros(3, B, dtype=torch.long, device=self.device)
         self.tables_BM = torch.zeros(B, M, dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out_BD: Tensor | None = None
 
-    def fill(self, tokens_T: Tensor, positions: list[int], where: list[int], tables: list[list[int]]) -> None:
+    def fill(self, tokens_T: Tensor, positions: list[int], slots: list[int], tables: list[list[int]]) -> None:
         self.tokens_B[: len(tokens_T)].copy_(tokens_T)
         self.tokens_B[len(tokens_T) :].zero_()
-        for held, given in ((self.positions_B, positions), (self.where_B, where), (self.tables_BM, tables)):
+        for held, given in ((self.positions_B, positions), (self.slots_B, slots), (self.tables_BM, tables)):
             held.copy_(torch.tensor(given), non_blocking=True)  # or the host would wait for the pass before
 
     def compute(self) -> Tensor:
@@ -83,8 +83,8 @@ class FixedShapePass:
         seen_BL = torch.arange(L, device=self.device) <= self.positions_B[:, None]
         bias_BL = torch.zeros(self.B, L, device=self.device, dtype=self.cache.store.dtype)
         bias_BL.masked_fill_(~seen_BL, float("-inf"))
-        rows = AttentionGroup(self.B, 1, self.tables_BM.flatten(), bias_BL[:, None, None])
-        paged = PagedAttention(self.cache, self.positions_B, self.where_B, [rows], own_room=True)
+        group = AttentionGroup(self.B, 1, self.tables_BM.flatten(), bias_BL[:, None, None])
+        paged = PagedAttention(self.cache, self.positions_B, self.slots_B, [group], own_memory=True)
         return self.decoder.hidden(self.tokens_B, paged)
 
     def record(self, pool: Any) -> Any:

@@ -20,38 +20,36 @@ class ImageBatch:
     full contexts, then of the first, then of the second branches.
     """
 
-    def __init__(self, generations: list[RequestState], layout: BatchLayout) -> None:
-        self.generations = generations
-        self.draws = [
-            (g, number) for g in generations for number in range(1 + (len(g.drafts.codes) if g.drafts else 0))
-        ]
+    def __init__(self, states: list[RequestState], layout: BatchLayout) -> None:
+        self.states = states
+        self.draws = [(s, number) for s in states for number in range(1 + (len(s.drafts.codes) if s.drafts else 0))]
 
-        def row(sequence: Sequence, g: RequestState, number: int) -> int:
-            return layout.last[id(sequence)] - (len(g.drafts.codes) if g.drafts else 0) + number
+        def row(sequence: Sequence, state: RequestState, number: int) -> int:
+            return layout.last[id(sequence)] - (len(state.drafts.codes) if state.drafts else 0) + number
 
         # so that within a rank no draw occurs twice
         ranks = [
-            [(*g.branches[rank], draw) for draw, (g, _) in enumerate(self.draws) if len(g.branches) > rank]
+            [(*s.branches[rank], draw) for draw, (s, _) in enumerate(self.draws) if len(s.branches) > rank]
             for rank in (0, 1)
         ]
         branches = [branch for rank in ranks for branch in rank]
-        self.rows = [row(g.full, g, number) for g, number in self.draws]
+        self.rows = [row(s.full, s, number) for s, number in self.draws]
         self.rows += [row(sequence, *self.draws[draw]) for sequence, _, draw in branches]
         self._owners = [*range(len(self.draws)), *(draw for _, _, draw in branches)]
-        self._weights = [*(g.weight for g, _ in self.draws), *(weight for _, weight, _ in branches)]
+        self._weights = [*(s.weight for s, _ in self.draws), *(weight for _, weight, _ in branches)]
         self._first = len(ranks[0])
 
     def to(self, device: torch.device) -> None:
         self._owner_B = torch.tensor(self._owners, device=device)
         self._weight_B1 = torch.tensor(self._weights, device=device)[:, None]
 
-    def each(self, values_R: Tensor) -> Tensor:
-        """A value of each draw for all its sequences."""
+    def repeat_for_branches(self, values_R: Tensor) -> Tensor:
+        """[B]: a value of each draw for all its sequences."""
         return values_R[self._owner_B]
 
     def guide(self, logits_BC: Tensor) -> Tensor:
-        """The weighted sum of each draw's sequences, FloatTensor [R, C]; see `Weights`. Its order, and with it every
-        bit of the result, is fixed."""
+        """The weighted sum of each draw's sequences, FloatTensor [R, C]; see `GuidanceWeights`. Its order, and with it
+        every bit of the result, is fixed."""
         R, B = len(self.draws), len(self.rows)
         if B == R:
             return logits_BC

@@ -42,35 +42,35 @@ class BatchLayout:
             self.last[id(sequence)] = len(self.tokens) - 1
 
     def step(
-        self, cache: PagedCache, step: int, device: torch.device, keeper: ContiguousCache | None = None
+        self, cache: PagedCache, step: int, device: torch.device, contiguous: ContiguousCache | None = None
     ) -> PagedAttention:
         """The pass that is `step` passes after this layout's; its sequences have the blocks for it."""
         size = self.block_size
         positions: list[int] = []
-        where: list[int] = []
+        slots: list[int] = []
         for sequence, count in (pair for group in self.groups for pair in group):
             own = range(sequence.cached + step, sequence.cached + step + count)
             positions += own
-            where += [sequence.blocks[p // size] * size + p % size for p in own]
+            slots += [sequence.blocks[p // size] * size + p % size for p in own]
         # without waiting: the host issues passes ahead of the device
-        positions_T, where_T = (torch.tensor(each).to(device, non_blocking=True) for each in (positions, where))
-        rows, begin = [], 0
+        positions_T, slots_T = (torch.tensor(each).to(device, non_blocking=True) for each in (positions, slots))
+        groups, begin = [], 0
         for group in self.groups:
             end = begin + len(group) * group[0][1]
-            rows.append(self._rows(group, positions[begin:end], positions_T[begin:end], cache, device, keeper))
+            groups.append(self._group(group, positions[begin:end], positions_T[begin:end], cache, device, contiguous))
             begin = end
-        if keeper is not None:
-            keeper.forget_unused()
-        return PagedAttention(cache, positions_T, where_T, rows)
+        if contiguous is not None:
+            contiguous.drop_unused()
+        return PagedAttention(cache, positions_T, slots_T, groups)
 
-    def _rows(
+    def _group(
         self,
         group: list[tuple[Sequence, int]],
         positions: list[int],
         positions_T: Tensor,
         cache: PagedCache,
         device: torch.device,
-        keeper: ContiguousCache | None,
+        contiguous: ContiguousCache | None,
     ) -> AttentionGroup:
         B, T, size = len(group), group[0][1], self.block_size
         M = -(-(1 + max(positions)) // size)
@@ -82,9 +82,9 @@ class BatchLayout:
             own = sequences[0].blocks[:M]
             if own == list(range(own[0], own[0] + M)):
                 return AttentionGroup(B, T, slice(own[0] * size, (own[0] + M) * size), bias_B1TL)
-        if T == 1 and keeper is not None:
-            kept = keeper.find(sequences, positions, M)
-            if kept is not None:
-                return AttentionGroup(B, T, kept, bias_B1TL, kept.places(positions_T))
+        if T == 1 and contiguous is not None:
+            copy = contiguous.find(sequences, positions, M)
+            if copy is not None:
+                return AttentionGroup(B, T, copy, bias_B1TL, copy.slots(positions_T))
         tables = [block for s in sequences for block in (s.blocks + [0] * M)[:M]]
         return AttentionGroup(B, T, torch.tensor(tables).to(device, non_blocking=True), bias_B1TL)

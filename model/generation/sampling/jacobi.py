@@ -1,9 +1,9 @@
 """Speculative Jacobi decoding of image codes (arXiv 2410.01699): several codes a pass, none from another distribution.
 
 A request within an image keeps a draft of its next codes, each drawn from a known distribution q. A pass computes the
-distributions p of all of them at once. A code x is kept with probability min(1, p(x) / q(x)); at the first that is not,
-one is drawn from the excess of p over q instead, so that what is kept is distributed as p. What follows is drafted
-anew, from the p that this pass computed for its place after codes that no longer stand: all the better as the codes
+distributions p of all of them at once. A code x is accepted with probability min(1, p(x) / q(x)); at the first that is
+not, one is drawn from the excess of p over q instead, so that the result is distributed as p. What follows is drafted
+anew, from the p that this pass computed for its place after codes that were rejected: the draft improves as the codes
 before it settle.
 
 Shape suffixes: W drafted codes, C columns of the vocabulary.
@@ -31,24 +31,24 @@ class JacobiDraft:
 
     def verify(self, p_XC: Tensor, left: int) -> list[int]:
         """p_XC: FloatTensor [W + 1, C], for each drafted code and the one after them; left: codes the image lacks. The
-        codes that stand now, one at least; the next are drafted."""
+        codes that are accepted, and one more; the next are drafted."""
         uniform = torch.rand(3, self.window + 1, generator=self._generator)
         accept, replace, propose = uniform.to(p_XC.device)
         W = len(self.codes)
-        kept = 0
+        accepted = 0
         if W:
-            places, codes = torch.arange(W, device=p_XC.device), torch.tensor(self.codes, device=p_XC.device)
-            stands_W = accept[:W] * self._q_WC[places, codes] < p_XC[places, codes]
-            kept = int(stands_W.long().cumprod(0).sum())
-        target_C = p_XC[kept]
-        if kept < W:
-            target_C = (target_C - self._q_WC[kept]).clamp(min=0)
+            place_W, code_W = torch.arange(W, device=p_XC.device), torch.tensor(self.codes, device=p_XC.device)
+            accepted_W = accept[:W] * self._q_WC[place_W, code_W] < p_XC[place_W, code_W]
+            accepted = int(accepted_W.long().cumprod(0).sum())
+        target_C = p_XC[accepted]
+        if accepted < W:
+            target_C = (target_C - self._q_WC[accepted]).clamp(min=0)
             if not bool(target_C.sum() > 0):  # p and q are one but for rounding
-                target_C = p_XC[kept]
-        stands = [*self.codes[:kept], int(draw(target_C[None].clone(), None, replace[kept : kept + 1]))]
-        ahead = max(0, min(self.window, left - len(stands) - 1))
+                target_C = p_XC[accepted]
+        codes = [*self.codes[:accepted], int(draw(target_C[None].clone(), None, replace[accepted : accepted + 1]))]
+        ahead = max(0, min(self.window, left - len(codes) - 1))
         # place n + 1 + k was computed in row n + k; beyond the last, what comes next is expected to be like it
-        rows = torch.arange(ahead, device=p_XC.device).add(len(stands)).clamp(max=W)
+        rows = torch.arange(ahead, device=p_XC.device).add(len(codes)).clamp(max=W)
         self._q_WC = p_XC[rows]
         self.codes = draw(self._q_WC.clone(), None, propose[:ahead])[:, 0].tolist() if ahead else []
-        return stands
+        return codes
