@@ -89,7 +89,7 @@ def load(
     read: Callable[..., Transformer] | None = None,
 ) -> MixedModalModel:
     """Read a model directory for inference. `dtype` None keeps the stored one. `read` reads the Transformer in place of
-    `read_transformer`, say a part of it (generation.read_part).
+    `read_transformer`, say a shard of it (generation.read_shard).
 
     Raises FileNotFoundError that lists what is missing, ValueError when the parts do not belong together.
     """

@@ -1,6 +1,6 @@
 """The mixed-modal Transformer: Llama-2's shape with query-key normalization (paper section 2.3).
 
-Its pass over a cache, for generation, is in generation/decoder.py.
+Its pass over a cache, for generation, is in generation/passes/decoder.py.
 
 Shape suffixes: B batch, T tokens, L positions, D width, N heads, K key-value heads, H head size, P pairs of a
 head (H/2), F feed-forward width, V vocabulary, R trained tokens.
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
         Tokens and segments: see `hidden`. `needed`, LongTensor [B, P]: only the logits of these P tokens of each row,
         [B, P, V].
         Loss: `targets` LongTensor [B, T], `mask` BoolTensor [B, T], `image_mask` BoolTensor [V], z_loss and normalizer
-        as in loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (stability.py).
+        as in ops/loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (ops/stability.py).
         """
         rows_R = None
         if targets is not None:

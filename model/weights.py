@@ -1,6 +1,6 @@
 """Weights on disk: safetensors, in one file or in shards with an index, read and written tensor by tensor.
 
-Weights are a mapping from a name to an `LazyTensor`, which knows shape and dtype and reads its tensor when asked: a 34B
+Weights are a mapping from a name to a `LazyTensor`, which knows shape and dtype and reads its tensor when asked: a 34B
 model is converted with one tensor in memory. The format is https://github.com/huggingface/safetensors, and the index is
 Hugging Face's `model.safetensors.index.json`.
 """

@@ -1,4 +1,4 @@
-"""A replica whose model several processes hold together (tensor parallelism, see model/generation/parallel.py).
+"""A replica whose model several processes hold together (tensor parallelism, see model/generation/tensor_parallel.py).
 
 The first of them is the replica's engine process (engine_process.py); the others are Ray actors in the replica's
 placement group, so on its node. They meet through a TCP store of the replica's: tensors on GPUs go by NCCL, all else by

@@ -212,22 +212,22 @@ class ImageObjective:
         """Whether the discriminator takes part in a step (the first is 0)."""
         return self.discriminator is not None and step >= self.config.adversarial_start
 
-    def tokenizer(self, found: Reconstruction, x_BCHW: Tensor, step: int, last_layer: Tensor) -> ImageLosses:
+    def tokenizer(self, reconstruction: Reconstruction, x_BCHW: Tensor, step: int, last_layer: Tensor) -> ImageLosses:
         """What the tokenizer learns from; `last_layer` is its `last_layer` weight."""
         config = self.config
         error = F.l1_loss if config.pixels == "l1" else F.mse_loss
-        parts = {"reconstruction": error(found.x_BCHW, x_BCHW)}
+        parts = {"reconstruction": error(reconstruction.x_BCHW, x_BCHW)}
         looks = parts["reconstruction"]
         if self.perceptual is not None:
-            parts["perceptual_loss"] = self.perceptual(found.x_BCHW, x_BCHW)
+            parts["perceptual_loss"] = self.perceptual(reconstruction.x_BCHW, x_BCHW)
             looks = looks + config.perceptual * parts["perceptual_loss"]
-        total = looks + self.commitment * found.commitment_loss
+        total = looks + self.commitment * reconstruction.commitment_loss
         if config.codebook == "gradient":
-            total = total + found.codebook_loss
-        parts |= {"codebook_loss": found.codebook_loss, "commitment_loss": found.commitment_loss}
+            total = total + reconstruction.codebook_loss
+        parts |= {"codebook_loss": reconstruction.codebook_loss, "commitment_loss": reconstruction.commitment_loss}
         if self.discriminator is not None and self.judges(step):
             self.discriminator.requires_grad_(False)
-            parts["adversarial_loss"] = -self.discriminator(found.x_BCHW).mean()
+            parts["adversarial_loss"] = -self.discriminator(reconstruction.x_BCHW).mean()
             self.discriminator.requires_grad_(True)
             weight = looks.new_tensor(config.adversarial)
             if config.adversarial_adaptive:
@@ -237,7 +237,9 @@ class ImageObjective:
         return ImageLosses(total, {name: part.detach() for name, part in parts.items()})
 
 
-def discriminator_loss(discriminator: Callable[[Tensor], Tensor], found: Reconstruction, x_BCHW: Tensor) -> Tensor:
+def discriminator_loss(
+    discriminator: Callable[[Tensor], Tensor], reconstruction: Reconstruction, x_BCHW: Tensor
+) -> Tensor:
     """The discriminator's own loss on real and reconstructed images; one pass over both."""
-    real, fake = discriminator(torch.cat([x_BCHW, found.x_BCHW.detach()])).chunk(2)
+    real, fake = discriminator(torch.cat([x_BCHW, reconstruction.x_BCHW.detach()])).chunk(2)
     return hinge_loss(real, fake)

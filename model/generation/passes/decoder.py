@@ -123,14 +123,14 @@ class Decoder:
     def _attention(
         self, x_TD: Tensor, rope_T1P: Tensor, number: int, layer: LayerWeights, paged: PagedAttention
     ) -> Tensor:
-        found = [F.linear(x_TD, weight) for weight in layer.query_key_value]
+        projected = [F.linear(x_TD, weight) for weight in layer.query_key_value]
         Q = self.heads + self.kv_heads
-        if len(found) == 1:
-            qkv_TXH = found[0].view(len(x_TD), -1, self.head_size)
+        if len(projected) == 1:
+            qkv_TXH = projected[0].view(len(x_TD), -1, self.head_size)
             qk_TQH, v_TKH = qkv_TXH[:, :Q], qkv_TXH[:, Q:]
         else:
-            qk_TQH = torch.cat(found[:2], dim=-1).view(len(x_TD), Q, self.head_size)
-            v_TKH = found[2].view(len(x_TD), self.kv_heads, self.head_size)
+            qk_TQH = torch.cat(projected[:2], dim=-1).view(len(x_TD), Q, self.head_size)
+            v_TKH = projected[2].view(len(x_TD), self.kv_heads, self.head_size)
         if layer.norm is not None:
             weight_QH, bias_QH = layer.norm
             qk_TQH = torch.addcmul(bias_QH, F.layer_norm(qk_TQH, (self.head_size,), eps=1e-5), weight_QH)
@@ -140,8 +140,8 @@ class Decoder:
         return self.shard.sum(F.linear(out_TX, layer.output))
 
     def _feed_forward(self, x_TD: Tensor, layer: LayerWeights) -> Tensor:
-        found = [F.linear(x_TD, weight) for weight in layer.gate_up]
-        gate, up = found if len(found) == 2 else found[0].chunk(2, dim=-1)
+        projected = [F.linear(x_TD, weight) for weight in layer.gate_up]
+        gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
         return self.shard.sum(F.linear(F.silu(gate) * up, layer.down))
 
     def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Sampler:
         seats_R: Tensor,
         number_R: Tensor,
         begins_R: Tensor | None,
-        needs: SamplingMetadata,
+        metadata: SamplingMetadata,
     ) -> SamplerOutput:
         """One id for each row of a phase, from its logits of `columns[phase]`, which are overwritten.
 
@@ -98,23 +98,23 @@ class Sampler:
         scratch_RC = self._scratch(logits_RC)
         normalizer_R1 = top_R1 - torch.softmax(logits_RC, -1, out=scratch_RC).gather(1, token_R1).log_()
         top_ids = top_logprobs = None
-        if needs.top:
-            top_logprobs, top_ids = logits_RC.topk(min(needs.top, MOST_LOGPROBS, logits_RC.shape[1]))
+        if metadata.top:
+            top_logprobs, top_ids = logits_RC.topk(min(metadata.top, MOST_LOGPROBS, logits_RC.shape[1]))
             top_logprobs, top_ids = top_logprobs - normalizer_R1, top_ids + offset
         seen_RN = own_RN = None
-        if needs.penalized:
+        if metadata.penalized:
             penalty_R1 = self.settings_SP5[seats_R, phase, 4:]
-            seen_RN = self.seen_SN[seats_R, : needs.penalized]
+            seen_RN = self.seen_SN[seats_R, : metadata.penalized]
             own_RN = logits_RC.gather(1, seen_RN)
             weakened_RN = torch.where(own_RN > 0, own_RN / penalty_R1, own_RN * penalty_R1)
             top_R1, token_R1 = largest(logits_RC.scatter_(1, seen_RN, weakened_RN))
-        if needs.random:
+        if metadata.random:
             settings_R5 = self.settings_SP5[seats_R, phase]
             temperature_R1 = settings_R5[:, :1]
             # relative to the maximum, so that no temperature, however small, overflows
             torch.sub(logits_RC, top_R1, out=scratch_RC).div_(torch.where(temperature_R1 > 0, temperature_R1, 1.0))
             scratch_RC.exp_()
-            filters_3R = settings_R5[:, 1:4].T if needs.filtered else None
+            filters_3R = settings_R5[:, 1:4].T if metadata.filtered else None
             drawn_R1 = propose(scratch_RC, filters_3R, self.uniform_SNX[seats_R, number_R])
             token_R1 = torch.where(temperature_R1 > 0, drawn_R1, token_R1)
         if seen_RN is not None and own_RN is not None:
@@ -125,7 +125,9 @@ class Sampler:
             self.seen_SN[seats_R, number_R] = torch.where(self.text_V[token_R], token_R, self.nothing)
         return SamplerOutput(token_R, logprob_R, top_ids, top_logprobs)
 
-    def image_probabilities(self, logits_RC: Tensor, seats_R: Tensor, needs: SamplingMetadata) -> tuple[Tensor, Tensor]:
+    def image_probabilities(
+        self, logits_RC: Tensor, seats_R: Tensor, metadata: SamplingMetadata
+    ) -> tuple[Tensor, Tensor]:
         """What image codes are drawn from, FloatTensor [R, C], and their log-probabilities, as in Event; from logits as
         `sample` takes them."""
         logits_RC += self.bias[IMAGE]
@@ -133,7 +135,7 @@ class Sampler:
         temperature_R1 = settings_R5[:, :1]
         top_R1, token_R1 = largest(logits_RC)
         p_RC = ((logits_RC - top_R1) / torch.where(temperature_R1 > 0, temperature_R1, 1.0)).softmax(-1)
-        if needs.filtered:
+        if metadata.filtered:
             p_RC.masked_fill_(p_RC < thresholds(p_RC, *settings_R5[:, 1:4].T)[:, None], 0)
             p_RC /= p_RC.sum(-1, keepdim=True)
         certain_RC = torch.zeros_like(p_RC).scatter_(1, token_R1, 1.0)
