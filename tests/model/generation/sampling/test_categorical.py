@@ -6,15 +6,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.model.generation.sampling import categorical
-from calumma.model.generation.sampling import filters as filtering
 from calumma.model.generation.sampling.categorical import RUN, draw, inverse_cdf, largest, propose
-from calumma.model.generation.sampling.filters import thresholds
 
 
 def filters(rows: int, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) -> Tensor:
@@ -106,70 +103,9 @@ def test_runs_find_what_a_plain_search_finds(columns: int, number: float, seed: 
     assert first_R1.flatten().tolist() == [row.index(max(row)) for row in values_RC.tolist()]
 
 
-def plainly(row: list[float], top_p: float, min_p: float, top_k: int) -> float:
-    """The least probability kept, by the letter of PhaseSampling."""
-    ranked = sorted(row, reverse=True)
-    ranked = [p for p in ranked[: top_k or None] if p >= min_p * ranked[0]]
-    mass, kept = sum(ranked), ranked[:1]
-    while sum(kept) < top_p * mass - 1e-9 and len(kept) < len(ranked):
-        kept.append(ranked[len(kept)])
-    return kept[-1]
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    rows=st.lists(
-        st.tuples(st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.sampled_from([0.0, 0.02, 0.4]), st.integers(0, 12)),
-        min_size=1,
-        max_size=4,
-    ),
-    sharpness=st.sampled_from([0.01, 1.0, 4.0]),
-    few=st.sampled_from([1, 2, 4, 64]),
-    many=st.sampled_from([2, 1000]),
-    seed=st.integers(0, 999),
-)
-def test_thresholds_are_the_same_however_many_are_looked_at(
-    rows: list[tuple[float, float, int]], sharpness: float, few: int, many: int, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    probabilities_RC = (torch.randn(len(rows), 40, generator=generator) * sharpness).softmax(-1)
-    top_p_R, min_p_R, top_k_R = torch.tensor(rows).T
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filtering, "FEW", few)
-        patch.setattr(filtering, "MANY", many)
-        found_R = thresholds(probabilities_RC, top_p_R, min_p_R, top_k_R)
-    for row, (top_p, min_p, top_k), threshold in zip(probabilities_RC.tolist(), rows, found_R.tolist(), strict=True):
-        expected = plainly(row, top_p, min_p, top_k)
-        assert [p >= threshold for p in row] == [p >= expected for p in row]
-
-
 def test_the_largest_uniform_number_stays_among_the_possible() -> None:
     probabilities_RC = torch.zeros(1, 5000)
     probabilities_RC[0, :4999] = 1 / 4999
     largest_R = torch.tensor([1 - 2**-24])
     assert int(draw(probabilities_RC, None, largest_R)) == 4998
     assert int(draw(torch.tensor([[0.0, 0.5, 0.5]]), None, torch.zeros(1))) == 1
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda: PhaseSampling(temperature=-1),
-        lambda: PhaseSampling(temperature=float("nan")),
-        lambda: PhaseSampling(top_p=1.1),
-        lambda: PhaseSampling(repetition_penalty=0),
-        lambda: PhaseSampling(top_k=-1),
-        lambda: PhaseSampling(min_p=1.1),
-        lambda: SamplingParams(logprobs=-1),
-        lambda: SamplingParams(prompt_logprobs=65),
-        lambda: SamplingParams(max_tokens=0),
-        lambda: SamplingParams(max_images=-1),
-        lambda: SamplingParams(mode=cast(Any, "video")),
-        lambda: SamplingParams(guidance_text=float("inf")),
-        lambda: SamplingParams(image=PhaseSampling(repetition_penalty=1.2)),
-        lambda: SamplingParams(seed=2**64),
-    ],
-)
-def test_parameters_out_of_range_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"-1|nan|1\.1|0|video|inf|image codes|64 bits|65"):
-        wrong()

@@ -1,4 +1,4 @@
-"""One process of an engine for test_generation_parallel.py: `parallel_worker.py RANK WORLD FOLDER`."""
+"""One process of an engine for test_tensor_parallel.py: `tensor_parallel_worker.py RANK WORLD FOLDER`."""
 
 from __future__ import annotations
 

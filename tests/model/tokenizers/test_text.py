@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from calumma.model import MixedModalModel
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
-from calumma.model.vocabulary import Vocabulary
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 symbols = st.sampled_from(
@@ -73,35 +71,6 @@ def test_lone_surrogates_are_refused(model: MixedModalModel) -> None:
         model.text_tokenizer.encode("a\ud800")
     with pytest.raises(ValueError, match="not valid Unicode"):
         model.text_tokenizer.encode_many(["a", "a\ud800"])
-
-
-def test_every_id_is_text_image_or_special(model: MixedModalModel) -> None:
-    vocabulary = model.vocabulary
-    kinds = [vocabulary.special_ids, vocabulary.image_ids, vocabulary.text_ids]
-    assert sorted(token for ids in kinds for token in ids) == list(range(vocabulary.size))
-    for ids in kinds:
-        assert vocabulary.mask(ids).nonzero()[:, 0].tolist() == ids
-    assert [vocabulary.code_of[i] for i in vocabulary.image_codes] == list(range(len(vocabulary.image_codes)))
-
-
-def test_the_public_releases_ids_fit() -> None:
-    vocabulary = Vocabulary(
-        size=65536,
-        bos=0,
-        pad=1,
-        eos=2,
-        unknown=3,
-        image_codes=list(range(4, 8196)),
-        end_image=8196,
-        begin_image=8197,
-        end_turn=8710,
-    )
-    assert len(vocabulary.text_ids) == 65536 - 8192 - 7
-
-
-def test_an_id_with_two_meanings_is_refused() -> None:
-    with pytest.raises(ValidationError, match="given twice"):
-        Vocabulary(size=10, bos=0, pad=1, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=[6, 7])
 
 
 def test_every_digit_is_an_id_of_its_own_however_often_a_number_occurs(tmp_path: Path) -> None:

@@ -19,14 +19,14 @@ from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.transformer import Transformer
 from calumma.model.weights import LazyTensor, write_weights
 
-WORKER = Path(__file__).with_name("parallel_worker.py")
+WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 SHAPE = ModelConfig(vocabulary_size=9, layers=1, width=32, heads=4, kv_heads=2, ffn_width=49)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, list[int]]]]:
     """A folder with the model that the processes read, and what one process answers."""
-    specification = importlib.util.spec_from_file_location("parallel_worker", WORKER)
+    specification = importlib.util.spec_from_file_location("tensor_parallel_worker", WORKER)
     assert specification is not None
     assert specification.loader is not None
     worker = importlib.util.module_from_spec(specification)
