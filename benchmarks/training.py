@@ -29,7 +29,7 @@ import torch
 
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.document import Document, Text
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.cluster import capacity, connection

@@ -107,7 +107,7 @@ class Answerer:
 
     def answer(self, cases: list[Case], seeds: list[int]) -> list[dict[str, Any]]:
         """Answers as table rows (`Document.to_row`), in order."""
-        from calumma.model.generation import generate
+        from calumma.model import generate
 
         length = self._model.image_length
         expected = self._model.encoder.encode_many([c.expected for c in cases])

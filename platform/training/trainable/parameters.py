@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calumma.model import stability
-from calumma.model.loss import linear_loss
+from calumma.model.ops import stability
+from calumma.model.ops.loss import linear_loss
 from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.specification import SpecificationError

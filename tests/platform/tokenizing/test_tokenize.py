@@ -22,8 +22,9 @@ from PIL import Image as PILImage
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image, Segment, Text
 from calumma.model.encoding import DocumentEncoder
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import TextTokenizer, train_text_tokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import silent

@@ -19,7 +19,7 @@ import torch
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image
-from calumma.model.image_tokenizer import to_image
+from calumma.model.images import to_image
 from calumma.platform import storage
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.storage.manifest import FileEntry, Manifest
