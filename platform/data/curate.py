@@ -30,8 +30,8 @@ from calumma.platform.curation.findings import Findings
 from calumma.platform.data import pipeline, shards
 from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints
 from calumma.platform.data.tally import Tally
-from calumma.platform.evaluation.sheet import Cell, contact_sheet
 from calumma.platform.progress import Progress
+from calumma.platform.reports.contact_sheet import Cell, contact_sheet
 
 if TYPE_CHECKING:
     from calumma.platform.tracking import Run

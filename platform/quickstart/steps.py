@@ -229,7 +229,7 @@ def _run(spec: JobSpecification, options: Options, progress: Progress) -> Manife
 
 def _tracked_documents(spec: DocumentsSpecification, progress: Progress) -> Manifest:
     from calumma.platform import tracking
-    from calumma.platform.evaluation.sheet import Cell, contact_sheet
+    from calumma.platform.reports.contact_sheet import Cell, contact_sheet
 
     with tracking.run(spec) as run:
         manifest = documents.write(spec, progress)
