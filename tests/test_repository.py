@@ -153,8 +153,9 @@ def test_the_wheel_contains_every_module(wheel: zipfile.ZipFile) -> None:
     assert {name for name in wheel.namelist() if name.endswith(".py")} == expected
 
 
-def test_the_wheel_contains_recipes_playground_and_license(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_recipes_playground_templates_and_license(wheel: zipfile.ZipFile) -> None:
     data = [*(ROOT / "jobs" / "recipes").rglob("*.yaml"), *(ROOT / "serve").rglob("*.html")]
+    data += [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.html.j2")]
     expected = {"calumma/" + file.relative_to(ROOT).as_posix() for file in data}
     assert len(expected) > 2
     assert expected - set(wheel.namelist()) == set()
