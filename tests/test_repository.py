@@ -55,9 +55,9 @@ def imports(file: Path) -> Iterator[str]:
 
 def linted(folder: Path) -> subprocess.CompletedProcess[str]:
     """What import-linter says of the four packages below `folder`/calumma, by the contracts of pyproject.toml."""
-    command = [str(Path(sys.executable).with_name("lint-imports")), "--config", str(ROOT / "pyproject.toml")]
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", str(ROOT / "pyproject.toml")]
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.run([*command, "--no-cache"], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
