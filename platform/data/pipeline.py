@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from calumma.platform import cluster, storage
 from calumma.platform.config import JobSpecification, Resources
 from calumma.platform.data.manifest import Manifest, ManifestError, finished
+from calumma.platform.data.notices import hold_back_restart_notice
 
 MAX_BLOCKS = 4096  # tasks beyond it share a block: Ray Data's bookkeeping stays small
 T = TypeVar("T")
@@ -59,6 +60,8 @@ def in_order(
     # It warns that there are no progress bars, which is what we ask for.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     actors = isinstance(work, type)
+    if actors:
+        hold_back_restart_notice()
     function: Any = _JsonActor if actors else _json_task
     with DataContext.current(context):
         # JSON keeps Ray Data from guessing a schema for results that differ in shape.
