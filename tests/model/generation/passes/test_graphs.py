@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
 from calumma.model.generation.passes.graphs import SEQUENCES
 from calumma.model.transformer import Transformer
@@ -20,15 +20,11 @@ V = Vocabulary(
 
 
 @pytest.fixture(scope="module")
-def transformer() -> Transformer:
-    config = ModelConfig(vocabulary_size=28, layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=64)
-    made, generator = Transformer(config), torch.Generator().manual_seed(3)
+def transformer(make_transformer: Callable[..., Transformer]) -> Transformer:
+    made = make_transformer(V.size, seed=3)
     with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.4, generator=generator)
         made.output.weight[[V.eos, V.end_turn]] = 0  # seldom the likeliest
-    return made.eval()
+    return made
 
 
 def answers(engine: Engine, count: int) -> dict[str, list[int]]:
