@@ -35,8 +35,8 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.image_tokenizer import ImageTokenizer, preprocess
 from calumma.model.text_tokenizer import SentencepieceTokenizer, TextTokenizer, train_text_tokenizer
 from calumma.platform.shards import documents as document_shards
+from calumma.platform.tokenizing.actor import Tokenizer
 from calumma.platform.tokenizing.specification import TokenizeSpecification
-from calumma.platform.tokenizing.tokenizer import Tokenizer
 
 A_SHARD = 1000  # documents
 PICTURE = (640, 480)
