@@ -101,7 +101,7 @@ def _entry(path: str, data: bytes, rows: int, micro_batch: int) -> FileEntry:
         rows=rows,
         row_groups=-(-rows // micro_batch),
         sequences_per_row_group=micro_batch,
-        footer=token_shards.footer(data),
+        footer=token_shards.footer_digest(data),
     )
 
 
@@ -137,7 +137,7 @@ def verification(uri: str, manifest: Manifest) -> float:
             reader.read(micro_batch)
         read = time.process_time()
         for content in contents:
-            token_shards.digest(content)
+            token_shards.row_group_digest(content)
         shares.append((time.process_time() - read) / (read - began))
     return median(shares)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from calumma.platform.storage.manifest import FileEntry, Footer, Manifest
+from calumma.platform.storage.manifest import FileEntry, FooterDigest, Manifest
 from calumma.platform.streaming.plan import Plan
 
 
@@ -25,7 +25,7 @@ def large_manifest(shards: int, row_groups: int) -> Manifest:
             row_groups=row_groups,
             tokens={"text": 6 * 10**5, "image": 4 * 10**5},
             sequences_per_row_group=1,
-            footer=Footer(bytes=10**5, sha256=digest[::-1]),
+            footer=FooterDigest(bytes=10**5, sha256=digest[::-1]),
         )
 
     return Manifest(kind="tokens", files=[entry(number) for number in range(shards)])

@@ -33,7 +33,7 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.cluster import capacity, connection
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.specification import Tracking
 from calumma.platform.storage.manifest import FileEntry, Manifest
@@ -64,7 +64,7 @@ def corpus(root: str, context: int, micro_batch: int) -> None:
         storage=root, tracking=_tracking(root), documents=["curated/text"], vocabulary_size=2048, image_codes=CODES
     )
     with job_run(spec) as run:
-        train_text_tokenizer(spec, run, silent)
+        train_text_tokenizer(spec, run, no_progress)
     shape = ImageTokenizerConfig(
         resolution=8, codebook_size=CODES, embedding=4, base_channels=4, multipliers=[1, 1], residual_blocks=1
     )
@@ -223,7 +223,7 @@ def whole_stage(root: str, given: argparse.Namespace, workers: int) -> dict[str,
     resources = spec.resources.model_copy(update={"workers": workers})
     spec = spec.model_copy(update={"resources": resources})
     with job_run(spec) as run:
-        run_stage(spec, run, silent)
+        run_stage(spec, run, no_progress)
     data, compute = (history(run, f"seconds/{name}") for name in ("data", "compute"))
     found = {
         "tokens_per_second": fastest(history(run, "tokens_per_second")),
@@ -250,7 +250,7 @@ def killed(root: str, given: argparse.Namespace) -> dict[str, float]:
 
     once(lambda: catalog.newest_step(place) >= every, kill)
     with job_run(spec) as run:
-        run_stage(spec, run, silent)
+        run_stage(spec, run, no_progress)
     (moment,) = at
     after = [m.timestamp / 1000 for m in run.client.get_metric_history(run.id, "loss") if m.timestamp / 1000 > moment]
     # what was still on its way to MLflow when the worker died comes at once; the new group's first step after a gap

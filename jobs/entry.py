@@ -14,7 +14,7 @@ from pathlib import Path
 from calumma.jobs.specifications.reading import read
 from calumma.jobs.specifications.table import JOBS, job_function
 from calumma.platform.cluster.progress import LogLines
-from calumma.platform.cluster.runner import run_alone
+from calumma.platform.cluster.runner import run_on_own_cluster
 from calumma.platform.specification import JobSpecification, SpecificationError
 
 FAILED = 1
@@ -89,7 +89,7 @@ def main(job: str, arguments: Sequence[str] | None = None) -> int:
 
     def act() -> None:
         spec = specification(job, given.config, given.set)
-        manifest, skipped = run_alone(spec, job_function(job), LogLines(job), given.force, given.address)
+        manifest, skipped = run_on_own_cluster(spec, job_function(job), LogLines(job), given.force, given.address)
         say(f"{job}: {'already done' if skipped else 'done'}: {spec.output_uri} ({len(manifest.files)} files)")
 
     words = sys.argv[1:] if arguments is None else list(arguments)

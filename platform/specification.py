@@ -120,7 +120,7 @@ class JobSpecification(Section):
         return f"{self.output_uri.rstrip('/')}/checkpoints"
 
 
-def last_part(location: str) -> str:
+def basename(location: str) -> str:
     """The name that a location ends in, of a path or a URI."""
     return location.rstrip("/").rpartition("/")[2]
 
@@ -191,7 +191,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return found
 
 
-def named(path: str, field: str) -> Callable[..., Any]:
+def import_function(path: str, field: str) -> Callable[..., Any]:
     """The function behind a name. Raises SpecificationError, which names the field, when there is none."""
     module, separator, name = path.partition(":")
     if not separator or not module or not name:
@@ -205,7 +205,7 @@ def named(path: str, field: str) -> Callable[..., Any]:
     return found
 
 
-def absolute(spec: S) -> S:
+def with_absolute_storage(spec: S) -> S:
     """The specification with its local storage root made absolute: workers stand in other working directories."""
     if "://" in spec.storage:
         return spec

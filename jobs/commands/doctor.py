@@ -185,7 +185,7 @@ def object_storage(uri: str) -> Finding:
     from calumma.platform import storage
 
     try:
-        storage.check(uri)
+        storage.check_writable(uri)
     except storage.StorageError as error:
         return Finding("storage", State.MISSING, str(error), "give --storage a place that can be written")
     return Finding("storage", State.FOUND, f"{uri}: written, read and deleted a file")
@@ -202,7 +202,7 @@ def reachable_cluster(address: str | None) -> Finding:
             with client(address):
                 return Finding("cluster", State.FOUND, f"{address} takes jobs")
         with connection.connected(address):
-            there = capacity.available()
+            there = capacity.cluster_capacity()
             return Finding("cluster", State.FOUND, f"{address}: {there.cpus:g} CPUs, {there.gpus:g} GPUs")
     except capacity.ClusterError as error:
         return Finding("cluster", State.MISSING, *_split(str(error)))
@@ -225,7 +225,7 @@ def mlflow(uri: str | None) -> Finding:
     if "://" in place:
         return Finding("MLflow", State.FOUND, f"{uri}: not tried, only servers and SQLite are")
     try:
-        storage.check(place)
+        storage.check_writable(place)
     except storage.StorageError as error:
         return Finding("MLflow", State.MISSING, str(error), "give a place that can be written, or a server")
     return Finding("MLflow", State.FOUND, f"embedded: SQLite at {place}")

@@ -25,7 +25,7 @@ from calumma.jobs import entry
 from calumma.jobs.specifications.table import JOBS, job_function
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.capacity import ClusterError
-from calumma.platform.cluster.progress import Display, spoken
+from calumma.platform.cluster.progress import Display, format_duration
 from calumma.platform.specification import JobSpecification, SpecificationError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def run(
     def act() -> None:
         spec = entry.specification(name, config, overrides or [])
         with Display() as display, display.step(name) as progress:
-            manifest, skipped = runner.run_alone(spec, job_function(name), progress, force, address, logs)
+            manifest, skipped = runner.run_on_own_cluster(spec, job_function(name), progress, force, address, logs)
         typer.echo(f"{name}: {'already done, kept' if skipped else 'done'}: {spec.output_uri}")
         for key, value in manifest.report.items():
             if isinstance(value, str | int | float):
@@ -311,7 +311,7 @@ def _started(job: Any) -> str:
 
 
 def _took(job: Any) -> str:
-    return spoken((job.end_time - job.start_time) / 1000) if job.start_time and job.end_time else ""
+    return format_duration((job.end_time - job.start_time) / 1000) if job.start_time and job.end_time else ""
 
 
 def _exit(act: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from calumma.platform.cluster import capacity
 from calumma.platform.cluster import head as ray_head
 from calumma.platform.cluster.capacity import ClusterError
 from calumma.platform.cluster.head import Service
-from calumma.platform.cluster.progress import spoken
+from calumma.platform.cluster.progress import format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,7 +133,7 @@ def status() -> None:
         "url": service_.url,
         "model": f"{service_.name} ({service_.model})",
         "cluster": f"{service_.address}" + (f", process {service_.pid}" if service_.pid else ""),
-        "for": spoken(time.time() - service_.started),
+        "for": format_duration(time.time() - service_.started),
         **{
             key.replace("_", " "): str(value)
             for key, value in facts.items()

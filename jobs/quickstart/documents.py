@@ -20,7 +20,7 @@ import numpy as np
 from calumma.jobs.quickstart import conversations as talk
 from calumma.jobs.quickstart import digits
 from calumma.jobs.quickstart.digits import WORDS, Scan
-from calumma.platform.cluster.progress import Progress, silent
+from calumma.platform.cluster.progress import Progress, no_progress
 from calumma.platform.specification import JobSpecification, Section
 
 if TYPE_CHECKING:
@@ -78,13 +78,13 @@ class DocumentsSpecification(JobSpecification):
     samples_per_tar: int = 500
 
 
-def write_documents(storage_uri: str, fast: bool = False, progress: Progress = silent, seed: int = 0) -> Manifest:
+def write_documents(storage_uri: str, fast: bool = False, progress: Progress = no_progress, seed: int = 0) -> Manifest:
     """Write everything below `storage_uri`/documents. Raises StorageError."""
     sizes = FAST if fast else FULL
     return write(DocumentsSpecification(storage=storage_uri, sizes=sizes, seed=seed), progress)
 
 
-def write(spec: DocumentsSpecification, progress: Progress = silent) -> Manifest:
+def write(spec: DocumentsSpecification, progress: Progress = no_progress) -> Manifest:
     """Write the documents of a specification, a manifest for each source, and the whole's last. Raises StorageError."""
     from calumma.platform import storage
     from calumma.platform.storage.manifest import MANIFEST, FileEntry, Manifest

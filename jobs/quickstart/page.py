@@ -9,7 +9,7 @@ from html import escape
 from calumma.jobs.quickstart import steps
 from calumma.jobs.quickstart.questions import Answer
 from calumma.jobs.quickstart.report import MEASURED, STAGES, TARGETS, Curve, Story, goal, shown
-from calumma.platform.cluster.progress import spoken
+from calumma.platform.cluster.progress import format_duration
 
 TEXT, IMAGE = "#3b82f6", "#f08c2e"  # readable on white and on black
 INK = "#010203"  # stands for the page's own text colour in drawings
@@ -81,7 +81,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _head(story: Story) -> str:
-    total = spoken(sum(story.results["seconds"].values()))
+    total = format_duration(sum(story.results["seconds"].values()))
     note = (
         '<p class="note">Made with --fast: a few steps of everything. It shows that the machinery works, the model has '
         "learned next to nothing.</p>"
@@ -220,7 +220,7 @@ def _seconds(seconds: dict[str, float]) -> str:
     longest = max([*seconds.values(), 1e-9])
     titles = {step.name: step.title for step in (*steps.STEPS, steps.CLUSTER)}
     rows = [
-        f'<tr><td>{escape(titles[name])}</td><td class="number">{spoken(value)}</td>'
+        f'<tr><td>{escape(titles[name])}</td><td class="number">{format_duration(value)}</td>'
         f'<td style="width:55%"><div class="bar" style="width:{100 * value / longest:.1f}%"></div></td></tr>'
         for name, value in seconds.items()
     ]

@@ -15,7 +15,7 @@ from calumma.jobs.quickstart import steps
 from calumma.jobs.quickstart.questions import Answer
 from calumma.jobs.quickstart.steps import Outcome
 from calumma.platform import storage
-from calumma.platform.cluster.progress import spoken
+from calumma.platform.cluster.progress import format_duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -199,8 +199,8 @@ def table(found: dict[str, Any], workdir: Path) -> Table:
     made.add_section()
     titles = {step.name: step.title for step in (*steps.STEPS, steps.CLUSTER)}
     for name, seconds in found["seconds"].items():
-        made.add_row(f"[dim]{titles[name]}", f"[dim]{spoken(seconds)}", "", "")
-    made.add_row("All steps", spoken(sum(found["seconds"].values())), "", f"{workdir / RESULTS}")
+        made.add_row(f"[dim]{titles[name]}", f"[dim]{format_duration(seconds)}", "", "")
+    made.add_row("All steps", format_duration(sum(found["seconds"].values())), "", f"{workdir / RESULTS}")
     made.add_section()
     made.add_row("Report, with pictures", "", "", f"{workdir / PAGE}")
     made.add_row("Model", "", "", f"{found['model_uri']}\n{found['model_directory']}")

@@ -174,9 +174,11 @@ def quickstart(options: Options, console: Console) -> Outcome:
                 ran.append(CLUSTER.name)
                 memory.keep(CLUSTER.name, board.seconds(CLUSTER.name))
             for later in STEPS[number + 1 :]:  # what they made came from what is about to be replaced
-                runner.discard(specs[later.name])
+                runner.delete_result(specs[later.name])
             if isinstance(spec, TrainSpecification) and _published(spec):
-                runner.discard(spec)  # a finished training by another recipe: its checkpoints are not to be continued
+                runner.delete_result(
+                    spec
+                )  # a finished training by another recipe: its checkpoints are not to be continued
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)
             memory.keep(step.name, board.seconds(step.name))
@@ -199,7 +201,7 @@ def _published(spec: JobSpecification) -> bool:
 
 def _standing(spec: JobSpecification) -> Manifest | None:
     """The manifest of a finished step. A model that the registry does not know, or no longer, is registered again."""
-    manifest = runner.standing(spec)
+    manifest = runner.reusable_result(spec)
     if manifest is not None and isinstance(spec, FinetuneSpecification) and spec.register_as:
         from calumma.platform import storage
         from calumma.platform.tracking import registry

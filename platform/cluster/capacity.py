@@ -19,7 +19,7 @@ class ClusterError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Available:
+class Capacity:
     """What jobs can have. `cpus` are Ray's logical CPUs; one of them stays free for reading data."""
 
     cpus: float
@@ -50,27 +50,27 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-def available() -> Available:
+def cluster_capacity() -> Capacity:
     """What the running cluster offers (with what its autoscaler may add), or this machine when none runs yet."""
-    if not _running():
+    if not ray_is_running():
         machine = cores()
         number = logical_cpus(machine)
-        return Available(number, gpus(), f"this machine ({machine} cores, used as {number} logical CPUs)")
+        return Capacity(number, gpus(), f"this machine ({machine} cores, used as {number} logical CPUs)")
     import ray
 
     total = _with_autoscaler(ray.cluster_resources())
-    return Available(total.get("CPU", 0.0), total.get("GPU", 0.0), "the cluster")
+    return Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), "the cluster")
 
 
-def require(resources: Resources) -> int:
+def require_workers(resources: Resources) -> int:
     """How many workers to start: all that were asked for or, of a range, as many as fit.
 
     Raises SpecificationError when the least that was asked for does not fit.
     """
-    return fit(resources, available())
+    return workers_that_fit(resources, cluster_capacity())
 
 
-def fit(resources: Resources, there: Available) -> int:
+def workers_that_fit(resources: Resources, there: Capacity) -> int:
     """`require` against given means."""
     workers = math.floor((there.cpus - 1) / resources.cpus_per_worker + 1e-9)
     if resources.gpus_per_worker:
@@ -89,7 +89,7 @@ def fit(resources: Resources, there: Available) -> int:
     )
 
 
-def _running() -> bool:
+def ray_is_running() -> bool:
     if "ray" not in sys.modules:
         return False
     import ray

@@ -26,7 +26,7 @@ from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.cluster import capacity
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.cluster.tasks import in_order
+from calumma.platform.cluster.tasks import map_in_order
 from calumma.platform.curation import tasks
 from calumma.platform.curation.counts import Tally
 from calumma.platform.curation.report import publish
@@ -40,7 +40,7 @@ from calumma.platform.sources.specification import Source
 from calumma.platform.specification import Resources
 from calumma.platform.storage import publishing
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.tracking.fingerprints import fingerprints, standing
+from calumma.platform.tracking.fingerprints import fingerprints, reusable_result
 
 if TYPE_CHECKING:
     from calumma.platform.tracking.run import Run
@@ -113,7 +113,9 @@ def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
             published |= job.in_phases(waiting)
         else:
             published |= job.one_phase(waiting)
-    manifest = publishing.together(document_shards.CURATED, spec, {s.name: published[s.name] for s in spec.sources})
+    manifest = publishing.combined_manifest(
+        document_shards.CURATED, spec, {s.name: published[s.name] for s in spec.sources}
+    )
     manifest.write(output)
     publish.write(output, manifest, {w.source.name: w.findings for w in waiting}, run)
     run.log_metrics(_metrics(manifest) | _seconds(waiting))
@@ -130,7 +132,7 @@ def _resources(spec: CurateSpecification, scorer: str) -> Resources:
 
 def _require(spec: CurateSpecification, resources: Resources) -> None:
     if resources.max_workers:
-        capacity.require(resources)
+        capacity.require_workers(resources)
 
 
 # -- what is to do -----------------------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def _plan(spec: CurateSpecification) -> list[_Work]:
                 "place": [number, place],
                 "files": files[begin : begin + size],
                 "output": output,
-                "stem": publishing.stem("documents", mark, place),
+                "stem": publishing.shard_prefix("documents", mark, place),
             }
             for place, begin in enumerate(range(0, len(files), size))
         ]
@@ -181,7 +183,7 @@ def _standing(spec: CurateSpecification, works: list[_Work]) -> dict[str, Manife
     """Manifests of the sources that need not be made again."""
     published: dict[str, Manifest] = {}
     for w in works:
-        manifest = standing(w.output, w.alone)
+        manifest = reusable_result(w.output, w.alone)
         if manifest is not None and manifest.report["fingerprint"] == w.mark:
             published[w.source.name] = manifest
     # Sources whose documents are compared are made together.
@@ -201,7 +203,7 @@ def _index(spec: CurateSpecification, root: str) -> str | None:
         "output": root,
         "index": storage.join(root, "evaluation.npz"),
     }
-    for _ in in_order([task], decontaminate.build, spec.resources):
+    for _ in map_in_order([task], decontaminate.build, spec.resources):
         pass
     return str(task["index"])
 
@@ -264,7 +266,7 @@ class _Job:
                 continue
             if problem := _problem(self.spec, w, w.tally.kept):
                 failures.append(problem)
-                publishing.discard(storage.join(w.output, entry.path) for entry in w.entries)
+                publishing.delete_files(storage.join(w.output, entry.path) for entry in w.entries)
                 continue
             published[w.source.name] = manifest = _publish(w, self.run)
             if skipped := unreadable(w.source.name, manifest.report):
@@ -290,7 +292,7 @@ class _Job:
         total = sum(len(task["files"]) for _, task in pairs)
         done = 0
         self._say(0, total, f"{total:,} files of {count} sources")
-        results = in_order([task for _, task in pairs], work, self.spec.resources)
+        results = map_in_order([task for _, task in pairs], work, self.spec.resources)
         for (w, task), result in zip(pairs, results, strict=True):
             yield w, task, result
             done += len(task["files"])
@@ -301,7 +303,7 @@ class _Job:
         self, made: list[Any], work: Any, resources: Resources, note: str, arguments: dict[str, Any] | None = None
     ) -> list[Any]:
         results = []
-        for result in in_order(made, work, resources, arguments):
+        for result in map_in_order(made, work, resources, arguments):
             results.append(result)
             self._say(len(results), len(made), note)
         self.phase += 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from calumma.model.document import Document
 from calumma.platform import storage
-from calumma.platform.cluster.tasks import chunks
+from calumma.platform.cluster.tasks import batched
 from calumma.platform.curation.counts import Tally
 from calumma.platform.curation.report.findings import Findings, Sample, Veil, shown
 from calumma.platform.curation.specification import CurateSpecification
@@ -93,7 +93,7 @@ def _passed(task: dict[str, Any], spec: CurateSpecification, outcome: Outcome) -
 
 def _write(documents: Iterator[Document], spec: CurateSpecification, task: dict[str, Any]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
-    for number, shard in enumerate(chunks(documents, spec.documents_per_shard)):
+    for number, shard in enumerate(batched(documents, spec.documents_per_shard)):
         path = publishing.shard_name(task["stem"], number)
         data = document_shards.to_parquet(shard)
         storage.write_bytes(storage.join(task["output"], path), data)
@@ -130,7 +130,7 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
             yield number, document
 
     files = []
-    for count, part in enumerate(chunks(staged(), spec.documents_per_shard)):
+    for count, part in enumerate(batched(staged(), spec.documents_per_shard)):
         path = f"{task['stem']}-{count:05d}"
         staging.write_documents(document_file(task["root"], path), part)
         files.append([path, part[0][0], len(part)])

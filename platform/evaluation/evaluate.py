@@ -123,7 +123,7 @@ def _answers(spec: EvaluateSpecification, cases: list[Case], progress: Progress)
 
     from calumma.platform.cluster import capacity
 
-    workers = min(capacity.require(spec.resources), max(1, len(cases) // spec.batch))
+    workers = min(capacity.require_workers(spec.resources), max(1, len(cases) // spec.batch))
     resources = spec.resources
     actor: Any = ray.remote(Answerer).options(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2

@@ -31,12 +31,12 @@ class Receipt(BaseModel):
     dropped: Counter[str]
 
 
-def uri(folder: str, stem: str) -> str:
+def receipt_uri(folder: str, stem: str) -> str:
     """Where the receipt of the task with this stem of shard names is."""
     return storage.join(folder, stem + _SUFFIX)
 
 
-def resume(output: str, folder: str, stems: set[str]) -> dict[str, Receipt]:
+def finished_receipts(output: str, folder: str, stems: set[str]) -> dict[str, Receipt]:
     """The receipts, by stem, of the tasks that need not be done again. Deletes everything else that earlier attempts
     left, receipts and shards, but nothing that a manifest in `output` names. Raises StorageError, ManifestError."""
     sizes = {storage.relative(file, output): size for file, size in storage.sizes(output).items()}
@@ -49,14 +49,16 @@ def resume(output: str, folder: str, stems: set[str]) -> dict[str, Receipt]:
         for stem, receipt in read.items()
         if receipt and all(sizes.get(entry.path) == entry.bytes for entry in receipt.files)
     }
-    publishing.discard(file for name, file in found.items() if name.removesuffix(_SUFFIX) not in whole)
+    publishing.delete_files(file for name, file in found.items() if name.removesuffix(_SUFFIX) not in whole)
     published = Manifest.find(output)
     keep = [entry.path for receipt in whole.values() for entry in receipt.files]
-    publishing.tidy(output, [*keep, *(entry.path for entry in published.files if published)] if published else keep)
+    publishing.delete_stale_shards(
+        output, [*keep, *(entry.path for entry in published.files if published)] if published else keep
+    )
     return whole
 
 
-def clear(folder: str) -> None:
+def delete_receipts(folder: str) -> None:
     """Delete the receipts of a directory that is published. Raises StorageError."""
     storage.delete(folder)
     if not storage.is_remote(folder):

@@ -10,20 +10,22 @@ from calumma.platform.storage.uri import BrokenRead, NotFound, StorageError, buc
 
 
 @contextmanager
-def explained(uri: str, action: str) -> Iterator[None]:
+def translated_errors(uri: str, action: str) -> Iterator[None]:
     """Turn whatever goes wrong while doing `action` to `uri` into a StorageError that says what to do."""
     try:
         yield
     except (StorageError, BrokenRead):
         raise
     except Exception as error:
-        explained = explain_s3(uri, action, error) if is_remote(uri) else explain_local(uri, action, error)
+        explained = (
+            translate_s3_error(uri, action, error) if is_remote(uri) else translate_local_error(uri, action, error)
+        )
         if explained is None:
             raise
         raise explained from error
 
 
-def explain_local(uri: str, action: str, error: Exception) -> StorageError | None:
+def translate_local_error(uri: str, action: str, error: Exception) -> StorageError | None:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return NotFound(f"cannot {action} {uri}: there is no such file or folder")
     if isinstance(error, PermissionError):
@@ -31,7 +33,7 @@ def explain_local(uri: str, action: str, error: Exception) -> StorageError | Non
     return StorageError(f"cannot {action} {uri}: {error.strerror or error}") if isinstance(error, OSError) else None
 
 
-def explain_s3(uri: str, action: str, raised: Exception) -> StorageError | None:
+def translate_s3_error(uri: str, action: str, raised: Exception) -> StorageError | None:
     from botocore import exceptions as e
 
     chain = (raised, raised.__cause__, raised.__context__)  # boto3's transfers and smart_open wrap botocore's errors

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from calumma.platform.specification import SpecificationError, last_part
+from calumma.platform.specification import SpecificationError, basename
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.streaming.plan import Plan
 from calumma.platform.streaming.specification import MixtureSpecification
@@ -84,7 +84,7 @@ def check_epochs(spec: MixtureSpecification, plan: Plan) -> dict[str, float]:
     `max_epochs`. Raises SpecificationError."""
     planned = plan.epochs(spec.steps)
     epochs = {uri: planned[spec.locate(uri)] for uri in spec.mixture}
-    told = ", ".join(f"{last_part(uri)} {count:.2f}" for uri, count in epochs.items())
+    told = ", ".join(f"{basename(uri)} {count:.2f}" for uri, count in epochs.items())
     logger.info("epochs over %s steps: %s", spec.steps, told)
     limit = EPOCHS if spec.max_epochs is None else spec.max_epochs
     over = {uri: count for uri, count in epochs.items() if count > limit}

@@ -21,7 +21,7 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
-from calumma.platform.cluster.tasks import chunks
+from calumma.platform.cluster.tasks import batched
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import tokens as token_shards
 from calumma.platform.shards.receipts import Receipt
@@ -133,7 +133,7 @@ class Tokenizer:
 
         with ThreadPoolExecutor(_WRITERS) as pool:
             size = spec.micro_batch * spec.micro_batches_per_shard
-            files = list(pool.map(write, enumerate(chunks(rows, size))))
+            files = list(pool.map(write, enumerate(batched(rows, size))))
         return Receipt(files=files, counts=counts, dropped=dropped)
 
     def _write(self, output: str, path: str, rows: Sequence[PackedRow]) -> FileEntry:
@@ -148,7 +148,7 @@ class Tokenizer:
             # Without padding: image codes, and everything else (text and special tokens) as text.
             tokens={"text": sum(len(row.tokens) - row.padding for row in rows) - image, "image": image},
             sequences_per_row_group=self._spec.micro_batch,
-            footer=token_shards.footer(data),
+            footer=token_shards.footer_digest(data),
         )
 
 

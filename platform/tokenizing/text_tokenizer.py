@@ -13,9 +13,9 @@ from calumma.model.text_tokenizer import TextTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer as train
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.shards.documents import curated, read_documents
-from calumma.platform.specification import JobSpecification, SpecificationError, absolute
-from calumma.platform.storage.manifest import MANIFEST, Manifest, entries
+from calumma.platform.shards.documents import curated_manifest, read_documents
+from calumma.platform.specification import JobSpecification, SpecificationError, with_absolute_storage
+from calumma.platform.storage.manifest import MANIFEST, Manifest, file_entries
 from calumma.platform.tokenizing.specification import TextTokenizerSpecification
 from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
@@ -26,10 +26,10 @@ _MEASURED = 1_000_000  # characters on which bytes a token are measured
 
 def train_text_tokenizer(spec: TextTokenizerSpecification, run: Run, progress: Progress) -> Manifest:
     """Train and publish the text tokenizer. Raises SpecificationError when the documents do not support it."""
-    given, spec = spec, absolute(spec)
+    given, spec = spec, with_absolute_storage(spec)
     uris = [spec.locate(uri) for uri in spec.documents]
     for uri in uris:
-        curated(uri)
+        curated_manifest(uri)
     output = spec.locate(spec.output)
     check_output(spec, output, uris, KIND)
     progress(0, 2, "reading documents")
@@ -49,7 +49,7 @@ def train_text_tokenizer(spec: TextTokenizerSpecification, run: Run, progress: P
             "characters": sum(map(len, collected)),
             "bytes_per_token": bytes_per_token(TextTokenizer.read(folder), collected),
         }
-        files = entries(folder)
+        files = file_entries(folder)
         clear(output, KIND)
         storage.upload(folder, output)
     run.log_metrics({key: float(value) for key, value in report.items()})

@@ -21,16 +21,16 @@ from calumma.model.config import ImageTokenizerConfig
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.cluster.tasks import in_order
+from calumma.platform.cluster.tasks import map_in_order
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import receipts
 from calumma.platform.shards.receipts import Receipt
-from calumma.platform.specification import SpecificationError, last_part
+from calumma.platform.specification import SpecificationError, basename
 from calumma.platform.storage import publishing
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.tokenizing.actor import DocumentsUnusable, Tokenizer
 from calumma.platform.tokenizing.specification import TokenizeSpecification
-from calumma.platform.tracking.fingerprints import fingerprints, standing
+from calumma.platform.tracking.fingerprints import fingerprints, reusable_result
 
 if TYPE_CHECKING:
     from calumma.platform.tracking.run import Run
@@ -68,12 +68,12 @@ def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
     published: dict[str, Manifest] = {}
     waiting: list[_Directory] = []
     for directory in directories:
-        if (manifest := standing(directory.output, _alone(spec, directory.location))) is not None:
+        if (manifest := reusable_result(directory.output, _alone(spec, directory.location))) is not None:
             published[directory.output] = manifest
             _clean(directory, manifest)  # where a job was killed after the manifest
         else:
             stems = {task["stem"] for task in directory.tasks}
-            directory.made = receipts.resume(directory.output, directory.receipts, stems)
+            directory.made = receipts.finished_receipts(directory.output, directory.receipts, stems)
             waiting.append(directory)
     total = sum(directory.rows for directory in waiting)
     done = sum(directory.counts["documents"] for directory in waiting)
@@ -85,17 +85,19 @@ def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
         if directory.whole:
             published[directory.output] = _publish(spec, directory)
     # Closed when something goes wrong here, so that the actors stop at once.
-    with closing(in_order([task for _, task in tasks], Tokenizer, spec.resources, arguments)) as results:
+    with closing(map_in_order([task for _, task in tasks], Tokenizer, spec.resources, arguments)) as results:
         for (directory, task), result in zip(tasks, results, strict=True):
             receipt = directory.made[task["stem"]] = Receipt.model_validate(result)
             done += receipt.counts["documents"]
-            progress(done, total, last_part(directory.location))
+            progress(done, total, basename(directory.location))
             if directory.whole:
                 published[directory.output] = _publish(spec, directory)
                 progress(done, total, _told(directory, published[directory.output]))
-    manifest = publishing.together(TOKENS, spec, {last_part(d.location): published[d.output] for d in directories})
+    manifest = publishing.combined_manifest(
+        TOKENS, spec, {basename(d.location): published[d.output] for d in directories}
+    )
     manifest.write(spec.locate(spec.output))
-    publishing.sweep(spec.locate(spec.output))
+    publishing.delete_unfinished_files(spec.locate(spec.output))
     run.log_metrics(_metrics(manifest))
     return manifest
 
@@ -110,8 +112,8 @@ def _plan(spec: TokenizeSpecification) -> list[_Directory]:
     image_length = _image_length(spec)
     directories = []
     for location in spec.documents:
-        documents, name = spec.locate(location), last_part(location)
-        manifest = document_shards.curated(documents)
+        documents, name = spec.locate(location), basename(location)
+        manifest = document_shards.curated_manifest(documents)
         if image_length > spec.context + 1 and _images(manifest):
             raise SpecificationError(
                 f"context: {spec.context} is too short for the {image_length} tokens of an image, and {documents} has "
@@ -124,14 +126,14 @@ def _plan(spec: TokenizeSpecification) -> list[_Directory]:
         tasks = []
         uris = document_shards.shard_uris(documents, manifest)
         for number, window in enumerate(windows(uris, manifest.rows, spec.window, spec.seed)):
-            stem = publishing.stem("tokens", mark, number)
+            stem = publishing.shard_prefix("tokens", mark, number)
             tasks.append(
                 {
                     "shards": window,
                     "seed": _seed(spec.seed, name, number),
                     "output": output,
                     "stem": stem,
-                    "receipt": receipts.uri(folder, stem),
+                    "receipt": receipts.receipt_uri(folder, stem),
                 }
             )
         directories.append(_Directory(location, documents, output, folder, manifest.rows, inputs, tasks))
@@ -211,14 +213,14 @@ def _publish(spec: TokenizeSpecification, directory: _Directory) -> Manifest:
 
 def _clean(directory: _Directory, manifest: Manifest) -> None:
     """Delete what a published directory no longer needs: earlier shards, and the receipts."""
-    publishing.tidy(directory.output, (entry.path for entry in manifest.files))
-    receipts.clear(directory.receipts)
+    publishing.delete_stale_shards(directory.output, (entry.path for entry in manifest.files))
+    receipts.delete_receipts(directory.receipts)
 
 
 def _told(directory: _Directory, manifest: Manifest) -> str:
     report = manifest.report
     return (
-        f"{last_part(directory.location)}: {report['padding_share']:.1%} padding, "
+        f"{basename(directory.location)}: {report['padding_share']:.1%} padding, "
         f"{report['truncated_share']:.1%} of the documents longer than the context"
     )
 

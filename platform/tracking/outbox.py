@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _METRICS_A_BATCH = 1000  # MLflow's limit of one batched request (mlflow/utils/validation.py)
-_LONGEST_PAUSE = 60.0  # seconds between two attempts at a server that is away
-_GLANCE = 0.05  # seconds between two looks at what waits, when somebody waits for it
-_PATIENCE = 30.0  # seconds that closing waits for a server that is away
+_LONGEST_BACKOFF = 60.0  # seconds between two attempts at a server that is away
+_FLUSH_POLL = 0.05  # seconds between two looks at what waits, when somebody waits for it
+_CLOSE_TIMEOUT = 30.0  # seconds that closing waits for a server that is away
 # With these the server says that it will never take an entry; anything else may pass.
-_NEVER = {
+_PERMANENT_ERRORS = {
     "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "INVALID_STATE",
 }  # fmt: skip
 
@@ -93,9 +93,9 @@ class Outbox:
         """Send everything, oldest first. Raises what MLflow's client raises when the server is away."""
         while batch := _batch(self.entries()):
             try:
-                _apply(run, [entry for _, entry in batch])
+                _send_entries(run, [entry for _, entry in batch])
             except Exception as error:
-                if getattr(error, "error_code", None) not in _NEVER:
+                if getattr(error, "error_code", None) not in _PERMANENT_ERRORS:
                     raise
                 if len(batch) == 1:
                     self._refuse(batch[0][0], error)
@@ -127,9 +127,9 @@ class Outbox:
     def _one_by_one(self, run: Run, batch: list[tuple[Path, dict[str, Any]]]) -> None:
         for path, entry in batch:
             try:
-                _apply(run, [entry])
+                _send_entries(run, [entry])
             except Exception as error:
-                if getattr(error, "error_code", None) not in _NEVER:
+                if getattr(error, "error_code", None) not in _PERMANENT_ERRORS:
                     raise
                 self._refuse(path, error)
             else:
@@ -145,7 +145,7 @@ class Outbox:
 class BackgroundWriter:
     """Writes to a run through an outbox, from a thread, so that training never waits for MLflow and loses nothing."""
 
-    def __init__(self, run: Run, parked: str | None = None, patience: float = _PATIENCE) -> None:
+    def __init__(self, run: Run, parked: str | None = None, patience: float = _CLOSE_TIMEOUT) -> None:
         """`parked`: where in storage copies of what waits are kept (see `park`)."""
         self._run, self._parked, self._patience = run, parked, patience
         self._outbox = Outbox.new(run.uri, run.id)
@@ -198,7 +198,7 @@ class BackgroundWriter:
         while self._outbox.entries():
             if time.monotonic() > over or not self._thread.is_alive():
                 return False
-            time.sleep(_GLANCE)
+            time.sleep(_FLUSH_POLL)
         return True
 
     def close(self) -> int:
@@ -234,22 +234,22 @@ class BackgroundWriter:
                 self._outbox.send(self._run)
                 if not others:
                     others = True
-                    send_left(self._run.uri, self._parked)
+                    send_pending(self._run.uri, self._parked)
                 if self._away:
                     self._away = False
                     logger.warning("MLflow at %s is back and has everything", self._run.uri)
-                    _unpark(self._parked, self._outbox.folder.name)
+                    _delete_backup(self._parked, self._outbox.folder.name)
                 pause = 1.0
                 self._wake.wait()
             except Exception as error:  # MlflowException, requests', SQLAlchemy's: whatever it is, training goes on
                 if not self._away:
                     logger.warning("MLflow at %s is away, training goes on: %s", self._run.uri, error)
                 self._away = True
-                pause = _GLANCE if self._hurry.wait(pause) else min(2 * pause, _LONGEST_PAUSE)
+                pause = _FLUSH_POLL if self._hurry.wait(pause) else min(2 * pause, _LONGEST_BACKOFF)
                 self._hurry.clear()
 
 
-def send_left(uri: str, parked: str | None = None) -> int:
+def send_pending(uri: str, parked: str | None = None) -> int:
     """Send what writers to a server have left behind on this machine, and in storage; the number of outboxes emptied.
 
     Raises what MLflow's client raises when the server is away.
@@ -257,23 +257,23 @@ def send_left(uri: str, parked: str | None = None) -> int:
     from calumma.platform.tracking.run import Run
 
     if parked is not None:
-        _take_up(uri, parked)
+        _restore_backups(uri, parked)
     emptied = 0
     for folder in sorted(_server(uri).glob("*-*")):
-        outbox = _claimed(folder)
+        outbox = _lock_outbox(folder)
         if outbox is None:
             continue
         try:
             if outbox.entries():
                 outbox.send(Run(outbox.uri, outbox.run_id))
-                _unpark(parked, folder.name)
+                _delete_backup(parked, folder.name)
                 emptied += 1
         finally:
             outbox.close()
     return emptied
 
 
-def _claimed(folder: Path) -> Outbox | None:
+def _lock_outbox(folder: Path) -> Outbox | None:
     """The outbox of a folder that no writer holds; a damaged folder is left alone."""
     found = _read(folder / "run")
     if found is None:
@@ -284,7 +284,7 @@ def _claimed(folder: Path) -> Outbox | None:
         return None
 
 
-def _take_up(uri: str, parked: str) -> None:
+def _restore_backups(uri: str, parked: str) -> None:
     """Bring parked outboxes of other machines here. Raises StorageError."""
     from calumma.platform import storage
 
@@ -296,7 +296,7 @@ def _take_up(uri: str, parked: str) -> None:
             target.write_bytes(storage.read_bytes(place))
 
 
-def _unpark(parked: str | None, name: str) -> None:
+def _delete_backup(parked: str | None, name: str) -> None:
     if parked is not None:
         from calumma.platform import storage
 
@@ -333,7 +333,7 @@ def _batch(paths: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
     return batch
 
 
-def _apply(run: Run, entries: list[dict[str, Any]]) -> None:
+def _send_entries(run: Run, entries: list[dict[str, Any]]) -> None:
     """Send one entry, or several of metrics. All may be sent twice: what they do the second time changes nothing."""
     kind, content = entries[0]["kind"], entries[0]["content"]
     if kind == "metrics":
@@ -341,7 +341,7 @@ def _apply(run: Run, entries: list[dict[str, Any]]) -> None:
     elif kind == "dict":
         run.log_dict(content["dict"], content["path"])
     elif kind == "image":
-        run.log_image(_picture(content["png"]), content["path"])
+        run.log_image(_decode_png(content["png"]), content["path"])
     elif kind == "checkpoint":
         run.log_checkpoint(**content)
     elif kind == "tags":
@@ -354,7 +354,7 @@ def _apply(run: Run, entries: list[dict[str, Any]]) -> None:
         raise ValueError(f"unknown entry {kind!r} in the outbox; was it written by a newer version?")
 
 
-def _picture(png: str) -> Image:
+def _decode_png(png: str) -> Image:
     from PIL import Image as PILImage
 
     return PILImage.open(io.BytesIO(base64.b64decode(png)))
@@ -371,7 +371,7 @@ def main() -> int:
     failed = 0
     for uri in _servers():
         try:
-            print(f"{uri}: {send_left(uri)} runs sent")
+            print(f"{uri}: {send_pending(uri)} runs sent")
         except Exception as error:
             print(f"{uri}: {error}", file=sys.stderr)
             failed = 1

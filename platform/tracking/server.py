@@ -26,7 +26,7 @@ class TrackingError(RuntimeError):
     """MLflow cannot be used as asked; the message says what was asked, what was found and what to do."""
 
 
-def resolve(tracking: Tracking) -> str:
+def resolve_uri(tracking: Tracking) -> str:
     """The tracking URI to use: the given one, else $MLFLOW_TRACKING_URI, else SQLite below ./mlflow.
 
     A plain folder means an SQLite database in it. Paths of SQLite databases become absolute, and their folder is

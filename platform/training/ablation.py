@@ -22,8 +22,8 @@ from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.specification import SpecificationError, absolute
-from calumma.platform.storage.manifest import Manifest, entries
+from calumma.platform.specification import SpecificationError, with_absolute_storage
+from calumma.platform.storage.manifest import Manifest, file_entries
 from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.specification import AblateSpecification
@@ -51,7 +51,7 @@ def run(spec: AblateSpecification, run: Run, progress: Progress) -> Manifest:
     """Train all variants at all learning rates and publish curves and figure. Raises SpecificationError."""
     import ray
 
-    given, spec = spec, absolute(spec)
+    given, spec = spec, with_absolute_storage(spec)
     mixture = [spec.locate(uri) for uri in spec.mixture]
     missing = [uri for uri in mixture if Manifest.find(uri) is None]
     if missing:
@@ -79,7 +79,7 @@ def run(spec: AblateSpecification, run: Run, progress: Progress) -> Manifest:
         run.log_artifact(Path(path, "ablation.png"))
     manifest = Manifest(
         kind=KIND,
-        files=entries(output),
+        files=file_entries(output),
         specification=given.model_dump(mode="json"),
         report={"run": run.id, **summary(curves)},
         inputs=fingerprints([*mixture, spec.locate(spec.text_tokenizer)]),

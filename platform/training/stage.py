@@ -44,8 +44,8 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     from calumma.platform.streaming.tensors import PlanDataConfig
 
     began = time.monotonic()
-    given, spec = spec, mixture.resolved(specification.absolute(spec))
-    number = capacity.require(spec.resources)
+    given, spec = spec, mixture.resolved(specification.with_absolute_storage(spec))
+    number = capacity.require_workers(spec.resources)
     assignment = prepare(spec, run)
     warn_of_fresh_optimizer(assignment, number)
     weights = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}

@@ -33,7 +33,7 @@ from calumma.model.document import Document, Text
 from calumma.model.generation import PhaseSampling, SamplingParams, generate
 from calumma.model.transformer import Transformer
 from calumma.platform.specification import Tracking
-from calumma.platform.tracking.server import resolve
+from calumma.platform.tracking.server import resolve_uri
 from calumma.serve.app import APPLICATION_PREFIX, ServeError, await_health, deploy, place, undeploy
 from calumma.serve.backend import ENGINE
 from calumma.serve.engine_process import MODULE
@@ -86,7 +86,7 @@ def name_champion(registry: str, model_directory: Path) -> None:
     """The directory is the registered model's next version, and its champion from now on."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(resolve(Tracking(uri=registry)))
+    client = MlflowClient(resolve_uri(Tracking(uri=registry)))
     if not client.search_registered_models("name = 'tiny'"):
         client.create_registered_model("tiny")
     version = client.create_model_version("tiny", str(model_directory), await_creation_for=0)

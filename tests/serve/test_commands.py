@@ -204,7 +204,7 @@ time.sleep(600)
 
 @pytest.fixture
 def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[psutil.Process]:
-    monkeypatch.setattr(ray_head, "PATIENCE", 1.0)
+    monkeypatch.setattr(ray_head, "SHUTDOWN_TIMEOUT", 1.0)
     script = tmp_path / "family.py"
     script.write_text(FAMILY)
     process = subprocess.Popen(

@@ -15,7 +15,7 @@ from calumma.platform.curation.steps.signatures import image_bytes
 from calumma.platform.curation.steps.words import is_pair, share
 from calumma.platform.sources import files, reading
 from calumma.platform.sources.files import BadInput
-from calumma.platform.specification import named
+from calumma.platform.specification import import_function
 
 Given = TypeVar("Given")
 Found = TypeVar("Found")
@@ -35,7 +35,7 @@ def check(spec: CurateSpecification) -> None:
     if spec.scrub is not None:
         scrub.Scrubber(spec.scrub)
     for name, scorer in spec.scorers.items():
-        named(scorer.factory, f"scorers.{name}.factory")
+        import_function(scorer.factory, f"scorers.{name}.factory")
 
 
 @dataclass(frozen=True)

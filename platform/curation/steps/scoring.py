@@ -13,7 +13,7 @@ from calumma.platform.curation.specification import CurateSpecification, Scorer
 from calumma.platform.curation.steps import staging
 from calumma.platform.curation.steps.signatures import content
 from calumma.platform.curation.steps.words import share
-from calumma.platform.specification import named
+from calumma.platform.specification import import_function
 
 REDUCE = {"mean": lambda values: sum(values) / len(values), "min": min, "max": max}
 
@@ -29,7 +29,7 @@ class Scoring:
         """Raises SpecificationError when there is no such factory, and what that raises."""
         self._spec = CurateSpecification.model_validate(specification).scorers[name]
         self._name = name
-        self._scorer = named(self._spec.factory, f"scorers.{name}.factory")(**self._spec.arguments)
+        self._scorer = import_function(self._spec.factory, f"scorers.{name}.factory")(**self._spec.arguments)
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """`task`: "file" (staged), "scores" (where to write).
@@ -75,9 +75,9 @@ class Scoring:
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    from calumma.platform.cluster.tasks import chunks
+    from calumma.platform.cluster.tasks import batched
 
-    return chunks(items, size)
+    return batched(items, size)
 
 
 def place(root: str, name: str, stem: str) -> str:

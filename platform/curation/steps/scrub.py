@@ -16,7 +16,7 @@ from typing import Any
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform.curation.specification import ScrubRules
-from calumma.platform.specification import SpecificationError, named
+from calumma.platform.specification import SpecificationError, import_function
 
 Found = Iterator[tuple[int, int]]  # where in a text something begins and ends
 
@@ -222,7 +222,7 @@ class Scrubber:
         names = tuple(rules.secrets) if isinstance(rules.secrets, list) else ()
         self._plugins = detectors(names) if rules.secrets else []
         self._candidate = None if names else _CANDIDATE
-        self._hooks = [(path, named(path, "scrub.hooks")) for path in rules.hooks]
+        self._hooks = [(path, import_function(path, "scrub.hooks")) for path in rules.hooks]
         self.found: Counter[str] = Counter()
 
     def __call__(self, document: Document) -> Document:

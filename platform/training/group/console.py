@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from calumma.platform.cluster.progress import Progress, spoken
+from calumma.platform.cluster.progress import Progress, format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -63,7 +63,7 @@ class Status:
             ("step", f"{self.step:,} of {self.steps:,}"),
             ("loss", None if self.loss is None else f"{self.loss:.3f}"),
             ("tokens/s", None if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f}"),
-            ("time left", None if self.seconds_left is None else spoken(self.seconds_left)),
+            ("time left", None if self.seconds_left is None else format_duration(self.seconds_left)),
             ("workers", None if self.workers is None else str(self.workers)),
             ("last checkpoint", None if self.checkpoint is None else f"step {self.checkpoint:,}"),
             ("bad steps", str(self.bad_steps) if self.bad_steps else None),
@@ -192,9 +192,9 @@ def watch(identifier: str, tracking_uri: str | None = None, poll: float = POLL) 
     """Show a run of MLflow until it ends: 0 when it ended well, 1 when it did not, 2 when there is no such run."""
     from calumma.platform.specification import Tracking
     from calumma.platform.tracking.run import Run
-    from calumma.platform.tracking.server import resolve
+    from calumma.platform.tracking.server import resolve_uri
 
-    run = Run(resolve(Tracking(uri=tracking_uri)), identifier)
+    run = Run(resolve_uri(Tracking(uri=tracking_uri)), identifier)
     try:
         recorded = run.client.get_run(run.id)
         stage, steps = str(recorded.info.run_name), int(recorded.data.params["steps"])

@@ -23,7 +23,7 @@ from torch import Tensor
 from calumma.model.document import Document
 from calumma.model.image_tokenizer import preprocess, to_image
 from calumma.platform.shards.documents import read_documents
-from calumma.platform.specification import SpecificationError, named
+from calumma.platform.specification import SpecificationError, import_function
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.specification import ImageTokenizerSpecification
 
@@ -87,7 +87,7 @@ def together(number: int, worker: Worker) -> int:
 
 def weight_function(spec: ImageTokenizerSpecification) -> Callable[[PILImage.Image], float] | None:
     """The function of `sampling_weight`. Raises SpecificationError."""
-    return None if spec.sampling_weight is None else named(spec.sampling_weight, "sampling_weight")
+    return None if spec.sampling_weight is None else import_function(spec.sampling_weight, "sampling_weight")
 
 
 def sampling_weights(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calumma.platform import storage
-from calumma.platform.storage.manifest import entries
+from calumma.platform.storage.manifest import file_entries
 from calumma.platform.tokenizing.text_tokenizer import clear
 from calumma.platform.tracking import provenance
 from calumma.platform.tracking.outbox import BackgroundWriter
@@ -114,7 +114,7 @@ class Loop:
         self._picture("samples/reconstructions.png")
         with tempfile.TemporaryDirectory(prefix="calumma-image-tokenizer-") as folder:
             tokenizer.save(folder)
-            report["files"] = [entry.model_dump(mode="json") for entry in entries(folder)]
+            report["files"] = [entry.model_dump(mode="json") for entry in file_entries(folder)]
             clear(spec.locate(spec.output), KIND)
             storage.upload(folder, spec.locate(spec.output))
         return report

@@ -11,7 +11,7 @@ import logging
 from calumma.platform import specification, storage
 from calumma.platform.cluster import capacity
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.shards.documents import curated
+from calumma.platform.shards.documents import curated_manifest
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tokenizing.text_tokenizer import check_output
@@ -37,11 +37,11 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
 
     Raises SpecificationError before anything starts, TrainingFailed, StorageError.
     """
-    given, spec = spec, specification.absolute(spec)
-    number = capacity.require(spec.resources)
+    given, spec = spec, specification.with_absolute_storage(spec)
+    number = capacity.require_workers(spec.resources)
     read_from = [spec.locate(uri) for uri in [*spec.documents, *spec.held_out]]
     for uri in read_from:
-        curated(uri)
+        curated_manifest(uri)
     weight_function(spec)
     perceptual_loss(spec)
     output = spec.locate(spec.output)

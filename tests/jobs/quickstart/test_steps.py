@@ -173,7 +173,7 @@ def test_a_lost_step_and_all_after_it_run_again(tmp_path: Path, jobs: list[str])
     run(tmp_path)
     jobs.clear()
     spec = steps.specification("stage1", Options(tmp_path, fast=True))
-    runner.discard(spec)
+    runner.delete_result(spec)
     run(tmp_path)
     after = NAMES.index("stage1")
     assert jobs == ["cluster", *NAMES[after:], "cluster stopped"]
@@ -187,7 +187,7 @@ def test_ctrl_c_says_how_to_resume_and_the_next_call_does(
     done = CliRunner().invoke(app, ["--fast", "--workdir", str(work), "--port", "8005"])
     assert done.exit_code == entry.INTERRUPTED == 130
     assert f"calumma quickstart --workdir '{work}' --fast --port 8005" in done.output
-    assert runner.standing(steps.specification("tokenize", Options(work, fast=True))) is None
+    assert runner.reusable_result(steps.specification("tokenize", Options(work, fast=True))) is None
     failing.clear()
     jobs.clear()
     run(work)

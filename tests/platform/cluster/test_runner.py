@@ -89,7 +89,7 @@ def test_a_job_is_run_and_tracked_and_its_manifest_returned(count: Count, spec: 
 
 def test_a_result_of_an_equal_specification_is_kept(count: Count, spec: CountSpecification) -> None:
     first, _ = runner.run_job(spec, count.run)
-    again, skipped = runner.run_alone(
+    again, skipped = runner.run_on_own_cluster(
         spec.model_copy(update={"run_name": "again", "resources": Resources(workers=2)}), count.run
     )
     assert skipped
@@ -111,7 +111,7 @@ def test_a_result_whose_files_are_gone_or_cut_short_is_made_again(
     runner.run_job(spec, count.run)
     file = Path(spec.output_uri, "number.txt")
     harm(file)
-    assert runner.standing(spec) is None
+    assert runner.reusable_result(spec) is None
     assert runner.run_job(spec, count.run)[1] is False
     assert file.read_bytes() == b"7"
     assert runner.run_job(spec, count.run)[1] is True
@@ -143,7 +143,7 @@ def test_a_job_without_workers_needs_no_cluster(
 
     monkeypatch.setattr(runner.connection, "embedded", started)
     monkeypatch.setattr(specification, "IN_PROCESS", ("count",))
-    _, skipped = runner.run_alone(spec.model_copy(update={"resources": Resources(workers=0)}), count.run)
+    _, skipped = runner.run_on_own_cluster(spec.model_copy(update={"resources": Resources(workers=0)}), count.run)
     assert not skipped
     assert count.ran == [7]
 
@@ -154,11 +154,11 @@ def test_a_job_that_asks_for_too_much_is_refused_before_anything_happens(
     runner.run_job(spec, count.run)
     before = statuses(spec.tracking)
     greedy = spec.model_copy(update={"resources": Resources(workers=10_000), "number": 9})
-    for run in (runner.run_job, runner.run_alone):
+    for run in (runner.run_job, runner.run_on_own_cluster):
         with pytest.raises(SpecificationError, match="asked for 10000"):
             run(greedy, count.run, force=True)
     assert statuses(spec.tracking) == before
-    assert runner.standing(spec) is not None
+    assert runner.reusable_result(spec) is not None
     assert count.ran == [7]
 
 
@@ -170,7 +170,7 @@ def test_a_job_that_fails_is_marked_and_publishes_nothing(
     with pytest.raises(type(error)):
         runner.run_job(spec, count.run)
     assert statuses(spec.tracking)[0] == status
-    assert runner.standing(spec) is None
+    assert runner.reusable_result(spec) is None
     count.error = None
     assert runner.run_job(spec, count.run)[1] is False
 

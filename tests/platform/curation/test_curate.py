@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Segment, Text
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.curation import curate
 from calumma.platform.curation.curate import TooMuchBadInput
 from calumma.platform.curation.specification import CurateSpecification
@@ -112,7 +112,7 @@ def curation(root: Path, **fields: Any) -> CurateSpecification:
 
 def run_curate(spec: CurateSpecification) -> tuple[Manifest, Recorder]:
     recorder = Recorder()
-    return curate.run(spec, recorder, silent), recorder  # type: ignore[arg-type]
+    return curate.run(spec, recorder, no_progress), recorder  # type: ignore[arg-type]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from calumma.jobs.quickstart import digits
 from calumma.model.document import Document, Image, Role, Segment, Text
 from calumma.platform.cluster import runner
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.evaluation import evaluate, judge, sheet, tasks
 from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
 from calumma.platform.evaluation.tasks import Case, Kind
@@ -233,11 +233,11 @@ def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
         judge_training="training",
         judge_held_out="held-out",
     )
-    manifest = evaluate.evaluate(spec, MagicMock(id="run"), silent)
+    manifest = evaluate.evaluate(spec, MagicMock(id="run"), no_progress)
     assert manifest.report["words_accuracy"] == 1.0
-    assert runner.standing(spec) == manifest
+    assert runner.reusable_result(spec) == manifest
     champion[0] = str(tmp_path / "two")
-    assert runner.standing(spec) is None
+    assert runner.reusable_result(spec) is None
 
 
 def test_answers_are_kept_with_what_was_expected() -> None:

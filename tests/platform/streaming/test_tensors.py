@@ -47,7 +47,7 @@ def write_shards(uri: str, counts: list[int], seed: int, rows: int = 3) -> Manif
             rows=len(table),
             row_groups=groups,
             sequences_per_row_group=rows,
-            footer=token_shards.footer(data),
+            footer=token_shards.footer_digest(data),
         )
         storage.write_bytes(storage.join(uri, entry.path), data)
         files.append(entry)

@@ -26,7 +26,7 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import TextTokenizer, train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import tokens as token_shards
 from calumma.platform.shards.documents import read_documents
@@ -136,7 +136,7 @@ def tokenization(root: Path | str, tokenizers: Path, **fields: Any) -> TokenizeS
 
 def run(spec: TokenizeSpecification) -> tuple[Manifest, Recorder]:
     recorder = Recorder()
-    return tokenize.run(spec, recorder, silent), recorder  # type: ignore[arg-type]
+    return tokenize.run(spec, recorder, no_progress), recorder  # type: ignore[arg-type]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -205,18 +205,18 @@ def test_every_byte_of_a_shard_that_a_reader_of_row_groups_fetches_has_a_checksu
     uri = f"{tmp_path}/tokens/pairs"
     for entry in Manifest.read(uri).files:
         data = Path(uri, entry.path).read_bytes()
-        footer = token_shards.footer(data)
+        footer = token_shards.footer_digest(data)
         assert entry.footer == footer
         metadata = pq.ParquetFile(io.BytesIO(data)).metadata
         assert footer.bytes == metadata.serialized_size + 8
-        groups = json.loads(metadata.metadata[token_shards.ROW_GROUPS])
+        groups = json.loads(metadata.metadata[token_shards.ROW_GROUPS_KEY])
         assert len(groups) == entry.row_groups == metadata.num_row_groups
         end = len(b"PAR1")
         for number, (offset, length, digest) in enumerate(groups):
             columns = [metadata.row_group(number).column(c) for c in range(3)]
             assert (offset, length) == (columns[0].data_page_offset, sum(c.total_compressed_size for c in columns))
             assert offset == end
-            assert digest == token_shards.digest(data[offset : offset + length])
+            assert digest == token_shards.row_group_digest(data[offset : offset + length])
             end = offset + length
         assert end + footer.bytes == len(data)
 

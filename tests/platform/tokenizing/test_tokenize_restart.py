@@ -24,7 +24,7 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer
 from calumma.platform import storage
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import receipts
 from calumma.platform.storage import publishing
@@ -132,7 +132,7 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def run(spec: TokenizeSpecification) -> tuple[Manifest, dict[str, float]]:
     recorder = Recorder()
-    return tokenize.run(spec, recorder, silent), recorder.metrics  # type: ignore[arg-type]
+    return tokenize.run(spec, recorder, no_progress), recorder.metrics  # type: ignore[arg-type]
 
 
 def run_until(spec: TokenizeSpecification, windows_done: int) -> None:
@@ -298,8 +298,8 @@ def test_a_job_killed_between_its_manifest_and_the_end_is_tidied_up(
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(publishing, "tidy", stop)
-        patched.setattr(receipts, "resume", lambda *_: {})
+        patched.setattr(publishing, "delete_stale_shards", stop)
+        patched.setattr(receipts, "finished_receipts", lambda *_: {})
         with pytest.raises(Stopped):
             run(spec)
     assert Manifest.find(f"{root}/tokens/pairs")

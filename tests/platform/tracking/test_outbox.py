@@ -26,7 +26,7 @@ from calumma.platform.tracking import outbox
 from calumma.platform.tracking.job_run import job_run
 from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.tracking.run import Run
-from calumma.platform.tracking.server import resolve
+from calumma.platform.tracking.server import resolve_uri
 from calumma.platform.training.specification import PretrainSpecification
 
 
@@ -47,7 +47,7 @@ def boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return resolve(Tracking(uri=str(tmp_path_factory.mktemp("mlflow"))))
+    return resolve_uri(Tracking(uri=str(tmp_path_factory.mktemp("mlflow"))))
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_what_a_killed_writer_leaves_is_sent_by_the_next_and_a_living_ones_is_le
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "written\n"
-    assert outbox.send_left(run.uri) == 0
+    assert outbox.send_pending(run.uri) == 0
     assert losses(run) == []
     os.kill(child.pid, signal.SIGKILL)
     child.wait()

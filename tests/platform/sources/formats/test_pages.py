@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Reference
-from calumma.platform.sources.formats.html import DEEPEST, read_html
+from calumma.platform.sources.formats.html import DEEPEST_NESTING, read_html
 from calumma.platform.sources.formats.pages import _from_markdown
 from calumma.platform.sources.reading import list_source, read_file, read_source
 from calumma.platform.sources.specification import Source
@@ -183,11 +183,11 @@ def test_no_order_of_elements_loses_an_image(pieces: list[str]) -> None:
 
 
 def test_elements_nested_without_end_are_bad_and_quickly_told(tmp_path: Path) -> None:
-    assert text_of("<div>" * (DEEPEST - 1) + "deep") == "deep"
+    assert text_of("<div>" * (DEEPEST_NESTING - 1) + "deep") == "deep"
     item = read(tmp_path / "a.html", "<div>" * 2_000_000)
     assert isinstance(item, BadInput)
     assert item.reason == "more than 1,000 elements in each other"
-    assert text_of("<p>a<br><li>b" * (2 * DEEPEST)).count("a") == 2 * DEEPEST
+    assert text_of("<p>a<br><li>b" * (2 * DEEPEST_NESTING)).count("a") == 2 * DEEPEST_NESTING
 
 
 # -- files

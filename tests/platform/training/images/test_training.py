@@ -18,7 +18,7 @@ from calumma.model.image_losses import PerceptualLoss
 from calumma.model.image_tokenizer import ImageTokenizer, to_image
 from calumma.platform import storage
 from calumma.platform.cluster import runner
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.storage.manifest import FileEntry, Manifest
@@ -185,7 +185,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_job(spec: ImageTokenizerSpecification) -> Manifest:
     run = Run("unused", "0")
-    return stage.train_image_tokenizer(spec, run, silent)
+    return stage.train_image_tokenizer(spec, run, no_progress)
 
 
 def test_a_failed_training_keeps_the_tokenizer_and_a_finished_one_replaces_its_files_alone(
@@ -230,7 +230,7 @@ def test_checkpoints_of_a_finished_training_make_way_for_another_and_those_of_a_
         SpecificationError, match=r"stopped after step 2 of 4.*other settings \(learning_rate\).*--force"
     ):
         run_job(spec)
-    runner.discard(spec)
+    runner.delete_result(spec)
     assert catalog.published(spec.training) == []
     assert not Manifest.find(f"{published}/made")
     run_job(spec)
