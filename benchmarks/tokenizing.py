@@ -35,7 +35,7 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.image_tokenizer import ImageTokenizer, preprocess
 from calumma.model.text_tokenizer import SentencepieceTokenizer, TextTokenizer, train_text_tokenizer
 from calumma.platform.shards import documents as document_shards
-from calumma.platform.tokenizing.actor import Tokenizer
+from calumma.platform.tokenizing.actor import TokenizingActor
 from calumma.platform.tokenizing.specification import TokenizeSpecification
 
 A_SHARD = 1000  # documents
@@ -144,7 +144,7 @@ def job(corpus: Corpus, folder: Path, batch: int, cores: int, device: str) -> Ca
         "micro_batch": 2,  # as in jobs/recipes/chameleon-7b/tokenize.yaml
         "resources": {"workers": 0, "cpus_per_worker": cores, "gpus_per_worker": int(device == "cuda")},
     }
-    worker = Tokenizer(TokenizeSpecification.model_validate(values).model_dump(mode="json"))
+    worker = TokenizingActor(TokenizeSpecification.model_validate(values).model_dump(mode="json"))
     task = {
         "shards": uris,
         "seed": 0,

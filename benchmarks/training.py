@@ -52,7 +52,7 @@ FASTEST = 3  # intervals whose median counts
 
 def corpus(root: str, context: int, micro_batch: int) -> None:
     """Python's reference text, tokenized into packed shards, with the tokenizers that a stage asks for."""
-    from calumma.platform.tokenizing.actor import Tokenizer
+    from calumma.platform.tokenizing.actor import TokenizingActor
     from calumma.platform.tokenizing.text_tokenizer import train_text_tokenizer
 
     documents = [Document((Text(text),)) for text in pydoc_data.topics.topics.values()]
@@ -70,7 +70,7 @@ def corpus(root: str, context: int, micro_batch: int) -> None:
     )
     ImageTokenizer(shape).save(f"{root}/tokenizers/image")
     tokenize = TokenizeSpecification(storage=root, documents=["curated/text"], context=context, micro_batch=micro_batch)
-    made = Tokenizer(tokenize.model_dump(mode="json"))(
+    made = TokenizingActor(tokenize.model_dump(mode="json"))(
         {
             "shards": documents.shard_uris(f"{root}/curated/text"),
             "seed": 0,

@@ -213,9 +213,9 @@ UNTRACKED = (
 
 def skipped_inputs(report: dict[str, Any]) -> list[str]:
     """Lines about the unreadable input that was skipped, a source each; none for jobs that read no raw input."""
-    from calumma.platform.curation.curate import unreadable
+    from calumma.platform.curation.curate import describe_bad_input
 
-    found = [unreadable(name, part) for name, part in report.get("sources", {}).items()]
+    found = [describe_bad_input(name, part) for name, part in report.get("sources", {}).items()]
     return [line for text in found if text for line in text.splitlines()]
 
 

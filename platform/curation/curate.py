@@ -28,7 +28,7 @@ from calumma.platform.cluster import capacity
 from calumma.platform.cluster.progress import Progress
 from calumma.platform.cluster.tasks import map_in_order
 from calumma.platform.curation import tasks
-from calumma.platform.curation.counts import Tally
+from calumma.platform.curation.counts import DocumentCounts
 from calumma.platform.curation.report import publish
 from calumma.platform.curation.report.findings import Findings
 from calumma.platform.curation.specification import CurateSpecification
@@ -49,18 +49,18 @@ logger = logging.getLogger(__name__)
 
 MAX_TASKS = 1024  # a source; with more files than that, neighbours share a task
 SHOWN = 5  # bad inputs of a source that a message names; the manifest names more
-SAMPLES, SIDE = 32, 72  # pictures on a contact sheet, and their width in pixels
+SAMPLES, SAMPLE_SIDE = 32, 72  # pictures on a contact sheet, and their width in pixels
 
 
 class TooMuchBadInput(ValueError):
     """More of a source is unreadable than its specification allows, or nothing of it is left."""
 
 
-Staged = tuple[str, int, int]  # path, first identity, documents
+StagedFile = tuple[str, int, int]  # path, first identity, documents
 
 
 @dataclass
-class _Work:
+class _SourceJob:
     """One source: what is to do, and what has come back."""
 
     source: Source
@@ -72,19 +72,19 @@ class _Work:
     sizes: dict[str, int]
     ignored: list[str]
     tasks: list[dict[str, Any]]
-    tally: Tally = field(default_factory=Tally)
+    tally: DocumentCounts = field(default_factory=DocumentCounts)
     findings: Findings = field(default_factory=Findings)
     entries: list[FileEntry] = field(default_factory=list)
-    staged: list[list[Staged]] = field(default_factory=list)  # of every task
+    staged: list[list[StagedFile]] = field(default_factory=list)  # of every task
 
     def take(self, result: dict[str, Any]) -> None:
         """Count in what a task returned."""
-        self.tally.add(Tally.model_validate(result["tally"]))
+        self.tally.add(DocumentCounts.model_validate(result["tally"]))
         self.findings.add(Findings.model_validate(result["findings"]))
         self.entries += [FileEntry.model_validate(entry) for entry in result.get("files", ())]
 
     @property
-    def parts(self) -> list[Staged]:
+    def parts(self) -> list[StagedFile]:
         return [part for task in self.staged for part in task]
 
     @property
@@ -92,23 +92,23 @@ class _Work:
         return sum(count for _, _, count in self.parts)
 
 
-_Pairs = list[tuple[_Work, dict[str, Any]]]
+_SourceTasks = list[tuple[_SourceJob, dict[str, Any]]]
 
 
 def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
     """Curate all sources that no equal specification has published. Raises SpecificationError, TooMuchBadInput (after
     the good sources are published), ScorerFailed and StorageError."""
-    chain.check(spec)
+    chain.check_names(spec)
     for name in spec.scorers:
-        _require(spec, _resources(spec, name))
+        _require_workers(spec, _scorer_resources(spec, name))
     works = _plan(spec)
-    published = _standing(spec, works)
+    published = _reusable_results(spec, works)
     waiting = [w for w in works if w.source.name not in published]
     output = spec.locate(spec.output)
     mark = publishing.fingerprint(spec, {w.source.name: w.mark for w in works})
-    with staging.folder(output, mark) if waiting and _is_staged(spec) else nullcontext("") as root:
-        index = _index(spec, root) if waiting else None
-        job = _Job(spec, run, progress, root, index)
+    with staging.staging_folder(output, mark) if waiting and _needs_staging(spec) else nullcontext("") as root:
+        index = _build_index(spec, root) if waiting else None
+        job = _Curation(spec, run, progress, root, index)
         if spec.duplicates is not None or spec.scorers:
             published |= job.in_phases(waiting)
         else:
@@ -118,19 +118,19 @@ def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
     )
     manifest.write(output)
     publish.write(output, manifest, {w.source.name: w.findings for w in waiting}, run)
-    run.log_metrics(_metrics(manifest) | _seconds(waiting))
+    run.log_metrics(_metrics(manifest) | _step_seconds(waiting))
     return manifest
 
 
-def _is_staged(spec: CurateSpecification) -> bool:
+def _needs_staging(spec: CurateSpecification) -> bool:
     return any((spec.duplicates, spec.scorers, spec.decontaminate))
 
 
-def _resources(spec: CurateSpecification, scorer: str) -> Resources:
+def _scorer_resources(spec: CurateSpecification, scorer: str) -> Resources:
     return spec.resources if spec.resources.max_workers == 0 else spec.scorers[scorer].resources
 
 
-def _require(spec: CurateSpecification, resources: Resources) -> None:
+def _require_workers(spec: CurateSpecification, resources: Resources) -> None:
     if resources.max_workers:
         capacity.require_workers(resources)
 
@@ -138,7 +138,7 @@ def _require(spec: CurateSpecification, resources: Resources) -> None:
 # -- what is to do -----------------------------------------------------------------------------------------------------
 
 
-def _plan(spec: CurateSpecification) -> list[_Work]:
+def _plan(spec: CurateSpecification) -> list[_SourceJob]:
     """The tasks of all sources. Raises SpecificationError when a location has no files of its format."""
     listed = {source.name: reading.require_files(source, spec.locate) for source in spec.sources}
     steps = (spec.licenses, spec.domains)
@@ -147,7 +147,7 @@ def _plan(spec: CurateSpecification) -> list[_Work]:
     given = fingerprints([spec.locate(source.location) for source in spec.sources] + lists + against)
     works = []
     for number, source in enumerate(spec.sources):
-        alone = _alone(spec, source)
+        alone = _source_specification(spec, source)
         sizes, ignored = listed[source.name]
         inputs = {uri: given[uri] for uri in [*(spec.locate(s.location) for s in alone.sources), *lists, *against]}
         everything = {uri: size for s in alone.sources for uri, size in listed[s.name][0].items()}
@@ -165,11 +165,11 @@ def _plan(spec: CurateSpecification) -> list[_Work]:
             }
             for place, begin in enumerate(range(0, len(files), size))
         ]
-        works.append(_Work(source, number, output, alone, mark, inputs, sizes, ignored, made))
+        works.append(_SourceJob(source, number, output, alone, mark, inputs, sizes, ignored, made))
     return works
 
 
-def _alone(spec: CurateSpecification, source: Source) -> CurateSpecification:
+def _source_specification(spec: CurateSpecification, source: Source) -> CurateSpecification:
     """The specification on which this source's documents depend: of it and, where duplicates of earlier sources go, of
     those."""
     names = [s.name for s in spec.sources]
@@ -179,7 +179,7 @@ def _alone(spec: CurateSpecification, source: Source) -> CurateSpecification:
     return spec.only([*earlier, source.name])
 
 
-def _standing(spec: CurateSpecification, works: list[_Work]) -> dict[str, Manifest]:
+def _reusable_results(spec: CurateSpecification, works: list[_SourceJob]) -> dict[str, Manifest]:
     """Manifests of the sources that need not be made again."""
     published: dict[str, Manifest] = {}
     for w in works:
@@ -193,7 +193,7 @@ def _standing(spec: CurateSpecification, works: list[_Work]) -> dict[str, Manife
     return published
 
 
-def _index(spec: CurateSpecification, root: str) -> str | None:
+def _build_index(spec: CurateSpecification, root: str) -> str | None:
     """Where the index of evaluation sets is, made now. Raises SpecificationError and StorageError."""
     if spec.decontaminate is None:
         return None
@@ -203,7 +203,7 @@ def _index(spec: CurateSpecification, root: str) -> str | None:
         "output": root,
         "index": storage.join(root, "evaluation.npz"),
     }
-    for _ in map_in_order([task], decontaminate.build, spec.resources):
+    for _ in map_in_order([task], decontaminate.build_index, spec.resources):
         pass
     return str(task["index"])
 
@@ -212,7 +212,7 @@ def _index(spec: CurateSpecification, root: str) -> str | None:
 
 
 @dataclass
-class _Job:
+class _Curation:
     spec: CurateSpecification
     run: Run
     progress: Progress
@@ -221,12 +221,12 @@ class _Job:
     phase: int = 0
     phases: int = 1
 
-    def one_phase(self, works: list[_Work]) -> dict[str, Manifest]:
+    def one_phase(self, works: list[_SourceJob]) -> dict[str, Manifest]:
         """Raises TooMuchBadInput when all good sources are published."""
         pairs = [(w, {**task, "index": self.index}) for w in works for task in w.tasks]
         return self._publishing(works, pairs, tasks.curate_files)
 
-    def in_phases(self, works: list[_Work]) -> dict[str, Manifest]:
+    def in_phases(self, works: list[_SourceJob]) -> dict[str, Manifest]:
         """Raises TooMuchBadInput after the first phase when any source is too bad, since others depend on it."""
         spec, root = self.spec, self.root
         compared = [w for w in works if chain.applies(spec.duplicates, w.source.name)]
@@ -237,12 +237,14 @@ class _Job:
             w.take(result)
             w.staged.append([(path, first, count) for path, first, count in result["staged"]])
             rows.update(result["rows"])
-        if failures := [problem for w in works if (problem := _problem(spec, w, w.documents_staged))]:
+        if failures := [problem for w in works if (problem := _failure(spec, w, w.documents_staged))]:
             raise TooMuchBadInput("\n".join(failures))
         for name, scorer in spec.scorers.items():
             of = [(w, task) for w in works if chain.applies(scorer, w.source.name) for task in self._scoring(w, name)]
             arguments = {"specification": spec.model_dump(mode="json"), "name": name}
-            results = self._run([task for _, task in of], scoring.Scoring, _resources(spec, name), name, arguments)
+            results = self._run(
+                [task for _, task in of], scoring.ScoringActor, _scorer_resources(spec, name), name, arguments
+            )
             for (w, _), result in zip(of, results, strict=True):
                 w.findings.add(Findings(seconds={"scorers": result["seconds"]}))
         if compared and spec.scorers:
@@ -250,13 +252,13 @@ class _Job:
                 rows.update(result["rows"])
                 w.findings.add(Findings(seconds={"duplicates": result["seconds"]}))
         if compared and spec.duplicates is not None:
-            made = duplicates.tasks(root, spec.locate(spec.output), spec.duplicates, rows)
-            self._run(made, duplicates.find, spec.resources, "duplicates")
+            made = duplicates.comparison_tasks(root, spec.locate(spec.output), spec.duplicates, rows)
+            self._run(made, duplicates.find_duplicates, spec.resources, "duplicates")
         published = self._publishing(works, self._on_staged(works), tasks.finish_files)
-        tasks.show_others([w.findings for w in works], [part for w in works for part in w.parts], root)
+        tasks.attach_originals([w.findings for w in works], [part for w in works for part in w.parts], root)
         return published
 
-    def _publishing(self, works: list[_Work], pairs: _Pairs, work: Any) -> dict[str, Manifest]:
+    def _publishing(self, works: list[_SourceJob], pairs: _SourceTasks, work: Any) -> dict[str, Manifest]:
         """Do the tasks that write shards. Raises TooMuchBadInput when all good sources are published."""
         published: dict[str, Manifest] = {}
         failures: list[str] = []
@@ -264,30 +266,32 @@ class _Job:
             w.take(result)
             if task["place"] != w.tasks[-1]["place"]:
                 continue
-            if problem := _problem(self.spec, w, w.tally.kept):
+            if problem := _failure(self.spec, w, w.tally.kept):
                 failures.append(problem)
                 publishing.delete_files(storage.join(w.output, entry.path) for entry in w.entries)
                 continue
-            published[w.source.name] = manifest = _publish(w, self.run)
-            if skipped := unreadable(w.source.name, manifest.report):
+            published[w.source.name] = manifest = _publish_source(w, self.run)
+            if skipped := describe_bad_input(w.source.name, manifest.report):
                 logger.warning("%s", skipped)
         if failures:
             raise TooMuchBadInput("\n".join(failures))
         return published
 
-    def _on_staged(self, works: list[_Work]) -> _Pairs:
+    def _on_staged(self, works: list[_SourceJob]) -> _SourceTasks:
         return [
             (w, {**task, "staged": staged, "root": self.root})
             for w in works
             for task, staged in zip(w.tasks, w.staged, strict=True)
         ]
 
-    def _scoring(self, w: _Work, name: str) -> Iterator[dict[str, Any]]:
+    def _scoring(self, w: _SourceJob, name: str) -> Iterator[dict[str, Any]]:
         for path, _, _ in w.parts:
-            scores = scoring.place(self.root, name, path)
-            yield {"file": tasks.document_file(self.root, path), "scores": scores, "output": w.output}
+            scores = scoring.scores_uri(self.root, name, path)
+            yield {"file": tasks.staged_documents_uri(self.root, path), "scores": scores, "output": w.output}
 
-    def _results(self, pairs: _Pairs, work: Any, count: int) -> Iterator[tuple[_Work, dict[str, Any], dict[str, Any]]]:
+    def _results(
+        self, pairs: _SourceTasks, work: Any, count: int
+    ) -> Iterator[tuple[_SourceJob, dict[str, Any], dict[str, Any]]]:
         """Results of tasks over files, in order."""
         total = sum(len(task["files"]) for _, task in pairs)
         done = 0
@@ -313,7 +317,7 @@ class _Job:
         self.progress(self.phase * total + done, self.phases * total, note)
 
 
-def _problem(spec: CurateSpecification, w: _Work, kept: int) -> str | None:
+def _failure(spec: CurateSpecification, w: _SourceJob, kept: int) -> str | None:
     tally, name = w.tally.model_copy(update={"kept": kept}), w.source.name
     share = tally.bad_share(sum(w.sizes.values()))
     if tally.bad and share > spec.max_bad_share:
@@ -329,7 +333,7 @@ def _problem(spec: CurateSpecification, w: _Work, kept: int) -> str | None:
     return None
 
 
-def unreadable(source: str, report: dict[str, Any]) -> str | None:
+def describe_bad_input(source: str, report: dict[str, Any]) -> str | None:
     """What of a source was bad and skipped, in words, by the source's part of the manifest's report."""
     bad, examples = report.get("bad", 0), report.get("bad_inputs", [])[:SHOWN]
     if not bad:
@@ -340,7 +344,7 @@ def unreadable(source: str, report: dict[str, Any]) -> str | None:
     return "\n  ".join([f"source {source!r}: {bad:,} unreadable, skipped:", *lines])
 
 
-def _publish(w: _Work, run: Run) -> Manifest:
+def _publish_source(w: _SourceJob, run: Run) -> Manifest:
     manifest = Manifest(
         kind=document_shards.CURATED,
         files=w.entries,
@@ -358,22 +362,24 @@ def _publish(w: _Work, run: Run) -> Manifest:
     )
     publishing.publish(w.output, manifest)
     if w.tally.images:
-        run.log_image(samples(document_shards.read_documents(w.output)), f"samples/{w.source.name}.png")
+        run.log_image(sample_sheet(document_shards.read_documents(w.output)), f"samples/{w.source.name}.png")
     return manifest
 
 
-def samples(documents: Iterable[Document]) -> PILImage.Image:
+def sample_sheet(documents: Iterable[Document]) -> PILImage.Image:
     """A contact sheet of the first images, each over its caption or the words of its document."""
     labelled = ((i, i.caption or d.text) for d in documents for i in d.images)
     cells = [
         # Square, because a sheet's cells are: nothing is stretched.
-        Cell(ImageOps.pad(image.open(), (SIDE, SIDE), PILImage.Resampling.NEAREST), " ".join(words.split()))
+        Cell(
+            ImageOps.pad(image.open(), (SAMPLE_SIDE, SAMPLE_SIDE), PILImage.Resampling.NEAREST), " ".join(words.split())
+        )
         for image, words in islice(labelled, SAMPLES)
     ]
-    return contact_sheet(cells, columns=8, side=SIDE)
+    return contact_sheet(cells, columns=8, side=SAMPLE_SIDE)
 
 
-def _seconds(works: list[_Work]) -> dict[str, float]:
+def _step_seconds(works: list[_SourceJob]) -> dict[str, float]:
     """That each step took of each source. No part of the manifest: equal curations have equal ones."""
     return {f"{w.source.name}/seconds_{step}": seconds for w in works for step, seconds in w.findings.seconds.items()}
 

@@ -12,11 +12,11 @@ from typing import Any
 from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.cluster.tasks import batched
-from calumma.platform.curation.counts import Tally
-from calumma.platform.curation.report.findings import Findings, Sample, Veil, shown
+from calumma.platform.curation.counts import DocumentCounts
+from calumma.platform.curation.report.findings import Findings, Redactor, Sample, excerpt
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.curation.steps import duplicates, scoring, staging
-from calumma.platform.curation.steps.chain import Chain, applies, ordered
+from calumma.platform.curation.steps.chain import StepChain, applies, order_pair
 from calumma.platform.curation.steps.filters import Dropped
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.sources import reading
@@ -26,10 +26,10 @@ from calumma.platform.storage.manifest import FileEntry
 
 
 @dataclass
-class Outcome:
+class TaskResult:
     """What became of a task's documents."""
 
-    tally: Tally = field(default_factory=Tally)
+    tally: DocumentCounts = field(default_factory=DocumentCounts)
     findings: Findings = field(default_factory=Findings)
 
     def keep(self, document: Document, scores: Mapping[str, float] | None = None, copies: int = 1) -> None:
@@ -43,7 +43,7 @@ class Outcome:
         why: Dropped,
         scores: Mapping[str, float] | None = None,
         like: int | None = None,
-        veil: Veil | None = None,
+        veil: Redactor | None = None,
     ) -> None:
         self.tally.drop(why.reason)
         self.findings.drop(document, why, scores, like, veil)
@@ -59,22 +59,22 @@ def curate_files(task: dict[str, Any]) -> dict[str, Any]:
     "index" (of decontamination, or None). Returns {"source", "files": entries written, "tally", "findings"}.
     """
     spec = CurateSpecification.model_validate(task["specification"])
-    outcome = Outcome()
+    outcome = TaskResult()
 
     def kept() -> Iterator[Document]:
-        for document in _passed(task, spec, outcome):
-            document = ordered(document, spec.seed, spec.image_first)
+        for document in _passing_documents(task, spec, outcome):
+            document = order_pair(document, spec.seed, spec.image_first)
             outcome.keep(document)
             yield document
 
-    entries = _write(kept(), spec, task)
+    entries = _write_shards(kept(), spec, task)
     return {"source": task["source"], "files": entries, **outcome.values()}
 
 
-def _passed(task: dict[str, Any], spec: CurateSpecification, outcome: Outcome) -> Iterator[Document]:
+def _passing_documents(task: dict[str, Any], spec: CurateSpecification, outcome: TaskResult) -> Iterator[Document]:
     """Documents that pass the steps which look at one alone."""
     source = next(s for s in spec.sources if s.name == task["source"])
-    chain = Chain(spec, source.name, task["index"])
+    chain = StepChain(spec, source.name, task["index"])
     for uri in task["files"]:
         for item in reading.read_source(source, uri, spec.locate):
             checked = chain(item)
@@ -91,7 +91,9 @@ def _passed(task: dict[str, Any], spec: CurateSpecification, outcome: Outcome) -
     outcome.findings.add(Findings(seconds=chain.seconds))
 
 
-def _write(documents: Iterator[Document], spec: CurateSpecification, task: dict[str, Any]) -> list[dict[str, Any]]:
+def _write_shards(
+    documents: Iterator[Document], spec: CurateSpecification, task: dict[str, Any]
+) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for number, shard in enumerate(batched(documents, spec.documents_per_shard)):
         path = publishing.shard_name(task["stem"], number)
@@ -112,16 +114,16 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
     "findings"}. Raises StorageError.
     """
     spec = CurateSpecification.model_validate(task["specification"])
-    outcome = Outcome()
-    spool = duplicates.Spool(task["root"], task["stem"])
+    outcome = TaskResult()
+    spool = duplicates.SignatureWriter(task["root"], task["stem"])
     rules = spec.duplicates if applies(spec.duplicates, task["source"]) and not spec.scorers else None
     source, place = task["place"]
-    numbers = itertools.count(staging.identity(source, place, 0))
+    numbers = itertools.count(staging.document_id(source, place, 0))
     signing = 0.0
 
     def staged() -> Iterator[tuple[int, Document]]:
         nonlocal signing
-        for document in _passed(task, spec, outcome):
+        for document in _passing_documents(task, spec, outcome):
             number = next(numbers)
             if rules is not None:
                 begin = time.perf_counter()
@@ -132,7 +134,7 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
     files = []
     for count, part in enumerate(batched(staged(), spec.documents_per_shard)):
         path = f"{task['stem']}-{count:05d}"
-        staging.write_documents(document_file(task["root"], path), part)
+        staging.write_documents(staged_documents_uri(task["root"], path), part)
         files.append([path, part[0][0], len(part)])
     spool.flush()
     if rules is not None:
@@ -146,8 +148,8 @@ def sign_files(task: dict[str, Any]) -> dict[str, Any]:
     spec = CurateSpecification.model_validate(task["specification"])
     assert spec.duplicates is not None
     begin = time.perf_counter()
-    spool = duplicates.Spool(task["root"], task["stem"])
-    for part in _staged(task, spec):
+    spool = duplicates.SignatureWriter(task["root"], task["stem"])
+    for part in _staged_files(task, spec):
         for number, document, _, unwanted in part.documents:
             if unwanted is None:
                 spool.sign(document, number, spec.duplicates)
@@ -162,13 +164,13 @@ def finish_files(task: dict[str, Any]) -> dict[str, Any]:
     Returns as `curate_files`.
     """
     spec = CurateSpecification.model_validate(task["specification"])
-    outcome = Outcome()
+    outcome = TaskResult()
     # Copies come after all documents, not beside their original: what is read together should differ.
     repeated: dict[str, dict[int, int]] = {}
 
     def once() -> Iterator[Document]:
-        for part in _staged(task, spec):
-            twins = duplicates.dropped(task["root"], part.first, part.first + part.count)
+        for part in _staged_files(task, spec):
+            twins = duplicates.read_duplicates(task["root"], part.first, part.first + part.count)
             for number, document, scores, unwanted in part.documents:
                 if unwanted is not None:
                     outcome.drop(document, Dropped(unwanted, "scorers"), scores)
@@ -178,7 +180,7 @@ def finish_files(task: dict[str, Any]) -> dict[str, Any]:
                     copies = scoring.copies(document, spec.seed, spec.scorers, scores)
                     if copies > 1:
                         repeated.setdefault(part.path, {})[number] = copies
-                    document = ordered(document, spec.seed, spec.image_first)
+                    document = order_pair(document, spec.seed, spec.image_first)
                     outcome.keep(document, scores, copies)
                     yield document
 
@@ -189,15 +191,15 @@ def finish_files(task: dict[str, Any]) -> dict[str, Any]:
                 return
             for path, numbers in wanted.items():
                 if numbers:
-                    for _, document in staging.read_documents(document_file(task["root"], path), numbers):
-                        yield ordered(document, spec.seed, spec.image_first)
+                    for _, document in staging.read_documents(staged_documents_uri(task["root"], path), numbers):
+                        yield order_pair(document, spec.seed, spec.image_first)
 
-    entries = _write(itertools.chain(once(), again()), spec, task)
+    entries = _write_shards(itertools.chain(once(), again()), spec, task)
     return {"source": task["source"], "files": entries, **outcome.values()}
 
 
 @dataclass(frozen=True)
-class _Part:
+class _StagedFile:
     """A staged file. `documents`: identity, document, scores, and why these are not wanted."""
 
     path: str
@@ -206,11 +208,11 @@ class _Part:
     documents: Iterator[tuple[int, Document, dict[str, float], str | None]]
 
 
-def _staged(task: dict[str, Any], spec: CurateSpecification) -> Iterator[_Part]:
+def _staged_files(task: dict[str, Any], spec: CurateSpecification) -> Iterator[_StagedFile]:
     scorers = [name for name, scorer in spec.scorers.items() if applies(scorer, task["source"])]
     for path, first, count in task["staged"]:
-        scored = {name: scoring.read(scoring.place(task["root"], name, path)) for name in scorers}
-        yield _Part(path, first, count, _with_scores(document_file(task["root"], path), scored, spec))
+        scored = {name: scoring.read_scores(scoring.scores_uri(task["root"], name, path)) for name in scorers}
+        yield _StagedFile(path, first, count, _with_scores(staged_documents_uri(task["root"], path), scored, spec))
 
 
 def _with_scores(
@@ -218,22 +220,22 @@ def _with_scores(
 ) -> Iterator[tuple[int, Document, dict[str, float], str | None]]:
     for number, document in staging.read_documents(uri):
         scores = {name: values[number] for name, values in scored.items() if number in values}
-        yield number, document, scores, scoring.unwanted(spec.scorers, scores)
+        yield number, document, scores, scoring.rejection(spec.scorers, scores)
 
 
-def document_file(root: str, path: str) -> str:
+def staged_documents_uri(root: str, path: str) -> str:
     """The URI of a staged file."""
     return storage.join(root, staging.DOCUMENTS, f"{path}.parquet")
 
 
-def show_others(findings: Iterable[Findings], staged: Iterable[tuple[str, int, int]], root: str) -> None:
+def attach_originals(findings: Iterable[Findings], staged: Iterable[tuple[str, int, int]], root: str) -> None:
     """Put beside each duplicate among the samples the document that it is like. Raises StorageError."""
     samples = [s for found in findings for part in found.samples.values() for s in part if s.like is not None]
     wanted = {s.like for s in samples if s.like is not None}
     others: dict[int, Sample] = {}
     for path, first, count in staged:
         if numbers := frozenset(number for number in wanted if first <= number < first + count):
-            for number, document in staging.read_documents(document_file(root, path), numbers):
-                others[number] = Sample(rank=0, name=reading.name_of(document), parts=shown(document))
+            for number, document in staging.read_documents(staged_documents_uri(root, path), numbers):
+                others[number] = Sample(rank=0, name=reading.name_of(document), parts=excerpt(document))
     for sample in samples:
         sample.other = others.get(sample.like or 0)

@@ -19,13 +19,13 @@ from calumma.platform.streaming.plan import Plan
 from calumma.platform.streaming.specification import MixtureSpecification
 
 logger = logging.getLogger(__name__)
-S = TypeVar("S", bound=MixtureSpecification)
+Spec = TypeVar("S", bound=MixtureSpecification)
 # Up to about four epochs repeated text trains as well as new text (Muennighoff et al., 2023, arXiv 2305.16264).
-EPOCHS = 4.0
+MOST_EPOCHS = 4.0
 _EXACT = 1 << 53  # floats hold whole numbers exactly up to here
 
 
-def resolved(spec: S) -> S:
+def resolve_mixture(spec: Spec) -> Spec:
     """The specification with all its weights in `mixture`, none left in `mixture_of`. Raises SpecificationError."""
     if spec.mixture_of is None:
         return spec
@@ -52,7 +52,7 @@ def _weights(spec: MixtureSpecification, within: tuple[str, ...]) -> dict[str, F
         raise SpecificationError(
             f"mixture_of: the stages {', '.join((*within, stage))} take their mixtures in a circle"
         )
-    old = _weights(_recorded(stage), (*within, stage))
+    old = _weights(_stage_specification(stage), (*within, stage))
     share = Fraction(str(spec.mixture_of.share))
     return {uri: share * old.get(uri, Fraction(0)) + (1 - share) * new.get(uri, Fraction(0)) for uri in [*old, *new]}
 
@@ -62,7 +62,7 @@ def _normalized(weights: dict[str, Fraction]) -> dict[str, Fraction]:
     return {uri: weight / total for uri, weight in weights.items()}
 
 
-def _recorded(stage: str) -> MixtureSpecification:
+def _stage_specification(stage: str) -> MixtureSpecification:
     """The specification of a published stage, its storage root where the stage is now."""
     manifest = Manifest.find(stage)
     if manifest is None:
@@ -86,7 +86,7 @@ def check_epochs(spec: MixtureSpecification, plan: Plan) -> dict[str, float]:
     epochs = {uri: planned[spec.locate(uri)] for uri in spec.mixture}
     told = ", ".join(f"{basename(uri)} {count:.2f}" for uri, count in epochs.items())
     logger.info("epochs over %s steps: %s", spec.steps, told)
-    limit = EPOCHS if spec.max_epochs is None else spec.max_epochs
+    limit = MOST_EPOCHS if spec.max_epochs is None else spec.max_epochs
     over = {uri: count for uri, count in epochs.items() if count > limit}
     if over and spec.max_epochs is not None:
         found = ", ".join(f"{count:.2f} of {uri}" for uri, count in over.items())

@@ -28,7 +28,7 @@ from calumma.platform.shards.receipts import Receipt
 from calumma.platform.specification import SpecificationError, basename
 from calumma.platform.storage import publishing
 from calumma.platform.storage.manifest import Manifest
-from calumma.platform.tokenizing.actor import DocumentsUnusable, Tokenizer
+from calumma.platform.tokenizing.actor import TokenizingActor, UnusableDocuments
 from calumma.platform.tokenizing.specification import TokenizeSpecification
 from calumma.platform.tracking.fingerprints import fingerprints, reusable_result
 
@@ -68,9 +68,11 @@ def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
     published: dict[str, Manifest] = {}
     waiting: list[_Directory] = []
     for directory in directories:
-        if (manifest := reusable_result(directory.output, _alone(spec, directory.location))) is not None:
+        if (
+            manifest := reusable_result(directory.output, _directory_specification(spec, directory.location))
+        ) is not None:
             published[directory.output] = manifest
-            _clean(directory, manifest)  # where a job was killed after the manifest
+            _delete_leftovers(directory, manifest)  # where a job was killed after the manifest
         else:
             stems = {task["stem"] for task in directory.tasks}
             directory.made = receipts.finished_receipts(directory.output, directory.receipts, stems)
@@ -85,14 +87,14 @@ def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
         if directory.whole:
             published[directory.output] = _publish(spec, directory)
     # Closed when something goes wrong here, so that the actors stop at once.
-    with closing(map_in_order([task for _, task in tasks], Tokenizer, spec.resources, arguments)) as results:
+    with closing(map_in_order([task for _, task in tasks], TokenizingActor, spec.resources, arguments)) as results:
         for (directory, task), result in zip(tasks, results, strict=True):
             receipt = directory.made[task["stem"]] = Receipt.model_validate(result)
             done += receipt.counts["documents"]
             progress(done, total, basename(directory.location))
             if directory.whole:
                 published[directory.output] = _publish(spec, directory)
-                progress(done, total, _told(directory, published[directory.output]))
+                progress(done, total, _summary(directory, published[directory.output]))
     manifest = publishing.combined_manifest(
         TOKENS, spec, {basename(d.location): published[d.output] for d in directories}
     )
@@ -102,7 +104,7 @@ def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
     return manifest
 
 
-def _alone(spec: TokenizeSpecification, location: str) -> TokenizeSpecification:
+def _directory_specification(spec: TokenizeSpecification, location: str) -> TokenizeSpecification:
     """The specification that makes this directory only: what its manifest records."""
     return spec.model_copy(update={"documents": [location]})
 
@@ -114,13 +116,13 @@ def _plan(spec: TokenizeSpecification) -> list[_Directory]:
     for location in spec.documents:
         documents, name = spec.locate(location), basename(location)
         manifest = document_shards.curated_manifest(documents)
-        if image_length > spec.context + 1 and _images(manifest):
+        if image_length > spec.context + 1 and _image_count(manifest):
             raise SpecificationError(
                 f"context: {spec.context} is too short for the {image_length} tokens of an image, and {documents} has "
-                f"{_images(manifest):,} images; set at least {image_length - 1}"
+                f"{_image_count(manifest):,} images; set at least {image_length - 1}"
             )
         inputs = fingerprints([documents, spec.locate(spec.text_tokenizer), spec.locate(spec.image_tokenizer)])
-        mark = publishing.fingerprint(_alone(spec, location), inputs)
+        mark = publishing.fingerprint(_directory_specification(spec, location), inputs)
         output = storage.join(spec.locate(spec.output), name)
         folder = storage.join(spec.locate(spec.output), receipts.FOLDER, name)
         tasks = []
@@ -130,7 +132,7 @@ def _plan(spec: TokenizeSpecification) -> list[_Directory]:
             tasks.append(
                 {
                     "shards": window,
-                    "seed": _seed(spec.seed, name, number),
+                    "seed": _window_seed(spec.seed, name, number),
                     "output": output,
                     "stem": stem,
                     "receipt": receipts.receipt_uri(folder, stem),
@@ -161,7 +163,7 @@ def _image_length(spec: TokenizeSpecification) -> int:
     return config.codes_per_image + 2
 
 
-def _images(manifest: Manifest) -> int:
+def _image_count(manifest: Manifest) -> int:
     reports = manifest.report.get("sources", {"": manifest.report})
     return sum(report.get("images", 0) for report in reports.values())
 
@@ -173,7 +175,7 @@ def windows(uris: Sequence[str], documents: int, size: int, seed: int) -> list[l
     return [[uris[i] for i in order[number::count]] for number in range(count)]
 
 
-def _seed(seed: int, name: str, window: int) -> list[int]:
+def _window_seed(seed: int, name: str, window: int) -> list[int]:
     return [seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]), window]
 
 
@@ -182,13 +184,13 @@ def _publish(spec: TokenizeSpecification, directory: _Directory) -> Manifest:
     dropped = sum((receipt.dropped for receipt in made), Counter[str]())
     if not any(receipt.files for receipt in made):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
-        raise DocumentsUnusable(
+        raise UnusableDocuments(
             f"{directory.documents}: none of its documents fits a context of {spec.context}: {reasons or 'it is empty'}"
         )
     manifest = Manifest(
         kind=TOKENS,
         files=[entry for receipt in made for entry in receipt.files],
-        specification=_alone(spec, directory.location).model_dump(mode="json"),
+        specification=_directory_specification(spec, directory.location).model_dump(mode="json"),
         inputs=directory.inputs,
     )
     counts = directory.counts
@@ -207,17 +209,17 @@ def _publish(spec: TokenizeSpecification, directory: _Directory) -> Manifest:
         "padding_share": counts["padding"] / (manifest.rows * (spec.context + 1)),
     }
     manifest.write(directory.output)
-    _clean(directory, manifest)
+    _delete_leftovers(directory, manifest)
     return manifest
 
 
-def _clean(directory: _Directory, manifest: Manifest) -> None:
+def _delete_leftovers(directory: _Directory, manifest: Manifest) -> None:
     """Delete what a published directory no longer needs: earlier shards, and the receipts."""
     publishing.delete_stale_shards(directory.output, (entry.path for entry in manifest.files))
     receipts.delete_receipts(directory.receipts)
 
 
-def _told(directory: _Directory, manifest: Manifest) -> str:
+def _summary(directory: _Directory, manifest: Manifest) -> str:
     report = manifest.report
     return (
         f"{basename(directory.location)}: {report['padding_share']:.1%} padding, "

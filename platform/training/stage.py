@@ -44,7 +44,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     from calumma.platform.streaming.tensors import PlanDataConfig
 
     began = time.monotonic()
-    given, spec = spec, mixture.resolved(specification.with_absolute_storage(spec))
+    given, spec = spec, mixture.resolve_mixture(specification.with_absolute_storage(spec))
     number = capacity.require_workers(spec.resources)
     assignment = prepare(spec, run)
     warn_of_fresh_optimizer(assignment, number)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from html import escape
 
-from calumma.platform.curation.report.findings import middle_of
+from calumma.platform.curation.report.findings import bin_middle
 
 WIDTH, HEIGHT, LEFT, BELOW, ABOVE = 420, 150, 8, 18, 14  # of the drawing, and around the bars
 BARS = 40
@@ -15,7 +15,7 @@ WIDE = 12  # largest by smallest value from which an axis is logarithmic
 
 def histogram(kept: Mapping[int, int], dropped: Mapping[int, int]) -> str:
     """Two counts by bin (findings.bin_of), one on the other."""
-    values = {number: middle_of(number) for number in {*kept, *dropped}}
+    values = {number: bin_middle(number) for number in {*kept, *dropped}}
     if not values:
         return ""
     low, high = min(values.values()), max(values.values())

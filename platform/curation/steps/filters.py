@@ -16,11 +16,11 @@ from PIL import Image as PILImage
 from calumma.model.document import Document, Image
 from calumma.platform import storage
 from calumma.platform.curation.specification import CaptionRules, ImageRules, NameRules, TextRules
-from calumma.platform.curation.steps.words import is_pair, spoken, words
+from calumma.platform.curation.steps.words import all_text, is_pair, words
 from calumma.platform.specification import SpecificationError
 
 LANGUAGE = "language"  # key of a document's metadata
-_JUDGED = 4000  # characters from which the language is told; more make it slower, no surer
+_LANGUAGE_SAMPLE = 4000  # characters from which the language is told; more make it slower, no surer
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def texts(rules: TextRules) -> Rule:
     """Length and language; documents that say nothing pass. The language found is put into the metadata."""
 
     def rule(document: Document) -> Document | Dropped:
-        text = spoken(document)
+        text = all_text(document)
         if not text.strip():
             return document
         if not is_pair(document) and (reason := _length_problem(text, rules)):
@@ -221,7 +221,7 @@ def _length_problem(text: str, rules: TextRules) -> str | None:
 
 def language(text: str) -> tuple[str, float]:
     """The most probable language of a text (ISO 639-1) and its probability."""
-    name, probability = _identifier().classify(text[:_JUDGED])
+    name, probability = _identifier().classify(text[:_LANGUAGE_SAMPLE])
     return str(name), float(probability)
 
 

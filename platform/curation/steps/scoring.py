@@ -11,8 +11,8 @@ from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.curation.specification import CurateSpecification, Scorer
 from calumma.platform.curation.steps import staging
-from calumma.platform.curation.steps.signatures import content
-from calumma.platform.curation.steps.words import share
+from calumma.platform.curation.steps.signatures import content_hash
+from calumma.platform.curation.steps.words import hash_fraction
 from calumma.platform.specification import import_function
 
 REDUCE = {"mean": lambda values: sum(values) / len(values), "min": min, "max": max}
@@ -22,7 +22,7 @@ class ScorerFailed(RuntimeError):
     """A scorer did not give a number for each of what it was given."""
 
 
-class Scoring:
+class ScoringActor:
     """An actor: scores the documents of one staged file at a time."""
 
     def __init__(self, specification: dict[str, Any], name: str) -> None:
@@ -80,18 +80,18 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     return batched(items, size)
 
 
-def place(root: str, name: str, stem: str) -> str:
+def scores_uri(root: str, name: str, stem: str) -> str:
     """Where the scores of a staged file are."""
     return storage.join(root, staging.SCORES, name, f"{stem}.parquet")
 
 
-def read(uri: str) -> dict[int, float]:
+def read_scores(uri: str) -> dict[int, float]:
     """Identity -> score. Raises StorageError."""
     table = staging.read_tables([uri])
     return dict(zip(table["id"].tolist(), table["score"].tolist(), strict=True)) if table else {}
 
 
-def unwanted(scorers: dict[str, Scorer], scores: dict[str, float]) -> str | None:
+def rejection(scorers: dict[str, Scorer], scores: dict[str, float]) -> str | None:
     """Why a document of these scores goes."""
     for name, score in scores.items():
         low, high = scorers[name].minimum, scorers[name].maximum
@@ -113,5 +113,5 @@ def copies(document: Document, seed: int, scorers: dict[str, Scorer], scores: di
     whole = math.floor(times)
     if times == whole:
         return whole
-    key = b"".join(part.to_bytes(8) for part in content(document))
-    return whole + (share(seed, [b"copies", key]) < times - whole)
+    key = b"".join(part.to_bytes(8) for part in content_hash(document))
+    return whole + (hash_fraction(seed, [b"copies", key]) < times - whole)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calumma.platform import storage
 from calumma.platform.storage.manifest import file_entries
-from calumma.platform.tokenizing.text_tokenizer import clear
+from calumma.platform.tokenizing.text_tokenizer import delete_tokenizer
 from calumma.platform.tracking import provenance
 from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.training import publication
@@ -115,7 +115,7 @@ class Loop:
         with tempfile.TemporaryDirectory(prefix="calumma-image-tokenizer-") as folder:
             tokenizer.save(folder)
             report["files"] = [entry.model_dump(mode="json") for entry in file_entries(folder)]
-            clear(spec.locate(spec.output), KIND)
+            delete_tokenizer(spec.locate(spec.output), KIND)
             storage.upload(folder, spec.locate(spec.output))
         return report
 

@@ -179,7 +179,7 @@ def test_sources_that_are_compared_are_made_again_together(tmp_path: Path, monke
 
 
 def test_bad_input_fails_before_anything_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "find", None)
+    monkeypatch.setattr(duplicates, "find_duplicates", None)
     write_lines(tmp_path / "raw/first/a.jsonl", ["one"])
     (tmp_path / "raw/second").mkdir()
     (tmp_path / "raw/second/a.jsonl").write_text('{"text": \n{"text": "x"}\n')

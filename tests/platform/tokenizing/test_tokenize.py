@@ -33,7 +33,7 @@ from calumma.platform.shards.documents import read_documents
 from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tokenizing import actor, tokenize
-from calumma.platform.tokenizing.actor import DocumentsUnusable
+from calumma.platform.tokenizing.actor import UnusableDocuments
 from calumma.platform.tokenizing.packing import pack
 from calumma.platform.tokenizing.specification import TokenizeSpecification
 
@@ -108,13 +108,13 @@ def encoder(tokenizers: Path) -> DocumentEncoder:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the directories that windows were made of, one for each window."""
     names: list[str] = []
-    work = actor.Tokenizer.__call__
+    work = actor.TokenizingActor.__call__
 
-    def noted(self: actor.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
+    def noted(self: actor.TokenizingActor, task: dict[str, Any]) -> dict[str, Any]:
         names.append(Path(task["output"]).name)
         return work(self, task)
 
-    monkeypatch.setattr(actor.Tokenizer, "__call__", noted)
+    monkeypatch.setattr(actor.TokenizingActor, "__call__", noted)
     return names
 
 
@@ -309,7 +309,7 @@ def test_documents_meet_their_own_texts_and_images_again(
     documents = [Document(tuple(segments)) for segments in given]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
     storage.write_bytes(uri, document_shards.to_parquet(documents))
-    found = list(actor.encoded(encoder, [uri, uri], batch, threads))
+    found = list(actor.encode_documents(encoder, [uri, uri], batch, threads))
     assert [document for document, _ in found] == documents * 2
     expected = [encoder.encode(document) for document in documents] * 2
     assert [(tokens.ids.tolist(), tokens.trained.tolist()) for _, tokens in found] == expected
@@ -318,14 +318,14 @@ def test_documents_meet_their_own_texts_and_images_again(
 @given(st.lists(st.integers(1, 20_000) | st.none(), max_size=300))
 def test_few_images_and_many_short_texts_are_encoded_together(lengths: list[int | None]) -> None:
     documents = [Document((Text("a" * n) if n else Image(b"an image"),)) for n in lengths]
-    chunks = list(actor._chunks(iter(documents)))
+    chunks = list(actor._batches(iter(documents)))
     assert [document for chunk in chunks for document in chunk] == documents
-    assert all(len(chunk) >= actor.CHUNK for chunk in chunks[:-1])
+    assert all(len(chunk) >= actor.LEAST_DOCUMENTS for chunk in chunks[:-1])
     for chunk in chunks:
         before = chunk[:-1]
-        if len(before) >= actor.CHUNK:
+        if len(before) >= actor.LEAST_DOCUMENTS:
             assert not any(document.images for document in before)
-            assert sum(len(document.text) for document in before) < actor.CHARACTERS
+            assert sum(len(document.text) for document in before) < actor.LEAST_CHARACTERS
 
 
 # -- the job -----------------------------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def test_tokens_are_not_taken_for_documents(tmp_path: Path, tokenizers: Path) ->
 def test_documents_that_all_are_too_long_are_an_error(tmp_path: Path, tokenizers: Path) -> None:
     endless = Document((Text("number 1", "user"), Text("more words " * 90, "assistant")))
     publish(f"{tmp_path}/curated/a", [endless])
-    with pytest.raises(DocumentsUnusable, match="1 conversation longer than the context"):
+    with pytest.raises(UnusableDocuments, match="1 conversation longer than the context"):
         run(tokenization(tmp_path, tokenizers, documents=["curated/a"]))
     assert Manifest.find(f"{tmp_path}/tokens/a") is None
 
@@ -413,7 +413,7 @@ def test_documents_that_all_are_too_long_are_an_error(tmp_path: Path, tokenizers
 def test_documents_that_cannot_be_encoded_are_named_by_their_shard(tmp_path: Path, tokenizers: Path) -> None:
     publish(f"{tmp_path}/curated/a", [pair(1), Document((Image(b"no image"),))])
     with pytest.raises(
-        DocumentsUnusable, match=r"a/documents-0000\.parquet: .* not a readable image.*; curate it again"
+        UnusableDocuments, match=r"a/documents-0000\.parquet: .* not a readable image.*; curate it again"
     ):
         run(tokenization(tmp_path, tokenizers, documents=["curated/a"]))
 
@@ -471,7 +471,7 @@ def test_the_cluster_makes_what_this_process_makes(ray_cluster: None, tmp_path: 
     broken = Document((Image(b"no image", "x"), Text("x")))
     publish(f"{tmp_path}/curated/broken", [broken])
     with pytest.raises(
-        DocumentsUnusable, match=r"curated/broken/documents-0000\.parquet: a document cannot be encoded"
+        UnusableDocuments, match=r"curated/broken/documents-0000\.parquet: a document cannot be encoded"
     ):
         run(tokenization(tmp_path, tokenizers, documents=["curated/broken"], resources={"workers": 1}))
 

@@ -119,14 +119,14 @@ def root(prepared: Path) -> Path:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stems of the windows that were made."""
     stems: list[str] = []
-    work = actor.Tokenizer.__call__
+    work = actor.TokenizingActor.__call__
 
-    def noted(self: actor.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
+    def noted(self: actor.TokenizingActor, task: dict[str, Any]) -> dict[str, Any]:
         made = work(self, task)
         stems.append(task["stem"])
         return made
 
-    monkeypatch.setattr(actor.Tokenizer, "__call__", noted)
+    monkeypatch.setattr(actor.TokenizingActor, "__call__", noted)
     return stems
 
 

@@ -81,11 +81,11 @@ def publish_documents(uri: str, documents: list[Document]) -> None:
 
 
 def publish_tokens(root: str, name: str) -> None:
-    from calumma.platform.tokenizing.actor import Tokenizer
+    from calumma.platform.tokenizing.actor import TokenizingActor
 
     spec = TokenizeSpecification(storage=root, documents=[f"curated/{name}"], context=MODEL.context, micro_batch=2)
     output = storage.join(root, "tokens", name)
-    made = Tokenizer(spec.model_dump(mode="json"))(
+    made = TokenizingActor(spec.model_dump(mode="json"))(
         {
             "shards": document_shards.shard_uris(f"{root}/curated/{name}"),
             "seed": 0,
@@ -810,7 +810,7 @@ def test_a_tokenizer_is_not_written_over_something_else(
 def test_a_limit_of_characters_leaves_no_source_out() -> None:
     long = [Document((Text("a" * 50),)) for _ in range(100)]
     short = [Document((Text("b" * 10),)), Document((Image(picture(0)), Text("c" * 10)))]
-    taken = "".join(text_tokenizer.up_to(text_tokenizer.texts([long, short]), 150))
+    taken = "".join(text_tokenizer.first_characters(text_tokenizer.texts([long, short]), 150))
     assert len(taken) == 150
     assert {"a", "b", "c"} == set(taken)
 

@@ -55,7 +55,7 @@ def everything(uri: str, manifest: Manifest, cache: ShardCache | None = None) ->
     steps = 8
     row_groups._footer_cache.cache_clear()
     data = PlanDataConfig(3, {uri: 1.0}, {uri: manifest}, 3, 0, steps, cache=cache)
-    tables = tensors._read(pa.table({"first": [0], "last": [steps]}), data.plan, data.reader, 0, 1)
+    tables = tensors._read_blocks(pa.table({"first": [0], "last": [steps]}), data.plan, data.reader, 0, 1)
     return [table.to_pylist() for table in tables]
 
 
