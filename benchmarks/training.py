@@ -41,7 +41,7 @@ from calumma.platform.tokenizing.specification import TextTokenizerSpecification
 from calumma.platform.tracking.job_run import job_run
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.checkpoints import catalog
-from calumma.platform.training.group.worker import THREADS
+from calumma.platform.training.group.worker import THREADS_VARIABLE
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import engine, held_out
 
@@ -129,7 +129,10 @@ def bare(root: str, given: argparse.Namespace, threads: int) -> dict[str, float]
     place = f"{root}/tokens/text"
     plan = Plan(spec.seed, {place: 1.0}, {place: Manifest.read(place)}, spec.micro_batches)
     image_mask_V = torch.zeros(size, dtype=torch.bool, device=device)
-    steps = [[held_out.read(found.shard, found.row_group) for found in plan.step(step)] for step in range(given.steps)]
+    steps = [
+        [held_out.read_row_group(found.shard, found.row_group) for found in plan.step(step)]
+        for step in range(given.steps)
+    ]
     speeds, began, tokens = [], time.perf_counter(), 0
     for done, batches in enumerate(steps, start=1):
         trained = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
@@ -188,11 +191,11 @@ def stalls(given: argparse.Namespace, threads: int) -> dict[str, float]:
                 plain.append(time.perf_counter() - began)
                 began = time.perf_counter()
                 report = {"step": turn, "schedule_step": turn, "tokens": {}}
-                saver.save(run, catalog.location(folder, turn), report)
+                saver.save(run, catalog.checkpoint_uri(folder, turn), report)
                 stopped.append(time.perf_counter() - began)
                 saver.settle()
                 whole.append(time.perf_counter() - began)
-                storage.delete(catalog.location(folder, turn))
+                storage.delete(catalog.checkpoint_uri(folder, turn))
         size = Path(folder, "plain.pt").stat().st_size
     # the first copy also allocates the memory that the others use again
     return {
@@ -299,7 +302,7 @@ def table(root: str, given: argparse.Namespace) -> None:
         return
     corpus(root, given.context, given.micro_batch)
     threads = cores if given.gpus else 1
-    os.environ[THREADS] = str(threads)
+    os.environ[THREADS_VARIABLE] = str(threads)
     before = in_a_process("bare", root, threads)["tokens_per_second"]
     with connection.embedded(lean=True):
         one = whole_stage(root, given, 1)

@@ -57,7 +57,7 @@ def import_hf(
         if checkpoint is None:
             typer.echo("the model reads images and draws none: no decoder was given (--vqgan)", err=True)
 
-    _run("import", destination, act)
+    _run_conversion("import", destination, act)
 
 
 @import_app.command("meta")
@@ -83,7 +83,7 @@ def import_meta_release(
         settings = read_yaml(folder / "vqgan.yaml")
         import_meta(source, destination, folder, settings, int(shard * GIBIBYTE), progress)
 
-    _run("import", destination, act)
+    _run_conversion("import", destination, act)
 
 
 @export_app.command("hf")
@@ -99,7 +99,7 @@ def export_hf(
 
         export_hugging_face(source, destination, int(shard * GIBIBYTE), progress)
 
-    _run("export", destination, act)
+    _run_conversion("export", destination, act)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _run(name: str, destination: Path, act: Callable[[Progress], None]) -> None:
+def _run_conversion(name: str, destination: Path, act: Callable[[Progress], None]) -> None:
     from calumma.jobs import entry
     from calumma.platform.cluster.progress import Display
 
@@ -134,5 +134,5 @@ def _run(name: str, destination: Path, act: Callable[[Progress], None]) -> None:
     def tell(text: str) -> None:
         typer.secho(text, err=True, fg=typer.colors.RED)
 
-    if code := entry.guarded(shown, shlex.join(["calumma", *sys.argv[1:]]), tell):
+    if code := entry.exit_code_of(shown, shlex.join(["calumma", *sys.argv[1:]]), tell):
         raise typer.Exit(code)

@@ -78,7 +78,7 @@ def run(
     """Run a job and wait for it. A result made by the same specification is kept, and an interrupted job resumed."""
 
     def act() -> None:
-        spec = entry.specification(name, config, overrides or [])
+        spec = entry.job_specification(name, config, overrides or [])
         with Display() as display, display.step(name) as progress:
             manifest, skipped = runner.run_on_own_cluster(spec, job_function(name), progress, force, address, logs)
         typer.echo(f"{name}: {'already done, kept' if skipped else 'done'}: {spec.output_uri}")
@@ -88,7 +88,7 @@ def run(
         for line in skipped_inputs(manifest.report):
             typer.echo(f"  {line}")
 
-    _exit(act)
+    _run_and_exit(act)
 
 
 @app.command(epilog=NAMES)
@@ -103,19 +103,19 @@ def submit(
     """Hand a job to a running cluster and print its id."""
 
     def act() -> None:
-        spec = entry.specification(name, config, overrides or [])
-        refuse_relative(spec)
+        spec = entry.job_specification(name, config, overrides or [])
+        require_shared_locations(spec)
         if spec.tracking.uri is None:
             typer.echo(UNTRACKED, err=True)
         with client(address) as jobs:
-            identifier = send(jobs, spec, force)
+            identifier = submit_job(jobs, spec, force)
             typer.echo(identifier)
             if follow:
-                _follow(jobs, identifier, address)
+                _follow_log(jobs, identifier, address)
             else:
                 typer.echo(f"follow it with: calumma job logs {identifier} --follow --address {address}", err=True)
 
-    _exit(act)
+    _run_and_exit(act)
 
 
 @app.command("list")
@@ -132,13 +132,13 @@ def list_jobs(address: Dashboard = DASHBOARD) -> None:
         for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True):
             told = job.metadata or {}
             names = (told.get("job", "(not of calumma)"), job.status.value)
-            table.add_row(job.submission_id, *names, _started(job), _took(job), told.get("storage", ""))
+            table.add_row(job.submission_id, *names, _start_time(job), _duration(job), told.get("storage", ""))
         if found:
             Console().print(table)
         else:
             typer.echo(f"no job was submitted to {address} yet")
 
-    _exit(act)
+    _run_and_exit(act)
 
 
 @app.command()
@@ -148,11 +148,11 @@ def status(identifier: Identifier, address: Dashboard = DASHBOARD) -> None:
     def act() -> None:
         with client(address) as jobs:
             job = jobs.get_job_info(identifier)
-        typer.echo(f"{identifier}: {job.status.value}, started {_started(job)}, {_took(job) or 'not ended'}")
+        typer.echo(f"{identifier}: {job.status.value}, started {_start_time(job)}, {_duration(job) or 'not ended'}")
         if job.message:
             typer.echo(job.message)
 
-    _exit(act)
+    _run_and_exit(act)
 
 
 @app.command()
@@ -166,11 +166,11 @@ def logs(
     def act() -> None:
         with client(address) as jobs:
             if follow:
-                _follow(jobs, identifier, address)
+                _follow_log(jobs, identifier, address)
             else:
                 typer.echo(jobs.get_job_logs(identifier), nl=False)
 
-    _exit(act)
+    _run_and_exit(act)
 
 
 @app.command()
@@ -182,7 +182,7 @@ def stop(identifier: Identifier, address: Dashboard = DASHBOARD) -> None:
             stopped = jobs.stop_job(identifier)
         typer.echo(f"{identifier}: {'stopping' if stopped else 'had ended already'}")
 
-    _exit(act)
+    _run_and_exit(act)
 
 
 @app.command()
@@ -219,7 +219,7 @@ def skipped_inputs(report: dict[str, Any]) -> list[str]:
     return [line for text in found if text for line in text.splitlines()]
 
 
-def refuse_relative(spec: JobSpecification) -> None:
+def require_shared_locations(spec: JobSpecification) -> None:
     """A folder relative to where the user stands means nothing on the nodes of a cluster."""
     if "://" not in spec.storage and not Path(spec.storage).is_absolute():
         raise SpecificationError(
@@ -234,7 +234,7 @@ def refuse_relative(spec: JobSpecification) -> None:
         )
 
 
-def send(jobs: JobSubmissionClient, spec: JobSpecification, force: bool = False) -> str:
+def submit_job(jobs: JobSubmissionClient, spec: JobSpecification, force: bool = False) -> str:
     """Submit a specification; the submission's id. Raises ClusterError when no agent of the cluster takes it."""
     import yaml
 
@@ -291,7 +291,7 @@ def client(address: str) -> Iterator[JobSubmissionClient]:
         raise ClusterError(f"the cluster at {address} knows no such job: see `calumma job list`") from error
 
 
-def _follow(jobs: JobSubmissionClient, identifier: str, address: str) -> None:
+def _follow_log(jobs: JobSubmissionClient, identifier: str, address: str) -> None:
     async def tail() -> None:
         async for lines in jobs.tail_job_logs(identifier):
             typer.echo(lines, nl=False)
@@ -306,19 +306,19 @@ def _follow(jobs: JobSubmissionClient, identifier: str, address: str) -> None:
         raise JobFailed(f"{identifier}: {ended.status.value}: {ended.message or 'see its log'}")
 
 
-def _started(job: Any) -> str:
+def _start_time(job: Any) -> str:
     return f"{datetime.fromtimestamp(job.start_time / 1000):%Y-%m-%d %H:%M}" if job.start_time else "not yet"
 
 
-def _took(job: Any) -> str:
+def _duration(job: Any) -> str:
     return format_duration((job.end_time - job.start_time) / 1000) if job.start_time and job.end_time else ""
 
 
-def _exit(act: Callable[[], None]) -> None:
-    code = entry.guarded(act, shlex.join(["calumma", *sys.argv[1:]]), _tell)
+def _run_and_exit(act: Callable[[], None]) -> None:
+    code = entry.exit_code_of(act, shlex.join(["calumma", *sys.argv[1:]]), _print_error)
     if code:
         raise typer.Exit(code)
 
 
-def _tell(text: str) -> None:
+def _print_error(text: str) -> None:
     typer.secho(text, err=True, fg=typer.colors.RED)

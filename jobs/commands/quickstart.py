@@ -51,12 +51,12 @@ def quickstart(
     def tell(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    code = entry.guarded(act, _again(options), tell)
+    code = entry.exit_code_of(act, _resume_command(options), tell)
     if code:
         raise typer.Exit(code)
 
 
-def _again(options: Options) -> str:
+def _resume_command(options: Options) -> str:
     """The command that resumes this one."""
     words = ["calumma", "quickstart", "--workdir", str(options.workdir)]
     words += ["--storage", options.storage] if options.storage else []

@@ -77,7 +77,7 @@ def start(
     from rich.console import Console
 
     console = Console(stderr=True)
-    with _explained(console):
+    with _errors_as_messages(console):
         options = {
             "model": model,
             "tracking": {"uri": tracking_uri} if tracking_uri else None,
@@ -89,15 +89,15 @@ def start(
             "tensor_parallel": tensor_parallel,
             "max_sequences": max_sequences,
         }
-        values = _file(config) | {key: value for key, value in options.items() if value is not None}
+        values = _read_yaml(config) | {key: value for key, value in options.items() if value is not None}
         if replicas is not None:
             values["min_replicas"], values["max_replicas"] = replica_range(replicas)
         values.setdefault("watch_seconds", watch or None)
-        values["also"] = [*values.get("also", []), *(_further(text, tracking_uri) for text in also or [])]
-        values["keys"] = [*values.get("keys", []), *_keys(keys)]
-        _none_running()
-        begun = _start_elsewhere(values, address, console) if address else _start_here(values, console)
-        _tell(begun)
+        values["also"] = [*values.get("also", []), *(_additional_model(text, tracking_uri) for text in also or [])]
+        values["keys"] = [*values.get("keys", []), *_read_keys(keys)]
+        _require_none_running()
+        begun = _start_on_cluster(values, address, console) if address else _start_on_own_head(values, console)
+        _print_endpoints(begun)
         if block:
             _await_signal()
             _stop(begun, console)
@@ -121,7 +121,7 @@ def status() -> None:
     from rich.table import Table
 
     console = Console(stderr=True)
-    with _explained(console):
+    with _errors_as_messages(console):
         service_ = Service.recorded()
     if service_ is None:
         typer.echo("nothing is being served; start with: calumma serve start MODEL")
@@ -155,7 +155,7 @@ def stop(
     from rich.console import Console
 
     console = Console(stderr=True)
-    with _explained(console):
+    with _errors_as_messages(console):
         service_ = Service.recorded()
         if service_ is None:
             typer.echo("nothing is being served")
@@ -168,7 +168,7 @@ def _stop(service_: Service, console: Console, now: bool = False) -> None:
     """Let answers in flight finish, where somebody answers; then end what is ours."""
     try:
         with console.status("stopping: waiting for answers in flight"):
-            if service_.pid is None or (not now and _answers(service_)):
+            if service_.pid is None or (not now and _is_answering(service_)):
                 from calumma.serve.app import undeploy
 
                 with ray_head.connected(service_.address, ours=service_.pid is not None):
@@ -179,7 +179,7 @@ def _stop(service_: Service, console: Console, now: bool = False) -> None:
     service_.end()
 
 
-def _answers(service_: Service) -> bool:
+def _is_answering(service_: Service) -> bool:
     """Whether there is anybody who may have answers in flight."""
     import requests
 
@@ -188,7 +188,7 @@ def _answers(service_: Service) -> bool:
     return False
 
 
-def _ended_by_sigterm() -> None:
+def _interrupt_on_sigterm() -> None:
     """SIGTERM ends this command as Ctrl-C does, in order, instead of by the handler that Ray has just installed."""
 
     def interrupt(*_: object) -> NoReturn:
@@ -207,7 +207,7 @@ def _await_signal() -> None:
         pass
 
 
-def _file(config: Path | None) -> dict[str, Any]:
+def _read_yaml(config: Path | None) -> dict[str, Any]:
     """The fields of a YAML file. Raises ValueError, OSError."""
     if config is None:
         return {}
@@ -222,7 +222,7 @@ def _file(config: Path | None) -> dict[str, Any]:
     return values
 
 
-def _further(text: str, tracking_uri: str | None) -> dict[str, Any]:
+def _additional_model(text: str, tracking_uri: str | None) -> dict[str, Any]:
     """A model given as NAME=MODEL. Raises ValueError."""
     name, equals, model = text.partition("=")
     if not (name and equals and model):
@@ -230,7 +230,7 @@ def _further(text: str, tracking_uri: str | None) -> dict[str, Any]:
     return {"name": name, "model": model, "tracking": {"uri": tracking_uri}}
 
 
-def _keys(file: Path | None) -> list[dict[str, Any]]:
+def _read_keys(file: Path | None) -> list[dict[str, Any]]:
     """The API keys of a file and the environment. Raises ValueError, OSError."""
     from calumma.serve.keys import known_keys
 
@@ -270,7 +270,7 @@ def health(service_: Service) -> tuple[str, dict[str, Any]]:
     return ("answering", facts) if answer.ok else (f"unwell: {facts.get('reason', answer.status_code)}", {})
 
 
-def _none_running() -> None:
+def _require_none_running() -> None:
     running = Service.recorded()
     if running is None:
         return
@@ -291,7 +291,7 @@ def _settings(values: dict[str, Any]) -> ServeSettings:
         raise ValueError("\n".join(wrong)) from error
 
 
-def _start_here(values: dict[str, Any], console: Console) -> Service:
+def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
     """On a Ray head of our own."""
     settings = _settings(values)
     with console.status("looking at the model"):
@@ -325,7 +325,7 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
     try:
         begun.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
         with console.status(f"loading {settings.model}"), ray_head.connected(head.address, ours=True):
-            _ended_by_sigterm()
+            _interrupt_on_sigterm()
             serving.deploy(settings)
     except BaseException:
         begun.end()
@@ -333,7 +333,7 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
     return begun
 
 
-def _start_elsewhere(values: dict[str, Any], address: str, console: Console) -> Service:
+def _start_on_cluster(values: dict[str, Any], address: str, console: Console) -> Service:
     """On a cluster that runs already."""
     settings = _settings(values)
     with console.status(f"loading {settings.model} on {address}"), ray_head.connected(address, ours=False):
@@ -345,7 +345,7 @@ def _start_elsewhere(values: dict[str, Any], address: str, console: Console) -> 
     return begun
 
 
-def _tell(service_: Service) -> None:
+def _print_endpoints(service_: Service) -> None:
     request = json.dumps({"model": service_.name, **EXAMPLE})
     typer.echo(f"{service_.name} is served at {service_.url}")
     typer.echo(f"  playground  {service_.url}/")
@@ -357,17 +357,17 @@ def _tell(service_: Service) -> None:
 
 
 @contextlib.contextmanager
-def _explained(console: Console) -> Iterator[None]:
+def _errors_as_messages(console: Console) -> Iterator[None]:
     """Errors of the person who typed the command: one message, exit code 1."""
     try:
         yield
     except KeyboardInterrupt:
-        _give_up(console, "stopped; nothing was left running")
+        _exit_with_error(console, "stopped; nothing was left running")
     except (ValueError, RuntimeError, OSError) as error:  # of ours: Serve-, Cluster-, Tracking-, StorageError
-        _give_up(console, str(error))
+        _exit_with_error(console, str(error))
 
 
-def _give_up(console: Console, message: str) -> NoReturn:
+def _exit_with_error(console: Console, message: str) -> NoReturn:
     from rich.markup import escape
 
     console.print(f"[red]{escape(message)}", highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from calumma.jobs.quickstart import steps
 from calumma.jobs.quickstart.questions import Answer
-from calumma.jobs.quickstart.steps import Outcome
+from calumma.jobs.quickstart.steps import QuickstartResult
 from calumma.platform import storage
 from calumma.platform.cluster.progress import format_duration
 
@@ -59,7 +59,7 @@ class Story:
     commands: list[tuple[str, str]] = field(default_factory=list)
 
 
-def results(outcome: Outcome) -> dict[str, Any]:
+def results(outcome: QuickstartResult) -> dict[str, Any]:
     """What results.json holds. `seconds`: by step, of the call that ran it."""
     evaluated = outcome.manifests["evaluate"].report
     tokenizer = outcome.manifests["train_image_tokenizer"].report
@@ -73,7 +73,7 @@ def results(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def write(outcome: Outcome) -> dict[str, Any]:
+def write(outcome: QuickstartResult) -> dict[str, Any]:
     """Write results.json and report.html into the working folder; the results. Raises StorageError."""
     from calumma.jobs.quickstart.page import page
 
@@ -83,7 +83,7 @@ def write(outcome: Outcome) -> dict[str, Any]:
     story = Story(
         results=found,
         fast=outcome.options.fast,
-        answers=steps.answers_of(outcome),
+        answers=steps.read_answers(outcome),
         curves={name: history(outcome, name) for name in (*STAGES, "train_image_tokenizer")},
         sheets=sheets(outcome),
         commands=commands(outcome),
@@ -92,7 +92,7 @@ def write(outcome: Outcome) -> dict[str, Any]:
     return found
 
 
-def history(outcome: Outcome, step: str) -> dict[str, Curve]:
+def history(outcome: QuickstartResult, step: str) -> dict[str, Curve]:
     """Every metric of a step's MLflow run. Of a step that was interrupted and resumed, the earlier runs' part as well.
 
     A registry that does not know the run (storage shared with another machine) gives nothing.
@@ -129,7 +129,7 @@ def _merged(run: Any, step: str) -> dict[str, Curve]:
     return {name: Curve(sorted(found), [found[s] for s in sorted(found)]) for name, found in points.items()}
 
 
-def sheets(outcome: Outcome) -> dict[str, bytes]:
+def sheets(outcome: QuickstartResult) -> dict[str, bytes]:
     """Title -> PNG: the evaluation's contact sheets, and the image tokenizer's reconstructions."""
     place = outcome.specifications["evaluate"].output_uri
     titles = {
@@ -144,7 +144,7 @@ def sheets(outcome: Outcome) -> dict[str, bytes]:
     return found
 
 
-def _artifact(outcome: Outcome, step: str, path: str) -> bytes | None:
+def _artifact(outcome: QuickstartResult, step: str, path: str) -> bytes | None:
     from mlflow.exceptions import MlflowException
 
     from calumma.platform.tracking.run import Run
@@ -159,7 +159,7 @@ def _artifact(outcome: Outcome, step: str, path: str) -> bytes | None:
             return None
 
 
-def commands(outcome: Outcome) -> list[tuple[str, str]]:
+def commands(outcome: QuickstartResult) -> list[tuple[str, str]]:
     """(what it does, command) to go on with."""
     database = outcome.tracking_uri
     serve = ["calumma", "serve", "start", outcome.model_uri, "--tracking-uri", database]

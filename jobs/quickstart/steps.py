@@ -20,7 +20,7 @@ from calumma.jobs.quickstart import documents
 from calumma.jobs.quickstart.display import Board, Row
 from calumma.jobs.quickstart.documents import FAST, FULL, DocumentsSpecification
 from calumma.jobs.quickstart.questions import Answer, ask, questions
-from calumma.jobs.specifications.reading import read
+from calumma.jobs.specifications.reading import read_specification
 from calumma.jobs.specifications.table import JOBS, job_function
 from calumma.platform.cluster import connection, runner
 from calumma.platform.cluster.progress import Progress
@@ -96,7 +96,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class QuickstartResult:
     """Every step's specification, manifest and seconds (measured in this call or an earlier one), by its name."""
 
     options: Options
@@ -117,54 +117,56 @@ class Outcome:
         return str(self.options.tracking.uri)
 
 
-def specification(step: str, options: Options) -> JobSpecification:
+def step_specification(step: str, options: Options) -> JobSpecification:
     """What a step does. Raises SpecificationError."""
     shared: dict[str, Any] = {"storage": options.root, "tracking": options.tracking}
     written = DocumentsSpecification(**shared, sizes=FAST if options.fast else FULL)
     if step == "documents":
         return written
     if step == "serve":
-        return AnswersSpecification(**shared, model=_champion(options), scans=written)
+        return AnswersSpecification(**shared, model=_model_uri(options), scans=written)
     recipes = resources.files("calumma.jobs") / RECIPES
     with resources.as_file(recipes) as folder:
         file = folder / f"{step}.yaml"
-        overrides = _flat((yaml.safe_load((folder / OVERRIDES).read_text())[step] or {}) if options.fast else {})
+        overrides = _flattened((yaml.safe_load((folder / OVERRIDES).read_text())[step] or {}) if options.fast else {})
         overrides |= {"storage": options.root, "tracking": options.tracking.model_dump(), "run_name": step}
         job = yaml.safe_load(file.read_text())["job"]
         # JSON is YAML: values survive whatever characters they hold
-        return read(JOBS[job], file, [f"{field}={json.dumps(value)}" for field, value in overrides.items()])
+        return read_specification(
+            JOBS[job], file, [f"{field}={json.dumps(value)}" for field, value in overrides.items()]
+        )
 
 
-def _champion(options: Options) -> str:
-    tuned = specification("finetune", options)
+def _model_uri(options: Options) -> str:
+    tuned = step_specification("finetune", options)
     assert isinstance(tuned, FinetuneSpecification)
     return f"models:/{tuned.register_as}@{tuned.alias}"
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flattened(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
 
 
-def quickstart(options: Options, console: Console) -> Outcome:
+def quickstart(options: Options, console: Console) -> QuickstartResult:
     """Run every step that is not finished, in one cluster that is started when the first of them needs it.
 
     Raises what the steps raise; KeyboardInterrupt leaves finished steps finished and no process behind.
     """
     options.workdir.mkdir(parents=True, exist_ok=True)
-    specs = {step.name: specification(step.name, options) for step in STEPS}
-    memory = _Seconds(options.workdir / "seconds.json")
+    specs = {step.name: step_specification(step.name, options) for step in STEPS}
+    memory = _StepTimes(options.workdir / "seconds.json")
     manifests: dict[str, Manifest] = {}
     ran: list[str] = []
-    with Board(_rows(), console) as board, ExitStack() as stack:
+    with Board(_display_rows(), console) as board, ExitStack() as stack:
         for number, step in enumerate(STEPS):
             spec = specs[step.name]
-            if (standing := _standing(spec)) is not None:
+            if (standing := _reusable_result(spec)) is not None:
                 manifests[step.name] = standing
                 board.skip(step.name, memory.values.get(step.name))
                 continue
@@ -175,7 +177,7 @@ def quickstart(options: Options, console: Console) -> Outcome:
                 memory.keep(CLUSTER.name, board.seconds(CLUSTER.name))
             for later in STEPS[number + 1 :]:  # what they made came from what is about to be replaced
                 runner.delete_result(specs[later.name])
-            if isinstance(spec, TrainSpecification) and _published(spec):
+            if isinstance(spec, TrainSpecification) and _is_published(spec):
                 runner.delete_result(
                     spec
                 )  # a finished training by another recipe: its checkpoints are not to be continued
@@ -185,21 +187,21 @@ def quickstart(options: Options, console: Console) -> Outcome:
             ran.append(step.name)
         if CLUSTER.name not in ran:
             board.skip(CLUSTER.name, None, "not needed")
-    return Outcome(options, specs, manifests, dict(memory.values), ran)
+    return QuickstartResult(options, specs, manifests, dict(memory.values), ran)
 
 
-def _rows() -> list[Row]:
+def _display_rows() -> list[Row]:
     first, *others = (Row(s.name, s.title, s.usual) for s in STEPS)
     return [first, Row(CLUSTER.name, CLUSTER.title, CLUSTER.usual), *others]
 
 
-def _published(spec: JobSpecification) -> bool:
+def _is_published(spec: JobSpecification) -> bool:
     from calumma.platform.storage.manifest import Manifest
 
     return Manifest.find(spec.output_uri) is not None
 
 
-def _standing(spec: JobSpecification) -> Manifest | None:
+def _reusable_result(spec: JobSpecification) -> Manifest | None:
     """The manifest of a finished step. A model that the registry does not know, or no longer, is registered again."""
     manifest = runner.reusable_result(spec)
     if manifest is not None and isinstance(spec, FinetuneSpecification) and spec.register_as:
@@ -254,7 +256,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
     answers: list[Answer] = []
     with job_run(spec) as run:
         progress(0, len(asked) + 1, f"deploying {spec.model}")
-        with _served(spec, options) as (url, model):
+        with _serving(spec, options) as (url, model):
             for number, question in enumerate(asked):
                 progress(number + 1, len(asked) + 1, question.text)
                 answers.append(ask(url, model, question, spec.seed + number))
@@ -276,7 +278,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
 
 
 @contextmanager
-def _served(spec: AnswersSpecification, options: Options) -> Iterator[tuple[str, str]]:
+def _serving(spec: AnswersSpecification, options: Options) -> Iterator[tuple[str, str]]:
     """(URL, model name) of the registered model behind Ray Serve, for the length of the block."""
     from calumma.serve.app import deploy, undeploy
     from calumma.serve.settings import ServeSettings
@@ -315,7 +317,7 @@ def _log_pictures(run: Run, answers: list[Answer]) -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-class _Seconds:
+class _StepTimes:
     """Seconds of every step, kept in the working folder over several calls."""
 
     def __init__(self, file: Path) -> None:
@@ -329,7 +331,7 @@ class _Seconds:
         temporary.replace(self._file)
 
 
-def answers_of(outcome: Outcome) -> list[Answer]:
+def read_answers(outcome: QuickstartResult) -> list[Answer]:
     """The answers that the last step kept."""
     from calumma.platform import storage
 

@@ -26,7 +26,7 @@ from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.supervisor import Supervisor
-from calumma.platform.training.group.worker import Worker, join
+from calumma.platform.training.group.worker import Worker, set_up_worker
 from calumma.platform.training.steps import engine, faults, held_out, meters
 from calumma.platform.training.steps.schedule import learning_rate
 from calumma.platform.training.trainable import parameters
@@ -35,19 +35,29 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-_KEPT = ("step", "schedule_step", "tokens", "loss", "loss_text", "loss_image", "held_out_loss", "faults", "incidents")
+_RESUMED_FIELDS = (
+    "step",
+    "schedule_step",
+    "tokens",
+    "loss",
+    "loss_text",
+    "loss_image",
+    "held_out_loss",
+    "faults",
+    "incidents",
+)
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's loop: train, measure, publish the model directory; the stage's report (on every rank)."""
     assignment: Assignment = config["assignment"]
-    worker = join()
+    worker = set_up_worker()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     spec = assignment.spec
     torch.manual_seed(spec.seed)
     found = assignment.found
-    starting = found if found and resumption.fits(found, spec, worker.world) else None
-    transformer = build(assignment, whole=starting is None)
+    starting = found if found and resumption.can_restore_optimizer(found, spec, worker.world) else None
+    transformer = build_transformer(assignment, whole=starting is None)
     transformer.checkpoint_activations(spec.checkpoint_activations)
     if spec.compile:
         transformer.compile_blocks()
@@ -59,18 +69,18 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         writer = BackgroundWriter(assignment.run, parked=storage.join(assignment.output, "tracking"))
     try:
         if writer is not None:
-            _tell_origin(assignment, worker, writer)
+            _log_inputs(assignment, worker, writer)
         stage = _Stage(assignment, worker, run, writer)
         report = stage.run()
         report.pop("faults", None)  # what they were is among the incidents
         report["held_out"] = stage.held_out(spec.steps)
         names = [name for name, p in run.module.named_parameters() if p.requires_grad]
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
-        report["parameters"] = sum(size for name, size in sizes.items() if not parameters.added(name))
+        report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
         weights = engine.gathered_weights(run, keep=worker.leads)
         if writer is not None:
-            publication.publish(assignment, worker, weights, report, writer)
+            publication.publish_model(assignment, worker, weights, report, writer)
     finally:
         if writer is not None:
             writer.close()
@@ -80,18 +90,18 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs: the loop, from the newest whole checkpoint there is when this group starts."""
     assignment: Assignment = config["assignment"]
-    resume = resumption.resumption(assignment.output, assignment.spec, assignment.inputs)
+    resume = resumption.agreed_checkpoint(assignment.output, assignment.spec, assignment.inputs)
     try:
         return train(config | {"assignment": replace(assignment, resume=resume)})
     except Stopped as stopped:
         return {"stopped": str(stopped)}
 
 
-def build(assignment: Assignment, whole: bool) -> Transformer:
+def build_transformer(assignment: Assignment, whole: bool) -> Transformer:
     """The Transformer as it is trained, with its starting weights unless a checkpoint brings them (not `whole`)."""
     spec = assignment.spec
     transformer = Transformer(assignment.config)
-    found = resumption.weights(assignment.found) if whole and assignment.found else None
+    found = resumption.read_weights(assignment.found) if whole and assignment.found else None
     if whole and found is None:
         if assignment.initial:
             from calumma.model.directory import read_transformer
@@ -100,7 +110,7 @@ def build(assignment: Assignment, whole: bool) -> Transformer:
                 transformer.load_state_dict(read_transformer(path, dtype=torch.float32).state_dict())
         else:
             transformer.initialize(spec.seed)
-    transformer = parameters.prepare(transformer, spec, assignment.vocabulary)
+    transformer = parameters.set_trainable(transformer, spec, assignment.vocabulary)
     if found is not None:  # in the names of what is trained: adapters are among them
         transformer.load_state_dict(found)
     return transformer
@@ -115,9 +125,12 @@ class _Stage:
         self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
         self.spec = assignment.spec
         self.report = _report_so_far(assignment)
-        self.bad = faults.Incidents(self.spec.faults, self.report, self.spec.steps)
+        self.bad = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
-        self.clock, self.interval = meters.Clock(), meters.Interval(run.device, first_step=assignment.first_step)
+        self.clock, self.interval = (
+            meters.ActivityClock(),
+            meters.LossInterval(run.device, first_step=assignment.first_step),
+        )
         self.utilization = meters.Utilization(run.module, run.device, self.spec.precision, worker.world)
 
     def run(self) -> dict[str, Any]:
@@ -131,7 +144,7 @@ class _Stage:
         with Supervisor(self.engine, self.assignment, self.worker, self._published) as supervisor:
             if spec.faults.action == "roll_back" and first == 0:
                 self._save(supervisor, 0, due=True)  # something to go back to
-            for step, group in self._waiting(_data(self.worker)):
+            for step, group in self._waiting(_micro_batches(self.worker)):
                 supervisor.expect(step)
                 seen += self._step(supervisor, step, group)
                 self._save(supervisor, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps)
@@ -167,7 +180,7 @@ class _Stage:
         last = done == spec.steps
         reports = done % spec.log_every == 0 or last or step == assignment.first_step
         with self.clock("compute"):
-            counts = engine.count(group, self.image_mask_V, self.engine.device)
+            counts = engine.count_tokens(group, self.image_mask_V, self.engine.device)
             seeds = (spec.seed, assignment.offset + step, self.worker.rank) if assignment.config.dropout else None
             judged: list[tuple[float | None, faults.Cause | None]] = []
 
@@ -210,14 +223,14 @@ class _Stage:
         self.report |= {key: metrics[key] for key in ("loss", "loss_text", "loss_image") if key in metrics}
         speed, steps = metrics["tokens_per_second"], done - self.interval.first_step
         whole = time.monotonic() - self.interval.began
-        metrics |= self.utilization.metrics(speed) | self.clock.read() | meters.memory(self.engine.device)
+        metrics |= self.utilization.metrics(speed) | self.clock.read() | meters.peak_memory(self.engine.device)
         metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.bad.guard.metrics()
         metrics |= {"learning_rate": rate, "gradient_norm": norm, "step": done, "workers": self.worker.world}
         passed = {uri: done * part for uri, part in self.assignment.epochs_a_step.items()}
         metrics |= flatten({"epochs": passed}) if passed else {}
         metrics["seconds_left"] = whole / max(steps, 1) * (self.spec.steps - done)
         self._log(metrics, done)
-        self.interval = meters.Interval(self.engine.device, first_step=done)
+        self.interval = meters.LossInterval(self.engine.device, first_step=done)
 
     def _evaluate(self, supervisor: Supervisor, done: int) -> None:
         """Held-out losses and samples where they are due before the end."""
@@ -242,8 +255,10 @@ class _Stage:
         """A bad step. Raises TrainingFailed when there were too many in a row."""
 
         def ending() -> str:
-            place = catalog.folder(self.assignment.output)
-            return faults.report(done, self.bad.found, self.spec.faults, self.spec.optimizer.learning_rate, place)
+            place = catalog.checkpoints_folder(self.assignment.output)
+            return faults.divergence_report(
+                done, self.bad.found, self.spec.faults, self.spec.optimizer.learning_rate, place
+            )
 
         self.bad.add(done, cause, loss, self.writer, lambda: self._roll_back(supervisor), ending)
 
@@ -252,9 +267,9 @@ class _Stage:
         assignment = self.assignment
         with self.clock("checkpoint"):
             supervisor.settle()
-            found = resumption.resumption(assignment.output, self.spec, assignment.inputs)
-            if found is None or not resumption.fits(found, self.spec, self.worker.world):
-                place = catalog.folder(assignment.output)
+            found = resumption.agreed_checkpoint(assignment.output, self.spec, assignment.inputs)
+            if found is None or not resumption.can_restore_optimizer(found, self.spec, self.worker.world):
+                place = catalog.checkpoints_folder(assignment.output)
                 raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
             resumption.load(self.engine, found)
         self.report["tokens"] = dict(found.tokens)
@@ -272,7 +287,7 @@ class _Stage:
         """A checkpoint is in storage: a model of the run's in MLflow. Called from a thread of the first worker."""
         if self.writer is not None:
             names = ("loss", "loss_text", "loss_image", "held_out_loss")
-            publication.tell_checkpoint(self.writer, uri, report, names)
+            publication.log_checkpoint(self.writer, uri, report, names)
 
     def _waiting(self, steps: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
         """The same, and the time that waiting for them takes is measured."""
@@ -292,10 +307,10 @@ class _Stage:
 def _report_so_far(assignment: Assignment) -> dict[str, Any]:
     if assignment.resume is None:
         return {"step": 0, "schedule_step": assignment.offset, "tokens": {"text": 0.0, "image": 0.0}}
-    return {key: value for key, value in assignment.resume.manifest.report.items() if key in _KEPT}
+    return {key: value for key, value in assignment.resume.manifest.report.items() if key in _RESUMED_FIELDS}
 
 
-def _data(worker: Worker) -> Any:
+def _micro_batches(worker: Worker) -> Any:
     import ray.train
 
     from calumma.platform.streaming.tensors import micro_batches
@@ -303,7 +318,7 @@ def _data(worker: Worker) -> Any:
     return micro_batches(ray.train.get_dataset_shard("train"), worker.rank, worker.world)
 
 
-def _tell_origin(assignment: Assignment, worker: Worker, writer: BackgroundWriter) -> None:
+def _log_inputs(assignment: Assignment, worker: Worker, writer: BackgroundWriter) -> None:
     """What the run is made of: code, environment, data and parent."""
     spec = assignment.spec
     writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")

@@ -78,13 +78,13 @@ class Status:
         return "  ".join(f"{name} {value}" for name, value in self.parts() if name not in ("step", "time left"))
 
 
-class Source(Protocol):
+class MetricsSource(Protocol):
     """What has newest metrics: run.Run."""
 
     def latest(self) -> Mapping[str, float]: ...
 
 
-class Lines:
+class StatusLines:
     """Plain lines for a log: one every `interval` seconds at most, and the last."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Lines:
             print(status.line(), file=self._stream, flush=True)
 
 
-class Panel:
+class StatusPanel:
     """A panel that stays in its place and is drawn anew: a bar, and a row for each thing known."""
 
     def __init__(self, console: Console) -> None:
@@ -108,7 +108,7 @@ class Panel:
 
         self._live = Live(console=console, auto_refresh=False)
 
-    def __enter__(self) -> Panel:
+    def __enter__(self) -> StatusPanel:
         self._live.start()
         return self
 
@@ -133,21 +133,21 @@ class Panel:
 
 
 @contextmanager
-def screen(console: Console | None = None, stream: TextIO | None = None) -> Iterator[Callable[[Status], None]]:
+def status_screen(console: Console | None = None, stream: TextIO | None = None) -> Iterator[Callable[[Status], None]]:
     """What shows a status: a panel where there is a terminal, else lines."""
     from rich.console import Console as RichConsole
 
     console = console or RichConsole(file=stream, stderr=stream is None)
     if not console.is_terminal:
-        yield Lines(stream=stream)
+        yield StatusLines(stream=stream)
         return
-    with Panel(console) as panel:
+    with StatusPanel(console) as panel:
         yield panel
 
 
 @contextmanager
-def following(
-    job_run: Source,
+def progress_from_metrics(
+    job_run: MetricsSource,
     stage: str,
     steps: int,
     progress: Progress,
@@ -204,7 +204,7 @@ def watch(identifier: str, tracking_uri: str | None = None, poll: float = POLL) 
     except Exception as error:
         print(f"there is no run {run.id} to watch at {run.uri}: {error}", file=sys.stderr)
         return 2
-    with suppress(KeyboardInterrupt), screen() as show:
+    with suppress(KeyboardInterrupt), status_screen() as show:
         while True:
             try:
                 recorded = run.client.get_run(run.id)

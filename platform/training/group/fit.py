@@ -17,8 +17,13 @@ from calumma.platform.specification import Recovery, Resources
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group import console
-from calumma.platform.training.group.control import Lifeline
-from calumma.platform.training.group.policies import checkpoint_before_resizing, failure_policy, scaling_policy, within
+from calumma.platform.training.group.control import WorkerControl
+from calumma.platform.training.group.policies import (
+    checkpoint_before_resizing,
+    failure_policy,
+    scaling_policy,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from ray.train import DataConfig
@@ -57,7 +62,7 @@ def fit(
     progress: Progress,
     data: DataConfig | None = None,
     datasets: dict[str, Any] | None = None,
-    lifeline: Lifeline | None = None,
+    lifeline: WorkerControl | None = None,
 ) -> Any:
     """Run `loop(config)` on workers joined by torch.distributed; what the loop returned on rank 0.
 
@@ -99,7 +104,11 @@ def fit(
             datasets=datasets,
         )
         patience = ELASTIC_START_TIMEOUT if elastic else START_TIMEOUT
-        with console.following(run, name, steps, progress), _interruptible(signals), _start_timeout(patience):
+        with (
+            console.progress_from_metrics(run, name, steps, progress),
+            _interruptible(signals),
+            _start_timeout_set(patience),
+        ):
             try:
                 result = trainer.fit()
             except TrainingFailedError as error:
@@ -117,7 +126,7 @@ def fit(
 
 
 @contextmanager
-def _start_timeout(seconds: str) -> Iterator[None]:
+def _start_timeout_set(seconds: str) -> Iterator[None]:
     """Ray Train's limit for the length of a block; what the user has set himself stays."""
     name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
     if name in os.environ:
@@ -130,7 +139,7 @@ def _start_timeout(seconds: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def _trainer_class(lifeline: Lifeline | None, recovery: Recovery, signals: Signals) -> Any:
+def _trainer_class(lifeline: WorkerControl | None, recovery: Recovery, signals: Signals) -> Any:
     """Ray's TorchTrainer with our failure policy and signals, where there is a lifeline; and without the
     placement-group cleaner where there is no dashboard to ask.
 
@@ -164,7 +173,7 @@ def _trainer_class(lifeline: Lifeline | None, recovery: Recovery, signals: Signa
     return Trainer
 
 
-def _stop_on_signals(lifeline: Lifeline, grace: float, abort: Callable[[], None], signals: Signals) -> None:
+def _stop_on_signals(lifeline: WorkerControl, grace: float, abort: Callable[[], None], signals: Signals) -> None:
     """The first Ctrl-C or SIGTERM asks the workers for a checkpoint and to end, the second ends them, and so does
     `grace` seconds without an answer. `_interruptible` restores the handlers."""
 
@@ -180,7 +189,7 @@ def _stop_on_signals(lifeline: Lifeline, grace: float, abort: Callable[[], None]
     def ask(name: str) -> None:
         try:
             lifeline.notify("stop", name)
-            if not within(grace, lambda: signals.over.is_set() or lifeline.followed()):
+            if not wait_until(grace, lambda: signals.over.is_set() or lifeline.followed()):
                 logger.warning("the workers have not answered in %g s: they are ended without a checkpoint", grace)
                 abort()
         except OSError as error:

@@ -31,18 +31,18 @@ def notify(checkpoints: str, action: Action, why: str) -> None:
     storage.write_bytes(notice_file(checkpoints, action), json.dumps({"why": why}).encode())
 
 
-def followed(checkpoints: str) -> bool:
+def none_pending(checkpoints: str) -> bool:
     """Whether no notice is waiting to be followed."""
     return not any(storage.exists(notice_file(checkpoints, action)) for action in ACTIONS)
 
 
-def withdraw(checkpoints: str, actions: Iterable[Action]) -> None:
+def delete_notices(checkpoints: str, actions: Iterable[Action]) -> None:
     """Take notices away; whoever waits until they are followed sees it by that. Raises StorageError."""
     for action in actions:
         storage.delete(notice_file(checkpoints, action))
 
 
-class Notices:
+class NoticeWatcher:
     """Looks for a notice in the background. One worker of a group does."""
 
     def __init__(self, checkpoints: str, poll: float | None = None) -> None:
@@ -63,7 +63,7 @@ class Notices:
         if self._found is not None and self._found[0] in followed:
             self._found = None
         with suppress(storage.StorageError):
-            withdraw(self._checkpoints, followed)
+            delete_notices(self._checkpoints, followed)
 
     def close(self) -> None:
         self._stop.set()

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from calumma.platform import storage
 from calumma.platform.training.checkpoints import catalog
-from calumma.platform.training.checkpoints.saver import Published, Replicated, Saver
+from calumma.platform.training.checkpoints.saver import OnPublished, Replicated, Saver
 from calumma.platform.training.errors import Stopped, TrainingFailed
-from calumma.platform.training.group.notice import Action, Notices
+from calumma.platform.training.group.notice import Action, NoticeWatcher
 from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker
 
@@ -39,11 +39,11 @@ class Supervisor:
         engine: DeepSpeedEngine | Replicated,
         assignment: Assignment | ImageAssignment,
         worker: Worker,
-        published: Published | None = None,
+        published: OnPublished | None = None,
     ) -> None:
         """`published(uri, report)` is called by the first worker, from a background thread, for each checkpoint."""
         self._engine, self._assignment, self._worker, spec = engine, assignment, worker, assignment.spec
-        self._checkpoints = catalog.folder(assignment.output)
+        self._checkpoints = catalog.checkpoints_folder(assignment.output)
         self._next = assignment.first_step
         self._preemption: Any = None
         earlier = assignment.resume.manifest.report.get("groups", []) if assignment.resume else []
@@ -58,7 +58,7 @@ class Supervisor:
 
         self._saver = Saver(spec, assignment.inputs, published, keep_few)
         self._watchdog = Watchdog(spec.resources.recovery.hang_seconds, self._keep_stacks)
-        self._notices = Notices(self._checkpoints) if worker.leads else None
+        self._notices = NoticeWatcher(self._checkpoints) if worker.leads else None
 
     def __enter__(self) -> Self:
         return self
@@ -96,7 +96,7 @@ class Supervisor:
             return
         began = time.monotonic()
         self._saver.save(
-            self._engine, catalog.location(self._assignment.output, done), {**report, "groups": self.groups}
+            self._engine, catalog.checkpoint_uri(self._assignment.output, done), {**report, "groups": self.groups}
         )
         if action is not None:
             self.settle()
@@ -106,7 +106,7 @@ class Supervisor:
         if action == "stop":
             raise Stopped(
                 f"stopped after step {done} ({why}); its checkpoint is "
-                f"{catalog.location(self._assignment.output, done)}, and the same command goes on from there"
+                f"{catalog.checkpoint_uri(self._assignment.output, done)}, and the same command goes on from there"
             )
         if action is not None:
             logger.warning("checkpoint after step %d: %s", done, why)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 logger = logging.getLogger(__name__)
-HUNG = 75  # exit code of a worker that was ended by its watchdog
+HUNG_EXIT_CODE = 75  # exit code of a worker that was ended by its watchdog
 _GRACE = 5.0  # seconds that a hung worker leaves to the others of its group to write their stacks, too
 
 
@@ -70,7 +70,7 @@ class Watchdog:
             except Exception as error:  # the worker must end whatever becomes of its stacks
                 logger.error("its stack traces could not be kept: %s\n%s", error, stacks())
             self._stop.wait(self._grace)
-            self._end(HUNG)
+            self._end(HUNG_EXIT_CODE)
             return
 
 

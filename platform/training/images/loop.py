@@ -24,33 +24,33 @@ from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.training import publication
 from calumma.platform.training.assignment import Checkpoint, ImageAssignment
 from calumma.platform.training.checkpoints import catalog, resumption, universal
-from calumma.platform.training.checkpoints.saver import WHOLE
+from calumma.platform.training.checkpoints.saver import REPLICATED_FILE
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.supervisor import Supervisor
-from calumma.platform.training.group.worker import Worker, join
+from calumma.platform.training.group.worker import Worker, set_up_worker
 from calumma.platform.training.images import data
 from calumma.platform.training.images.data import Pool
-from calumma.platform.training.images.measure import Measured, comparison, measure
-from calumma.platform.training.images.objective import ImageTraining, Measures
+from calumma.platform.training.images.measure import ReconstructionErrors, comparison, measure_reconstruction
+from calumma.platform.training.images.objective import ImageTraining, StepMeasures
 from calumma.platform.training.specification import Schedule
 from calumma.platform.training.steps import faults, meters
 from calumma.platform.training.steps.schedule import learning_rate
 
 KIND = "image_tokenizer"
 _PERIODS = 50  # in which codes must be used, or are moved
-_RESTARTING = 0.7  # share of the steps in which unused codes are moved; then the codebook settles
-_MEASURED = 20_000  # training images, at most, that count the codes in use
-_SHOWN = 16  # images in the picture of reconstructions
-_KEPT = ("step", "schedule_step", "loss", "held_out_loss", "seconds", "faults", "incidents")
+_RESTART_SHARE = 0.7  # share of the steps in which unused codes are moved; then the codebook settles
+_MEASURED_IMAGES = 20_000  # training images, at most, that count the codes in use
+_PICTURED_IMAGES = 16  # images in the picture of reconstructions
+_RESUMED_FIELDS = ("step", "schedule_step", "loss", "held_out_loss", "seconds", "faults", "incidents")
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's loop, from the newest whole checkpoint that there is when this group starts; the report (on rank 0,
     elsewhere empty)."""
     given: ImageAssignment = config["assignment"]
-    worker = join()
+    worker = set_up_worker()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
-    assignment = replace(given, resume=resumption.resumption(given.output, given.spec, given.inputs))
+    assignment = replace(given, resume=resumption.agreed_checkpoint(given.output, given.spec, given.inputs))
     writer = None
     if worker.leads:
         writer = BackgroundWriter(assignment.run, parked=storage.join(assignment.output, "tracking"))
@@ -74,17 +74,17 @@ class Loop:
     def __init__(self, assignment: ImageAssignment, worker: Worker, writer: BackgroundWriter | None) -> None:
         self.assignment, self.worker, self.writer = assignment, worker, writer
         spec = self.spec = assignment.spec
-        self.pool = Pool(data.read(spec, spec.documents, worker), worker, data.weight_function(spec))
-        self.shown = data.read(spec, spec.held_out, worker) if spec.held_out else None
+        self.pool = Pool(data.read_pool(spec, spec.documents, worker), worker, data.load_weight_function(spec))
+        self.shown = data.read_pool(spec, spec.held_out, worker) if spec.held_out else None
         self.training = ImageTraining(spec, worker)
         self.report: dict[str, Any] = {"step": 0, "schedule_step": 0, "seconds": 0.0}
         if assignment.resume is not None:
-            self.training.load(_state(assignment.resume))
-            self.report = {k: v for k, v in assignment.resume.manifest.report.items() if k in _KEPT}
-        self.bad = faults.Incidents(spec.faults, self.report, spec.steps)
+            self.training.load(_read_state(assignment.resume))
+            self.report = {k: v for k, v in assignment.resume.manifest.report.items() if k in _RESUMED_FIELDS}
+        self.bad = faults.FaultHandler(spec.faults, self.report, spec.steps)
         self.schedule = Schedule(kind="cosine", warmup_steps=min(100, spec.steps // 10), final=0.02)
         self.period = max(1, spec.steps // _PERIODS)
-        self.clock = meters.Clock()
+        self.clock = meters.ActivityClock()
         self.began = time.monotonic() - self.report["seconds"]
         self._new_interval(assignment.first_step)
 
@@ -147,12 +147,12 @@ class Loop:
     def _end_period(self, done: int, x_BCHW: Tensor) -> dict[str, float]:
         """Count the codes in use, and move the others; every worker calls it."""
         metrics = {"codes_in_use": self.training.codes_in_use()}
-        if done < _RESTARTING * self.spec.steps:
+        if done < _RESTART_SHARE * self.spec.steps:
             self.training.restart(x_BCHW)
         self.training.begin_period()
         return metrics
 
-    def _metrics(self, done: int, rate: float, found: Measures | None) -> dict[str, float]:
+    def _metrics(self, done: int, rate: float, found: StepMeasures | None) -> dict[str, float]:
         """Of the newest step, unless it was not taken, and since the last metrics."""
         metrics: dict[str, float] = {}
         if found is not None:
@@ -161,7 +161,7 @@ class Loop:
         steps, whole = done - self._interval_step, time.monotonic() - self._interval_began
         speed = steps * self.spec.batch / max(whole - self._elsewhere, 1e-9)
         metrics |= {"learning_rate": rate, "images_per_second": speed, "step": done, "workers": self.worker.world}
-        metrics |= self.clock.read() | meters.memory(self.worker.device) | self.bad.guard.metrics()
+        metrics |= self.clock.read() | meters.peak_memory(self.worker.device) | self.bad.guard.metrics()
         metrics["seconds_left"] = whole / max(steps, 1) * (self.spec.steps - done)
         self._new_interval(done)
         return metrics
@@ -183,10 +183,10 @@ class Loop:
         these and training images use; every worker calls it."""
         beat = supervisor.beat if supervisor is not None else None
 
-        def over(images: Tensor) -> Measured:
-            return measure(self.training.tokenizer, images, total=self.training.total, beat=beat)
+        def over(images: Tensor) -> ReconstructionErrors:
+            return measure_reconstruction(self.training.tokenizer, images, total=self.training.total, beat=beat)
 
-        trained = over(self.pool.images[: -(-_MEASURED // self.worker.world)])
+        trained = over(self.pool.images[: -(-_MEASURED_IMAGES // self.worker.world)])
         held_out = trained if self.shown is None else over(self.shown)
         self.report["held_out_loss"] = held_out.squared
         return {
@@ -200,22 +200,22 @@ class Loop:
     def _picture(self, path: str) -> None:
         images = self.pool.images if self.shown is None else self.shown
         if self.writer is not None and len(images):
-            self.writer.log_image(comparison(self.training.tokenizer, images[:_SHOWN]), path)
+            self.writer.log_image(comparison(self.training.tokenizer, images[:_PICTURED_IMAGES]), path)
 
     def _fault(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float) -> None:
-        place = catalog.folder(self.assignment.output)
+        place = catalog.checkpoints_folder(self.assignment.output)
 
         def roll_back() -> int:
             with self.clock("checkpoint"):
                 supervisor.settle()
-                found = resumption.resumption(self.assignment.output, self.spec, self.assignment.inputs)
+                found = resumption.agreed_checkpoint(self.assignment.output, self.spec, self.assignment.inputs)
                 if found is None:
                     raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
-                self.training.load(_state(found), draws=False)  # other images than those that led here
+                self.training.load(_read_state(found), draws=False)  # other images than those that led here
             return found.step
 
         def ending() -> str:
-            return faults.report(
+            return faults.divergence_report(
                 done, self.bad.found, self.spec.faults, self.spec.learning_rate, place, "learning_rate", warmup=None
             )
 
@@ -232,15 +232,15 @@ class Loop:
 
     def _published(self, uri: str, report: dict[str, Any]) -> None:
         if self.writer is not None:
-            publication.tell_checkpoint(self.writer, uri, report, ("loss", "held_out_loss"))
+            publication.log_checkpoint(self.writer, uri, report, ("loss", "held_out_loss"))
 
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.writer is not None and metrics:
             self.writer.log({key: value for key, value in metrics.items() if math.isfinite(value)}, done)
 
 
-def _state(found: Checkpoint) -> dict[str, Any]:
+def _read_state(found: Checkpoint) -> dict[str, Any]:
     """What `ImageTraining.whole_state` was; every worker calls it."""
-    with universal.on_this_node(found.files) as folder:
-        state: dict[str, Any] = torch.load(folder / WHOLE, map_location="cpu", weights_only=True)
+    with universal.local_checkpoint(found.files) as folder:
+        state: dict[str, Any] = torch.load(folder / REPLICATED_FILE, map_location="cpu", weights_only=True)
     return state

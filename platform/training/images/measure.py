@@ -16,7 +16,7 @@ from calumma.model.image_tokenizer import ImageTokenizer, to_image
 from calumma.platform.training.images.data import as_floats
 
 
-class Measured(NamedTuple):
+class ReconstructionErrors(NamedTuple):
     """How well images are reconstructed: mean squared error of values in [-1, 1], and mean absolute error a pixel and
     channel in 0..255; which codes they used (BoolTensor [K]); how many they were."""
 
@@ -27,13 +27,13 @@ class Measured(NamedTuple):
 
 
 @torch.inference_mode()
-def measure(
+def measure_reconstruction(
     tokenizer: ImageTokenizer,
     images_NCHW: Tensor,
     batch: int = 64,
     total: Callable[[Tensor], object] | None = None,
     beat: Callable[[], None] | None = None,
-) -> Measured:
+) -> ReconstructionErrors:
     """Encode and decode every image (ByteTensor [N, 3, H, W]) as serving does: clamped to what a picture can hold.
 
     With `total`, which sums a tensor over all workers in place, it is measured over the images of all of them; every
@@ -57,7 +57,7 @@ def measure(
         squared, absolute, number = float(sums[0]), float(sums[1]), int(sums[2])
         used_K = (sums[3:] > 0).cpu()
     values = max(1, number * 3 * tokenizer.config.resolution**2)
-    return Measured(squared / values, absolute / values, used_K, number)
+    return ReconstructionErrors(squared / values, absolute / values, used_K, number)
 
 
 def comparison(tokenizer: ImageTokenizer, images_NCHW: Tensor, enlarge: int = 2) -> PILImage.Image:

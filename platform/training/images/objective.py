@@ -20,13 +20,13 @@ from calumma.model.image_tokenizer import ImageTokenizer, Reconstruction
 from calumma.platform import storage
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.group.worker import Worker
-from calumma.platform.training.images.data import shares
+from calumma.platform.training.images.data import batch_shares
 from calumma.platform.training.specification import ImageTokenizerSpecification
 
-_CLIP = 1.0  # norm of a gradient
+_GRADIENT_CLIP = 1.0  # norm of a gradient
 
 
-def perceptual_loss(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
+def load_perceptual_loss(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
     """The perceptual network, where its weights are given. Raises SpecificationError."""
     if spec.loss.perceptual_weights is None:
         return None
@@ -39,7 +39,7 @@ def perceptual_loss(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
         raise SpecificationError(f"loss.perceptual_weights: {uri}: {error}") from error
 
 
-class Measures(NamedTuple):
+class StepMeasures(NamedTuple):
     """Of one step, over all workers: the loss, its parts and the gradient's norm before clipping, the largest of both
     networks."""
 
@@ -57,14 +57,14 @@ class ImageTraining:
 
     def __init__(self, spec: ImageTokenizerSpecification, worker: Worker) -> None:
         self.spec, self.worker = spec, worker
-        sizes = shares(spec.batch, worker.world)
+        sizes = batch_shares(spec.batch, worker.world)
         self._first, self._batch = sum(sizes[: worker.rank]), sizes[worker.rank]
         alone = worker.world == 1
         self.total = None if alone else dist.all_reduce
         torch.manual_seed(spec.seed)
         self.tokenizer = ImageTokenizer(spec.model).to(worker.device)
         mean = None if alone else self._mean
-        objective = ImageObjective(spec.loss, spec.commitment, perceptual_loss(spec), mean)
+        objective = ImageObjective(spec.loss, spec.commitment, load_perceptual_loss(spec), mean)
         self.objective = objective.to(worker.device)
         self.average: CodebookAverage | None = None
         if spec.loss.codebook == "ema":
@@ -86,7 +86,7 @@ class ImageTraining:
     def device(self) -> torch.device:
         return self.worker.device
 
-    def look(self, x_BCHW: Tensor, step: int) -> Measures:
+    def look(self, x_BCHW: Tensor, step: int) -> StepMeasures:
         """The gradients of a step (the first is 0) for this worker's images; nothing is moved but, before the first
         step, the codebook."""
         if not self.started:
@@ -105,7 +105,7 @@ class ImageTraining:
         if self.worker.world > 1:
             self._mean(values)
         loss_, *rest = values.tolist()
-        return Measures(loss_, dict(zip(parts, rest, strict=True)), torch.stack(norms).max().item())
+        return StepMeasures(loss_, dict(zip(parts, rest, strict=True)), torch.stack(norms).max().item())
 
     def move(self, rate: float) -> None:
         """Take the step that was looked at; the discriminator's learning rate follows the tokenizer's."""
@@ -190,7 +190,7 @@ class _Network:
         """The gradient, clipped; its norm before."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        return torch.nn.utils.clip_grad_norm_(self._trained, _CLIP)
+        return torch.nn.utils.clip_grad_norm_(self._trained, _GRADIENT_CLIP)
 
     def move(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -54,7 +54,7 @@ class Incident:
 
 
 @dataclass
-class Guard:
+class LossGuard:
     """Judges the steps in order. `recent` are the losses of good ones."""
 
     rules: Faults
@@ -118,7 +118,7 @@ class Guard:
         }
 
     @classmethod
-    def of(cls, rules: Faults, state: dict[str, Any] | None) -> Guard:
+    def of(cls, rules: Faults, state: dict[str, Any] | None) -> LossGuard:
         """As it was when the checkpoint was written; a new one without it."""
         state = state or {}
         recent = deque(float(loss) for loss in state.get("recent", ()))
@@ -126,13 +126,13 @@ class Guard:
         return cls(rules, recent, **counts)
 
 
-class Incidents:
+class FaultHandler:
     """The bad steps of a run, as one worker of it keeps them."""
 
     def __init__(self, rules: Faults, report: dict[str, Any], steps: int) -> None:
         """`report` is that of the checkpoint that the run goes on from."""
         self._rules, self._steps = rules, steps
-        self.guard = Guard.of(rules, report.get("faults"))
+        self.guard = LossGuard.of(rules, report.get("faults"))
         self.found = [Incident.of(told) for told in report.get("incidents", [])]
         self.left_out = max((incident.resumed_after or 0 for incident in self.found), default=0)
         """The last step whose data a roll-back leaves out."""
@@ -171,7 +171,7 @@ class Incidents:
         return {"incidents": [incident.plain() for incident in self.found], "faults": self.guard.state()}
 
 
-def report(
+def divergence_report(
     step: int,
     incidents: list[Incident],
     rules: Faults,

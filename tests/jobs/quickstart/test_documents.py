@@ -158,7 +158,7 @@ def test_questions_and_answers_agree(root: Path) -> None:
 
 
 def test_counts_stay_within_five_digits_and_the_article_fits() -> None:
-    spans = conversations.ranges()
+    spans = conversations.counting_ranges()
     assert (0, 1) in spans
     assert (5, 9) in spans
     assert all(1 <= last - first <= 4 and last <= 9 for first, last in spans)

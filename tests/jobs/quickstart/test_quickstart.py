@@ -62,7 +62,7 @@ def artifacts(mlflow: MlflowClient, run: str, folder: str | None = None) -> list
 
 def test_every_step_is_published(workdir: Path) -> None:
     for name in NAMES:
-        spec = steps.specification(name, Options(workdir, fast=True))
+        spec = steps.step_specification(name, Options(workdir, fast=True))
         manifest = runner.reusable_result(spec)
         assert manifest is not None, name
         manifest.verify(spec.output_uri)

@@ -177,7 +177,7 @@ def test_a_job_that_fails_is_marked_and_publishes_nothing(
 
 def test_an_unknown_job_is_told_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SpecificationError, match=r"no job 'tokenise'; jobs are: curate, .*tokenize"):
-        entry.specification("tokenise", tmp_path / "x.yaml")
+        entry.job_specification("tokenise", tmp_path / "x.yaml")
 
 
 # --- what the user is told -----------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def told(error: BaseException) -> tuple[int, str]:
     def act() -> None:
         raise error
 
-    code = entry.guarded(act, "calumma job run count", words.append)
+    code = entry.exit_code_of(act, "calumma job run count", words.append)
     return code, "\n".join(words)
 
 

@@ -166,7 +166,7 @@ def test_checkpoints_of_before_these_fields_are_gone_on_with() -> None:
     old = spec.model_dump(mode="json")
     for added in ("mixture_of", "max_epochs", "data"):
         del old[added]
-    accept = resumption.continues(spec, {})
+    accept = resumption.made_by(spec, {})
     assert accept(Manifest(kind="checkpoint", specification=old, report={"step": 3}))
     old["mixture"] = {"tokens/text": 1.0}
     assert not accept(Manifest(kind="checkpoint", specification=old, report={"step": 3}))

@@ -177,12 +177,12 @@ def take_steps(rank: int, world: int, zero_stage: int, recompute: bool, folder: 
     for step in range(3):
         group = [rows(step, number) for number in range(rank, 3, world)]
         group += [empty] * (engine.micro_batches_a_worker(spec, world) - len(group))
-        counts = engine.count(group, image_mask_V, run.device)
+        counts = engine.count_tokens(group, image_mask_V, run.device)
         local, stability = engine.step(
             run, group, counts, image_mask_V, 1e-3, world, (0, step, rank), measure=rank == 0 and step == 1
         )
         assert bool(stability) == (rank == 0 and step == 1)
-        sums = engine.everywhere(local)
+        sums = engine.sum_over_workers(local)
         seen.append([*sums.tolist(), *counts, float(run.get_global_grad_norm())])
     weights = engine.gathered_weights(run, keep=rank == 0)
     if rank == 0:
@@ -229,7 +229,7 @@ def test_the_held_out_loss_is_the_mean_over_all_trained_tokens(root: str) -> Non
     total, number = 0.0, 0
     transformer.eval()
     for shard, group in held_out.row_groups(f"{root}/tokens/pairs"):
-        batch = held_out.read(shard, group)
+        batch = held_out.read_row_group(shard, group)
         with torch.no_grad():
             logits = transformer(batch.tokens[:, :-1])
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
@@ -241,7 +241,7 @@ def test_the_held_out_loss_is_the_mean_over_all_trained_tokens(root: str) -> Non
 
 def test_settings_become_deepspeeds_and_raw_ones_have_the_last_word() -> None:
     spec = stage("/x", deepspeed={"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
-    made = engine.settings(spec, world=2, parameters=1000)
+    made = engine.deepspeed_config(spec, world=2, parameters=1000)
     assert made["gradient_accumulation_steps"] == 2  # three micro-batches on two workers
     assert made["zero_optimization"] == {
         "stage": 3,
@@ -297,7 +297,7 @@ def test_what_cannot_be_trained_is_refused_in_the_terms_of_the_specification(
 def leave_checkpoint(spec: TrainSpecification, step: int, inputs: dict[str, str]) -> None:
     report = {"step": step, "schedule_step": step, "tokens": {"text": 0.0, "image": 0.0}}
     Manifest(kind="checkpoint", specification=spec.model_dump(mode="json"), report=report, inputs=inputs).write(
-        catalog.location(spec.locate(spec.output), step)
+        catalog.checkpoint_uri(spec.locate(spec.output), step)
     )
 
 
@@ -306,7 +306,7 @@ def test_a_stage_goes_on_from_its_newest_whole_checkpoint(root: str, run: Run, t
     inputs = prepare(spec, run).inputs
     for step in (2, 4):
         leave_checkpoint(spec, step, inputs)
-    storage.write_bytes(f"{catalog.location(spec.output, 6)}/state/part", b"killed before its manifest")
+    storage.write_bytes(f"{catalog.checkpoint_uri(spec.output, 6)}/state/part", b"killed before its manifest")
     again = spec.model_copy(update={"log_every": 1, "samples": []})
     assert prepare(again, run).first_step == 4
 
@@ -469,7 +469,7 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
 
     # Killed while it uploaded its last checkpoint: the run before it is repeated to the same weights.
     straight = model_weights(f"{root}/stages/one/model")
-    Path(catalog.location(f"{root}/stages/one", 12), "manifest.json").unlink()
+    Path(catalog.checkpoint_uri(f"{root}/stages/one", 12), "manifest.json").unlink()
     Path(root, "stages/one/manifest.json").unlink()
     with job_run(spec) as again:
         repeated = run_stage(spec, again, no_progress)
@@ -619,7 +619,7 @@ def until(trained: Future[Any], happened: Callable[[], bool]) -> None:
 
 def stopped(trained: Future[Any], place: str) -> int:
     """Have training stop; how many steps it has taken."""
-    notice.notify(catalog.folder(place), "stop", "that is enough")
+    notice.notify(catalog.checkpoints_folder(place), "stop", "that is enough")
     with pytest.raises(Stopped, match="that is enough"):
         trained.result()
     return catalog.newest_step(place)
@@ -693,7 +693,7 @@ def test_workers_and_nodes_lost_at_random_and_failing_storage_change_no_loss(
                     nodes.remove_node(node, allow_graceful=False)
                     node = nodes.add_node(num_cpus=1)
                 elif blow == "storage":  # where one of the next checkpoints belongs there is something else
-                    storage.write_bytes(catalog.location(place, catalog.newest_step(place) + 30), b"")
+                    storage.write_bytes(catalog.checkpoint_uri(place, catalog.newest_step(place) + 30), b"")
             taken = stopped(trained, place)
             found = catalog.newest(place)
             assert found is not None
@@ -724,13 +724,13 @@ def ablation_of(root: str, **fields: Any) -> AblateSpecification:
 
 def test_an_ablation_shows_what_each_stabilizer_bounds(root: str) -> None:
     spec = ablation_of(root)
-    curves = {(name, 0.01): ablation.curve(spec, name, 0.01) for name in spec.variants}
+    curves = {(name, 0.01): ablation.train_variant(spec, name, 0.01) for name in spec.variants}
     found = ablation.summary(curves)
     assert found["all, 0.01: loss"] < curves["all", 0.01][0]["loss"] - 0.5
     growth = {name: found[f"{name}, 0.01: query_norm"] / curves[name, 0.01][0]["query_norm"] for name in spec.variants}
     assert growth["no query-key norm"] > 2 * growth["all"]
     assert abs(found["all, 0.01: log_z"]) < abs(found["no z-loss, 0.01: log_z"])
-    assert ablation.curve(spec, "all", 0.01) == curves["all", 0.01]  # the same again
+    assert ablation.train_variant(spec, "all", 0.01) == curves["all", 0.01]  # the same again
     drawn = ablation.figure(spec, curves)
     assert {line.get_label() for line in drawn.axes[0].get_lines()} == set(spec.variants)
 
@@ -840,7 +840,7 @@ def test_reconstruction_errors_are_in_their_units() -> None:
         ImageTokenizerConfig(resolution=8, codebook_size=4, embedding=4, base_channels=4, multipliers=[1])
     )
     white = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
-    found = measure.measure(tokenizer, white, batch=2)
+    found = measure.measure_reconstruction(tokenizer, white, batch=2)
     assert (found.squared, found.absolute) == pytest.approx((1.0, 127.5))
     assert 1 <= int(found.used_K.sum()) <= 4
 
@@ -881,7 +881,7 @@ def test_the_image_tokenizer_learns_and_uses_its_codebook_though_a_worker_is_kil
     assert unchanged_result(f"{root}/tokenizers/trained", spec) == manifest
     read = ImageTokenizer.read(f"{root}/tokenizers/trained")
     pixels = data.read_images(document_shards.read_documents(f"{root}/curated/pairs"), 8)
-    assert measure.measure(read, pixels).squared == pytest.approx(
+    assert measure.measure_reconstruction(read, pixels).squared == pytest.approx(
         manifest.report["image_reconstruction_error"], rel=1e-3
     )
 
@@ -892,8 +892,8 @@ def test_the_image_tokenizer_learns_and_uses_its_codebook_though_a_worker_is_kil
 def test_an_answer_is_drawn_with_all_of_its_parts() -> None:
     red = PILImage.new("RGB", (8, 8), "red")
     answer = Document((Text("here is one\nand more"), Image(red), Text("")))
-    drawn = samples.render("Draw a red square.", answer)
+    drawn = samples.render_answer("Draw a red square.", answer)
     colors = {color for _, color in drawn.getcolors(1 << 20) or []}
     assert (255, 0, 0) in colors  # the image
     assert (0, 0, 0) in colors  # the text
-    assert drawn.height > samples.render("Draw a red square.", Document((Text("here is one"),))).height
+    assert drawn.height > samples.render_answer("Draw a red square.", Document((Text("here is one"),))).height

@@ -31,7 +31,7 @@ from calumma.platform.training.group import control, notice, supervisor
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.images import data
 from calumma.platform.training.images.loop import Loop
-from calumma.platform.training.images.objective import ImageTraining, Measures
+from calumma.platform.training.images.objective import ImageTraining, StepMeasures
 from calumma.platform.training.specification import ImageTokenizerSpecification
 
 IMAGES, HELD_OUT, BATCH, STEPS = 23, 5, 7, 16  # three workers have unequal parts of all of them
@@ -146,7 +146,7 @@ def train(
 ) -> tuple[Loop, Log]:
     """Train as a group does that starts now; `at` is called before each step."""
     log = Log()
-    resume = resumption.resumption(str(folder), spec, {})
+    resume = resumption.agreed_checkpoint(str(folder), spec, {})
     loop = Loop(ImageAssignment(spec, Run("unused", "0"), str(folder), {}, resume), worker, log)  # type: ignore[arg-type]
     usual = loop._step
 
@@ -208,24 +208,24 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(alone: None, root:
     spec = specification(root)
     with pytest.raises(Died):
         train(spec, tmp_path, at=dying(13))
-    (file,) = (tmp_path / "checkpoints/step-00000010").glob(f"*/{saver.WHOLE}")
+    (file,) = (tmp_path / "checkpoints/step-00000010").glob(f"*/{saver.REPLICATED_FILE}")
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    found = resumption.resumption(str(tmp_path), spec, {})
+    found = resumption.agreed_checkpoint(str(tmp_path), spec, {})
     assert found is not None
     assert found.step == 5
 
 
 def test_as_many_checkpoints_stay_as_are_to_be_kept(alone: None, root: Path, tmp_path: Path) -> None:
     train(specification(root, resources={"keep": {"last": 2, "every": 10}}), tmp_path)
-    assert catalog.published(str(tmp_path)) == [16, 15, 10]
+    assert catalog.published_steps(str(tmp_path)) == [16, 15, 10]
 
 
 def test_a_notice_ends_it_with_a_checkpoint_and_the_same_command_goes_on_to_the_same_end(
     alone: None, root: Path, straight: tuple[Loop, Log], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notice, "_POLL", 0.02)
-    spec, line = specification(root, checkpoint_every=100), control.lifeline(str(tmp_path))
+    spec, line = specification(root, checkpoint_every=100), control.worker_control(str(tmp_path))
 
     def told(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step == 6:
@@ -243,14 +243,16 @@ def test_a_notice_ends_it_with_a_checkpoint_and_the_same_command_goes_on_to_the_
 # -- bad steps --
 
 
-def broken(steps: dict[int, float], usual: Callable[..., Measures], norm: float = 1.0) -> Callable[..., Measures]:
+def broken(
+    steps: dict[int, float], usual: Callable[..., StepMeasures], norm: float = 1.0
+) -> Callable[..., StepMeasures]:
     """`ImageTraining.look`, whose loss is another one at some steps (from 0)."""
 
-    def look(training: ImageTraining, x: torch.Tensor, step: int) -> Measures:
+    def look(training: ImageTraining, x: torch.Tensor, step: int) -> StepMeasures:
         found = usual(training, x, step)
         loss = steps.get(step, found.loss)
         changed = found.parts if step not in steps else found.parts | {"reconstruction": loss}
-        return Measures(loss, changed, norm if step in steps and math.isfinite(loss) else found.norm)
+        return StepMeasures(loss, changed, norm if step in steps and math.isfinite(loss) else found.norm)
 
     return look
 
@@ -325,7 +327,7 @@ def test_metrics_pictures_and_checkpoints_are_told(root: Path, straight: tuple[L
     assert pictures == [f"samples/step-{step:08d}/reconstructions.png" for step in (6, 12)]
     assert list(log.checkpoints) == [f"step-{step:08d}" for step in (5, 10, 15, 16)]
     uri, step, metrics, _ = log.checkpoints["step-00000010"]
-    assert (uri, step) == (catalog.location(loop.assignment.output, 10), 10)
+    assert (uri, step) == (catalog.checkpoint_uri(loop.assignment.output, 10), 10)
     assert metrics == {"loss": log.losses[10], "held_out_loss": log.metrics[6]["image_reconstruction_error"]}
 
 
@@ -338,7 +340,7 @@ def work(rank: int, world: int, root: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     worker = Worker(rank, world, torch.device("cpu"))
     spec = specification(root, sampling_weight=f"{__name__}:area", steps=10)  # rounding grows from step to step
-    pool = data.Pool(data.read(spec, spec.documents, worker), worker)
+    pool = data.Pool(data.read_pool(spec, spec.documents, worker), worker)
     taken = [pool.take(drawn) for drawn in draws()]
     told = {}
     for name in ("together", "half"):
@@ -368,7 +370,7 @@ def test_three_workers_take_the_steps_of_one_and_go_on_with_its_checkpoint(root:
     torch.multiprocessing.start_processes(work, (3, str(root), str(tmp_path)), nprocs=3, start_method="fork")
     workers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
 
-    images = data.read(spec, spec.documents, ALONE)
+    images = data.read_pool(spec, spec.documents, ALONE)
     for turn, drawn in enumerate(draws()):
         assert torch.equal(torch.cat([worker["taken"][turn] for worker in workers]), images[drawn])
 

@@ -92,7 +92,7 @@ def train(
     log = Log()
     assignment = ImageAssignment(spec, Run("unused", "0"), str(folder), {}, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "read", lambda *given: images)
+        patch.setattr(data, "read_pool", lambda *given: images)
         steps = loop.Loop(assignment, Worker(0, 1, torch.device("cpu")), log)  # type: ignore[arg-type]
         steps.run()
     return steps.training.tokenizer.eval(), [metrics for metrics in log.metrics if "loss" in metrics]
@@ -127,7 +127,7 @@ def test_every_objective_learns_to_reconstruct(loss: dict[str, Any], tmp_path: P
     images = bars()
     tokenizer, metrics = train(specification(loss=ImageLossConfig(**loss)), images, tmp_path)
     assert metrics[-1]["reconstruction"] < 0.6 * metrics[0]["reconstruction"]
-    assert measure.measure(tokenizer, images).used_K.sum() > 3
+    assert measure.measure_reconstruction(tokenizer, images).used_K.sum() > 3
     judged = [m["step"] for m in metrics if "discriminator_loss" in m]
     assert judged == ([m["step"] for m in metrics if m["step"] > 30] if "adversarial" in loss else [])
 
@@ -220,18 +220,18 @@ def test_checkpoints_of_a_finished_training_make_way_for_another_and_those_of_a_
     run_job(spec)
     changed = spec.model_copy(update={"learning_rate": 1e-4})
     run_job(changed)
-    assert catalog.published(spec.training) == [4]
+    assert catalog.published_steps(spec.training) == [4]
     found = catalog.newest(spec.training)
     assert found is not None
     assert found.manifest.specification["learning_rate"] == 1e-4
     report = found.manifest.report | {"step": 2}
-    found.manifest.model_copy(update={"report": report}).write(catalog.location(spec.training, 4))
+    found.manifest.model_copy(update={"report": report}).write(catalog.checkpoint_uri(spec.training, 4))
     with pytest.raises(
         SpecificationError, match=r"stopped after step 2 of 4.*other settings \(learning_rate\).*--force"
     ):
         run_job(spec)
     runner.delete_result(spec)
-    assert catalog.published(spec.training) == []
+    assert catalog.published_steps(spec.training) == []
     assert not Manifest.find(f"{published}/made")
     run_job(spec)
 
@@ -254,7 +254,10 @@ def test_weights_decide_which_images_are_drawn(tmp_path: Path) -> None:
     assert weights.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
     spec = specification(steps=80, sampling_weight=f"{__name__}:redness")
     tokenizer, _ = train(spec, images, tmp_path)
-    red, black = measure.measure(tokenizer, images[3:4]), measure.measure(tokenizer, images[:1])
+    red, black = (
+        measure.measure_reconstruction(tokenizer, images[3:4]),
+        measure.measure_reconstruction(tokenizer, images[:1]),
+    )
     assert red.squared < 0.05 < black.squared  # it has seen nothing but red
 
 
