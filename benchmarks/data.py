@@ -95,7 +95,7 @@ def publish(uri: str, rows: list[PackedRow], micro_batch: int) -> Manifest:
 
 
 def _entry(path: str, data: bytes, rows: int, micro_batch: int) -> FileEntry:
-    return FileEntry.of(
+    return FileEntry.from_bytes(
         path,
         data,
         rows=rows,
@@ -129,7 +129,7 @@ def verification(uri: str, manifest: Manifest) -> float:
     """The share of checksums in the CPU time of reading row groups from the disk. (To stream without them is no
     measure: what was not checked is left to pyarrow, which takes longer.)"""
     plan, reader, shares = Plan(1, {uri: 1.0}, {uri: manifest}, 1), RowGroupReader(CONTEXT), []
-    found = plan.named(plan.steps(0, manifest.row_groups))
+    found = plan.to_micro_batches(plan.steps(0, manifest.row_groups))
     contents = [storage.read_bytes(storage.join(uri, entry.path)) for entry in manifest.files]
     for _ in range(5):
         began = time.process_time()

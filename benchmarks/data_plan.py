@@ -47,7 +47,7 @@ def plan_and_manifest(shards: int) -> tuple[dict[str, float], float]:
     plan = Plan(0, {"a": 0.5, "b": 0.3, "c": 0.2}, parts, 32)
     del whole, parts
     asked: dict[str, Callable[[int], object]] = {
-        "a thousand at once": lambda start: plan.named(plan.steps(start, start + 1000)),
+        "a thousand at once": lambda start: plan.to_micro_batches(plan.steps(start, start + 1000)),
         "one after the other": lambda start: [plan.step(n) for n in range(start, start + 1000)],
         "anywhere": lambda start: [plan.step(start + 7919 * n) for n in range(1000)],
     }

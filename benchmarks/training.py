@@ -58,7 +58,7 @@ def corpus(root: str, context: int, micro_batch: int) -> None:
     documents = [Document((Text(text),)) for text in pydoc_data.topics.topics.values()]
     data = document_shards.to_parquet(documents)
     storage.write_bytes(f"{root}/curated/text/documents.parquet", data)
-    entry = FileEntry.of("documents.parquet", data, rows=len(documents))
+    entry = FileEntry.from_bytes("documents.parquet", data, rows=len(documents))
     Manifest(kind="curated", files=[entry]).write(f"{root}/curated/text")
     spec = TextTokenizerSpecification(
         storage=root, tracking=_tracking(root), documents=["curated/text"], vocabulary_size=2048, image_codes=CODES
@@ -193,7 +193,7 @@ def stalls(given: argparse.Namespace, threads: int) -> dict[str, float]:
                 report = {"step": turn, "schedule_step": turn, "tokens": {}}
                 saver.save(run, catalog.checkpoint_uri(folder, turn), report)
                 stopped.append(time.perf_counter() - began)
-                saver.settle()
+                saver.wait_until_published()
                 whole.append(time.perf_counter() - began)
                 storage.delete(catalog.checkpoint_uri(folder, turn))
         size = Path(folder, "plain.pt").stat().st_size

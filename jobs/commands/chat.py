@@ -163,7 +163,7 @@ def _error_of(reply: Any) -> ChatError:
 
 
 def _default_url() -> str:
-    running = Service.recorded()
+    running = Service.read()
     return running.url if running else DEFAULT_URL
 
 

@@ -122,7 +122,7 @@ def status() -> None:
 
     console = Console(stderr=True)
     with _errors_as_messages(console):
-        service_ = Service.recorded()
+        service_ = Service.read()
     if service_ is None:
         typer.echo("nothing is being served; start with: calumma serve start MODEL")
         raise typer.Exit(1)
@@ -156,7 +156,7 @@ def stop(
 
     console = Console(stderr=True)
     with _errors_as_messages(console):
-        service_ = Service.recorded()
+        service_ = Service.read()
         if service_ is None:
             typer.echo("nothing is being served")
             return
@@ -271,7 +271,7 @@ def health(service_: Service) -> tuple[str, dict[str, Any]]:
 
 
 def _require_none_running() -> None:
-    running = Service.recorded()
+    running = Service.read()
     if running is None:
         return
     if running.alive:

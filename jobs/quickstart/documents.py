@@ -101,7 +101,7 @@ def write(spec: DocumentsSpecification, progress: Progress = no_progress) -> Man
         entries: list[FileEntry] = []
         for file, data, rows in make():
             storage.write_bytes(storage.join(place, file), data)
-            entries.append(FileEntry.of(file, data, rows=rows))
+            entries.append(FileEntry.from_bytes(file, data, rows=rows))
         _delete_stale_files(place, name, keep={entry.path for entry in entries})
         source = Manifest(kind="documents", files=entries, specification={**specification, "source": name})
         source.write(place)
@@ -192,7 +192,7 @@ def _pairs(train: list[Scan], copies: int, random: np.random.Generator) -> Itera
     jobs = [(scan, copy) for scan in train for copy in range(copies + 1)]
     for index in random.permutation(len(jobs)):
         scan, copy = jobs[index]
-        shown = scan if copy == 0 else scan.moved(random)
+        shown = scan if copy == 0 else scan.augmented(random)
         caption = CAPTIONS[int(random.integers(len(CAPTIONS)))]
         text = caption.format(digit=scan.word, a_digit=talk.with_article(scan.word))
         yield f"{scan.name}-{copy}", shown.png(), text
@@ -327,7 +327,7 @@ def _recognition_chats(train: list[Scan], count: int, random: np.random.Generato
     order = [int(i) for _ in range(count // len(train) + 1) for i in random.permutation(len(train))][:count]
     wordings = talk.wordings(random, talk.RECOGNITION, count)
     return [
-        talk.recognition_chat(train[index] if place < len(train) else train[index].moved(random), wording)
+        talk.recognition_chat(train[index] if place < len(train) else train[index].augmented(random), wording)
         for place, (index, wording) in enumerate(zip(order, wordings, strict=True))
     ]
 

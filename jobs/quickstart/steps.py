@@ -174,7 +174,7 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                 with board.step(CLUSTER.name):
                     stack.enter_context(connection.embedded(lean=options.fast, logs=options.workdir / "logs"))
                 ran.append(CLUSTER.name)
-                memory.keep(CLUSTER.name, board.seconds(CLUSTER.name))
+                memory.record(CLUSTER.name, board.seconds(CLUSTER.name))
             for later in STEPS[number + 1 :]:  # what they made came from what is about to be replaced
                 runner.delete_result(specs[later.name])
             if isinstance(spec, TrainSpecification) and _is_published(spec):
@@ -183,7 +183,7 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                 )  # a finished training by another recipe: its checkpoints are not to be continued
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)
-            memory.keep(step.name, board.seconds(step.name))
+            memory.record(step.name, board.seconds(step.name))
             ran.append(step.name)
         if CLUSTER.name not in ran:
             board.skip(CLUSTER.name, None, "not needed")
@@ -268,7 +268,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
     storage.write_bytes(storage.join(output, "answers.json"), data)
     manifest = Manifest(
         kind="answers",
-        files=[FileEntry.of("answers.json", data, rows=len(answers))],
+        files=[FileEntry.from_bytes("answers.json", data, rows=len(answers))],
         specification=spec.model_dump(mode="json"),
         report={"run": run.id},
         inputs=inputs,
@@ -324,7 +324,7 @@ class _StepTimes:
         self._file = file
         self.values: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
 
-    def keep(self, step: str, seconds: float) -> None:
+    def record(self, step: str, seconds: float) -> None:
         self.values[step] = round(seconds, 1)
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.values, indent=1) + "\n")

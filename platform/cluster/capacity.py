@@ -24,7 +24,7 @@ class Capacity:
 
     cpus: float
     gpus: float
-    place: str
+    description: str
 
 
 def cores() -> int:
@@ -84,7 +84,7 @@ def workers_that_fit(resources: Resources, there: Capacity) -> int:
     advice = f"set resources.workers to at most {most}, " if most else "ask for less per worker, "
     raise SpecificationError(
         f"resources.workers: asked for {'at least ' if asked < resources.max_workers else ''}{asked} "
-        f"with {each} each, and one CPU to read data; {there.place} has {there.cpus:g} CPUs and {there.gpus:g} GPUs, "
+        f"with {each} each, and one CPU to read data; {there.description} has {there.cpus:g} CPUs and {there.gpus:g} GPUs, "
         f"enough for {most}: {advice}or use a larger cluster"
     )
 

@@ -63,7 +63,7 @@ class Service:
         partial.replace(file)
 
     @classmethod
-    def recorded(cls) -> Service | None:
+    def read(cls) -> Service | None:
         """The service on record, if there is one. Raises ClusterError on a record that cannot be read."""
         file = folder() / "serve.json"
         if not file.exists():
@@ -74,7 +74,7 @@ class Service:
             raise ClusterError(f"cannot read the record of the running service, {file}: {error}") from error
 
     @staticmethod
-    def forget() -> None:
+    def delete_record() -> None:
         (folder() / "serve.json").unlink(missing_ok=True)
 
     @property
@@ -88,7 +88,7 @@ class Service:
             _end_head(head)
         if self.temporary:
             shutil.rmtree(self.temporary, ignore_errors=True)
-        self.forget()
+        self.delete_record()
 
 
 @dataclass(frozen=True)

@@ -66,30 +66,30 @@ class _SourceJob:
     source: Source
     number: int  # in the specification
     output: str
-    alone: CurateSpecification  # that makes this source only: what its manifest records
-    mark: str  # fingerprint of that specification and the input files
+    specification: CurateSpecification  # that makes this source only: what its manifest records
+    fingerprint: str  # fingerprint of that specification and the input files
     inputs: dict[str, str]
     sizes: dict[str, int]
     ignored: list[str]
     tasks: list[dict[str, Any]]
-    tally: DocumentCounts = field(default_factory=DocumentCounts)
+    counts: DocumentCounts = field(default_factory=DocumentCounts)
     findings: Findings = field(default_factory=Findings)
     entries: list[FileEntry] = field(default_factory=list)
     staged: list[list[StagedFile]] = field(default_factory=list)  # of every task
 
-    def take(self, result: dict[str, Any]) -> None:
+    def add_result(self, result: dict[str, Any]) -> None:
         """Count in what a task returned."""
-        self.tally.add(DocumentCounts.model_validate(result["tally"]))
+        self.counts.add(DocumentCounts.model_validate(result["tally"]))
         self.findings.add(Findings.model_validate(result["findings"]))
         self.entries += [FileEntry.model_validate(entry) for entry in result.get("files", ())]
 
     @property
-    def parts(self) -> list[StagedFile]:
+    def staged_files(self) -> list[StagedFile]:
         return [part for task in self.staged for part in task]
 
     @property
     def documents_staged(self) -> int:
-        return sum(count for _, _, count in self.parts)
+        return sum(count for _, _, count in self.staged_files)
 
 
 _SourceTasks = list[tuple[_SourceJob, dict[str, Any]]]
@@ -105,7 +105,7 @@ def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
     published = _reusable_results(spec, works)
     waiting = [w for w in works if w.source.name not in published]
     output = spec.locate(spec.output)
-    mark = publishing.fingerprint(spec, {w.source.name: w.mark for w in works})
+    mark = publishing.fingerprint(spec, {w.source.name: w.fingerprint for w in works})
     with staging.staging_folder(output, mark) if waiting and _needs_staging(spec) else nullcontext("") as root:
         index = _build_index(spec, root) if waiting else None
         job = _Curation(spec, run, progress, root, index)
@@ -183,8 +183,8 @@ def _reusable_results(spec: CurateSpecification, works: list[_SourceJob]) -> dic
     """Manifests of the sources that need not be made again."""
     published: dict[str, Manifest] = {}
     for w in works:
-        manifest = reusable_result(w.output, w.alone)
-        if manifest is not None and manifest.report["fingerprint"] == w.mark:
+        manifest = reusable_result(w.output, w.specification)
+        if manifest is not None and manifest.report["fingerprint"] == w.fingerprint:
             published[w.source.name] = manifest
     # Sources whose documents are compared are made together.
     compared = [w.source.name for w in works if chain.applies(spec.duplicates, w.source.name)]
@@ -224,7 +224,7 @@ class _Curation:
     def one_phase(self, works: list[_SourceJob]) -> dict[str, Manifest]:
         """Raises TooMuchBadInput when all good sources are published."""
         pairs = [(w, {**task, "index": self.index}) for w in works for task in w.tasks]
-        return self._publishing(works, pairs, tasks.curate_files)
+        return self._run_and_publish(works, pairs, tasks.curate_files)
 
     def in_phases(self, works: list[_SourceJob]) -> dict[str, Manifest]:
         """Raises TooMuchBadInput after the first phase when any source is too bad, since others depend on it."""
@@ -233,40 +233,45 @@ class _Curation:
         self.phases = 2 + len(spec.scorers) + bool(compared) + bool(compared and spec.scorers)
         rows: Counter[str] = Counter()
         staging_tasks = [(w, {**task, "index": self.index, "root": root}) for w in works for task in w.tasks]
-        for w, _, result in self._results(staging_tasks, tasks.stage_files, len(works)):
-            w.take(result)
+        for w, _, result in self._run_file_tasks(staging_tasks, tasks.stage_files, len(works)):
+            w.add_result(result)
             w.staged.append([(path, first, count) for path, first, count in result["staged"]])
             rows.update(result["rows"])
         if failures := [problem for w in works if (problem := _failure(spec, w, w.documents_staged))]:
             raise TooMuchBadInput("\n".join(failures))
         for name, scorer in spec.scorers.items():
-            of = [(w, task) for w in works if chain.applies(scorer, w.source.name) for task in self._scoring(w, name)]
+            of = [
+                (w, task)
+                for w in works
+                if chain.applies(scorer, w.source.name)
+                for task in self._scoring_tasks(w, name)
+            ]
             arguments = {"specification": spec.model_dump(mode="json"), "name": name}
-            results = self._run(
+            results = self._run_tasks(
                 [task for _, task in of], scoring.ScoringActor, _scorer_resources(spec, name), name, arguments
             )
             for (w, _), result in zip(of, results, strict=True):
                 w.findings.add(Findings(seconds={"scorers": result["seconds"]}))
         if compared and spec.scorers:
-            for w, _, result in self._results(self._on_staged(compared), tasks.sign_files, len(compared)):
+            for w, _, result in self._run_file_tasks(self._staged_tasks(compared), tasks.sign_files, len(compared)):
                 rows.update(result["rows"])
                 w.findings.add(Findings(seconds={"duplicates": result["seconds"]}))
         if compared and spec.duplicates is not None:
             made = duplicates.comparison_tasks(root, spec.locate(spec.output), spec.duplicates, rows)
-            self._run(made, duplicates.find_duplicates, spec.resources, "duplicates")
-        published = self._publishing(works, self._on_staged(works), tasks.finish_files)
-        tasks.attach_originals([w.findings for w in works], [part for w in works for part in w.parts], root)
+            self._run_tasks(made, duplicates.find_duplicates, spec.resources, "duplicates")
+        published = self._run_and_publish(works, self._staged_tasks(works), tasks.finish_files)
+        tasks.attach_originals([w.findings for w in works], [part for w in works for part in w.staged_files], root)
         return published
 
-    def _publishing(self, works: list[_SourceJob], pairs: _SourceTasks, work: Any) -> dict[str, Manifest]:
+    def _run_and_publish(self, works: list[_SourceJob], pairs: _SourceTasks, work: Any) -> dict[str, Manifest]:
         """Do the tasks that write shards. Raises TooMuchBadInput when all good sources are published."""
         published: dict[str, Manifest] = {}
         failures: list[str] = []
-        for w, task, result in self._results(pairs, work, len(works)):
-            w.take(result)
+        for w, task, result in self._run_file_tasks(pairs, work, len(works)):
+            w.add_result(result)
             if task["place"] != w.tasks[-1]["place"]:
                 continue
-            if problem := _failure(self.spec, w, w.tally.kept):
+            if problem := _failure(self.spec, w, w.counts.kept):
                 failures.append(problem)
                 publishing.delete_files(storage.join(w.output, entry.path) for entry in w.entries)
                 continue
@@ -277,48 +282,48 @@ class _Curation:
             raise TooMuchBadInput("\n".join(failures))
         return published
 
-    def _on_staged(self, works: list[_SourceJob]) -> _SourceTasks:
+    def _staged_tasks(self, works: list[_SourceJob]) -> _SourceTasks:
         return [
             (w, {**task, "staged": staged, "root": self.root})
             for w in works
             for task, staged in zip(w.tasks, w.staged, strict=True)
         ]
 
-    def _scoring(self, w: _SourceJob, name: str) -> Iterator[dict[str, Any]]:
-        for path, _, _ in w.parts:
+    def _scoring_tasks(self, w: _SourceJob, name: str) -> Iterator[dict[str, Any]]:
+        for path, _, _ in w.staged_files:
             scores = scoring.scores_uri(self.root, name, path)
             yield {"file": tasks.staged_documents_uri(self.root, path), "scores": scores, "output": w.output}
 
-    def _results(
+    def _run_file_tasks(
         self, pairs: _SourceTasks, work: Any, count: int
     ) -> Iterator[tuple[_SourceJob, dict[str, Any], dict[str, Any]]]:
         """Results of tasks over files, in order."""
         total = sum(len(task["files"]) for _, task in pairs)
         done = 0
-        self._say(0, total, f"{total:,} files of {count} sources")
+        self._report_progress(0, total, f"{total:,} files of {count} sources")
         results = map_in_order([task for _, task in pairs], work, self.spec.resources)
         for (w, task), result in zip(pairs, results, strict=True):
             yield w, task, result
             done += len(task["files"])
-            self._say(done, total, f"{w.source.name}: {w.tally.kept:,} documents")
+            self._report_progress(done, total, f"{w.source.name}: {w.counts.kept:,} documents")
         self.phase += 1
 
-    def _run(
+    def _run_tasks(
         self, made: list[Any], work: Any, resources: Resources, note: str, arguments: dict[str, Any] | None = None
     ) -> list[Any]:
         results = []
         for result in map_in_order(made, work, resources, arguments):
             results.append(result)
-            self._say(len(results), len(made), note)
+            self._report_progress(len(results), len(made), note)
         self.phase += 1
         return results
 
-    def _say(self, done: int, total: int, note: str) -> None:
+    def _report_progress(self, done: int, total: int, note: str) -> None:
         self.progress(self.phase * total + done, self.phases * total, note)
 
 
 def _failure(spec: CurateSpecification, w: _SourceJob, kept: int) -> str | None:
-    tally, name = w.tally.model_copy(update={"kept": kept}), w.source.name
+    tally, name = w.counts.model_copy(update={"kept": kept}), w.source.name
     share = tally.bad_share(sum(w.sizes.values()))
     if tally.bad and share > spec.max_bad_share:
         examples = "".join(f"\n  {bad.name}: {bad.reason}" for bad in tally.examples[:SHOWN])
@@ -348,20 +353,20 @@ def _publish_source(w: _SourceJob, run: Run) -> Manifest:
     manifest = Manifest(
         kind=document_shards.CURATED,
         files=w.entries,
-        specification=w.alone.model_dump(mode="json"),
+        specification=w.specification.model_dump(mode="json"),
         report={
-            "fingerprint": w.mark,
+            "fingerprint": w.fingerprint,
             "files": len(w.sizes),
             "files_ignored": len(w.ignored),
             "bytes": sum(w.sizes.values()),
-            "bad_share": w.tally.bad_share(sum(w.sizes.values())),
-            **w.tally.report(),
+            "bad_share": w.counts.bad_share(sum(w.sizes.values())),
+            **w.counts.report(),
             "steps": {step: sum(reasons.values()) for step, reasons in w.findings.steps.items()},
         },
         inputs=w.inputs,
     )
     publishing.publish(w.output, manifest)
-    if w.tally.images:
+    if w.counts.images:
         run.log_image(sample_sheet(document_shards.read_documents(w.output)), f"samples/{w.source.name}.png")
     return manifest
 

@@ -29,12 +29,12 @@ from calumma.platform.storage.manifest import FileEntry
 class TaskResult:
     """What became of a task's documents."""
 
-    tally: DocumentCounts = field(default_factory=DocumentCounts)
+    counts: DocumentCounts = field(default_factory=DocumentCounts)
     findings: Findings = field(default_factory=Findings)
 
     def keep(self, document: Document, scores: Mapping[str, float] | None = None, copies: int = 1) -> None:
-        self.tally.keep(document)
-        self.tally.copies += copies - 1
+        self.counts.keep(document)
+        self.counts.copies += copies - 1
         self.findings.keep(document, scores)
 
     def drop(
@@ -45,11 +45,11 @@ class TaskResult:
         like: int | None = None,
         veil: Redactor | None = None,
     ) -> None:
-        self.tally.drop(why.reason)
+        self.counts.drop(why.reason)
         self.findings.drop(document, why, scores, like, veil)
 
     def values(self) -> dict[str, Any]:
-        return {"tally": self.tally.model_dump(mode="json"), "findings": self.findings.model_dump(mode="json")}
+        return {"tally": self.counts.model_dump(mode="json"), "findings": self.findings.model_dump(mode="json")}
 
 
 def curate_files(task: dict[str, Any]) -> dict[str, Any]:
@@ -79,15 +79,15 @@ def _passing_documents(task: dict[str, Any], spec: CurateSpecification, outcome:
         for item in reading.read_source(source, uri, spec.locate):
             checked = chain(item)
             if isinstance(checked, BadInput):
-                outcome.tally.skip(checked)
+                outcome.counts.skip(checked)
             elif checked.dropped is not None:
-                outcome.drop(checked.document, checked.dropped, veil=chain.veil)
+                outcome.drop(checked.document, checked.dropped, redactor=chain.redactor)
             else:
                 outcome.findings.images_removed += checked.images_removed
                 if checked.scrubbed:
                     outcome.findings.scrubbed(checked.document)
                 yield checked.document
-    outcome.findings.marks = dict(chain.scrubber.found) if chain.scrubber is not None else {}
+    outcome.findings.marks = dict(chain.scrubber.counts) if chain.scrubber is not None else {}
     outcome.findings.add(Findings(seconds=chain.seconds))
 
 
@@ -99,7 +99,7 @@ def _write_shards(
         path = publishing.shard_name(task["stem"], number)
         data = document_shards.to_parquet(shard)
         storage.write_bytes(storage.join(task["output"], path), data)
-        entries.append(FileEntry.of(path, data, rows=len(shard)).model_dump(mode="json"))
+        entries.append(FileEntry.from_bytes(path, data, rows=len(shard)).model_dump(mode="json"))
     return entries
 
 
@@ -127,7 +127,7 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
             number = next(numbers)
             if rules is not None:
                 begin = time.perf_counter()
-                spool.sign(document, number, rules)
+                spool.add(document, number, rules)
                 signing += time.perf_counter() - begin
             yield number, document
 
@@ -152,7 +152,7 @@ def sign_files(task: dict[str, Any]) -> dict[str, Any]:
     for part in _staged_files(task, spec):
         for number, document, _, unwanted in part.documents:
             if unwanted is None:
-                spool.sign(document, number, spec.duplicates)
+                spool.add(document, number, spec.duplicates)
     spool.flush()
     return {"rows": spool.written, "seconds": time.perf_counter() - begin}
 

@@ -56,12 +56,12 @@ def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manif
 
     def publish(path: str, data: bytes, rows: int) -> None:
         storage.write_bytes(storage.join(output, path), data)
-        entries.append(FileEntry.of(path, data, rows=rows))
+        entries.append(FileEntry.from_bytes(path, data, rows=rows))
 
     for task in spec.tasks:
         cases = tasks[task.name]
         given = [next(answers) for _ in cases]
-        marks = [grade(c, a, judge.verdicts) for c, a in zip(cases, given, strict=True)]
+        marks = [grade(c, a, judge.classify) for c, a in zip(cases, given, strict=True)]
         metrics |= {f"{task.name}_{key}": value for key, value in summary(task.kind, marks).items()}
         publish(f"{task.name}.jsonl", _lines(cases, marks), len(cases))
         sheet = _sheet(cases, given, marks)
@@ -171,7 +171,7 @@ def _labelled_images(uri: str) -> list[tuple[PILImage.Image, str]]:
 
 def _lines(cases: Sequence[Case], marks: Sequence[Grade]) -> bytes:
     rows = [
-        {"question": c.prompt.text.strip(), "expected": " ".join(c.words), "said": m.said, "right": m.right}
+        {"question": c.prompt.text.strip(), "expected": " ".join(c.words), "said": m.answer, "right": m.right}
         for c, m in zip(cases, marks, strict=True)
     ]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -182,7 +182,7 @@ def _sheet(cases: Sequence[Case], answers: Sequence[Document], marks: Sequence[G
     cells: list[Cell] = []
     for i in range(0, len(cases), max(1, len(cases) // MOST_CELLS)):
         if cases[i].kind == "recognition":
-            cells += [Cell(image.open(), marks[i].said, marks[i].right) for image in cases[i].prompt.images[:1]]
+            cells += [Cell(image.open(), marks[i].answer, marks[i].right) for image in cases[i].prompt.images[:1]]
         elif cases[i].kind == "generation":
             cells += [Cell(p.open(), cases[i].words[0], marks[i].right) for p in answers[i].images[:1]]
         else:

@@ -48,7 +48,7 @@ class Judge:
             )
         return cls(SVC(C=10.0, gamma="scale").fit(features([picture for picture, _ in labelled]), labels))
 
-    def verdicts(self, pictures: Sequence[PILImage.Image]) -> list[str]:
+    def classify(self, pictures: Sequence[PILImage.Image]) -> list[str]:
         if not pictures:
             return []
         return [str(label) for label in self._classifier.predict(features(pictures))]
@@ -57,5 +57,5 @@ class Judge:
         """Share of labelled pictures judged rightly. Raises NothingToLearn when there are none."""
         if not labelled:
             raise JudgeDataError("there are no held-out images with captions; check `judge_held_out`")
-        said = self.verdicts([picture for picture, _ in labelled])
+        said = self.classify([picture for picture, _ in labelled])
         return sum(a == label for a, (_, label) in zip(said, labelled, strict=True)) / len(labelled)

@@ -37,7 +37,7 @@ class Grade:
     """How one answer was judged. `right` decides the task's headline; the other two are only of interleaved answers."""
 
     right: bool
-    said: str
+    answer: str
     words: bool = False
     digits: tuple[bool, ...] = ()
 

@@ -88,7 +88,7 @@ class RowGroupReader:
             data = self._fetch(micro_batch, offset, length, wrong)
         except storage.Damaged as error:
             raise ShardError(f"{error}; write the shard again") from error
-        plain = footer.plain(micro_batch, data, offset, self.context) if wrong else None
+        plain = footer.decode_own_layout(micro_batch, data, offset, self.context) if wrong else None
         return plain or self._decoded(micro_batch, data, offset, footer)
 
     def _footer(self, micro_batch: MicroBatch) -> _ShardFooter:
@@ -184,18 +184,20 @@ class _ShardFooter:
     metadata: FileMetaData
     ranges: list[tuple[int, int, str]] | None
     """Offset, length and digest of each row group, in shards that have them."""
-    fits: bool = False
+    own_layout: bool = False
     """Whether it may be what `plain` reads."""
-    opened: list[tuple[_PartialFile, ParquetFile]] = field(default_factory=list)
+    idle_files: list[tuple[_PartialFile, ParquetFile]] = field(default_factory=list)
     """Files that no thread reads now: opening one costs a third of decoding a row group of 32,000 tokens."""
 
-    def plain(self, micro_batch: MicroBatch, data: bytes, offset: int, context: int | None) -> RowGroup | None:
+    def decode_own_layout(
+        self, micro_batch: MicroBatch, data: bytes, offset: int, context: int | None
+    ) -> RowGroup | None:
         """A row group of which the digest was compared, if it is laid out and of the shape as it should be."""
         import pyarrow as pa
 
         rows, whole = micro_batch.sequences, memoryview(data)
         try:
-            if not self.fits:
+            if not self.own_layout:
                 return None
             found = parquet_pages.column_chunks(self.metadata, micro_batch.row_group)
             parts = [whole[begin - offset : end - offset] for begin, end, _ in found]
@@ -216,16 +218,16 @@ class _ShardFooter:
         import pyarrow.parquet as pq
 
         try:
-            part, file = self.opened.pop()
+            part, file = self.idle_files.pop()
         except IndexError:
             part = _PartialFile(micro_batch.shard_bytes)
             file = pq.ParquetFile(part, metadata=self.metadata)
-        part.hold(data, offset)
+        part.set_bytes(data, offset)
         try:
             return file.read_row_group(micro_batch.row_group, list(columns), use_threads=False)
         finally:
-            part.hold(b"", 0)
-            self.opened.append((part, file))
+            part.set_bytes(b"", 0)
+            self.idle_files.append((part, file))
 
     @classmethod
     def parse(cls, shard: str, tail: bytes) -> _ShardFooter:
@@ -292,9 +294,9 @@ class _PartialFile:
     def __init__(self, size: int) -> None:
         self._size = size
         self._place = 0
-        self.hold(b"", 0)
+        self.set_bytes(b"", 0)
 
-    def hold(self, data: bytes, offset: int) -> None:
+    def set_bytes(self, data: bytes, offset: int) -> None:
         """Have these bytes at hand, and no others."""
         self._data, self._offset = memoryview(data), offset
 

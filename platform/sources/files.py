@@ -57,7 +57,7 @@ class Draft:
     url: str = ""
 
     @classmethod
-    def of(cls, segments: Sequence[DraftSegment], name: str, row: Mapping[str, Any] | None = None) -> Draft:
+    def from_record(cls, segments: Sequence[DraftSegment], name: str, row: Mapping[str, Any] | None = None) -> Draft:
         """With the license and URL that a record, or the `metadata` or `meta` in it, tells."""
         if row is None:
             return cls(tuple(segments), name)
@@ -91,7 +91,7 @@ class File:
         return size
 
     @property
-    def left(self) -> int:
+    def bytes_left(self) -> int:
         """Bytes that have not been read yet, as stored; of a compressed file, those not decompressed yet."""
         return max(0, self.size - (self.raw if self._codec else self.content).tell())
 
@@ -121,7 +121,7 @@ class File:
         stream = pa.CompressedInputStream(pa.PythonFile(self.raw, "r"), codec)
         return io.BufferedReader(cast(Any, stream), BUFFER)
 
-    def whole(self, limit: int) -> bytes:
+    def read_all(self, limit: int) -> bytes:
         """All of a small file. Raises Malformed when it holds more than `limit` bytes or cannot be decompressed."""
         try:
             data = self.content.read(limit + 1)

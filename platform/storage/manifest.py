@@ -59,7 +59,7 @@ class FileEntry(BaseModel):
         return self
 
     @classmethod
-    def of(cls, path: str, data: builtins.bytes, **fields: Any) -> Self:
+    def from_bytes(cls, path: str, data: builtins.bytes, **fields: Any) -> Self:
         """The entry of a file with this content."""
         return cls(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), **fields)
 

@@ -19,7 +19,7 @@ from calumma.platform.streaming.plan import Plan
 from calumma.platform.streaming.specification import MixtureSpecification
 
 logger = logging.getLogger(__name__)
-Spec = TypeVar("S", bound=MixtureSpecification)
+Spec = TypeVar("Spec", bound=MixtureSpecification)
 # Up to about four epochs repeated text trains as well as new text (Muennighoff et al., 2023, arXiv 2305.16264).
 MOST_EPOCHS = 4.0
 _EXACT = 1 << 53  # floats hold whole numbers exactly up to here

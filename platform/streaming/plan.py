@@ -85,7 +85,7 @@ class Plan:
         self._files = _Files(listed)
         self._keys = np.stack([_round_keys(seed, files) for files in listed])  # [sources, rounds]
         parts = _whole_weights([mixture[uri] for uri in self.sources])
-        self.parts: Integers = np.array(parts, np.int64)
+        self.period_counts: Integers = np.array(parts, np.int64)
         """[sources], micro-batches of each in a period of the mixture."""
         self.choice: Integers = _interleaved(parts)
         """[period], the source of each micro-batch."""
@@ -110,7 +110,7 @@ class Plan:
         if first < 0:
             raise PlanError(f"steps and micro-batches are counted from 0, asked for number {first}")
         numbers = np.arange(first * self.micro_batches, last * self.micro_batches, dtype=np.int64)
-        return MicroBatchColumns(*(column.reshape(-1, self.micro_batches) for column in self._visits(numbers)))
+        return MicroBatchColumns(*(column.reshape(-1, self.micro_batches) for column in self._columns(numbers)))
 
     def step(self, n: int) -> list[MicroBatch]:
         """The M micro-batches of step n, n >= 0. Steps in a row are looked up many at a time: alone, one costs twice
@@ -119,7 +119,7 @@ class Plan:
         end = first + len(found) // m
         if not first <= n < end:
             first, ahead = n, max(1, _LOOKAHEAD // m) if n == end else 1
-            found = self.named(self.steps(first, first + ahead))
+            found = self.to_micro_batches(self.steps(first, first + ahead))
             self._last = first, found
         return found[(n - first) * m : (n - first + 1) * m]
 
@@ -133,7 +133,7 @@ class Plan:
         slots = np.arange(rank, self.slots(world) * world, world)
         numbers = np.arange(first, last, dtype=np.int64)[:, None] * self.micro_batches + slots
         held = np.broadcast_to(slots < self.micro_batches, numbers.shape)
-        found = iter(self.named(self._visits(numbers[held])))
+        found = iter(self.to_micro_batches(self._columns(numbers[held])))
         steps = np.broadcast_to(np.arange(first, last)[:, None], numbers.shape)
         pairs = zip(steps.ravel().tolist(), held.ravel().tolist(), strict=True)
         return [(n, next(found) if full else None) for n, full in pairs]
@@ -146,7 +146,7 @@ class Plan:
         """Micro-batches, full or empty, that each of `world` workers takes a step."""
         return -(-self.micro_batches // world)
 
-    def named(self, visits: MicroBatchColumns) -> list[MicroBatch]:
+    def to_micro_batches(self, visits: MicroBatchColumns) -> list[MicroBatch]:
         """The micro-batches of some columns, in order."""
         f = self._files
         file = visits.file.ravel()
@@ -161,16 +161,16 @@ class Plan:
     def epochs(self, n: int) -> dict[str, float]:
         """How often each source has been passed through before step n."""
         period, place = divmod(n * self.micro_batches, len(self.choice))
-        begun = period * self.parts + np.bincount(self.choice[:place], minlength=len(self.sources))
+        begun = period * self.period_counts + np.bincount(self.choice[:place], minlength=len(self.sources))
         return dict(zip(self.sources, (begun / self._files.totals).tolist(), strict=True))
 
-    def _visits(self, numbers: Integers) -> MicroBatchColumns:
+    def _columns(self, numbers: Integers) -> MicroBatchColumns:
         """Micro-batches by their number among all ever: step n holds n*M to n*M + M - 1."""
         f = self._files
         period, place = np.divmod(numbers, len(self.choice))
         source = self.choice[place]
         totals = f.totals[source]
-        epoch, ordinal = np.divmod(period * self.parts[source] + self._ordinal[place], totals)
+        epoch, ordinal = np.divmod(period * self.period_counts[source] + self._ordinal[place], totals)
         keys = _hashed(self._keys[source], epoch.astype(np.uint64)[:, None])
         within = permuted(ordinal, totals, keys) + f.offsets[source]
         file = np.searchsorted(f.ends, within, side="right")

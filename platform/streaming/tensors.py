@@ -161,7 +161,7 @@ def micro_batches(
     )
     block: Any
     for block in blocks:
-        for found in map(_BlockRow.of, range(block.num_rows), [block] * block.num_rows):
+        for found in map(_BlockRow.from_table, range(block.num_rows), [block] * block.num_rows):
             if (found.rank, found.world) != (rank, world):
                 given = f"{found.rank} of {found.world}"
                 raise RuntimeError(f"worker {rank} of {world} was given the data of worker {given}")
@@ -349,7 +349,7 @@ class _BlockRow:
     segments: np.ndarray
 
     @classmethod
-    def of(cls, row: int, table: pyarrow.Table) -> _BlockRow:
+    def from_table(cls, row: int, table: pyarrow.Table) -> _BlockRow:
         plain = {name: table[name][row].as_py() for name in table.column_names[:-3]}
         values = {name: table[name][row].values.to_numpy() for name in table.column_names[-3:]}
         return cls(**plain, **values)

@@ -140,7 +140,7 @@ class TokenizingActor:
         data = token_shards.to_parquet(rows, self._spec.micro_batch)
         storage.write_bytes(storage.join(output, path), data)
         image = sum(int(np.count_nonzero(self._is_image.take(row.tokens))) for row in rows)
-        return FileEntry.of(
+        return FileEntry.from_bytes(
             path,
             data,
             rows=len(rows),

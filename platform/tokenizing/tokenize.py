@@ -49,15 +49,15 @@ class _Directory:
     rows: int
     inputs: dict[str, str]
     tasks: list[dict[str, Any]]
-    made: dict[str, Receipt] = field(default_factory=dict)  # by the task's stem
+    finished: dict[str, Receipt] = field(default_factory=dict)  # by the task's stem
 
     @property
-    def whole(self) -> bool:
-        return len(self.made) == len(self.tasks)
+    def complete(self) -> bool:
+        return len(self.finished) == len(self.tasks)
 
     @property
     def counts(self) -> Counter[str]:
-        return sum((receipt.counts for receipt in self.made.values()), Counter())
+        return sum((receipt.counts for receipt in self.finished.values()), Counter())
 
 
 def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
@@ -75,24 +75,24 @@ def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
             _delete_leftovers(directory, manifest)  # where a job was killed after the manifest
         else:
             stems = {task["stem"] for task in directory.tasks}
-            directory.made = receipts.finished_receipts(directory.output, directory.receipts, stems)
+            directory.finished = receipts.finished_receipts(directory.output, directory.receipts, stems)
             waiting.append(directory)
     total = sum(directory.rows for directory in waiting)
     done = sum(directory.counts["documents"] for directory in waiting)
     again = f", {done:,} of them done before" if done else ""
     progress(done, total, f"{total:,} documents of {len(waiting)} sources{again}")
-    tasks = [(d, task) for d in waiting for task in d.tasks if task["stem"] not in d.made]
+    tasks = [(d, task) for d in waiting for task in d.tasks if task["stem"] not in d.finished]
     arguments = {"specification": spec.model_dump(mode="json")}
     for directory in waiting:
-        if directory.whole:
+        if directory.complete:
             published[directory.output] = _publish(spec, directory)
     # Closed when something goes wrong here, so that the actors stop at once.
     with closing(map_in_order([task for _, task in tasks], TokenizingActor, spec.resources, arguments)) as results:
         for (directory, task), result in zip(tasks, results, strict=True):
-            receipt = directory.made[task["stem"]] = Receipt.model_validate(result)
+            receipt = directory.finished[task["stem"]] = Receipt.model_validate(result)
             done += receipt.counts["documents"]
             progress(done, total, basename(directory.location))
-            if directory.whole:
+            if directory.complete:
                 published[directory.output] = _publish(spec, directory)
                 progress(done, total, _summary(directory, published[directory.output]))
     manifest = publishing.combined_manifest(
@@ -180,7 +180,7 @@ def _window_seed(seed: int, name: str, window: int) -> list[int]:
 
 
 def _publish(spec: TokenizeSpecification, directory: _Directory) -> Manifest:
-    made = [directory.made[task["stem"]] for task in directory.tasks]
+    made = [directory.finished[task["stem"]] for task in directory.tasks]
     dropped = sum((receipt.dropped for receipt in made), Counter[str]())
     if not any(receipt.files for receipt in made):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))

@@ -85,7 +85,7 @@ class Outbox:
     def entries(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.json"))
 
-    def waiting(self) -> int:
+    def pending(self) -> int:
         """Entries that are not sent; a metrics entry counts its values."""
         return sum(len(e["content"].get("values", "1")) for e in map(_read, self.entries()) if e)
 
@@ -105,7 +105,7 @@ class Outbox:
             for path, _ in batch:
                 path.unlink()
 
-    def park(self, uri: str) -> None:
+    def back_up(self, uri: str) -> None:
         """A copy of what waits, in storage below `uri`, in place of the one before. Raises StorageError."""
         from calumma.platform import storage
 
@@ -147,9 +147,9 @@ class BackgroundWriter:
 
     def __init__(self, run: Run, parked: str | None = None, patience: float = _CLOSE_TIMEOUT) -> None:
         """`parked`: where in storage copies of what waits are kept (see `park`)."""
-        self._run, self._parked, self._patience = run, parked, patience
+        self._run, self._backup, self._close_timeout = run, parked, patience
         self._outbox = Outbox.new(run.uri, run.id)
-        self._wake, self._hurry, self._closing = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._flush_now, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._away = False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -181,19 +181,19 @@ class BackgroundWriter:
         """Directories of data and the fingerprints of their manifests, as the run's inputs."""
         self._put("data", {"manifests": manifests, "context": context})
 
-    def park(self) -> None:
+    def back_up(self) -> None:
         """Copy to storage what waits for a server that is away, if anything does; a failure is a warning."""
-        if self._parked is None or not self._away:
+        if self._backup is None or not self._away:
             return
         try:
-            self._outbox.park(self._parked)
+            self._outbox.back_up(self._backup)
         except OSError as error:
-            logger.warning("what waits for MLflow could not be copied to %s: %s", self._parked, error)
+            logger.warning("what waits for MLflow could not be copied to %s: %s", self._backup, error)
 
-    def settle(self, patience: float) -> bool:
+    def flush(self, patience: float) -> bool:
         """Wait until everything is sent, or the time is over; whether it is sent."""
         over = time.monotonic() + patience
-        self._hurry.set()
+        self._flush_now.set()
         self._wake.set()
         while self._outbox.entries():
             if time.monotonic() > over or not self._thread.is_alive():
@@ -203,19 +203,19 @@ class BackgroundWriter:
 
     def close(self) -> int:
         """Send what is left; the number of entries and metric values that wait on disk for a later writer."""
-        self.settle(self._patience)
+        self.flush(self._close_timeout)
         self._closing.set()
-        self._hurry.set()
+        self._flush_now.set()
         self._wake.set()
-        self._thread.join(self._patience)
-        left = self._outbox.waiting()
+        self._thread.join(self._close_timeout)
+        left = self._outbox.pending()
         if left:
             again = "the next job sends them, or: python -m calumma.platform.tracking.outbox"
             logger.warning(
                 "MLflow at %s is away: %d values wait in %s; %s", self._run.uri, left, self._outbox.folder, again
             )
             self._away = True
-            self.park()
+            self.back_up()
         self._outbox.close()
         return left
 
@@ -234,19 +234,19 @@ class BackgroundWriter:
                 self._outbox.send(self._run)
                 if not others:
                     others = True
-                    send_pending(self._run.uri, self._parked)
+                    send_pending(self._run.uri, self._backup)
                 if self._away:
                     self._away = False
                     logger.warning("MLflow at %s is back and has everything", self._run.uri)
-                    _delete_backup(self._parked, self._outbox.folder.name)
+                    _delete_backup(self._backup, self._outbox.folder.name)
                 pause = 1.0
                 self._wake.wait()
             except Exception as error:  # MlflowException, requests', SQLAlchemy's: whatever it is, training goes on
                 if not self._away:
                     logger.warning("MLflow at %s is away, training goes on: %s", self._run.uri, error)
                 self._away = True
-                pause = _FLUSH_POLL if self._hurry.wait(pause) else min(2 * pause, _LONGEST_BACKOFF)
-                self._hurry.clear()
+                pause = _FLUSH_POLL if self._flush_now.wait(pause) else min(2 * pause, _LONGEST_BACKOFF)
+                self._flush_now.clear()
 
 
 def send_pending(uri: str, parked: str | None = None) -> int:

@@ -55,7 +55,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     spec = assignment.spec
     torch.manual_seed(spec.seed)
-    found = assignment.found
+    found = assignment.start_checkpoint
     starting = found if found and resumption.can_restore_optimizer(found, spec, worker.world) else None
     transformer = build_transformer(assignment, whole=starting is None)
     transformer.checkpoint_activations(spec.checkpoint_activations)
@@ -65,8 +65,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     if starting:
         resumption.load(run, starting)
     writer = None
-    if worker.leads:
-        writer = BackgroundWriter(assignment.run, parked=storage.join(assignment.output, "tracking"))
+    if worker.is_main:
+        writer = BackgroundWriter(assignment.run, backup=storage.join(assignment.output, "tracking"))
     try:
         if writer is not None:
             _log_inputs(assignment, worker, writer)
@@ -78,7 +78,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
         report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
-        weights = engine.gathered_weights(run, keep=worker.leads)
+        weights = engine.gathered_weights(run, keep=worker.is_main)
         if writer is not None:
             publication.publish_model(assignment, worker, weights, report, writer)
     finally:
@@ -101,7 +101,7 @@ def build_transformer(assignment: Assignment, whole: bool) -> Transformer:
     """The Transformer as it is trained, with its starting weights unless a checkpoint brings them (not `whole`)."""
     spec = assignment.spec
     transformer = Transformer(assignment.config)
-    found = resumption.read_weights(assignment.found) if whole and assignment.found else None
+    found = resumption.read_weights(assignment.start_checkpoint) if whole and assignment.start_checkpoint else None
     if whole and found is None:
         if assignment.initial:
             from calumma.model.directory import read_transformer
@@ -125,7 +125,7 @@ class _Stage:
         self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
         self.spec = assignment.spec
         self.report = _report_so_far(assignment)
-        self.bad = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
+        self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
         self.clock, self.interval = (
             meters.ActivityClock(),
@@ -138,14 +138,14 @@ class _Stage:
         spec, first = self.spec, self.assignment.first_step
         if first >= spec.steps:
             return self.report
-        if self.worker.leads:
+        if self.worker.is_main:
             self.utilization.measure()
         began, seen = time.monotonic(), 0.0
         with Supervisor(self.engine, self.assignment, self.worker, self._published) as supervisor:
             if spec.faults.action == "roll_back" and first == 0:
                 self._save(supervisor, 0, due=True)  # something to go back to
-            for step, group in self._waiting(_micro_batches(self.worker)):
-                supervisor.expect(step)
+            for step, group in self._timed(_micro_batches(self.worker)):
+                supervisor.check_step(step)
                 seen += self._step(supervisor, step, group)
                 self._save(supervisor, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps)
         self.report["tokens_per_second"] = seen / max(time.monotonic() - began, 1e-9)
@@ -171,7 +171,7 @@ class _Stage:
     def _step(self, supervisor: Supervisor, step: int, group: list[Any]) -> float:
         """One step and what is told of it; tokens trained on."""
         spec, assignment, done = self.spec, self.assignment, step + 1
-        if done <= self.bad.left_out:
+        if done <= self.faults.resume_after:
             return 0.0
         rate = learning_rate(
             assignment.offset + step, spec.optimizer.learning_rate, spec.schedule, assignment.total_steps
@@ -186,7 +186,7 @@ class _Stage:
 
             def accept(sums_3: torch.Tensor) -> bool:
                 loss = float(sums_3[0] + sums_3[1]) / counts.trained if counts.trained else None
-                judged.append((loss, self.bad.guard.judge(loss)))
+                judged.append((loss, self.faults.guard.judge(loss)))
                 return judged[0][1] is None
 
             local, stability = engine.step(
@@ -197,7 +197,7 @@ class _Stage:
                 spec.z_loss,
                 self.worker.world,
                 seeds,
-                measure=reports and self.worker.leads,
+                measure=reports and self.worker.is_main,
                 accept=accept,
             )
             norm = engine.gradient_norm(self.engine)
@@ -205,13 +205,13 @@ class _Stage:
         if cause is None and not math.isfinite(norm):
             cause = "gradient"
         if cause is None:
-            self.bad.guard.good(loss)
+            self.faults.guard.record_good(loss)
             self.interval.add(local, counts)
             trained = counts.tokens
             self.report["tokens"]["text"] += counts.text
             self.report["tokens"]["image"] += counts.image
         else:
-            self._fault(supervisor, done, cause, loss)
+            self._handle_bad_step(supervisor, done, cause, loss)
         if reports:
             self._report(done, rate, norm, {name: float(value) for name, value in stability.items()})
         self._evaluate(supervisor, done)
@@ -224,7 +224,7 @@ class _Stage:
         speed, steps = metrics["tokens_per_second"], done - self.interval.first_step
         whole = time.monotonic() - self.interval.began
         metrics |= self.utilization.metrics(speed) | self.clock.read() | meters.peak_memory(self.engine.device)
-        metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.bad.guard.metrics()
+        metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.faults.guard.metrics()
         metrics |= {"learning_rate": rate, "gradient_norm": norm, "step": done, "workers": self.worker.world}
         passed = {uri: done * part for uri, part in self.assignment.epochs_a_step.items()}
         metrics |= flatten({"epochs": passed}) if passed else {}
@@ -245,28 +245,28 @@ class _Stage:
                 self.held_out(done, supervisor)
             if due[1] and spec.samples:
                 supervisor.beat()
-                weights = engine.gathered_weights(self.engine, keep=self.worker.leads)
+                weights = engine.gathered_weights(self.engine, keep=self.worker.is_main)
                 if self.writer is not None:
                     publication.log_samples(self.assignment, self.worker, weights, self.writer, done)
                 supervisor.beat()
-        self.interval.elsewhere += time.monotonic() - began
+        self.interval.paused += time.monotonic() - began
 
-    def _fault(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float | None) -> None:
+    def _handle_bad_step(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float | None) -> None:
         """A bad step. Raises TrainingFailed when there were too many in a row."""
 
         def ending() -> str:
             place = catalog.checkpoints_folder(self.assignment.output)
             return faults.divergence_report(
-                done, self.bad.found, self.spec.faults, self.spec.optimizer.learning_rate, place
+                done, self.faults.incidents, self.spec.faults, self.spec.optimizer.learning_rate, place
             )
 
-        self.bad.add(done, cause, loss, self.writer, lambda: self._roll_back(supervisor), ending)
+        self.faults.handle(done, cause, loss, self.writer, lambda: self._roll_back(supervisor), ending)
 
     def _roll_back(self, supervisor: Supervisor) -> int:
         """Weights, optimizer and counts of tokens as of the last checkpoint; its step."""
         assignment = self.assignment
         with self.clock("checkpoint"):
-            supervisor.settle()
+            supervisor.wait_until_published()
             found = resumption.agreed_checkpoint(assignment.output, self.spec, assignment.inputs)
             if found is None or not resumption.can_restore_optimizer(found, self.spec, self.worker.world):
                 place = catalog.checkpoints_folder(assignment.output)
@@ -277,11 +277,11 @@ class _Stage:
 
     def _save(self, supervisor: Supervisor, done: int, due: bool) -> None:
         """Whatever the end of a step asks for: a checkpoint, or to stop."""
-        self.report |= {"step": done, "schedule_step": self.assignment.offset + done} | self.bad.state(saved=due)
+        self.report |= {"step": done, "schedule_step": self.assignment.offset + done} | self.faults.state(saved=due)
         before = supervisor.seconds
         with self.clock("checkpoint"):
-            supervisor.after(done, self.report, due)
-        self.interval.elsewhere += supervisor.seconds - before
+            supervisor.after_step(done, self.report, due)
+        self.interval.paused += supervisor.seconds - before
 
     def _published(self, uri: str, report: dict[str, Any]) -> None:
         """A checkpoint is in storage: a model of the run's in MLflow. Called from a thread of the first worker."""
@@ -289,7 +289,7 @@ class _Stage:
             names = ("loss", "loss_text", "loss_image", "held_out_loss")
             publication.log_checkpoint(self.writer, uri, report, names)
 
-    def _waiting(self, steps: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
+    def _timed(self, steps: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
         """The same, and the time that waiting for them takes is measured."""
         iterator = iter(steps)
         while True:

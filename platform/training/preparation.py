@@ -95,7 +95,7 @@ def _check_continued(spec: TrainSpecification, continued: Checkpoint) -> None:
 
 
 def warn_of_fresh_optimizer(assignment: Assignment, number: int) -> None:
-    found, spec = assignment.found, assignment.spec
+    found, spec = assignment.start_checkpoint, assignment.spec
     if found is None or resumption.can_restore_optimizer(found, spec, number):
         return
     was = found.manifest.report

@@ -40,7 +40,7 @@ def log_checkpoint(writer: BackgroundWriter, uri: str, report: dict[str, Any], n
     tags = {"calumma.schedule_step": str(report["schedule_step"])} | provenance.commit()
     writer.log_checkpoint(f"step-{done:08d}", uri, done, metrics, tags)
     writer.log({"checkpoint_step": done}, done)
-    writer.park()
+    writer.back_up()
 
 
 def publish_model(

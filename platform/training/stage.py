@@ -85,7 +85,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         progress=progress,
         data=None if finished else data,
         datasets=None if finished else PlanDataConfig.datasets(),
-        lifeline=worker_control(assignment.output),
+        control=worker_control(assignment.output),
     )
     groups = worker_groups(assignment)
     workers_at_end = groups[-1]["workers"] if groups else number
@@ -111,7 +111,7 @@ def _publish_stage(given: TrainSpecification, assignment: Assignment, report: di
     if spec.register_as:
         report["model_uri"] = registry.register(spec.tracking, spec.register_as, uri, assignment.run.id, spec.alias)
     files = [entry.model_copy(update={"path": f"{MODEL_FOLDER}/{entry.path}"}) for entry in model.files]
-    files.append(FileEntry.of(f"{MODEL_FOLDER}/{MANIFEST}", storage.read_bytes(storage.join(uri, MANIFEST))))
+    files.append(FileEntry.from_bytes(f"{MODEL_FOLDER}/{MANIFEST}", storage.read_bytes(storage.join(uri, MANIFEST))))
     others = [spec.locate(held) for held in spec.held_out.values()]
     others += [spec.locate(given.mixture_of.stage)] if given.mixture_of else []
     manifest = Manifest(

@@ -92,7 +92,7 @@ class Findings(BaseModel):
         reasons = self.steps.setdefault(why.step, {})
         reasons[why.reason] = reasons.get(why.reason, 0) + 1
         self._measure(document, DROPPED, scores or {})
-        self._sample(f"{why.step}: {why.reason}", document, scores=scores, like=like, veil=veil)
+        self._sample(f"{why.step}: {why.reason}", document, scores=scores, like=like, redactor=veil)
 
     def scrubbed(self, document: Document) -> None:
         """Show what a scrubbed document looks like; marks are counted by `marks`."""

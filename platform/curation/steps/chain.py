@@ -17,8 +17,8 @@ from calumma.platform.sources import files, reading
 from calumma.platform.sources.files import BadInput
 from calumma.platform.specification import import_function
 
-In = TypeVar("Given")
-Out = TypeVar("Found")
+In = TypeVar("In")
+Out = TypeVar("Out")
 # That drop documents, in the order in which these meet them. Scrubbing stands before the last two.
 STEPS = ("form", "licenses", "domains", "images", "captions", "texts", "decontaminate", "scorers", "duplicates")
 
@@ -57,7 +57,7 @@ class StepChain:
         self.seconds: dict[str, float] = {}  # that each step has taken
         self.scrubber = scrub.Scrubber(spec.scrub) if spec.scrub is not None and applies(spec.scrub, source) else None
         # Of the samples that a report shows of documents dropped before: marks there are no part of the count.
-        self.veil = scrub.Scrubber(spec.scrub) if spec.scrub is not None and self.scrubber is not None else None
+        self.redactor = scrub.Scrubber(spec.scrub) if spec.scrub is not None and self.scrubber is not None else None
         self._rules: list[tuple[str, Rule]] = []
         for step, make in (("licenses", filters.licenses), ("domains", filters.domains)):
             rules = getattr(spec, step)

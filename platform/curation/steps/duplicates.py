@@ -39,7 +39,7 @@ class SignatureWriter:
         self.written = dict.fromkeys(KINDS, 0)
         self._files = 0
 
-    def sign(self, document: Document, identity: int, rules: DuplicateRules) -> None:
+    def add(self, document: Document, identity: int, rules: DuplicateRules) -> None:
         """Add a document's signatures."""
         add_signatures(document, identity, rules, self.rows)
         self.flush(above=ROWS_PER_FILE)

@@ -223,7 +223,7 @@ class Scrubber:
         self._plugins = secret_detectors(names) if rules.secrets else []
         self._candidate = None if names else _CANDIDATE
         self._hooks = [(path, import_function(path, "scrub.hooks")) for path in rules.hooks]
-        self.found: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __call__(self, document: Document) -> Document:
         segments = [
@@ -239,28 +239,28 @@ class Scrubber:
     def text(self, text: str) -> str:
         """A text with marks in place of what was found."""
         if self._plugins or self._finders:
-            text = self._marked(text)
+            text = self._replaced(text)
         for path, hook in self._hooks:
             changed = hook(text)
             if not isinstance(changed, str):
                 raise SpecificationError(f"scrub.hooks: {path!r} must return a text, not {type(changed).__name__}")
             if changed != text:
-                self.found[path] += 1
+                self.counts[path] += 1
             text = changed
         return text
 
-    def _marked(self, text: str) -> str:
+    def _replaced(self, text: str) -> str:
         if self._plugins:
             text, count = without_secrets(text, self._plugins, self._candidate)
             if count:
-                self.found[SECRET] += count
+                self.counts[SECRET] += count
         for mark, find in self._finders:
             pieces, end = [], 0
             for begin, stop in find(text):
                 if begin >= end:
                     pieces += [text[end:begin], mark]
                     end = stop
-                    self.found[mark] += 1
+                    self.counts[mark] += 1
             if pieces:
                 text = "".join([*pieces, text[end:]])
         return text

@@ -39,7 +39,7 @@ LANGUAGE = re.compile(r"(?:^|\s)(?:language|lang|highlight-source)-([\w+#.-]+)")
 
 @dataclass(frozen=True)
 class Page:
-    parts: tuple[DraftSegment, ...]
+    segments: tuple[DraftSegment, ...]
     license: str = ""
     url: str = ""
 
@@ -58,7 +58,7 @@ def read_html(html: str) -> Page:
         return Page((), license, url)
     root = _content(body)
     left_out = {node.mem_id for node in body.css(NO_CONTENT if root else f"{NO_CONTENT}, {BESIDE}")}
-    return Page(tuple(_MarkdownWriter(left_out).written(root or body)), license, url)
+    return Page(tuple(_MarkdownWriter(left_out).write(root or body)), license, url)
 
 
 def _check_depth(html: str) -> None:
@@ -99,7 +99,7 @@ class _MarkdownWriter:
         self._numbers: list[int | None] = []  # the next number of each open list; None has bullets
         self._rows: list[list[bool]] = []  # the cells so far of each open row: is it a heading?
 
-    def written(self, root: Any) -> list[DraftSegment]:
+    def write(self, root: Any) -> list[DraftSegment]:
         stack = [(root, True)]  # no recursion: pages may be nested deep
         while stack:
             node, begins = stack.pop()

@@ -40,7 +40,7 @@ def interleaved(file: File) -> Iterator[ReaderItem]:
         try:
             general = _parse_json(record.get("general_metadata"))
             about = {"meta": general if isinstance(general, dict) else None} | record
-            yield Draft.of(_page(record), name, about)
+            yield Draft.from_record(_page(record), name, about)
         except Malformed as error:
             yield BadInput(name, str(error))
 

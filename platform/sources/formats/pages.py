@@ -33,7 +33,7 @@ def pages(file: File, *, other_images: Literal["bad", "leave_out"] = "bad") -> I
     Images are found from the page's folder, or with a leading `/` from the source's `images` (default: its location).
     What cannot be had (remote, outside, missing) makes the page a bad input; `other_images: leave_out` drops it alone.
     """
-    data = file.whole(LARGEST_PAGE)
+    data = file.read_all(LARGEST_PAGE)
     if file.plain_name.endswith(MARKDOWN):
         words, about = _front_matter(_decode_text(data, None))
         page = read_html(_from_markdown(words))
@@ -50,7 +50,7 @@ def _draft(page: Page, file: File, optional: bool) -> Draft:
     except ValueError:  # the images are kept elsewhere, in a folder of their own
         folder = ""
     parts: list[DraftSegment] = []
-    for part in page.parts:
+    for part in page.segments:
         if isinstance(part, Reference):
             part = replace(part, target=_image_path(part.target, folder), optional=optional)
         parts.append(part)

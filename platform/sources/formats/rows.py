@@ -34,7 +34,7 @@ def drafts(
             continue
         name, record = row
         try:
-            yield Draft.of(parse(record), name, record)
+            yield Draft.from_record(parse(record), name, record)
         except Malformed as error:
             yield BadInput(name, str(error))
 
@@ -66,7 +66,7 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
         except StorageError:
             raise
         except OSError as error:
-            yield BadInput(name, f"the file is damaged from here on: {error}", file.left)
+            yield BadInput(name, f"the file is damaged from here on: {error}", file.bytes_left)
             return
         if not line:
             return
@@ -120,7 +120,7 @@ def json_array(file: File) -> Iterator[Row | BadInput]:
         raise
     except (ijson.JSONError, OSError, Malformed, ValueError) as error:
         reason = " ".join(str(error).splitlines()[:1])
-        yield BadInput(file.at(f"item {number}"), f"the array is damaged from here on: {reason}", chunks.left)
+        yield BadInput(file.at(f"item {number}"), f"the array is damaged from here on: {reason}", chunks.bytes_left)
 
 
 class _ChunkReader:
@@ -128,10 +128,10 @@ class _ChunkReader:
 
     def __init__(self, file: File) -> None:
         self._file = file
-        self.left = file.size
+        self.bytes_left = file.size
 
     def read(self, size: int) -> bytes:
-        self.left = self._file.left
+        self.bytes_left = self._file.bytes_left
         return self._file.content.read(size)
 
 

@@ -102,4 +102,4 @@ def _sample(file: File, key: str, parts: dict[str, bytes]) -> ReaderItem:
     if caption is None:
         caption = text_or_none(metadata.get("caption"))
     image = Image(parts[images[0]], caption.strip() or None if caption else None)
-    return Draft.of((image,), file.at(f"{key}.{images[0]}"), metadata)
+    return Draft.from_record((image,), file.at(f"{key}.{images[0]}"), metadata)

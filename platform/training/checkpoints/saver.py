@@ -83,7 +83,7 @@ class Saver:
         """Copy the engine's state and start writing it to `uri`; every worker calls it. Raises TrainingFailed when
         several checkpoints in a row could not be written."""
         try:
-            self.settle()
+            self.wait_until_published()
         except storage.StorageError as error:
             self._failures += 1
             logger.warning("%s; training goes on with the one before it", error)
@@ -106,7 +106,7 @@ class Saver:
         if self._rank == 0:
             self._manifest = self._executor.submit(self._publish, uri, save, report, self._given_up)
 
-    def settle(self) -> None:
+    def wait_until_published(self) -> None:
         """Wait until the last checkpoint is published; every worker calls it. Raises StorageError on all of them when
         one could not write its part: then the checkpoint does not exist."""
         if self._written is None:
@@ -252,4 +252,4 @@ def save(
     """
     with Saver(spec, inputs) as saver:
         saver.save(engine, uri, report)
-        saver.settle()
+        saver.wait_until_published()

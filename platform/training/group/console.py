@@ -39,7 +39,7 @@ class Status:
     bad_steps: int = 0
 
     @classmethod
-    def of(cls, stage: str, steps: int, metrics: Mapping[str, float]) -> Status:
+    def from_metrics(cls, stage: str, steps: int, metrics: Mapping[str, float]) -> Status:
         """From the newest metrics that the training loop has logged."""
 
         def whole(name: str) -> int | None:
@@ -57,7 +57,7 @@ class Status:
             bad_steps=(whole("faults/skipped") or 0) + (whole("faults/rolled_back") or 0),
         )
 
-    def parts(self) -> list[tuple[str, str]]:
+    def fields(self) -> list[tuple[str, str]]:
         """Name and value of everything that is known, in words."""
         known: list[tuple[str, str | None]] = [
             ("step", f"{self.step:,} of {self.steps:,}"),
@@ -71,11 +71,11 @@ class Status:
         return [(name, value) for name, value in known if value is not None]
 
     def line(self) -> str:
-        return f"{self.stage}: " + "  ".join(f"{name} {value}" for name, value in self.parts())
+        return f"{self.stage}: " + "  ".join(f"{name} {value}" for name, value in self.fields())
 
     def note(self) -> str:
         """What a progress bar does not show by itself."""
-        return "  ".join(f"{name} {value}" for name, value in self.parts() if name not in ("step", "time left"))
+        return "  ".join(f"{name} {value}" for name, value in self.fields() if name not in ("step", "time left"))
 
 
 class MetricsSource(Protocol):
@@ -116,17 +116,17 @@ class StatusPanel:
         self._live.stop()
 
     def __call__(self, status: Status) -> None:
-        self._live.update(self.drawn(status), refresh=True)
+        self._live.update(self.render(status), refresh=True)
 
     @staticmethod
-    def drawn(status: Status) -> RenderableType:
+    def render(status: Status) -> RenderableType:
         from rich.console import Group
         from rich.panel import Panel as Frame
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
-        for name, value in status.parts():
+        for name, value in status.fields():
             table.add_row(f"[dim]{name}", value, style="red" if name == "bad steps" else None)
         bar = ProgressBar(total=max(status.steps, 1), completed=status.step, width=48)
         return Frame(Group(bar, table), title=status.stage, title_align="left", expand=False)
@@ -160,7 +160,7 @@ def progress_from_metrics(
 
     def tell() -> Status | None:
         try:
-            status = Status.of(stage, steps, job_run.latest())
+            status = Status.from_metrics(stage, steps, job_run.latest())
         except Exception as error:  # MLflow is away: training goes on, and so does watching
             logger.debug("no news from MLflow: %s", error)
             return None
@@ -211,7 +211,7 @@ def watch(identifier: str, tracking_uri: str | None = None, poll: float = POLL) 
             except Exception as error:  # away for a while
                 logger.debug("no news from MLflow: %s", error)
             else:
-                show(Status.of(stage, steps, recorded.data.metrics))
+                show(Status.from_metrics(stage, steps, recorded.data.metrics))
                 if recorded.info.status not in ("RUNNING", "SCHEDULED"):
                     return 0 if recorded.info.status == "FINISHED" else 1
             time.sleep(poll)

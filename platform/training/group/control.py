@@ -19,7 +19,7 @@ class WorkerControl:
     """Steps of its newest checkpoint."""
     notify: Callable[[Action, str], None]
     """Ask it to checkpoint, or to checkpoint and stop, with the reason."""
-    followed: Callable[[], bool]
+    acknowledged: Callable[[], bool]
     """Whether it has done so."""
 
 

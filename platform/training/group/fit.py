@@ -42,9 +42,9 @@ class Signals:
     """SIGINT and SIGTERM that the driver got while workers ran, and whether they still do."""
 
     received: list[int] = field(default_factory=list)
-    over: threading.Event = field(default_factory=threading.Event)
+    finished: threading.Event = field(default_factory=threading.Event)
 
-    def ending(self) -> BaseException:
+    def exit_exception(self) -> BaseException:
         """How the driver ends because of the first of them."""
         first = self.received[0]
         return KeyboardInterrupt() if first == signal.SIGINT else SystemExit(128 + first)
@@ -121,7 +121,7 @@ def fit(
             raise told
         logger.warning("%s", told)
     if signals.received:  # also where training was over before it could be stopped
-        raise signals.ending()
+        raise signals.exit_exception()
     return result.return_value
 
 
@@ -181,7 +181,7 @@ def _stop_on_signals(lifeline: WorkerControl, grace: float, abort: Callable[[], 
         signals.received.append(number)
         if len(signals.received) > 1:
             abort()
-            raise signals.ending()
+            raise signals.exit_exception()
         name = signal.Signals(number).name
         logger.warning("%s: the workers write a checkpoint and end; again to end them without", name)
         threading.Thread(target=ask, args=(name,), name="stop", daemon=True).start()
@@ -189,7 +189,7 @@ def _stop_on_signals(lifeline: WorkerControl, grace: float, abort: Callable[[], 
     def ask(name: str) -> None:
         try:
             lifeline.notify("stop", name)
-            if not wait_until(grace, lambda: signals.over.is_set() or lifeline.followed()):
+            if not wait_until(grace, lambda: signals.finished.is_set() or lifeline.acknowledged()):
                 logger.warning("the workers have not answered in %g s: they are ended without a checkpoint", grace)
                 abort()
         except OSError as error:
@@ -212,12 +212,12 @@ def _interruptible(signals: Signals) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         if signals.received:
-            raise signals.ending() from error
+            raise signals.exit_exception() from error
         if isinstance(error, SystemExit) and error.code in (0, 1):
             raise KeyboardInterrupt from error
         raise
     finally:
-        signals.over.set()
+        signals.finished.set()
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 

@@ -73,7 +73,7 @@ def checkpoint_before_resizing(lifeline: WorkerControl, recovery: Recovery) -> A
             self._well = False
             try:
                 lifeline.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
-                if not wait_until(recovery.stop_seconds, lifeline.followed):
+                if not wait_until(recovery.stop_seconds, lifeline.acknowledged):
                     logger.warning("no checkpoint before resizing within %g s", recovery.stop_seconds)
             except OSError as error:  # resizing goes on from an older checkpoint
                 logger.warning("no checkpoint before resizing: %s", error)

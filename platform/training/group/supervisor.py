@@ -57,8 +57,8 @@ class Supervisor:
             catalog.retain(assignment.output, spec.resources.keep)
 
         self._saver = Saver(spec, assignment.inputs, published, keep_few)
-        self._watchdog = Watchdog(spec.resources.recovery.hang_seconds, self._keep_stacks)
-        self._notices = NoticeWatcher(self._checkpoints) if worker.leads else None
+        self._watchdog = Watchdog(spec.resources.recovery.hang_seconds, self._save_stacks)
+        self._notices = NoticeWatcher(self._checkpoints) if worker.is_main else None
 
     def __enter__(self) -> Self:
         return self
@@ -68,22 +68,22 @@ class Supervisor:
     ) -> None:
         try:
             if kind is None:
-                self.settle()
+                self.wait_until_published()
                 if self._notices is not None:  # training ended before it could be followed
-                    self._notices.done("stop")
+                    self._notices.acknowledge("stop")
         finally:
             if self._notices is not None:
                 self._notices.close()
             self._watchdog.close()
             self._saver.close()
 
-    def expect(self, step: int) -> None:
+    def check_step(self, step: int) -> None:
         """`step` is about to be taken on its data. Raises RuntimeError when that is not the one whose turn it is: data
         and weights were resumed from different checkpoints."""
         if step != self._next:
             raise RuntimeError(f"the data of step {step} were given to weights after step {self._next}")
 
-    def after(self, done: int, report: dict[str, Any], due: bool) -> None:
+    def after_step(self, done: int, report: dict[str, Any], due: bool) -> None:
         """`done` steps were taken. Every worker calls it after every step with the same arguments.
 
         A checkpoint is written when it is `due`, or asked for by a notice or a preemption: then it is published on
@@ -91,7 +91,7 @@ class Supervisor:
         """
         self._next = done
         self._watchdog.beat()
-        action, why = self._agreed()
+        action, why = self._agreed_action()
         if not due and action is None:
             return
         began = time.monotonic()
@@ -99,9 +99,9 @@ class Supervisor:
             self._engine, catalog.checkpoint_uri(self._assignment.output, done), {**report, "groups": self.groups}
         )
         if action is not None:
-            self.settle()
+            self.wait_until_published()
             if self._notices is not None:
-                self._notices.done(action)
+                self._notices.acknowledge(action)
         self.seconds += time.monotonic() - began
         if action == "stop":
             raise Stopped(
@@ -115,16 +115,16 @@ class Supervisor:
         """There is progress, outside of steps."""
         self._watchdog.beat()
 
-    def settle(self) -> None:
+    def wait_until_published(self) -> None:
         """Wait until the last checkpoint is published. Every worker calls it; raises TrainingFailed on all of them."""
         try:
-            self._saver.settle()
+            self._saver.wait_until_published()
         except storage.StorageError as error:
             raise TrainingFailed(str(error)) from error
 
-    def _agreed(self) -> tuple[Action | None, str]:
+    def _agreed_action(self) -> tuple[Action | None, str]:
         """What this group is to do now: the strongest that any of its workers was told, the same on all."""
-        mine: tuple[Action, str] | None = self._notices.found if self._notices is not None else None
+        mine: tuple[Action, str] | None = self._notices.pending if self._notices is not None else None
         preemption = _preemption()
         if mine is None and preemption is not None and preemption != self._preemption:
             mine = ("checkpoint", "a node is about to be taken away")
@@ -137,7 +137,7 @@ class Supervisor:
         action = next(name for name, number in levels.items() if number == level)
         return action, mine[1] if mine else "another worker was told"
 
-    def _keep_stacks(self, text: str) -> None:
+    def _save_stacks(self, text: str) -> None:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         name = f"{now}-step-{self._next:08d}-worker-{self._worker.rank:05d}.txt"
         storage.write_bytes(storage.join(self._assignment.output, "stacks", name), text.encode())

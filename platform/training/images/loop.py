@@ -52,8 +52,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     assignment = replace(given, resume=resumption.agreed_checkpoint(given.output, given.spec, given.inputs))
     writer = None
-    if worker.leads:
-        writer = BackgroundWriter(assignment.run, parked=storage.join(assignment.output, "tracking"))
+    if worker.is_main:
+        writer = BackgroundWriter(assignment.run, backup=storage.join(assignment.output, "tracking"))
     try:
         if writer is not None:
             writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")
@@ -75,13 +75,13 @@ class Loop:
         self.assignment, self.worker, self.writer = assignment, worker, writer
         spec = self.spec = assignment.spec
         self.pool = Pool(data.read_pool(spec, spec.documents, worker), worker, data.load_weight_function(spec))
-        self.shown = data.read_pool(spec, spec.held_out, worker) if spec.held_out else None
+        self.held_out = data.read_pool(spec, spec.held_out, worker) if spec.held_out else None
         self.training = ImageTraining(spec, worker)
         self.report: dict[str, Any] = {"step": 0, "schedule_step": 0, "seconds": 0.0}
         if assignment.resume is not None:
             self.training.load(_read_state(assignment.resume))
             self.report = {k: v for k, v in assignment.resume.manifest.report.items() if k in _RESUMED_FIELDS}
-        self.bad = faults.FaultHandler(spec.faults, self.report, spec.steps)
+        self.faults = faults.FaultHandler(spec.faults, self.report, spec.steps)
         self.schedule = Schedule(kind="cosine", warmup_steps=min(100, spec.steps // 10), final=0.02)
         self.period = max(1, spec.steps // _PERIODS)
         self.clock = meters.ActivityClock()
@@ -97,8 +97,8 @@ class Loop:
             if spec.faults.action == "roll_back" and first == 0:
                 self._save(supervisor, 0, due=True)  # something to go back to
             for step in range(first, spec.steps):
-                supervisor.expect(step)
-                if step >= self.bad.left_out:
+                supervisor.check_step(step)
+                if step >= self.faults.resume_after:
                     self._step(supervisor, step)
                 self._save(supervisor, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps)
 
@@ -125,15 +125,15 @@ class Loop:
             x = data.as_floats(self.pool.take(self.pool.draw(spec.batch, training.generator)))
         rate = learning_rate(step, spec.learning_rate, self.schedule, spec.steps)
         with self.clock("compute"):
-            found = training.look(x, step)
+            found = training.compute_gradients(x, step)
             # Judged by what is never below 0: the adversarial part of the whole may be.
             loss = found.parts["reconstruction"] if math.isfinite(found.loss) else found.loss
-            cause = self.bad.guard.judge(loss) or (None if math.isfinite(found.norm) else "gradient")
+            cause = self.faults.guard.judge(loss) or (None if math.isfinite(found.norm) else "gradient")
             if cause is None:
-                self.bad.guard.good(loss)
-                training.move(rate)
+                self.faults.guard.record_good(loss)
+                training.take_step(rate)
         if cause is not None:
-            self._fault(supervisor, done, cause, loss)
+            self._handle_bad_step(supervisor, done, cause, loss)
         metrics: dict[str, float] = {}
         last = done == spec.steps
         if cause is None and (done % self.period == 0 or last):
@@ -159,15 +159,15 @@ class Loop:
             self.report["loss"] = found.loss
             metrics = {"loss": found.loss, **found.parts, "gradient_norm": found.norm}
         steps, whole = done - self._interval_step, time.monotonic() - self._interval_began
-        speed = steps * self.spec.batch / max(whole - self._elsewhere, 1e-9)
+        speed = steps * self.spec.batch / max(whole - self._paused, 1e-9)
         metrics |= {"learning_rate": rate, "images_per_second": speed, "step": done, "workers": self.worker.world}
-        metrics |= self.clock.read() | meters.peak_memory(self.worker.device) | self.bad.guard.metrics()
+        metrics |= self.clock.read() | meters.peak_memory(self.worker.device) | self.faults.guard.metrics()
         metrics["seconds_left"] = whole / max(steps, 1) * (self.spec.steps - done)
         self._new_interval(done)
         return metrics
 
     def _new_interval(self, done: int) -> None:
-        self._interval_step, self._interval_began, self._elsewhere = done, time.monotonic(), 0.0
+        self._interval_step, self._interval_began, self._paused = done, time.monotonic(), 0.0
 
     def _evaluate(self, supervisor: Supervisor, done: int) -> None:
         """Reconstruction on the way: its errors and a picture."""
@@ -176,7 +176,7 @@ class Loop:
             found = self._measured(supervisor)
             self._log({key: value for key, value in found.items() if isinstance(value, float)}, done)
             self._picture(f"samples/step-{done:08d}/reconstructions.png")
-        self._elsewhere += time.monotonic() - began
+        self._paused += time.monotonic() - began
 
     def _measured(self, supervisor: Supervisor | None = None) -> dict[str, Any]:
         """Reconstruction of held-out images (of training images where there are none), and the share of codes that
@@ -184,30 +184,32 @@ class Loop:
         beat = supervisor.beat if supervisor is not None else None
 
         def over(images: Tensor) -> ReconstructionErrors:
-            return measure_reconstruction(self.training.tokenizer, images, total=self.training.total, beat=beat)
+            return measure_reconstruction(
+                self.training.tokenizer, images, all_reduce=self.training.all_reduce, beat=beat
+            )
 
         trained = over(self.pool.images[: -(-_MEASURED_IMAGES // self.worker.world)])
-        held_out = trained if self.shown is None else over(self.shown)
+        held_out = trained if self.held_out is None else over(self.held_out)
         self.report["held_out_loss"] = held_out.squared
         return {
             "image_reconstruction_error": held_out.squared,
             "pixel_error": held_out.absolute,
-            "measured_on": "documents" if self.shown is None else "held_out",
+            "measured_on": "documents" if self.held_out is None else "held_out",
             "measured_images": held_out.images,
             "codebook_used": (trained.used_K | held_out.used_K).float().mean().item(),
         }
 
     def _picture(self, path: str) -> None:
-        images = self.pool.images if self.shown is None else self.shown
+        images = self.pool.images if self.held_out is None else self.held_out
         if self.writer is not None and len(images):
             self.writer.log_image(comparison(self.training.tokenizer, images[:_PICTURED_IMAGES]), path)
 
-    def _fault(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float) -> None:
+    def _handle_bad_step(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float) -> None:
         place = catalog.checkpoints_folder(self.assignment.output)
 
         def roll_back() -> int:
             with self.clock("checkpoint"):
-                supervisor.settle()
+                supervisor.wait_until_published()
                 found = resumption.agreed_checkpoint(self.assignment.output, self.spec, self.assignment.inputs)
                 if found is None:
                     raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
@@ -216,19 +218,25 @@ class Loop:
 
         def ending() -> str:
             return faults.divergence_report(
-                done, self.bad.found, self.spec.faults, self.spec.learning_rate, place, "learning_rate", warmup=None
+                done,
+                self.faults.incidents,
+                self.spec.faults,
+                self.spec.learning_rate,
+                place,
+                "learning_rate",
+                warmup=None,
             )
 
-        self.bad.add(done, cause, loss, self.writer, roll_back, ending)
+        self.faults.handle(done, cause, loss, self.writer, roll_back, ending)
 
     def _save(self, supervisor: Supervisor, done: int, due: bool) -> None:
         """Whatever the end of a step asks for: a checkpoint, or to stop."""
         self.report |= {"step": done, "schedule_step": done, "seconds": time.monotonic() - self.began}
-        self.report |= self.bad.state(saved=due)
+        self.report |= self.faults.state(saved=due)
         before = supervisor.seconds
         with self.clock("checkpoint"):
-            supervisor.after(done, self.report, due)
-        self._elsewhere += supervisor.seconds - before
+            supervisor.after_step(done, self.report, due)
+        self._paused += supervisor.seconds - before
 
     def _published(self, uri: str, report: dict[str, Any]) -> None:
         if self.writer is not None:

@@ -60,7 +60,7 @@ class ImageTraining:
         sizes = batch_shares(spec.batch, worker.world)
         self._first, self._batch = sum(sizes[: worker.rank]), sizes[worker.rank]
         alone = worker.world == 1
-        self.total = None if alone else dist.all_reduce
+        self.all_reduce = None if alone else dist.all_reduce
         torch.manual_seed(spec.seed)
         self.tokenizer = ImageTokenizer(spec.model).to(worker.device)
         mean = None if alone else self._mean
@@ -69,7 +69,9 @@ class ImageTraining:
         self.average: CodebookAverage | None = None
         if spec.loss.codebook == "ema":
             self.tokenizer.codebook.requires_grad_(False)
-            self.average = CodebookAverage(self.tokenizer.codebook.weight.detach(), spec.loss.ema_decay, self.total)
+            self.average = CodebookAverage(
+                self.tokenizer.codebook.weight.detach(), spec.loss.ema_decay, self.all_reduce
+            )
         self._networks = {"tokenizer": _Network(self.tokenizer, spec.learning_rate, (0.9, 0.99), alone)}
         if objective.discriminator is not None:
             peak = spec.loss.discriminator_learning_rate or spec.learning_rate
@@ -86,7 +88,7 @@ class ImageTraining:
     def device(self) -> torch.device:
         return self.worker.device
 
-    def look(self, x_BCHW: Tensor, step: int) -> StepMeasures:
+    def compute_gradients(self, x_BCHW: Tensor, step: int) -> StepMeasures:
         """The gradients of a step (the first is 0) for this worker's images; nothing is moved but, before the first
         step, the codebook."""
         if not self.started:
@@ -95,11 +97,11 @@ class ImageTraining:
         main, critic = self._networks["tokenizer"], self._networks.get("discriminator")
         found = main.model(x_BCHW)
         losses = self.objective.tokenizer(found, x_BCHW, step, self.tokenizer.last_layer)
-        parts, norms = dict(losses.parts), [main.differentiate(losses.total * self._weight)]
+        parts, norms = dict(losses.parts), [main.backward(losses.total * self._weight)]
         self._found, self._judged = found, critic is not None and self.objective.judges(step)
         if critic is not None and self._judged:
             loss = discriminator_loss(critic.model, found, x_BCHW)
-            norms.append(critic.differentiate(loss * self._weight))
+            norms.append(critic.backward(loss * self._weight))
             parts["discriminator_loss"] = loss.detach()
         values = torch.stack([losses.total.detach(), *parts.values()])
         if self.worker.world > 1:
@@ -107,13 +109,13 @@ class ImageTraining:
         loss_, *rest = values.tolist()
         return StepMeasures(loss_, dict(zip(parts, rest, strict=True)), torch.stack(norms).max().item())
 
-    def move(self, rate: float) -> None:
+    def take_step(self, rate: float) -> None:
         """Take the step that was looked at; the discriminator's learning rate follows the tokenizer's."""
         assert self._found is not None
         self._networks["tokenizer"].move(rate)
         if self._judged:
             critic = self._networks["discriminator"]
-            critic.move(rate / self.spec.learning_rate * critic.peak)
+            critic.step(rate / self.spec.learning_rate * critic.peak)
         if self.average is not None:
             weight_KE = self.tokenizer.codebook.weight.detach()
             self.average.update(weight_KE, self._found.latents_BNE, self._found.codes_BN)
@@ -126,7 +128,7 @@ class ImageTraining:
     def restart(self, x_BCHW: Tensor) -> None:
         """Move codes that were unused in this period onto latents of the global batch, on every worker alike."""
         used_K = self._used_anywhere() > 0
-        self.tokenizer.restart_dead_codes(used_K, x_BCHW, self.generator, self._first, self.spec.batch, self.total)
+        self.tokenizer.restart_dead_codes(used_K, x_BCHW, self.generator, self._first, self.spec.batch, self.all_reduce)
         if self.average is not None and self.started:
             self.average.forget(~used_K)
 
@@ -163,8 +165,8 @@ class ImageTraining:
         self.started = state["started"]
 
     def _used_anywhere(self) -> Tensor:
-        if self.total is not None:
-            self.total(self.used_K)
+        if self.all_reduce is not None:
+            self.all_reduce(self.used_K)
         return self.used_K
 
     @property
@@ -186,13 +188,13 @@ class _Network:
         self.optimizer = torch.optim.AdamW(self._trained, lr=peak, betas=betas, weight_decay=1e-4)
         self.model: nn.Module = module if alone else DistributedDataParallel(module)
 
-    def differentiate(self, loss: Tensor) -> Tensor:
+    def backward(self, loss: Tensor) -> Tensor:
         """The gradient, clipped; its norm before."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         return torch.nn.utils.clip_grad_norm_(self._trained, _GRADIENT_CLIP)
 
-    def move(self, rate: float) -> None:
+    def step(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -56,7 +56,7 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
         run=run,
         steps=spec.steps,
         progress=progress,
-        lifeline=worker_control(assignment.output),
+        control=worker_control(assignment.output),
     )
     files = [FileEntry.model_validate(entry) for entry in report.pop("files")]
     manifest = Manifest(

@@ -37,18 +37,18 @@ class Incident:
     """The last step whose data was left out."""
 
     @classmethod
-    def of(cls, plain: dict[str, Any]) -> Incident:
+    def from_json(cls, plain: dict[str, Any]) -> Incident:
         """The inverse of `plain`."""
         return cls(**{**plain, "loss": float(plain["loss"])})
 
-    def told(self) -> str:
+    def describe(self) -> str:
         what = {"loss": f"loss {self.loss:g}", "gradient": "a gradient that is not finite"}.get(
             self.cause, f"loss {self.loss:g} at a running median of {self.median or 0:g}"
         )
         done = "skipped" if self.action == "skip" else f"back to step {self.back_to}, on after {self.resumed_after}"
         return f"step {self.step}: {what}; {done}"
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON, which knows no infinity."""
         return asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else str(self.loss)}
 
@@ -79,7 +79,7 @@ class LossGuard:
         """Of the last `window` good losses; None before there are so many."""
         return statistics.median(self.recent) if len(self.recent) >= self.rules.window else None
 
-    def good(self, loss: float | None) -> None:
+    def record_good(self, loss: float | None) -> None:
         """A step was taken."""
         if loss is not None:
             self.recent.append(loss)
@@ -88,12 +88,12 @@ class LossGuard:
         if self.rules.action == "skip":
             self.in_a_row = 0
 
-    def saved(self) -> None:
+    def record_checkpoint(self) -> None:
         """A checkpoint was written: a roll-back will not come back to before it."""
         if self.rules.action == "roll_back":
             self.in_a_row = 0
 
-    def bad(self) -> None:
+    def record_bad(self) -> None:
         """A step was not taken, or undone."""
         self.in_a_row += 1
         if self.rules.action == "skip":
@@ -118,7 +118,7 @@ class LossGuard:
         }
 
     @classmethod
-    def of(cls, rules: Faults, state: dict[str, Any] | None) -> LossGuard:
+    def from_state(cls, rules: Faults, state: dict[str, Any] | None) -> LossGuard:
         """As it was when the checkpoint was written; a new one without it."""
         state = state or {}
         recent = deque(float(loss) for loss in state.get("recent", ()))
@@ -132,12 +132,12 @@ class FaultHandler:
     def __init__(self, rules: Faults, report: dict[str, Any], steps: int) -> None:
         """`report` is that of the checkpoint that the run goes on from."""
         self._rules, self._steps = rules, steps
-        self.guard = LossGuard.of(rules, report.get("faults"))
-        self.found = [Incident.of(told) for told in report.get("incidents", [])]
-        self.left_out = max((incident.resumed_after or 0 for incident in self.found), default=0)
+        self.guard = LossGuard.from_state(rules, report.get("faults"))
+        self.incidents = [Incident.from_json(told) for told in report.get("incidents", [])]
+        self.resume_after = max((incident.resumed_after or 0 for incident in self.incidents), default=0)
         """The last step whose data a roll-back leaves out."""
 
-    def add(
+    def handle(
         self,
         step: int,
         cause: Cause,
@@ -148,27 +148,29 @@ class FaultHandler:
     ) -> None:
         """A bad step, the same on all workers: it was not taken; go back if so specified, by `roll_back`, which returns
         to which step. Raises TrainingFailed, with the words of `ending`, when there were too many in a row."""
-        self.guard.bad()
+        self.guard.record_bad()
         incident = Incident(step, cause, math.nan if loss is None else loss, self.guard.median, self._rules.action)
         if self._rules.action == "roll_back":
             back = roll_back()
-            self.left_out = min(step + self._rules.around, self._steps)
-            incident = replace(incident, back_to=back, resumed_after=self.left_out)
-        self.found.append(incident)
+            self.resume_after = min(step + self._rules.around, self._steps)
+            incident = replace(incident, back_to=back, resumed_after=self.resume_after)
+        self.incidents.append(incident)
         if writer is not None:
             writer.log(self.guard.metrics(), step)
-            writer.log_dict(incident.plain(), f"faults/step-{step:08d}.json")
+            writer.log_dict(incident.to_json(), f"faults/step-{step:08d}.json")
         if self.guard.too_many:
             told = ending()
             if writer is not None:
-                writer.log_dict({"report": told, "incidents": [i.plain() for i in self.found]}, "faults/report.json")
+                writer.log_dict(
+                    {"report": told, "incidents": [i.to_json() for i in self.incidents]}, "faults/report.json"
+                )
             raise TrainingFailed(told)
 
     def state(self, saved: bool) -> dict[str, Any]:
         """What a checkpoint's report keeps; `saved`: it is about to be written."""
         if saved:
-            self.guard.saved()
-        return {"incidents": [incident.plain() for incident in self.found], "faults": self.guard.state()}
+            self.guard.record_checkpoint()
+        return {"incidents": [incident.to_json() for incident in self.incidents], "faults": self.guard.state()}
 
 
 def divergence_report(
@@ -181,7 +183,7 @@ def divergence_report(
     warmup: str | None = "schedule.warmup_steps",
 ) -> str:
     """Why the run ends, for the person who decides how to go on. `field` and `warmup` name the specification's."""
-    told = "\n".join(f"  {incident.told()}" for incident in incidents[-(rules.in_a_row + 1) :])
+    told = "\n".join(f"  {incident.describe()}" for incident in incidents[-(rules.in_a_row + 1) :])
     spike = " or raise faults.spike_factor if these losses are what this data has" if rules.spike_factor else ""
     return (
         f"training diverged before step {step}: more than {rules.in_a_row} bad steps in a row (faults.in_a_row)\n"

@@ -155,7 +155,7 @@ class LossInterval:
     image: float = 0.0
     tokens: float = 0.0
     first_step: int = 0
-    elsewhere: float = 0.0
+    paused: float = 0.0
     """Seconds that went into checkpoints and evaluation."""
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class LossInterval:
         found |= {name.replace("loss", "perplexity"): exponential(loss) for name, loss in found.items()}
         found["z"] = z_sum / max(self.text + self.image, 1.0)
         found["z_loss"] = z_loss * found["z"]
-        found["tokens_per_second"] = self.tokens / max(time.monotonic() - self.began - self.elsewhere, 1e-9)
+        found["tokens_per_second"] = self.tokens / max(time.monotonic() - self.began - self.paused, 1e-9)
         return found
 
 

@@ -73,7 +73,7 @@ def test_a_scan_is_white_ink_on_black_at_32_pixels() -> None:
 
 def test_a_moved_scan_is_another_picture_of_the_same_ink() -> None:
     scan = digits.read_scans()[5]
-    moved = scan.moved(np.random.default_rng(0))
+    moved = scan.augmented(np.random.default_rng(0))
     assert (moved.number, moved.digit) == (scan.number, scan.digit)
     assert not np.array_equal(moved.ink_HW, scan.ink_HW)
     assert moved.ink_HW.min() >= 0

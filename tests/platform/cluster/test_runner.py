@@ -42,7 +42,9 @@ class Count:
         place, content = spec.locate(spec.output), str(spec.number).encode()
         storage.write_bytes(storage.join(place, "number.txt"), content)
         manifest = Manifest(
-            kind="count", files=[FileEntry.of("number.txt", content)], specification=spec.model_dump(mode="json")
+            kind="count",
+            files=[FileEntry.from_bytes("number.txt", content)],
+            specification=spec.model_dump(mode="json"),
         )
         manifest.write(place)
         return manifest

@@ -65,7 +65,7 @@ def found(
     for part in range(files):
         spool = duplicates.SignatureWriter(str(root), f"part{part}")
         for number in range(part, len(documents), files):
-            spool.sign(documents[number], number, checked)
+            spool.add(documents[number], number, checked)
         spool.flush()
         rows = {kind: rows.get(kind, 0) + count for kind, count in spool.written.items()}
     for task in duplicates.comparison_tasks(str(root), str(root), checked, rows):
@@ -277,7 +277,7 @@ def test_curated_evaluation_sets_count_with_their_images(tmp_path: Path) -> None
     data = document_shards.to_parquet([Document((picture, Text(QUESTION))), text("x")])
     (tmp_path / "set").mkdir()
     (tmp_path / "set/documents.parquet").write_bytes(data)
-    Manifest(kind=document_shards.CURATED, files=[FileEntry.of("documents.parquet", data, rows=2)]).write(
+    Manifest(kind=document_shards.CURATED, files=[FileEntry.from_bytes("documents.parquet", data, rows=2)]).write(
         f"{tmp_path}/set"
     )
     copy = Document((Image(encoded(drawing(5).resize((150, 150)), "JPEG")), Text("something else")))

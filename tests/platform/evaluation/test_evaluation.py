@@ -174,8 +174,8 @@ def test_the_judge_gives_a_verdict_on_pictures_of_any_size_and_mode(
 ) -> None:
     scan = scans[0][0]
     large = scan.picture().convert("RGB").resize((64, 64), PILImage.Resampling.NEAREST)
-    assert trained.verdicts([scan.picture(), large]) == [scan.word, scan.word]
-    assert trained.verdicts([]) == []
+    assert trained.classify([scan.picture(), large]) == [scan.word, scan.word]
+    assert trained.classify([]) == []
 
 
 def test_the_judge_is_not_fooled_by_wrong_labels(

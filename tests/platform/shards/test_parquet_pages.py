@@ -64,7 +64,7 @@ def published(path: Path, data: bytes, sequences: list[int]) -> list[MicroBatch]
 def read(micro_batch: MicroBatch, context: int | None) -> tuple[RowGroup, bool]:
     """A row group, and whether it was decoded without pyarrow."""
     taken: list[bool] = []
-    original = _ShardFooter.plain
+    original = _ShardFooter.decode_own_layout
 
     def watched(footer: _ShardFooter, *given: Any) -> RowGroup | None:
         found = original(footer, *given)

@@ -310,4 +310,4 @@ def test_a_file_knows_its_place_and_what_is_left_of_it(tmp_path: Path) -> None:
         file = File(f"{tmp_path}/a.JSON.gz", raw, str(tmp_path))
         assert file.plain_name.endswith("/a.json")
         raw.read(4)
-        assert (file.size, file.left, file.at("line 1")) == (10, 6, f"{tmp_path}/a.JSON.gz: line 1")
+        assert (file.size, file.bytes_left, file.at("line 1")) == (10, 6, f"{tmp_path}/a.JSON.gz: line 1")

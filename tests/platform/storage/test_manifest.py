@@ -35,7 +35,7 @@ def valid_entries(draw: st.DrawFn, path: str) -> FileEntry:
     data = draw(st.binary(max_size=20))
     digest = draw(st.binary(min_size=32, max_size=32)).hex()
     footer = draw(st.none() | st.fixed_dictionaries({"bytes": st.integers(12, 10**6), "sha256": st.just(digest)}))
-    return FileEntry.of(
+    return FileEntry.from_bytes(
         path, data, rows=rows, row_groups=groups, tokens=tokens, sequences_per_row_group=given_size, footer=footer
     )
 
@@ -70,7 +70,7 @@ def test_what_is_written_is_read(files: tuple[FileEntry, ...], report: dict[str,
 
 
 def test_an_entry_knows_its_content() -> None:
-    entry = FileEntry.of("x", b"hello")
+    entry = FileEntry.from_bytes("x", b"hello")
     assert (entry.bytes, entry.sha256) == (5, hashlib.sha256(b"hello").hexdigest())
     assert entry.tokens == {"text": 0, "image": 0}
 
@@ -93,7 +93,7 @@ def test_impossible_entries_are_refused(fields: dict[str, Any], said: str) -> No
 
 
 def test_row_groups_that_the_entry_does_not_describe() -> None:
-    entry = FileEntry.of("x", b"", rows=9, row_groups=4)  # 3 3 3 0? 2 2 2 3? it does not say
+    entry = FileEntry.from_bytes("x", b"", rows=9, row_groups=4)  # 3 3 3 0? 2 2 2 3? it does not say
     with pytest.raises(ManifestError, match="does not say"):
         entry.sequences(0)
     with pytest.raises(ManifestError, match="no number 4"):
@@ -102,7 +102,7 @@ def test_row_groups_that_the_entry_does_not_describe() -> None:
 
 def test_a_manifest_names_a_file_once() -> None:
     with pytest.raises(ValidationError, match="named twice: x"):
-        Manifest(kind="k", files=[FileEntry.of("x", b"a"), FileEntry.of("x", b"b")])
+        Manifest(kind="k", files=[FileEntry.from_bytes("x", b"a"), FileEntry.from_bytes("x", b"b")])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"kind": 3}', b'{"kind": "k", "surprise": 1}', b"\xff"])
@@ -236,7 +236,7 @@ def test_a_registered_model_is_another_input_when_its_alias_moves(
 
 
 def test_manifests_are_json_for_people(tmp_path: Path) -> None:
-    Manifest(kind="tokens", files=[FileEntry.of("x", b"")]).write(str(tmp_path))
+    Manifest(kind="tokens", files=[FileEntry.from_bytes("x", b"")]).write(str(tmp_path))
     text = (tmp_path / MANIFEST).read_text()
     assert json.loads(text)["files"][0]["path"] == "x"
     assert len(text.splitlines()) > 5

@@ -130,7 +130,9 @@ def test_mixtures_that_make_no_sense_are_refused(fields: dict[str, Any], said: s
 
 def plan_of(spec: PretrainSpecification) -> Plan:
     manifests = {
-        spec.locate(uri): Manifest(kind="tokens", files=[FileEntry.of("x", uri.encode(), rows=10, row_groups=10)])
+        spec.locate(uri): Manifest(
+            kind="tokens", files=[FileEntry.from_bytes("x", uri.encode(), rows=10, row_groups=10)]
+        )
         for uri in spec.mixture
     }
     weights = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}

@@ -41,7 +41,7 @@ def write_shards(uri: str, counts: list[int], seed: int, rows: int = 3) -> Manif
     for number, groups in enumerate(counts):
         table = [packed(random, row % 2 == 1) for row in range((groups - 1) * rows + 1)]  # the last has one row
         data = token_shards.to_parquet(table, rows)
-        entry = FileEntry.of(
+        entry = FileEntry.from_bytes(
             f"part-{number}.parquet",
             data,
             rows=len(table),

@@ -70,7 +70,7 @@ def publish(uri: str, documents: list[Document], a_shard: int = 1000) -> None:
         data = document_shards.to_parquet(part := documents[number : number + a_shard])
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
-        entries.append(FileEntry.of(path, data, rows=len(part)))
+        entries.append(FileEntry.from_bytes(path, data, rows=len(part)))
     images = sum(len(document.images) for document in documents)
     Manifest(kind=documents.CURATED, files=entries, report={"images": images}).write(uri)
 

@@ -58,7 +58,7 @@ def publish(uri: str, documents: list[Document]) -> None:
         data = document_shards.to_parquet(part)
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
-        entries.append(FileEntry.of(path, data, rows=len(part)))
+        entries.append(FileEntry.from_bytes(path, data, rows=len(part)))
     Manifest(kind=documents.CURATED, files=entries).write(uri)
 
 

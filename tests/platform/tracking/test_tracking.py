@@ -153,7 +153,7 @@ def test_a_registered_version_outlives_the_next_training_of_its_folder(
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in {"config.json": b"{}", "model.safetensors": weights}.items():
             (folder / name).write_bytes(data)
-        Manifest(kind="model", files=[FileEntry.of("model.safetensors", weights)]).write(str(folder))
+        Manifest(kind="model", files=[FileEntry.from_bytes("model.safetensors", weights)]).write(str(folder))
         return str(folder)
 
     for weights in (b"first", b"second", b"second"):

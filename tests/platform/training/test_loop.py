@@ -64,7 +64,7 @@ def publish_tokens(uri: str, vocabulary: Vocabulary, number: int, chaos: bool = 
     pq.write_table(table, file, row_group_size=2)
     data = file.getvalue()
     storage.write_bytes(f"{uri}/tokens.parquet", data)
-    entry = FileEntry.of("tokens.parquet", data, rows=len(rows), row_groups=number, sequences_per_row_group=2)
+    entry = FileEntry.from_bytes("tokens.parquet", data, rows=len(rows), row_groups=number, sequences_per_row_group=2)
     Manifest(kind="tokens", files=[entry]).write(uri)
 
 

@@ -77,7 +77,7 @@ def picture(seed: int, size: int = 8) -> PILImage.Image:
 def publish_documents(uri: str, documents: list[Document]) -> None:
     data = document_shards.to_parquet(documents)
     storage.write_bytes(storage.join(uri, "documents.parquet"), data)
-    Manifest(kind="curated", files=[FileEntry.of("documents.parquet", data, rows=len(documents))]).write(uri)
+    Manifest(kind="curated", files=[FileEntry.from_bytes("documents.parquet", data, rows=len(documents))]).write(uri)
 
 
 def publish_tokens(root: str, name: str) -> None:

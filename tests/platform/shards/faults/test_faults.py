@@ -36,7 +36,7 @@ def publish(uri: str, shards: int = 3, groups: int = 8) -> Manifest:
         path = f"{number}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
         files.append(
-            FileEntry.of(
+            FileEntry.from_bytes(
                 path,
                 data,
                 rows=len(rows),

@@ -105,7 +105,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
             assert catalog.newest_step(output) == step - 1 or step == 1
             assert not storage.exists(f"{catalog.checkpoint_uri(output, step)}/manifest.json")
             may_write.set()
-            saver.settle()
+            saver.wait_until_published()
     assert [content(output, step) for step in (1, 2)] == [1.0, 2.0]
     assert told == [catalog.checkpoint_uri(output, step) for step in (1, 2)]
 
@@ -204,7 +204,7 @@ def test_late_writers_of_a_group_that_was_given_up_do_no_harm(group: None, tmp_p
         run.state.fill_(7.5)
         old.save(run, catalog.checkpoint_uri(output, 7), report(7))  # type: ignore[arg-type]
         saved(run, output, 7)
-        old.settle()
+        old.wait_until_published()
     assert content(output, 7) in (7.0, 7.5)
 
 
@@ -222,7 +222,7 @@ def test_retention_keeps_the_last_every_nth_and_the_best(tmp_path: Path, keep: d
     losses = [9.0, 1.0, 8.0, 7.0, 2.0, 6.0, 5.0, 4.0]
     for step, loss in enumerate(losses, start=1):
         storage.write_bytes(f"{catalog.checkpoint_uri(output, step)}/abc/state/part.pt", b"x")
-        files = [FileEntry.of("abc/state/part.pt", b"x")]
+        files = [FileEntry.from_bytes("abc/state/part.pt", b"x")]
         Manifest(kind="checkpoint", files=files, report=report(step, loss=loss)).write(
             catalog.checkpoint_uri(output, step)
         )

@@ -29,12 +29,12 @@ METRICS = {
 
 
 def test_a_status_says_everything_that_is_known() -> None:
-    line = Status.of("pretrain", 5000, METRICS).line()
+    line = Status.from_metrics("pretrain", 5000, METRICS).line()
     assert line == (
         "pretrain: step 1,200 of 5,000  loss 2.346  tokens/s 81,234  time left 2 h 2 min  workers 4  "
         "last checkpoint step 1,000  bad steps 3"
     )
-    assert Status.of("pretrain", 5000, {"step": 1.0}).line() == "pretrain: step 1 of 5,000"
+    assert Status.from_metrics("pretrain", 5000, {"step": 1.0}).line() == "pretrain: step 1 of 5,000"
 
 
 def test_where_there_is_no_terminal_lines_come_now_and_then_and_at_the_end() -> None:
@@ -47,7 +47,7 @@ def test_where_there_is_no_terminal_lines_come_now_and_then_and_at_the_end() -> 
 
 
 def test_a_terminal_gets_a_panel_and_a_log_gets_lines() -> None:
-    status = Status.of("stage 1", 5000, METRICS)
+    status = Status.from_metrics("stage 1", 5000, METRICS)
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
     with console.status_screen(terminal) as show:
         show(status)
@@ -105,7 +105,7 @@ def test_a_run_is_watched_from_anywhere_until_it_ends(tmp_path: Path, capsys: py
     with job_run(spec) as run:
         run.log_metrics(METRICS)
     assert console.watch(run.id, run.uri, poll=0.01) == 0
-    assert capsys.readouterr().err == Status.of("stage 1", 5000, METRICS).line() + "\n"
+    assert capsys.readouterr().err == Status.from_metrics("stage 1", 5000, METRICS).line() + "\n"
     assert console.watch("no-such-run", run.uri) == 2
     assert f"there is no run no-such-run to watch at {run.uri}" in capsys.readouterr().err
 

@@ -127,8 +127,8 @@ def train(
     kept: supervisor.Supervisor, first: int, last: int, until: Callable[[int], object] = lambda step: None
 ) -> None:
     for step in range(first, last):
-        kept.expect(step)
-        kept.after(step + 1, report(step + 1), due=(step + 1) % 10 == 0)
+        kept.check_step(step)
+        kept.after_step(step + 1, report(step + 1), due=(step + 1) % 10 == 0)
         until(step + 1)
 
 
@@ -143,17 +143,17 @@ def test_a_notice_to_stop_brings_a_checkpoint_and_says_how_to_go_on(
     monkeypatch.setattr(notice, "_POLL", 0.05)
     output = str(tmp_path)
     line = pickle.loads(pickle.dumps(control.worker_control(output)))  # it goes to Ray Train's controller
-    assert line.followed()
+    assert line.acknowledged()
     with keeper(output) as kept:
         train(kept, 0, 3)
         line.notify("stop", "SIGTERM")
-        assert not line.followed()
+        assert not line.acknowledged()
         notices = kept._notices
         assert notices is not None
-        wait_for(lambda: notices.found is not None)
+        wait_for(lambda: notices.pending is not None)
         with pytest.raises(Stopped, match=r"stopped after step 4 \(SIGTERM\).*step-00000004.*same command goes on"):
             train(kept, 3, 100)
-    assert line.followed()
+    assert line.acknowledged()
     assert line.newest_step() == 4
     found = catalog.newest(output)
     assert found is not None
@@ -177,7 +177,7 @@ def test_weights_never_meet_the_data_of_another_step(group: None, tmp_path: Path
         pytest.raises(RuntimeError, match="data of step 7 were given to weights after step 5"),
         keeper(str(tmp_path), first_step=5) as kept,
     ):
-        kept.expect(7)
+        kept.check_step(7)
 
 
 def test_checkpoints_remember_every_group_of_workers(group: None, tmp_path: Path) -> None:
@@ -367,11 +367,11 @@ def test_a_notice_that_nobody_can_read_is_no_notice(tmp_path: Path) -> None:
     storage.write_bytes(notice.notice_file(str(tmp_path), "checkpoint"), b"{half")
     notices = notice.NoticeWatcher(str(tmp_path), poll=0.01)
     threading.Event().wait(0.1)
-    assert notices.found is None
+    assert notices.pending is None
     storage.write_bytes(notice.notice_file(str(tmp_path), "checkpoint"), b"{}")
-    wait_for(lambda: notices.found is not None)
-    assert notices.found == ("checkpoint", "")
-    notices.done("checkpoint")
+    wait_for(lambda: notices.pending is not None)
+    assert notices.pending == ("checkpoint", "")
+    notices.acknowledge("checkpoint")
     assert notice.none_pending(str(tmp_path))
     notices.close()
 
@@ -382,9 +382,9 @@ def test_a_notice_to_stop_is_not_lost_beside_another(tmp_path: Path, order: tupl
     for action in order:
         notice.notify(place, action, action)
     notices = notice.NoticeWatcher(place, poll=0.01)
-    wait_for(lambda: notices.found is not None)
-    assert notices.found == ("stop", "stop")
-    notices.done("stop")
+    wait_for(lambda: notices.pending is not None)
+    assert notices.pending == ("stop", "stop")
+    notices.acknowledge("stop")
     assert notice.none_pending(place)
     notices.close()
 
@@ -393,18 +393,18 @@ def test_a_notice_to_stop_that_comes_during_a_checkpoint_is_followed_after_it(tm
     place = str(tmp_path)
     notices = notice.NoticeWatcher(place, poll=0.01)
     notice.notify(place, "checkpoint", "the group is resized")
-    wait_for(lambda: notices.found is not None)
+    wait_for(lambda: notices.pending is not None)
     notice.notify(place, "stop", "SIGTERM")
-    notices.done("checkpoint")
+    notices.acknowledge("checkpoint")
     assert not notice.none_pending(place)
-    wait_for(lambda: notices.found == ("stop", "SIGTERM"))
+    wait_for(lambda: notices.pending == ("stop", "SIGTERM"))
     notices.close()
 
 
 def test_a_checkpoint_is_asked_for_while_no_folder_exists_yet(tmp_path: Path) -> None:
     line = control.worker_control(str(tmp_path / "stage"))
     assert line.newest_step() == -1
-    assert line.followed()
+    assert line.acknowledged()
     line.notify("checkpoint", "by hand")
     assert Manifest.find(str(tmp_path / "stage/checkpoints")) is None
-    assert not line.followed()
+    assert not line.acknowledged()

@@ -66,7 +66,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("curated", IMAGES), ("held-out", HELD_OUT)):
         content = document_shards.to_parquet([Document((Image(to_image(data.as_floats(p))),)) for p in bars(count)])
         storage.write_bytes(f"{root}/{name}/documents.parquet", content)
-        Manifest(kind="curated", files=[FileEntry.of("documents.parquet", content, rows=count)]).write(f"{root}/{name}")
+        Manifest(kind="curated", files=[FileEntry.from_bytes("documents.parquet", content, rows=count)]).write(
+            f"{root}/{name}"
+        )
     return root
 
 
@@ -125,7 +127,7 @@ class Log:
 
     def log_data(self, *given: Any) -> None: ...
 
-    def park(self) -> None: ...
+    def back_up(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -162,7 +164,7 @@ def train(
 def dying(when: int) -> Callable[[Loop, supervisor.Supervisor, int], None]:
     def at(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step == when:
-            keeper.settle()
+            keeper.wait_until_published()
             raise Died
 
     return at
@@ -230,12 +232,12 @@ def test_a_notice_ends_it_with_a_checkpoint_and_the_same_command_goes_on_to_the_
     def told(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step == 6:
             line.notify("stop", "SIGTERM")
-            while keeper._notices is None or keeper._notices.found is None:
+            while keeper._notices is None or keeper._notices.pending is None:
                 threading.Event().wait(0.01)
 
     with pytest.raises(Stopped, match=r"stopped after step 7 \(SIGTERM\).*the same command goes on"):
         train(spec, tmp_path, at=told)
-    assert line.followed()
+    assert line.acknowledged()
     loop, _ = train(spec, tmp_path)
     assert equal(loop.training.whole_state(), straight[0].training.whole_state())
 
@@ -270,7 +272,7 @@ def test_a_bad_step_is_passed_over(
             networks = {name: loop.training.whole_state()[name] for name in ("tokenizer", "discriminator", "average")}
             states[step] = copy.deepcopy(networks)
 
-    monkeypatch.setattr(ImageTraining, "look", broken({9: loss}, ImageTraining.look, norm))
+    monkeypatch.setattr(ImageTraining, "look", broken({9: loss}, ImageTraining.compute_gradients, norm))
     faults = {"spike_factor": 5.0, "window": 4}
     loop, log = train(specification(root, faults=faults, steps=13, held_out=[]), tmp_path, at=keep)
     assert equal(states[9], states[10])
@@ -282,7 +284,9 @@ def test_a_bad_step_is_passed_over(
 def test_too_many_bad_steps_end_it_with_advice(
     alone: None, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImageTraining, "look", broken(dict.fromkeys((3, 4, 5), math.nan), ImageTraining.look))
+    monkeypatch.setattr(
+        ImageTraining, "look", broken(dict.fromkeys((3, 4, 5), math.nan), ImageTraining.compute_gradients)
+    )
     with pytest.raises(
         TrainingFailed, match=r"before step 6: more than 2 bad steps.*\n.*\n.*\n.*\nLower learning_rate \("
     ):
@@ -298,7 +302,7 @@ def test_a_roll_back_returns_to_the_last_checkpoint_and_goes_on_with_other_image
         if step == 14:
             after.append(copy.deepcopy(loop.training.whole_state()))
 
-    monkeypatch.setattr(ImageTraining, "look", broken({12: math.nan}, ImageTraining.look))
+    monkeypatch.setattr(ImageTraining, "look", broken({12: math.nan}, ImageTraining.compute_gradients))
     faults = {"action": "roll_back", "around": 1}
     loop, log = train(specification(root, faults=faults), tmp_path, at=keep)
     (incident,) = loop.report["incidents"]

@@ -80,7 +80,7 @@ class Log:
 
     def log_data(self, *given: Any) -> None: ...
 
-    def park(self) -> None: ...
+    def back_up(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -164,7 +164,7 @@ def test_perceptual_weights_are_read_from_storage(tmp_path: Path) -> None:
 def publish_images(uri: str, images: torch.Tensor) -> None:
     content = document_shards.to_parquet([Document((Image(to_image(data.as_floats(pixels))),)) for pixels in images])
     storage.write_bytes(f"{uri}/documents.parquet", content)
-    Manifest(kind="curated", files=[FileEntry.of("documents.parquet", content, rows=len(images))]).write(uri)
+    Manifest(kind="curated", files=[FileEntry.from_bytes("documents.parquet", content, rows=len(images))]).write(uri)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     publish_images(f"{tmp_path}/curated", bars())
     publish_images(f"{tmp_path}/held-out", bars(6))
     storage.write_bytes(f"{tmp_path}/made/old.safetensors", b"old")
-    Manifest(kind="image_tokenizer", files=[FileEntry.of("old.safetensors", b"old")]).write(f"{tmp_path}/made")
+    Manifest(kind="image_tokenizer", files=[FileEntry.from_bytes("old.safetensors", b"old")]).write(f"{tmp_path}/made")
     (tmp_path / "made/notes.txt").write_text("mine")
     monkeypatch.setattr(stage.capacity, "require", lambda resources: 1)
     monkeypatch.setattr(stage, "fit", lambda loop, config, **named: loop(config))
