@@ -54,22 +54,22 @@ def _error_chain(error: BaseException) -> Iterator[BaseException]:
         waiting += list(failures.values()) if isinstance(failures, dict) else []
 
 
-def exit_code_of(act: Callable[[], None], again: str, tell: Callable[[str], None]) -> int:
+def exit_code_of(body: Callable[[], None], resume_command: str, show: Callable[[str], None]) -> int:
     """Run a command's body and turn how it ended into an exit code, telling the user what went wrong.
 
     0 when all went well, 1 after an error, 130 after Ctrl-C. `again` is the command that resumes it.
     """
     try:
-        act()
+        body()
     except KeyboardInterrupt:
-        tell(f"Stopped. Nothing half-finished was published; resume by the same command: {again}")
+        show(f"Stopped. Nothing half-finished was published; resume by the same command: {resume_command}")
         return INTERRUPTED
     except Exception as error:
-        told = user_message(error)
-        if told is None:
+        text = user_message(error)
+        if text is None:
             traceback.print_exc()
-            told = f"{type(error).__name__}: {error}"
-        tell(told)
+            text = f"{type(error).__name__}: {error}"
+        show(text)
         return FAILED
     return 0
 
@@ -84,16 +84,16 @@ def main(job: str, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field; repeats")
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), help="a running cluster; default: embedded")
     parser.add_argument("--force", action="store_true", help="run again even if the result stands")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
-    def act() -> None:
-        spec = job_specification(job, given.config, given.set)
-        manifest, skipped = run_on_own_cluster(spec, job_function(job), LogLines(job), given.force, given.address)
+    def body() -> None:
+        spec = job_specification(job, options.config, options.set)
+        manifest, skipped = run_on_own_cluster(spec, job_function(job), LogLines(job), options.force, options.address)
         print_status(f"{job}: {'already done' if skipped else 'done'}: {spec.output_uri} ({len(manifest.files)} files)")
 
     words = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code_of(act, shlex.join(["python", "-m", f"calumma.jobs.{job}", *words]), print_status)
+    return exit_code_of(body, shlex.join(["python", "-m", f"calumma.jobs.{job}", *words]), print_status)
 
 
 def print_status(text: str) -> None:

@@ -51,12 +51,12 @@ def chat(
     """Chat with a served model, in words and pictures."""
     from rich.console import Console
 
-    console, complaints = Console(highlight=False), Console(stderr=True, highlight=False)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         if answer not in MODALITIES:
             raise ChatError(f"--answer {answer!r} is not one of {', '.join(MODALITIES)}")
         settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "model": model}
-        talk = ChatSession(
+        session = ChatSession(
             (url or _default_url()).rstrip("/"),
             {"modalities": MODALITIES[answer]} | {key: value for key, value in settings.items() if value is not None},
             [{"role": "system", "content": system}] if system else [],
@@ -64,13 +64,13 @@ def chat(
         )
         pictures = [picture_part(path) for path in image or []]
         if once is not None:
-            print_answer(talk.ask(once, pictures), console, save)
+            print_answer(session.ask(once, pictures), console, save)
         else:
-            _prompt_loop(talk, pictures, console, complaints, save)
+            _prompt_loop(session, pictures, console, errors, save)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (ChatError, ClusterError) as error:
-        complaints.print(str(error), style="red", markup=False, soft_wrap=True)
+        errors.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -239,10 +239,10 @@ def _save_picture(png: bytes, folder: Path) -> Path:
 
 
 def _prompt_loop(
-    talk: ChatSession, pictures: list[dict[str, Any]], console: Console, complaints: Console, folder: Path
+    session: ChatSession, pictures: list[dict[str, Any]], console: Console, errors: Console, folder: Path
 ) -> None:
     """The conversation at the prompt, until its end."""
-    console.print(f"{talk.url}: {HELP}", style="dim", markup=False)
+    console.print(f"{session.url}: {HELP}", style="dim", markup=False)
     while True:
         try:
             line = console.input(f"{f'[{len(pictures)} picture(s)] ' if pictures else ''}> ", markup=False).strip()
@@ -253,15 +253,15 @@ def _prompt_loop(
             if line == "/quit":
                 return
             if line == "/new":
-                talk.messages.clear()
+                session.messages.clear()
             elif line.startswith("/image "):
                 pictures.append(picture_part(Path(line.removeprefix("/image ").strip())))
             elif line.startswith("/"):
                 console.print(HELP, style="dim", markup=False)
             elif line or pictures:
-                print_answer(talk.ask(line, pictures), console, folder)
+                print_answer(session.ask(line, pictures), console, folder)
                 pictures = []
         except ChatError as error:
-            complaints.print(str(error), style="red", markup=False, soft_wrap=True)
+            errors.print(str(error), style="red", markup=False, soft_wrap=True)
         except KeyboardInterrupt:
             console.print("\nstopped", style="dim")

@@ -85,10 +85,10 @@ def checked(subject: str, look: Callable[[], Finding]) -> Finding:
 
 def python(version: tuple[int, int]) -> Finding:
     """The interpreter: `version` is (major, minor)."""
-    told = f"{version[0]}.{version[1]} ({sys.executable})"
+    details = f"{version[0]}.{version[1]} ({sys.executable})"
     if version < LEAST_PYTHON:
-        return Finding("Python", State.MISSING, told, "install Python 3.11 or newer, then `make clean install`")
-    return Finding("Python", State.FOUND, told)
+        return Finding("Python", State.MISSING, details, "install Python 3.11 or newer, then `make clean install`")
+    return Finding("Python", State.FOUND, details)
 
 
 def machine() -> Iterator[Finding]:
@@ -118,19 +118,19 @@ def gpus() -> Finding:
         return Finding("GPUs", State.POOR, "unknown, PyTorch is missing", "`make install`")
     names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     if names:
-        told = "; ".join(f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in names)
-        return Finding("GPUs", State.FOUND, f"{len(names)}: {told}")
+        details = "; ".join(f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in names)
+        return Finding("GPUs", State.FOUND, f"{len(names)}: {details}")
     if Path("/dev/nvidia0").exists() and torch.version.cuda is None:
         advice = "`make clean install`: PyTorch was installed in its build for CPUs"
         return Finding("GPUs", State.POOR, "a device that PyTorch cannot use", advice)
     return Finding("GPUs", State.FOUND, "none: everything runs on the CPU, at the size of the quickstart")
 
 
-def quantity(subject: str, found: float, little: float, details: str, advice: str) -> Finding:
+def quantity(subject: str, value: float, little: float, details: str, advice: str) -> Finding:
     """A quantity in bytes, poor below `little`."""
-    state = State.POOR if found < little else State.FOUND
-    told = advice + f" ({little / 1e9:.0f} GB recommended)" if state is State.POOR else ""
-    return Finding(subject, state, f"{found / 1e9:.1f} GB{details}", told)
+    state = State.POOR if value < little else State.FOUND
+    full_advice = advice + f" ({little / 1e9:.0f} GB recommended)" if state is State.POOR else ""
+    return Finding(subject, state, f"{value / 1e9:.1f} GB{details}", full_advice)
 
 
 def compiler(which: Callable[[str], str | None]) -> Finding:
@@ -202,8 +202,8 @@ def reachable_cluster(address: str | None) -> Finding:
             with client(address):
                 return Finding("cluster", State.FOUND, f"{address} takes jobs")
         with connection.connected(address):
-            there = capacity.cluster_capacity()
-            return Finding("cluster", State.FOUND, f"{address}: {there.cpus:g} CPUs, {there.gpus:g} GPUs")
+            available = capacity.cluster_capacity()
+            return Finding("cluster", State.FOUND, f"{address}: {available.cpus:g} CPUs, {available.gpus:g} GPUs")
     except capacity.ClusterError as error:
         return Finding("cluster", State.MISSING, *_finding_and_advice(str(error)))
 

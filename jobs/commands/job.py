@@ -40,10 +40,10 @@ NO_AGENT = "No available agent to submit job"  # ray/dashboard/modules/job/job_h
 
 def purpose(job: str) -> str:
     """What a job does: the first line of its file, which is read and not run, for what it imports is heavy."""
-    found = importlib.util.find_spec(f"calumma.jobs.{job}")
-    if found is None or found.origin is None:
+    module_spec = importlib.util.find_spec(f"calumma.jobs.{job}")
+    if module_spec is None or module_spec.origin is None:
         return ""
-    first = (ast.get_docstring(ast.parse(Path(found.origin).read_text())) or "").partition("\n")[0]
+    first = (ast.get_docstring(ast.parse(Path(module_spec.origin).read_text())) or "").partition("\n")[0]
     return first.removeprefix(f"Job `{job}`: ")
 
 
@@ -77,7 +77,7 @@ def run(
 ) -> None:
     """Run a job and wait for it. A result made by the same specification is kept, and an interrupted job resumed."""
 
-    def act() -> None:
+    def body() -> None:
         spec = entry.job_specification(name, config, overrides or [])
         with Display() as display, display.step(name) as progress:
             manifest, skipped = runner.run_on_own_cluster(spec, job_function(name), progress, force, address, logs)
@@ -88,7 +88,7 @@ def run(
         for line in skipped_inputs(manifest.report):
             typer.echo(f"  {line}")
 
-    _run_and_exit(act)
+    _run_and_exit(body)
 
 
 @app.command(epilog=NAMES)
@@ -102,7 +102,7 @@ def submit(
 ) -> None:
     """Hand a job to a running cluster and print its id."""
 
-    def act() -> None:
+    def body() -> None:
         spec = entry.job_specification(name, config, overrides or [])
         require_shared_locations(spec)
         if spec.tracking.uri is None:
@@ -115,44 +115,44 @@ def submit(
             else:
                 typer.echo(f"follow it with: calumma job logs {identifier} --follow --address {address}", err=True)
 
-    _run_and_exit(act)
+    _run_and_exit(body)
 
 
 @app.command("list")
 def list_jobs(address: Dashboard = DASHBOARD) -> None:
     """The jobs that were submitted to a cluster, newest first."""
 
-    def act() -> None:
+    def body() -> None:
         from rich.console import Console
         from rich.table import Table
 
         with client(address) as jobs:
-            found = [job for job in jobs.list_jobs() if job.submission_id]
+            submitted = [job for job in jobs.list_jobs() if job.submission_id]
         table = Table("id", "job", "status", "started", "took", "storage")
-        for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True):
-            told = job.metadata or {}
-            names = (told.get("job", "(not of calumma)"), job.status.value)
-            table.add_row(job.submission_id, *names, _start_time(job), _duration(job), told.get("storage", ""))
-        if found:
+        for job in sorted(submitted, key=lambda job: job.start_time or 0, reverse=True):
+            metadata = job.metadata or {}
+            names = (metadata.get("job", "(not of calumma)"), job.status.value)
+            table.add_row(job.submission_id, *names, _start_time(job), _duration(job), metadata.get("storage", ""))
+        if submitted:
             Console().print(table)
         else:
             typer.echo(f"no job was submitted to {address} yet")
 
-    _run_and_exit(act)
+    _run_and_exit(body)
 
 
 @app.command()
 def status(identifier: Identifier, address: Dashboard = DASHBOARD) -> None:
     """How one job is doing."""
 
-    def act() -> None:
+    def body() -> None:
         with client(address) as jobs:
             job = jobs.get_job_info(identifier)
         typer.echo(f"{identifier}: {job.status.value}, started {_start_time(job)}, {_duration(job) or 'not ended'}")
         if job.message:
             typer.echo(job.message)
 
-    _run_and_exit(act)
+    _run_and_exit(body)
 
 
 @app.command()
@@ -163,26 +163,26 @@ def logs(
 ) -> None:
     """What one job has printed."""
 
-    def act() -> None:
+    def body() -> None:
         with client(address) as jobs:
             if follow:
                 _follow_log(jobs, identifier, address)
             else:
                 typer.echo(jobs.get_job_logs(identifier), nl=False)
 
-    _run_and_exit(act)
+    _run_and_exit(body)
 
 
 @app.command()
 def stop(identifier: Identifier, address: Dashboard = DASHBOARD) -> None:
     """Stop one job. Submitted again, it goes on from its last checkpoint."""
 
-    def act() -> None:
+    def body() -> None:
         with client(address) as jobs:
             stopped = jobs.stop_job(identifier)
         typer.echo(f"{identifier}: {'stopping' if stopped else 'had ended already'}")
 
-    _run_and_exit(act)
+    _run_and_exit(body)
 
 
 @app.command()
@@ -215,8 +215,8 @@ def skipped_inputs(report: dict[str, Any]) -> list[str]:
     """Lines about the unreadable input that was skipped, a source each; none for jobs that read no raw input."""
     from calumma.platform.curation.curate import describe_bad_input
 
-    found = [describe_bad_input(name, part) for name, part in report.get("sources", {}).items()]
-    return [line for text in found if text for line in text.splitlines()]
+    descriptions = [describe_bad_input(name, part) for name, part in report.get("sources", {}).items()]
+    return [line for text in descriptions if text for line in text.splitlines()]
 
 
 def require_shared_locations(spec: JobSpecification) -> None:
@@ -314,8 +314,8 @@ def _duration(job: Any) -> str:
     return format_duration((job.end_time - job.start_time) / 1000) if job.start_time and job.end_time else ""
 
 
-def _run_and_exit(act: Callable[[], None]) -> None:
-    code = entry.exit_code_of(act, shlex.join(["calumma", *sys.argv[1:]]), _print_error)
+def _run_and_exit(body: Callable[[], None]) -> None:
+    code = entry.exit_code_of(body, shlex.join(["calumma", *sys.argv[1:]]), _print_error)
     if code:
         raise typer.Exit(code)
 

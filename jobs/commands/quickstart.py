@@ -39,19 +39,19 @@ def quickstart(
     workdir = workdir or Path("quickstart-fast" if fast else "quickstart")  # trying never replaces a real run
     options = steps.Options(workdir, storage, fast, port)
 
-    def act() -> None:
+    def body() -> None:
         outcome = steps.quickstart(options, console)
-        found = report.write(outcome)
+        results = report.write(outcome)
         out = Console()
-        out.print(report.table(found, workdir))
+        out.print(report.table(results, workdir))
         for what, command in report.commands(outcome):
             out.print(f"[dim]{what}:[/dim]")
             out.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
 
-    def tell(text: str) -> None:
+    def print_error(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    code = entry.exit_code_of(act, _resume_command(options), tell)
+    code = entry.exit_code_of(body, _resume_command(options), print_error)
     if code:
         raise typer.Exit(code)
 

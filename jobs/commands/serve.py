@@ -96,12 +96,12 @@ def start(
         values["also"] = [*values.get("also", []), *(_additional_model(text, tracking_uri) for text in also or [])]
         values["keys"] = [*values.get("keys", []), *_read_keys(keys)]
         _require_none_running()
-        begun = _start_on_cluster(values, address, console) if address else _start_on_own_head(values, console)
-        _print_endpoints(begun)
+        service = _start_on_cluster(values, address, console) if address else _start_on_own_head(values, console)
+        _print_endpoints(service)
         if block:
             _await_signal()
-            _stop(begun, console)
-            typer.echo(f"stopped {begun.name}")
+            _stop(service, console)
+            typer.echo(f"stopped {service.name}")
 
 
 @app.command()
@@ -122,18 +122,18 @@ def status() -> None:
 
     console = Console(stderr=True)
     with _errors_as_messages(console):
-        service_ = Service.read()
-    if service_ is None:
+        service = Service.read()
+    if service is None:
         typer.echo("nothing is being served; start with: calumma serve start MODEL")
         raise typer.Exit(1)
-    state, facts = health(service_)
+    state, facts = health(service)
     table = Table(show_header=False, box=None)
     rows = {
         "state": state,
-        "url": service_.url,
-        "model": f"{service_.name} ({service_.model})",
-        "cluster": f"{service_.address}" + (f", process {service_.pid}" if service_.pid else ""),
-        "for": format_duration(time.time() - service_.started),
+        "url": service.url,
+        "model": f"{service.name} ({service.model})",
+        "cluster": f"{service.address}" + (f", process {service.pid}" if service.pid else ""),
+        "for": format_duration(time.time() - service.started),
         **{
             key.replace("_", " "): str(value)
             for key, value in facts.items()
@@ -156,35 +156,35 @@ def stop(
 
     console = Console(stderr=True)
     with _errors_as_messages(console):
-        service_ = Service.read()
-        if service_ is None:
+        service = Service.read()
+        if service is None:
             typer.echo("nothing is being served")
             return
-        _stop(service_, console, now)
-    typer.echo(f"stopped {service_.name} at {service_.url}")
+        _stop(service, console, now)
+    typer.echo(f"stopped {service.name} at {service.url}")
 
 
-def _stop(service_: Service, console: Console, now: bool = False) -> None:
+def _stop(service: Service, console: Console, now: bool = False) -> None:
     """Let answers in flight finish, where somebody answers; then end what is ours."""
     try:
         with console.status("stopping: waiting for answers in flight"):
-            if service_.pid is None or (not now and _is_answering(service_)):
+            if service.pid is None or (not now and _is_answering(service)):
                 from calumma.serve.app import undeploy
 
-                with ray_head.connected(service_.address, ours=service_.pid is not None):
-                    undeploy(service_.name)
+                with ray_head.connected(service.address, ours=service.pid is not None):
+                    undeploy(service.name)
     except ClusterError:
-        if service_.pid is None:
+        if service.pid is None:
             raise
-    service_.end()
+    service.end()
 
 
-def _is_answering(service_: Service) -> bool:
+def _is_answering(service: Service) -> bool:
     """Whether there is anybody who may have answers in flight."""
     import requests
 
     with contextlib.suppress(requests.RequestException):
-        return service_.alive and requests.get(f"{service_.url}/health", timeout=10).ok
+        return service.alive and requests.get(f"{service.url}/health", timeout=10).ok
     return False
 
 
@@ -256,18 +256,18 @@ def served_name(model: str) -> str:
     return model.removeprefix("models:/").partition("@")[0].partition("/")[0] or "calumma"
 
 
-def health(service_: Service) -> tuple[str, dict[str, Any]]:
+def health(service: Service) -> tuple[str, dict[str, Any]]:
     """A word on a service's state, and what its /health tells."""
     import requests
 
-    if not service_.alive:
+    if not service.alive:
         return "ended unexpectedly (`calumma serve stop` clears it away)", {}
     try:
-        answer = requests.get(f"{service_.url}/health", timeout=30)
-        facts = answer.json()
+        response = requests.get(f"{service.url}/health", timeout=30)
+        facts = response.json()
     except (requests.RequestException, json.JSONDecodeError) as error:
         return f"not answering: {error}", {}
-    return ("answering", facts) if answer.ok else (f"unwell: {facts.get('reason', answer.status_code)}", {})
+    return ("answering", facts) if response.ok else (f"unwell: {facts.get('reason', response.status_code)}", {})
 
 
 def _require_none_running() -> None:
@@ -312,7 +312,7 @@ def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
             )
     with console.status("starting Ray"):
         head = ray_head.start_head(max(capacity.cores(), math.ceil(needed)), devices)
-    begun = Service(
+    service = Service(
         url=settings.url,
         model=settings.model,
         name=settings.name,
@@ -323,14 +323,14 @@ def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
         temporary=str(head.temporary),
     )
     try:
-        begun.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
+        service.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
         with console.status(f"loading {settings.model}"), ray_head.connected(head.address, ours=True):
             _interrupt_on_sigterm()
             serving.deploy(settings)
     except BaseException:
-        begun.end()
+        service.end()
         raise
-    return begun
+    return service
 
 
 def _start_on_cluster(values: dict[str, Any], address: str, console: Console) -> Service:
@@ -340,18 +340,18 @@ def _start_on_cluster(values: dict[str, Any], address: str, console: Console) ->
         from calumma.serve import app as serving
 
         url = serving.deploy(settings, wait=False)
-    begun = Service(url=url, model=settings.model, name=settings.name, started=time.time(), address=address)
-    begun.write()
-    return begun
+    service = Service(url=url, model=settings.model, name=settings.name, started=time.time(), address=address)
+    service.write()
+    return service
 
 
-def _print_endpoints(service_: Service) -> None:
-    request = json.dumps({"model": service_.name, **EXAMPLE})
-    typer.echo(f"{service_.name} is served at {service_.url}")
-    typer.echo(f"  playground  {service_.url}/")
-    typer.echo(f"  terminal    calumma chat --url {service_.url}")
+def _print_endpoints(service: Service) -> None:
+    request = json.dumps({"model": service.name, **EXAMPLE})
+    typer.echo(f"{service.name} is served at {service.url}")
+    typer.echo(f"  playground  {service.url}/")
+    typer.echo(f"  terminal    calumma chat --url {service.url}")
     typer.echo(
-        f"  curl        curl {service_.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{request}'"
+        f"  curl        curl {service.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{request}'"
     )
     typer.echo("  end         calumma serve stop")
 

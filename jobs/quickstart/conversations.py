@@ -78,7 +78,7 @@ def reference_chats(topics: dict[str, str]) -> list[Conversation]:
     """For each page of Python's reference: what it says, answered by its first paragraph of prose."""
     import keyword
 
-    found = []
+    chats = []
     for name, page in topics.items():
         answer = _first_prose(page)
         if answer is None:
@@ -87,8 +87,8 @@ def reference_chats(topics: dict[str, str]) -> list[Conversation]:
             question = f"What does the keyword `{name}` do in Python?"
         else:
             question = f"What does Python's reference say about `{name}`?"
-        found.append(Conversation(question, answer))
-    return found
+        chats.append(Conversation(question, answer))
+    return chats
 
 
 def _first_prose(page: str) -> str | None:
@@ -101,11 +101,11 @@ def _first_prose(page: str) -> str | None:
 
 def code_chats(sources: list[str], count: int) -> list[Conversation]:
     """Single lines of code, cut once; the answer is the rest of the line."""
-    found = []
+    chats = []
     for line in dict.fromkeys(line.strip() for source in sources for line in source.splitlines()):
-        cut = re.match(r"((?:def|class|import) \S+?[ (])(.{4,60})$", line)
-        if cut and IMAGE_MARK not in line:
-            found.append(Conversation(f"Complete this line of Python: {cut[1].rstrip()}", cut[2].rstrip()))
-        if len(found) == count:
+        match = re.match(r"((?:def|class|import) \S+?[ (])(.{4,60})$", line)
+        if match and IMAGE_MARK not in line:
+            chats.append(Conversation(f"Complete this line of Python: {match[1].rstrip()}", match[2].rstrip()))
+        if len(chats) == count:
             break
-    return found
+    return chats

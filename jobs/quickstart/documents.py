@@ -92,35 +92,35 @@ def write(spec: DocumentsSpecification, progress: Progress = no_progress) -> Man
     root = spec.locate(spec.output)
     storage.delete(storage.join(root, MANIFEST))
     specification = spec.model_dump(mode="json")
-    makers = _file_makers(spec)
+    file_makers = _file_makers(spec)
     everything: list[FileEntry] = []
     documents: dict[str, int] = {}
-    for done, (name, make) in enumerate(makers.items()):
-        progress(done, len(makers), name)
-        place = storage.join(root, name)
+    for done, (name, make_files) in enumerate(file_makers.items()):
+        progress(done, len(file_makers), name)
+        folder = storage.join(root, name)
         entries: list[FileEntry] = []
-        for file, data, rows in make():
-            storage.write_bytes(storage.join(place, file), data)
+        for file, data, rows in make_files():
+            storage.write_bytes(storage.join(folder, file), data)
             entries.append(FileEntry.from_bytes(file, data, rows=rows))
-        _delete_stale_files(place, name, keep={entry.path for entry in entries})
+        _delete_stale_files(folder, name, keep={entry.path for entry in entries})
         source = Manifest(kind="documents", files=entries, specification={**specification, "source": name})
-        source.write(place)
+        source.write(folder)
         documents[name] = source.rows
         everything += [entry.model_copy(update={"path": f"{name}/{entry.path}"}) for entry in entries]
     report = {"documents": documents, "scans": _scan_report(spec)}
     manifest = Manifest(kind="documents", files=everything, specification=specification, report=report)
     manifest.write(root)
-    progress(len(makers), len(makers), f"{sum(documents.values()):,} documents")
+    progress(len(file_makers), len(file_makers), f"{sum(documents.values()):,} documents")
     return manifest
 
 
-def _delete_stale_files(place: str, name: str, keep: set[str]) -> None:
+def _delete_stale_files(folder: str, name: str, keep: set[str]) -> None:
     """Delete files that another specification, or a call that was interrupted, has left; none but our own."""
     from calumma.platform import storage
 
     ours = re.compile(rf"{name}(-\d{{5}})?\.(tar|jsonl|parquet)")
-    for uri in storage.list_files(place):
-        file = storage.relative(uri, place)
+    for uri in storage.list_files(folder):
+        file = storage.relative(uri, folder)
         if ours.fullmatch(file) and file not in keep:
             storage.delete(uri)
 
@@ -342,11 +342,11 @@ def _counting_chats(train: list[Scan], count: int, random: np.random.Generator) 
     scan_of = _ScanSampler(train, random)
     spans = talk.counting_ranges()
     wordings = talk.wordings(random, talk.COUNTING, count)
-    found = []
+    chats = []
     for index, wording in enumerate(wordings):
         first, last = spans[index % len(spans)]
-        found.append(talk.counting_chat([scan_of.draw(d) for d in range(first, last + 1)], wording))
-    return [found[i] for i in random.permutation(count)]
+        chats.append(talk.counting_chat([scan_of.draw(d) for d in range(first, last + 1)], wording))
+    return [chats[i] for i in random.permutation(count)]
 
 
 def _python_chats(sources: list[str], code_questions: int) -> list[talk.Conversation]:
@@ -357,11 +357,11 @@ def _python_chats(sources: list[str], code_questions: int) -> list[talk.Conversa
 
 def _drawing_prompts(held_out: list[Scan], each: int) -> list[talk.Conversation]:
     """Each digit several times; the answer is a held-out scan to look at beside the drawn picture."""
-    found = []
+    prompts = []
     for digit in range(len(WORDS)):
         own = [s for s in held_out if s.digit == digit]
-        found += [talk.drawing_chat(own[i % len(own)]) for i in range(each)]
-    return found
+        prompts += [talk.drawing_chat(own[i % len(own)]) for i in range(each)]
+    return prompts
 
 
 def _counting_prompts(held_out: list[Scan]) -> list[talk.Conversation]:

@@ -87,8 +87,8 @@ class Options:
     @property
     def root(self) -> str:
         """Absolute storage root."""
-        given = self.storage or str(self.workdir / "storage")
-        return given if "://" in given else str(Path(given).expanduser().absolute())
+        location = self.storage or str(self.workdir / "storage")
+        return location if "://" in location else str(Path(location).expanduser().absolute())
 
     @property
     def tracking(self) -> Tracking:
@@ -120,11 +120,11 @@ class QuickstartResult:
 def step_specification(step: str, options: Options) -> JobSpecification:
     """What a step does. Raises SpecificationError."""
     shared: dict[str, Any] = {"storage": options.root, "tracking": options.tracking}
-    written = DocumentsSpecification(**shared, sizes=FAST if options.fast else FULL)
+    documents_spec = DocumentsSpecification(**shared, sizes=FAST if options.fast else FULL)
     if step == "documents":
-        return written
+        return documents_spec
     if step == "serve":
-        return AnswersSpecification(**shared, model=_model_uri(options), scans=written)
+        return AnswersSpecification(**shared, model=_model_uri(options), scans=documents_spec)
     recipes = resources.files("calumma.jobs") / RECIPES
     with resources.as_file(recipes) as folder:
         file = folder / f"{step}.yaml"
@@ -160,21 +160,21 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
     """
     options.workdir.mkdir(parents=True, exist_ok=True)
     specs = {step.name: step_specification(step.name, options) for step in STEPS}
-    memory = _StepTimes(options.workdir / "seconds.json")
+    step_times = _StepTimes(options.workdir / "seconds.json")
     manifests: dict[str, Manifest] = {}
     ran: list[str] = []
     with Board(_display_rows(), console) as board, ExitStack() as stack:
         for number, step in enumerate(STEPS):
             spec = specs[step.name]
-            if (standing := _reusable_result(spec)) is not None:
-                manifests[step.name] = standing
-                board.skip(step.name, memory.values.get(step.name))
+            if (reusable := _reusable_result(spec)) is not None:
+                manifests[step.name] = reusable
+                board.skip(step.name, step_times.values.get(step.name))
                 continue
             if step.name != "documents" and CLUSTER.name not in ran:
                 with board.step(CLUSTER.name):
                     stack.enter_context(connection.embedded(lean=options.fast, logs=options.workdir / "logs"))
                 ran.append(CLUSTER.name)
-                memory.record(CLUSTER.name, board.seconds(CLUSTER.name))
+                step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
             for later in STEPS[number + 1 :]:  # what they made came from what is about to be replaced
                 runner.delete_result(specs[later.name])
             if isinstance(spec, TrainSpecification) and _is_published(spec):
@@ -183,11 +183,11 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                 )  # a finished training by another recipe: its checkpoints are not to be continued
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)
-            memory.record(step.name, board.seconds(step.name))
+            step_times.record(step.name, board.seconds(step.name))
             ran.append(step.name)
         if CLUSTER.name not in ran:
             board.skip(CLUSTER.name, None, "not needed")
-    return QuickstartResult(options, specs, manifests, dict(memory.values), ran)
+    return QuickstartResult(options, specs, manifests, dict(step_times.values), ran)
 
 
 def _display_rows() -> list[Row]:

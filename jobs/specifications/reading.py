@@ -34,7 +34,7 @@ def read_specification(kind: type[S], file: str | Path, overrides: list[str] | t
     places: dict[FieldPath, str] = {place: f"line {line}" for place, line in lines.items()}
     for override in overrides:
         changed = _apply_override(values, override)
-        places = {place: told for place, told in places.items() if place[: len(changed)] != changed}
+        places = {place: line for place, line in places.items() if place[: len(changed)] != changed}
         places[changed] = f"--set {override}"
     return validate(kind, values, str(path), places)
 
@@ -67,7 +67,7 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, dict[FieldPath, int]]:
 
 def _field_lines(node: yaml.Node, place: FieldPath, origin: str) -> dict[FieldPath, int]:
     """Lines, counted from 1, of what stands below a node. Raises SpecificationError for a key given twice."""
-    found: dict[FieldPath, int] = {}
+    lines: dict[FieldPath, int] = {}
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
@@ -77,13 +77,13 @@ def _field_lines(node: yaml.Node, place: FieldPath, origin: str) -> dict[FieldPa
                 raise SpecificationError(
                     f"{origin}: {where} is given twice, in line {first[name]} and in line {line}; keep one"
                 )
-            first[name] = found[(*place, name)] = line
-            found |= _field_lines(value, (*place, name), origin)
+            first[name] = lines[(*place, name)] = line
+            lines |= _field_lines(value, (*place, name), origin)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
-            found[(*place, number)] = value.start_mark.line + 1
-            found |= _field_lines(value, (*place, number), origin)
-    return found
+            lines[(*place, number)] = value.start_mark.line + 1
+            lines |= _field_lines(value, (*place, number), origin)
+    return lines
 
 
 def _apply_override(values: dict[str, Any], override: str) -> FieldPath:

@@ -70,11 +70,11 @@ def require_workers(resources: Resources) -> int:
     return workers_that_fit(resources, cluster_capacity())
 
 
-def workers_that_fit(resources: Resources, there: Capacity) -> int:
+def workers_that_fit(resources: Resources, capacity: Capacity) -> int:
     """`require` against given means."""
-    workers = math.floor((there.cpus - 1) / resources.cpus_per_worker + 1e-9)
+    workers = math.floor((capacity.cpus - 1) / resources.cpus_per_worker + 1e-9)
     if resources.gpus_per_worker:
-        workers = min(workers, math.floor(there.gpus / resources.gpus_per_worker + 1e-9))
+        workers = min(workers, math.floor(capacity.gpus / resources.gpus_per_worker + 1e-9))
     if workers >= resources.min_workers:
         return min(workers, resources.max_workers)
     asked, most = resources.min_workers, max(workers, 0)
@@ -84,8 +84,8 @@ def workers_that_fit(resources: Resources, there: Capacity) -> int:
     advice = f"set resources.workers to at most {most}, " if most else "ask for less per worker, "
     raise SpecificationError(
         f"resources.workers: asked for {'at least ' if asked < resources.max_workers else ''}{asked} "
-        f"with {each} each, and one CPU to read data; {there.description} has {there.cpus:g} CPUs and {there.gpus:g} GPUs, "
-        f"enough for {most}: {advice}or use a larger cluster"
+        f"with {each} each, and one CPU to read data; {capacity.description} has {capacity.cpus:g} CPUs and "
+        f"{capacity.gpus:g} GPUs, enough for {most}: {advice}or use a larger cluster"
     )
 
 

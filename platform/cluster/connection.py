@@ -149,11 +149,11 @@ def _start(lean: bool) -> list[psutil.Process]:
 
 def _shutdown(roots: list[psutil.Process]) -> None:
     """Shut Ray down and see to it that every process below `roots` is gone."""
-    family = _process_tree(roots)
+    processes = _process_tree(roots)
     try:
         _shutdown_ray()
     finally:
-        terminate(family | _process_tree(roots))
+        terminate(processes | _process_tree(roots))
 
 
 def _shutdown_ray() -> None:
@@ -170,11 +170,11 @@ def _process_tree(roots: list[psutil.Process]) -> set[psutil.Process]:
     """Processes and all that descend from them, as long as they live."""
     import psutil
 
-    found: set[psutil.Process] = set()
+    processes: set[psutil.Process] = set()
     for root in roots:
         with contextlib.suppress(psutil.NoSuchProcess):
-            found |= {root, *root.children(recursive=True)}
-    return found
+            processes |= {root, *root.children(recursive=True)}
+    return processes
 
 
 def terminate(processes: set[psutil.Process]) -> None:

@@ -225,16 +225,16 @@ def _end_head(head: psutil.Process) -> None:
     """End a head, its descendants, and whatever else is in the session that it leads."""
     import psutil
 
-    family = {head}
+    processes = {head}
     with contextlib.suppress(psutil.NoSuchProcess):
-        family |= set(head.children(recursive=True))
+        processes |= set(head.children(recursive=True))
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.Error):
             if os.getsid(process.pid) == head.pid:
-                family.add(process)
+                processes.add(process)
     alive = [head]
-    for act in (psutil.Process.terminate, psutil.Process.kill):
+    for send_signal in (psutil.Process.terminate, psutil.Process.kill):
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
-                act(process)
-        _, alive = psutil.wait_procs(family, timeout=SHUTDOWN_TIMEOUT)
+                send_signal(process)
+        _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT)

@@ -39,11 +39,11 @@ def delete_result(spec: JobSpecification) -> None:
     from calumma.platform.shards import receipts
     from calumma.platform.storage.manifest import MANIFEST, Manifest
 
-    place = spec.output_uri
-    manifest = Manifest.find(place)
+    output = spec.output_uri
+    manifest = Manifest.find(output)
     for path in [MANIFEST, *(entry.path for entry in manifest.files)] if manifest else []:
-        storage.delete(storage.join(place, path))
-    storage.delete(storage.join(place, receipts.FOLDER))
+        storage.delete(storage.join(output, path))
+    storage.delete(storage.join(output, receipts.FOLDER))
     storage.delete(spec.checkpoints)
 
 
@@ -86,8 +86,8 @@ def run_on_own_cluster(
     if address is None:
         capacity.require_workers(spec.resources)
     if address:
-        place: AbstractContextManager[object] = connection.connected(address)
+        cluster: AbstractContextManager[object] = connection.connected(address)
     else:
-        place = connection.embedded(logs=logs) if spec.resources.max_workers else nullcontext()
-    with place:
+        cluster = connection.embedded(logs=logs) if spec.resources.max_workers else nullcontext()
+    with cluster:
         return run_job(spec, job, progress, force)

@@ -79,7 +79,7 @@ class _SourceJob:
 
     def add_result(self, result: dict[str, Any]) -> None:
         """Count in what a task returned."""
-        self.counts.add(DocumentCounts.model_validate(result["tally"]))
+        self.counts.add(DocumentCounts.model_validate(result["counts"]))
         self.findings.add(Findings.model_validate(result["findings"]))
         self.entries += [FileEntry.model_validate(entry) for entry in result.get("files", ())]
 
@@ -101,18 +101,18 @@ def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
     chain.check_names(spec)
     for name in spec.scorers:
         _require_workers(spec, _scorer_resources(spec, name))
-    works = _plan(spec)
-    published = _reusable_results(spec, works)
-    waiting = [w for w in works if w.source.name not in published]
+    jobs = _plan(spec)
+    published = _reusable_results(spec, jobs)
+    waiting = [w for w in jobs if w.source.name not in published]
     output = spec.locate(spec.output)
-    mark = publishing.fingerprint(spec, {w.source.name: w.fingerprint for w in works})
-    with staging.staging_folder(output, mark) if waiting and _needs_staging(spec) else nullcontext("") as root:
+    fingerprint = publishing.fingerprint(spec, {w.source.name: w.fingerprint for w in jobs})
+    with staging.staging_folder(output, fingerprint) if waiting and _needs_staging(spec) else nullcontext("") as root:
         index = _build_index(spec, root) if waiting else None
-        job = _Curation(spec, run, progress, root, index)
+        curation = _Curation(spec, run, progress, root, index)
         if spec.duplicates is not None or spec.scorers:
-            published |= job.in_phases(waiting)
+            published |= curation.in_phases(waiting)
         else:
-            published |= job.one_phase(waiting)
+            published |= curation.one_phase(waiting)
     manifest = publishing.combined_manifest(
         document_shards.CURATED, spec, {s.name: published[s.name] for s in spec.sources}
     )
@@ -144,29 +144,36 @@ def _plan(spec: CurateSpecification) -> list[_SourceJob]:
     steps = (spec.licenses, spec.domains)
     lists = [spec.locate(step.deny_file) for step in steps if step is not None and step.deny_file]
     against = [spec.locate(location) for location in spec.decontaminate.against] if spec.decontaminate else []
-    given = fingerprints([spec.locate(source.location) for source in spec.sources] + lists + against)
-    works = []
+    fingerprints_of = fingerprints([spec.locate(source.location) for source in spec.sources] + lists + against)
+    jobs = []
     for number, source in enumerate(spec.sources):
-        alone = _source_specification(spec, source)
+        specification = _source_specification(spec, source)
         sizes, ignored = listed[source.name]
-        inputs = {uri: given[uri] for uri in [*(spec.locate(s.location) for s in alone.sources), *lists, *against]}
-        everything = {uri: size for s in alone.sources for uri, size in listed[s.name][0].items()}
-        mark = publishing.fingerprint(alone, everything | {uri: given[uri] for uri in lists + against})
+        inputs = {
+            uri: fingerprints_of[uri]
+            for uri in [*(spec.locate(s.location) for s in specification.sources), *lists, *against]
+        }
+        everything = {uri: size for s in specification.sources for uri, size in listed[s.name][0].items()}
+        fingerprint = publishing.fingerprint(
+            specification, everything | {uri: fingerprints_of[uri] for uri in lists + against}
+        )
         output = storage.join(spec.locate(spec.output), source.name)
         files, size = list(sizes), -(-len(sizes) // MAX_TASKS)
-        made = [
+        source_tasks = [
             {
                 "specification": spec.model_dump(mode="json"),
                 "source": source.name,
                 "place": [number, place],
                 "files": files[begin : begin + size],
                 "output": output,
-                "stem": publishing.shard_prefix("documents", mark, place),
+                "shard_prefix": publishing.shard_prefix("documents", fingerprint, place),
             }
             for place, begin in enumerate(range(0, len(files), size))
         ]
-        works.append(_SourceJob(source, number, output, alone, mark, inputs, sizes, ignored, made))
-    return works
+        jobs.append(
+            _SourceJob(source, number, output, specification, fingerprint, inputs, sizes, ignored, source_tasks)
+        )
+    return jobs
 
 
 def _source_specification(spec: CurateSpecification, source: Source) -> CurateSpecification:
@@ -179,15 +186,15 @@ def _source_specification(spec: CurateSpecification, source: Source) -> CurateSp
     return spec.only([*earlier, source.name])
 
 
-def _reusable_results(spec: CurateSpecification, works: list[_SourceJob]) -> dict[str, Manifest]:
+def _reusable_results(spec: CurateSpecification, jobs: list[_SourceJob]) -> dict[str, Manifest]:
     """Manifests of the sources that need not be made again."""
     published: dict[str, Manifest] = {}
-    for w in works:
+    for w in jobs:
         manifest = reusable_result(w.output, w.specification)
         if manifest is not None and manifest.report["fingerprint"] == w.fingerprint:
             published[w.source.name] = manifest
     # Sources whose documents are compared are made together.
-    compared = [w.source.name for w in works if chain.applies(spec.duplicates, w.source.name)]
+    compared = [w.source.name for w in jobs if chain.applies(spec.duplicates, w.source.name)]
     if not all(name in published for name in compared):
         published = {name: manifest for name, manifest in published.items() if name not in compared}
     return published
@@ -221,53 +228,50 @@ class _Curation:
     phase: int = 0
     phases: int = 1
 
-    def one_phase(self, works: list[_SourceJob]) -> dict[str, Manifest]:
+    def one_phase(self, jobs: list[_SourceJob]) -> dict[str, Manifest]:
         """Raises TooMuchBadInput when all good sources are published."""
-        pairs = [(w, {**task, "index": self.index}) for w in works for task in w.tasks]
-        return self._run_and_publish(works, pairs, tasks.curate_files)
+        pairs = [(w, {**task, "index": self.index}) for w in jobs for task in w.tasks]
+        return self._run_and_publish(jobs, pairs, tasks.curate_files)
 
-    def in_phases(self, works: list[_SourceJob]) -> dict[str, Manifest]:
+    def in_phases(self, jobs: list[_SourceJob]) -> dict[str, Manifest]:
         """Raises TooMuchBadInput after the first phase when any source is too bad, since others depend on it."""
         spec, root = self.spec, self.root
-        compared = [w for w in works if chain.applies(spec.duplicates, w.source.name)]
+        compared = [w for w in jobs if chain.applies(spec.duplicates, w.source.name)]
         self.phases = 2 + len(spec.scorers) + bool(compared) + bool(compared and spec.scorers)
         rows: Counter[str] = Counter()
-        staging_tasks = [(w, {**task, "index": self.index, "root": root}) for w in works for task in w.tasks]
-        for w, _, result in self._run_file_tasks(staging_tasks, tasks.stage_files, len(works)):
+        staging_tasks = [(w, {**task, "index": self.index, "root": root}) for w in jobs for task in w.tasks]
+        for w, _, result in self._run_file_tasks(staging_tasks, tasks.stage_files, len(jobs)):
             w.add_result(result)
             w.staged.append([(path, first, count) for path, first, count in result["staged"]])
             rows.update(result["rows"])
-        if failures := [problem for w in works if (problem := _failure(spec, w, w.documents_staged))]:
+        if failures := [problem for w in jobs if (problem := _failure(spec, w, w.documents_staged))]:
             raise TooMuchBadInput("\n".join(failures))
         for name, scorer in spec.scorers.items():
-            of = [
-                (w, task)
-                for w in works
-                if chain.applies(scorer, w.source.name)
-                for task in self._scoring_tasks(w, name)
+            scored = [
+                (w, task) for w in jobs if chain.applies(scorer, w.source.name) for task in self._scoring_tasks(w, name)
             ]
             arguments = {"specification": spec.model_dump(mode="json"), "name": name}
             results = self._run_tasks(
-                [task for _, task in of], scoring.ScoringActor, _scorer_resources(spec, name), name, arguments
+                [task for _, task in scored], scoring.ScoringActor, _scorer_resources(spec, name), name, arguments
             )
-            for (w, _), result in zip(of, results, strict=True):
+            for (w, _), result in zip(scored, results, strict=True):
                 w.findings.add(Findings(seconds={"scorers": result["seconds"]}))
         if compared and spec.scorers:
             for w, _, result in self._run_file_tasks(self._staged_tasks(compared), tasks.sign_files, len(compared)):
                 rows.update(result["rows"])
                 w.findings.add(Findings(seconds={"duplicates": result["seconds"]}))
         if compared and spec.duplicates is not None:
-            made = duplicates.comparison_tasks(root, spec.locate(spec.output), spec.duplicates, rows)
-            self._run_tasks(made, duplicates.find_duplicates, spec.resources, "duplicates")
-        published = self._run_and_publish(works, self._staged_tasks(works), tasks.finish_files)
-        tasks.attach_originals([w.findings for w in works], [part for w in works for part in w.staged_files], root)
+            comparisons = duplicates.comparison_tasks(root, spec.locate(spec.output), spec.duplicates, rows)
+            self._run_tasks(comparisons, duplicates.find_duplicates, spec.resources, "duplicates")
+        published = self._run_and_publish(jobs, self._staged_tasks(jobs), tasks.finish_files)
+        tasks.attach_originals([w.findings for w in jobs], [part for w in jobs for part in w.staged_files], root)
         return published
 
-    def _run_and_publish(self, works: list[_SourceJob], pairs: _SourceTasks, work: Any) -> dict[str, Manifest]:
+    def _run_and_publish(self, jobs: list[_SourceJob], pairs: _SourceTasks, work: Any) -> dict[str, Manifest]:
         """Do the tasks that write shards. Raises TooMuchBadInput when all good sources are published."""
         published: dict[str, Manifest] = {}
         failures: list[str] = []
-        for w, task, result in self._run_file_tasks(pairs, work, len(works)):
+        for w, task, result in self._run_file_tasks(pairs, work, len(jobs)):
             w.add_result(result)
             if task["place"] != w.tasks[-1]["place"]:
                 continue
@@ -282,10 +286,10 @@ class _Curation:
             raise TooMuchBadInput("\n".join(failures))
         return published
 
-    def _staged_tasks(self, works: list[_SourceJob]) -> _SourceTasks:
+    def _staged_tasks(self, jobs: list[_SourceJob]) -> _SourceTasks:
         return [
             (w, {**task, "staged": staged, "root": self.root})
-            for w in works
+            for w in jobs
             for task, staged in zip(w.tasks, w.staged, strict=True)
         ]
 
@@ -309,12 +313,12 @@ class _Curation:
         self.phase += 1
 
     def _run_tasks(
-        self, made: list[Any], work: Any, resources: Resources, note: str, arguments: dict[str, Any] | None = None
+        self, items: list[Any], work: Any, resources: Resources, note: str, arguments: dict[str, Any] | None = None
     ) -> list[Any]:
         results = []
-        for result in map_in_order(made, work, resources, arguments):
+        for result in map_in_order(items, work, resources, arguments):
             results.append(result)
-            self._report_progress(len(results), len(made), note)
+            self._report_progress(len(results), len(items), note)
         self.phase += 1
         return results
 
@@ -323,18 +327,18 @@ class _Curation:
 
 
 def _failure(spec: CurateSpecification, w: _SourceJob, kept: int) -> str | None:
-    tally, name = w.counts.model_copy(update={"kept": kept}), w.source.name
-    share = tally.bad_share(sum(w.sizes.values()))
-    if tally.bad and share > spec.max_bad_share:
-        examples = "".join(f"\n  {bad.name}: {bad.reason}" for bad in tally.examples[:SHOWN])
+    counts, name = w.counts.model_copy(update={"kept": kept}), w.source.name
+    share = counts.bad_share(sum(w.sizes.values()))
+    if counts.bad and share > spec.max_bad_share:
+        examples = "".join(f"\n  {bad.name}: {bad.reason}" for bad in counts.examples[:SHOWN])
         return (
-            f"source {name!r}: {share:.2%} of the input is unreadable ({tally.bad:,} bad, {tally.read:,} read), more "
+            f"source {name!r}: {share:.2%} of the input is unreadable ({counts.bad:,} bad, {counts.read:,} read), more "
             f"than max_bad_share allows ({spec.max_bad_share:.2%}); nothing of it was published. For example:{examples}"
             "\nRepair or remove these, or raise max_bad_share."
         )
     if not kept:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.dropped.items()))
-        return f"source {name!r}: no document is left of {tally.read:,} read" + (f" ({reasons})" if reasons else "")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.dropped.items()))
+        return f"source {name!r}: no document is left of {counts.read:,} read" + (f" ({reasons})" if reasons else "")
     return None
 
 
@@ -384,16 +388,16 @@ def sample_sheet(documents: Iterable[Document]) -> PILImage.Image:
     return contact_sheet(cells, columns=8, side=SAMPLE_SIDE)
 
 
-def _step_seconds(works: list[_SourceJob]) -> dict[str, float]:
+def _step_seconds(jobs: list[_SourceJob]) -> dict[str, float]:
     """That each step took of each source. No part of the manifest: equal curations have equal ones."""
-    return {f"{w.source.name}/seconds_{step}": seconds for w in works for step, seconds in w.findings.seconds.items()}
+    return {f"{w.source.name}/seconds_{step}": seconds for w in jobs for step, seconds in w.findings.seconds.items()}
 
 
 def _metrics(manifest: Manifest) -> dict[str, float]:
     numbers = ("read", "kept", "bad", "images", "characters")
     metrics: dict[str, float] = {}
-    for name, found in manifest.report["sources"].items():
-        metrics |= {f"{name}/{number}": float(found[number]) for number in numbers}
-        metrics |= {f"{name}/dropped": float(sum(found["dropped"].values()))}
-        metrics |= {f"{name}/dropped_{step}": float(count) for step, count in found.get("steps", {}).items()}
+    for name, report in manifest.report["sources"].items():
+        metrics |= {f"{name}/{number}": float(report[number]) for number in numbers}
+        metrics |= {f"{name}/dropped": float(sum(report["dropped"].values()))}
+        metrics |= {f"{name}/dropped_{step}": float(count) for step, count in report.get("steps", {}).items()}
     return metrics

@@ -43,20 +43,20 @@ class TaskResult:
         why: Dropped,
         scores: Mapping[str, float] | None = None,
         like: int | None = None,
-        veil: Redactor | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         self.counts.drop(why.reason)
-        self.findings.drop(document, why, scores, like, veil)
+        self.findings.drop(document, why, scores, like, redactor)
 
     def values(self) -> dict[str, Any]:
-        return {"tally": self.counts.model_dump(mode="json"), "findings": self.findings.model_dump(mode="json")}
+        return {"counts": self.counts.model_dump(mode="json"), "findings": self.findings.model_dump(mode="json")}
 
 
 def curate_files(task: dict[str, Any]) -> dict[str, Any]:
     """Read, check, order and write the documents of some files. Raises StorageError.
 
-    `task`: "specification", "source" (its name), "files" (URIs), "output" (the source's URI), "stem" (of shard names),
-    "index" (of decontamination, or None). Returns {"source", "files": entries written, "tally", "findings"}.
+    `task`: "specification", "source" (its name), "files" (URIs), "output" (the source's URI), "shard_prefix", "index"
+    (of decontamination, or None). Returns {"source", "files": entries written, "counts", "findings"}.
     """
     spec = CurateSpecification.model_validate(task["specification"])
     outcome = TaskResult()
@@ -96,7 +96,7 @@ def _write_shards(
 ) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for number, shard in enumerate(batched(documents, spec.documents_per_shard)):
-        path = publishing.shard_name(task["stem"], number)
+        path = publishing.shard_name(task["shard_prefix"], number)
         data = document_shards.to_parquet(shard)
         storage.write_bytes(storage.join(task["output"], path), data)
         entries.append(FileEntry.from_bytes(path, data, rows=len(shard)).model_dump(mode="json"))
@@ -110,12 +110,12 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
     """First: what passes the steps that look at one document alone, staged, and signed where nothing is scored.
 
     `task`: as of `curate_files`, and "root" (where to stage), "place" ([number of the source, of the task]).
-    Returns {"source", "staged": [[path, first identity, documents], …], "rows": {kind: signatures}, "tally",
+    Returns {"source", "staged": [[path, first identity, documents], …], "rows": {kind: signatures}, "counts",
     "findings"}. Raises StorageError.
     """
     spec = CurateSpecification.model_validate(task["specification"])
     outcome = TaskResult()
-    spool = duplicates.SignatureWriter(task["root"], task["stem"])
+    spool = duplicates.SignatureWriter(task["root"], task["shard_prefix"])
     rules = spec.duplicates if applies(spec.duplicates, task["source"]) and not spec.scorers else None
     source, place = task["place"]
     numbers = itertools.count(staging.document_id(source, place, 0))
@@ -133,7 +133,7 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
 
     files = []
     for count, part in enumerate(batched(staged(), spec.documents_per_shard)):
-        path = f"{task['stem']}-{count:05d}"
+        path = f"{task['shard_prefix']}-{count:05d}"
         staging.write_documents(staged_documents_uri(task["root"], path), part)
         files.append([path, part[0][0], len(part)])
     spool.flush()
@@ -148,7 +148,7 @@ def sign_files(task: dict[str, Any]) -> dict[str, Any]:
     spec = CurateSpecification.model_validate(task["specification"])
     assert spec.duplicates is not None
     begin = time.perf_counter()
-    spool = duplicates.SignatureWriter(task["root"], task["stem"])
+    spool = duplicates.SignatureWriter(task["root"], task["shard_prefix"])
     for part in _staged_files(task, spec):
         for number, document, _, unwanted in part.documents:
             if unwanted is None:
@@ -160,7 +160,7 @@ def sign_files(task: dict[str, Any]) -> dict[str, Any]:
 def finish_files(task: dict[str, Any]) -> dict[str, Any]:
     """Last: staged documents whose scores are wanted and that are no duplicates, as shards. Raises StorageError.
 
-    `task`: "specification", "source", "staged" (as `stage_files` returned it), "root", "output", "stem".
+    `task`: "specification", "source", "staged" (as `stage_files` returned it), "root", "output", "shard_prefix".
     Returns as `curate_files`.
     """
     spec = CurateSpecification.model_validate(task["specification"])
@@ -170,12 +170,12 @@ def finish_files(task: dict[str, Any]) -> dict[str, Any]:
 
     def once() -> Iterator[Document]:
         for part in _staged_files(task, spec):
-            twins = duplicates.read_duplicates(task["root"], part.first, part.first + part.count)
+            found_duplicates = duplicates.read_duplicates(task["root"], part.first, part.first + part.count)
             for number, document, scores, unwanted in part.documents:
                 if unwanted is not None:
                     outcome.drop(document, Dropped(unwanted, "scorers"), scores)
-                elif (twin := twins.get(number)) is not None:
-                    outcome.drop(document, Dropped(twin.reason, "duplicates"), scores, twin.of)
+                elif (duplicate := found_duplicates.get(number)) is not None:
+                    outcome.drop(document, Dropped(duplicate.reason, "duplicates"), scores, duplicate.of)
                 else:
                     copies = scoring.copies(document, spec.seed, spec.scorers, scores)
                     if copies > 1:
@@ -186,7 +186,9 @@ def finish_files(task: dict[str, Any]) -> dict[str, Any]:
 
     def again() -> Iterator[Document]:
         for copy in itertools.count(2):
-            wanted = {p: frozenset(n for n, times in found.items() if times >= copy) for p, found in repeated.items()}
+            wanted = {
+                p: frozenset(n for n, times in times_of.items() if times >= copy) for p, times_of in repeated.items()
+            }
             if not any(wanted.values()):
                 return
             for path, numbers in wanted.items():
@@ -230,7 +232,13 @@ def staged_documents_uri(root: str, path: str) -> str:
 
 def attach_originals(findings: Iterable[Findings], staged: Iterable[tuple[str, int, int]], root: str) -> None:
     """Put beside each duplicate among the samples the document that it is like. Raises StorageError."""
-    samples = [s for found in findings for part in found.samples.values() for s in part if s.like is not None]
+    samples = [
+        s
+        for source_findings in findings
+        for of_one_reason in source_findings.samples.values()
+        for s in of_one_reason
+        if s.like is not None
+    ]
     wanted = {s.like for s in samples if s.like is not None}
     others: dict[int, Sample] = {}
     for path, first, count in staged:

@@ -60,11 +60,11 @@ def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manif
 
     for task in spec.tasks:
         cases = tasks[task.name]
-        given = [next(answers) for _ in cases]
-        marks = [grade(c, a, judge.classify) for c, a in zip(cases, given, strict=True)]
-        metrics |= {f"{task.name}_{key}": value for key, value in summary(task.kind, marks).items()}
-        publish(f"{task.name}.jsonl", _lines(cases, marks), len(cases))
-        sheet = _sheet(cases, given, marks)
+        task_answers = [next(answers) for _ in cases]
+        grades = [grade(c, a, judge.classify) for c, a in zip(cases, task_answers, strict=True)]
+        metrics |= {f"{task.name}_{key}": value for key, value in summary(task.kind, grades).items()}
+        publish(f"{task.name}.jsonl", _lines(cases, grades), len(cases))
+        sheet = _sheet(cases, task_answers, grades)
         run.log_image(sheet, f"evaluation/{task.name}.png")
         publish(f"{task.name}.png", _png(sheet), 0)
     run.log_metrics(metrics)
@@ -169,36 +169,36 @@ def _labelled_images(uri: str) -> list[tuple[PILImage.Image, str]]:
     return [(i.open(), i.caption) for document in read_documents(uri) for i in document.images if i.caption]
 
 
-def _lines(cases: Sequence[Case], marks: Sequence[Grade]) -> bytes:
+def _lines(cases: Sequence[Case], grades: Sequence[Grade]) -> bytes:
     rows = [
         {"question": c.prompt.text.strip(), "expected": " ".join(c.words), "said": m.answer, "right": m.right}
-        for c, m in zip(cases, marks, strict=True)
+        for c, m in zip(cases, grades, strict=True)
     ]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _sheet(cases: Sequence[Case], answers: Sequence[Document], marks: Sequence[Grade]) -> PILImage.Image:
+def _sheet(cases: Sequence[Case], answers: Sequence[Document], grades: Sequence[Grade]) -> PILImage.Image:
     """Recognition shows what was asked about, the other kinds what was drawn; an even choice of all cases."""
     cells: list[Cell] = []
     for i in range(0, len(cases), max(1, len(cases) // MOST_CELLS)):
         if cases[i].kind == "recognition":
-            cells += [Cell(image.open(), marks[i].answer, marks[i].right) for image in cases[i].prompt.images[:1]]
+            cells += [Cell(image.open(), grades[i].answer, grades[i].right) for image in cases[i].prompt.images[:1]]
         elif cases[i].kind == "generation":
-            cells += [Cell(p.open(), cases[i].words[0], marks[i].right) for p in answers[i].images[:1]]
+            cells += [Cell(p.open(), cases[i].words[0], grades[i].right) for p in answers[i].images[:1]]
         else:
-            cells += _interleaved_cells(answers[i], marks[i])
+            cells += _interleaved_cells(answers[i], grades[i])
     return contact_sheet(cells[:MOST_CELLS], COLUMNS)
 
 
-def _interleaved_cells(answer: Document, mark: Grade) -> list[Cell]:
+def _interleaved_cells(answer: Document, graded: Grade) -> list[Cell]:
     cells: list[Cell] = []
-    said = ""
+    text = ""
     for piece in texts_and_images(answer):
         if isinstance(piece, Text):
-            said = piece.text.strip()
+            text = piece.text.strip()
         else:
-            right = mark.digits[len(cells)] if len(cells) < len(mark.digits) else False
-            cells.append(Cell(piece.open(), said, right))
+            right = graded.digits[len(cells)] if len(cells) < len(graded.digits) else False
+            cells.append(Cell(piece.open(), text, right))
     return cells
 
 

@@ -57,5 +57,5 @@ class Judge:
         """Share of labelled pictures judged rightly. Raises NothingToLearn when there are none."""
         if not labelled:
             raise JudgeDataError("there are no held-out images with captions; check `judge_held_out`")
-        said = self.classify([picture for picture, _ in labelled])
-        return sum(a == label for a, (_, label) in zip(said, labelled, strict=True)) / len(labelled)
+        predicted = self.classify([picture for picture, _ in labelled])
+        return sum(a == label for a, (_, label) in zip(predicted, labelled, strict=True)) / len(labelled)

@@ -63,26 +63,26 @@ def normalized_word(text: str) -> str:
     return text.strip().strip(".,:;!?\"'").strip().lower()
 
 
-def grade(case: Case, answer: Document, verdicts: Classifier) -> Grade:
+def grade(case: Case, answer: Document, classify: Classifier) -> Grade:
     """Judge one answer."""
     if case.kind == "recognition":
-        said = normalized_word(answer.text)
-        return Grade(said == case.words[0] and not answer.images, said)
-    shown = tuple(verdicts([image.open() for image in answer.images]))
+        word = normalized_word(answer.text)
+        return Grade(word == case.words[0] and not answer.images, word)
+    labels = tuple(classify([image.open() for image in answer.images]))
     if case.kind == "generation":
-        right = len(shown) == 1 and shown[0] == case.words[0]
-        return Grade(right, " ".join(shown) or "no picture")
-    return _grade_interleaved(case, answer, shown)
+        right = len(labels) == 1 and labels[0] == case.words[0]
+        return Grade(right, " ".join(labels) or "no picture")
+    return _grade_interleaved(case, answer, labels)
 
 
-def _grade_interleaved(case: Case, answer: Document, shown: tuple[str, ...]) -> Grade:
+def _grade_interleaved(case: Case, answer: Document, labels: tuple[str, ...]) -> Grade:
     """Valid: word, picture, word, picture, … with as many pictures as asked for. Missing pictures count as wrong."""
     pieces = texts_and_images(answer)
     alternates = all(isinstance(p, Text) == (i % 2 == 0) for i, p in enumerate(pieces))
     valid = alternates and len(pieces) == 2 * len(case.words)
-    said = tuple(normalized_word(p.text) for p in pieces if isinstance(p, Text))
-    digits = tuple(i < len(shown) and shown[i] == word for i, word in enumerate(case.words))
-    return Grade(valid, " ".join(said), words=said == case.words, digits=digits)
+    words = tuple(normalized_word(p.text) for p in pieces if isinstance(p, Text))
+    digits = tuple(i < len(labels) and labels[i] == word for i, word in enumerate(case.words))
+    return Grade(valid, " ".join(words), words=words == case.words, digits=digits)
 
 
 def texts_and_images(answer: Document) -> list[Text | Image]:
@@ -99,15 +99,15 @@ def texts_and_images(answer: Document) -> list[Text | Image]:
     return pieces
 
 
-def summary(kind: Kind, marks: Sequence[Grade]) -> dict[str, float]:
+def summary(kind: Kind, grades: Sequence[Grade]) -> dict[str, float]:
     """Shares in [0, 1] by name. An empty task has none: raises ValueError."""
-    if not marks:
+    if not grades:
         raise ValueError(f"a {kind} task without cases cannot be summarized")
-    right = fmean(m.right for m in marks)
+    right = fmean(m.right for m in grades)
     if kind == "interleaved":
         return {
             "valid": right,
-            "words": fmean(m.words for m in marks),
-            "digits": fmean(d for m in marks for d in m.digits),
+            "words": fmean(m.words for m in grades),
+            "digits": fmean(d for m in grades for d in m.digits),
         }
     return {"accuracy": right}

@@ -66,15 +66,15 @@ def is_token_shard(metadata: FileMetaData) -> bool:
 def column_chunks(metadata: FileMetaData, row_group: int) -> list[ColumnChunk]:
     """The columns tokens, loss_mask, segments of a file that does `fit`. Raises OtherLayout."""
     group = metadata.row_group(row_group)
-    found = []
+    chunks = []
     for number in range(len(_TYPES)):
         column = group.column(number)
         # Its encodings are told by each page again, and looked at there.
         if column.compression != "ZSTD" or column.has_dictionary_page:
             raise UnknownLayout(f"column {number} is {column.compression}, or has a dictionary")
         begin = column.data_page_offset
-        found.append(ColumnChunk(begin, begin + column.total_compressed_size, column.num_values))
-    return found
+        chunks.append(ColumnChunk(begin, begin + column.total_compressed_size, column.num_values))
+    return chunks
 
 
 def decode_equal_lists(chunk: memoryview, values: int, rows: int) -> NDArray[np.int32]:
@@ -168,9 +168,9 @@ def _list_count(pages: tuple[tuple[int, bytes], ...]) -> int:
 
 def _levels(data: bytes, width: int, count: int) -> NDArray[np.uint8]:
     """[count] levels of some bits: runs of a repeated one, and of eights that are packed. Raises OtherLayout."""
-    runs, found, place = [np.zeros(0, np.uint8)], 0, 0
+    runs, decoded, place = [np.zeros(0, np.uint8)], 0, 0
     try:
-        while found < count:
+        while decoded < count:
             header, place = _varint(data, place)
             if header & 1:
                 end = place + (header >> 1) * width
@@ -180,7 +180,7 @@ def _levels(data: bytes, width: int, count: int) -> NDArray[np.uint8]:
                 end = place + 1
                 run = np.full(min(header >> 1, count), data[place], np.uint8)
             runs.append(run)
-            found, place = found + len(run), end
+            decoded, place = decoded + len(run), end
     except IndexError as error:
         raise UnknownLayout("there are fewer levels than values") from error
     return np.concatenate(runs)[:count]

@@ -80,28 +80,28 @@ class RowGroupReader:
         footer = self._footer(micro_batch)
         number = micro_batch.row_group
         if number >= footer.metadata.num_row_groups:
-            found = f"has {footer.metadata.num_row_groups} row groups"
-            raise ShardError(f"{micro_batch.shard} {found}, where its manifest names number {number}")
+            actual = f"has {footer.metadata.num_row_groups} row groups"
+            raise ShardError(f"{micro_batch.shard} {actual}, where its manifest names number {number}")
         offset, length, expected = footer.range_of(number)
-        wrong = _digest_check(f"row group {number}", expected, row_group_digest) if self.verify and expected else None
+        check = _digest_check(f"row group {number}", expected, row_group_digest) if self.verify and expected else None
         try:
-            data = self._fetch(micro_batch, offset, length, wrong)
+            data = self._fetch(micro_batch, offset, length, check)
         except storage.Damaged as error:
             raise ShardError(f"{error}; write the shard again") from error
-        plain = footer.decode_own_layout(micro_batch, data, offset, self.context) if wrong else None
-        return plain or self._decoded(micro_batch, data, offset, footer)
+        decoded = footer.decode_own_layout(micro_batch, data, offset, self.context) if check else None
+        return decoded or self._decoded(micro_batch, data, offset, footer)
 
     def _footer(self, micro_batch: MicroBatch) -> _ShardFooter:
         known = micro_batch.footer_bytes > 0
         key = (micro_batch.shard, micro_batch.shard_bytes, micro_batch.footer_sha256, self.verify)
-        kept = _footer_cache()
-        if (found := kept.get(key)) is not None:
-            return found
+        cache = _footer_cache()
+        if (cached := cache.get(key)) is not None:
+            return cached
         shard, end = micro_batch.shard, micro_batch.shard_bytes
         try:
             if known:
-                wrong = _digest_check("the footer", micro_batch.footer_sha256.hex(), _sha256) if self.verify else None
-                tail = self._fetch(micro_batch, end - micro_batch.footer_bytes, micro_batch.footer_bytes, wrong)
+                check = _digest_check("the footer", micro_batch.footer_sha256.hex(), _sha256) if self.verify else None
+                tail = self._fetch(micro_batch, end - micro_batch.footer_bytes, micro_batch.footer_bytes, check)
             else:
                 _check_size(micro_batch)
                 tail = self._unknown_footer(micro_batch)
@@ -113,7 +113,7 @@ class RowGroupReader:
             if isinstance(error, storage.Damaged):
                 raise ShardError(f"{error}; write the shard again") from error
             raise
-        kept.put(key, footer, len(tail))
+        cache.put(key, footer, len(tail))
         return footer
 
     def _unknown_footer(self, micro_batch: MicroBatch) -> bytes:
@@ -124,7 +124,7 @@ class RowGroupReader:
             tail = self._fetch(micro_batch, end - length, length, None)
         return tail
 
-    def _fetch(self, micro_batch: MicroBatch, offset: int, length: int, wrong: storage.ContentCheck | None) -> bytes:
+    def _fetch(self, micro_batch: MicroBatch, offset: int, length: int, check: storage.ContentCheck | None) -> bytes:
         """Part of the shard, by way of the cache if there is one; where that fails, from storage itself."""
         shard, size = micro_batch.shard, micro_batch.shard_bytes
         if self.cache is not None and storage.is_remote(shard):
@@ -133,10 +133,10 @@ class RowGroupReader:
                 if copy is None:
                     break
                 try:
-                    return storage.read_range(str(copy), offset, length, wrong)
+                    return storage.read_range(str(copy), offset, length, check)
                 except storage.StorageError:
                     self.cache.discard(copy)
-        return storage.read_range(shard, offset, length, wrong)
+        return storage.read_range(shard, offset, length, check)
 
     def _decoded(self, micro_batch: MicroBatch, data: bytes, offset: int, footer: _ShardFooter) -> RowGroup:
         import pyarrow as pa
@@ -145,17 +145,17 @@ class RowGroupReader:
         try:
             table = footer.decode(micro_batch, data, offset)
         except (pa.ArrowException, OSError, ValueError) as error:
-            said = f"{where} cannot be read ({error})"
-            raise ShardError(f"{said}; if that is no passing failure, write the shard again") from error
+            message = f"{where} cannot be read ({error})"
+            raise ShardError(f"{message}; if that is no passing failure, write the shard again") from error
         if table.column_names != _COLUMNS:
             raise ShardError(f"{micro_batch.shard} has no columns {', '.join(_COLUMNS)}: it is not a token shard")
-        rows, wanted = table.num_rows, self.context + 1 if self.context else None
+        rows, length = table.num_rows, self.context + 1 if self.context else None
         tokens, masks, segments = (_single_array(table[name]) for name in _COLUMNS)
         lengths = set(np.diff(tokens.offsets.to_numpy()).tolist())
-        if rows != micro_batch.sequences or len(lengths) != 1 or (wanted and lengths != {wanted}):
-            found = f"{rows} sequences of {sorted(lengths)} tokens"
-            named = f"{micro_batch.sequences} of {wanted or 'one length'}"
-            raise ShardError(f"{where} holds {found}, where the manifest says {named}")
+        if rows != micro_batch.sequences or len(lengths) != 1 or (length and lengths != {length}):
+            actual = f"{rows} sequences of {sorted(lengths)} tokens"
+            expected = f"{micro_batch.sequences} of {length or 'one length'}"
+            raise ShardError(f"{where} holds {actual}, where the manifest says {expected}")
         try:
             numbers = [column.flatten().to_numpy() for column in (tokens, segments)]
             return _row_group(numbers[0], masks, numbers[1], (rows, lengths.pop()))
@@ -174,8 +174,8 @@ def _row_group(tokens: np.ndarray, masks: Any, segments: np.ndarray, shape: tupl
     segments = segments.reshape(shape)
     mask = segments >= 0  # padding is never trained
     if masks is not None and masks.null_count < shape[0]:
-        given = masks.is_valid().to_numpy(zero_copy_only=False)
-        mask[given] &= masks.flatten().to_numpy(zero_copy_only=False).reshape(-1, shape[1])
+        listed = masks.is_valid().to_numpy(zero_copy_only=False)
+        mask[listed] &= masks.flatten().to_numpy(zero_copy_only=False).reshape(-1, shape[1])
     return RowGroup(tokens.reshape(shape), mask, segments)
 
 
@@ -195,17 +195,17 @@ class _ShardFooter:
         """A row group of which the digest was compared, if it is laid out and of the shape as it should be."""
         import pyarrow as pa
 
-        rows, whole = micro_batch.sequences, memoryview(data)
+        rows, content = micro_batch.sequences, memoryview(data)
         try:
             if not self.own_layout:
                 return None
-            found = parquet_pages.column_chunks(self.metadata, micro_batch.row_group)
-            parts = [whole[begin - offset : end - offset] for begin, end, _ in found]
-            tokens, segments = (parquet_pages.decode_equal_lists(parts[n], found[n].values, rows) for n in (0, 2))
+            columns = parquet_pages.column_chunks(self.metadata, micro_batch.row_group)
+            parts = [content[begin - offset : end - offset] for begin, end, _ in columns]
+            tokens, segments = (parquet_pages.decode_equal_lists(parts[n], columns[n].values, rows) for n in (0, 2))
             if tokens.shape != segments.shape or (context and tokens.shape[1] != context + 1):
                 return None
             masks = None
-            if found[1].values != rows or not parquet_pages.all_null(bytes(parts[1]), rows):
+            if columns[1].values != rows or not parquet_pages.all_null(bytes(parts[1]), rows):
                 masks = _single_array(self.decode(micro_batch, data, offset, ["loss_mask"])["loss_mask"])
             return _row_group(tokens, masks, segments, (rows, tokens.shape[1]))
         except (pa.ArrowException, OSError, ValueError):  # pyarrow reads it, or says what is wrong
@@ -237,8 +237,8 @@ class _ShardFooter:
 
         try:
             metadata = pq.read_metadata(pa.BufferReader(tail))
-            found = (metadata.metadata or {}).get(ROW_GROUPS_KEY)
-            return cls(metadata, json.loads(found) if found else None, parquet_pages.is_token_shard(metadata))
+            ranges = (metadata.metadata or {}).get(ROW_GROUPS_KEY)
+            return cls(metadata, json.loads(ranges) if ranges else None, parquet_pages.is_token_shard(metadata))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ShardError(f"{shard}: its footer cannot be read ({error}); write the shard again") from error
 
@@ -311,9 +311,9 @@ class _PartialFile:
         begin = self._place - self._offset
         if begin < 0:
             raise ValueError(f"bytes before {self._offset} are not at hand")
-        found = self._data[begin : begin + length]
-        self._place += len(found)
-        return found
+        data = self._data[begin : begin + length]
+        self._place += len(data)
+        return data
 
     def readable(self) -> bool:
         return True
@@ -334,8 +334,10 @@ def _sha256(data: bytes) -> str:
 
 def _digest_check(what: str, expected: str, compute: Callable[[bytes], str]) -> storage.ContentCheck:
     def check(data: bytes) -> str | None:
-        found = compute(data)
-        return None if found == expected else f"{what} has checksum {found[:16]}…, where {expected[:16]}… is on record"
+        actual = compute(data)
+        return (
+            None if actual == expected else f"{what} has checksum {actual[:16]}…, where {expected[:16]}… is on record"
+        )
 
     return check
 

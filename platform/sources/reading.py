@@ -47,15 +47,15 @@ def list_source(format: str, location: str) -> tuple[dict[str, int], list[str]]:
     A manifest below a folder is no input. Raises StorageError, SpecificationError.
     """
     suffixes = find_format(format).suffixes or ("",)
-    found = dict(sorted(storage.sizes(location).items()))
-    if len(found) == 1 and _same_file(location, next(iter(found))):
-        return found, []
+    sizes = dict(sorted(storage.sizes(location).items()))
+    if len(sizes) == 1 and _same_file(location, next(iter(sizes))):
+        return sizes, []
     files = {
         uri: size
-        for uri, size in found.items()
+        for uri, size in sizes.items()
         if uri.lower().endswith(suffixes) and PurePosixPath(uri).name != storage.MANIFEST
     }
-    return files, [uri for uri in found if uri not in files]
+    return files, [uri for uri in sizes if uri not in files]
 
 
 def require_files(source: Source, locate: Callable[[str], str] = str) -> tuple[dict[str, int], list[str]]:
@@ -65,12 +65,13 @@ def require_files(source: Source, locate: Callable[[str], str] = str) -> tuple[d
     if files:
         return files, others
     suffixes = " or ".join(f"*{suffix}" for suffix in find_format(source.format).suffixes)
-    there = "there is nothing at that location"
+    explanation = "there is nothing at that location"
     if others:
         names = ", ".join(storage.relative(uri, location) for uri in others[:3])
-        there = f"there are {len(others):,} other files, such as {names}"
+        explanation = f"there are {len(others):,} other files, such as {names}"
     raise SpecificationError(
-        f"source {source.name!r} ({source.format}): no {f'{suffixes} ' if suffixes else ''}files at {location}; {there}"
+        f"source {source.name!r} ({source.format}): no {f'{suffixes} ' if suffixes else ''}files at {location}; "
+        f"{explanation}"
     )
 
 

@@ -31,20 +31,20 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
-def resolve_references(found: Iterable[Draft | Document | BadInput], source: str, base: str) -> Iterator[Item]:
+def resolve_references(items: Iterable[Draft | Document | BadInput], source: str, base: str) -> Iterator[Item]:
     """The items as documents of a source, in order, with the images of their references. Raises StorageError."""
     base = base if storage.is_remote(base) else str(storage.local_path(base))  # no %2e%2e of a file:// URI
     pool = ThreadPoolExecutor(THREADS)  # starts no thread where there are no references
     waiting: deque[tuple[Draft | Document | BadInput, list[Future[bytes]]]] = deque()
-    ahead = 0
+    fetching = 0
     try:
-        for item in found:
+        for item in items:
             parts = item.segments if isinstance(item, Draft) else ()
             images = [pool.submit(fetch, part.target, base) for part in parts if isinstance(part, Reference)]
             waiting.append((item, images))
-            ahead += len(images)
-            while waiting and (not waiting[0][1] or ahead > PREFETCH or len(waiting) > PREFETCH):
-                ahead -= len(waiting[0][1])
+            fetching += len(images)
+            while waiting and (not waiting[0][1] or fetching > PREFETCH or len(waiting) > PREFETCH):
+                fetching -= len(waiting[0][1])
                 yield _item(*waiting.popleft(), source)
         while waiting:
             yield _item(*waiting.popleft(), source)
@@ -89,20 +89,20 @@ def fetch(target: str, base: str) -> bytes:
 
 def path_of(target: str, base: str) -> str:
     """The path below `base` that a reference names. Raises Malformed when it names none."""
-    said = f"the image {_abridged(target)}"
+    image = f"the image {_abridged(target)}"
     if REMOTE.match(target):
-        raise Malformed(f"{said} is remote; download first, e.g. with img2dataset, and refer to the files by path")
+        raise Malformed(f"{image} is remote; download first, e.g. with img2dataset, and refer to the files by path")
     if SCHEME.match(target) or target.startswith("/"):
-        raise Malformed(f"{said} is absolute; it must be a path below the source's images ({base})")
+        raise Malformed(f"{image} is absolute; it must be a path below the source's images ({base})")
     path = posixpath.normpath(target) if target else "."
     if path == ".." or path.startswith("../"):
-        raise Malformed(f"{said} leads out of the source's images ({base})")
+        raise Malformed(f"{image} leads out of the source's images ({base})")
     try:
         length = len(path.encode())
     except UnicodeEncodeError as error:
-        raise Malformed(f"{said} is not valid Unicode") from error
+        raise Malformed(f"{image} is not valid Unicode") from error
     if path == "." or length > LONGEST_KEY or CONTROL.search(path):
-        raise Malformed(f"{said} is no file name")
+        raise Malformed(f"{image} is no file name")
     return path
 
 

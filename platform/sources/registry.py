@@ -51,11 +51,11 @@ def reader(
     """Register a reader. Raises ValueError when another function has the name."""
 
     def register(read: Reader) -> Reader:
-        there = FORMATS.get(name)
-        if there is not None and _qualified_name(there.read) != _qualified_name(
+        known = FORMATS.get(name)
+        if known is not None and _qualified_name(known.read) != _qualified_name(
             read
         ):  # a notebook may define its reader again
-            raise ValueError(f"the format {name!r} is taken by {_qualified_name(there.read)}; choose another name")
+            raise ValueError(f"the format {name!r} is taken by {_qualified_name(known.read)}; choose another name")
         FORMATS[name] = Format(tuple(suffix.lower() for suffix in suffixes), read, references)
         return read
 
@@ -110,8 +110,8 @@ def checked_options(format: str, read: Reader, options: Mapping[str, Any]) -> di
         try:
             values[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
         except ValidationError as error:
-            said = error.errors()[0]["msg"]
-            raise SpecificationError(f"format {format!r}, option {name!r}: {said} (given {value!r})") from error
+            message = error.errors()[0]["msg"]
+            raise SpecificationError(f"format {format!r}, option {name!r}: {message} (given {value!r})") from error
     return values
 
 

@@ -70,10 +70,10 @@ def _read_with_retries(uri: str, read: Callable[[], bytes], check: ContentCheck 
         except BrokenRead as error:
             failure = StorageError(f"cannot read {uri}: {error}, at the last of {attempts} attempts")
         else:
-            wrong = check(data) if check else None
-            if wrong is None:
+            problem = check(data) if check else None
+            if problem is None:
                 return data
-            failure = Damaged(f"{uri}: {wrong}, however often it is read")
+            failure = Damaged(f"{uri}: {problem}, however often it is read")
         try:
             policy = policy.increment(error=failure)
         except MaxRetryError:

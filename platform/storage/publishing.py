@@ -27,14 +27,14 @@ def fingerprint(specification: JobSpecification, inputs: Mapping[str, Any]) -> s
     return hashlib.sha256(json.dumps([values, inputs], sort_keys=True).encode()).hexdigest()[:8]
 
 
-def shard_prefix(kind: str, mark: str, task: int) -> str:
+def shard_prefix(kind: str, fingerprint: str, task: int) -> str:
     """How the names of a task's shards begin; `mark` is a fingerprint."""
-    return f"{kind}-{mark}-{task:05d}"
+    return f"{kind}-{fingerprint}-{task:05d}"
 
 
-def shard_name(stem: str, number: int) -> str:
+def shard_name(prefix: str, number: int) -> str:
     """The name of a task's n-th shard."""
-    return f"{stem}-{number:05d}.parquet"
+    return f"{prefix}-{number:05d}.parquet"
 
 
 def combined_manifest(kind: str, specification: JobSpecification, parts: Mapping[str, Manifest]) -> Manifest:
@@ -47,7 +47,7 @@ def combined_manifest(kind: str, specification: JobSpecification, parts: Mapping
         files=files,
         specification=specification.model_dump(mode="json"),
         report={"sources": {name: manifest.report for name, manifest in parts.items()}},
-        inputs={uri: mark for manifest in parts.values() for uri, mark in manifest.inputs.items()},
+        inputs={uri: fingerprint for manifest in parts.values() for uri, fingerprint in manifest.inputs.items()},
     )
 
 

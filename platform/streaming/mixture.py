@@ -42,17 +42,17 @@ def resolve_mixture(spec: Spec) -> Spec:
     return spec.model_copy(update={"mixture": mixture, "mixture_of": None})
 
 
-def _weights(spec: MixtureSpecification, within: tuple[str, ...]) -> dict[str, Fraction]:
+def _weights(spec: MixtureSpecification, stages: tuple[str, ...]) -> dict[str, Fraction]:
     """URI of token shards -> its share of all; the shares add up to 1. `within`: the stages that led here."""
     new = _normalized({spec.locate(uri): Fraction(str(weight)) for uri, weight in spec.mixture.items()})
     if spec.mixture_of is None:
         return new
     stage = spec.locate(spec.mixture_of.stage)
-    if stage in within:
+    if stage in stages:
         raise SpecificationError(
-            f"mixture_of: the stages {', '.join((*within, stage))} take their mixtures in a circle"
+            f"mixture_of: the stages {', '.join((*stages, stage))} take their mixtures in a circle"
         )
-    old = _weights(_stage_specification(stage), (*within, stage))
+    old = _weights(_stage_specification(stage), (*stages, stage))
     share = Fraction(str(spec.mixture_of.share))
     return {uri: share * old.get(uri, Fraction(0)) + (1 - share) * new.get(uri, Fraction(0)) for uri in [*old, *new]}
 
@@ -84,17 +84,17 @@ def check_epochs(spec: MixtureSpecification, plan: Plan) -> dict[str, float]:
     `max_epochs`. Raises SpecificationError."""
     planned = plan.epochs(spec.steps)
     epochs = {uri: planned[spec.locate(uri)] for uri in spec.mixture}
-    told = ", ".join(f"{basename(uri)} {count:.2f}" for uri, count in epochs.items())
-    logger.info("epochs over %s steps: %s", spec.steps, told)
+    listing = ", ".join(f"{basename(uri)} {count:.2f}" for uri, count in epochs.items())
+    logger.info("epochs over %s steps: %s", spec.steps, listing)
     limit = MOST_EPOCHS if spec.max_epochs is None else spec.max_epochs
-    over = {uri: count for uri, count in epochs.items() if count > limit}
-    if over and spec.max_epochs is not None:
-        found = ", ".join(f"{count:.2f} of {uri}" for uri, count in over.items())
+    exceeded = {uri: count for uri, count in epochs.items() if count > limit}
+    if exceeded and spec.max_epochs is not None:
+        listing = ", ".join(f"{count:.2f} of {uri}" for uri, count in exceeded.items())
         raise SpecificationError(
-            f"max_epochs: {spec.steps} steps make more than {limit:g} epochs: {found}; take fewer steps, give these "
+            f"max_epochs: {spec.steps} steps make more than {limit:g} epochs: {listing}; take fewer steps, give these "
             "sources less weight or more data, or raise max_epochs"
         )
-    if over:
-        found = ", ".join(f"{uri} ({count:.1f} epochs)" for uri, count in over.items())
-        logger.warning("repeated more than %g times: %s; set max_epochs to say how much is meant", limit, found)
+    if exceeded:
+        listing = ", ".join(f"{uri} ({count:.1f} epochs)" for uri, count in exceeded.items())
+        logger.warning("repeated more than %g times: %s; set max_epochs to say how much is meant", limit, listing)
     return epochs

@@ -76,18 +76,18 @@ class Plan:
         contexts = {uri: manifests[uri].specification.get("context") for uri in self.sources}
         contexts = {uri: context for uri, context in contexts.items() if isinstance(context, int)}
         if len(set(contexts.values())) > 1:
-            found = ", ".join(f"{uri}: {context}" for uri, context in contexts.items())
-            raise PlanError(f"token shards of different contexts cannot be mixed ({found})")
+            listing = ", ".join(f"{uri}: {context}" for uri, context in contexts.items())
+            raise PlanError(f"token shards of different contexts cannot be mixed ({listing})")
         self.context: int | None = next(iter(contexts.values()), None)
         """Tokens a sequence predicts (rows hold one more), or None when no manifest says."""
 
-        listed = [_sorted_files(uri, manifests[uri]) for uri in self.sources]
-        self._files = _Files(listed)
-        self._keys = np.stack([_round_keys(seed, files) for files in listed])  # [sources, rounds]
-        parts = _whole_weights([mixture[uri] for uri in self.sources])
-        self.period_counts: Integers = np.array(parts, np.int64)
+        files_by_source = [_sorted_files(uri, manifests[uri]) for uri in self.sources]
+        self._files = _Files(files_by_source)
+        self._keys = np.stack([_round_keys(seed, files) for files in files_by_source])  # [sources, rounds]
+        period_counts = _whole_weights([mixture[uri] for uri in self.sources])
+        self.period_counts: Integers = np.array(period_counts, np.int64)
         """[sources], micro-batches of each in a period of the mixture."""
-        self.choice: Integers = _interleaved(parts)
+        self.choice: Integers = _interleaved(period_counts)
         """[period], the source of each micro-batch."""
         self._ordinal = np.empty(len(self.choice), np.int64)  # [period], how many of that source came before
         for number in range(len(self.sources)):
@@ -115,13 +115,13 @@ class Plan:
     def step(self, n: int) -> list[MicroBatch]:
         """The M micro-batches of step n, n >= 0. Steps in a row are looked up many at a time: alone, one costs twice
         as much, for numpy's calls."""
-        m, (first, found) = self.micro_batches, self._last
-        end = first + len(found) // m
+        m, (first, batches) = self.micro_batches, self._last
+        end = first + len(batches) // m
         if not first <= n < end:
             first, ahead = n, max(1, _LOOKAHEAD // m) if n == end else 1
-            found = self.to_micro_batches(self.steps(first, first + ahead))
-            self._last = first, found
-        return found[(n - first) * m : (n - first + 1) * m]
+            batches = self.to_micro_batches(self.steps(first, first + ahead))
+            self._last = first, batches
+        return batches[(n - first) * m : (n - first + 1) * m]
 
     def share(self, first: int, last: int, rank: int, world: int) -> list[tuple[int, MicroBatch | None]]:
         """(step, micro-batch) that one of `world` workers takes of steps first .. last - 1, in order: as many a step
@@ -133,10 +133,10 @@ class Plan:
         slots = np.arange(rank, self.slots(world) * world, world)
         numbers = np.arange(first, last, dtype=np.int64)[:, None] * self.micro_batches + slots
         held = np.broadcast_to(slots < self.micro_batches, numbers.shape)
-        found = iter(self.to_micro_batches(self._columns(numbers[held])))
+        batches = iter(self.to_micro_batches(self._columns(numbers[held])))
         steps = np.broadcast_to(np.arange(first, last)[:, None], numbers.shape)
         pairs = zip(steps.ravel().tolist(), held.ravel().tolist(), strict=True)
-        return [(n, next(found) if full else None) for n, full in pairs]
+        return [(n, next(batches) if full else None) for n, full in pairs]
 
     def worker(self, n: int, rank: int, world: int) -> list[MicroBatch | None]:
         """What one of `world` workers takes of step n."""
@@ -146,17 +146,17 @@ class Plan:
         """Micro-batches, full or empty, that each of `world` workers takes a step."""
         return -(-self.micro_batches // world)
 
-    def to_micro_batches(self, visits: MicroBatchColumns) -> list[MicroBatch]:
+    def to_micro_batches(self, columns: MicroBatchColumns) -> list[MicroBatch]:
         """The micro-batches of some columns, in order."""
         f = self._files
-        file = visits.file.ravel()
-        sources = [self.sources[number] for number in visits.source.flat]
+        file = columns.file.ravel()
+        sources = [self.sources[number] for number in columns.source.flat]
         shards = [
             f"{uri.rstrip('/')}/{path.decode()}" for uri, path in zip(sources, f.paths[file].tolist(), strict=True)
         ]
-        groups, sequences = visits.row_group.ravel().tolist(), visits.sequences.ravel().tolist()
-        known = (f.bytes[file].tolist(), f.footer_bytes[file].tolist(), f.footer_sha256[file].tolist())
-        return list(map(MicroBatch, sources, shards, groups, sequences, *known))
+        groups, sequences = columns.row_group.ravel().tolist(), columns.sequences.ravel().tolist()
+        details = (f.bytes[file].tolist(), f.footer_bytes[file].tolist(), f.footer_sha256[file].tolist())
+        return list(map(MicroBatch, sources, shards, groups, sequences, *details))
 
     def epochs(self, n: int) -> dict[str, float]:
         """How often each source has been passed through before step n."""

@@ -161,18 +161,18 @@ def micro_batches(
     )
     block: Any
     for block in blocks:
-        for found in map(_BlockRow.from_table, range(block.num_rows), [block] * block.num_rows):
-            if (found.rank, found.world) != (rank, world):
-                given = f"{found.rank} of {found.world}"
-                raise RuntimeError(f"worker {rank} of {world} was given the data of worker {given}")
-            for number, tensors in found.tensors():
+        for row in map(_BlockRow.from_table, range(block.num_rows), [block] * block.num_rows):
+            if (row.rank, row.world) != (rank, world):
+                actual = f"{row.rank} of {row.world}"
+                raise RuntimeError(f"worker {rank} of {world} was given the data of worker {actual}")
+            for number, tensors in row.tensors():
                 if number != step and group:
                     yield step, group
                     group = []
                 step = number
                 group.append(tensors)
-            if found.error:
-                raise ShardError(found.error)
+            if row.error:
+                raise ShardError(row.error)
     if group:
         yield step, group
 
@@ -201,18 +201,18 @@ def _read_blocks(
     """Ranges of steps -> blocks of their micro-batches, in order; the next block is read while one is taken."""
     pool = ThreadPoolExecutor(_THREADS if any(map(storage.is_remote, plan.sources)) else _LOCAL_THREADS)
     try:
-        before: _PendingBlock | None = None
-        for part in _block_shares(items, plan, rank, world):
-            values, places = _allocate(part, plan.context)
-            groups = [
-                pool.submit(_read_row_group, reader, found, place)
-                for (_, found), place in zip(part, places, strict=True)
+        pending: _PendingBlock | None = None
+        for share in _block_shares(items, plan, rank, world):
+            values, memory = _allocate(share, plan.context)
+            row_groups = [
+                pool.submit(_read_row_group, reader, micro_batch, arrays)
+                for (_, micro_batch), arrays in zip(share, memory, strict=True)
             ]
-            if before is not None:
-                yield _finished_block(before, plan, rank, world)
-            before = _PendingBlock(part, groups, values)
-        if before is not None:
-            yield _finished_block(before, plan, rank, world)
+            if pending is not None:
+                yield _finished_block(pending, plan, rank, world)
+            pending = _PendingBlock(share, row_groups, values)
+        if pending is not None:
+            yield _finished_block(pending, plan, rank, world)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -233,10 +233,10 @@ class _TokenArrays(NamedTuple):
         small = np.int16 if (context or 1 << 15) < 1 << 15 else np.int32
         return cls(np.empty(length, np.int32), np.empty(length, np.bool_), np.empty(length, small))
 
-    def part(self, begin: int, end: int) -> _TokenArrays:
+    def view(self, begin: int, end: int) -> _TokenArrays:
         return _TokenArrays(*(values[begin:end] for values in self))
 
-    def put(self, group: RowGroup) -> RowGroup:
+    def fill(self, group: RowGroup) -> RowGroup:
         """The row group, kept here."""
         kept = [values.reshape(group.tokens.shape) for values in self]
         for values, found in zip(kept, (group.tokens, group.mask, group.segments), strict=True):
@@ -247,20 +247,20 @@ class _TokenArrays(NamedTuple):
 class _PendingBlock(NamedTuple):
     """A block that is being read."""
 
-    part: _Share
-    groups: list[Future[RowGroup | str]]
+    share: _Share
+    row_groups: list[Future[RowGroup | str]]
     values: _TokenArrays | None
     """Those of the row groups, where it is known beforehand how long they are."""
 
 
-def _allocate(part: _Share, context: int | None) -> tuple[_TokenArrays | None, Sequence[_TokenArrays | None]]:
+def _allocate(share: _Share, context: int | None) -> tuple[_TokenArrays | None, Sequence[_TokenArrays | None]]:
     """Memory for the values of a block, and in it the place of each micro-batch; none if rows are of unknown length."""
     if context is None:
-        return None, [None] * len(part)
-    lengths = [found.sequences * (context + 1) if found else 0 for _, found in part]
+        return None, [None] * len(share)
+    lengths = [micro_batch.sequences * (context + 1) if micro_batch else 0 for _, micro_batch in share]
     ends = list(accumulate(lengths))
     values = _TokenArrays.empty(ends[-1], context)
-    return values, [values.part(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    return values, [values.view(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def _block_shares(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> Iterator[_Share]:
@@ -280,7 +280,7 @@ def _block_shares(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> It
 
 
 def _read_row_group(
-    reader: RowGroupReader, micro_batch: MicroBatch | None, place: _TokenArrays | None
+    reader: RowGroupReader, micro_batch: MicroBatch | None, arrays: _TokenArrays | None
 ) -> RowGroup | str:
     """A row group, an empty one for None, or the error: handed on as data it reaches the worker that needs the row
     group, in its turn and in plain words, where an exception in a task would arrive as a page of Ray's frames.
@@ -290,29 +290,29 @@ def _read_row_group(
         return RowGroup.empty(reader.context)
     try:
         group = reader.read(micro_batch)
-        return group if place is None else place.put(group)
+        return group if arrays is None else arrays.fill(group)
     except (ShardError, storage.StorageError) as error:
         return str(error)
 
 
-def _finished_block(reading: _PendingBlock, plan: Plan, rank: int, world: int) -> pyarrow.Table:
+def _finished_block(pending: _PendingBlock, plan: Plan, rank: int, world: int) -> pyarrow.Table:
     """One row: lists of the micro-batches' properties, and their values end to end, up to an error if there is one."""
     import pyarrow as pa
 
     steps, sources, groups, error = list[int](), list[str](), list[RowGroup](), ""
-    for (step, micro_batch), future in zip(reading.part, reading.groups, strict=True):
-        found = future.result()
-        if isinstance(found, str):
-            error = found
+    for (step, micro_batch), future in zip(pending.share, pending.row_groups, strict=True):
+        row_group = future.result()
+        if isinstance(row_group, str):
+            error = row_group
             break
         steps.append(step)
         sources.append(micro_batch.source if micro_batch else "")
-        groups.append(found)
+        groups.append(row_group)
     ends = list(accumulate((group.tokens.size for group in groups), initial=0))
-    if (values := reading.values) is None:
+    if (values := pending.values) is None:
         values = _TokenArrays.empty(ends[-1], plan.context)
         for group, begin, end in zip(groups, ends, ends[1:], strict=False):
-            values.part(begin, end).put(group)
+            values.view(begin, end).fill(group)
 
     def listed(joined: np.ndarray) -> pa.Array:
         return pa.LargeListArray.from_arrays(pa.array([0, ends[-1]], pa.int64()), pa.array(joined[: ends[-1]]))

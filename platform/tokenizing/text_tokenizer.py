@@ -26,7 +26,7 @@ _MEASURED_CHARACTERS = 1_000_000  # characters on which bytes a token are measur
 
 def train_text_tokenizer(spec: TextTokenizerSpecification, run: Run, progress: Progress) -> Manifest:
     """Train and publish the text tokenizer. Raises SpecificationError when the documents do not support it."""
-    given, spec = spec, with_absolute_storage(spec)
+    original, spec = spec, with_absolute_storage(spec)
     uris = [spec.locate(uri) for uri in spec.documents]
     for uri in uris:
         curated_manifest(uri)
@@ -56,7 +56,7 @@ def train_text_tokenizer(spec: TextTokenizerSpecification, run: Run, progress: P
     manifest = Manifest(
         kind=KIND,
         files=files,
-        specification=given.model_dump(mode="json"),
+        specification=original.model_dump(mode="json"),
         report={**report, "run": run.id},
         inputs=fingerprints(uris),
     )

@@ -74,14 +74,14 @@ def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
             published[directory.output] = manifest
             _delete_leftovers(directory, manifest)  # where a job was killed after the manifest
         else:
-            stems = {task["stem"] for task in directory.tasks}
-            directory.finished = receipts.finished_receipts(directory.output, directory.receipts, stems)
+            shard_prefixes = {task["shard_prefix"] for task in directory.tasks}
+            directory.finished = receipts.finished_receipts(directory.output, directory.receipts, shard_prefixes)
             waiting.append(directory)
     total = sum(directory.rows for directory in waiting)
     done = sum(directory.counts["documents"] for directory in waiting)
-    again = f", {done:,} of them done before" if done else ""
-    progress(done, total, f"{total:,} documents of {len(waiting)} sources{again}")
-    tasks = [(d, task) for d in waiting for task in d.tasks if task["stem"] not in d.finished]
+    resumed = f", {done:,} of them done before" if done else ""
+    progress(done, total, f"{total:,} documents of {len(waiting)} sources{resumed}")
+    tasks = [(d, task) for d in waiting for task in d.tasks if task["shard_prefix"] not in d.finished]
     arguments = {"specification": spec.model_dump(mode="json")}
     for directory in waiting:
         if directory.complete:
@@ -89,7 +89,7 @@ def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
     # Closed when something goes wrong here, so that the actors stop at once.
     with closing(map_in_order([task for _, task in tasks], TokenizingActor, spec.resources, arguments)) as results:
         for (directory, task), result in zip(tasks, results, strict=True):
-            receipt = directory.finished[task["stem"]] = Receipt.model_validate(result)
+            receipt = directory.finished[task["shard_prefix"]] = Receipt.model_validate(result)
             done += receipt.counts["documents"]
             progress(done, total, basename(directory.location))
             if directory.complete:
@@ -122,20 +122,20 @@ def _plan(spec: TokenizeSpecification) -> list[_Directory]:
                 f"{_image_count(manifest):,} images; set at least {image_length - 1}"
             )
         inputs = fingerprints([documents, spec.locate(spec.text_tokenizer), spec.locate(spec.image_tokenizer)])
-        mark = publishing.fingerprint(_directory_specification(spec, location), inputs)
+        fingerprint = publishing.fingerprint(_directory_specification(spec, location), inputs)
         output = storage.join(spec.locate(spec.output), name)
         folder = storage.join(spec.locate(spec.output), receipts.FOLDER, name)
         tasks = []
         uris = document_shards.shard_uris(documents, manifest)
         for number, window in enumerate(windows(uris, manifest.rows, spec.window, spec.seed)):
-            stem = publishing.shard_prefix("tokens", mark, number)
+            shard_prefix = publishing.shard_prefix("tokens", fingerprint, number)
             tasks.append(
                 {
                     "shards": window,
                     "seed": _window_seed(spec.seed, name, number),
                     "output": output,
-                    "stem": stem,
-                    "receipt": receipts.receipt_uri(folder, stem),
+                    "shard_prefix": shard_prefix,
+                    "receipt": receipts.receipt_uri(folder, shard_prefix),
                 }
             )
         directories.append(_Directory(location, documents, output, folder, manifest.rows, inputs, tasks))
@@ -180,16 +180,16 @@ def _window_seed(seed: int, name: str, window: int) -> list[int]:
 
 
 def _publish(spec: TokenizeSpecification, directory: _Directory) -> Manifest:
-    made = [directory.finished[task["stem"]] for task in directory.tasks]
-    dropped = sum((receipt.dropped for receipt in made), Counter[str]())
-    if not any(receipt.files for receipt in made):
+    done = [directory.finished[task["shard_prefix"]] for task in directory.tasks]
+    dropped = sum((receipt.dropped for receipt in done), Counter[str]())
+    if not any(receipt.files for receipt in done):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
         raise UnusableDocuments(
             f"{directory.documents}: none of its documents fits a context of {spec.context}: {reasons or 'it is empty'}"
         )
     manifest = Manifest(
         kind=TOKENS,
-        files=[entry for receipt in made for entry in receipt.files],
+        files=[entry for receipt in done for entry in receipt.files],
         specification=_directory_specification(spec, directory.location).model_dump(mode="json"),
         inputs=directory.inputs,
     )

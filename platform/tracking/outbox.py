@@ -46,8 +46,8 @@ _PERMANENT_ERRORS = {
 
 def root() -> Path:
     """The folder of all outboxes on this machine; below the temporary one where there is no home to write to."""
-    if given := os.environ.get("CALUMMA_OUTBOX"):
-        return Path(given)
+    if configured := os.environ.get("CALUMMA_OUTBOX"):
+        return Path(configured)
     with suppress(OSError, RuntimeError):
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "calumma", "outbox")
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,9 +145,9 @@ class Outbox:
 class BackgroundWriter:
     """Writes to a run through an outbox, from a thread, so that training never waits for MLflow and loses nothing."""
 
-    def __init__(self, run: Run, parked: str | None = None, patience: float = _CLOSE_TIMEOUT) -> None:
+    def __init__(self, run: Run, backup: str | None = None, close_timeout: float = _CLOSE_TIMEOUT) -> None:
         """`parked`: where in storage copies of what waits are kept (see `park`)."""
-        self._run, self._backup, self._close_timeout = run, parked, patience
+        self._run, self._backup, self._close_timeout = run, backup, close_timeout
         self._outbox = Outbox.new(run.uri, run.id)
         self._wake, self._flush_now, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._away = False
@@ -171,8 +171,8 @@ class BackgroundWriter:
     def log_checkpoint(self, name: str, uri: str, step: int, metrics: dict[str, float], tags: dict[str, str]) -> None:
         """A checkpoint as a logged model of the run, with its step and metrics."""
         now = int(time.time() * 1000)
-        told = {"name": name, "uri": uri, "step": step, "metrics": metrics, "tags": tags, "time": now}
-        self._put("checkpoint", told)
+        checkpoint = {"name": name, "uri": uri, "step": step, "metrics": metrics, "tags": tags, "time": now}
+        self._put("checkpoint", checkpoint)
 
     def log_tags(self, tags: dict[str, str]) -> None:
         self._put("tags", {"tags": tags})
@@ -190,13 +190,13 @@ class BackgroundWriter:
         except OSError as error:
             logger.warning("what waits for MLflow could not be copied to %s: %s", self._backup, error)
 
-    def flush(self, patience: float) -> bool:
+    def flush(self, timeout: float) -> bool:
         """Wait until everything is sent, or the time is over; whether it is sent."""
-        over = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         self._flush_now.set()
         self._wake.set()
         while self._outbox.entries():
-            if time.monotonic() > over or not self._thread.is_alive():
+            if time.monotonic() > deadline or not self._thread.is_alive():
                 return False
             time.sleep(_FLUSH_POLL)
         return True
@@ -249,15 +249,15 @@ class BackgroundWriter:
                 self._flush_now.clear()
 
 
-def send_pending(uri: str, parked: str | None = None) -> int:
+def send_pending(uri: str, backup: str | None = None) -> int:
     """Send what writers to a server have left behind on this machine, and in storage; the number of outboxes emptied.
 
     Raises what MLflow's client raises when the server is away.
     """
     from calumma.platform.tracking.run import Run
 
-    if parked is not None:
-        _restore_backups(uri, parked)
+    if backup is not None:
+        _restore_backups(uri, backup)
     emptied = 0
     for folder in sorted(_server(uri).glob("*-*")):
         outbox = _lock_outbox(folder)
@@ -266,7 +266,7 @@ def send_pending(uri: str, parked: str | None = None) -> int:
         try:
             if outbox.entries():
                 outbox.send(Run(outbox.uri, outbox.run_id))
-                _delete_backup(parked, folder.name)
+                _delete_backup(backup, folder.name)
                 emptied += 1
         finally:
             outbox.close()
@@ -275,20 +275,20 @@ def send_pending(uri: str, parked: str | None = None) -> int:
 
 def _lock_outbox(folder: Path) -> Outbox | None:
     """The outbox of a folder that no writer holds; a damaged folder is left alone."""
-    found = _read(folder / "run")
-    if found is None:
+    run = _read(folder / "run")
+    if run is None:
         return None
     try:
-        return Outbox(folder, found["uri"], found["run"])
+        return Outbox(folder, run["uri"], run["run"])
     except OSError:  # a living writer's
         return None
 
 
-def _restore_backups(uri: str, parked: str) -> None:
+def _restore_backups(uri: str, backup: str) -> None:
     """Bring parked outboxes of other machines here. Raises StorageError."""
     from calumma.platform import storage
 
-    for place in storage.list_files(parked):
+    for place in storage.list_files(backup):
         folder, name = place.rsplit("/", 2)[-2:]
         target = _server(uri) / folder / name
         if folder == Path(folder).name and not target.exists() and not (target.parent / "lock").exists():
@@ -296,11 +296,11 @@ def _restore_backups(uri: str, parked: str) -> None:
             target.write_bytes(storage.read_bytes(place))
 
 
-def _delete_backup(parked: str | None, name: str) -> None:
-    if parked is not None:
+def _delete_backup(backup: str | None, name: str) -> None:
+    if backup is not None:
         from calumma.platform import storage
 
-        storage.delete(storage.join(parked, name))
+        storage.delete(storage.join(backup, name))
 
 
 def _server(uri: str) -> Path:
@@ -309,10 +309,10 @@ def _server(uri: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return entry if isinstance(entry, dict) else None
 
 
 def _batch(paths: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -362,8 +362,8 @@ def _decode_png(png: str) -> Image:
 
 def _servers() -> Iterator[str]:
     """Tracking URIs that something waits for on this machine."""
-    found = {(_read(path) or {}).get("uri") for path in root().glob("*/*-*/run")}
-    yield from sorted(uri for uri in found if uri)
+    uris = {(_read(path) or {}).get("uri") for path in root().glob("*/*-*/run")}
+    yield from sorted(uri for uri in uris if uri)
 
 
 def main() -> int:

@@ -30,11 +30,11 @@ def registered_copy(model_directory: str) -> str:
     from calumma.platform import storage
     from calumma.platform.storage.manifest import Manifest, directory_fingerprint
 
-    place = model_directory if "://" in model_directory else str(Path(model_directory).absolute())
-    if Manifest.find(place) is None:
-        return place
-    mark = directory_fingerprint(place)
-    return storage.join(place.rstrip("/").rpartition("/")[0], "registered", mark[:16])
+    source = model_directory if "://" in model_directory else str(Path(model_directory).absolute())
+    if Manifest.find(source) is None:
+        return source
+    fingerprint = directory_fingerprint(source)
+    return storage.join(source.rstrip("/").rpartition("/")[0], "registered", fingerprint[:16])
 
 
 def register(tracking: Tracking, name: str, model_directory: str, run_id: str, alias: str | None = None) -> str:
@@ -91,14 +91,14 @@ def model_source(uri: str, tracking: Tracking | None = None) -> str:
     name = match["name"]
     try:
         if match["alias"]:
-            found = client.get_model_version_by_alias(name, match["alias"])
+            version = client.get_model_version_by_alias(name, match["alias"])
         else:
-            found = client.get_model_version(name, match["version"])
+            version = client.get_model_version(name, match["version"])
     except MlflowException as error:
         raise TrackingError(
             f"{uri} is not in the registry at {server}: {error.message}\n{_describe_registry(client, name)}"
         ) from error
-    source = str(found.source)
+    source = str(version.source)
     return unquote(urlparse(source).path) if source.startswith("file://") else source
 
 

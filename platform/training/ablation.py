@@ -51,7 +51,7 @@ def run(spec: AblateSpecification, run: Run, progress: Progress) -> Manifest:
     """Train all variants at all learning rates and publish curves and figure. Raises SpecificationError."""
     import ray
 
-    given, spec = spec, with_absolute_storage(spec)
+    original, spec = spec, with_absolute_storage(spec)
     mixture = [spec.locate(uri) for uri in spec.mixture]
     missing = [uri for uri in mixture if Manifest.find(uri) is None]
     if missing:
@@ -64,8 +64,8 @@ def run(spec: AblateSpecification, run: Run, progress: Progress) -> Manifest:
         progress(len(curves), len(cases), f"{len(waiting)} of {len(cases)} trainings left")
         (done, *_), _ = ray.wait(list(waiting), num_returns=1)
         name, rate = waiting.pop(done)
-        curves[(name, rate)] = found = ray.get(done)
-        for point in found:
+        curves[(name, rate)] = points = ray.get(done)
+        for point in points:
             known = {key: value for key, value in point.items() if key != "step" and math.isfinite(value)}
             run.log_metrics({f"{key}/{name}/{rate:g}": value for key, value in known.items()}, int(point["step"]))
     output = spec.locate(spec.output)
@@ -73,14 +73,14 @@ def run(spec: AblateSpecification, run: Run, progress: Progress) -> Manifest:
     picture = io.BytesIO()
     figure(spec, curves).savefig(picture, format="png", dpi=110)
     storage.write_bytes(storage.join(output, "ablation.png"), picture.getvalue())
-    told = [{"variant": name, "learning_rate": rate, "curve": points} for (name, rate), points in curves.items()]
-    storage.write_bytes(storage.join(output, "curves.json"), json.dumps(told).encode())
+    records = [{"variant": name, "learning_rate": rate, "curve": points} for (name, rate), points in curves.items()]
+    storage.write_bytes(storage.join(output, "curves.json"), json.dumps(records).encode())
     with storage.local_copy(output) as path:
         run.log_artifact(Path(path, "ablation.png"))
     manifest = Manifest(
         kind=KIND,
         files=file_entries(output),
-        specification=given.model_dump(mode="json"),
+        specification=original.model_dump(mode="json"),
         report={"run": run.id, **summary(curves)},
         inputs=fingerprints([*mixture, spec.locate(spec.text_tokenizer)]),
     )
@@ -142,8 +142,8 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
         diverged = not math.isfinite(nll)
         if (step + 1) % spec.log_every == 0 or step == 0 or diverged:
-            told = {"step": step + 1, "loss": nll / max(trained, 1), "gradient_norm": float(norm)}
-            points.append(told | _norms(transformer, probes, image_mask_V))
+            point = {"step": step + 1, "loss": nll / max(trained, 1), "gradient_norm": float(norm)}
+            points.append(point | _norms(transformer, probes, image_mask_V))
             nll, trained = 0.0, 0
         if diverged:
             break
@@ -171,8 +171,8 @@ def _norms(
     transformer.eval()
     each = [_largest(_forward(transformer, batch, image_mask_V, measure=True).stability) for batch in probes]
     transformer.train()
-    found = {name: sum(values[name] for values in each) / len(each) for name in each[0]}
-    return found | {"attention_logit_max": max(values["attention_logit_max"] for values in each)}
+    means = {name: sum(values[name] for values in each) / len(each) for name in each[0]}
+    return means | {"attention_logit_max": max(values["attention_logit_max"] for values in each)}
 
 
 def _largest(stability: dict[str, torch.Tensor]) -> dict[str, float]:

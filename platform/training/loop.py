@@ -55,15 +55,15 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     spec = assignment.spec
     torch.manual_seed(spec.seed)
-    found = assignment.start_checkpoint
-    starting = found if found and resumption.can_restore_optimizer(found, spec, worker.world) else None
-    transformer = build_transformer(assignment, whole=starting is None)
+    start = assignment.start_checkpoint
+    restorable = start if start and resumption.can_restore_optimizer(start, spec, worker.world) else None
+    transformer = build_transformer(assignment, whole=restorable is None)
     transformer.checkpoint_activations(spec.checkpoint_activations)
     if spec.compile:
         transformer.compile_blocks()
     run = engine.initialize(transformer, spec, worker.world)
-    if starting:
-        resumption.load(run, starting)
+    if restorable:
+        resumption.load(run, restorable)
     writer = None
     if worker.is_main:
         writer = BackgroundWriter(assignment.run, backup=storage.join(assignment.output, "tracking"))
@@ -101,8 +101,10 @@ def build_transformer(assignment: Assignment, whole: bool) -> Transformer:
     """The Transformer as it is trained, with its starting weights unless a checkpoint brings them (not `whole`)."""
     spec = assignment.spec
     transformer = Transformer(assignment.config)
-    found = resumption.read_weights(assignment.start_checkpoint) if whole and assignment.start_checkpoint else None
-    if whole and found is None:
+    saved_weights = (
+        resumption.read_weights(assignment.start_checkpoint) if whole and assignment.start_checkpoint else None
+    )
+    if whole and saved_weights is None:
         if assignment.initial:
             from calumma.model.directory import read_transformer
 
@@ -111,8 +113,8 @@ def build_transformer(assignment: Assignment, whole: bool) -> Transformer:
         else:
             transformer.initialize(spec.seed)
     transformer = parameters.set_trainable(transformer, spec, assignment.vocabulary)
-    if found is not None:  # in the names of what is trained: adapters are among them
-        transformer.load_state_dict(found)
+    if saved_weights is not None:  # in the names of what is trained: adapters are among them
+        transformer.load_state_dict(saved_weights)
     return transformer
 
 
@@ -153,20 +155,20 @@ class _Stage:
 
     def held_out(self, done: int, supervisor: Supervisor | None = None) -> dict[str, dict[str, float]]:
         """Losses on held-out data, by its name; logged by the first worker. Every worker calls it."""
-        found = {}
+        losses_of = {}
         for name, uri in self.spec.held_out.items():
             place = self.spec.locate(uri)
             beat = supervisor.beat if supervisor is not None else None
-            found[name] = held_out.measure(
+            losses_of[name] = held_out.measure(
                 self.engine, place, self.image_mask_V, self.worker.rank, self.worker.world, beat
             )
-        losses = [values["loss"] for values in found.values() if "loss" in values]
-        if losses:
-            self.report["held_out_loss"] = sum(losses) / len(losses)
-        for name, values in found.items():
+        means = [values["loss"] for values in losses_of.values() if "loss" in values]
+        if means:
+            self.report["held_out_loss"] = sum(means) / len(means)
+        for name, values in losses_of.items():
             more = values | {key.replace("loss", "perplexity"): meters.exponential(v) for key, v in values.items()}
             self._log({f"held_out/{name}/{key}": value for key, value in more.items()}, done)
-        return found
+        return losses_of
 
     def _step(self, supervisor: Supervisor, step: int, group: list[Any]) -> float:
         """One step and what is told of it; tokens trained on."""
@@ -254,26 +256,26 @@ class _Stage:
     def _handle_bad_step(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float | None) -> None:
         """A bad step. Raises TrainingFailed when there were too many in a row."""
 
-        def ending() -> str:
+        def failure_report() -> str:
             place = catalog.checkpoints_folder(self.assignment.output)
             return faults.divergence_report(
                 done, self.faults.incidents, self.spec.faults, self.spec.optimizer.learning_rate, place
             )
 
-        self.faults.handle(done, cause, loss, self.writer, lambda: self._roll_back(supervisor), ending)
+        self.faults.handle(done, cause, loss, self.writer, lambda: self._roll_back(supervisor), failure_report)
 
     def _roll_back(self, supervisor: Supervisor) -> int:
         """Weights, optimizer and counts of tokens as of the last checkpoint; its step."""
         assignment = self.assignment
         with self.clock("checkpoint"):
             supervisor.wait_until_published()
-            found = resumption.agreed_checkpoint(assignment.output, self.spec, assignment.inputs)
-            if found is None or not resumption.can_restore_optimizer(found, self.spec, self.worker.world):
+            checkpoint = resumption.agreed_checkpoint(assignment.output, self.spec, assignment.inputs)
+            if checkpoint is None or not resumption.can_restore_optimizer(checkpoint, self.spec, self.worker.world):
                 place = catalog.checkpoints_folder(assignment.output)
                 raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
-            resumption.load(self.engine, found)
-        self.report["tokens"] = dict(found.tokens)
-        return found.step
+            resumption.load(self.engine, checkpoint)
+        self.report["tokens"] = dict(checkpoint.tokens)
+        return checkpoint.step
 
     def _save(self, supervisor: Supervisor, done: int, due: bool) -> None:
         """Whatever the end of a step asks for: a checkpoint, or to stop."""
@@ -294,10 +296,10 @@ class _Stage:
         iterator = iter(steps)
         while True:
             with self.clock("data"):
-                found = next(iterator, None)
-            if found is None:
+                item = next(iterator, None)
+            if item is None:
                 return
-            yield found
+            yield item
 
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.writer is not None:
@@ -326,8 +328,8 @@ def _log_inputs(assignment: Assignment, worker: Worker, writer: BackgroundWriter
     for place, weight in data.items():
         if (manifest := Manifest.find(place)) is not None:
             summary = manifest.model_dump(mode="json", exclude={"files"}) | {"files": len(manifest.files)}
-            told = {"uri": place, "fingerprint": assignment.inputs.get(place), "weight": weight, "manifest": summary}
-            writer.log_dict(told, f"data/{place.rstrip('/').rpartition('/')[2]}.json")
+            record = {"uri": place, "fingerprint": assignment.inputs.get(place), "weight": weight, "manifest": summary}
+            writer.log_dict(record, f"data/{place.rstrip('/').rpartition('/')[2]}.json")
     others = {uri: mark for uri, mark in assignment.inputs.items() if uri not in data}
     writer.log_data({uri: mark for uri, mark in assignment.inputs.items() if uri in data}, "training")
     if others:

@@ -95,23 +95,23 @@ def _check_continued(spec: TrainSpecification, continued: Checkpoint) -> None:
 
 
 def warn_of_fresh_optimizer(assignment: Assignment, number: int) -> None:
-    found, spec = assignment.start_checkpoint, assignment.spec
-    if found is None or resumption.can_restore_optimizer(found, spec, number):
+    checkpoint, spec = assignment.start_checkpoint, assignment.spec
+    if checkpoint is None or resumption.can_restore_optimizer(checkpoint, spec, number):
         return
-    was = found.manifest.report
+    was = checkpoint.manifest.report
     logger.warning(
         "%s was written by %s workers at ZeRO stage %s in %s, now there are %s at stage %s in %s: "
         "going on with its weights and step count, with a fresh optimizer state",
-        *(found.uri, was["world_size"], was["zero_stage"], was["precision"]),
+        *(checkpoint.uri, was["world_size"], was["zero_stage"], was["precision"]),
         *(number, spec.zero_stage, spec.precision),
     )
 
 
 def _check_token_shards(spec: TrainSpecification) -> None:
-    named = [("mixture", uri) for uri in spec.mixture] + [("held_out", uri) for uri in spec.held_out.values()]
+    directories = [("mixture", uri) for uri in spec.mixture] + [("held_out", uri) for uri in spec.held_out.values()]
     tokenizers = {"text": spec.locate(spec.text_tokenizer), "image": spec.locate(spec.image_tokenizer)}
     current = fingerprints(tokenizers.values())
-    for field, uri in named:
+    for field, uri in directories:
         manifest = Manifest.find(spec.locate(uri))
         if manifest is None:
             raise SpecificationError(
@@ -143,18 +143,18 @@ def _tokenized_with(manifest: Manifest, field: str, place: str) -> str | None:
 def _read_vocabulary(spec: TrainSpecification) -> Vocabulary:
     """The vocabulary of the text tokenizer, checked against the image tokenizer."""
     text, image = spec.locate(spec.text_tokenizer), spec.locate(spec.image_tokenizer)
-    found = _read_config(
+    vocabulary = _read_config(
         "text_tokenizer", storage.join(text, model_vocabulary.FILE), "train_text_tokenizer", Vocabulary
     )
     shape = _read_config(
         "image_tokenizer", storage.join(image, model_config.FILE), "train_image_tokenizer", ImageTokenizerConfig
     )
-    if shape.codebook_size != len(found.image_codes):
+    if shape.codebook_size != len(vocabulary.image_codes):
         raise SpecificationError(
-            f"the text tokenizer at {text} has {len(found.image_codes)} image codes, the image tokenizer at {image} "
-            f"{shape.codebook_size}: train the text tokenizer with image_codes: {shape.codebook_size}"
+            f"the text tokenizer at {text} has {len(vocabulary.image_codes)} image codes, the image tokenizer at "
+            f"{image} {shape.codebook_size}: train the text tokenizer with image_codes: {shape.codebook_size}"
         )
-    return found
+    return vocabulary
 
 
 def _read_config(field: str, uri: str, job: str, kind: Any) -> Any:
@@ -183,18 +183,18 @@ def _initial_directory(spec: TrainSpecification) -> str | None:
 def _model_config(spec: TrainSpecification, vocabulary: Vocabulary, initial: str | None) -> ModelConfig:
     """The architecture: the given one or that of `initial`, with the vocabulary's size and the given dropout."""
     if initial is not None:
-        found: ModelConfig = _read_config("initial", storage.join(initial, model_config.FILE), "pretrain", ModelConfig)
+        config: ModelConfig = _read_config("initial", storage.join(initial, model_config.FILE), "pretrain", ModelConfig)
     else:
         assert spec.model is not None  # the specification has checked it
-        found = spec.model
-    size = found.vocabulary_size or vocabulary.size
+        config = spec.model
+    size = config.vocabulary_size or vocabulary.size
     if size != vocabulary.size:
         raise SpecificationError(
             f"the model has {size} ids, the vocabulary at {spec.locate(spec.text_tokenizer)} {vocabulary.size}: "
             "leave model.vocabulary_size away to take the vocabulary's"
         )
-    dropout = found.dropout if spec.dropout is None else spec.dropout
-    return found.model_copy(update={"vocabulary_size": size, "dropout": dropout})
+    dropout = config.dropout if spec.dropout is None else spec.dropout
+    return config.model_copy(update={"vocabulary_size": size, "dropout": dropout})
 
 
 def _continued_checkpoint(spec: TrainSpecification) -> Checkpoint | None:
@@ -202,12 +202,12 @@ def _continued_checkpoint(spec: TrainSpecification) -> Checkpoint | None:
     if not spec.continue_schedule:
         return None
     assert spec.initial is not None  # the specification has checked it
-    found = None if spec.initial.startswith("models:") else catalog.newest(spec.locate(spec.initial))
-    if found is None:
+    checkpoint = None if spec.initial.startswith("models:") else catalog.newest(spec.locate(spec.initial))
+    if checkpoint is None:
         raise SpecificationError(
             f"continue_schedule: {spec.initial} has no checkpoint to take optimizer and step count from"
         )
-    return found
+    return checkpoint
 
 
 def _check_samples(spec: TrainSpecification, config: ModelConfig) -> None:

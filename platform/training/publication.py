@@ -34,8 +34,8 @@ MODEL_FOLDER = "model"  # folder of the model directory in a stage's output
 def log_checkpoint(writer: BackgroundWriter, uri: str, report: dict[str, Any], names: Iterable[str]) -> None:
     """A checkpoint is in storage: a model of the run's in MLflow, with the metrics of its report that have `names`."""
     done = int(report["step"])
-    told = {key: value for key, value in report.items() if key not in ("faults", "groups")}
-    writer.log_dict({"uri": uri, **told}, f"checkpoints/step-{done:08d}.json")
+    values = {key: value for key, value in report.items() if key not in ("faults", "groups")}
+    writer.log_dict({"uri": uri, **values}, f"checkpoints/step-{done:08d}.json")
     metrics = {name: float(report[name]) for name in names if math.isfinite(report.get(name, math.nan))}
     tags = {"calumma.schedule_step": str(report["schedule_step"])} | provenance.commit()
     writer.log_checkpoint(f"step-{done:08d}", uri, done, metrics, tags)
@@ -100,11 +100,11 @@ def _log_answers(assignment: Assignment, worker: Worker, local: Path, writer: Ba
     answers = samples.sample_answers(model, spec.samples, spec.job == "finetune", spec.seed)
     for number, (prompt, answer) in enumerate(zip(spec.samples, answers, strict=True)):
         writer.log_image(samples.render_answer(prompt, answer), storage.join("samples", folder, f"{number:02d}.png"))
-    told = [
+    records = [
         {"prompt": prompt, "answer": _segment_texts(answer)}
         for prompt, answer in zip(spec.samples, answers, strict=True)
     ]
-    writer.log_dict({"samples": told}, f"answers/{folder or 'end'}.json")
+    writer.log_dict({"samples": records}, f"answers/{folder or 'end'}.json")
 
 
 def _segment_texts(answer: Document) -> list[str]:

@@ -44,7 +44,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     from calumma.platform.streaming.tensors import PlanDataConfig
 
     began = time.monotonic()
-    given, spec = spec, mixture.resolve_mixture(specification.with_absolute_storage(spec))
+    original, spec = spec, mixture.resolve_mixture(specification.with_absolute_storage(spec))
     number = capacity.require_workers(spec.resources)
     assignment = prepare(spec, run)
     warn_of_fresh_optimizer(assignment, number)
@@ -92,7 +92,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     report |= {"steps": spec.steps, "workers": workers_at_end, "groups": groups, "run": run.id}
     report["seconds"] = time.monotonic() - began
     report |= {"mixture": dict(spec.mixture), "epochs": epochs}
-    return _publish_stage(given, assignment, report)
+    return _publish_stage(original, assignment, report)
 
 
 def _clear_output(assignment: Assignment) -> None:
@@ -103,7 +103,7 @@ def _clear_output(assignment: Assignment) -> None:
         storage.delete(catalog.checkpoints_folder(assignment.output))
 
 
-def _publish_stage(given: TrainSpecification, assignment: Assignment, report: dict[str, Any]) -> Manifest:
+def _publish_stage(original: TrainSpecification, assignment: Assignment, report: dict[str, Any]) -> Manifest:
     """Register the model if asked to, then write the stage's manifest, with the specification as it was given."""
     spec = assignment.spec
     uri = storage.join(assignment.output, MODEL_FOLDER)
@@ -113,11 +113,11 @@ def _publish_stage(given: TrainSpecification, assignment: Assignment, report: di
     files = [entry.model_copy(update={"path": f"{MODEL_FOLDER}/{entry.path}"}) for entry in model.files]
     files.append(FileEntry.from_bytes(f"{MODEL_FOLDER}/{MANIFEST}", storage.read_bytes(storage.join(uri, MANIFEST))))
     others = [spec.locate(held) for held in spec.held_out.values()]
-    others += [spec.locate(given.mixture_of.stage)] if given.mixture_of else []
+    others += [spec.locate(original.mixture_of.stage)] if original.mixture_of else []
     manifest = Manifest(
         kind=KIND,
         files=files,
-        specification=given.model_dump(mode="json"),
+        specification=original.model_dump(mode="json"),
         report={**report, "model": MODEL_FOLDER},
         inputs=assignment.inputs | fingerprints(others),
     )

@@ -86,13 +86,13 @@ class Findings(BaseModel):
         why: Dropped,
         scores: Mapping[str, float] | None = None,
         like: int | None = None,
-        veil: Redactor | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         """`like`: the identity of what it duplicates. `veil`: takes out what a report must not show."""
         reasons = self.steps.setdefault(why.step, {})
         reasons[why.reason] = reasons.get(why.reason, 0) + 1
         self._measure(document, DROPPED, scores or {})
-        self._sample(f"{why.step}: {why.reason}", document, scores=scores, like=like, redactor=veil)
+        self._sample(f"{why.step}: {why.reason}", document, scores=scores, like=like, redactor=redactor)
 
     def scrubbed(self, document: Document) -> None:
         """Show what a scrubbed document looks like; marks are counted by `marks`."""
@@ -135,7 +135,7 @@ class Findings(BaseModel):
         scores: Mapping[str, float] | None = None,
         like: int | None = None,
         around: str = "",
-        veil: Redactor | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         name = name_of(document)
         rank = int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=6).digest())
@@ -143,7 +143,7 @@ class Findings(BaseModel):
         if len(samples) == limit and rank >= samples[-1].rank:
             return
         note = ", ".join(f"{scorer} {score:.4g}" for scorer, score in (scores or {}).items())
-        parts = excerpt(veil(document) if veil is not None else document, around)
+        parts = excerpt(redactor(document) if redactor is not None else document, around)
         sample = Sample(rank=rank, name=name, parts=parts, note=note, like=like)
         bisect.insort(samples, sample, key=lambda s: (s.rank, s.name))
         del samples[limit:]

@@ -86,11 +86,11 @@ class StepChain:
         clean = document if self.scrubber is None else self._timed("scrub", self.scrubber, document)
         return CheckedDocument(clean, None, images - len(document.images), clean != document)
 
-    def _timed(self, step: str, work: Callable[[In], Out], given: In) -> Out:
+    def _timed(self, step: str, work: Callable[[In], Out], value: In) -> Out:
         begin = time.perf_counter()
-        found = work(given)
+        result = work(value)
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - begin
-        return found
+        return result
 
 
 def check_form(item: files.Item, min_text: int) -> CheckedDocument | BadInput:

@@ -35,20 +35,20 @@ def build_index(task: dict[str, Any]) -> dict[str, Any]:
     rules = Decontamination.model_validate(task["rules"])
     index: Index = {}
     for number, uri in enumerate(task["against"]):
-        found: dict[str, list[Hashes]] = {}
+        hashes_of_length: dict[str, list[Hashes]] = {}
         for text, document in _evaluation_texts(uri):
             hashed = hashes(words(text))
             length = min(rules.ngram, len(hashed))
             if length >= min(rules.shortest, rules.ngram):
-                found.setdefault(str(length), []).append(ngrams(hashed, length))
+                hashes_of_length.setdefault(str(length), []).append(ngrams(hashed, length))
             if document is not None and document.images and rules.image_distance is not None:
                 pictures = [image_hash(image.open()) for image in document.images]
-                found.setdefault("images", []).append(np.array(pictures, np.uint64))
-        if not found:
+                hashes_of_length.setdefault("images", []).append(np.array(pictures, np.uint64))
+        if not hashes_of_length:
             raise SpecificationError(
                 f"decontaminate.against: {uri} holds no text of {rules.shortest} words or more; see `shortest`"
             )
-        index |= {f"{number}/{kind}": np.unique(np.concatenate(parts)) for kind, parts in found.items()}
+        index |= {f"{number}/{kind}": np.unique(np.concatenate(parts)) for kind, parts in hashes_of_length.items()}
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **index)
     storage.write_bytes(task["index"], buffer.getvalue())
@@ -134,9 +134,9 @@ def overlap_rule(rules: Decontamination, names: list[str], index_uri: str) -> Ru
     return rule
 
 
-def _overlap(found: Hashes, known: Hashes) -> bool:
-    places = np.minimum(np.searchsorted(known, found), len(known) - 1)
-    return bool((known[places] == found).any())
+def _overlap(hashed: Hashes, known: Hashes) -> bool:
+    places = np.minimum(np.searchsorted(known, hashed), len(known) - 1)
+    return bool((known[places] == hashed).any())
 
 
 @functools.lru_cache(maxsize=2)

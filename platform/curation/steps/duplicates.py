@@ -60,11 +60,11 @@ class SignatureWriter:
 
 def comparison_tasks(root: str, output: str, rules: DuplicateRules, rows: Mapping[str, int]) -> list[dict[str, Any]]:
     """Tasks for `find`, by the number of rows of every kind."""
-    made = []
+    tasks = []
     for kind in KINDS:
         count = -(-rows.get(kind, 0) // ROWS_PER_TASK)
         edges = [(n << 64) // count for n in range(count + 1)] if count else []
-        made += [
+        tasks += [
             {
                 "kind": kind,
                 "number": number,
@@ -76,7 +76,7 @@ def comparison_tasks(root: str, output: str, rules: DuplicateRules, rows: Mappin
             }
             for number in range(count)
         ]
-    return made
+    return tasks
 
 
 def find_duplicates(task: dict[str, Any]) -> dict[str, Any]:
@@ -138,10 +138,10 @@ def _similar_texts(ids: Ids, sketches: NDArray[np.uint8], threshold: float) -> P
     left = np.arange(len(ids))
     while len(left) > 1:
         leader, others = left[0], left[1:]
-        alike = similarity(sketches[leader], sketches[others]) >= threshold
-        dropped.append(ids[others[alike]])
-        of.append(np.full(int(alike.sum()), ids[leader], np.uint64))
-        left = others[~alike]
+        similar = similarity(sketches[leader], sketches[others]) >= threshold
+        dropped.append(ids[others[similar]])
+        of.append(np.full(int(similar.sum()), ids[leader], np.uint64))
+        left = others[~similar]
     return np.concatenate(dropped), np.concatenate(of)
 
 
@@ -157,9 +157,9 @@ def _similar_images(ids: Ids, values: Ids, distance: int) -> Pairs:
         block = hashed[begin : begin + _BLOCK]
         near = np.bitwise_count(block[:, None] ^ hashed[None, : begin + len(block)]) <= distance
         near &= np.arange(near.shape[1])[None, :] < (begin + np.arange(len(block)))[:, None]
-        found = near.any(axis=1)
-        dropped.append(owners[begin : begin + _BLOCK][found])
-        of.append(owners[near[found].argmax(axis=1)])
+        matched = near.any(axis=1)
+        dropped.append(owners[begin : begin + _BLOCK][matched])
+        of.append(owners[near[matched].argmax(axis=1)])
     return np.concatenate(dropped), np.concatenate(of)
 
 

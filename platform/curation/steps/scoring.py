@@ -63,12 +63,13 @@ class ScoringActor:
             yield current, reduce(values)
 
     def _call(self, batch: list[Any]) -> list[float]:
-        given = list(self._scorer(batch))
-        if len(given) != len(batch):
+        results = list(self._scorer(batch))
+        if len(results) != len(batch):
             raise ScorerFailed(
-                f"scorers.{self._name}: {self._spec.factory} gave {len(given)} scores for {len(batch)} {self._spec.of}"
+                f"scorers.{self._name}: {self._spec.factory} gave {len(results)} scores for {len(batch)} "
+                f"{self._spec.of}"
             )
-        scores = [float(score) for score in given]
+        scores = [float(score) for score in results]
         if bad := [score for score in scores if not math.isfinite(score)]:
             raise ScorerFailed(f"scorers.{self._name}: {self._spec.factory} gave the score {bad[0]}; it must be finite")
         return scores

@@ -200,8 +200,8 @@ def without_secrets(text: str, plugins: list[Any], candidate: re.Pattern[str] | 
     for number, line in enumerate(lines):
         if candidate is not None and not candidate.search(line):
             continue
-        found = {s for plugin in plugins for s in plugin.analyze_string(line) if len(s) >= _SHORTEST}
-        for secret in sorted(found, key=lambda s: (-len(s), s)):
+        secrets = {s for plugin in plugins for s in plugin.analyze_string(line) if len(s) >= _SHORTEST}
+        for secret in sorted(secrets, key=lambda s: (-len(s), s)):
             count += secret in line
             line = line.replace(secret, SECRET)
         lines[number] = line

@@ -28,12 +28,12 @@ def words(text: str) -> list[str]:
 def all_text(document: Document) -> str:
     """All that a document says: its texts, and the captions of images that no text segment repeats."""
     texts = {s.text for s in document.segments if isinstance(s, Text)}
-    said = [
+    parts = [
         s.text if isinstance(s, Text) else s.caption
         for s in document.segments
         if isinstance(s, Text) or (isinstance(s, Image) and s.caption and s.caption not in texts)
     ]
-    return "\n".join(part for part in said if part)
+    return "\n".join(part for part in parts if part)
 
 
 def is_pair(document: Document) -> bool:

@@ -64,11 +64,11 @@ class _Images:
     """A record's images, handed out in order."""
 
     def __init__(self, row: dict[str, Any]) -> None:
-        given = row.get("images") or row.get("image") or []
-        if not isinstance(given, list | str | dict):
-            raise Malformed(f"`images` is {json_type(given)}, not a list")
+        value = row.get("images") or row.get("image") or []
+        if not isinstance(value, list | str | dict):
+            raise Malformed(f"`images` is {json_type(value)}, not a list")
         self.targets = [
-            _target(value, index) for index, value in enumerate(given if isinstance(given, list) else [given])
+            _target(value, index) for index, value in enumerate(value if isinstance(value, list) else [value])
         ]
         self.captions = row.get("captions") or [None] * len(self.targets)
         if not isinstance(self.captions, list) or len(self.captions) != len(self.targets):

@@ -78,9 +78,9 @@ def _address(tree: Any, selector: str) -> str:
 def _content(body: Any) -> Any:
     """The one element that a page says is its content, if it does."""
     for selector in ("main, [role=main]", "article"):
-        found = body.css(selector)
-        if len(found) == 1:
-            return found[0]
+        elements = body.css(selector)
+        if len(elements) == 1:
+            return elements[0]
     return None
 
 
@@ -189,8 +189,8 @@ class _MarkdownWriter:
     def _code(self, node: Any) -> None:
         """A block of code, its lines as they are."""
         code = node.first_child if node.first_child is not None and node.first_child.tag == "code" else node
-        said = " ".join(n.attributes.get("class") or "" for n in (node, code))
-        language = LANGUAGE.search(said)
+        classes = " ".join(n.attributes.get("class") or "" for n in (node, code))
+        language = LANGUAGE.search(classes)
         lines = node.text().strip("\n").split("\n")
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", node.text())), default=0))
         self._break(2)

@@ -45,10 +45,10 @@ def interleaved(file: File) -> Iterator[ReaderItem]:
             yield BadInput(name, str(error))
 
 
-def _columns(there: list[str]) -> Sequence[str]:
-    if missing := [name for name in NEEDED if name not in there]:
-        raise Malformed(f"has no column {', '.join(missing)}; it has {', '.join(there)}")
-    return [name for name in (*NEEDED, *OPTIONAL) if name in there]
+def _columns(present: list[str]) -> Sequence[str]:
+    if missing := [name for name in NEEDED if name not in present]:
+        raise Malformed(f"has no column {', '.join(missing)}; it has {', '.join(present)}")
+    return [name for name in (*NEEDED, *OPTIONAL) if name in present]
 
 
 def _page(row: dict[str, Any]) -> list[DraftSegment]:
@@ -85,10 +85,10 @@ def _image(value: Any, index: int, caption: str | None) -> DraftSegment:
 
 def _alternative_texts(metadata: Any, length: int) -> list[str | None]:
     """OBELICS's alternative texts, as captions."""
-    there = _parse_json(metadata)
-    if not isinstance(there, list) or len(there) != length:
+    entries = _parse_json(metadata)
+    if not isinstance(entries, list) or len(entries) != length:
         return [None] * length
-    return [text_or_none(entry.get("alt_text")) if isinstance(entry, dict) else None for entry in there]
+    return [text_or_none(entry.get("alt_text")) if isinstance(entry, dict) else None for entry in entries]
 
 
 def _parse_json(value: Any) -> Any:

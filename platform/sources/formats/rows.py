@@ -154,8 +154,8 @@ def parquet_rows(file: File, columns: Callable[[list[str]], Sequence[str]]) -> I
     total = max(1, table.metadata.num_rows)
     for group in range(table.num_row_groups):
         number = 0
-        there = table.metadata.row_group(group)
-        size = max(1, there.total_byte_size // max(1, there.num_rows))
+        group_metadata = table.metadata.row_group(group)
+        size = max(1, group_metadata.total_byte_size // max(1, group_metadata.num_rows))
         at_once = max(1, min(BATCH_ROWS, BATCH_BYTES // size))
         try:
             for batch in table.iter_batches(at_once, row_groups=[group], columns=list(chosen), use_threads=False):
@@ -165,6 +165,6 @@ def parquet_rows(file: File, columns: Callable[[list[str]], Sequence[str]]) -> I
         except StorageError:
             raise
         except unreadable as error:
-            lost = there.num_rows - number
+            lost = group_metadata.num_rows - number
             reason = f"{lost:,} rows cannot be read: {error}"
             yield BadInput(file.at(f"row group {group}"), reason, round(lost / total * file.size))

@@ -19,9 +19,9 @@ def text(file: File, *, field: str | None = None) -> Iterator[ReaderItem]:
     """{"text": …, "license": …, "url": …} a record; `field` names the text if it is neither `text` nor `content`."""
     fields = FIELDS if field is None else (field,)
 
-    def columns(there: list[str]) -> Sequence[str]:
-        _field(dict.fromkeys(there), fields)
-        return [name for name in (*fields, *LICENSES, "url", "metadata", "meta") if name in there]
+    def columns(present: list[str]) -> Sequence[str]:
+        _field(dict.fromkeys(present), fields)
+        return [name for name in (*fields, *LICENSES, "url", "metadata", "meta") if name in present]
 
     parquet = file.plain_name.endswith(".parquet")
     yield from drafts(parquet_rows(file, columns) if parquet else json_rows(file), lambda row: _text(row, fields))

@@ -22,21 +22,21 @@ def webdataset(file: File) -> Iterator[ReaderItem]:
     """One document a key. An archive that ends or breaks early gives the samples that were whole before it."""
     sample: dict[str, bytes] = {}
     key = ""
-    usual: set[str] = set()  # the extensions of the last whole sample
+    last_extensions: set[str] = set()  # the extensions of the last whole sample
     try:
         for name, data in _members(file):
             folder, slash, base = name.rpartition("/")
             stem, _, extension = base.partition(".")
-            found = f"{folder}{slash}{stem}"
-            if found != key and sample:
-                usual = set(sample)
+            sample_key = f"{folder}{slash}{stem}"
+            if sample_key != key and sample:
+                last_extensions = set(sample)
                 yield _sample(file, key, sample)
                 sample = {}
-            key = found
+            key = sample_key
             sample[extension.lower()] = data
     except _DamagedArchive as damage:
         # The sample at the damage counts as whole when it has all parts that the one before it had.
-        if sample and set(sample) == usual:
+        if sample and set(sample) == last_extensions:
             yield _sample(file, key, sample)
             sample = {}
         yield BadInput(file.at(key) if sample else file.uri, str(damage), damage.bytes_lost)

@@ -73,8 +73,8 @@ def find_damage(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> str:
 
 def quarantine(checkpoint: Checkpoint, why: str) -> None:
     """Take a damaged checkpoint out of use: its manifest becomes `damaged.json`, its files stay to be looked at."""
-    told = {"why": why, "manifest": checkpoint.manifest.model_dump(mode="json")}
-    storage.write_bytes(storage.join(checkpoint.uri, DAMAGED), json.dumps(told).encode())
+    record = {"why": why, "manifest": checkpoint.manifest.model_dump(mode="json")}
+    storage.write_bytes(storage.join(checkpoint.uri, DAMAGED), json.dumps(record).encode())
     storage.delete(storage.join(checkpoint.uri, MANIFEST))
     logger.warning("the checkpoint after step %d is damaged and set aside: %s", checkpoint.step, why)
 
@@ -104,13 +104,13 @@ def retain(output: str, retention: Retention) -> list[int]:
 
 def _best(output: str, steps: Iterable[int]) -> list[int]:
     """Steps by the loss their checkpoint reports, held-out where there is one; those without a loss are left out."""
-    found: list[tuple[float, int]] = []
+    losses: list[tuple[float, int]] = []
     for step in steps:
         manifest = Manifest.find(checkpoint_uri(output, step))
         loss = None if manifest is None else manifest.report.get("held_out_loss", manifest.report.get("loss"))
         if loss is not None:
-            found.append((float(loss), step))
-    return [step for _, step in sorted(found)]
+            losses.append((float(loss), step))
+    return [step for _, step in sorted(losses)]
 
 
 def local_entry(path: Path, base: str) -> FileEntry:

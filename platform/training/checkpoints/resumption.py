@@ -37,26 +37,26 @@ def agreed_checkpoint(output: str, spec: Resumable, inputs: dict[str, str]) -> C
     alone = not dist.is_initialized()
     rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     while True:
-        given: list[Checkpoint | None] = [newest(output, accept) if rank == 0 else None]
+        choice: list[Checkpoint | None] = [newest(output, accept) if rank == 0 else None]
         if not alone:
-            dist.broadcast_object_list(given, src=0)
-        found = given[0]
-        if found is None:
+            dist.broadcast_object_list(choice, src=0)
+        checkpoint = choice[0]
+        if checkpoint is None:
             return None
-        wrong = [told for told in gather_messages(find_damage(found, (rank, world))) if told]
-        if not wrong:
-            return found
+        problems = [message for message in gather_messages(find_damage(checkpoint, (rank, world))) if message]
+        if not problems:
+            return checkpoint
         if rank == 0:
-            quarantine(found, wrong[0])
+            quarantine(checkpoint, problems[0])
 
 
-def gather_messages(mine: str) -> list[str]:
+def gather_messages(message: str) -> list[str]:
     """What each worker of the group has to say."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    told = [""] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return told
+        return [message]
+    messages = [""] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return messages
 
 
 def made_by(spec: Resumable, inputs: dict[str, str]) -> Callable[[Manifest], bool]:
@@ -74,8 +74,8 @@ def made_by(spec: Resumable, inputs: dict[str, str]) -> Callable[[Manifest], boo
 
 def difference(checkpoint: Checkpoint, spec: Resumable, inputs: dict[str, str]) -> str:
     """Why a specification does not go on with a checkpoint that `continues` refuses."""
-    found = checkpoint.manifest
-    was, now = _settings(found, spec), resumable_settings(spec.model_dump(mode="json"))
+    manifest = checkpoint.manifest
+    was, now = _settings(manifest, spec), resumable_settings(spec.model_dump(mode="json"))
     changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if changed == ["steps"]:
         return (
@@ -84,8 +84,8 @@ def difference(checkpoint: Checkpoint, spec: Resumable, inputs: dict[str, str]) 
         )
     if changed:
         return f"other settings ({', '.join(changed)})"
-    if found.inputs != inputs:
-        return f"other data or tokenizers ({', '.join(sorted(_changed_inputs(found.inputs, inputs)))})"
+    if manifest.inputs != inputs:
+        return f"other data or tokenizers ({', '.join(sorted(_changed_inputs(manifest.inputs, inputs)))})"
     return f"it is to end after step {spec.steps}"
 
 
@@ -118,8 +118,8 @@ def same_partitioning(checkpoint: Checkpoint, spec: TrainSpecification, world: i
 
 def _matches_partitioning(checkpoint: Checkpoint, world: int, zero_stage: int, precision: str) -> bool:
     report = checkpoint.manifest.report
-    alike: bool = (report["zero_stage"], report["precision"]) == (zero_stage, precision)
-    return alike and (zero_stage == 0 or report["world_size"] == world)  # without ZeRO every worker has all of it
+    same: bool = (report["zero_stage"], report["precision"]) == (zero_stage, precision)
+    return same and (zero_stage == 0 or report["world_size"] == world)  # without ZeRO every worker has all of it
 
 
 def can_restore_optimizer(checkpoint: Checkpoint, spec: TrainSpecification, world: int) -> bool:

@@ -111,13 +111,13 @@ class Saver:
         one could not write its part: then the checkpoint does not exist."""
         if self._written is None:
             return
-        failed = [told for told in gather_messages(_error_message(self._written)) if told]
+        failed = [message for message in gather_messages(_error_message(self._written)) if message]
         self._written = None
         if failed:
             self._given_up.set()
         if not failed and self._rank == 0 and self._manifest is not None:
-            failed = [told] if (told := _error_message(self._manifest)) else []
-        failed = [told for told in gather_messages(failed[0] if failed else "") if told]
+            failed = [message] if (message := _error_message(self._manifest)) else []
+        failed = [message for message in gather_messages(failed[0] if failed else "") if message]
         if failed:
             raise storage.StorageError(f"the checkpoint {self._uri} was not written: {failed[0]}")
         self._failures = 0
@@ -144,8 +144,8 @@ class Saver:
             for path in sorted(path for path in Path(extra).rglob("*") if path.is_file()):
                 entries.append(catalog.local_entry(path, extra))
                 storage.upload(path, storage.join(save, entries[-1].path))
-        told = [entry.model_dump(mode="json") for entry in entries]
-        storage.write_bytes(_part_uri(save, self._rank), json.dumps(told).encode())
+        listing = [entry.model_dump(mode="json") for entry in entries]
+        storage.write_bytes(_part_uri(save, self._rank), json.dumps(listing).encode())
 
     def _publish(self, uri: str, save: str, report: dict[str, Any], given_up: threading.Event) -> None:
         files: list[FileEntry] = []
@@ -153,12 +153,12 @@ class Saver:
             while not storage.exists(_part_uri(save, rank)):
                 if given_up.wait(_PART_POLL):
                     return
-            told = json.loads(storage.read_bytes(_part_uri(save, rank)))
-            files += [FileEntry.model_validate(entry) for entry in told]
-        named = [entry.model_copy(update={"path": f"{report['folder']}/{entry.path}"}) for entry in files]
+            listing = json.loads(storage.read_bytes(_part_uri(save, rank)))
+            files += [FileEntry.model_validate(entry) for entry in listing]
+        entries = [entry.model_copy(update={"path": f"{report['folder']}/{entry.path}"}) for entry in files]
         Manifest(
             kind=catalog.KIND,
-            files=named,
+            files=entries,
             specification=self._spec.model_dump(mode="json"),
             report=report,
             inputs=self._inputs,

@@ -98,7 +98,7 @@ def convert_to_universal(source: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     target.mkdir(parents=True, exist_ok=True)
-    given = Namespace(
+    arguments = Namespace(
         input_folder=str(source),
         output_folder=str(target),
         num_extract_workers=1,  # in this process: a worker must not fork under its threads
@@ -108,7 +108,7 @@ def convert_to_universal(source: Path, target: Path) -> None:
         inject_missing_state=True,
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(given)
+        ds_to_universal.main(arguments)
     model = torch.load(_first_model_file(source), map_location="cpu", weights_only=False)
     shapes = {name: shape for group in _groups(model["param_shapes"]) for name, shape in group.items()}
     common = target / "zero" / "optimizer_state.pt"
@@ -214,7 +214,7 @@ def _broadcast(value: str) -> str:
 
 def _raise_on_all(error: str | None, uri: str) -> None:
     """Raises StorageError on every worker when one of them met an error."""
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, error)
-    if failed := [told for told in everyone if told]:
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if failed := [message for message in errors if message]:
         raise storage.StorageError(f"{uri} cannot be read: {failed[0]}")

@@ -158,7 +158,7 @@ def progress_from_metrics(
     stop = threading.Event()
     progress(0, steps, "starting the workers")
 
-    def tell() -> Status | None:
+    def newest_status() -> Status | None:
         try:
             status = Status.from_metrics(stage, steps, job_run.latest())
         except Exception as error:  # MLflow is away: training goes on, and so does watching
@@ -170,7 +170,7 @@ def progress_from_metrics(
         shown: Status | None = None
         while True:
             last = stop.wait(poll)
-            status = tell()
+            status = newest_status()
             if status is not None and status.step and status != shown:
                 shown = status
                 progress(status.step, steps, status.note())

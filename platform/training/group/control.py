@@ -30,11 +30,13 @@ class FirstStep:
         self._output, self._spec, self._inputs = output, spec, inputs
 
     def __call__(self) -> int:
-        found = catalog.newest(self._output, resumption.made_by(self._spec, self._inputs))
-        return found.step if found else 0
+        checkpoint = catalog.newest(self._output, resumption.made_by(self._spec, self._inputs))
+        return checkpoint.step if checkpoint else 0
 
 
 def worker_control(output: str) -> WorkerControl:
     """How the driver and Ray Train's controller reach the workers of the stage that writes to `output`."""
-    place = catalog.checkpoints_folder(output)
-    return WorkerControl(partial(catalog.newest_step, output), partial(notify, place), partial(none_pending, place))
+    checkpoints = catalog.checkpoints_folder(output)
+    return WorkerControl(
+        partial(catalog.newest_step, output), partial(notify, checkpoints), partial(none_pending, checkpoints)
+    )

@@ -59,11 +59,11 @@ class NoticeWatcher:
 
     def acknowledge(self, action: Action) -> None:
         """What was asked for is done; a notice to stop that came meanwhile waits."""
-        followed = ACTIONS[: ACTIONS.index(action) + 1]
-        if self._pending is not None and self._pending[0] in followed:
+        done = ACTIONS[: ACTIONS.index(action) + 1]
+        if self._pending is not None and self._pending[0] in done:
             self._pending = None
         with suppress(storage.StorageError):
-            delete_notices(self._checkpoints, followed)
+            delete_notices(self._checkpoints, done)
 
     def close(self) -> None:
         self._stop.set()
@@ -74,8 +74,8 @@ class NoticeWatcher:
             known = -1 if self._pending is None else ACTIONS.index(self._pending[0])
             for action in reversed(ACTIONS[known + 1 :]):
                 try:
-                    told = json.loads(storage.read_bytes(notice_file(self._checkpoints, action)))
-                    self._pending = (action, str(told.get("why", "")))
+                    content = json.loads(storage.read_bytes(notice_file(self._checkpoints, action)))
+                    self._pending = (action, str(content.get("why", "")))
                     break
                 except storage.NotFound:
                     continue

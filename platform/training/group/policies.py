@@ -53,7 +53,7 @@ def _not_retryable(error: BaseException) -> bool:
     return type(getattr(error, "_base_exc", error)).__name__ in ("TrainingFailed", "SpecificationError")
 
 
-def checkpoint_before_resizing(lifeline: WorkerControl, recovery: Recovery) -> Any:
+def checkpoint_before_resizing(control: WorkerControl, recovery: Recovery) -> Any:
     """A callback of Ray Train's controller: a group that is well checkpoints before another size takes its place, so
     that few steps are taken twice."""
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -72,8 +72,8 @@ def checkpoint_before_resizing(lifeline: WorkerControl, recovery: Recovery) -> A
                 return
             self._well = False
             try:
-                lifeline.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
-                if not wait_until(recovery.stop_seconds, lifeline.acknowledged):
+                control.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
+                if not wait_until(recovery.stop_seconds, control.acknowledged):
                     logger.warning("no checkpoint before resizing within %g s", recovery.stop_seconds)
             except OSError as error:  # resizing goes on from an older checkpoint
                 logger.warning("no checkpoint before resizing: %s", error)
@@ -140,11 +140,11 @@ def _accepts_connections(address: tuple[str, int]) -> bool:
     return True
 
 
-def wait_until(seconds: float, happened: Callable[[], bool]) -> bool:
+def wait_until(seconds: float, condition: Callable[[], bool]) -> bool:
     """Whether it happened within that time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if happened():
+        if condition():
             return True
         time.sleep(1.0)
     return False

@@ -124,18 +124,18 @@ class Supervisor:
 
     def _agreed_action(self) -> tuple[Action | None, str]:
         """What this group is to do now: the strongest that any of its workers was told, the same on all."""
-        mine: tuple[Action, str] | None = self._notices.pending if self._notices is not None else None
+        own: tuple[Action, str] | None = self._notices.pending if self._notices is not None else None
         preemption = _preemption()
-        if mine is None and preemption is not None and preemption != self._preemption:
-            mine = ("checkpoint", "a node is about to be taken away")
+        if own is None and preemption is not None and preemption != self._preemption:
+            own = ("checkpoint", "a node is about to be taken away")
         self._preemption = preemption
         levels: dict[Action | None, int] = {None: 0, "checkpoint": 1, "stop": 2}
-        told = torch.tensor(levels[mine[0] if mine else None], device=self._engine.device)
+        strongest = torch.tensor(levels[own[0] if own else None], device=self._engine.device)
         if self._worker.world > 1:
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        level = int(told)
+            dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
+        level = int(strongest)
         action = next(name for name, number in levels.items() if number == level)
-        return action, mine[1] if mine else "another worker was told"
+        return action, own[1] if own else "another worker was told"
 
     def _save_stacks(self, text: str) -> None:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")

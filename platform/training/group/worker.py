@@ -42,8 +42,8 @@ def set_up_worker() -> Worker:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one, and may find a driver without a device
-        given = int(os.environ.get(THREADS_VARIABLE, 0))
-        torch.set_num_threads(given or max(1, _cores() // context.get_local_world_size()))
+        threads = int(os.environ.get(THREADS_VARIABLE, 0))
+        torch.set_num_threads(threads or max(1, _cores() // context.get_local_world_size()))
     return Worker(context.get_world_rank(), context.get_world_size(), device)
 
 

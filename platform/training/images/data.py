@@ -129,9 +129,9 @@ class Pool:
         weights_N = torch.zeros(self.size, dtype=torch.double)
         weights_N[rank::world] = sampling_weights(images_NCHW, weigh, (rank, world))
         if world > 1:
-            everyones_N = weights_N.to(worker.device)
-            dist.all_reduce(everyones_N)
-            weights_N = everyones_N.cpu()
+            summed_N = weights_N.to(worker.device)
+            dist.all_reduce(summed_N)
+            weights_N = summed_N.cpu()
         if not weights_N.any():
             raise SpecificationError("sampling_weight: every image got the weight 0, so none can be drawn")
         self._weights_N = weights_N

@@ -47,10 +47,12 @@ _RESUMED_FIELDS = ("step", "schedule_step", "loss", "held_out_loss", "seconds", 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's loop, from the newest whole checkpoint that there is when this group starts; the report (on rank 0,
     elsewhere empty)."""
-    given: ImageAssignment = config["assignment"]
+    submitted: ImageAssignment = config["assignment"]
     worker = set_up_worker()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
-    assignment = replace(given, resume=resumption.agreed_checkpoint(given.output, given.spec, given.inputs))
+    assignment = replace(
+        submitted, resume=resumption.agreed_checkpoint(submitted.output, submitted.spec, submitted.inputs)
+    )
     writer = None
     if worker.is_main:
         writer = BackgroundWriter(assignment.run, backup=storage.join(assignment.output, "tracking"))
@@ -125,10 +127,10 @@ class Loop:
             x = data.as_floats(self.pool.take(self.pool.draw(spec.batch, training.generator)))
         rate = learning_rate(step, spec.learning_rate, self.schedule, spec.steps)
         with self.clock("compute"):
-            found = training.compute_gradients(x, step)
+            measures = training.compute_gradients(x, step)
             # Judged by what is never below 0: the adversarial part of the whole may be.
-            loss = found.parts["reconstruction"] if math.isfinite(found.loss) else found.loss
-            cause = self.faults.guard.judge(loss) or (None if math.isfinite(found.norm) else "gradient")
+            loss = measures.parts["reconstruction"] if math.isfinite(measures.loss) else measures.loss
+            cause = self.faults.guard.judge(loss) or (None if math.isfinite(measures.norm) else "gradient")
             if cause is None:
                 self.faults.guard.record_good(loss)
                 training.take_step(rate)
@@ -139,7 +141,7 @@ class Loop:
         if cause is None and (done % self.period == 0 or last):
             metrics |= self._end_period(done, x)
         if done % (spec.log_every or self.period) == 0 or last:
-            metrics |= self._metrics(done, rate, found if cause is None else None)
+            metrics |= self._metrics(done, rate, measures if cause is None else None)
         self._log(metrics, done)
         if spec.held_out_every is not None and done % spec.held_out_every == 0 and not last:
             self._evaluate(supervisor, done)
@@ -152,12 +154,12 @@ class Loop:
         self.training.begin_period()
         return metrics
 
-    def _metrics(self, done: int, rate: float, found: StepMeasures | None) -> dict[str, float]:
+    def _metrics(self, done: int, rate: float, measures: StepMeasures | None) -> dict[str, float]:
         """Of the newest step, unless it was not taken, and since the last metrics."""
         metrics: dict[str, float] = {}
-        if found is not None:
-            self.report["loss"] = found.loss
-            metrics = {"loss": found.loss, **found.parts, "gradient_norm": found.norm}
+        if measures is not None:
+            self.report["loss"] = measures.loss
+            metrics = {"loss": measures.loss, **measures.parts, "gradient_norm": measures.norm}
         steps, whole = done - self._interval_step, time.monotonic() - self._interval_began
         speed = steps * self.spec.batch / max(whole - self._paused, 1e-9)
         metrics |= {"learning_rate": rate, "images_per_second": speed, "step": done, "workers": self.worker.world}
@@ -173,8 +175,8 @@ class Loop:
         """Reconstruction on the way: its errors and a picture."""
         began = time.monotonic()
         with self.clock("evaluation"):
-            found = self._measured(supervisor)
-            self._log({key: value for key, value in found.items() if isinstance(value, float)}, done)
+            metrics = self._measured(supervisor)
+            self._log({key: value for key, value in metrics.items() if isinstance(value, float)}, done)
             self._picture(f"samples/step-{done:08d}/reconstructions.png")
         self._paused += time.monotonic() - began
 
@@ -183,13 +185,13 @@ class Loop:
         these and training images use; every worker calls it."""
         beat = supervisor.beat if supervisor is not None else None
 
-        def over(images: Tensor) -> ReconstructionErrors:
+        def measured(images: Tensor) -> ReconstructionErrors:
             return measure_reconstruction(
                 self.training.tokenizer, images, all_reduce=self.training.all_reduce, beat=beat
             )
 
-        trained = over(self.pool.images[: -(-_MEASURED_IMAGES // self.worker.world)])
-        held_out = trained if self.held_out is None else over(self.held_out)
+        trained = measured(self.pool.images[: -(-_MEASURED_IMAGES // self.worker.world)])
+        held_out = trained if self.held_out is None else measured(self.held_out)
         self.report["held_out_loss"] = held_out.squared
         return {
             "image_reconstruction_error": held_out.squared,
@@ -210,13 +212,13 @@ class Loop:
         def roll_back() -> int:
             with self.clock("checkpoint"):
                 supervisor.wait_until_published()
-                found = resumption.agreed_checkpoint(self.assignment.output, self.spec, self.assignment.inputs)
-                if found is None:
+                checkpoint = resumption.agreed_checkpoint(self.assignment.output, self.spec, self.assignment.inputs)
+                if checkpoint is None:
                     raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
-                self.training.load(_read_state(found), draws=False)  # other images than those that led here
-            return found.step
+                self.training.load(_read_state(checkpoint), draws=False)  # other images than those that led here
+            return checkpoint.step
 
-        def ending() -> str:
+        def failure_report() -> str:
             return faults.divergence_report(
                 done,
                 self.faults.incidents,
@@ -227,7 +229,7 @@ class Loop:
                 warmup=None,
             )
 
-        self.faults.handle(done, cause, loss, self.writer, roll_back, ending)
+        self.faults.handle(done, cause, loss, self.writer, roll_back, failure_report)
 
     def _save(self, supervisor: Supervisor, done: int, due: bool) -> None:
         """Whatever the end of a step asks for: a checkpoint, or to stop."""
@@ -247,8 +249,8 @@ class Loop:
             self.writer.log({key: value for key, value in metrics.items() if math.isfinite(value)}, done)
 
 
-def _read_state(found: Checkpoint) -> dict[str, Any]:
+def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `ImageTraining.whole_state` was; every worker calls it."""
-    with universal.local_checkpoint(found.files) as folder:
+    with universal.local_checkpoint(checkpoint.files) as folder:
         state: dict[str, Any] = torch.load(folder / REPLICATED_FILE, map_location="cpu", weights_only=True)
     return state

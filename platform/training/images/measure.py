@@ -31,7 +31,7 @@ def measure_reconstruction(
     tokenizer: ImageTokenizer,
     images_NCHW: Tensor,
     batch: int = 64,
-    total: Callable[[Tensor], object] | None = None,
+    all_reduce: Callable[[Tensor], object] | None = None,
     beat: Callable[[], None] | None = None,
 ) -> ReconstructionErrors:
     """Encode and decode every image (ByteTensor [N, 3, H, W]) as serving does: clamped to what a picture can hold.
@@ -51,9 +51,9 @@ def measure_reconstruction(
         absolute += difference.abs().sum().item() * 127.5
         if beat is not None:
             beat()
-    if total is not None:
+    if all_reduce is not None:
         sums = torch.tensor([squared, absolute, number, *used_K.tolist()], dtype=torch.float64, device=device)
-        total(sums)
+        all_reduce(sums)
         squared, absolute, number = float(sums[0]), float(sums[1]), int(sums[2])
         used_K = (sums[3:] > 0).cpu()
     values = max(1, number * 3 * tokenizer.config.resolution**2)

@@ -81,8 +81,8 @@ class ImageTraining:
         """Above 0: codes used in this period (see `begin_period`), at least by this worker's images."""
         self.started = False
         """Whether the codebook was moved onto latents of real images."""
-        self._found: Reconstruction | None = None
-        self._judged = False
+        self._reconstruction: Reconstruction | None = None
+        self._discriminated = False
 
     @property
     def device(self) -> torch.device:
@@ -95,12 +95,12 @@ class ImageTraining:
             self.restart(x_BCHW)
             self.started = True
         main, critic = self._networks["tokenizer"], self._networks.get("discriminator")
-        found = main.model(x_BCHW)
-        losses = self.objective.tokenizer(found, x_BCHW, step, self.tokenizer.last_layer)
+        reconstruction = main.model(x_BCHW)
+        losses = self.objective.tokenizer(reconstruction, x_BCHW, step, self.tokenizer.last_layer)
         parts, norms = dict(losses.parts), [main.backward(losses.total * self._weight)]
-        self._found, self._judged = found, critic is not None and self.objective.judges(step)
-        if critic is not None and self._judged:
-            loss = discriminator_loss(critic.model, found, x_BCHW)
+        self._reconstruction, self._discriminated = reconstruction, critic is not None and self.objective.judges(step)
+        if critic is not None and self._discriminated:
+            loss = discriminator_loss(critic.model, reconstruction, x_BCHW)
             norms.append(critic.backward(loss * self._weight))
             parts["discriminator_loss"] = loss.detach()
         values = torch.stack([losses.total.detach(), *parts.values()])
@@ -111,15 +111,15 @@ class ImageTraining:
 
     def take_step(self, rate: float) -> None:
         """Take the step that was looked at; the discriminator's learning rate follows the tokenizer's."""
-        assert self._found is not None
-        self._networks["tokenizer"].move(rate)
-        if self._judged:
+        assert self._reconstruction is not None
+        self._networks["tokenizer"].step(rate)
+        if self._discriminated:
             critic = self._networks["discriminator"]
             critic.step(rate / self.spec.learning_rate * critic.peak)
         if self.average is not None:
             weight_KE = self.tokenizer.codebook.weight.detach()
-            self.average.update(weight_KE, self._found.latents_BNE, self._found.codes_BN)
-        self.used_K[self._found.codes_BN.flatten()] = 1.0
+            self.average.update(weight_KE, self._reconstruction.latents_BNE, self._reconstruction.codes_BN)
+        self.used_K[self._reconstruction.codes_BN.flatten()] = 1.0
 
     def codes_in_use(self) -> float:
         """The share of codes that any worker has used in this period; every worker calls it."""

@@ -37,7 +37,7 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
 
     Raises SpecificationError before anything starts, TrainingFailed, StorageError.
     """
-    given, spec = spec, specification.with_absolute_storage(spec)
+    original, spec = spec, specification.with_absolute_storage(spec)
     number = capacity.require_workers(spec.resources)
     read_from = [spec.locate(uri) for uri in [*spec.documents, *spec.held_out]]
     for uri in read_from:
@@ -62,7 +62,7 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
     manifest = Manifest(
         kind=KIND,
         files=files,
-        specification=given.model_dump(mode="json"),
+        specification=original.model_dump(mode="json"),
         report={**report, "groups": worker_groups(assignment), "run": run.id},
         inputs=fingerprints(read_from),
     )

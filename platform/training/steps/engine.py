@@ -84,7 +84,7 @@ def deepspeed_config(spec: TrainSpecification, world: int, parameters: int) -> d
             zero[name] = {"device": device, "pin_memory": spec.offload.pin_memory}
             if device == "nvme":
                 zero[name]["nvme_path"] = spec.offload.nvme_path
-    ours: dict[str, Any] = {
+    configuration: dict[str, Any] = {
         # DeepSpeed only multiplies these: what a micro-batch holds is the shards' business
         "train_batch_size": accumulation * world,
         "train_micro_batch_size_per_gpu": 1,
@@ -99,8 +99,8 @@ def deepspeed_config(spec: TrainSpecification, world: int, parameters: int) -> d
         "checkpoint": {"tag_validation": "Ignore"},
     }
     if bfloat16 and spec.zero_stage:  # without ZeRO, DeepSpeed keeps float32 masters but adds up gradients in bfloat16
-        ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merged(ours, spec.deepspeed)
+        configuration["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(configuration, spec.deepspeed)
 
 
 def check_deepspeed_settings(spec: TrainSpecification) -> None:
@@ -109,20 +109,20 @@ def check_deepspeed_settings(spec: TrainSpecification) -> None:
         return
     for path, field in _OWN_FIELDS.items():
         section, _, name = path.rpartition(".")
-        given = spec.deepspeed.get(section, {}) if section else spec.deepspeed
-        if isinstance(given, dict) and name in given:
+        settings = spec.deepspeed.get(section, {}) if section else spec.deepspeed
+        if isinstance(settings, dict) and name in settings:
             raise SpecificationError(f"deepspeed.{path}: this is decided by `{field}`; leave it away here and set that")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    asked = _RecordingConfig(deepspeed_config(spec, world=1, parameters=1))
+    recording = _RecordingConfig(deepspeed_config(spec, world=1, parameters=1))
     try:
-        DeepSpeedConfig(asked)
+        DeepSpeedConfig(recording)
     except Exception as error:  # pydantic's, assertions, its own: it has no common class
         raise SpecificationError(f"deepspeed: DeepSpeed refuses these settings: {_error_text(error)}") from error
-    for name in spec.deepspeed.keys() - asked.names:
-        near = difflib.get_close_matches(name, asked.names, n=1)
+    for name in spec.deepspeed.keys() - recording.names:
+        near = difflib.get_close_matches(name, recording.names, n=1)
         meant = f"; is {near[0]} meant?" if near else "; https://www.deepspeed.ai/docs/config-json/ lists them"
         raise SpecificationError(f"deepspeed.{name}: DeepSpeed knows no such setting{meant}")
 
@@ -230,13 +230,13 @@ def step(
         if dropout is not None:
             seed, number, rank = dropout
             torch.manual_seed(hash((seed, number, turn * world + rank)) % 2**63)
-        found = losses(engine, batch, image_mask_V, z_loss=z_loss, normalizer=normalizer, measure=measure and turn == 0)
+        loss = losses(engine, batch, image_mask_V, z_loss=z_loss, normalizer=normalizer, measure=measure and turn == 0)
         # A copy: handed the forward pass's own result, DeepSpeed divides the gradient by the number of micro-batches
         # after all, without ZeRO and at stage 1 in bfloat16 (0.19.8: where it does not scale the loss itself, its hooks
         # on the result run before the one that marks the loss as scaled).
-        engine.backward(found.total.clone(), scale_wrt_gas=False)
-        local += torch.stack([found.sums.text_nll, found.sums.image_nll, found.sums.z_sum]).double()
-        stability |= found.stability
+        engine.backward(loss.total.clone(), scale_wrt_gas=False)
+        local += torch.stack([loss.sums.text_nll, loss.sums.image_nll, loss.sums.z_sum]).double()
+        stability |= loss.stability
         if accept is not None and turn == len(group) - 1 and not accept(sum_over_workers(local.clone())):
             with _without_update(engine):
                 engine.step()

@@ -37,9 +37,9 @@ class Incident:
     """The last step whose data was left out."""
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> Incident:
+    def from_json(cls, values: dict[str, Any]) -> Incident:
         """The inverse of `plain`."""
-        return cls(**{**plain, "loss": float(plain["loss"])})
+        return cls(**{**values, "loss": float(values["loss"])})
 
     def describe(self) -> str:
         what = {"loss": f"loss {self.loss:g}", "gradient": "a gradient that is not finite"}.get(
@@ -133,7 +133,7 @@ class FaultHandler:
         """`report` is that of the checkpoint that the run goes on from."""
         self._rules, self._steps = rules, steps
         self.guard = LossGuard.from_state(rules, report.get("faults"))
-        self.incidents = [Incident.from_json(told) for told in report.get("incidents", [])]
+        self.incidents = [Incident.from_json(incident) for incident in report.get("incidents", [])]
         self.resume_after = max((incident.resumed_after or 0 for incident in self.incidents), default=0)
         """The last step whose data a roll-back leaves out."""
 
@@ -144,7 +144,7 @@ class FaultHandler:
         loss: float | None,
         writer: BackgroundWriter | None,
         roll_back: Callable[[], int],
-        ending: Callable[[], str],
+        failure_report: Callable[[], str],
     ) -> None:
         """A bad step, the same on all workers: it was not taken; go back if so specified, by `roll_back`, which returns
         to which step. Raises TrainingFailed, with the words of `ending`, when there were too many in a row."""
@@ -159,12 +159,12 @@ class FaultHandler:
             writer.log(self.guard.metrics(), step)
             writer.log_dict(incident.to_json(), f"faults/step-{step:08d}.json")
         if self.guard.too_many:
-            told = ending()
+            text = failure_report()
             if writer is not None:
                 writer.log_dict(
-                    {"report": told, "incidents": [i.to_json() for i in self.incidents]}, "faults/report.json"
+                    {"report": text, "incidents": [i.to_json() for i in self.incidents]}, "faults/report.json"
                 )
-            raise TrainingFailed(told)
+            raise TrainingFailed(text)
 
     def state(self, saved: bool) -> dict[str, Any]:
         """What a checkpoint's report keeps; `saved`: it is about to be written."""
@@ -183,11 +183,11 @@ def divergence_report(
     warmup: str | None = "schedule.warmup_steps",
 ) -> str:
     """Why the run ends, for the person who decides how to go on. `field` and `warmup` name the specification's."""
-    told = "\n".join(f"  {incident.describe()}" for incident in incidents[-(rules.in_a_row + 1) :])
+    listing = "\n".join(f"  {incident.describe()}" for incident in incidents[-(rules.in_a_row + 1) :])
     spike = " or raise faults.spike_factor if these losses are what this data has" if rules.spike_factor else ""
     return (
         f"training diverged before step {step}: more than {rules.in_a_row} bad steps in a row (faults.in_a_row)\n"
-        f"{told}\n"
+        f"{listing}\n"
         f"Lower {field} (now {rate:g}), {f'lengthen {warmup}, ' if warmup else ''}look at the data of these "
         f"steps,{spike or ' or'} start again from an earlier checkpoint; those up to here stay in {folder}"
     )

@@ -38,8 +38,10 @@ def measure(
         for turn in range(-(-len(groups) // world)):
             index = turn * world + rank
             batch = read_row_group(*groups[index]) if index < len(groups) else _EMPTY
-            found = losses(engine, batch, image_mask_V).sums
-            sums += torch.stack([found.text_nll, found.text_count, found.image_nll, found.image_count]).double()
+            loss_sums = losses(engine, batch, image_mask_V).sums
+            sums += torch.stack(
+                [loss_sums.text_nll, loss_sums.text_count, loss_sums.image_nll, loss_sums.image_count]
+            ).double()
             if beat is not None:
                 beat()
     engine.train()

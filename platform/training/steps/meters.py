@@ -108,9 +108,9 @@ class ActivityClock:
 
     def read(self) -> dict[str, float]:
         """`seconds/<activity>` of each, and start anew."""
-        found = {f"seconds/{name}": value for name, value in self._spent.items()}
+        seconds = {f"seconds/{name}": value for name, value in self._spent.items()}
         self._spent = dict.fromkeys(ACTIVITIES, 0.0)
-        return found
+        return seconds
 
 
 class Utilization:
@@ -137,11 +137,11 @@ class Utilization:
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak GiB of this process, and of its device since the last call."""
     unit = 1 if sys.platform == "darwin" else 1024
-    found = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    metrics = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     if device.type == "cuda":
-        found["memory/device_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        metrics["memory/device_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         torch.cuda.reset_peak_memory_stats(device)
-    return found
+    return metrics
 
 
 @dataclass
@@ -171,12 +171,12 @@ class LossInterval:
         """Means over the interval and all workers (every worker must call it): losses in nats a token without the
         z-loss, their perplexities; `z` is the mean of log(Z)^2 and `z_loss` what it adds to what is minimized."""
         text_nll, image_nll, z_sum = engine.sum_over_workers(self.local).tolist()
-        found = held_out.mean_losses(text_nll, self.text, image_nll, self.image)
-        found |= {name.replace("loss", "perplexity"): exponential(loss) for name, loss in found.items()}
-        found["z"] = z_sum / max(self.text + self.image, 1.0)
-        found["z_loss"] = z_loss * found["z"]
-        found["tokens_per_second"] = self.tokens / max(time.monotonic() - self.began - self.paused, 1e-9)
-        return found
+        metrics = held_out.mean_losses(text_nll, self.text, image_nll, self.image)
+        metrics |= {name.replace("loss", "perplexity"): exponential(loss) for name, loss in metrics.items()}
+        metrics["z"] = z_sum / max(self.text + self.image, 1.0)
+        metrics["z_loss"] = z_loss * metrics["z"]
+        metrics["tokens_per_second"] = self.tokens / max(time.monotonic() - self.began - self.paused, 1e-9)
+        return metrics
 
 
 def exponential(value: float) -> float:

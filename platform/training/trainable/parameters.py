@@ -70,18 +70,18 @@ def check_trainable(model: Transformer, spec: TrainSpecification) -> None:
     names = [name for name, _ in model.named_parameters()]
     adapted = [f"{layer}.weight" for layer in lora.target_layers(model, spec.lora)] if spec.lora else []
     for pattern in _patterns(spec):
-        found = [name for name in names if fnmatchcase(name, pattern)]
-        if not found:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
             raise SpecificationError(
                 f"trainable: {pattern!r} is neither `all` nor `image_head`, and no parameter is called so; there are "
                 f"{', '.join(lora.name_patterns(names))}"
             )
-        if both := sorted(set(found) & set(adapted)):
+        if both := sorted(set(matched) & set(adapted)):
             raise SpecificationError(
                 f"trainable: {pattern!r} trains {both[0]} as a whole, for which lora.targets asks for an adapter; "
                 "choose one of the two"
             )
-        if IMAGE_HEAD in spec.trainable_names and "output.weight" in found:
+        if IMAGE_HEAD in spec.trainable_names and "output.weight" in matched:
             raise SpecificationError(
                 f"trainable: {pattern!r} trains output.weight as a whole, of which `image_head` is a part; choose one"
             )
@@ -89,11 +89,11 @@ def check_trainable(model: Transformer, spec: TrainSpecification) -> None:
 
 def plain_weights(weights: Mapping[str, Tensor], spec: TrainSpecification, vocabulary: Vocabulary) -> dict[str, Tensor]:
     """The weights of an ordinary Transformer: adapters merged, image rows put back in their places."""
-    found = lora.merge_adapters(weights, spec.lora.alpha / spec.lora.rank) if spec.lora else dict(weights)
-    if (rows_KD := found.pop(_IMAGE_ROWS, None)) is not None:
+    merged = lora.merge_adapters(weights, spec.lora.alpha / spec.lora.rank) if spec.lora else dict(weights)
+    if (rows_KD := merged.pop(_IMAGE_ROWS, None)) is not None:
         ids_K = torch.tensor(vocabulary.image_ids, device=rows_KD.device)
-        found["output.weight"] = found["output.weight"].index_copy(0, ids_K, rows_KD)
-    return found
+        merged["output.weight"] = merged["output.weight"].index_copy(0, ids_K, rows_KD)
+    return merged
 
 
 def is_added(name: str) -> bool:

@@ -18,8 +18,8 @@ from calumma.platform.cluster import capacity, connection
 from calumma.platform.cluster.capacity import Capacity, ClusterError
 from calumma.platform.specification import Resources, SpecificationError, WorkerRange
 
-SMALL = Capacity(cpus=4, gpus=0, place="this machine (2 cores, used as 4 logical CPUs)")
-NODE = Capacity(cpus=64, gpus=8, place="the cluster")
+SMALL = Capacity(cpus=4, gpus=0, description="this machine (2 cores, used as 4 logical CPUs)")
+NODE = Capacity(cpus=64, gpus=8, description="the cluster")
 
 
 # --- what fits -----------------------------------------------------------------------------------------------------

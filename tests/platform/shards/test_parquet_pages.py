@@ -72,7 +72,7 @@ def read(micro_batch: MicroBatch, context: int | None) -> tuple[RowGroup, bool]:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ShardFooter, "plain", watched)
+        patch.setattr(_ShardFooter, "decode_own_layout", watched)
         return RowGroupReader(context).read(micro_batch), taken == [True]
 
 

@@ -25,7 +25,7 @@ def text_of(html: str) -> str:
     """The page as text, each image as (target|caption)."""
     said = (
         part.text if isinstance(part, Text) else f"({part.target}|{part.caption})"
-        for part in read_html(html).parts
+        for part in read_html(html).segments
         if isinstance(part, Text | Reference)
     )
     return "\n".join(said)
@@ -178,7 +178,7 @@ def test_no_order_of_elements_loses_a_word(pieces: list[str]) -> None:
 
 @given(st.lists(st.sampled_from([*PIECES.split(), "<img src=a.png>"]), max_size=40))
 def test_no_order_of_elements_loses_an_image(pieces: list[str]) -> None:
-    images = [part for part in read_html(" ".join(pieces)).parts if isinstance(part, Reference)]
+    images = [part for part in read_html(" ".join(pieces)).segments if isinstance(part, Reference)]
     assert len(images) == pieces.count("<img src=a.png>")
 
 
