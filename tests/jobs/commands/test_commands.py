@@ -231,7 +231,7 @@ def test_a_finished_job_names_the_input_it_skipped(
     bad = {"bad": 1, "bad_inputs": [{"name": "a.tar: 7.png", "reason": "not a readable image"}]}
     report = {"seconds": 2.0, "sources": {"pairs": bad, "text": {"bad": 0, "bad_inputs": []}}}
     manifest = Manifest(kind="documents", files=[], specification={}, report=report)
-    monkeypatch.setattr(job.runner, "run_alone", lambda *arguments: (manifest, False))
+    monkeypatch.setattr(job.runner, "run_on_own_cluster", lambda *arguments: (manifest, False))
     shown = cli.invoke(app, ["job", "run", "curate", "--config", str(curate)]).stdout
     assert "  source 'pairs': 1 unreadable, skipped:\n    a.tar: 7.png: not a readable image\n" in shown
     assert "'text'" not in shown

@@ -61,7 +61,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             worked.append(Path(task["output"]).name)
             yield json.loads(json.dumps(function(json.loads(json.dumps(task)))))
 
-    monkeypatch.setattr(curate, "in_order", in_order)
+    monkeypatch.setattr(curate, "map_in_order", in_order)
     return worked
 
 

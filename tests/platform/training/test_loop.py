@@ -163,7 +163,7 @@ def work(rank: int, world: int, root: str, folder: str, runs: dict[str, list[Run
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world
     )
-    loop.join = lambda: Worker(rank, world, torch.device("cpu"))
+    loop.set_up_worker = lambda: Worker(rank, world, torch.device("cpu"))
     outcomes: dict[str, list[dict[str, Any]]] = {}
     for name, parts in (SCENARIOS if world == 1 else TOGETHER).items():
         outcomes[name] = []

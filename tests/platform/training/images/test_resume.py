@@ -272,7 +272,7 @@ def test_a_bad_step_is_passed_over(
             networks = {name: loop.training.whole_state()[name] for name in ("tokenizer", "discriminator", "average")}
             states[step] = copy.deepcopy(networks)
 
-    monkeypatch.setattr(ImageTraining, "look", broken({9: loss}, ImageTraining.compute_gradients, norm))
+    monkeypatch.setattr(ImageTraining, "compute_gradients", broken({9: loss}, ImageTraining.compute_gradients, norm))
     faults = {"spike_factor": 5.0, "window": 4}
     loop, log = train(specification(root, faults=faults, steps=13, held_out=[]), tmp_path, at=keep)
     assert equal(states[9], states[10])
@@ -285,7 +285,7 @@ def test_too_many_bad_steps_end_it_with_advice(
     alone: None, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        ImageTraining, "look", broken(dict.fromkeys((3, 4, 5), math.nan), ImageTraining.compute_gradients)
+        ImageTraining, "compute_gradients", broken(dict.fromkeys((3, 4, 5), math.nan), ImageTraining.compute_gradients)
     )
     with pytest.raises(
         TrainingFailed, match=r"before step 6: more than 2 bad steps.*\n.*\n.*\n.*\nLower learning_rate \("
@@ -302,7 +302,7 @@ def test_a_roll_back_returns_to_the_last_checkpoint_and_goes_on_with_other_image
         if step == 14:
             after.append(copy.deepcopy(loop.training.whole_state()))
 
-    monkeypatch.setattr(ImageTraining, "look", broken({12: math.nan}, ImageTraining.compute_gradients))
+    monkeypatch.setattr(ImageTraining, "compute_gradients", broken({12: math.nan}, ImageTraining.compute_gradients))
     faults = {"action": "roll_back", "around": 1}
     loop, log = train(specification(root, faults=faults), tmp_path, at=keep)
     (incident,) = loop.report["incidents"]

@@ -176,9 +176,9 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     storage.write_bytes(f"{tmp_path}/made/old.safetensors", b"old")
     Manifest(kind="image_tokenizer", files=[FileEntry.from_bytes("old.safetensors", b"old")]).write(f"{tmp_path}/made")
     (tmp_path / "made/notes.txt").write_text("mine")
-    monkeypatch.setattr(stage.capacity, "require", lambda resources: 1)
+    monkeypatch.setattr(stage.capacity, "require_workers", lambda resources: 1)
     monkeypatch.setattr(stage, "fit", lambda loop, config, **named: loop(config))
-    monkeypatch.setattr(loop, "join", lambda: Worker(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(loop, "set_up_worker", lambda: Worker(0, 1, torch.device("cpu")))
     monkeypatch.setattr(loop, "BackgroundWriter", Log)
     return tmp_path
 

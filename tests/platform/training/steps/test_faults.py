@@ -122,5 +122,5 @@ def test_steps_that_are_passed_over_count_across_checkpoints() -> None:
 
 def test_data_that_a_roll_back_leaves_out_stay_out_when_the_run_is_resumed() -> None:
     incident = Incident(7, "loss", math.nan, None, "roll_back", back_to=4, resumed_after=9)
-    assert FaultHandler(Faults(), {"incidents": [incident.to_json()]}, 100).left_out == 9
-    assert FaultHandler(Faults(), {}, 100).left_out == 0
+    assert FaultHandler(Faults(), {"incidents": [incident.to_json()]}, 100).resume_after == 9
+    assert FaultHandler(Faults(), {}, 100).resume_after == 0
