@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
-from calumma.platform.sources import rows
 from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.formats import rows
 from calumma.platform.sources.reading import read_file
 
 PACKED: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -350,7 +350,7 @@ def test_an_array_keeps_what_stands_before_its_damage(tmp_path: Path) -> None:
     assert len(texts(items)) == 100
     (damage,) = bad(items)
     assert damage.name == f"{tmp_path}/a.json: item 100"
-    assert 100 * len(one) <= damage.bytes_lost <= len(content) - 100 * len(one) + rows.CHUNK
+    assert 100 * len(one) <= damage.bytes_lost <= len(content) - 100 * len(one) + rows.CHUNK_BYTES
 
 
 @pytest.mark.parametrize("content", [b"[" * 1_000_000, b'[{"a":' * 300_000, b'[{"text": "one"}, ' + b"[" * 1_000_000])
