@@ -13,7 +13,7 @@ help:
 	@echo 'make quickstart   install into $(VENV), then train, evaluate and serve a small model (ARGS="--workdir DIR …")'
 	@echo 'make install      install the pinned packages and calumma into $(VENV); does nothing when nothing changed'
 	@echo 'make test         all tests, with coverage (ARGS="tests/model -k name" picks some)'
-	@echo 'make check        formatting, lint, types'
+	@echo 'make check        formatting, lint, types, and what imports what'
 	@echo 'make docs         the documentation as a site in build/docs/site, with the reference made from the code'
 	@echo 'make docs-check   do what the guides say, command by command (ARGS="serving --workdir DIR" picks some)'
 	@echo 'make reference    write the JSON schemas of specifications anew'
@@ -35,13 +35,15 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
-# mypy does not follow setuptools' package-dir: it gets a folder of links that looks as calumma is imported.
+# mypy and import-linter do not follow setuptools' package-dir: they get a folder of links that looks as calumma is
+# imported.
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@mkdir -p build/types/calumma
 	@for package in $(PACKAGES); do ln -sfn "../../../$$package" "build/types/calumma/$$package"; done
 	$(BIN)/mypy build/types/calumma infra/install.py docs
+	PYTHONPATH=build/types $(BIN)/lint-imports
 
 docs: $(INSTALLED)
 	@$(BIN)/python -m docs.build

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from calumma.platform.data.manifest import FileEntry, Footer, Manifest
-from calumma.platform.data.plan import Plan
+from calumma.platform.storage.manifest import FileEntry, Footer, Manifest
+from calumma.platform.streaming.plan import Plan
 
 
 def large_manifest(shards: int, row_groups: int) -> Manifest:

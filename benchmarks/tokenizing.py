@@ -32,11 +32,13 @@ from PIL import Image as PILImage
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image, Text
-from calumma.model.image_tokenizer import ImageTokenizer, preprocess
-from calumma.model.text_tokenizer import SentencepieceTokenizer, TextTokenizer, train_text_tokenizer
-from calumma.platform.config import TokenizeSpecification
-from calumma.platform.data import shards
-from calumma.platform.data.windows import Tokenizer
+from calumma.model.images import preprocess
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import SentencepieceTokenizer, TextTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
+from calumma.platform.shards import documents as document_shards
+from calumma.platform.tokenizing.specification import TokenizeSpecification
+from calumma.platform.tokenizing.tokenizer import Tokenizer
 
 A_SHARD = 1000  # documents
 PICTURE = (640, 480)
@@ -135,7 +137,7 @@ def job(corpus: Corpus, folder: Path, batch: int, cores: int, device: str) -> Ca
     for number in range(0, len(corpus.documents), A_SHARD):
         uri = folder / "curated" / corpus.name / f"{number:06d}.parquet"
         uri.parent.mkdir(parents=True, exist_ok=True)
-        uri.write_bytes(shards.to_parquet(corpus.documents[number : number + A_SHARD]))
+        uri.write_bytes(document_shards.to_parquet(corpus.documents[number : number + A_SHARD]))
         uris.append(str(uri))
     values = {
         "storage": str(folder),

@@ -12,12 +12,13 @@ from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel, TypeAdapter
 from typer.main import get_command
 
+from calumma.jobs.commands.main import app
+from calumma.jobs.specifications.table import JOBS
 from calumma.model.config import PRESETS, ImageLossConfig, ImageTokenizerConfig, ModelConfig
-from calumma.model.stability import BLOCK, OUTPUT
-from calumma.platform.commands.main import app
-from calumma.platform.config import JOBS, JobSpecification, SpecificationError, Tracking, validate
-from calumma.platform.sources.registry import FORMATS, Format
-from calumma.platform.training.meters import ACTIVITIES
+from calumma.model.ops.stability import BLOCK, OUTPUT
+from calumma.platform.sources import FORMATS, Format
+from calumma.platform.specification import JobSpecification, SpecificationError, Tracking, validate
+from calumma.platform.training.steps.meters import ACTIVITIES
 from calumma.serve.endpoints import create_app
 from calumma.serve.metrics import COUNTERS, GAUGES, Metrics
 from calumma.serve.settings import ServeSettings

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calumma.model.directory import missing_files
-from calumma.platform import storage, tracking
-from calumma.platform.config import Tracking
+from calumma.platform import storage
+from calumma.platform.specification import Tracking
+from calumma.platform.tracking import registry
 from calumma.serve import ranks
 from calumma.serve.backend import CODER, ENGINE, INGRESS, WATCHER, Ingress
 from calumma.serve.rollout import Placed, Watcher
@@ -138,7 +139,7 @@ def locate(model: str, settings: Tracking | None = None) -> str:
 
     Raises TrackingError, StorageError or ServeError, each saying what was looked for.
     """
-    source = tracking.model_source(model, settings)
+    source = registry.model_source(model, settings)
     if "://" not in source:
         source = str(Path(source).expanduser().resolve())
     elif not source.startswith(("s3://", "file://")):

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from calumma.platform.config import Section, Tracking
+from calumma.platform.specification import Section, Tracking
 
 MEBIBYTE = 2**20
 NAME = r"^[A-Za-z0-9._-]+$"

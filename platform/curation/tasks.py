@@ -10,16 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calumma.model.document import Document
-from calumma.platform import sources, storage
-from calumma.platform.config import CurateSpecification
-from calumma.platform.curation import duplicates, scoring, staging
-from calumma.platform.curation.chain import Chain, applies, ordered
-from calumma.platform.curation.filters import Dropped
-from calumma.platform.curation.findings import Findings, Sample, Veil, shown
-from calumma.platform.data import pipeline, shards
-from calumma.platform.data.manifest import FileEntry
-from calumma.platform.data.tally import Tally
-from calumma.platform.sources import BadInput
+from calumma.platform import storage
+from calumma.platform.cluster.tasks import chunks
+from calumma.platform.curation.report.findings import Findings, Sample, Veil, shown
+from calumma.platform.curation.specification import CurateSpecification
+from calumma.platform.curation.steps import duplicates, scoring, staging
+from calumma.platform.curation.steps.chain import Chain, applies, ordered
+from calumma.platform.curation.steps.filters import Dropped
+from calumma.platform.curation.tally import Tally
+from calumma.platform.shards import documents as document_shards
+from calumma.platform.sources import reading
+from calumma.platform.sources.files import BadInput
+from calumma.platform.storage import publishing
+from calumma.platform.storage.manifest import FileEntry
 
 
 @dataclass
@@ -73,7 +76,7 @@ def _passed(task: dict[str, Any], spec: CurateSpecification, outcome: Outcome) -
     source = next(s for s in spec.sources if s.name == task["source"])
     chain = Chain(spec, source.name, task["index"])
     for uri in task["files"]:
-        for item in sources.read_source(source, uri, spec.locate):
+        for item in reading.read_source(source, uri, spec.locate):
             checked = chain(item)
             if isinstance(checked, BadInput):
                 outcome.tally.skip(checked)
@@ -90,9 +93,9 @@ def _passed(task: dict[str, Any], spec: CurateSpecification, outcome: Outcome) -
 
 def _write(documents: Iterator[Document], spec: CurateSpecification, task: dict[str, Any]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
-    for number, shard in enumerate(pipeline.chunks(documents, spec.documents_per_shard)):
-        path = pipeline.shard_name(task["stem"], number)
-        data = shards.to_parquet(shard)
+    for number, shard in enumerate(chunks(documents, spec.documents_per_shard)):
+        path = publishing.shard_name(task["stem"], number)
+        data = document_shards.to_parquet(shard)
         storage.write_bytes(storage.join(task["output"], path), data)
         entries.append(FileEntry.of(path, data, rows=len(shard)).model_dump(mode="json"))
     return entries
@@ -127,7 +130,7 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
             yield number, document
 
     files = []
-    for count, part in enumerate(pipeline.chunks(staged(), spec.documents_per_shard)):
+    for count, part in enumerate(chunks(staged(), spec.documents_per_shard)):
         path = f"{task['stem']}-{count:05d}"
         staging.write_documents(document_file(task["root"], path), part)
         files.append([path, part[0][0], len(part)])
@@ -231,6 +234,6 @@ def show_others(findings: Iterable[Findings], staged: Iterable[tuple[str, int, i
     for path, first, count in staged:
         if numbers := frozenset(number for number in wanted if first <= number < first + count):
             for number, document in staging.read_documents(document_file(root, path), numbers):
-                others[number] = Sample(rank=0, name=sources.name_of(document), parts=shown(document))
+                others[number] = Sample(rank=0, name=reading.name_of(document), parts=shown(document))
     for sample in samples:
         sample.other = others.get(sample.like or 0)

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from calumma.model.document import Document, Text
 from calumma.model.generation.request import Mode
-from calumma.platform.config import EvaluateSpecification, EvaluationTask, Tracking
+from calumma.platform.cluster.progress import Progress
 from calumma.platform.evaluation.judge import Judge
-from calumma.platform.evaluation.sheet import Cell, contact_sheet
+from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
 from calumma.platform.evaluation.tasks import Case, Kind, Mark, case, mark, pieces_of, summary
-from calumma.platform.progress import Progress
+from calumma.platform.reports.contact_sheet import Cell, contact_sheet
+from calumma.platform.specification import Tracking
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
     from calumma.model.generation import SamplingParams
-    from calumma.platform.data.manifest import Manifest
-    from calumma.platform.tracking import Run
+    from calumma.platform.storage.manifest import Manifest
+    from calumma.platform.tracking.run import Run
 
 CELLS = 100  # pictures on a contact sheet, at most
 COLUMNS = 10
@@ -38,7 +39,8 @@ def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manif
     Raises NothingToLearn, NotACase, StorageError, TrackingError, SpecificationError.
     """
     from calumma.platform import storage
-    from calumma.platform.data.manifest import FileEntry, Manifest, fingerprints
+    from calumma.platform.storage.manifest import FileEntry, Manifest
+    from calumma.platform.tracking.fingerprints import fingerprints
 
     # Taken before anything is read, so that the next call notices what changes from here on.
     read_from = [task.documents for task in spec.tasks] + [spec.judge_training, spec.judge_held_out]
@@ -95,7 +97,7 @@ class Answerer:
         import torch
 
         from calumma.model import load
-        from calumma.platform.tracking import resolve_model
+        from calumma.platform.tracking.registry import resolve_model
 
         torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,7 +107,7 @@ class Answerer:
 
     def answer(self, cases: list[Case], seeds: list[int]) -> list[dict[str, Any]]:
         """Answers as table rows (`Document.to_row`), in order."""
-        from calumma.model.generation import generate
+        from calumma.model import generate
 
         length = self._model.image_length
         expected = self._model.encoder.encode_many([c.expected for c in cases])
@@ -119,9 +121,9 @@ def _answers(spec: EvaluateSpecification, cases: list[Case], progress: Progress)
     import ray
     from ray.util import ActorPool
 
-    from calumma.platform import cluster
+    from calumma.platform.cluster import capacity
 
-    workers = min(cluster.require(spec.resources), max(1, len(cases) // spec.batch))
+    workers = min(capacity.require(spec.resources), max(1, len(cases) // spec.batch))
     resources = spec.resources
     actor: Any = ray.remote(Answerer).options(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
@@ -152,7 +154,7 @@ def _model(spec: EvaluateSpecification) -> str:
 def _cases(task: EvaluationTask, spec: EvaluateSpecification) -> list[Case]:
     from itertools import islice
 
-    from calumma.platform.data.shards import read_documents
+    from calumma.platform.shards.documents import read_documents
 
     documents = islice(read_documents(spec.locate(task.documents)), task.limit)
     return [case(task.kind, document) for document in documents]
@@ -160,7 +162,7 @@ def _cases(task: EvaluationTask, spec: EvaluateSpecification) -> list[Case]:
 
 def _labelled(uri: str) -> list[tuple[PILImage.Image, str]]:
     """Pictures with their captions, of documents that have both."""
-    from calumma.platform.data.shards import read_documents
+    from calumma.platform.shards.documents import read_documents
 
     return [(i.open(), i.caption) for document in read_documents(uri) for i in document.images if i.caption]
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
-from calumma.platform.config import Source
-from calumma.platform.data import shards
+from calumma.platform.shards import documents as document_shards
 from calumma.platform.sources.files import BadInput
-from calumma.platform.sources.registry import name_of, read_source, require_files
+from calumma.platform.sources.reading import name_of, read_source, require_files
+from calumma.platform.sources.specification import Source
 
 if TYPE_CHECKING:
     from pyarrow import Schema, Table
@@ -88,7 +88,7 @@ def schema() -> Schema:
     """The Arrow schema of the rows."""
     import pyarrow as pa
 
-    return shards.schema().append(pa.field("name", pa.string()))
+    return document_shards.schema().append(pa.field("name", pa.string()))
 
 
 def _blocks(source: Source, uri: str, bad: Literal["skip", "raise"], block: int) -> Iterator[Table]:

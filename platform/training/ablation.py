@@ -17,22 +17,23 @@ import torch
 
 from calumma.model import vocabulary as model_vocabulary
 from calumma.model.config import ModelConfig
-from calumma.model.loss import Loss
+from calumma.model.ops.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
-from calumma.platform.config import AblateSpecification, SpecificationError
-from calumma.platform.data.manifest import Manifest, entries, fingerprints
-from calumma.platform.progress import Progress
-from calumma.platform.tracking import Run
-from calumma.platform.training import engine, held_out
-from calumma.platform.training.schedule import learning_rate
-from calumma.platform.training.workers import absolute
+from calumma.platform.cluster.progress import Progress
+from calumma.platform.specification import SpecificationError, absolute
+from calumma.platform.storage.manifest import Manifest, entries
+from calumma.platform.tracking.fingerprints import fingerprints
+from calumma.platform.tracking.run import Run
+from calumma.platform.training.specification import AblateSpecification
+from calumma.platform.training.steps import engine, held_out
+from calumma.platform.training.steps.schedule import learning_rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from calumma.platform.data.plan import Plan
+    from calumma.platform.streaming.plan import Plan
 
 KIND = "ablation"
 Curve = list[dict[str, float]]
@@ -94,7 +95,7 @@ def curve(spec: AblateSpecification, name: str, rate: float) -> Curve:
     Its loss is the mean since the last point; all else is measured, without dropout, on the same micro-batch of each
     source again and again: how text and images take turns does not show.
     """
-    from calumma.platform.data.plan import Plan
+    from calumma.platform.streaming.plan import Plan
 
     config, z_loss = spec.variant(name)
     vocabulary = Vocabulary.model_validate_json(

@@ -27,13 +27,13 @@ import yaml
 from PIL import Image as PILImage
 from prometheus_client.parser import text_string_to_metric_families
 
-from calumma.model import load
+from calumma.model import generate, load
 from calumma.model.directory import IMAGE_TOKENIZER, save_model
 from calumma.model.document import Document, Text
-from calumma.model.generation import PhaseSampling, SamplingParams, generate
+from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.model.transformer import Transformer
-from calumma.platform import tracking
-from calumma.platform.config import Tracking
+from calumma.platform.specification import Tracking
+from calumma.platform.tracking.server import resolve
 from calumma.serve.app import APPLICATION_PREFIX, ServeError, await_health, deploy, place, undeploy
 from calumma.serve.backend import ENGINE
 from calumma.serve.engine_process import MODULE
@@ -86,7 +86,7 @@ def name_champion(registry: str, model_directory: Path) -> None:
     """The directory is the registered model's next version, and its champion from now on."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking.resolve(Tracking(uri=registry)))
+    client = MlflowClient(resolve(Tracking(uri=registry)))
     if not client.search_registered_models("name = 'tiny'"):
         client.create_registered_model("tiny")
     version = client.create_model_version("tiny", str(model_directory), await_creation_for=0)

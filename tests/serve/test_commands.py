@@ -18,11 +18,11 @@ from PIL import Image as PILImage
 from typer import Typer
 from typer.testing import CliRunner
 
-from calumma.platform import service
-from calumma.platform.cluster import ClusterError
-from calumma.platform.commands import serve
-from calumma.platform.commands.chat import ChatError, Conversation, blocks, chat, picture_part
-from calumma.platform.service import Service
+from calumma.jobs.commands import serve
+from calumma.jobs.commands.chat import ChatError, Conversation, blocks, chat, picture_part
+from calumma.platform.cluster import head as ray_head
+from calumma.platform.cluster.capacity import ClusterError
+from calumma.platform.cluster.head import Service
 from calumma.serve.app import ServeError, locate, require_port
 from calumma.serve.endpoints import create_app
 from calumma.serve.keys import hashed, known_keys
@@ -204,7 +204,7 @@ time.sleep(600)
 
 @pytest.fixture
 def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[psutil.Process]:
-    monkeypatch.setattr(service, "PATIENCE", 1.0)
+    monkeypatch.setattr(ray_head, "PATIENCE", 1.0)
     script = tmp_path / "family.py"
     script.write_text(FAMILY)
     process = subprocess.Popen(
@@ -260,11 +260,11 @@ def test_a_record_that_cannot_be_read_is_named(cache: Path) -> None:
 
 
 def test_the_token_is_private_and_stays() -> None:
-    first = service.authentication()
+    first = ray_head.authentication()
     token = Path(first["RAY_AUTH_TOKEN_PATH"])
     assert token.stat().st_mode & 0o777 == 0o600
     assert len(token.read_text()) >= 32
-    assert (service.authentication(), token.read_text()) == (first, token.read_text())
+    assert (ray_head.authentication(), token.read_text()) == (first, token.read_text())
 
 
 # ---- chat

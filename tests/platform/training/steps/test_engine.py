@@ -1,0 +1,324 @@
+"""DeepSpeed under our settings: what is refused, steps that are not taken, and training of a part of the weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calumma.model.config import ModelConfig
+from calumma.model.transformer import Transformer
+from calumma.model.vocabulary import Vocabulary
+from calumma.platform.specification import SpecificationError, validate
+from calumma.platform.training.specification import PretrainSpecification
+from calumma.platform.training.steps import engine
+from calumma.platform.training.steps.held_out import HeldOutBatch
+from calumma.platform.training.trainable import lora, parameters
+
+SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50)
+IMAGE_IDS = list(range(40, 48))
+VOCABULARY = Vocabulary(
+    size=50, pad=0, bos=1, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=IMAGE_IDS
+)
+
+
+def specification(**fields: Any) -> PretrainSpecification:
+    values: dict[str, Any] = {
+        "storage": "/nowhere",
+        "mixture": {"tokens": 1.0},
+        "output": "stage",
+        "model": SHAPE.model_dump(exclude={"vocabulary_size"}),
+        "steps": 10,
+        "micro_batches": 3,
+        "optimizer": {"learning_rate": 0.01, "eps": 1e-4, "weight_decay": 0.5},
+        "precision": "float32",
+    }
+    return PretrainSpecification.model_validate(values | fields)
+
+
+# -- settings --
+
+
+def test_offloading_becomes_deepspeeds_sections() -> None:
+    spec = specification(zero_stage=3, offload={"optimizer": "nvme", "weights": "cpu", "nvme_path": "/disk"})
+    zero = engine.settings(spec, world=1, parameters=10)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": True, "nvme_path": "/disk"}
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"offload": {"optimizer": "nvme"}}, "`nvme` needs `nvme_path`"),
+        ({"offload": {"optimizer": "cpu"}, "zero_stage": 0}, "`offload.optimizer` needs a `zero_stage` of 1, 2 or 3"),
+        ({"offload": {"weights": "cpu"}, "zero_stage": 2}, "`offload.weights` needs `zero_stage: 3`, given 2"),
+        ({"trainable": []}, "`trainable` names nothing"),
+        ({"trainable": "all", "lora": {}}, "contradict each other"),
+        ({"lora": {"rank": 0}}, r"lora\.rank.*greater than or equal to 1"),
+        ({"faults": {"action": "ignore"}}, r"faults\.action.*'skip' or 'roll_back'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_the_specification(fields: dict[str, Any], said: str) -> None:
+    values = specification().model_dump(mode="json") | fields
+    with pytest.raises(SpecificationError, match=said):
+        validate(PretrainSpecification, values, "stage.yaml")
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"zero_optimization": {"overlap_com": True}}, r"DeepSpeed refuses these settings: overlap_com: Extra inputs"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, r"reduce_bucket_size: .*given -1"),
+        (
+            {"gradient_cliping": 1.0},
+            r"deepspeed\.gradient_cliping: DeepSpeed knows no such setting; is gradient_clipping",
+        ),
+        ({"gradient_accumulation_steps": 4}, r"deepspeed\.gradient_accumulation_steps: .* decided by `micro_batches`"),
+        ({"scheduler": {"type": "WarmupLR"}}, r"deepspeed\.scheduler: .* decided by `schedule`"),
+        ({"zero_optimization": {"stage": 3}}, r"deepspeed\.zero_optimization\.stage: .* decided by `zero_stage`"),
+        ({"checkpoint": {"tag_validation": "Perhaps"}}, r"DeepSpeed refuses these settings: .*"),
+    ],
+)
+def test_raw_settings_are_judged_by_deepspeed(raw: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecificationError, match=said):
+        engine.check(specification(deepspeed=raw))
+
+
+def test_raw_settings_that_deepspeed_knows_are_taken() -> None:
+    engine.check(specification(deepspeed={"zero_optimization": {"overlap_comm": False}, "prescale_gradients": True}))
+    engine.check(specification(deepspeed={"optimizer": {"type": "Adam", "params": {"lr": 0.1}}, "flops_profiler": {}}))
+
+
+# -- what is trained --
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"trainable": "blocks.9.*"}, r"trainable: 'blocks\.9\.\*' .* there are blocks\.\*\.attention\.key\.weight"),
+        ({"trainable": ["image_head", "output.*"]}, "trains output.weight as a whole, of which `image_head` is a part"),
+        ({"lora": {"targets": ["output"]}}, r"lora\.targets: 'output' .* there are blocks\.\*\.attention\.key"),
+        ({"lora": {}, "trainable": "blocks.0.*"}, "as a whole, for which lora.targets asks for an adapter"),
+    ],
+)
+def test_names_that_fit_nothing_are_refused_with_those_there_are(fields: dict[str, Any], said: str) -> None:
+    with torch.device("meta"):
+        transformer = Transformer(SHAPE)
+    with pytest.raises(SpecificationError, match=said):
+        parameters.check(transformer, specification(**fields))
+
+
+@pytest.mark.parametrize("fields", [{"lora": {}}, {"trainable": "image_head"}, {"lora": {}, "trainable": "image_head"}])
+def test_what_is_added_changes_nothing_before_it_is_trained(fields: dict[str, Any]) -> None:
+    plain = Transformer(SHAPE).initialize(0)
+    expected, tokens = plain.state_dict(), torch.arange(20)[None]
+    logits = plain(tokens)
+    spec = specification(**fields)
+    prepared = parameters.prepare(plain, spec, VOCABULARY)
+    assert torch.equal(prepared(tokens), logits)
+    found = parameters.plain(prepared.state_dict(), spec, VOCABULARY)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_merged_adapters_say_what_the_adapted_model_says() -> None:
+    spec = specification(lora={"rank": 3, "alpha": 7, "targets": ["*.query", "*.down"]}, trainable="image_head")
+    adapted = parameters.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 2 + 1
+    assert all(parameters.added(name) for name in trained)
+    for name, parameter in adapted.named_parameters():
+        if name in trained:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    merged = Transformer(SHAPE)
+    merged.load_state_dict(parameters.plain(adapted.state_dict(), spec, VOCABULARY))
+    tokens = torch.arange(30)[None]
+    torch.testing.assert_close(merged(tokens), adapted(tokens), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged(tokens), Transformer(SHAPE).initialize(0)(tokens), atol=0.1)
+
+
+def test_adapters_are_a_function_of_the_seed_and_as_large_as_their_rank() -> None:
+    def adapters(seed: int) -> dict[str, torch.Tensor]:
+        model = Transformer(SHAPE).initialize(0)
+        lora.add(model, specification(lora={"rank": 5}).lora, seed)  # type: ignore[arg-type]
+        return {name: p for name, p in model.named_parameters() if parameters.added(name)}
+
+    one, same, other = adapters(1), adapters(1), adapters(2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    down = "blocks.1.feed_forward.up.lora_down"
+    assert not torch.equal(one[down], other[down])
+    assert one[down].shape == (5, 32)
+    assert len(one) == 2 * 2 * 7  # two matrices for each of seven layers of two blocks
+
+
+# -- steps of two workers at every stage of ZeRO --
+
+
+def rows(step: int, number: int) -> HeldOutBatch:
+    generator = torch.Generator().manual_seed(100 * step + number)
+    tokens = torch.randint(0, 50, (2, 17), generator=generator)
+    return HeldOutBatch(tokens, torch.rand(2, 17, generator=generator) < 0.5, torch.zeros_like(tokens))
+
+
+EMPTY = HeldOutBatch(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
+PRECISE: dict[str, dict[str, Any]] = {
+    f"{kind}, ZeRO {stage}": {"zero_stage": stage, "precision": kind}
+    for kind in ("float32", "bfloat16")
+    for stage in (0, 1, 2, 3)
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "image_head": {"trainable": "image_head"},
+    "patterns": {"trainable": ["blocks.1.*", "norm.weight"]},
+    "lora": {"lora": {"rank": 4, "targets": ["*.attention.*"]}, "trainable": "image_head"},
+}
+
+
+def taken(spec: PretrainSpecification, rank: int, world: int, plan: list[tuple[int, str]]) -> dict[str, torch.Tensor]:
+    """Plain weights after a plan of (step, what becomes of it): taken, refused, or broken, its gradient no number."""
+    model = parameters.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
+    run = engine.initialize(model, spec, world)
+    mask_V = VOCABULARY.mask(IMAGE_IDS)
+    usual, norms = engine.losses, []
+    for step, what in plan:
+        group = [rows(step, number) for number in range(rank, 3, world)]
+        group += [EMPTY] * (engine.micro_batches_a_worker(spec, world) - len(group))
+        counts = engine.count(group, mask_V, run.device)
+        if what == "broken" and rank == 1:
+            engine.losses = lambda *given, **named: _broken(usual(*given, **named))
+        engine.step(run, group, counts, mask_V, 1e-3, world, accept=lambda sums, what=what: what != "refused")
+        engine.losses = usual
+        norms.append(engine.gradient_norm(run))
+    assert [bool(torch.isfinite(torch.tensor(norm))) for norm in norms] == [what != "broken" for _, what in plan]
+    NORMS.append(norms[0])
+    return parameters.plain(engine.gathered_weights(run, keep=True), spec, VOCABULARY)
+
+
+NORMS: list[float] = []  # of the first step of each call of `taken` in this process
+
+
+def _broken(found: Any) -> Any:
+    return found._replace(total=found.total * torch.nan)
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    """Everything that the tests below look at, in one pair of processes."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's calls of torch
+    torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    found: dict[str, Any] = {}
+    for name, fields in PRECISE.items():
+        spec = specification(**fields)
+        plans = {
+            "without": [(0, "taken"), (1, "taken"), (3, "taken")],
+            "refused": [(0, "taken"), (1, "taken"), (2, "refused"), (3, "taken")],
+            "broken": [(0, "taken"), (1, "taken"), (2, "broken"), (3, "taken")],
+        }
+        found[name] = {plan: taken(spec, rank, world, steps) for plan, steps in plans.items()}
+        found[name]["norm"] = NORMS[-1]
+    for name, fields in CHOICES.items():
+        for stage in (0, 1, 2, 3):
+            spec = specification(zero_stage=stage, **fields)
+            found[f"{name} {stage}"] = taken(spec, rank, world, [(step, "taken") for step in range(3)])
+    offloaded = {"zero_stage": 2, "precision": "bfloat16", "offload": {"optimizer": "cpu", "pin_memory": False}}
+    plan = [(step, "taken") for step in range(3)]
+    found["kept"] = taken(specification(**offloaded | {"offload": {}}), rank, world, plan)
+    found["offloaded"] = taken(specification(**offloaded), rank, world, plan)
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = str(tmp_path_factory.mktemp("engine"))
+    torch.multiprocessing.spawn(work, (2, folder), nprocs=2)
+    return torch.load(f"{folder}/found.pt")
+
+
+@pytest.mark.parametrize("name", PRECISE)
+@pytest.mark.parametrize("plan", ["refused", "broken"])
+def test_a_step_that_is_refused_or_has_no_finite_gradient_leaves_no_trace(
+    found: dict[str, Any], name: str, plan: str
+) -> None:
+    """Neither in weights nor in the optimizer: the step after it moves the weights as if it had not been."""
+    expected = found[name]["without"]
+    for weight, value in found[name][plan].items():
+        assert torch.equal(value, expected[weight]), weight
+    initial = Transformer(SHAPE).initialize(0).state_dict()
+    assert not any(torch.equal(value.float(), initial[weight]) for weight, value in expected.items())
+
+
+@pytest.mark.parametrize("name", PRECISE)
+def test_the_gradient_is_that_of_plain_pytorch(found: dict[str, Any], name: str) -> None:
+    """Of the whole global batch, whatever its division into workers and micro-batches: it decides what is clipped."""
+    plain, mask_V = Transformer(SHAPE).initialize(0), VOCABULARY.mask(IMAGE_IDS)
+    trained = sum(int(rows(0, number).mask[:, 1:].sum()) for number in range(3))
+    for number in range(3):
+        batch = rows(0, number)
+        tokens, targets, mask = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.mask[:, 1:]
+        plain(
+            tokens,
+            batch.segments[:, :-1],
+            targets=targets,
+            mask=mask,
+            image_mask=mask_V,
+            z_loss=1e-3,
+            normalizer=trained,
+        ).total.backward()
+    expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+    assert found[name]["norm"] == pytest.approx(float(expected), rel=1e-5 if "float32" in name else 0.02)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_only_the_output_rows_of_image_ids_move(found: dict[str, Any], stage: int) -> None:
+    """Weight decay is strong here; the other rows keep every bit."""
+    initial = Transformer(SHAPE).initialize(0).state_dict()
+    for name, weight in found[f"image_head {stage}"].items():
+        if name != "output.weight":
+            assert torch.equal(weight, initial[name]), name
+    moved = (found[f"image_head {stage}"]["output.weight"] != initial["output.weight"]).all(dim=1)
+    assert moved.nonzero()[:, 0].tolist() == IMAGE_IDS
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_only_the_named_weights_move(found: dict[str, Any], stage: int) -> None:
+    initial = Transformer(SHAPE).initialize(0).state_dict()
+    moved = {name for name, weight in found[f"patterns {stage}"].items() if not torch.equal(weight, initial[name])}
+    assert moved == {name for name in initial if name.startswith("blocks.1.") or name == "norm.weight"}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_adapters_move_their_layers_and_an_image_head_beside_them(found: dict[str, Any], stage: int) -> None:
+    initial = Transformer(SHAPE).initialize(0).state_dict()
+    changed = {name: weight - initial[name] for name, weight in found[f"lora {stage}"].items()}
+    moved = {name for name, difference in changed.items() if difference.any()}
+    layers = {name for name in initial if ".attention." in name and "norm" not in name}
+    assert moved == layers | {"output.weight"}
+    for name in layers:
+        assert torch.linalg.matrix_rank(changed[name], rtol=1e-4) <= 4
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_all_stages_of_zero_train_a_part_alike(found: dict[str, Any], choice: str) -> None:
+    """The gradient is clipped in these steps: one that was scaled otherwise would show."""
+    for stage in (1, 2, 3):
+        for name, weight in found[f"{choice} {stage}"].items():
+            torch.testing.assert_close(weight, found[f"{choice} 0"][name], rtol=0, atol=2e-4)
+
+
+def test_an_offloaded_optimizer_takes_the_same_steps(found: dict[str, Any]) -> None:
+    for name, weight in found["offloaded"].items():
+        torch.testing.assert_close(weight, found["kept"][name], rtol=0, atol=1e-2)
+
+
+def test_the_specification_with_all_of_it_is_plain_data() -> None:
+    spec = specification(lora={"rank": 2}, trainable=["image_head"], faults={"action": "roll_back"}, zero_stage=3)
+    assert PretrainSpecification.model_validate(json.loads(spec.model_dump_json())) == spec
+    assert Path("/nowhere/stage") == Path(spec.locate(spec.output))
