@@ -50,6 +50,8 @@ def meaning(field: FieldInfo) -> str:
     """What the field's description says or, of a section without one, what the section is for."""
     if field.description:
         return plain(field.description)
+    if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
+        return "says what the file is for"
     sections = list(models_in(field.annotation))
     return purpose(sections[0]).partition("\n")[0] if len(sections) == 1 else ""
 
