@@ -37,6 +37,8 @@ class Block:
     title: str | None
     mark: str
     text: str
+    follows: bool = False
+    """Whether nothing stands between it and the block before."""
 
     @property
     def place(self) -> str:
@@ -64,6 +66,7 @@ class Block:
 def blocks(file: Path, root: Path) -> Iterator[Block]:
     """All fenced blocks of a Markdown file. Raises ValueError on a mark that means nothing."""
     content = file.read_text(encoding="utf-8")
+    end = 0  # of the block before
     for found in FENCE.finditer(content):
         page, line = file.relative_to(root).as_posix(), content.count("\n", 0, found.start("fence")) + 1
         mark = (found["mark"] or "").strip()
@@ -74,7 +77,9 @@ def blocks(file: Path, root: Path) -> Iterator[Block]:
         text = (
             re.sub(rf"^{found['indent']}", "", found["text"], flags=re.MULTILINE) if found["indent"] else found["text"]
         )
-        yield Block(page, line, info.partition(" ")[0], title[1] if title else None, mark, text)
+        follows = end > 0 and not content[end : found.start()].strip()
+        yield Block(page, line, info.partition(" ")[0], title[1] if title else None, mark, text, follows)
+        end = found.end()
 
 
 def commands(script: str, program: str = "calumma") -> Iterator[list[str]]:

@@ -2,7 +2,7 @@
 
 Each page's files are written and its commands run as they stand there; blocks.py says how a block is marked. A `text`
 block right behind a command holds lines of what it prints. At the end the metrics that the runs have logged are
-compared with the reference. Takes some minutes, and port 8000.
+compared with the reference. Takes some minutes, and the ports 8000 and 5000.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from docs.reference import metrics
 PAGES = Path(__file__).resolve().parent / "pages"
 GUIDES = ("data", "pretraining", "finetuning", "serving", "protection", "cluster", "watching", "failures")
 PATIENCE = 1200.0  # seconds for one block, on a machine that has other work
-PORT = 8000
+PORTS = {8000: "serve", 5000: "show MLflow"}
 
 
 class Failed(Exception):
@@ -46,7 +46,9 @@ def main() -> int:
         variables = environment(folder)
         began = time.monotonic()
         try:
-            _require_port()
+            _require_ports()
+            if not given.guides:
+                follow(PAGES / "how-it-works.md", folder, variables)
             for guide in given.guides or GUIDES:
                 follow(PAGES / "guides" / f"{guide}.md", folder, variables)
             compare_metrics(folder)
@@ -80,7 +82,7 @@ def follow(page: Path, folder: Path, variables: Mapping[str, str]) -> None:
     printed: str | None = None  # by the block before
     for block in blocks(page, PAGES):
         if block.language == "text":
-            if printed is not None:
+            if printed is not None and block.follows:
                 require_printed(block, printed)
             continue
         printed = None
@@ -172,13 +174,14 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
 
 
-def _require_port() -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", PORT))
-        except OSError as error:
-            raise Failed(f"the guides serve at port {PORT}, which something else has; stop it first") from error
+def _require_ports() -> None:
+    for port, what in PORTS.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise Failed(f"the guides {what} at port {port}, which something else has; stop it first") from error
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
     python -m docs.imports OUT.svg [--tree FOLDER] [--commit COMMIT]
 
-Counted are all imports, at a file's head, inside functions and for types alone. A room is a folder of a floor (deeper
-folders belong to it) or, in `platform/` and for the head of each floor, what lies beside the folders.
+Counted are all imports, at a file's head, inside functions and for types alone. A room is a folder of a floor, deeper
+folders with it; `rooms` says what becomes of files beside the folders.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 FLOORS = ("model", "platform", "serve", "jobs")  # from the ground up
+ROOF = "*"
 Graph = dict[str, set[str]]
 
 # Sizes in the picture, in pixels
@@ -87,24 +88,45 @@ def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
     return sorted((group for group in found if len(group) > 1), key=lambda group: (-len(group), group))
 
 
-def room(module: str, folders: set[str]) -> str:
-    """The room of a module: its folder of the second level or, beside those, itself in `platform`, else the floor."""
-    floor, _, rest = module.partition(".")
-    first = rest.partition(".")[0]
-    if first and f"{floor}.{first}" in folders:
-        return f"{floor}.{first}"
-    return module if floor == "platform" else floor
-
-
 def rooms(files: Mapping[str, Path], edges: Graph) -> Graph:
-    """Room -> the rooms that it imports from."""
-    folders = {name for name, file in files.items() if file.name == "__init__.py"}
-    folders |= {name.rpartition(".")[0] for name in files if name.count(".") > 1}
-    of = {name: room(name, folders) for name in files}
+    """Room -> the rooms that it imports from.
+
+    A module's room is its folder of the second level. Beside those folders it is itself in `platform`; on another floor
+    it is the floor's ground, or its roof where it imports from the floor's folders.
+    """
+    folders = {".".join(name.split(".")[:2]) for name, file in files.items() if len(_folders(name, file)) > 1}
+    reach = {name: _reach(name, edges) for name in files}
+    of: dict[str, str] = {}
+    for name in files:
+        floor, second = _floor(name), ".".join(name.split(".")[:2])
+        if second in folders:
+            of[name] = second
+        elif floor == "platform":
+            of[name] = name
+        else:
+            below = any(_floor(other) == floor and ".".join(other.split(".")[:2]) in folders for other in reach[name])
+            of[name] = f"{floor}.{ROOF}" if below else floor
     found: Graph = {name: set() for name in of.values()}
     for name, others in edges.items():
         found[of[name]] |= {of[other] for other in others} - {of[name]}
     return found
+
+
+def _folders(name: str, file: Path) -> list[str]:
+    """The folders that a module stands in, from its floor down."""
+    parts = name.split(".")
+    return parts if file.name == "__init__.py" else parts[:-1]
+
+
+def _reach(node: str, edges: Graph) -> set[str]:
+    """All that is imported from a node, directly or not."""
+    seen: set[str] = set()
+    waiting = [node]
+    while waiting:
+        for other in edges[waiting.pop()] - seen:
+            seen.add(other)
+            waiting.append(other)
+    return seen
 
 
 @dataclass(frozen=True)
@@ -141,19 +163,12 @@ def layers(edges: Graph) -> dict[str, int]:
 def reduced(edges: Graph) -> Graph:
     """Without the imports that follow from others: A to C where A to B to C. Those within a circle stay."""
     group = {node: index for index, circle in enumerate(circles(edges)) for node in circle}
-
-    def reach(node: str, seen: set[str]) -> set[str]:
-        for other in edges[node] - seen:
-            seen.add(other)
-            reach(other, seen)
-        return seen
-
     kept: Graph = {}
     for node, others in edges.items():
         beyond: set[str] = set()
         for other in others:
             if node not in group or group.get(other) != group[node]:
-                beyond |= reach(other, set()) - {other} if other not in group else set()
+                beyond |= _reach(other, edges) - {other} if other not in group else set()
         kept[node] = {
             other for other in others if other not in beyond or (node in group and group.get(other) == group[node])
         }
@@ -228,7 +243,8 @@ def _floor(node: str) -> str:
 
 
 def _label(node: str) -> str:
-    return node.partition(".")[2] or f"{node}/"
+    floor, _, name = node.partition(".")
+    return f"{floor}/ (on top)" if name == ROOF else name or f"{floor}/"
 
 
 def _width(node: str) -> float:

@@ -30,7 +30,7 @@ def table(model: type[BaseModel], link: Link) -> str:
 
 def cell(text: str) -> str:
     """Markdown for one cell of a table."""
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
+    return re.sub(r"[ \n]+", " ", text).replace("|", "\\|").strip()
 
 
 def plain(text: str) -> str:

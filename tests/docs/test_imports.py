@@ -32,7 +32,9 @@ def test_imports_are_read_at_any_depth_and_of_packages(tmp_path: Path) -> None:
     assert found["model.a"] == {"model.b"}
     assert found["model.b"] == {"model.c.d"}
     assert found["model.c.d"] == {"model.a", "model"}
-    assert imports.rooms(imports.modules(tmp_path), found) == {"model": {"model.c"}, "model.c": {"model"}}
+    between = imports.rooms(imports.modules(tmp_path), found)
+    assert between == {"model": set(), "model.*": {"model.c"}, "model.c": {"model", "model.*"}}
+    assert imports.circles(between) == [["model.*", "model.c"]]
 
 
 def test_what_follows_from_others_is_left_out() -> None:
@@ -65,6 +67,7 @@ def test_blocks_have_their_language_title_mark_and_place(tmp_path: Path) -> None
     text += '1. b\n\n    ```yaml title="c.yaml"\n    d: 1\n    ```\n\n'
     text += "<!-- part of curate -->\n```yaml\ne: 2\n```\n"
     first, second, third = page(tmp_path, text)
+    assert [one.follows for one in (first, second, third)] == [False, False, True]
     assert (first.language, first.elsewhere, first.place, first.text) == ("sh", True, "page.md:4", "a\n")
     assert (second.title, second.text, second.shell) == ("c.yaml", "d: 1\n", False)
     assert third.part == "curate"
