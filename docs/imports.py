@@ -22,7 +22,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 FLOORS = ("model", "platform", "serve", "jobs")  # from the ground up
-ROOF = "*"
 Graph = dict[str, set[str]]
 
 # Sizes in the picture, in pixels
@@ -92,24 +91,32 @@ def rooms(files: Mapping[str, Path], edges: Graph) -> Graph:
     """Room -> the rooms that it imports from.
 
     A module's room is its folder of the second level. Beside those folders it is itself in `platform`; on another floor
-    it is the floor's ground, or its roof where it imports from the floor's folders.
+    it shares a box with the files of the same row (see `layers`), and the box has their names.
     """
     folders = {".".join(name.split(".")[:2]) for name, file in files.items() if len(_folders(name, file)) > 1}
-    reach = {name: _reach(name, edges) for name in files}
-    of: dict[str, str] = {}
+    second = {name: ".".join(name.split(".")[:2]) for name in files}
+    alone = _between(edges, {name: second[name] if second[name] in folders else name for name in files})
+    row = layers(alone)
+    together: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name in files:
-        floor, second = _floor(name), ".".join(name.split(".")[:2])
-        if second in folders:
-            of[name] = second
-        elif floor == "platform":
-            of[name] = name
-        else:
-            below = any(_floor(other) == floor and ".".join(other.split(".")[:2]) in folders for other in reach[name])
-            of[name] = f"{floor}.{ROOF}" if below else floor
+        if second[name] not in folders and _floor(name) != "platform":
+            together[_floor(name), row[name]].append(name)
+    box = {name: f"{floor}.{_names(names)}" for (floor, _), names in together.items() for name in names}
+    return _between(edges, {name: box.get(name, second[name]) for name in files})
+
+
+def _between(edges: Graph, of: Mapping[str, str]) -> Graph:
+    """The graph of groups, each module in that which `of` names."""
     found: Graph = {name: set() for name in of.values()}
     for name, others in edges.items():
         found[of[name]] |= {of[other] for other in others} - {of[name]}
     return found
+
+
+def _names(modules: list[str]) -> str:
+    """A label for files that share a box."""
+    names = [name.partition(".")[2] or "__init__" for name in modules]
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 def _folders(name: str, file: Path) -> list[str]:
@@ -243,8 +250,7 @@ def _floor(node: str) -> str:
 
 
 def _label(node: str) -> str:
-    floor, _, name = node.partition(".")
-    return f"{floor}/ (on top)" if name == ROOF else name or f"{floor}/"
+    return node.partition(".")[2]
 
 
 def _width(node: str) -> float:
