@@ -19,8 +19,8 @@ from calumma.model.ops.stability import BLOCK, OUTPUT
 from calumma.platform.sources import FORMATS, Format
 from calumma.platform.specification import JobSpecification, SpecificationError, Tracking, validate
 from calumma.platform.training.steps.meters import ACTIVITIES
-from calumma.serve.endpoints import create_app
-from calumma.serve.metrics import COUNTERS, GAUGES, Metrics
+from calumma.serve.http.app import create_app
+from calumma.serve.http.metrics import COUNTERS, GAUGES, Metrics
 from calumma.serve.settings import ServeSettings
 
 __all__ = [

@@ -23,8 +23,8 @@ from calumma.model.directory import save_model
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
-from calumma.serve.endpoints import create_app
-from calumma.serve.replica import EngineReplica
+from calumma.serve.http.app import create_app
+from calumma.serve.replica.replica import EngineReplica
 from calumma.serve.settings import ServeSettings
 
 CONTEXT = 128

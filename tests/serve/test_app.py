@@ -33,13 +33,15 @@ from calumma.model.document import Document, Text
 from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.model.transformer import Transformer
 from calumma.platform.specification import Tracking
-from calumma.platform.tracking.server import resolve
-from calumma.serve.app import APPLICATION_PREFIX, ServeError, await_health, deploy, place, undeploy
-from calumma.serve.backend import ENGINE
-from calumma.serve.engine_process import MODULE
-from calumma.serve.pieces import Job
-from calumma.serve.ranks import ACTOR
-from calumma.serve.routing import preferred, prefix_key
+from calumma.platform.tracking import server
+from calumma.serve.deploy.applications import start_model
+from calumma.serve.deploy.endpoint import await_health, deploy, undeploy
+from calumma.serve.deploy.naming import APPLICATION_PREFIX, ENGINE
+from calumma.serve.deploy.preparation import ServeError
+from calumma.serve.deploy.routing import preferred_replica, prefix_key
+from calumma.serve.protocol import GenerationRequest
+from calumma.serve.replica.engine.process import MODULE
+from calumma.serve.replica.tensor_parallel import ACTOR_PREFIX
 from calumma.serve.settings import ModelSettings, ServeSettings
 
 from .conftest import free_port
@@ -86,7 +88,7 @@ def name_champion(registry: str, model_directory: Path) -> None:
     """The directory is the registered model's next version, and its champion from now on."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(resolve(Tracking(uri=registry)))
+    client = MlflowClient(server.resolve(Tracking(uri=registry)))
     if not client.search_registered_models("name = 'tiny'"):
         client.create_registered_model("tiny")
     version = client.create_model_version("tiny", str(model_directory), await_creation_for=0)
@@ -264,7 +266,9 @@ def followers() -> list[str]:
     """Names of the actors of replicas' further processes."""
     import ray
 
-    return [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["name"].startswith(ACTOR)]
+    return [
+        one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["name"].startswith(ACTOR_PREFIX)
+    ]
 
 
 @pytest.mark.cluster
@@ -297,7 +301,7 @@ def test_a_replica_of_two_processes_answers_as_one_and_is_replaced_when_it_loses
     until(lambda: answer() == expected, "an answer of the new replica")
     assert len(followers()) == 1
     with pytest.raises(ServeError, match=r"pair-like.* need 900 CPU on one node each, and the cluster has room for 0"):
-        place(ModelSettings(model="pair-like", tensor_parallel=2, cpus_per_replica=900), str(cut), "talkative")
+        start_model(ModelSettings(model="pair-like", tensor_parallel=2, cpus_per_replica=900), str(cut), "talkative")
 
 
 @pytest.mark.cluster
@@ -318,7 +322,9 @@ def test_prompts_that_begin_alike_share_a_replica_and_its_death_ends_only_its_st
     names = sorted(replicas(url, "talkative"))
 
     def where(text: str) -> str:
-        return preferred(prefix_key(Job("", Document((Text(text, "user"),)), SamplingParams())), names)
+        return preferred_replica(
+            prefix_key(GenerationRequest("", Document((Text(text, "user"),)), SamplingParams())), names
+        )
 
     texts = [f"question {number}" for number in range(40)]
     lost = [text for text in texts if where(text) == names[0]][:3]

@@ -23,10 +23,10 @@ from calumma.jobs.commands.chat import ChatError, Conversation, blocks, chat, pi
 from calumma.platform.cluster import head as ray_head
 from calumma.platform.cluster.capacity import ClusterError
 from calumma.platform.cluster.head import Service
-from calumma.serve.app import ServeError, locate, require_port
-from calumma.serve.endpoints import create_app
-from calumma.serve.keys import hashed, known_keys
-from calumma.serve.settings import Key, Safety, ServeSettings
+from calumma.serve.deploy.preparation import ServeError, locate_directory, require_port
+from calumma.serve.http.access.api_keys import hash_key, load_keys
+from calumma.serve.http.app import create_app
+from calumma.serve.settings import APIKey, Safety, ServeSettings
 
 from .conftest import free_port, listening
 from .test_protection import Stub
@@ -100,8 +100,8 @@ def test_a_start_that_cannot_work_says_so_before_anything_starts(
 
 
 def test_a_whole_model_directory_is_located(model_directory: Path) -> None:
-    assert locate(str(model_directory)) == str(model_directory)
-    assert locate(os.path.relpath(model_directory)) == str(model_directory)
+    assert locate_directory(str(model_directory)) == str(model_directory)
+    assert locate_directory(os.path.relpath(model_directory)) == str(model_directory)
 
 
 def test_a_model_directory_that_misses_a_file_is_not(model_directory: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_model_directory_that_misses_a_file_is_not(model_directory: Path, tmp_
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(file.read_bytes())
     with pytest.raises(ServeError, match=r"not a whole model directory: vocabulary\.json missing"):
-        locate(str(tmp_path))
+        locate_directory(str(tmp_path))
 
 
 def test_a_free_port_is_fine() -> None:
@@ -157,8 +157,8 @@ def test_a_key_is_shown_once_with_the_line_for_the_file(tmp_path: Path) -> None:
     result = RUNNER.invoke(serve.app, ["key", "alice"])
     secret, line = (text.split(maxsplit=1)[1] for text in result.output.splitlines())
     (tmp_path / "keys").write_text(line + "\n")
-    [key] = known_keys(tmp_path / "keys")
-    assert (key.name, key.sha256) == ("alice", hashed(secret))
+    [key] = load_keys(tmp_path / "keys")
+    assert (key.name, key.sha256) == ("alice", hash_key(secret))
     assert secret not in line
 
 
@@ -318,7 +318,7 @@ def test_chat_finds_the_served_model(url: str) -> None:
 
 def test_chat_shows_its_key_and_is_told_a_refusal(tmp_path: Path) -> None:
     rules = Safety(policy="calumma.serve.safety:keywords", options={"words": ["dynamite"], "reason": "not here"})
-    settings = ServeSettings(model="m", name="tiny", keys=(Key(name="a", sha256=hashed("sk-a")),), safety=rules)
+    settings = ServeSettings(model="m", name="tiny", keys=(APIKey(name="a", sha256=hash_key("sk-a")),), safety=rules)
     with listening(create_app(Stub(), settings)) as url:
         without = RUNNER.invoke(CHAT, ["--url", url, "--once", "hi"])
         assert without.exit_code == 1

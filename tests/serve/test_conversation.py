@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from calumma.model.document import Image, Text
-from calumma.serve.conversation import chat_prompt, drawing_prompt, plain_prompt, sampling_params
+from calumma.serve.http.prompts import chat_prompt, image_prompt, plain_prompt, sampling_params
+from calumma.serve.http.wire.errors import APIError, describe_errors
+from calumma.serve.http.wire.requests import ChatRequest, ImageRequest
 from calumma.serve.settings import SamplingDefaults, ServeSettings
-from calumma.serve.wire import ChatRequest, ImageRequest, WireError, describe_errors
 
 
 def request(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
@@ -80,7 +81,7 @@ def test_an_answer_of_ours_can_be_sent_back_as_it_is(data_url: str, png: bytes) 
     ],
 )
 def test_conversations_that_cannot_be_answered(messages: list[dict[str, Any]], param: str, says: str) -> None:
-    with pytest.raises(WireError, match=says) as error:
+    with pytest.raises(APIError, match=says) as error:
         chat_prompt(request(*messages))
     assert error.value.status == 400
     assert error.value.body["error"]["param"] == param
@@ -100,7 +101,7 @@ def test_conversations_that_cannot_be_answered(messages: list[dict[str, Any]], p
     ],
 )
 def test_image_parts_that_are_no_image(url: str, code: str, says: str) -> None:
-    with pytest.raises(WireError, match=says) as error:
+    with pytest.raises(APIError, match=says) as error:
         chat_prompt(request(user("first"), user([{"type": "text", "text": "this: "}, image(url)])))
     assert error.value.status == 400
     assert error.value.body["error"]["param"] == "messages[1].content[1].image_url.url"
@@ -109,19 +110,19 @@ def test_image_parts_that_are_no_image(url: str, code: str, says: str) -> None:
 
 def test_a_truncated_image_is_refused(png: bytes) -> None:
     cut = "data:image/png;base64," + base64.b64encode(png[: len(png) // 2]).decode()
-    with pytest.raises(WireError, match="not a readable image"):
+    with pytest.raises(APIError, match="not a readable image"):
         chat_prompt(request(user([image(cut)])))
 
 
 def test_a_system_message_holds_no_image(data_url: str) -> None:
-    with pytest.raises(WireError, match="text only"):
+    with pytest.raises(APIError, match="text only"):
         chat_prompt(request({"role": "system", "content": [image(data_url)]}, user("x")))
 
 
 def test_plain_and_drawing_prompts() -> None:
     assert plain_prompt("def f(").segments == (Text("def f("),)
     assert plain_prompt("").segments == ()
-    assert drawing_prompt("a seven").segments == (Text("a seven", "user"),)
+    assert image_prompt("a seven").segments == (Text("a seven", "user"),)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_max_completion_tokens_goes_before_max_tokens() -> None:
     [{"tools": [{}]}, {"logit_bias": {"5": 1}}, {"response_format": {"type": "json_object"}}],
 )
 def test_openai_fields_that_would_change_the_answer_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(WireError, match="leave it out") as error:
+    with pytest.raises(APIError, match="leave it out") as error:
         request(user("x"), **fields)
     assert error.value.body["error"]["param"] == next(iter(fields))
 

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image as PILImage
 from starlette.testclient import TestClient
 
-from calumma.serve.endpoints import create_app
-from calumma.serve.pieces import Refused, Started, TextPiece, TokenCount
+from calumma.serve.http.app import create_app
+from calumma.serve.protocol import RequestFailed, Started, TextDelta, TokenCount
 from calumma.serve.settings import ServeSettings
 
 from .conftest import CONTEXT, IMAGE_SIZE
@@ -284,7 +284,7 @@ class Breaking:
         raise RuntimeError("no replica")
 
 
-LOST = Refused(503, "the replica was lost", code="unavailable")
+LOST = RequestFailed(503, "the replica was lost", code="unavailable")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -299,7 +299,7 @@ def test_a_lost_replica_is_a_503(settings: ServeSettings, stream: bool) -> None:
 
 
 def test_a_replica_lost_half_way_ends_the_stream_with_an_error(settings: ServeSettings) -> None:
-    with TestClient(create_app(Breaking([Started(TokenCount(3)), TextPiece("se"), LOST]), settings)) as client:
+    with TestClient(create_app(Breaking([Started(TokenCount(3)), TextDelta("se"), LOST]), settings)) as client:
         *chunks, last = events(client.post(CHAT, json=ask(stream=True)).text)
         assert client.post(CHAT, json=ask()).status_code == 503
     assert chunks[-1]["choices"][0]["delta"] == {"content": "se"}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from calumma.serve.engine_main import hold
-from calumma.serve.engine_process import Start
-from calumma.serve.loop import EngineLoop
-from calumma.serve.ranks import precision
+from calumma.serve.replica.engine.main import load_model
+from calumma.serve.replica.engine.messages import Start
+from calumma.serve.replica.engine.thread import EngineThread
+from calumma.serve.replica.model_loading import device_and_dtype
 from calumma.serve.settings import ModelSettings
 
 
@@ -17,8 +17,8 @@ def test_a_specification_reaches_the_engine(model_directory: Path) -> None:
     settings = ModelSettings(
         model=str(model_directory), max_sequences=3, cache_tokens=640, speculative=2, cuda_graphs=True
     )
-    held, options = hold(Start(settings, str(model_directory), 1, None))
-    loop = EngineLoop(held, **options)
+    held, options = load_model(Start(settings, str(model_directory), 1, None))
+    loop = EngineThread(held, **options)
     try:
         engine = loop._engine
         assert (engine.max_sequences, engine.statistics.blocks * engine.statistics.block_size) == (3, 640)
@@ -30,5 +30,5 @@ def test_a_specification_reaches_the_engine(model_directory: Path) -> None:
 
 def test_a_replica_computes_in_what_suits_its_device_unless_told() -> None:
     cpu, gpu = ModelSettings(model="m"), ModelSettings(model="m", gpus_per_replica=1)
-    assert [precision(cpu), precision(gpu)] == [("cpu", torch.float32), ("cuda", torch.bfloat16)]
-    assert precision(cpu.model_copy(update={"dtype": "bfloat16"})) == ("cpu", torch.bfloat16)
+    assert [device_and_dtype(cpu), device_and_dtype(gpu)] == [("cpu", torch.float32), ("cuda", torch.bfloat16)]
+    assert device_and_dtype(cpu.model_copy(update={"dtype": "bfloat16"})) == ("cpu", torch.bfloat16)

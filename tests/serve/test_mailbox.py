@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.serve.mailbox import Mailbox
+from calumma.serve.replica.mailbox import Mailbox
 
 FAR = 3600.0  # seconds nobody waits for
 

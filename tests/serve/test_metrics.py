@@ -13,9 +13,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from calumma.serve.endpoints import create_app
-from calumma.serve.metrics import COUNTERS, GAUGES
-from calumma.serve.replica import EngineReplica
+from calumma.serve.http.app import create_app
+from calumma.serve.http.metrics import COUNTERS, GAUGES
+from calumma.serve.replica.replica import EngineReplica
 from calumma.serve.settings import ServeSettings
 
 from .test_protection import Stub, for_ever

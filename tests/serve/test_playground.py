@@ -15,11 +15,20 @@ from typing import Any
 import pytest
 
 from calumma.model.document import Document
-from calumma.serve.endpoints import create_app
-from calumma.serve.keys import hashed
-from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Refused, Started, TextPiece, TokenCount
-from calumma.serve.replica import EngineReplica
-from calumma.serve.settings import Key, ServeSettings
+from calumma.serve.http.access.api_keys import hash_key
+from calumma.serve.http.app import create_app
+from calumma.serve.protocol import (
+    Finished,
+    GenerationRequest,
+    ImageOutput,
+    ImageProgress,
+    RequestFailed,
+    Started,
+    TextDelta,
+    TokenCount,
+)
+from calumma.serve.replica.replica import EngineReplica
+from calumma.serve.settings import APIKey, ServeSettings
 
 from .conftest import listening
 from .test_protection import Stub
@@ -39,13 +48,13 @@ class Scripted(Stub):
     def __init__(self, png: bytes) -> None:
         super().__init__()
         self.png = png
-        self.jobs: list[Job] = []
+        self.jobs: list[GenerationRequest] = []
         self.ended: list[str] = []
 
     async def describe(self) -> dict[str, Any]:
         return {"context": 128, "parameters": 1_200_000, "image_size": 8, "image_tokens": 16, "device": "cpu"}
 
-    async def generate(self, job: Job) -> Any:
+    async def generate(self, job: GenerationRequest) -> Any:
         self.jobs.append(job)
         assert not isinstance(job.prompt, tuple)
         *_, question = job.prompt.turns()
@@ -54,15 +63,15 @@ class Scripted(Stub):
         try:
             yield Started(TokenCount(7))
             if "fail" in asked:
-                yield TextPiece("sev")
-                yield Refused(503, "the replica was lost while answering", code="unavailable")
+                yield TextDelta("sev")
+                yield RequestFailed(503, "the replica was lost while answering", code="unavailable")
                 return
-            yield TextPiece("Here is one: ")
-            yield Drawing(8, 16, self.png)
+            yield TextDelta("Here is one: ")
+            yield ImageProgress(8, 16, self.png)
             if "slow" in asked:
                 await asyncio.Event().wait()
-            yield ImagePiece(self.png)
-            yield TextPiece("a seven <b>& more</b>.")
+            yield ImageOutput(self.png)
+            yield TextDelta("a seven <b>& more</b>.")
             yield Finished("stop", TokenCount(9, 18))
             how = "whole"
         finally:
@@ -365,7 +374,7 @@ def test_a_new_chat_forgets_the_old_one(page: Any, backend: Scripted) -> None:
 
 
 def test_a_server_with_keys_asks_for_one(browser: Any, backend: Scripted) -> None:
-    settings = ServeSettings(model="m", name="tiny", keys=(Key(name="a", sha256=hashed("sk-right")),))
+    settings = ServeSettings(model="m", name="tiny", keys=(APIKey(name="a", sha256=hash_key("sk-right")),))
     with listening(create_app(backend, settings)) as url:
         page = opened(browser, url)
         send(page, "hi")

@@ -20,14 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from starlette.testclient import TestClient
 
-from calumma.serve import keys, pictures
-from calumma.serve.endpoints import create_app
-from calumma.serve.keys import Doorkeeper, hashed, known_keys, new_key
-from calumma.serve.pictures import Pictures, is_public
-from calumma.serve.pieces import Finished, Started, TextPiece, TokenCount
-from calumma.serve.replica import EngineReplica
-from calumma.serve.settings import Key, Limits, RemoteImages, ServeSettings
-from calumma.serve.wire import WireError
+from calumma.serve.http import image_loader
+from calumma.serve.http.access import api_keys
+from calumma.serve.http.access.api_keys import AccessControl, hash_key, load_keys, new_key
+from calumma.serve.http.app import create_app
+from calumma.serve.http.image_loader import ImageLoader, is_public
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.protocol import Finished, Started, TextDelta, TokenCount
+from calumma.serve.replica.replica import EngineReplica
+from calumma.serve.settings import APIKey, Limits, RemoteImages, ServeSettings
 
 from .conftest import listening
 
@@ -52,7 +53,7 @@ class Stub:
         yield Started(TokenCount(3))
         if self.wait is not None:
             await self.wait()
-        yield TextPiece("seven")
+        yield TextDelta("seven")
         yield Finished("stop", TokenCount(1))
 
     async def describe(self) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def secret() -> str:
 
 @pytest.fixture
 def locked(secret: str) -> Iterator[TestClient]:
-    with TestClient(create_app(Stub(), settings(keys=[Key(name="alice", sha256=hashed(secret))]))) as client:
+    with TestClient(create_app(Stub(), settings(keys=[APIKey(name="alice", sha256=hash_key(secret))]))) as client:
         yield client
 
 
@@ -112,7 +113,7 @@ def test_pages_and_probes_need_no_key_and_tell_no_paths(locked: TestClient) -> N
 
 
 def test_the_openai_client_sees_an_authentication_error(secret: str) -> None:
-    with listening(create_app(Stub(), settings(keys=[Key(name="a", sha256=hashed(secret))]))) as url:
+    with listening(create_app(Stub(), settings(keys=[APIKey(name="a", sha256=hash_key(secret))]))) as url:
         wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-wrong", max_retries=0)
         with pytest.raises(openai.AuthenticationError, match="not one that this server knows"):
             wrong.models.list()
@@ -122,11 +123,11 @@ def test_the_openai_client_sees_an_authentication_error(secret: str) -> None:
 def test_keys_come_from_a_file_and_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str
 ) -> None:
-    one, two, three = hashed(secret), hashed("two"), hashed("three")
+    one, two, three = hash_key(secret), hash_key("two"), hash_key("three")
     file = tmp_path / "keys"
     file.write_text(f"# who may ask\n{one} alice 4\n\n{two}\n")
-    monkeypatch.setenv(keys.VARIABLE, f"{three} carol")
-    found = known_keys(file)
+    monkeypatch.setenv(api_keys.VARIABLE, f"{three} carol")
+    found = load_keys(file)
     assert [(key.name, key.sha256, key.running) for key in found] == [
         ("alice", one, 4),
         (two[:8], two, None),
@@ -138,20 +139,20 @@ def test_keys_come_from_a_file_and_the_environment(
 def test_a_key_that_is_not_given_by_its_hash_is_refused_and_not_repeated(tmp_path: Path, line: str) -> None:
     (tmp_path / "keys").write_text(f"{'1' * 64} bob\n{line}\n")
     with pytest.raises(ValueError, match="entry 2") as error:
-        known_keys(tmp_path / "keys")
+        load_keys(tmp_path / "keys")
     assert line not in str(error.value)
 
 
 def test_a_file_without_keys_opens_no_server(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# none yet\n")
     with pytest.raises(ValueError, match="everybody could use the server"):
-        known_keys(tmp_path / "keys")
+        load_keys(tmp_path / "keys")
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans()), max_size=40))
 def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, bool]]) -> None:
-    known = {name: Key(name=name, sha256=hashed(name), running=2) for name in ("a", "b")}
-    door = Doorkeeper(tuple(known.values()), running=3, running_per_key=9)
+    known = {name: APIKey(name=name, sha256=hash_key(name), running=2) for name in ("a", "b")}
+    door = AccessControl(tuple(known.values()), running=3, running_per_key=9)
     inside: list[tuple[str | None, Any]] = []
     for name, enter in steps:
         mine = [entry for entry in inside if entry[0] == name]
@@ -160,9 +161,9 @@ def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, boo
                 inside.remove(mine[0])
                 mine[0][1].__exit__(None, None, None)
             continue
-        visit = door.under_way(known.get(name) if name else None)
+        visit = door.slot(known.get(name) if name else None)
         if len(inside) >= 3 or (name and len(mine) >= 2):
-            with pytest.raises(WireError) as error:
+            with pytest.raises(APIError) as error:
                 visit.__enter__()
             assert error.value.status == 429
         else:
@@ -173,7 +174,7 @@ def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, boo
 def test_a_key_that_has_enough_under_way_gets_429_and_others_do_not() -> None:
     first, second = new_key(), new_key()
     limited = settings(
-        keys=[Key(name="first", sha256=hashed(first), running=1), Key(name="second", sha256=hashed(second))]
+        keys=[APIKey(name="first", sha256=hash_key(first), running=1), APIKey(name="second", sha256=hash_key(second))]
     )
     let = threading.Event()
 
@@ -337,12 +338,12 @@ def web() -> Iterator[str]:
 REMOTE = RemoteImages(hosts=("localhost", "*.example.org"), mebibytes=1)
 
 
-def reader(remote: RemoteImages = REMOTE, public: Callable[[str], bool] = lambda address: True) -> Pictures:
-    return Pictures(Limits(), remote, public)
+def reader(remote: RemoteImages = REMOTE, public: Callable[[str], bool] = lambda address: True) -> ImageLoader:
+    return ImageLoader(Limits(), remote, public)
 
 
-def refusal(url: str, pictures: Pictures) -> str:
-    with pytest.raises(WireError) as error:
+def refusal(url: str, pictures: ImageLoader) -> str:
+    with pytest.raises(APIError) as error:
         pictures.read(url, "here")
     assert error.value.status == 400
     assert error.value.body["error"]["param"] == "here"
@@ -380,7 +381,7 @@ def test_what_an_allowed_host_answers_is_checked(web: str, path: str, says: str)
     ],
 )
 def test_other_hosts_are_not_asked(url: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures.socket, "create_connection", None)
+    monkeypatch.setattr(image_loader.socket, "create_connection", None)
     assert says in refusal(url, reader())
 
 
@@ -403,8 +404,8 @@ def test_the_connection_goes_to_the_address_that_was_checked(web: str, monkeypat
         connected.append(address)
         raise OSError("no route")
 
-    monkeypatch.setattr(pictures.socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(pictures.socket, "create_connection", connect)
+    monkeypatch.setattr(image_loader.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(image_loader.socket, "create_connection", connect)
     assert "no route" in refusal("http://a.example.org/cat.png", reader(public=is_public))
     assert connected == [("93.184.215.14", 80)]
     assert asked == ["a.example.org"]
@@ -412,7 +413,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(web: str, monkeypat
 
 def test_one_private_address_among_several_is_enough_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("93.184.215.14", "10.0.0.1")]
-    monkeypatch.setattr(pictures.socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(image_loader.socket, "getaddrinfo", lambda *_, **__: found)
     assert "does not lead to a public address" in refusal("http://a.example.org/x", reader(public=is_public))
 
 

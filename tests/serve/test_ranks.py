@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from calumma.model import MixedModalModel
 from calumma.model.generation import Engine, Event, Shard
-from calumma.serve import loop
-from calumma.serve.app import ServeError, find
-from calumma.serve.engine_process import EngineProcess
-from calumma.serve.ranks import Meeting, Nodes, bundle, require_room
-from calumma.serve.replica import EngineReplica
+from calumma.serve.deploy.preparation import NodeGroup, ServeError, locate_servable, require_room
+from calumma.serve.replica.engine import thread
+from calumma.serve.replica.engine.process import EngineProcess
+from calumma.serve.replica.replica import EngineReplica
+from calumma.serve.replica.tensor_parallel import Rendezvous, bundle
 from calumma.serve.settings import ModelSettings
 
 
@@ -33,9 +33,9 @@ def test_processes_share_the_cpus_of_a_replica_and_have_a_gpu_each() -> None:
 
 def test_more_processes_than_heads_are_refused_before_anything_starts(model_directory: Path) -> None:
     fits = ModelSettings(model=str(model_directory), tensor_parallel=2)
-    assert find(fits) == str(model_directory)
+    assert locate_servable(fits) == str(model_directory)
     with pytest.raises(ServeError, match=r"tensor_parallel 5 of /.*2 heads cannot be cut into 5 parts: use at most 2"):
-        find(fits.model_copy(update={"tensor_parallel": 5}))
+        locate_servable(fits.model_copy(update={"tensor_parallel": 5}))
 
 
 def test_a_cluster_without_a_node_for_a_replica_is_told() -> None:
@@ -43,12 +43,12 @@ def test_a_cluster_without_a_node_for_a_replica_is_told() -> None:
         model="m", gpus_per_replica=4, cpus_per_replica=4, tensor_parallel=4, min_replicas=2, max_replicas=2
     )
     large, small = {"CPU": 16.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 2.0}
-    require_room(settings, [Nodes(large)])
-    require_room(settings, [Nodes(small), Nodes(large, math.inf)])  # an autoscaler may add some
+    require_room(settings, [NodeGroup(large)])
+    require_room(settings, [NodeGroup(small), NodeGroup(large, math.inf)])  # an autoscaler may add some
     with pytest.raises(ValueError, match="need 4 CPU and 4 GPU on one node each, and the cluster has room for 0 "):
-        require_room(settings, [Nodes(small)] * 8)
+        require_room(settings, [NodeGroup(small)] * 8)
     with pytest.raises(ValueError, match=r"room for 1 \(its nodes: 16 CPU and 4 GPU; 64 CPU and 2 GPU\)"):
-        require_room(settings, [Nodes(large | {"GPU": 4.0}), Nodes(small)])
+        require_room(settings, [NodeGroup(large | {"GPU": 4.0}), NodeGroup(small)])
     require_room(settings.model_copy(update={"tensor_parallel": 1}), [])  # Ray waits for room, as it always did
 
 
@@ -65,7 +65,7 @@ def test_an_engine_without_work_is_heard_by_the_others_and_lets_them_go_in_the_e
 
     monkeypatch.setattr(Engine, "step", step)
     monkeypatch.setattr(Engine, "close", lambda engine: done.append("close"))
-    monkeypatch.setattr(loop, "HEARTBEAT", 0.001)
+    monkeypatch.setattr(thread, "HEARTBEAT", 0.001)
     replica = EngineReplica(model, shard=Shard())
     assert beaten.acquire(timeout=300)
     assert beaten.acquire(timeout=300)
@@ -77,10 +77,10 @@ def test_an_engine_without_work_is_heard_by_the_others_and_lets_them_go_in_the_e
 def test_a_process_lost_while_they_meet_is_not_waited_for(model_directory: Path) -> None:
     settings = ModelSettings(model=str(model_directory), tensor_parallel=2)
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
-    engine = EngineProcess(settings, model_directory, 1, Meeting("127.0.0.1", store.port))
+    engine = EngineProcess(settings, model_directory, 1, Rendezvous("127.0.0.1", store.port))
     while not store.num_keys() and engine.failure is None:  # until the first has come
         time.sleep(0.01)
     engine.fail(RuntimeError("process 2 of 2 was lost"))
     with pytest.raises(RuntimeError, match="the engine did not start: process 2 of 2 was lost"):
-        engine.started()
+        engine.wait_ready()
     engine.close()

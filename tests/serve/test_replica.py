@@ -16,9 +16,19 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.encoding import DocumentEncoder
 from calumma.model.generation import Engine, PhaseSampling, SamplingParams
 from calumma.model.tokenizers.image import ImageTokenizer
-from calumma.serve.loop import Codes, Taken
-from calumma.serve.pieces import Drawing, Finished, ImagePiece, Job, Piece, Refused, Started, TextPiece, TokenCount
-from calumma.serve.replica import EngineReplica
+from calumma.serve.protocol import (
+    Finished,
+    GenerationRequest,
+    ImageOutput,
+    ImageProgress,
+    OutputEvent,
+    RequestFailed,
+    Started,
+    TextDelta,
+    TokenCount,
+)
+from calumma.serve.replica.engine.client import Admitted, ImageCodes
+from calumma.serve.replica.replica import EngineReplica
 
 T = TypeVar("T")
 PROMPT = Document((Text("Draw a three.", "user"),))
@@ -33,18 +43,18 @@ def params(seed: int, mode: Any = "interleaved", **fields: Any) -> SamplingParam
     return SamplingParams(mode=mode, seed=seed, text=free, image=free, **fields)
 
 
-async def pieces_of(replica: EngineReplica, job: Job) -> list[Piece]:
+async def pieces_of(replica: EngineReplica, job: GenerationRequest) -> list[OutputEvent]:
     async with aclosing(replica.generate(job)) as pieces:
         return [piece async for piece in pieces]
 
 
-def parts(pieces: list[Piece]) -> list[str | tuple[int, ...]]:
+def parts(pieces: list[OutputEvent]) -> list[str | tuple[int, ...]]:
     """Text, and images as pixels, with adjacent texts joined."""
     found: list[Any] = []
     for piece in pieces:
-        if isinstance(piece, ImagePiece):
+        if isinstance(piece, ImageOutput):
             found.append(tuple(PILImage.open(io.BytesIO(piece.png)).convert("RGB").tobytes()))
-        elif isinstance(piece, TextPiece):
+        elif isinstance(piece, TextDelta):
             if found and isinstance(found[-1], str):
                 found[-1] += piece.text
             else:
@@ -56,8 +66,10 @@ def test_what_is_streamed_is_what_the_engine_generates(replica: EngineReplica, m
     prompts = [Document((Text(text, "user"),)) for text in ("Draw a three.", "seven", "Count from two to four.")] * 4
     each = [params(seed, max_tokens=60) for seed in range(len(prompts))]
 
-    async def all_at_once() -> list[list[Piece]]:
-        jobs = [Job(str(k), p, s, max_tokens=60) for k, (p, s) in enumerate(zip(prompts, each, strict=True))]
+    async def all_at_once() -> list[list[OutputEvent]]:
+        jobs = [
+            GenerationRequest(str(k), p, s, max_tokens=60) for k, (p, s) in enumerate(zip(prompts, each, strict=True))
+        ]
         return await asyncio.gather(*(pieces_of(replica, job) for job in jobs))
 
     answers = run(all_at_once())
@@ -74,10 +86,10 @@ def test_what_is_streamed_is_what_the_engine_generates(replica: EngineReplica, m
 
 
 def test_progress_is_told_when_asked(replica: EngineReplica) -> None:
-    told = run(pieces_of(replica, Job("p", PROMPT, params(1, "image"), progress=True)))
-    assert any(isinstance(piece, Drawing) for piece in told)
-    silent = run(pieces_of(replica, Job("q", PROMPT, params(1, "image"))))
-    assert not any(isinstance(piece, Drawing) for piece in silent)
+    told = run(pieces_of(replica, GenerationRequest("p", PROMPT, params(1, "image"), progress=True)))
+    assert any(isinstance(piece, ImageProgress) for piece in told)
+    silent = run(pieces_of(replica, GenerationRequest("q", PROMPT, params(1, "image"))))
+    assert not any(isinstance(piece, ImageProgress) for piece in silent)
 
 
 def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_image_after_it(
@@ -94,20 +106,22 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
             await self.may.wait()
             return b"png"
 
-    async def read() -> list[list[Piece]]:
+    async def read() -> list[list[OutputEvent]]:
         replica = EngineReplica(model, coder=(coder := Coder()))
         said = [
-            Taken(),
-            TextPiece("a "),
-            TextPiece("three: "),
-            Codes([1], 1, 0.0),
-            TextPiece("."),
+            Admitted(),
+            TextDelta("a "),
+            TextDelta("three: "),
+            ImageCodes([1], 1, 0.0),
+            TextDelta("."),
             Finished("stop", TokenCount()),
         ]
-        monkeypatch.setattr(replica.loop, "submit", lambda request, job, post: [post(part) for part in said])
+        monkeypatch.setattr(
+            replica.engine, "submit", lambda engine_request, request, on_output: [on_output(one) for one in said]
+        )
         found = []
         try:
-            async with aclosing(replica.batches(Job("a", PROMPT, params(0)))) as batches:
+            async with aclosing(replica.generate_batches(GenerationRequest("a", PROMPT, params(0)))) as batches:
                 async for pieces in batches:
                     found.append(pieces)
                     if len(found) == 2:
@@ -118,44 +132,46 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
 
     [started], before, (image, *after) = run(read())
     assert isinstance(started, Started)
-    assert before == [TextPiece("a three: ")]
-    assert isinstance(image, ImagePiece)
-    assert after == [TextPiece("."), Finished("stop", TokenCount())]
+    assert before == [TextDelta("a three: ")]
+    assert isinstance(image, ImageOutput)
+    assert after == [TextDelta("."), Finished("stop", TokenCount())]
 
 
 def test_a_prompt_too_long_is_refused_and_disturbs_nobody(replica: EngineReplica) -> None:
-    async def both() -> tuple[list[Piece], list[Piece]]:
+    async def both() -> tuple[list[OutputEvent], list[OutputEvent]]:
         long = Document((Text("x" * 500, "user"),))
-        good = pieces_of(replica, Job("good", PROMPT, params(3, "image")))
-        return tuple(await asyncio.gather(good, pieces_of(replica, Job("long", long, params(3)))))  # type: ignore[return-value]
+        good = pieces_of(replica, GenerationRequest("good", PROMPT, params(3, "image")))
+        return tuple(await asyncio.gather(good, pieces_of(replica, GenerationRequest("long", long, params(3)))))  # type: ignore[return-value]
 
     good, long = run(both())
     assert isinstance(good[-1], Finished)
     (refused,) = long
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, RequestFailed)
     assert (refused.status, refused.code, refused.param) == (400, "context_length_exceeded", "messages")
 
 
 def test_an_unreadable_image_is_refused(replica: EngineReplica) -> None:
-    (refused,) = run(pieces_of(replica, Job("bad", Document((Image(b"no", role="user"),)), params(0))))
-    assert isinstance(refused, Refused)
+    (refused,) = run(pieces_of(replica, GenerationRequest("bad", Document((Image(b"no", role="user"),)), params(0))))
+    assert isinstance(refused, RequestFailed)
     assert refused.status == 400
 
 
 def test_who_leaves_is_forgotten(model: MixedModalModel) -> None:
     replica = EngineReplica(model, max_sequences=1)
 
-    async def leave_then_ask() -> list[Piece]:
-        async with aclosing(replica.generate(Job("left", PROMPT, params(0, "image"), progress=True))) as pieces:
+    async def leave_then_ask() -> list[OutputEvent]:
+        async with aclosing(
+            replica.generate(GenerationRequest("left", PROMPT, params(0, "image"), progress=True))
+        ) as pieces:
             async for piece in pieces:
-                if isinstance(piece, Drawing):
+                if isinstance(piece, ImageProgress):
                     break
         # The leaver had the only seat: this one is answered only if it was given back.
-        return await pieces_of(replica, Job("next", PROMPT, params(1, "image")))
+        return await pieces_of(replica, GenerationRequest("next", PROMPT, params(1, "image")))
 
     try:
         assert isinstance(run(leave_then_ask())[-1], Finished)
-        assert replica.loop.running == 0
+        assert replica.engine.running == 0
     finally:
         replica.close()
 
@@ -170,22 +186,22 @@ def test_a_broken_engine_fails_its_requests_and_its_health(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(Engine, "step", step)
-    pieces = run(pieces_of(replica, Job("a", PROMPT, params(0))))
-    assert isinstance(pieces[-1], Refused)
+    pieces = run(pieces_of(replica, GenerationRequest("a", PROMPT, params(0))))
+    assert isinstance(pieces[-1], RequestFailed)
     assert (pieces[-1].status, pieces[-1].code) == (500, "engine_failed")
     with pytest.raises(RuntimeError, match="out of memory"):
         replica.check_health()
     with pytest.raises(RuntimeError, match="out of memory"):
         run(replica.describe())
-    later = run(pieces_of(replica, Job("b", PROMPT, params(0))))
-    assert isinstance(later[-1], Refused), "nobody waits for an engine that has ended"
+    later = run(pieces_of(replica, GenerationRequest("b", PROMPT, params(0))))
+    assert isinstance(later[-1], RequestFailed), "nobody waits for an engine that has ended"
 
 
 def test_a_replica_that_shuts_down_says_so(model: MixedModalModel) -> None:
     replica = EngineReplica(model)
     replica.close()
-    last = run(pieces_of(replica, Job("a", PROMPT, params(0))))[-1]
-    assert isinstance(last, Refused)
+    last = run(pieces_of(replica, GenerationRequest("a", PROMPT, params(0))))[-1]
+    assert isinstance(last, RequestFailed)
     assert (last.status, last.code) == (503, "unavailable")
 
 
@@ -195,11 +211,11 @@ def test_a_model_without_image_decoder_answers_in_text_and_says_why(model: Mixed
     encoder = DocumentEncoder(model.vocabulary, model.text_tokenizer, ImageTokenizer(shape).eval())
     replica = EngineReplica(MixedModalModel(model.transformer, encoder), max_sequences=4)
     try:
-        pieces = run(pieces_of(replica, Job("free", PROMPT, params(3, max_tokens=40), max_tokens=40)))
+        pieces = run(pieces_of(replica, GenerationRequest("free", PROMPT, params(3, max_tokens=40), max_tokens=40)))
         assert isinstance(pieces[-1], Finished)
-        assert pieces[-1].answer.image == 0
-        [refused] = run(pieces_of(replica, Job("image", PROMPT, params(3, "image"))))
-        assert isinstance(refused, Refused)
+        assert pieces[-1].completion.image == 0
+        [refused] = run(pieces_of(replica, GenerationRequest("image", PROMPT, params(3, "image"))))
+        assert isinstance(refused, RequestFailed)
         assert (refused.status, refused.code) == (400, "no_image_output")
         assert "no decoder" in refused.message
         assert "--vqgan" in refused.message

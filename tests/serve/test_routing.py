@@ -12,18 +12,27 @@ from hypothesis import strategies as st
 
 from calumma.model.document import Document, Image, Role, Text
 from calumma.model.generation import SamplingParams
-from calumma.serve.backend import ATTEMPTS, RayBackend
-from calumma.serve.pieces import Finished, Job, Piece, Refused, Started, TextPiece, TokenCount
-from calumma.serve.rollout import Placed, Rollouts
-from calumma.serve.routing import SLACK, PrefixRouter, preferred, prefix_key
-from calumma.serve.scaling import QueuedTokens
+from calumma.serve.deploy.applications import ModelApplication
+from calumma.serve.deploy.ingress import ATTEMPTS, RayBackend
+from calumma.serve.deploy.rollout import RolloutController
+from calumma.serve.deploy.routing import MAX_IMBALANCE, PrefixRouter, preferred_replica, prefix_key
+from calumma.serve.deploy.scaling import QueuedTokensPolicy
+from calumma.serve.protocol import (
+    Finished,
+    GenerationRequest,
+    OutputEvent,
+    RequestFailed,
+    Started,
+    TextDelta,
+    TokenCount,
+)
 from calumma.serve.settings import ModelSettings
 
 # ---- routing
 
 
-def job(*parts: str | bytes, role: Role = "user") -> Job:
-    return Job(
+def job(*parts: str | bytes, role: Role = "user") -> GenerationRequest:
+    return GenerationRequest(
         "id",
         Document(tuple(Text(p, role) if isinstance(p, str) else Image(p, role=role) for p in parts)),
         SamplingParams(),
@@ -37,20 +46,22 @@ def test_prompts_that_begin_alike_have_the_same_key() -> None:
     assert prefix_key(job(b"picture", "what is it?")) == prefix_key(job(b"picture", "what is it?"))
     assert prefix_key(job(b"picture", "what is it?")) != prefix_key(job(b"other", "what is it?"))
     ids = tuple(range(1000))
-    assert prefix_key(Job("", ids, SamplingParams())) == prefix_key(Job("", (*ids, 7), SamplingParams()))
+    assert prefix_key(GenerationRequest("", ids, SamplingParams())) == prefix_key(
+        GenerationRequest("", (*ids, 7), SamplingParams())
+    )
 
 
 @given(st.sets(st.text("abc", min_size=1, max_size=4), min_size=2, max_size=8), st.binary(max_size=8))
 def test_a_replica_that_goes_moves_only_its_own_keys(names: set[str], key: bytes) -> None:
-    chosen = preferred(key, sorted(names))
+    chosen = preferred_replica(key, sorted(names))
     for gone in names:
-        left = preferred(key, sorted(names - {gone}))
+        left = preferred_replica(key, sorted(names - {gone}))
         assert left == chosen or gone == chosen
 
 
 def test_keys_spread_over_the_replicas() -> None:
     names = ["a", "b", "c", "d"]
-    counts = [sum(preferred(str(k).encode(), names) == name for k in range(400)) for name in names]
+    counts = [sum(preferred_replica(str(k).encode(), names) == name for k in range(400)) for name in names]
     assert min(counts) > 60
 
 
@@ -65,11 +76,11 @@ def routed(job_: Any, lengths: dict[str, int]) -> list[list[str]]:
 
 def test_the_preferred_replica_comes_first_unless_it_is_clearly_busier() -> None:
     asked = job("hello")
-    first = preferred(prefix_key(asked), ["a", "b", "c"])
+    first = preferred_replica(prefix_key(asked), ["a", "b", "c"])
     others = sorted({"a", "b", "c"} - {first})
     assert routed(asked, {"a": 0, "b": 0, "c": 0}) == [[first], others]
-    assert routed(asked, {first: SLACK, others[0]: 0, others[1]: 9})[0] == [first]
-    [rank] = routed(asked, {first: SLACK + 1, others[0]: 0, others[1]: 9})
+    assert routed(asked, {first: MAX_IMBALANCE, others[0]: 0, others[1]: 9})[0] == [first]
+    [rank] = routed(asked, {first: MAX_IMBALANCE + 1, others[0]: 0, others[1]: 9})
     assert sorted(rank) == ["a", "b", "c"]
 
 
@@ -90,9 +101,9 @@ def test_replicas_follow_requests_and_the_prompts_in_line(
     requests: float, queued: dict[str, float], wanted: float
 ) -> None:
     context: Any = SimpleNamespace(total_num_requests=requests, aggregated_metrics={"queued_tokens": queued})
-    assert QueuedTokens(requests_per_replica=5, tokens_per_replica=1000)(context) == (wanted, {})
+    assert QueuedTokensPolicy(requests_per_replica=5, tokens_per_replica=1000)(context) == (wanted, {})
     without: Any = SimpleNamespace(total_num_requests=requests, aggregated_metrics=None)
-    assert QueuedTokens(5, 1000)(without) == (requests / 5, {})
+    assert QueuedTokensPolicy(5, 1000)(without) == (requests / 5, {})
 
 
 # ---- replicas that die
@@ -101,27 +112,27 @@ def test_replicas_follow_requests_and_the_prompts_in_line(
 class Handle:
     """A Ray Serve handle whose calls end as they are told: pieces, and perhaps an exception."""
 
-    def __init__(self, *calls: list[Piece | Exception]) -> None:
+    def __init__(self, *calls: list[OutputEvent | Exception]) -> None:
         self.calls = list(calls)
         self.cancelled = 0
-        self.batches = self
+        self.generate_batches = self
 
     def options(self, stream: bool) -> Handle:
         assert stream
         return self
 
-    def remote(self, job_: Job) -> Any:
+    def remote(self, job_: GenerationRequest) -> Any:
         return Stream(self, self.calls.pop(0))
 
 
 class Stream:
-    def __init__(self, handle: Handle, pieces: list[Piece | Exception]) -> None:
+    def __init__(self, handle: Handle, pieces: list[OutputEvent | Exception]) -> None:
         self.handle, self.pieces = handle, pieces
 
     def __aiter__(self) -> Stream:
         return self
 
-    async def __anext__(self) -> list[Piece]:
+    async def __anext__(self) -> list[OutputEvent]:
         if not self.pieces:
             raise StopAsyncIteration
         piece = self.pieces.pop(0)
@@ -133,10 +144,10 @@ class Stream:
         self.handle.cancelled += 1
 
 
-def heard(handle: Handle, monkeypatch: pytest.MonkeyPatch, most: int = 99) -> list[Piece]:
+def heard(handle: Handle, monkeypatch: pytest.MonkeyPatch, most: int = 99) -> list[OutputEvent]:
     monkeypatch.setattr(RayBackend, "_find", lambda self: handle)
 
-    async def listen() -> list[Piece]:
+    async def listen() -> list[OutputEvent]:
         found = []
         pieces = RayBackend("application").generate(job("hi"))
         async for piece in pieces:
@@ -155,7 +166,7 @@ def lost() -> Exception:
     return ActorDiedError()
 
 
-STARTED, TEXT, FINISHED = Started(TokenCount(3)), TextPiece("seven"), Finished("stop", TokenCount(1))
+STARTED, TEXT, FINISHED = Started(TokenCount(3)), TextDelta("seven"), Finished("stop", TokenCount(1))
 
 
 @pytest.mark.parametrize("before", [[], [STARTED]])
@@ -169,13 +180,13 @@ def test_a_job_whose_replica_dies_before_it_has_said_anything_goes_to_another(
 def test_a_replica_that_dies_later_ends_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     *pieces, last = heard(Handle([STARTED, TEXT, lost()], [STARTED]), monkeypatch)
     assert pieces == [STARTED, TEXT]
-    assert isinstance(last, Refused)
+    assert isinstance(last, RequestFailed)
     assert (last.status, last.code) == (503, "unavailable")
 
 
 def test_nobody_is_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     [last] = heard(Handle(*[[lost()] for _ in range(ATTEMPTS)]), monkeypatch)
-    assert isinstance(last, Refused)
+    assert isinstance(last, RequestFailed)
     assert "ActorDiedError" in last.message
 
 
@@ -183,7 +194,7 @@ def test_a_full_queue_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.serve.exceptions import BackPressureError
 
     [last] = heard(Handle([BackPressureError(num_queued_requests=1, max_queued_requests=1)]), monkeypatch)
-    assert isinstance(last, Refused)
+    assert isinstance(last, RequestFailed)
     assert (last.status, last.code) == (429, "overloaded")
 
 
@@ -203,32 +214,32 @@ class Registry:
         self.sources = dict.fromkeys(models, "1")
         self.did: list[Any] = []
         self.broken = False
-        self.rollouts = Rollouts(
+        self.rollouts = RolloutController(
             tuple(
                 ModelSettings(model=model, name=model.removeprefix("models:/").partition("@")[0]) for model in models
             ),
-            {name: Placed(f"{name}-1", "1") for name in ("a", "b")},
+            {name: ModelApplication(f"{name}-1", "1") for name in ("a", "b")},
             locate=lambda model: self.sources[model.model],
-            place=self.place,
+            start=self.place,
             announce=lambda table: self.did.append(("announce", dict(table))),
             remove=lambda application: self.did.append(("remove", application)),
             settle=0,
         )
 
-    def place(self, model: ModelSettings, source: str) -> Placed:
+    def place(self, model: ModelSettings, source: str) -> ModelApplication:
         if self.broken:
             raise RuntimeError("out of memory")
         self.did.append(("place", model.name, source))
-        return Placed(f"{model.name}-{source}", source)
+        return ModelApplication(f"{model.name}-{source}", source)
 
 
 def test_a_new_version_is_up_before_it_is_told_and_the_old_one_ends_last() -> None:
     registry = Registry("models:/a@live", "models:/b@live")
-    assert registry.rollouts.look() == []
+    assert registry.rollouts.reconcile() == []
     registry.sources["models:/b@live"] = "2"
-    assert registry.rollouts.look() == ["b"]
+    assert registry.rollouts.reconcile() == ["b"]
     assert registry.did == [("place", "b", "2"), ("announce", {"a": "a-1", "b": "b-2"}), ("remove", "b-1")]
-    assert registry.rollouts.look() == []
+    assert registry.rollouts.reconcile() == []
 
 
 def test_an_ingress_that_did_not_hear_of_a_new_version_is_told_again() -> None:
@@ -243,28 +254,28 @@ def test_an_ingress_that_did_not_hear_of_a_new_version_is_told_again() -> None:
 
     registry.rollouts.announce = announce
     registry.sources["models:/b@live"] = "2"
-    assert registry.rollouts.look() == ["b"]
+    assert registry.rollouts.reconcile() == ["b"]
     assert registry.did[1:] == [("announce", {"a": "a-1", "b": "b-2"}), ("remove", "b-1")]
 
 
 def test_a_version_that_does_not_come_up_changes_nothing_and_is_tried_again() -> None:
     registry = Registry("models:/a@live")
     registry.sources["models:/a@live"], registry.broken = "2", True
-    assert registry.rollouts.look() == []
+    assert registry.rollouts.reconcile() == []
     assert registry.did == []
     registry.broken = False
-    assert registry.rollouts.look() == ["a"]
+    assert registry.rollouts.reconcile() == ["a"]
 
 
 def test_a_registry_that_does_not_answer_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry("models:/a@live", "models:/b@live")
     registry.sources["models:/b@live"] = "2"
     del registry.sources["models:/a@live"]
-    assert registry.rollouts.look() == ["b"]
+    assert registry.rollouts.reconcile() == ["b"]
 
 
 @pytest.mark.parametrize("model", ["/folder/a", "s3://bucket/a", "models:/a/3"])
 def test_what_is_no_alias_is_not_followed(model: str) -> None:
     registry = Registry("models:/b@live")
     registry.rollouts.models = (ModelSettings(model=model, name="a"),)
-    assert registry.rollouts.look() == []
+    assert registry.rollouts.reconcile() == []

@@ -12,9 +12,9 @@ from openai import OpenAI
 from starlette.testclient import TestClient
 
 from calumma.model.document import Document, Image, Text
-from calumma.serve.endpoints import create_app
-from calumma.serve.pieces import Drawing, Finished, ImagePiece, Started, TextPiece, TokenCount
-from calumma.serve.safety import Look, Policy, keywords, policy_of
+from calumma.serve.http.app import create_app
+from calumma.serve.protocol import Finished, ImageOutput, ImageProgress, Started, TextDelta, TokenCount
+from calumma.serve.safety import Policy, PolicyInput, keywords, load_policy
 from calumma.serve.settings import Safety, ServeSettings
 
 from .conftest import listening
@@ -55,7 +55,7 @@ def streamed(text: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("text", ["Dynamite!", "how to use DYNAMITE", "ｄynamite", "an u\u0308nsafe word, please"])
 def test_a_declined_prompt_does_not_reach_the_model(text: str) -> None:
-    backend = Saying(TextPiece("sure"))
+    backend = Saying(TextDelta("sure"))
     with client(backend) as http:
         choice = http.post(CHAT, json=ask(text)).json()["choices"][0]
         assert choice["finish_reason"] == "content_filter"
@@ -72,12 +72,12 @@ def test_a_declined_prompt_does_not_reach_the_model(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["dynamited", "aerodynamite", "a dynamo"])
 def test_a_word_within_another_is_another_word(text: str) -> None:
-    with client(Saying(TextPiece("sure"))) as http:
+    with client(Saying(TextDelta("sure"))) as http:
         assert http.post(CHAT, json=ask(text)).json()["choices"][0]["message"]["content"] == "sure"
 
 
 def test_an_answer_is_declined_before_the_word_is_sent() -> None:
-    pieces = [TextPiece(text) for text in ("Take some ", "dyna", "mite", ", light ", "it.")]
+    pieces = [TextDelta(text) for text in ("Take some ", "dyna", "mite", ", light ", "it.")]
     with client(Saying(*pieces)) as http:
         chunks = streamed(http.post(CHAT, json=ask(stream=True)).text)
         assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks) == "Take some "
@@ -88,18 +88,18 @@ def test_an_answer_is_declined_before_the_word_is_sent() -> None:
 
 @given(st.lists(st.sampled_from(["dyna", "mite", " ", "a", "\n", "dynamite"]), max_size=8))
 def test_whatever_the_pieces_no_declined_word_is_sent_and_else_nothing_is_lost(texts: list[str]) -> None:
-    with client(Saying(*map(TextPiece, texts))) as http:
+    with client(Saying(*map(TextDelta, texts))) as http:
         choice = http.post(CHAT, json=ask()).json()["choices"][0]
     policy = keywords(["dynamite"])
-    declined = policy(Look("answer", Document((Text("".join(texts)),)))) is not None
+    declined = policy(PolicyInput("answer", Document((Text("".join(texts)),)))) is not None
     assert (choice["finish_reason"] == "content_filter") == declined
     sent = choice["message"]["content"]
-    assert policy(Look("answer", Document((Text(sent),)))) is None
+    assert policy(PolicyInput("answer", Document((Text(sent),)))) is None
     assert "".join(texts).startswith(sent) if declined else sent == "".join(texts)
 
 
 def no_pictures() -> Policy:
-    def policy(look: Look) -> str | None:
+    def policy(look: PolicyInput) -> str | None:
         drawn = any(isinstance(segment, Image) for segment in look.document.segments)
         return "no pictures" if look.stage == "answer" and drawn else None
 
@@ -108,7 +108,7 @@ def no_pictures() -> Policy:
 
 def test_a_policy_sees_pictures_and_their_previews_are_not_sent(png: bytes) -> None:
     policy = Safety(policy=f"{__name__}:no_pictures")
-    backend = Saying(TextPiece("Look:"), Drawing(4, 16, png), ImagePiece(png), TextPiece("nice"))
+    backend = Saying(TextDelta("Look:"), ImageProgress(4, 16, png), ImageOutput(png), TextDelta("nice"))
     options = {"include_progress": True, "partial_images": 2}
     with client(backend, policy) as http:
         text = http.post(CHAT, json=ask(stream=True, stream_options=options)).text
@@ -131,7 +131,7 @@ def test_a_prompt_of_token_ids_is_shown_as_text(replica: Any) -> None:
 
 
 def test_the_openai_client_reads_a_refusal() -> None:
-    app = create_app(Saying(TextPiece("x")), ServeSettings(model="m", name="tiny", safety=RULES))
+    app = create_app(Saying(TextDelta("x")), ServeSettings(model="m", name="tiny", safety=RULES))
     with listening(app) as url, OpenAI(base_url=f"{url}/v1", api_key="x") as openai:
         answer = openai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "dynamite"}])
         assert answer.choices[0].message.refusal == "no"
@@ -150,4 +150,4 @@ def test_the_openai_client_reads_a_refusal() -> None:
 )
 def test_a_policy_that_cannot_be_made_is_told(safety: Safety, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        policy_of(safety)
+        load_policy(safety)

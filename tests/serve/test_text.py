@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calumma.model import MixedModalModel
-from calumma.serve.text import StopWatch, TextStream
+from calumma.serve.replica.text_stream import StopChecker, TextStream
 
 letters = st.text("ab", max_size=12)
 stops = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
@@ -27,7 +27,7 @@ def reference(text: str, stops: list[str]) -> tuple[str, bool]:
 @given(text=letters, stops=stops, data=st.data())
 def test_stop_strings_cut_the_same_however_the_text_comes(text: str, stops: list[str], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
-    watch, shown = StopWatch(stops), ""
+    watch, shown = StopChecker(stops), ""
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         shown += watch.push(text[begin:end])
         assert reference(text, stops)[0].startswith(shown), "nothing is shown that is cut later"
@@ -36,7 +36,7 @@ def test_stop_strings_cut_the_same_however_the_text_comes(text: str, stops: list
 
 
 def test_only_what_may_become_a_stop_string_is_held_back() -> None:
-    watch = StopWatch(["\n\nUser:"])
+    watch = StopChecker(["\n\nUser:"])
     assert watch.push("two\n") == "two"
     assert watch.push("\nUse") == ""
     assert watch.push("d three") == "\n\nUsed three"
