@@ -15,7 +15,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,25 +91,27 @@ def rooms(files: Mapping[str, Path], edges: Graph) -> Graph:
     """Room -> the rooms that it imports from.
 
     A module's room is its folder of the second level. Beside those folders it is itself in `platform`; on another floor
-    it shares a box with the files of the same row (see `layers`), and the box has their names.
+    it shares a box with the files of the same row (see `layers`), and the box has their names. An empty `__init__` has
+    none.
     """
     folders = {".".join(name.split(".")[:2]) for name, file in files.items() if len(_folders(name, file)) > 1}
     second = {name: ".".join(name.split(".")[:2]) for name in files}
     alone = _between(edges, {name: second[name] if second[name] in folders else name for name in files})
     row = layers(alone)
+    used = {other for others in edges.values() for other in others}
     together: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name in files:
-        if second[name] not in folders and _floor(name) != "platform":
+        if second[name] not in folders and _floor(name) != "platform" and (edges[name] or name in used):
             together[_floor(name), row[name]].append(name)
     box = {name: f"{floor}.{_names(names)}" for (floor, _), names in together.items() for name in names}
-    return _between(edges, {name: box.get(name, second[name]) for name in files})
+    return _between(edges, {name: box.get(name, second[name]) for name in files if name in box or "." in name})
 
 
 def _between(edges: Graph, of: Mapping[str, str]) -> Graph:
     """The graph of groups, each module in that which `of` names."""
     found: Graph = {name: set() for name in of.values()}
-    for name, others in edges.items():
-        found[of[name]] |= {of[other] for other in others} - {of[name]}
+    for name in of:
+        found[of[name]] |= {of[other] for other in edges[name]} - {of[name]}
     return found
 
 
@@ -258,17 +260,36 @@ def _width(node: str) -> float:
 
 
 def _arrow(above: Box, below: Box, boxes: Mapping[str, Box]) -> Arrow:
-    """From the importing room to the imported one: straight down is right, sideways and up is not."""
+    """From the importing room to the imported one: down is right, sideways and up is not. A right one goes around what
+    lies between as far as it can."""
     x1, x2 = above.x + above.width / 2, below.x + below.width / 2
     if above.y < below.y:
-        y1, y2 = above.y + BOX, below.y
-        bend = min(60.0, (y2 - y1) / 2)
-        return Arrow(
-            f"M{x1:.0f},{y1:.0f} C{x1:.0f},{y1 + bend:.0f} {x2:.0f},{y2 - bend:.0f} {x2:.0f},{y2 - 4:.0f}", False
-        )
+        y1, y2 = above.y + BOX, below.y - 4
+        bend = (y2 - y1) / 2 if y2 - y1 < 2 * ROW else (y2 - y1) / 3
+        others = [box for box in boxes.values() if box not in (above, below) and y1 <= box.y <= y2]
+
+        def hits(shift: float) -> int:
+            curve = ((x1, y1), (x1 + shift, y1 + bend), (x2 + shift, y2 - bend), (x2, y2))
+            return sum(any(_within(_at(curve, step / 40), box) for step in range(1, 40)) for box in others)
+
+        shift = min((0, 70, -70, 140, -140, 220, -220, 320, -320), key=lambda shift: (hits(shift), abs(shift)))
+        x3, x4 = x1 + shift, x2 + shift
+        path = f"M{x1:.0f},{y1:.0f} C{x3:.0f},{y1 + bend:.0f} {x4:.0f},{y2 - bend:.0f} {x2:.0f},{y2:.0f}"
+        return Arrow(path, False)
     side = BOX if above.y == below.y else 0
     y1, y2 = above.y + side, below.y + BOX
     return Arrow(f"M{x1:.0f},{y1:.0f} C{x1:.0f},{y1 + 34:.0f} {x2:.0f},{y2 + 34:.0f} {x2:.0f},{y2 + 4:.0f}", True)
+
+
+def _at(curve: Sequence[tuple[float, float]], t: float) -> tuple[float, float]:
+    """The point of a cubic Bézier curve at t of [0, 1]."""
+    weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
+    x, y = (sum(weight * point[axis] for weight, point in zip(weights, curve, strict=True)) for axis in (0, 1))
+    return x, y
+
+
+def _within(point: tuple[float, float], box: Box) -> bool:
+    return box.x <= point[0] <= box.x + box.width and box.y <= point[1] <= box.y + BOX
 
 
 def tree_of(commit: str, root: Path, folder: Path) -> Path:

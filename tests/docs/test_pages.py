@@ -125,7 +125,7 @@ def test_every_guide_is_followed_by_the_check() -> None:
 def test_paths_of_the_repository_are_there(page: Path) -> None:
     """Names in backticks that begin with one of our folders."""
     named = re.findall(r"`((?:model|platform|serve|jobs|infra|docs|tests|benchmarks)/[\w./-]*)`", page.read_text())
-    assert [path for path in named if not (ROOT / path).exists()] == []
+    assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -123,6 +123,21 @@ def test_every_endpoint_and_type_stands_on_the_page() -> None:
     assert links <= {name.lower() for name in re.findall(r"^### (\w+)$", page, re.MULTILINE)}
 
 
+def test_every_field_of_a_request_says_what_it_means() -> None:
+    document = house.application().openapi()
+    bodies = [
+        one["requestBody"] for methods in document["paths"].values() for one in methods.values() if "requestBody" in one
+    ]
+    names = [body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2] for body in bodies]
+    silent = {
+        f"{name}.{field}"
+        for name in (*names, "Message", "StreamOptions")
+        for field, about in document["components"]["schemas"][name]["properties"].items()
+        if not about.get("description")
+    }
+    assert silent == set()
+
+
 def test_every_variable_that_the_code_reads_is_told() -> None:
     missing = {name: files for name, files in environment.read_by(ROOT).items() if name not in environment.told()}
     assert missing == {}, "add them to docs/pages/reference/environment.md"
