@@ -21,6 +21,7 @@ from calumma.platform.specification import JobSpecification, SpecificationError,
 from calumma.platform.training.steps.meters import ACTIVITIES
 from calumma.serve.http.app import create_app
 from calumma.serve.http.metrics import COUNTERS, GAUGES, Metrics
+from calumma.serve.http.wire.responses import ChatChunk, ImageEvent
 from calumma.serve.settings import ServeSettings
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "OUTPUT",
     "PRESETS",
     "ROOT",
+    "STREAMED",
     "Format",
     "ImageLossConfig",
     "ImageTokenizerConfig",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
+STREAMED: tuple[type[BaseModel], ...] = (ChatChunk, ImageEvent)  # what OpenAPI documents have no place for
 
 
 def command_line() -> Any:
@@ -68,8 +71,9 @@ def prometheus() -> Iterator[tuple[str, str, tuple[str, ...], str]]:
     """(name, kind, labels, meaning) of what an ingress counts itself; its engines' numbers are COUNTERS and GAUGES."""
     for collector in dict.fromkeys(Metrics()._registry._collector_to_names):
         if isinstance(collector, MetricWrapperBase):
-            end = "_total" if collector._type == "counter" else ""
-            yield f"{collector._name}{end}", collector._type, collector._labelnames, collector._documentation
+            kind = str(collector._type)
+            end = "_total" if kind == "counter" else ""
+            yield f"{collector._name}{end}", kind, tuple(collector._labelnames), collector._documentation
 
 
 def settings_of(job: str) -> type[BaseModel]:
@@ -83,7 +87,8 @@ def validate_part(job: str, values: dict[str, Any]) -> None:
         field = settings_of(job).model_fields.get(name)
         if field is None:
             raise ValueError(f"{job} has no field {name}")
-        TypeAdapter(Annotated[field.annotation, field]).validate_python(value)
+        of_field: Any = Annotated[field.annotation, field]
+        TypeAdapter(of_field).validate_python(value)
 
 
 def logged_metrics(folder: Path) -> list[tuple[str, set[str]]]:

@@ -18,6 +18,12 @@ are OpenAI's error objects, `{"error": {"message", "type", "param", "code"}}`. W
 server's [sampling defaults](serve.md#samplingdefaults). A running server has the same as OpenAPI document at
 `/openapi.json`.
 """
+STREAMS = """## Streams
+
+With `stream: true` an answer comes as server-sent events, `data: JSON` each. Of a chat they are [ChatChunk](#chatchunk)
+with, in `delta`, the next text, image, or progress of an image; the order of chunks is the order of text and images. Of
+completions they are as of a whole answer, with the next text. `data: [DONE]` ends both. Of images they are
+[ImageEvent](#imageevent), named by their type. A failure within a stream is an event that holds an error object."""
 BOUNDS = {
     "minimum": "≥\u00a0{}",
     "exclusiveMinimum": ">\u00a0{}",
@@ -31,13 +37,17 @@ BOUNDS = {
 
 def page() -> str:
     document = house.application().openapi()
-    schemas = document["components"]["schemas"]
+    schemas = dict(document["components"]["schemas"])
+    for model in house.STREAMED:
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= {**schema.pop("$defs", {}), model.__name__: schema}
     parts = [HEAD.strip()]
     used: list[str] = []
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             parts.append(_operation(path, method, operation, used))
-    parts.append("## Types")
+    parts += [STREAMS, "## Types"]
+    used += [model.__name__ for model in house.STREAMED]
     done: set[str] = set()
     while todo := [name for name in used if name not in done]:
         for name in todo:
