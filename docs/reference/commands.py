@@ -45,14 +45,13 @@ def _section(command: Any, words: list[str]) -> str:
 
 
 def _table(head: str, rows: list[tuple[str, str, str]]) -> str:
+    """Of (name, meaning, default); without a column of defaults where there are none."""
     with_defaults = any(default for _, _, default in rows)
-    lines = [
-        f"| {head} | meaning |{' default |' if with_defaults else ''}",
-        f"|---|---|{'---|' if with_defaults else ''}",
-    ]
+    titles = [head, *(["default"] if with_defaults else []), "meaning"]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for name, meaning, default in rows:
-        cells = [f"`{name}`", cell(meaning), *([f"`{default}`" if default else ""] if with_defaults else [])]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [f"`{name}`", *([f"`{default}`" if default else ""] if with_defaults else []), cell(meaning)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -22,8 +22,8 @@ STREAMS = """## Streams
 
 With `stream: true` an answer comes as server-sent events, `data: JSON` each. Of a chat they are [ChatChunk](#chatchunk)
 with, in `delta`, the next text, image, or progress of an image; the order of chunks is the order of text and images. Of
-completions they are as of a whole answer, with the next text. `data: [DONE]` ends both. Of images they are
-[ImageEvent](#imageevent), named by their type. A failure within a stream is an event that holds an error object."""
+completions they are as of a whole answer, with the next text. Of images they are [ImageEvent](#imageevent), named by
+their type. A failure within a stream is an event that holds an error object. `data: [DONE]` ends each."""
 BOUNDS = {
     "minimum": "≥\u00a0{}",
     "exclusiveMinimum": ">\u00a0{}",
@@ -67,7 +67,7 @@ def _operation(path: str, method: str, operation: dict[str, Any], used: list[str
         parts.append(f"Request: {_kind(content, used)}.")
     for content in _json(operation["responses"].get("200", {})):
         if content and _kind(content, []) not in ("anything", "object"):
-            parts.append(f"Answer: {_kind(content, used)}.")
+            parts.append(f"Response: {_kind(content, used)}.")
     return "\n\n".join(parts)
 
 
