@@ -31,7 +31,7 @@ def main() -> int:
     wrong = [*unreachable(source), *fetched(OUT / "site")]
     for one in wrong:
         print(f"error: {one}", file=sys.stderr)
-    print(f"the site: {OUT / 'site' / 'index.html'}")
+    print(f"the site: {OUT / 'site' / 'index.html'}; with its search: python -m http.server --directory {OUT / 'site'}")
     return 1 if wrong else 0
 
 
