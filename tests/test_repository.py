@@ -83,7 +83,7 @@ def test_the_tree_keeps_the_contracts_of_imports(tmp_path: Path) -> None:
         ("model/loss.py", "from calumma.platform import storage", "floors"),
         (
             "platform/sources/files.py",
-            "def later():\n    from calumma.platform.tracking import run",
+            "def later():\n    from calumma.platform.cluster import progress",
             "rooms of platform/",
         ),
         ("platform/storage/uri.py", "if TYPE_CHECKING:\n    from calumma.platform.storage import s3", "no circles"),

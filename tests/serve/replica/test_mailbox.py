@@ -1,4 +1,4 @@
-"""What the engine's thread posts reaches the task that answers: all of it, in order, waking it no more than needed."""
+"""What the engine's thread posts reaches the request's task: all of it, in order, waking it no more than needed."""
 
 from __future__ import annotations
 

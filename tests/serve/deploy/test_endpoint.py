@@ -44,7 +44,7 @@ from calumma.serve.replica.engine.process import MODULE
 from calumma.serve.replica.tensor_parallel import ACTOR_PREFIX
 from calumma.serve.settings import ModelSettings, ServeSettings
 
-from .conftest import free_port
+from ..conftest import free_port
 
 CHAT = "/v1/chat/completions"
 PATIENCE = 300.0  # seconds; a starved machine needs minutes to start a process

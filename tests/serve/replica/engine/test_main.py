@@ -1,15 +1,12 @@
-"""The engine of a replica is as its specification says."""
+"""The engine's process makes the engine that the settings ask for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from calumma.serve.replica.engine.main import load_model
 from calumma.serve.replica.engine.messages import Start
 from calumma.serve.replica.engine.thread import EngineThread
-from calumma.serve.replica.model_loading import device_and_dtype
 from calumma.serve.settings import ModelSettings
 
 
@@ -26,9 +23,3 @@ def test_a_specification_reaches_the_engine(model_directory: Path) -> None:
         assert engine._runner.graphs is not None
     finally:
         loop.close()
-
-
-def test_a_replica_computes_in_what_suits_its_device_unless_told() -> None:
-    cpu, gpu = ModelSettings(model="m"), ModelSettings(model="m", gpus_per_replica=1)
-    assert [device_and_dtype(cpu), device_and_dtype(gpu)] == [("cpu", torch.float32), ("cuda", torch.bfloat16)]
-    assert device_and_dtype(cpu.model_copy(update={"dtype": "bfloat16"})) == ("cpu", torch.bfloat16)

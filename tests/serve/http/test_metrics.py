@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,13 @@ from starlette.testclient import TestClient
 
 from calumma.serve.http.app import create_app
 from calumma.serve.http.metrics import COUNTERS, GAUGES
-from calumma.serve.replica.replica import EngineReplica
-from calumma.serve.settings import ServeSettings
+from calumma.serve.protocol import Started, TokenCount
+from calumma.serve.settings import Limits
 
-from .test_protection import Stub, for_ever
+from ..conftest import StubBackend
+from .conftest import CHAT, IMAGE_TOKENS, ask, metric, stub_settings
 
-CHAT = "/v1/chat/completions"
-MONITORING = Path(__file__).parents[2] / "infra" / "monitoring"
-ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Draw a three."}]}
-
-
-@pytest.fixture
-def client(replica: EngineReplica, settings: ServeSettings) -> Iterator[TestClient]:
-    with TestClient(create_app(replica, settings)) as client:
-        yield client
+MONITORING = Path(__file__).parents[3] / "infra" / "monitoring"
 
 
 def samples(client: TestClient) -> dict[str, float]:
@@ -42,8 +35,8 @@ def samples(client: TestClient) -> dict[str, float]:
 
 
 def test_latencies_of_text_and_images_are_told_apart(client: TestClient) -> None:
-    client.post(CHAT, json=ASK | {"modalities": ["image"]})
-    client.post(CHAT, json=ASK | {"modalities": ["text"], "max_tokens": 9, "seed": 1})
+    client.post(CHAT, json=ask(modalities=["image"]))
+    client.post(CHAT, json=ask(modalities=["text"], max_tokens=9, seed=1))
     found = samples(client)
     assert found["calumma_image_seconds_count{model=tiny}"] == 1
     assert found["calumma_first_token_seconds_count{model=tiny}"] == 2
@@ -53,7 +46,7 @@ def test_latencies_of_text_and_images_are_told_apart(client: TestClient) -> None
 
 def test_the_engine_tells_its_queue_its_cache_and_its_phases(client: TestClient) -> None:
     before = samples(client)
-    client.post(CHAT, json=ASK | {"modalities": ["image"]})
+    client.post(CHAT, json=ask(modalities=["image"]))
     after = samples(client)
 
     def grown(name: str) -> float:
@@ -68,27 +61,21 @@ def test_the_engine_tells_its_queue_its_cache_and_its_phases(client: TestClient)
     assert 0 <= after["calumma_engine_cache_used_ratio{model=tiny,replica=local}"] <= 1
 
 
-@pytest.mark.parametrize(("stub", "end"), [(Stub(), "stop"), (Stub(for_ever), "late")], ids=["answered", "late"])
-def test_how_answers_end_is_counted(stub: Stub, end: str) -> None:
-    settings = ServeSettings.model_validate({"model": "m", "name": "tiny", "limits": {"seconds": 0.1}})
-    with TestClient(create_app(stub, settings)) as client:
-        client.post(CHAT, json=ASK)
+ENDLESS = [Started(TokenCount(3)), lambda: asyncio.Event().wait()]
+
+
+@pytest.mark.parametrize(("steps", "end"), [([], "stop"), (ENDLESS, "late")], ids=["answered", "late"])
+def test_how_answers_end_is_counted(steps: list[Any], end: str) -> None:
+    with TestClient(create_app(StubBackend(*steps), stub_settings(limits=Limits(seconds=0.1)))) as client:
+        client.post(CHAT, json=ask())
         assert samples(client)[f"calumma_answers_total{{end={end},model=tiny}}"] == 1
 
 
 def test_engines_that_do_not_answer_keep_their_last_numbers() -> None:
-    class Silent(Stub):
-        well = True
-
-        async def statistics(self) -> dict[str, dict[str, float]]:
-            if not self.well:
-                raise RuntimeError("gone")
-            return await super().statistics()
-
-    backend = Silent()
-    with TestClient(create_app(backend, ServeSettings(model="m", name="tiny"))) as client:
+    backend = StubBackend()
+    with TestClient(create_app(backend, stub_settings())) as client:
         first = samples(client)
-        backend.well = False
+        backend.healthy = False
         key = "calumma_engine_requests_waiting{model=tiny,replica=one}"
         assert first[key] == samples(client)[key] == 2
 
@@ -104,7 +91,7 @@ def asked() -> set[str]:
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_exist(client: TestClient) -> None:
-    client.post(CHAT, json=ASK | {"modalities": ["image"]})
+    client.post(CHAT, json=ask(modalities=["image"]))
     there = {sample.partition("{")[0] for sample in samples(client)}
     names = asked()
     assert len(names) > 10
@@ -119,3 +106,16 @@ def test_prometheus_finds_the_rules_beside_its_configuration() -> None:
 
 def test_no_number_is_both_a_counter_and_a_gauge() -> None:
     assert not COUNTERS.keys() & GAUGES.keys()
+
+
+def test_metrics_count_requests_and_tokens(client: TestClient) -> None:
+    client.post(CHAT, json=ask(modalities=["image"]))
+    client.post(CHAT, json=ask(model="other"))
+    client.get("/nowhere/in/particular")
+    assert metric(client, f'calumma_requests_total{{endpoint="{CHAT}",status="200"}}') == 1
+    assert metric(client, f'calumma_requests_total{{endpoint="{CHAT}",status="404"}}') == 1
+    assert metric(client, 'calumma_requests_total{endpoint="other",status="404"}') == 1
+    assert metric(client, 'calumma_tokens_total{direction="answer",modality="image",model="tiny"}') == IMAGE_TOKENS
+    assert metric(client, 'calumma_images_total{model="tiny"}') == 1
+    assert metric(client, 'calumma_requests_running{model="tiny"}') == 0
+    assert metric(client, f'calumma_request_seconds_count{{endpoint="{CHAT}"}}') == 2

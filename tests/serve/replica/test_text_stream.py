@@ -1,4 +1,4 @@
-"""An answer's text as it may be shown: stop strings are found however the text is cut, tokens go with their text."""
+"""An output's text as it may be sent: stop strings are found however the text is cut, tokens go with their text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""A replica of several processes: what it needs, what is refused, and what happens when its engine cannot go on."""
+"""A replica of several processes: what each reserves, and what happens when its engine cannot go on."""
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch.distributed as dist
 
 from calumma.model import MixedModalModel
 from calumma.model.generation import Engine, Event, Shard
-from calumma.serve.deploy.preparation import NodeGroup, ServeError, locate_servable, require_room
 from calumma.serve.replica.engine import thread
 from calumma.serve.replica.engine.process import EngineProcess
 from calumma.serve.replica.replica import EngineReplica
@@ -29,27 +27,6 @@ def test_processes_share_the_cpus_of_a_replica_and_have_a_gpu_each() -> None:
         ValueError, match=r"tensor_parallel 4: its processes have a GPU each.* must be 4, or 0.* given 2"
     ):
         ModelSettings(model="m", gpus_per_replica=2, tensor_parallel=4)
-
-
-def test_more_processes_than_heads_are_refused_before_anything_starts(model_directory: Path) -> None:
-    fits = ModelSettings(model=str(model_directory), tensor_parallel=2)
-    assert locate_servable(fits) == str(model_directory)
-    with pytest.raises(ServeError, match=r"tensor_parallel 5 of /.*2 heads cannot be cut into 5 parts: use at most 2"):
-        locate_servable(fits.model_copy(update={"tensor_parallel": 5}))
-
-
-def test_a_cluster_without_a_node_for_a_replica_is_told() -> None:
-    settings = ModelSettings(
-        model="m", gpus_per_replica=4, cpus_per_replica=4, tensor_parallel=4, min_replicas=2, max_replicas=2
-    )
-    large, small = {"CPU": 16.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 2.0}
-    require_room(settings, [NodeGroup(large)])
-    require_room(settings, [NodeGroup(small), NodeGroup(large, math.inf)])  # an autoscaler may add some
-    with pytest.raises(ValueError, match="need 4 CPU and 4 GPU on one node each, and the cluster has room for 0 "):
-        require_room(settings, [NodeGroup(small)] * 8)
-    with pytest.raises(ValueError, match=r"room for 1 \(its nodes: 16 CPU and 4 GPU; 64 CPU and 2 GPU\)"):
-        require_room(settings, [NodeGroup(large | {"GPU": 4.0}), NodeGroup(small)])
-    require_room(settings.model_copy(update={"tensor_parallel": 1}), [])  # Ray waits for room, as it always did
 
 
 def test_an_engine_without_work_is_heard_by_the_others_and_lets_them_go_in_the_end(
