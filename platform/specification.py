@@ -24,16 +24,18 @@ class Section(BaseModel):
 
 
 class Tracking(Section):
+    """Where MLflow records the job."""
+
     uri: str | None = Field(None, description="MLflow tracking URI; none: SQLite and local artifacts below ./mlflow")
-    experiment: str = "calumma"
+    experiment: str = Field("calumma", description="MLflow experiment of the run")
     project: str | None = Field(
         None, min_length=1, description="MLflow run below which those of all jobs with this project stand"
     )
 
 
 class WorkerRange(Section):
-    min: int = Field(ge=1)
-    max: int = Field(ge=1)
+    min: int = Field(ge=1, description="fewest to start and to go on with")
+    max: int = Field(ge=1, description="most that are used when the cluster has them")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -69,8 +71,8 @@ class Resources(Section):
     workers: Annotated[int, Field(ge=0)] | WorkerRange = Field(
         1, description="0: in the job's own process, without a cluster (curate and tokenize; for tests and notebooks)"
     )
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs, or a fraction")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs; training takes whole ones")
     recovery: Recovery = Recovery()
     keep: Retention = Retention()
 
@@ -92,7 +94,7 @@ class JobSpecification(Section):
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
     run_name: str | None = Field(None, description="name of the MLflow run; default: the job's name")
-    seed: int = 0
+    seed: int = Field(0, description="of everything that is drawn: the same seed, the same result")
 
     @model_validator(mode="after")
     def _workers(self) -> Self:

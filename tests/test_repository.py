@@ -171,7 +171,11 @@ def test_the_wheel_contains_every_module(wheel: zipfile.ZipFile) -> None:
 
 
 def test_the_wheel_contains_recipes_playground_templates_and_license(wheel: zipfile.ZipFile) -> None:
-    data = [*(ROOT / "jobs" / "recipes").rglob("*.yaml"), *(ROOT / "serve").rglob("*.html")]
+    data = [
+        *(ROOT / "jobs" / "recipes").rglob("*.yaml"),
+        *(ROOT / "jobs" / "recipes").rglob("*.json"),
+        *(ROOT / "serve").rglob("*.html"),
+    ]
     data += [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.html.j2")]
     expected = {"calumma/" + file.relative_to(ROOT).as_posix() for file in data}
     assert len(expected) > 2
@@ -293,7 +297,11 @@ def make(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 def test_make_alone_explains() -> None:
     shown = make().stdout
-    assert [name for name in ("quickstart", "install", "test", "check", "clean") if f"make {name} " not in shown] == []
+    assert [
+        name
+        for name in ("quickstart", "install", "test", "check", "docs", "docs-check", "reference", "clean")
+        if f"make {name} " not in shown
+    ] == []
 
 
 def test_make_says_which_python_it_needs(tmp_path: Path) -> None:

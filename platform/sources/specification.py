@@ -10,7 +10,7 @@ from calumma.platform.specification import Section
 
 
 class Source(Section):
-    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="of the folder of its documents, and in reports")
     format: str = Field(description="the name of a format, or a reader of your own as package.module:function")
     location: str = Field(description="a file, or a prefix whose files are all read")
     images: str | None = Field(

@@ -173,8 +173,13 @@ def directory_fingerprint(uri: str) -> str:
     try:
         return hashlib.sha256(storage.read_bytes(storage.join(uri, MANIFEST))).hexdigest()
     except storage.NotFound:
-        listing = [[file, size, _modified(file)] for file, size in sorted(storage.sizes(uri).items())]
+        listing = [[_absolute(file), size, _modified(file)] for file, size in sorted(storage.sizes(uri).items())]
         return json_digest(listing) if listing else ""
+
+
+def _absolute(file: str) -> str:
+    """A file's name, the same from wherever a job is run."""
+    return file if "://" in file else str(storage.local_path(file).absolute())
 
 
 def _modified(file: str) -> int | None:

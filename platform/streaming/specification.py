@@ -21,7 +21,7 @@ class MixtureOf(Section):
 class ShardCacheSettings(Section):
     """A local cache of shards, shared by the workers of a machine."""
 
-    directory: str
+    directory: str = Field(description="folder on a local disk of every node")
     gigabytes: float = Field(gt=0, description="what it may take; the copies not read for longest make room")
 
 
@@ -41,8 +41,8 @@ class MixtureSpecification(JobSpecification):
         None, gt=0, description="passes through a source beyond which the stage is refused; none: a warning beyond 4"
     )
     data: ReadingSettings = ReadingSettings()
-    output: str
-    steps: int = Field(ge=1)
+    output: str = Field(description="folder of checkpoints, the model directory and the manifest")
+    steps: int = Field(ge=1, description="optimizer steps of this stage")
     micro_batches: int = Field(ge=1, description="micro-batches a global batch, whatever the number of workers")
 
     @model_validator(mode="after")

@@ -183,6 +183,15 @@ def test_a_job_is_not_finished_when_its_inputs_changed(tmp_path: Path) -> None:
     assert unchanged_result(made, specification()) is None
 
 
+def test_a_relative_folder_is_the_same_as_its_absolute_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two jobs one may name it so, one otherwise: say an imported model, which has no manifest."""
+    storage.write_bytes(str(tmp_path / "models" / "imported" / "config.json"), b"{}")
+    monkeypatch.chdir(tmp_path)
+    [relative] = fingerprints(["models/imported"]).values()
+    [absolute] = fingerprints([str(tmp_path / "models" / "imported")]).values()
+    assert relative == absolute != ""
+
+
 def test_files_without_a_manifest_are_told_apart_by_their_listing(tmp_path: Path) -> None:
     def now(name: str = "") -> str:
         (found,) = fingerprints([str(tmp_path / "raw" / name)]).values()
