@@ -37,8 +37,8 @@ from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text import SentencepieceTokenizer, TextTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.platform.shards import documents as document_shards
+from calumma.platform.tokenizing.actor import Tokenizer
 from calumma.platform.tokenizing.specification import TokenizeSpecification
-from calumma.platform.tokenizing.tokenizer import Tokenizer
 
 A_SHARD = 1000  # documents
 PICTURE = (640, 480)

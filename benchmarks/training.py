@@ -52,8 +52,8 @@ FASTEST = 3  # intervals whose median counts
 
 def corpus(root: str, context: int, micro_batch: int) -> None:
     """Python's reference text, tokenized into packed shards, with the tokenizers that a stage asks for."""
+    from calumma.platform.tokenizing.actor import Tokenizer
     from calumma.platform.tokenizing.text_tokenizer import train_text_tokenizer
-    from calumma.platform.tokenizing.tokenizer import Tokenizer
 
     documents = [Document((Text(text),)) for text in pydoc_data.topics.topics.values()]
     data = document_shards.to_parquet(documents)

@@ -12,12 +12,12 @@ from typing import Any
 from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.cluster.tasks import chunks
+from calumma.platform.curation.counts import Tally
 from calumma.platform.curation.report.findings import Findings, Sample, Veil, shown
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.curation.steps import duplicates, scoring, staging
 from calumma.platform.curation.steps.chain import Chain, applies, ordered
 from calumma.platform.curation.steps.filters import Dropped
-from calumma.platform.curation.tally import Tally
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.sources import reading
 from calumma.platform.sources.files import BadInput

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from calumma.platform.storage.client import allowed_attempts, s3_client
-from calumma.platform.storage.explanations import explained
+from calumma.platform.storage.error_translation import explained
 from calumma.platform.storage.local import local_range, local_sizes, replace_file
 from calumma.platform.storage.s3 import object_reader, remote_range, remote_sizes
 from calumma.platform.storage.uri import BrokenRead, Damaged, StorageError, bucket_and_key, is_remote, local_path

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from calumma.platform.storage.client import THREADS, s3_client
-from calumma.platform.storage.explanations import explained
+from calumma.platform.storage.error_translation import explained
 from calumma.platform.storage.files import copy_to, list_files, read_bytes, write_bytes
 from calumma.platform.storage.local import replace_file
 from calumma.platform.storage.uri import (

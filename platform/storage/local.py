@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from calumma.platform.storage.explanations import explained
+from calumma.platform.storage.error_translation import explained
 from calumma.platform.storage.uri import BrokenRead, local_path
 
 

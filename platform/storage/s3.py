@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 
 from calumma.platform.storage.client import endpoint, s3_client
-from calumma.platform.storage.explanations import explained
+from calumma.platform.storage.error_translation import explained
 from calumma.platform.storage.uri import BrokenRead, bucket_and_key
 
 # What passes, of the codes of errors. Ranges are tried again by urllib3's Retry: botocore's own attempts end where a

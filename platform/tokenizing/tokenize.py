@@ -28,8 +28,8 @@ from calumma.platform.shards.receipts import Receipt
 from calumma.platform.specification import SpecificationError, last_part
 from calumma.platform.storage import publishing
 from calumma.platform.storage.manifest import Manifest
+from calumma.platform.tokenizing.actor import DocumentsUnusable, Tokenizer
 from calumma.platform.tokenizing.specification import TokenizeSpecification
-from calumma.platform.tokenizing.tokenizer import DocumentsUnusable, Tokenizer
 from calumma.platform.tracking.fingerprints import fingerprints, standing
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from calumma.platform.tracking.run import Run
 from calumma.platform.training import loop
 from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog
-from calumma.platform.training.group import watchdog
+from calumma.platform.training.group import notice
 from calumma.platform.training.group.chart import groups_of, worker_range
+from calumma.platform.training.group.control import FirstStep, lifeline
 from calumma.platform.training.group.fit import fit
-from calumma.platform.training.group.lifeline import FirstStep, lifeline
 from calumma.platform.training.preparation import prepare, warn_of_fresh_optimizer
 from calumma.platform.training.publication import MODEL
 from calumma.platform.training.specification import TrainSpecification
@@ -98,7 +98,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
 def _begin(assignment: Assignment) -> None:
     """From here on the output is in the making: take away its manifest, and what killed uploads have left."""
     storage.delete(storage.join(assignment.output, MANIFEST))
-    watchdog.withdraw(catalog.folder(assignment.output), watchdog.ACTIONS)
+    notice.withdraw(catalog.folder(assignment.output), notice.ACTIONS)
     if assignment.resume is None:
         storage.delete(catalog.folder(assignment.output))
 

@@ -17,7 +17,7 @@ from calumma.platform.specification import Recovery, Resources
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group import console
-from calumma.platform.training.group.lifeline import Lifeline
+from calumma.platform.training.group.control import Lifeline
 from calumma.platform.training.group.policies import checkpoint_before_resizing, failure_policy, scaling_policy, within
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from calumma.platform.specification import Recovery
 
 if TYPE_CHECKING:
-    from calumma.platform.training.group.lifeline import Lifeline
+    from calumma.platform.training.group.control import Lifeline
 
 logger = logging.getLogger(__name__)
 _PAUSE = 0.5  # seconds between two looks for place; Ray Train's own loop has none

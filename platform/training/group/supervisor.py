@@ -17,7 +17,8 @@ from calumma.platform import storage
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.checkpoints.saver import Published, Replicated, Saver
 from calumma.platform.training.errors import Stopped, TrainingFailed
-from calumma.platform.training.group.watchdog import Action, Notices, Watchdog
+from calumma.platform.training.group.notice import Action, Notices
+from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker
 
 if TYPE_CHECKING:

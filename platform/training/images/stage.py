@@ -19,10 +19,10 @@ from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import ImageAssignment
 from calumma.platform.training.checkpoints import catalog, resumption
-from calumma.platform.training.group import watchdog
+from calumma.platform.training.group import notice
 from calumma.platform.training.group.chart import groups_of, worker_range
+from calumma.platform.training.group.control import lifeline
 from calumma.platform.training.group.fit import fit
-from calumma.platform.training.group.lifeline import lifeline
 from calumma.platform.training.images import loop
 from calumma.platform.training.images.data import weight_function
 from calumma.platform.training.images.loop import KIND
@@ -87,7 +87,7 @@ def prepare(spec: ImageTokenizerSpecification, run: Run) -> ImageAssignment:
                 "them"
             )
         logger.info("%s has the checkpoints of a finished training with %s: they are discarded", folder, why)
-    watchdog.withdraw(catalog.folder(place), watchdog.ACTIONS)
+    notice.withdraw(catalog.folder(place), notice.ACTIONS)
     if resume is None:
         storage.delete(catalog.folder(place))
     return ImageAssignment(spec, run, place, inputs, resume)

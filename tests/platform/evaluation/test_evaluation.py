@@ -18,7 +18,7 @@ from calumma.jobs.quickstart import digits
 from calumma.model.document import Document, Image, Role, Segment, Text
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import silent
-from calumma.platform.evaluation import benchmark, judge, tasks
+from calumma.platform.evaluation import evaluate, judge, tasks
 from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
 from calumma.platform.evaluation.tasks import Case, Kind
 from calumma.platform.storage.manifest import Manifest
@@ -206,11 +206,11 @@ def test_a_judge_without_labels_says_what_to_check() -> None:
 
 
 def test_words_are_taken_greedily_and_room_is_left_for_one_picture_too_many() -> None:
-    reading = benchmark.sampling(asked("recognition", "one"), seed=3, image_length=16, expected_tokens=4)
+    reading = evaluate.sampling(asked("recognition", "one"), seed=3, image_length=16, expected_tokens=4)
     assert (reading.mode, reading.text.temperature, reading.seed) == ("text", 0.0, 3)
-    drawing = benchmark.sampling(asked("generation", "one"), 0, 16, 18)
+    drawing = evaluate.sampling(asked("generation", "one"), 0, 16, 18)
     assert drawing.mode == "image"
-    counting = benchmark.sampling(asked("interleaved", "one", "two"), 0, 16, 42)
+    counting = evaluate.sampling(asked("interleaved", "one", "two"), 0, 16, 42)
     assert (counting.mode, counting.max_images) == ("interleaved", 3)
     assert counting.max_tokens >= 42 + 18
 
@@ -223,9 +223,9 @@ def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
         Manifest(kind="model").write(str(tmp_path / name))
     labelled = [(picture("one"), "one"), (picture("nine"), "nine")]
     monkeypatch.setattr("calumma.platform.tracking.registry.model_source", lambda uri, tracking: champion[0])
-    monkeypatch.setattr(benchmark, "_labelled", lambda uri: labelled)
-    monkeypatch.setattr(benchmark, "_cases", lambda task, spec: [asked("recognition", "six")])
-    monkeypatch.setattr(benchmark, "_answers", lambda spec, cases, progress: iter([answer("six")]))
+    monkeypatch.setattr(evaluate, "_labelled", lambda uri: labelled)
+    monkeypatch.setattr(evaluate, "_cases", lambda task, spec: [asked("recognition", "six")])
+    monkeypatch.setattr(evaluate, "_answers", lambda spec, cases, progress: iter([answer("six")]))
     spec = EvaluateSpecification(
         storage=str(tmp_path),
         model="models:/m@champion",
@@ -233,7 +233,7 @@ def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
         judge_training="training",
         judge_held_out="held-out",
     )
-    manifest = benchmark.evaluate(spec, MagicMock(id="run"), silent)
+    manifest = evaluate.evaluate(spec, MagicMock(id="run"), silent)
     assert manifest.report["words_accuracy"] == 1.0
     assert runner.standing(spec) == manifest
     champion[0] = str(tmp_path / "two")
@@ -242,5 +242,5 @@ def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
 
 def test_answers_are_kept_with_what_was_expected() -> None:
     case = asked("generation", "four")
-    (line,) = benchmark._lines([case], [tasks.mark(case, answer(image("nine")), see)]).splitlines()
+    (line,) = evaluate._lines([case], [tasks.mark(case, answer(image("nine")), see)]).splitlines()
     assert json.loads(line) == {"question": "What?", "expected": "four", "said": "nine", "right": False}

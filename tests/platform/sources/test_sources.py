@@ -254,7 +254,7 @@ def test_a_specification_names_a_known_format_and_its_options(
 
 
 def test_a_name_is_given_once_and_a_function_that_is_not_there_is_told(own: str) -> None:
-    with pytest.raises(ValueError, match=r"'text' is taken by calumma\.platform\.sources\.text:text"):
+    with pytest.raises(ValueError, match=r"'text' is taken by calumma\.platform\.sources\.formats\.text:text"):
         registry.reader("text", (".x",))(lambda file: iter(()))
     with pytest.raises(SpecificationError, match="readers_of_my_own has no function nothing"):
         formats.find(f"{own}:nothing")

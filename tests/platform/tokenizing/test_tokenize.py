@@ -33,10 +33,10 @@ from calumma.platform.shards import tokens as token_shards
 from calumma.platform.shards.documents import read_documents
 from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.tokenizing import tokenize, tokenizer
+from calumma.platform.tokenizing import actor, tokenize
+from calumma.platform.tokenizing.actor import DocumentsUnusable
 from calumma.platform.tokenizing.packing import pack
 from calumma.platform.tokenizing.specification import TokenizeSpecification
-from calumma.platform.tokenizing.tokenizer import DocumentsUnusable
 
 CODES = 8  # entries of the tests' codebook; an image is 4x4 of them
 IMAGE_LENGTH = 16 + 2
@@ -109,13 +109,13 @@ def encoder(tokenizers: Path) -> DocumentEncoder:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the directories that windows were made of, one for each window."""
     names: list[str] = []
-    work = tokenizer.Tokenizer.__call__
+    work = actor.Tokenizer.__call__
 
-    def noted(self: tokenizer.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
+    def noted(self: actor.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
         names.append(Path(task["output"]).name)
         return work(self, task)
 
-    monkeypatch.setattr(tokenizer.Tokenizer, "__call__", noted)
+    monkeypatch.setattr(actor.Tokenizer, "__call__", noted)
     return names
 
 
@@ -246,8 +246,8 @@ def test_shards_of_documents_hold_few_images_and_many_texts_in_a_row_group(
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.booleans(), st.integers(1, 5))
 def test_rows_survive_the_file(sizes: list[int], trained: bool, micro_batch: int) -> None:
-    def tokens(size: int) -> tokenizer.Tokens:
-        return tokenizer.Tokens(np.arange(size, dtype=np.int32), np.full(size, trained))
+    def tokens(size: int) -> actor.Tokens:
+        return actor.Tokens(np.arange(size, dtype=np.int32), np.full(size, trained))
 
     rows = pack([tokens(size) for size in sizes], 40, 1)
     table = pq.read_table(io.BytesIO(token_shards.to_parquet(rows, micro_batch))).to_pylist()
@@ -310,7 +310,7 @@ def test_documents_meet_their_own_texts_and_images_again(
     documents = [Document(tuple(segments)) for segments in given]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
     storage.write_bytes(uri, document_shards.to_parquet(documents))
-    found = list(tokenizer.encoded(encoder, [uri, uri], batch, threads))
+    found = list(actor.encoded(encoder, [uri, uri], batch, threads))
     assert [document for document, _ in found] == documents * 2
     expected = [encoder.encode(document) for document in documents] * 2
     assert [(tokens.ids.tolist(), tokens.trained.tolist()) for _, tokens in found] == expected
@@ -319,14 +319,14 @@ def test_documents_meet_their_own_texts_and_images_again(
 @given(st.lists(st.integers(1, 20_000) | st.none(), max_size=300))
 def test_few_images_and_many_short_texts_are_encoded_together(lengths: list[int | None]) -> None:
     documents = [Document((Text("a" * n) if n else Image(b"an image"),)) for n in lengths]
-    chunks = list(tokenizer._chunks(iter(documents)))
+    chunks = list(actor._chunks(iter(documents)))
     assert [document for chunk in chunks for document in chunk] == documents
-    assert all(len(chunk) >= tokenizer.CHUNK for chunk in chunks[:-1])
+    assert all(len(chunk) >= actor.CHUNK for chunk in chunks[:-1])
     for chunk in chunks:
         before = chunk[:-1]
-        if len(before) >= tokenizer.CHUNK:
+        if len(before) >= actor.CHUNK:
             assert not any(document.images for document in before)
-            assert sum(len(document.text) for document in before) < tokenizer.CHARACTERS
+            assert sum(len(document.text) for document in before) < actor.CHARACTERS
 
 
 # -- the job -----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import receipts
 from calumma.platform.storage import publishing
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.tokenizing import tokenize, tokenizer
+from calumma.platform.tokenizing import actor, tokenize
 from calumma.platform.tokenizing.specification import TokenizeSpecification
 
 WINDOWS = 9  # 6 of pairs, 3 of text
@@ -119,14 +119,14 @@ def root(prepared: Path) -> Path:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stems of the windows that were made."""
     stems: list[str] = []
-    work = tokenizer.Tokenizer.__call__
+    work = actor.Tokenizer.__call__
 
-    def noted(self: tokenizer.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
+    def noted(self: actor.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
         made = work(self, task)
         stems.append(task["stem"])
         return made
 
-    monkeypatch.setattr(tokenizer.Tokenizer, "__call__", noted)
+    monkeypatch.setattr(actor.Tokenizer, "__call__", noted)
     return stems
 
 

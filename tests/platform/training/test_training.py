@@ -43,7 +43,7 @@ from calumma.platform.tracking.run import Run
 from calumma.platform.training import ablation, samples
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.errors import Stopped
-from calumma.platform.training.group import watchdog
+from calumma.platform.training.group import notice
 from calumma.platform.training.images import data, measure
 from calumma.platform.training.images.stage import train_image_tokenizer
 from calumma.platform.training.preparation import prepare
@@ -81,7 +81,7 @@ def publish_documents(uri: str, documents: list[Document]) -> None:
 
 
 def publish_tokens(root: str, name: str) -> None:
-    from calumma.platform.tokenizing.tokenizer import Tokenizer
+    from calumma.platform.tokenizing.actor import Tokenizer
 
     spec = TokenizeSpecification(storage=root, documents=[f"curated/{name}"], context=MODEL.context, micro_batch=2)
     output = storage.join(root, "tokens", name)
@@ -619,7 +619,7 @@ def until(trained: Future[Any], happened: Callable[[], bool]) -> None:
 
 def stopped(trained: Future[Any], place: str) -> int:
     """Have training stop; how many steps it has taken."""
-    watchdog.notify(catalog.folder(place), "stop", "that is enough")
+    notice.notify(catalog.folder(place), "stop", "that is enough")
     with pytest.raises(Stopped, match="that is enough"):
         trained.result()
     return catalog.newest_step(place)

@@ -23,9 +23,9 @@ from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training import errors
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.errors import Stopped
-from calumma.platform.training.group import fit, lifeline, policies, supervisor, watchdog
+from calumma.platform.training.group import control, fit, notice, policies, supervisor, watchdog
 from calumma.platform.training.group.chart import chart
-from calumma.platform.training.group.lifeline import Lifeline
+from calumma.platform.training.group.control import Lifeline
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.specification import PretrainSpecification
 
@@ -140,9 +140,9 @@ def wait_for(happened: Callable[[], bool]) -> None:
 def test_a_notice_to_stop_brings_a_checkpoint_and_says_how_to_go_on(
     group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog, "_POLL", 0.05)
+    monkeypatch.setattr(notice, "_POLL", 0.05)
     output = str(tmp_path)
-    line = pickle.loads(pickle.dumps(lifeline.lifeline(output)))  # it goes to Ray Train's controller
+    line = pickle.loads(pickle.dumps(control.lifeline(output)))  # it goes to Ray Train's controller
     assert line.followed()
     with keeper(output) as kept:
         train(kept, 0, 3)
@@ -199,7 +199,7 @@ def test_checkpoints_remember_every_group_of_workers(group: None, tmp_path: Path
 def test_a_group_that_starts_goes_on_from_the_newest_checkpoint_of_then(group: None, tmp_path: Path) -> None:
     output = str(tmp_path)
     given = assignment(output)
-    first_step = lifeline.FirstStep(output, given.spec, {})
+    first_step = control.FirstStep(output, given.spec, {})
     assert first_step() == 0
     with keeper(output) as kept:
         train(kept, 0, 10)
@@ -364,45 +364,45 @@ def test_workers_that_do_not_answer_are_ended_after_the_grace_period() -> None:
 
 
 def test_a_notice_that_nobody_can_read_is_no_notice(tmp_path: Path) -> None:
-    storage.write_bytes(watchdog.notice_file(str(tmp_path), "checkpoint"), b"{half")
-    notices = watchdog.Notices(str(tmp_path), poll=0.01)
+    storage.write_bytes(notice.notice_file(str(tmp_path), "checkpoint"), b"{half")
+    notices = notice.Notices(str(tmp_path), poll=0.01)
     threading.Event().wait(0.1)
     assert notices.found is None
-    storage.write_bytes(watchdog.notice_file(str(tmp_path), "checkpoint"), b"{}")
+    storage.write_bytes(notice.notice_file(str(tmp_path), "checkpoint"), b"{}")
     wait_for(lambda: notices.found is not None)
     assert notices.found == ("checkpoint", "")
     notices.done("checkpoint")
-    assert watchdog.followed(str(tmp_path))
+    assert notice.followed(str(tmp_path))
     notices.close()
 
 
 @pytest.mark.parametrize("order", [("stop", "checkpoint"), ("checkpoint", "stop")])
-def test_a_notice_to_stop_is_not_lost_beside_another(tmp_path: Path, order: tuple[watchdog.Action, ...]) -> None:
+def test_a_notice_to_stop_is_not_lost_beside_another(tmp_path: Path, order: tuple[notice.Action, ...]) -> None:
     place = str(tmp_path)
     for action in order:
-        watchdog.notify(place, action, action)
-    notices = watchdog.Notices(place, poll=0.01)
+        notice.notify(place, action, action)
+    notices = notice.Notices(place, poll=0.01)
     wait_for(lambda: notices.found is not None)
     assert notices.found == ("stop", "stop")
     notices.done("stop")
-    assert watchdog.followed(place)
+    assert notice.followed(place)
     notices.close()
 
 
 def test_a_notice_to_stop_that_comes_during_a_checkpoint_is_followed_after_it(tmp_path: Path) -> None:
     place = str(tmp_path)
-    notices = watchdog.Notices(place, poll=0.01)
-    watchdog.notify(place, "checkpoint", "the group is resized")
+    notices = notice.Notices(place, poll=0.01)
+    notice.notify(place, "checkpoint", "the group is resized")
     wait_for(lambda: notices.found is not None)
-    watchdog.notify(place, "stop", "SIGTERM")
+    notice.notify(place, "stop", "SIGTERM")
     notices.done("checkpoint")
-    assert not watchdog.followed(place)
+    assert not notice.followed(place)
     wait_for(lambda: notices.found == ("stop", "SIGTERM"))
     notices.close()
 
 
 def test_a_checkpoint_is_asked_for_while_no_folder_exists_yet(tmp_path: Path) -> None:
-    line = lifeline.lifeline(str(tmp_path / "stage"))
+    line = control.lifeline(str(tmp_path / "stage"))
     assert line.newest_step() == -1
     assert line.followed()
     line.notify("checkpoint", "by hand")

@@ -27,7 +27,7 @@ from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import ImageAssignment
 from calumma.platform.training.checkpoints import catalog, resumption, saver
 from calumma.platform.training.errors import Stopped, TrainingFailed
-from calumma.platform.training.group import lifeline, supervisor, watchdog
+from calumma.platform.training.group import control, notice, supervisor
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.images import data
 from calumma.platform.training.images import loop as image_loop
@@ -225,8 +225,8 @@ def test_as_many_checkpoints_stay_as_are_to_be_kept(alone: None, root: Path, tmp
 def test_a_notice_ends_it_with_a_checkpoint_and_the_same_command_goes_on_to_the_same_end(
     alone: None, root: Path, straight: tuple[Loop, Log], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog, "_POLL", 0.02)
-    spec, line = specification(root, checkpoint_every=100), lifeline.lifeline(str(tmp_path))
+    monkeypatch.setattr(notice, "_POLL", 0.02)
+    spec, line = specification(root, checkpoint_every=100), control.lifeline(str(tmp_path))
 
     def told(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step == 6:

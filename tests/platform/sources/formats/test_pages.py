@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Reference
-from calumma.platform.sources.markup import DEEPEST, read_html
-from calumma.platform.sources.pages import _from_markdown
+from calumma.platform.sources.formats.html import DEEPEST, read_html
+from calumma.platform.sources.formats.pages import _from_markdown
 from calumma.platform.sources.reading import list_source, read_file, read_source
 from calumma.platform.sources.specification import Source
 

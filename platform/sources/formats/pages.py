@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from calumma.platform import storage
 from calumma.platform.sources.files import Draft, File, Malformed, Part, Reference
-from calumma.platform.sources.markup import Page, read_html
+from calumma.platform.sources.formats.html import Page, read_html
 from calumma.platform.sources.registry import Found, reader
 
 LARGEST = 32 << 20  # bytes of a page

@@ -21,8 +21,8 @@ from calumma.platform.sources.files import (
     kind,
     text_or_none,
 )
+from calumma.platform.sources.formats.rows import parquet_rows
 from calumma.platform.sources.registry import Found, reader
-from calumma.platform.sources.rows import parquet_rows
 
 NEEDED = ("texts", "images")
 OPTIONAL = ("captions", *LICENSES, "url", "metadata", "general_metadata")

@@ -10,9 +10,9 @@ from typing import Any
 
 from calumma.model.document import Role, Text
 from calumma.platform.sources.files import File, Malformed, Part, Reference, kind, names, text_or_none
+from calumma.platform.sources.formats.rows import drafts, json_rows
+from calumma.platform.sources.formats.text import SUFFIXES
 from calumma.platform.sources.registry import Found, reader
-from calumma.platform.sources.rows import drafts, json_rows
-from calumma.platform.sources.text import SUFFIXES
 
 IMAGE_MARK = "<image>"
 SPEAKERS: dict[str, Role] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from calumma.platform.training.checkpoints import catalog, resumption
-from calumma.platform.training.group.watchdog import Action, followed, notify
+from calumma.platform.training.group.notice import Action, followed, notify
 from calumma.platform.training.specification import TrainSpecification
 
 

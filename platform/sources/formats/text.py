@@ -7,8 +7,8 @@ from typing import Any
 
 from calumma.model.document import Text
 from calumma.platform.sources.files import LICENSES, File, Malformed, Part, kind, names
+from calumma.platform.sources.formats.rows import drafts, json_lines, json_rows, parquet_rows
 from calumma.platform.sources.registry import Found, reader
-from calumma.platform.sources.rows import drafts, json_lines, json_rows, parquet_rows
 
 FIELDS = ("text", "content")
 SUFFIXES = tuple(f"{form}{packed}" for form in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst"))
