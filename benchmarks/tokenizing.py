@@ -37,7 +37,7 @@ from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text import SentencepieceTokenizer, TextTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.platform.shards import documents as document_shards
-from calumma.platform.tokenizing.actor import Tokenizer
+from calumma.platform.tokenizing.actor import TokenizingActor
 from calumma.platform.tokenizing.specification import TokenizeSpecification
 
 A_SHARD = 1000  # documents
@@ -146,7 +146,7 @@ def job(corpus: Corpus, folder: Path, batch: int, cores: int, device: str) -> Ca
         "micro_batch": 2,  # as in jobs/recipes/chameleon-7b/tokenize.yaml
         "resources": {"workers": 0, "cpus_per_worker": cores, "gpus_per_worker": int(device == "cuda")},
     }
-    worker = Tokenizer(TokenizeSpecification.model_validate(values).model_dump(mode="json"))
+    worker = TokenizingActor(TokenizeSpecification.model_validate(values).model_dump(mode="json"))
     task = {
         "shards": uris,
         "seed": 0,

@@ -120,7 +120,7 @@ class JobSpecification(Section):
         return f"{self.output_uri.rstrip('/')}/checkpoints"
 
 
-def last_part(location: str) -> str:
+def basename(location: str) -> str:
     """The name that a location ends in, of a path or a URI."""
     return location.rstrip("/").rpartition("/")[2]
 
@@ -156,14 +156,14 @@ def _place(location: tuple[str | int, ...], places: Mapping[tuple[str | int, ...
 
 def _explain(kind: type[BaseModel], error: Any) -> str:
     location = ".".join(str(part) for part in error["loc"]) or "(whole file)"
-    given = error.get("input")
+    value = error.get("input")
     if error["type"] == "extra_forbidden":
         allowed = _fields_at(kind, error["loc"][:-1])
-        return f"{location}: unknown field (given {given!r}); allowed here: {', '.join(allowed)}"
+        return f"{location}: unknown field (given {value!r}); allowed here: {', '.join(allowed)}"
     if error["type"] == "missing":
         return f"{location}: required, and not given"
-    shown = "" if isinstance(given, dict) else f" (given {given!r})"
-    if error["type"] == "string_type" and isinstance(given, bool):
+    shown = "" if isinstance(value, dict) else f" (given {value!r})"
+    if error["type"] == "string_type" and isinstance(value, bool):
         shown += "; YAML reads yes, no, on and off as truth values: quote the word"
     return f"{location}: {error['msg']}{shown}"
 
@@ -185,27 +185,27 @@ def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    found: list[type[BaseModel]] = []
+    models: list[type[BaseModel]] = []
     for inner in getattr(annotation, "__args__", ()):
-        found += _models_in(inner)
-    return found
+        models += _models_in(inner)
+    return models
 
 
-def named(path: str, field: str) -> Callable[..., Any]:
+def import_function(path: str, field: str) -> Callable[..., Any]:
     """The function behind a name. Raises SpecificationError, which names the field, when there is none."""
     module, separator, name = path.partition(":")
     if not separator or not module or not name:
         raise SpecificationError(f"{field}: {path!r} must look like package.module:function")
     try:
-        found = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SpecificationError(f"{field}: there is no {path!r} on this machine: {error}") from error
-    if not callable(found):
-        raise SpecificationError(f"{field}: {path!r} is no function but {type(found).__name__}")
-    return found
+    if not callable(function):
+        raise SpecificationError(f"{field}: {path!r} is no function but {type(function).__name__}")
+    return function
 
 
-def absolute(spec: S) -> S:
+def with_absolute_storage(spec: S) -> S:
     """The specification with its local storage root made absolute: workers stand in other working directories."""
     if "://" in spec.storage:
         return spec

@@ -9,17 +9,17 @@ from pydantic import BaseModel, ConfigDict
 from calumma.model.document import Document, Image
 from calumma.platform.sources.files import BadInput
 
-NAMED = 200  # bad inputs named in a report; all are counted
+MOST_EXAMPLES = 200  # bad inputs named in a report; all are counted
 
 
-class NamedBad(BaseModel):
+class BadExample(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     reason: str
 
 
-class Tally(BaseModel):
+class DocumentCounts(BaseModel):
     """`read` counts documents, kept or dropped; `bad` counts what could not be read as one."""
 
     model_config = ConfigDict(extra="forbid")
@@ -32,7 +32,7 @@ class Tally(BaseModel):
     images: int = 0
     characters: int = 0
     image_first: int = 0  # documents that begin with an image
-    examples: list[NamedBad] = []
+    examples: list[BadExample] = []
 
     @property
     def read(self) -> int:
@@ -50,16 +50,16 @@ class Tally(BaseModel):
     def skip(self, bad: BadInput) -> None:
         self.bad += 1
         self.bytes_lost += bad.bytes_lost
-        if len(self.examples) < NAMED:
-            self.examples.append(NamedBad(name=bad.name, reason=bad.reason))
+        if len(self.examples) < MOST_EXAMPLES:
+            self.examples.append(BadExample(name=bad.name, reason=bad.reason))
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: DocumentCounts) -> None:
         """Count in what another task counted."""
         for name in ("kept", "copies", "bad", "bytes_lost", "images", "characters", "image_first"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, count in other.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
-        self.examples += other.examples[: NAMED - len(self.examples)]
+        self.examples += other.examples[: MOST_EXAMPLES - len(self.examples)]
 
     def bad_share(self, bytes_total: int) -> float:
         """The share of the input that is bad: of the items or, if that is more, of the bytes (a file that cannot be

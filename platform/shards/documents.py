@@ -15,9 +15,9 @@ from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import Manifest
 
 CURATED = "curated"  # Manifest.kind
-DOCUMENTS_AT_ONCE = 64
-ROW_GROUP, MOST = 1 << 20, 4096  # characters and documents of a row group of texts, about
-READ = 256  # documents read at once: what is read stays in the processor's cache until it is used
+IMAGE_DOCUMENTS_A_ROW_GROUP = 64
+ROW_GROUP_CHARACTERS, ROW_GROUP_DOCUMENTS = 1 << 20, 4096  # characters and documents of a row group of texts, about
+READ_BATCH = 256  # documents read at once: what is read stays in the processor's cache until it is used
 
 
 def schema() -> Any:
@@ -47,11 +47,13 @@ def _row_groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
     group: list[Document] = []
     size = 0
     for document in documents:
-        if len(group) >= DOCUMENTS_AT_ONCE and (size >= ROW_GROUP or len(group) >= MOST):
+        if len(group) >= IMAGE_DOCUMENTS_A_ROW_GROUP and (
+            size >= ROW_GROUP_CHARACTERS or len(group) >= ROW_GROUP_DOCUMENTS
+        ):
             yield group
             group, size = [], 0
         group.append(document)
-        size += ROW_GROUP if document.images else len(document.text)
+        size += ROW_GROUP_CHARACTERS if document.images else len(document.text)
     if group:
         yield group
 
@@ -63,7 +65,7 @@ def read_shard(uri: str) -> Iterator[Document]:
     with storage.open_read(uri) as file:
         table = pq.ParquetFile(cast(Any, file))
         for group in range(table.num_row_groups):
-            for batch in table.iter_batches(READ, [group], use_threads=False):
+            for batch in table.iter_batches(READ_BATCH, [group], use_threads=False):
                 for row in batch.to_pylist():
                     yield Document.from_row(row)
 
@@ -79,11 +81,11 @@ def read_documents(uri_dir: str) -> Iterator[Document]:
 
 def shard_uris(uri_dir: str, manifest: Manifest | None = None) -> list[str]:
     """URIs of a curated directory's shards, in order. Raises as `read_documents`."""
-    manifest = manifest or curated(uri_dir)
+    manifest = manifest or curated_manifest(uri_dir)
     return [storage.join(uri_dir, entry.path) for entry in manifest.files]
 
 
-def curated(uri_dir: str) -> Manifest:
+def curated_manifest(uri_dir: str) -> Manifest:
     """The manifest of a directory of curated documents. Raises as `read_documents`."""
     manifest = Manifest.find(uri_dir)
     if manifest is None:

@@ -36,4 +36,4 @@ class Source(Section):
 def _check(format: str, options: dict[str, Any]) -> None:
     from calumma.platform.sources import formats  # only where a source is given: readers need Pillow and numpy
 
-    formats.check(format, options)
+    formats.check_format(format, options)

@@ -18,18 +18,18 @@ class MixtureOf(Section):
     )
 
 
-class CopiesOfShards(Section):
+class ShardCacheSettings(Section):
     """A local cache of shards, shared by the workers of a machine."""
 
     directory: str
     gigabytes: float = Field(gt=0, description="what it may take; the copies not read for longest make room")
 
 
-class Reading(Section):
+class ReadingSettings(Section):
     """How token shards are read."""
 
     verify: bool = Field(True, description="check every row group that is read against its digest")
-    cache: CopiesOfShards | None = Field(None, description="keep copies of whole shards; none: read parts of them")
+    cache: ShardCacheSettings | None = Field(None, description="keep copies of whole shards; none: read parts of them")
 
 
 class MixtureSpecification(JobSpecification):
@@ -40,7 +40,7 @@ class MixtureSpecification(JobSpecification):
     max_epochs: float | None = Field(
         None, gt=0, description="passes through a source beyond which the stage is refused; none: a warning beyond 4"
     )
-    data: Reading = Reading()
+    data: ReadingSettings = ReadingSettings()
     output: str
     steps: int = Field(ge=1)
     micro_batches: int = Field(ge=1, description="micro-batches a global batch, whatever the number of workers")

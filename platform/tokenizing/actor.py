@@ -21,7 +21,7 @@ from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
-from calumma.platform.cluster.tasks import chunks
+from calumma.platform.cluster.tasks import batched
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import tokens as token_shards
 from calumma.platform.shards.receipts import Receipt
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     import torch
 
 # Documents whose texts one thread encodes: at least so many, of so many characters together; not more than.
-CHUNK, CHARACTERS, MOST = 64, 1 << 18, 8192
-_WRITERS = 4  # shards of a window written at once
+LEAST_DOCUMENTS, LEAST_CHARACTERS, MOST_DOCUMENTS = 64, 1 << 18, 8192
+_WRITER_THREADS = 4  # shards of a window written at once
 
 
-class DocumentsUnusable(ValueError):
+class UnusableDocuments(ValueError):
     """Curated documents that cannot become tokens."""
 
 
 @dataclass
-class _Chunk:
+class _DocumentBatch:
     """Some documents on their way, in order."""
 
     uri: str
@@ -54,7 +54,7 @@ class _Chunk:
     uncoded: int = 0
 
 
-class _AtOnce(Executor):
+class _InlineExecutor(Executor):
     """Does what it is given while the caller waits: two threads on one core only drive each other's data out of its
     cache, which costs a tenth of the time of short texts."""
 
@@ -67,7 +67,7 @@ class _AtOnce(Executor):
         return future
 
 
-class Tokenizer:
+class TokenizingActor:
     """What an actor holds: the tokenizers, read once. Calling it does one window."""
 
     def __init__(self, specification: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Tokenizer:
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """Encode, pack and write the documents of some shards. Raises DocumentsUnusable and StorageError.
 
-        `task`: "shards" (URIs), "seed" (of its order), "output" (URI), "stem" (of shard names), "receipt" (URI).
+        `task`: "shards" (URIs), "seed" (of its order), "output" (URI), "shard_prefix", "receipt" (URI).
         Returns a Receipt, written to storage, too.
         """
         import torch
@@ -107,12 +107,12 @@ class Tokenizer:
         dropped: Counter[str] = Counter()
         sequences: list[EncodedArrays] = []
         documents = 0
-        for document, tokens in encoded(self._encoder, task["shards"], spec.image_batch, self._threads):
+        for document, tokens in encode_documents(self._encoder, task["shards"], spec.image_batch, self._threads):
             documents += 1
             if len(tokens.ids) <= length:
                 sequences.append(tokens)
                 continue
-            pieces = cut(tokens, document.is_conversation, length, vocabulary)
+            pieces = split_or_drop(tokens, document.is_conversation, length, vocabulary)
             if isinstance(pieces, str):
                 dropped[pieces] += 1
             else:
@@ -129,18 +129,18 @@ class Tokenizer:
 
         def write(numbered: tuple[int, list[PackedRow]]) -> FileEntry:
             number, shard = numbered
-            return self._write(task["output"], publishing.shard_name(task["stem"], number), shard)
+            return self._write(task["output"], publishing.shard_name(task["shard_prefix"], number), shard)
 
-        with ThreadPoolExecutor(_WRITERS) as pool:
+        with ThreadPoolExecutor(_WRITER_THREADS) as pool:
             size = spec.micro_batch * spec.micro_batches_per_shard
-            files = list(pool.map(write, enumerate(chunks(rows, size))))
+            files = list(pool.map(write, enumerate(batched(rows, size))))
         return Receipt(files=files, counts=counts, dropped=dropped)
 
     def _write(self, output: str, path: str, rows: Sequence[PackedRow]) -> FileEntry:
         data = token_shards.to_parquet(rows, self._spec.micro_batch)
         storage.write_bytes(storage.join(output, path), data)
         image = sum(int(np.count_nonzero(self._is_image.take(row.tokens))) for row in rows)
-        return FileEntry.of(
+        return FileEntry.from_bytes(
             path,
             data,
             rows=len(rows),
@@ -148,20 +148,20 @@ class Tokenizer:
             # Without padding: image codes, and everything else (text and special tokens) as text.
             tokens={"text": sum(len(row.tokens) - row.padding for row in rows) - image, "image": image},
             sequences_per_row_group=self._spec.micro_batch,
-            footer=token_shards.footer(data),
+            footer=token_shards.footer_digest(data),
         )
 
 
-def encoded(
+def encode_documents(
     encoder: DocumentEncoder, uris: Sequence[str], image_batch: int, threads: int
 ) -> Iterator[tuple[Document, EncodedArrays]]:
     """Every document of some shards with its tokens, in order; the images of all documents are coded in batches of
     `image_batch` (the last one smaller). Raises DocumentsUnusable and StorageError."""
-    chunks: deque[_Chunk] = deque()
-    waiting: deque[tuple[_Chunk, Image]] = deque()
-    opened: deque[tuple[_Chunk, Future[torch.Tensor]]] = deque()
+    chunks: deque[_DocumentBatch] = deque()
+    waiting: deque[tuple[_DocumentBatch, Image]] = deque()
+    opened: deque[tuple[_DocumentBatch, Future[torch.Tensor]]] = deque()
     pool = ThreadPoolExecutor(threads)
-    texts = pool if threads > 1 else _AtOnce()
+    texts = pool if threads > 1 else _InlineExecutor()
 
     def open_images() -> None:
         while waiting and len(opened) < 2 * image_batch:  # those of the next batch, and of the one after it
@@ -183,8 +183,8 @@ def encoded(
 
     try:
         for uri in uris:
-            for documents in _chunks(document_shards.read_shard(uri)):
-                chunk = _Chunk(uri, documents, texts.submit(encoder.text_ids, documents))
+            for documents in _batches(document_shards.read_shard(uri)):
+                chunk = _DocumentBatch(uri, documents, texts.submit(encoder.text_ids, documents))
                 chunks.append(chunk)
                 images = [s for document in documents for s in document.segments if isinstance(s, Image)]
                 chunk.uncoded = len(images)
@@ -202,7 +202,7 @@ def encoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Runs of documents: a few where there are images, which wait there undecoded; many short texts, since the calls,
     and what their data drive out of the processor's cache, would take as long as some of the texts."""
     chunk: list[Document] = []
@@ -210,22 +210,24 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         chunk.append(document)
         for segment in document.segments:
-            characters += len(segment.text) if isinstance(segment, Text) else CHARACTERS
-        if len(chunk) >= MOST or (len(chunk) >= CHUNK and characters >= CHARACTERS):
+            characters += len(segment.text) if isinstance(segment, Text) else LEAST_CHARACTERS
+        if len(chunk) >= MOST_DOCUMENTS or (len(chunk) >= LEAST_DOCUMENTS and characters >= LEAST_CHARACTERS):
             yield chunk
             chunk, characters = [], 0
     if chunk:
         yield chunk
 
 
-def _result(chunk: _Chunk, future: Future[Any]) -> Any:
+def _result(chunk: _DocumentBatch, future: Future[Any]) -> Any:
     try:
         return future.result()
     except ValueError as error:
-        raise DocumentsUnusable(f"{chunk.uri}: a document cannot be encoded: {error}; curate it again") from error
+        raise UnusableDocuments(f"{chunk.uri}: a document cannot be encoded: {error}; curate it again") from error
 
 
-def cut(tokens: EncodedArrays, conversation: bool, length: int, vocabulary: Vocabulary) -> list[EncodedArrays] | str:
+def split_or_drop(
+    tokens: EncodedArrays, conversation: bool, length: int, vocabulary: Vocabulary
+) -> list[EncodedArrays] | str:
     """A long document as sequences of at most `length` tokens, or the reason why it is dropped."""
     if conversation:
         return "conversation longer than the context"

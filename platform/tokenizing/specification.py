@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from calumma.platform.specification import JobSpecification, last_part, repeated
+from calumma.platform.specification import JobSpecification, basename, repeated
 
 
 class TextTokenizerSpecification(JobSpecification):
@@ -43,6 +43,6 @@ class TokenizeSpecification(JobSpecification):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        if twice := repeated(last_part(location) for location in self.documents):
+        if twice := repeated(basename(location) for location in self.documents):
             raise ValueError(f"documents: several end in {', '.join(twice)}; their tokens would share a directory")
         return self

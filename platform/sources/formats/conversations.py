@@ -9,10 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from calumma.model.document import Role, Text
-from calumma.platform.sources.files import File, Malformed, Part, Reference, kind, names, text_or_none
+from calumma.platform.sources.files import (
+    DraftSegment,
+    File,
+    Malformed,
+    Reference,
+    field_names,
+    json_type,
+    text_or_none,
+)
 from calumma.platform.sources.formats.rows import drafts, json_rows
 from calumma.platform.sources.formats.text import SUFFIXES
-from calumma.platform.sources.registry import Found, reader
+from calumma.platform.sources.registry import ReaderItem, reader
 
 IMAGE_MARK = "<image>"
 SPEAKERS: dict[str, Role] = {
@@ -23,7 +31,7 @@ SYSTEM = "system"  # its words open the user's next turn
 
 
 @reader("conversations", SUFFIXES)
-def conversations(file: File) -> Iterator[Found]:
+def conversations(file: File) -> Iterator[ReaderItem]:
     """{"conversations": [{"from": "human"|"gpt", "value": …}], "image": path} or {"messages": [{"role", "content"}],
     "images": [path or data URL, …], "captions": […]} a record.
 
@@ -32,18 +40,18 @@ def conversations(file: File) -> Iterator[Found]:
     yield from drafts(json_rows(file), _conversation)
 
 
-def _conversation(row: dict[str, Any]) -> list[Part]:
+def _conversation(row: dict[str, Any]) -> list[DraftSegment]:
     turns = next((row[key] for key in ("conversations", "messages") if key in row), None)
     if not isinstance(turns, list) or not turns:
-        raise Malformed(f"has no list `conversations` or `messages`; it has {names(row)}")
+        raise Malformed(f"has no list `conversations` or `messages`; it has {field_names(row)}")
     images = _Images(row)
-    segments: list[Part] = []
+    segments: list[DraftSegment] = []
     for turn in turns:
         speaker, words = _turn(turn)
         role = "user" if speaker == SYSTEM else SPEAKERS.get(speaker)
         if role is None:
             raise Malformed(f"a turn is from {speaker!r}; allowed: {', '.join([*SPEAKERS, SYSTEM])}")
-        parts = _marked(words, role, images) if isinstance(words, str) else _listed(words, role, images)
+        parts = _split_at_marks(words, role, images) if isinstance(words, str) else _content_parts(words, role, images)
         if speaker == SYSTEM and parts:
             parts.append(Text("\n\n", role))
         segments += parts
@@ -56,18 +64,18 @@ class _Images:
     """A record's images, handed out in order."""
 
     def __init__(self, row: dict[str, Any]) -> None:
-        given = row.get("images") or row.get("image") or []
-        if not isinstance(given, list | str | dict):
-            raise Malformed(f"`images` is {kind(given)}, not a list")
+        value = row.get("images") or row.get("image") or []
+        if not isinstance(value, list | str | dict):
+            raise Malformed(f"`images` is {json_type(value)}, not a list")
         self.targets = [
-            _target(value, index) for index, value in enumerate(given if isinstance(given, list) else [given])
+            _target(value, index) for index, value in enumerate(value if isinstance(value, list) else [value])
         ]
         self.captions = row.get("captions") or [None] * len(self.targets)
         if not isinstance(self.captions, list) or len(self.captions) != len(self.targets):
             raise Malformed("`captions` must be a list as long as `images`")
         self.used = 0
 
-    def next(self, role: Role) -> list[Part]:
+    def next(self, role: Role) -> list[DraftSegment]:
         """The next image; none where there are more marks than images, which `used` tells."""
         index, self.used = self.used, self.used + 1
         if index >= len(self.targets):
@@ -80,7 +88,7 @@ def _target(value: Any, index: int) -> str:
     if isinstance(value, dict):
         value = next((value[key] for key in ("path", "url", "image") if isinstance(value.get(key), str)), value)
     if not isinstance(value, str):
-        raise Malformed(f"image {index} is {kind(value)}, not a path or data URL")
+        raise Malformed(f"image {index} is {json_type(value)}, not a path or data URL")
     return value
 
 
@@ -93,8 +101,8 @@ def _turn(turn: Any) -> tuple[str, str | list[Any]]:
     raise Malformed('a turn must be {"from": …, "value": text} or {"role": …, "content": text or parts}')
 
 
-def _marked(words: str, role: Role, images: _Images) -> list[Part]:
-    parts: list[Part] = []
+def _split_at_marks(words: str, role: Role, images: _Images) -> list[DraftSegment]:
+    parts: list[DraftSegment] = []
     for index, text in enumerate(words.split(IMAGE_MARK)):
         if index:
             parts += images.next(role)
@@ -103,9 +111,9 @@ def _marked(words: str, role: Role, images: _Images) -> list[Part]:
     return parts
 
 
-def _listed(content: list[Any], role: Role, images: _Images) -> list[Part]:
+def _content_parts(content: list[Any], role: Role, images: _Images) -> list[DraftSegment]:
     """OpenAI's content parts; an image part without a target takes the next of the record's images."""
-    parts: list[Part] = []
+    parts: list[DraftSegment] = []
     for part in content:
         form = part.get("type") if isinstance(part, dict) else None
         if form == "text" and isinstance(part.get("text"), str):

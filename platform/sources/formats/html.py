@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from calumma.model.document import Text
-from calumma.platform.sources.files import Malformed, Part, Reference
+from calumma.platform.sources.files import DraftSegment, Malformed, Reference
 
-DEEPEST = 1000  # elements in each other; the parser's time grows with the square of it
+DEEPEST_NESTING = 1000  # elements in each other; the parser's time grows with the square of it
 # Elements that end by themselves, so that counting their tags does not tell how deep they are.
 FLAT = (
     "area base br col embed hr img input link meta param source track wbr p li dt dd tr td th thead tbody tfoot "
@@ -39,7 +39,7 @@ LANGUAGE = re.compile(r"(?:^|\s)(?:language|lang|highlight-source)-([\w+#.-]+)")
 
 @dataclass(frozen=True)
 class Page:
-    parts: tuple[Part, ...]
+    segments: tuple[DraftSegment, ...]
     license: str = ""
     url: str = ""
 
@@ -58,7 +58,7 @@ def read_html(html: str) -> Page:
         return Page((), license, url)
     root = _content(body)
     left_out = {node.mem_id for node in body.css(NO_CONTENT if root else f"{NO_CONTENT}, {BESIDE}")}
-    return Page(tuple(_Writer(left_out).written(root or body)), license, url)
+    return Page(tuple(_MarkdownWriter(left_out).write(root or body)), license, url)
 
 
 def _check_depth(html: str) -> None:
@@ -66,8 +66,8 @@ def _check_depth(html: str) -> None:
     for match in TAG.finditer(html):
         if match[2].lower() not in flat:
             depth = max(0, depth - 1) if match[1] else depth + 1
-            if depth > DEEPEST:
-                raise Malformed(f"more than {DEEPEST:,} elements in each other")
+            if depth > DEEPEST_NESTING:
+                raise Malformed(f"more than {DEEPEST_NESTING:,} elements in each other")
 
 
 def _address(tree: Any, selector: str) -> str:
@@ -78,18 +78,18 @@ def _address(tree: Any, selector: str) -> str:
 def _content(body: Any) -> Any:
     """The one element that a page says is its content, if it does."""
     for selector in ("main, [role=main]", "article"):
-        found = body.css(selector)
-        if len(found) == 1:
-            return found[0]
+        elements = body.css(selector)
+        if len(elements) == 1:
+            return elements[0]
     return None
 
 
-class _Writer:
+class _MarkdownWriter:
     """Writes nodes as they would be typed in Markdown, cut where images stand."""
 
     def __init__(self, left_out: set[int]) -> None:
         self._left_out = left_out
-        self._parts: list[Part] = []
+        self._parts: list[DraftSegment] = []
         self._text: list[str] = []  # since the last image
         self._breaks = 0  # line breaks owed before the next word
         self._outer = ""  # how lines begin on both sides of these breaks
@@ -99,7 +99,7 @@ class _Writer:
         self._numbers: list[int | None] = []  # the next number of each open list; None has bullets
         self._rows: list[list[bool]] = []  # the cells so far of each open row: is it a heading?
 
-    def written(self, root: Any) -> list[Part]:
+    def write(self, root: Any) -> list[DraftSegment]:
         stack = [(root, True)]  # no recursion: pages may be nested deep
         while stack:
             node, begins = stack.pop()
@@ -189,8 +189,8 @@ class _Writer:
     def _code(self, node: Any) -> None:
         """A block of code, its lines as they are."""
         code = node.first_child if node.first_child is not None and node.first_child.tag == "code" else node
-        said = " ".join(n.attributes.get("class") or "" for n in (node, code))
-        language = LANGUAGE.search(said)
+        classes = " ".join(n.attributes.get("class") or "" for n in (node, code))
+        language = LANGUAGE.search(classes)
         lines = node.text().strip("\n").split("\n")
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", node.text())), default=0))
         self._break(2)

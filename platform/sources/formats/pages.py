@@ -14,33 +14,33 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from calumma.platform import storage
-from calumma.platform.sources.files import Draft, File, Malformed, Part, Reference
+from calumma.platform.sources.files import Draft, DraftSegment, File, Malformed, Reference
 from calumma.platform.sources.formats.html import Page, read_html
-from calumma.platform.sources.registry import Found, reader
+from calumma.platform.sources.registry import ReaderItem, reader
 
-LARGEST = 32 << 20  # bytes of a page
+LARGEST_PAGE = 32 << 20  # bytes of a page
 MARKDOWN = (".md", ".markdown")
 HTML = (".html", ".htm", ".xhtml")
-MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CHARSET = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?([\w:.-]+)""", re.IGNORECASE)
 FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?(---|\.\.\.)[ \t]*(\n|\Z)", re.DOTALL)
 
 
 @reader("pages", (*MARKDOWN, *HTML), references="location")
-def pages(file: File, *, other_images: Literal["bad", "leave_out"] = "bad") -> Iterator[Found]:
+def pages(file: File, *, other_images: Literal["bad", "leave_out"] = "bad") -> Iterator[ReaderItem]:
     """Headings, lists, code and tables as text, images in their places, alternative texts as their captions.
 
     Images are found from the page's folder, or with a leading `/` from the source's `images` (default: its location).
     What cannot be had (remote, outside, missing) makes the page a bad input; `other_images: leave_out` drops it alone.
     """
-    data = file.whole(LARGEST)
+    data = file.read_all(LARGEST_PAGE)
     if file.plain_name.endswith(MARKDOWN):
-        words, about = _front_matter(_decoded(data, None))
+        words, about = _front_matter(_decode_text(data, None))
         page = read_html(_from_markdown(words))
         page = replace(page, license=about.get("license", page.license), url=about.get("url", page.url))
     else:
         declared = CHARSET.search(data[:4096])
-        page = read_html(_decoded(data, declared[1].decode() if declared else None))
+        page = read_html(_decode_text(data, declared[1].decode() if declared else None))
     yield _draft(page, file, other_images == "leave_out")
 
 
@@ -49,15 +49,15 @@ def _draft(page: Page, file: File, optional: bool) -> Draft:
         folder = posixpath.dirname(storage.relative(file.uri, file.images))
     except ValueError:  # the images are kept elsewhere, in a folder of their own
         folder = ""
-    parts: list[Part] = []
-    for part in page.parts:
+    parts: list[DraftSegment] = []
+    for part in page.segments:
         if isinstance(part, Reference):
-            part = replace(part, target=_located(part.target, folder), optional=optional)
+            part = replace(part, target=_image_path(part.target, folder), optional=optional)
         parts.append(part)
     return Draft(tuple(parts), file.uri, page.license, page.url)
 
 
-def _located(link: str, folder: str) -> str:
+def _image_path(link: str, folder: str) -> str:
     """A link of a page in `folder` as a path below the images."""
     link = link.strip()
     try:
@@ -70,9 +70,9 @@ def _located(link: str, folder: str) -> str:
     return path.lstrip("/") if path.startswith("/") else posixpath.join(folder, path) if path else ""
 
 
-def _decoded(data: bytes, declared: str | None) -> str:
+def _decode_text(data: bytes, declared: str | None) -> str:
     """Raises Malformed for what is no text in the encoding that its mark or the page declares, by default UTF-8."""
-    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), declared or "utf-8")
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), declared or "utf-8")
     try:
         return data.decode(encoding)
     except (UnicodeError, LookupError) as error:

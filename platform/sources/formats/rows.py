@@ -10,21 +10,23 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from calumma.platform.sources.files import BadInput, Draft, File, Malformed, Part, kind
-from calumma.platform.sources.registry import Found
+from calumma.platform.sources.files import BadInput, Draft, DraftSegment, File, Malformed, json_type
+from calumma.platform.sources.registry import ReaderItem
 from calumma.platform.storage import StorageError
 
 LONGEST_LINE = 256 << 20  # bytes; a conversation with its images as data URLs is one line
-CHUNK = 16 << 10  # of a JSON array: how exactly the loss behind a damage is known
-DEEPEST = 200  # brackets in brackets of one record
-BATCH = 16 << 20  # bytes of a Parquet file that are rows at once
-MOST_ROWS = 1024
+CHUNK_BYTES = 16 << 10  # of a JSON array: how exactly the loss behind a damage is known
+DEEPEST_NESTING = 200  # brackets in brackets of one record
+BATCH_BYTES = 16 << 20  # bytes of a Parquet file that are rows at once
+BATCH_ROWS = 1024
 COLUMN_BUFFER = 1 << 20  # bytes of a column that are read at once; without it Arrow reads all of a row group's
 
 Row = tuple[str, dict[str, Any]]
 
 
-def drafts(rows: Iterable[Row | BadInput], parse: Callable[[dict[str, Any]], Sequence[Part]]) -> Iterator[Found]:
+def drafts(
+    rows: Iterable[Row | BadInput], parse: Callable[[dict[str, Any]], Sequence[DraftSegment]]
+) -> Iterator[ReaderItem]:
     """A draft for each record by its segments; one that `parse` finds Malformed is a bad input."""
     for row in rows:
         if isinstance(row, BadInput):
@@ -32,7 +34,7 @@ def drafts(rows: Iterable[Row | BadInput], parse: Callable[[dict[str, Any]], Seq
             continue
         name, record = row
         try:
-            yield Draft.of(parse(record), name, record)
+            yield Draft.from_record(parse(record), name, record)
         except Malformed as error:
             yield BadInput(name, str(error))
 
@@ -41,7 +43,7 @@ def json_rows(file: File) -> Iterator[Row | BadInput]:
     """The records of a JSON file: one array of them, or one a line, whatever its name promises."""
     if file.plain_name.endswith(".json"):
         try:
-            start = file.content.peek(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            start = file.content.peek(CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         except StorageError:
             raise
         except OSError:
@@ -64,7 +66,7 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
         except StorageError:
             raise
         except OSError as error:
-            yield BadInput(name, f"the file is damaged from here on: {error}", file.left)
+            yield BadInput(name, f"the file is damaged from here on: {error}", file.bytes_left)
             return
         if not line:
             return
@@ -81,11 +83,11 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
                 return
             yield BadInput(name, f"not a line of JSON: {error}")
             continue
-        yield (name, row) if isinstance(row, dict) else BadInput(name, f"holds {kind(row)}, not an object")
+        yield (name, row) if isinstance(row, dict) else BadInput(name, f"holds {json_type(row)}, not an object")
 
 
 def _skip_line(file: File) -> None:
-    while (more := file.content.readline(CHUNK)) and not more.endswith(b"\n"):
+    while (more := file.content.readline(CHUNK_BYTES)) and not more.endswith(b"\n"):
         pass
 
 
@@ -98,38 +100,38 @@ def json_array(file: File) -> Iterator[Row | BadInput]:
     if content.peek(3).startswith(b"\xef\xbb\xbf"):
         content.read(3)
     number, depth = 0, 0
-    chunks = _Chunks(file)
+    chunks = _ChunkReader(file)
     builder = ObjectBuilder()
     try:
         # ijson.items would do, but it keeps a path for every open bracket: a file of brackets fills the memory.
-        for event, value in ijson.basic_parse(chunks, use_float=True, buf_size=CHUNK):
+        for event, value in ijson.basic_parse(chunks, use_float=True, buf_size=CHUNK_BYTES):
             closes = event in ("end_map", "end_array")
             depth -= closes
             if depth:
                 builder.event(event, value)
             depth += event in ("start_map", "start_array")
-            if depth > DEEPEST:
-                raise Malformed(f"more than {DEEPEST} brackets in each other")
+            if depth > DEEPEST_NESTING:
+                raise Malformed(f"more than {DEEPEST_NESTING} brackets in each other")
             if depth == 1 and (closes or event not in ("start_map", "start_array")):
                 name, row = file.at(f"item {number}"), builder.value
-                yield (name, row) if isinstance(row, dict) else BadInput(name, f"holds {kind(row)}, not an object")
+                yield (name, row) if isinstance(row, dict) else BadInput(name, f"holds {json_type(row)}, not an object")
                 number, builder = number + 1, ObjectBuilder()
     except StorageError:
         raise
     except (ijson.JSONError, OSError, Malformed, ValueError) as error:
         reason = " ".join(str(error).splitlines()[:1])
-        yield BadInput(file.at(f"item {number}"), f"the array is damaged from here on: {reason}", chunks.left)
+        yield BadInput(file.at(f"item {number}"), f"the array is damaged from here on: {reason}", chunks.bytes_left)
 
 
-class _Chunks:
+class _ChunkReader:
     """A file's content for ijson. `left` counts the bytes of the newest chunk and of all behind it."""
 
     def __init__(self, file: File) -> None:
         self._file = file
-        self.left = file.size
+        self.bytes_left = file.size
 
     def read(self, size: int) -> bytes:
-        self.left = self._file.left
+        self.bytes_left = self._file.bytes_left
         return self._file.content.read(size)
 
 
@@ -152,9 +154,9 @@ def parquet_rows(file: File, columns: Callable[[list[str]], Sequence[str]]) -> I
     total = max(1, table.metadata.num_rows)
     for group in range(table.num_row_groups):
         number = 0
-        there = table.metadata.row_group(group)
-        size = max(1, there.total_byte_size // max(1, there.num_rows))
-        at_once = max(1, min(MOST_ROWS, BATCH // size))
+        group_metadata = table.metadata.row_group(group)
+        size = max(1, group_metadata.total_byte_size // max(1, group_metadata.num_rows))
+        at_once = max(1, min(BATCH_ROWS, BATCH_BYTES // size))
         try:
             for batch in table.iter_batches(at_once, row_groups=[group], columns=list(chosen), use_threads=False):
                 for row in batch.to_pylist():
@@ -163,6 +165,6 @@ def parquet_rows(file: File, columns: Callable[[list[str]], Sequence[str]]) -> I
         except StorageError:
             raise
         except unreadable as error:
-            lost = there.num_rows - number
+            lost = group_metadata.num_rows - number
             reason = f"{lost:,} rows cannot be read: {error}"
             yield BadInput(file.at(f"row group {group}"), reason, round(lost / total * file.size))

@@ -11,32 +11,32 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from calumma.model.document import Image
-from calumma.platform.sources.files import BadInput, Draft, File, kind, text_or_none
-from calumma.platform.sources.registry import Found, reader
+from calumma.platform.sources.files import BadInput, Draft, File, json_type, text_or_none
+from calumma.platform.sources.registry import ReaderItem, reader
 
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"})
 
 
 @reader("webdataset", (".tar",))
-def webdataset(file: File) -> Iterator[Found]:
+def webdataset(file: File) -> Iterator[ReaderItem]:
     """One document a key. An archive that ends or breaks early gives the samples that were whole before it."""
     sample: dict[str, bytes] = {}
     key = ""
-    usual: set[str] = set()  # the extensions of the last whole sample
+    last_extensions: set[str] = set()  # the extensions of the last whole sample
     try:
         for name, data in _members(file):
             folder, slash, base = name.rpartition("/")
             stem, _, extension = base.partition(".")
-            found = f"{folder}{slash}{stem}"
-            if found != key and sample:
-                usual = set(sample)
+            sample_key = f"{folder}{slash}{stem}"
+            if sample_key != key and sample:
+                last_extensions = set(sample)
                 yield _sample(file, key, sample)
                 sample = {}
-            key = found
+            key = sample_key
             sample[extension.lower()] = data
-    except _Damaged as damage:
+    except _DamagedArchive as damage:
         # The sample at the damage counts as whole when it has all parts that the one before it had.
-        if sample and set(sample) == usual:
+        if sample and set(sample) == last_extensions:
             yield _sample(file, key, sample)
             sample = {}
         yield BadInput(file.at(key) if sample else file.uri, str(damage), damage.bytes_lost)
@@ -45,7 +45,7 @@ def webdataset(file: File) -> Iterator[Found]:
         yield _sample(file, key, sample)
 
 
-class _Damaged(ValueError):
+class _DamagedArchive(ValueError):
     def __init__(self, reason: str, bytes_lost: int) -> None:
         super().__init__(reason)
         self.bytes_lost = bytes_lost
@@ -72,16 +72,18 @@ def _members(file: File) -> Iterator[tuple[str, bytes]]:
             block = file.raw.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, EOFError, ValueError) as error:
         if position == 0:
-            raise _Damaged(f"not a readable tar archive: {error}", size) from error
+            raise _DamagedArchive(f"not a readable tar archive: {error}", size) from error
         lost = max(0, size - position)
-        raise _Damaged(f"the archive breaks off after byte {size - lost:,} of {size:,}: {error}", lost) from error
+        raise _DamagedArchive(
+            f"the archive breaks off after byte {size - lost:,} of {size:,}: {error}", lost
+        ) from error
     if not block:
-        raise _Damaged(f"the archive breaks off at byte {size:,}: it has no end mark", 0)
+        raise _DamagedArchive(f"the archive breaks off at byte {size:,}: it has no end mark", 0)
     if block.strip(b"\0"):
-        raise _Damaged(f"the archive is damaged from byte {position:,} of {size:,} on", size - position)
+        raise _DamagedArchive(f"the archive is damaged from byte {position:,} of {size:,} on", size - position)
 
 
-def _sample(file: File, key: str, parts: dict[str, bytes]) -> Found:
+def _sample(file: File, key: str, parts: dict[str, bytes]) -> ReaderItem:
     name = file.at(key)
     try:
         metadata = json.loads(parts["json"]) if "json" in parts else {}
@@ -89,7 +91,7 @@ def _sample(file: File, key: str, parts: dict[str, bytes]) -> Found:
     except (ValueError, RecursionError) as error:
         return BadInput(name, f"caption or metadata cannot be read: {error}")
     if not isinstance(metadata, dict):
-        return BadInput(name, f"its .json holds {kind(metadata)}, not an object")
+        return BadInput(name, f"its .json holds {json_type(metadata)}, not an object")
     status = metadata.get("status")
     if isinstance(status, str) and status != "success":
         return BadInput(name, f"its status is {status!r}: {metadata.get('error_message') or 'no reason given'}")
@@ -100,4 +102,4 @@ def _sample(file: File, key: str, parts: dict[str, bytes]) -> Found:
     if caption is None:
         caption = text_or_none(metadata.get("caption"))
     image = Image(parts[images[0]], caption.strip() or None if caption else None)
-    return Draft.of((image,), file.at(f"{key}.{images[0]}"), metadata)
+    return Draft.from_record((image,), file.at(f"{key}.{images[0]}"), metadata)

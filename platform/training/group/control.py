@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 
 from calumma.platform.training.checkpoints import catalog, resumption
-from calumma.platform.training.group.notice import Action, followed, notify
+from calumma.platform.training.group.notice import Action, none_pending, notify
 from calumma.platform.training.specification import TrainSpecification
 
 
 @dataclass(frozen=True)
-class Lifeline:
+class WorkerControl:
     """What a loop that can resume offers for that. All are called elsewhere, too: they must be picklable."""
 
     newest_step: Callable[[], int]
     """Steps of its newest checkpoint."""
     notify: Callable[[Action, str], None]
     """Ask it to checkpoint, or to checkpoint and stop, with the reason."""
-    followed: Callable[[], bool]
+    acknowledged: Callable[[], bool]
     """Whether it has done so."""
 
 
@@ -30,11 +30,13 @@ class FirstStep:
         self._output, self._spec, self._inputs = output, spec, inputs
 
     def __call__(self) -> int:
-        found = catalog.newest(self._output, resumption.continues(self._spec, self._inputs))
-        return found.step if found else 0
+        checkpoint = catalog.newest(self._output, resumption.made_by(self._spec, self._inputs))
+        return checkpoint.step if checkpoint else 0
 
 
-def lifeline(output: str) -> Lifeline:
+def worker_control(output: str) -> WorkerControl:
     """How the driver and Ray Train's controller reach the workers of the stage that writes to `output`."""
-    place = catalog.folder(output)
-    return Lifeline(partial(catalog.newest_step, output), partial(notify, place), partial(followed, place))
+    checkpoints = catalog.checkpoints_folder(output)
+    return WorkerControl(
+        partial(catalog.newest_step, output), partial(notify, checkpoints), partial(none_pending, checkpoints)
+    )

@@ -31,39 +31,39 @@ def notify(checkpoints: str, action: Action, why: str) -> None:
     storage.write_bytes(notice_file(checkpoints, action), json.dumps({"why": why}).encode())
 
 
-def followed(checkpoints: str) -> bool:
+def none_pending(checkpoints: str) -> bool:
     """Whether no notice is waiting to be followed."""
     return not any(storage.exists(notice_file(checkpoints, action)) for action in ACTIONS)
 
 
-def withdraw(checkpoints: str, actions: Iterable[Action]) -> None:
+def delete_notices(checkpoints: str, actions: Iterable[Action]) -> None:
     """Take notices away; whoever waits until they are followed sees it by that. Raises StorageError."""
     for action in actions:
         storage.delete(notice_file(checkpoints, action))
 
 
-class Notices:
+class NoticeWatcher:
     """Looks for a notice in the background. One worker of a group does."""
 
     def __init__(self, checkpoints: str, poll: float | None = None) -> None:
         self._checkpoints, self._poll = checkpoints, _POLL if poll is None else poll
-        self._found: tuple[Action, str] | None = None
+        self._pending: tuple[Action, str] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
         self._thread.start()
 
     @property
-    def found(self) -> tuple[Action, str] | None:
+    def pending(self) -> tuple[Action, str] | None:
         """What is asked for, and why."""
-        return self._found
+        return self._pending
 
-    def done(self, action: Action) -> None:
+    def acknowledge(self, action: Action) -> None:
         """What was asked for is done; a notice to stop that came meanwhile waits."""
-        followed = ACTIONS[: ACTIONS.index(action) + 1]
-        if self._found is not None and self._found[0] in followed:
-            self._found = None
+        done = ACTIONS[: ACTIONS.index(action) + 1]
+        if self._pending is not None and self._pending[0] in done:
+            self._pending = None
         with suppress(storage.StorageError):
-            withdraw(self._checkpoints, followed)
+            delete_notices(self._checkpoints, done)
 
     def close(self) -> None:
         self._stop.set()
@@ -71,11 +71,11 @@ class Notices:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll):
-            known = -1 if self._found is None else ACTIONS.index(self._found[0])
+            known = -1 if self._pending is None else ACTIONS.index(self._pending[0])
             for action in reversed(ACTIONS[known + 1 :]):
                 try:
-                    told = json.loads(storage.read_bytes(notice_file(self._checkpoints, action)))
-                    self._found = (action, str(told.get("why", "")))
+                    content = json.loads(storage.read_bytes(notice_file(self._checkpoints, action)))
+                    self._pending = (action, str(content.get("why", "")))
                     break
                 except storage.NotFound:
                     continue

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 logger = logging.getLogger(__name__)
-HUNG = 75  # exit code of a worker that was ended by its watchdog
+HUNG_EXIT_CODE = 75  # exit code of a worker that was ended by its watchdog
 _GRACE = 5.0  # seconds that a hung worker leaves to the others of its group to write their stacks, too
 
 
@@ -59,18 +59,18 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self._limit / 5)):
-            silent = time.monotonic() - self._last
-            if silent <= self._limit:
+            idle = time.monotonic() - self._last
+            if idle <= self._limit:
                 continue
-            told = f"no progress for {silent:.0f} s (the limit is {self._limit:g} s)"
-            logger.error("%s: this worker is ended, and the group restarted", told)
+            message = f"no progress for {idle:.0f} s (the limit is {self._limit:g} s)"
+            logger.error("%s: this worker is ended, and the group restarted", message)
             try:
-                self._keep(f"{told}\n\n{stacks()}")
+                self._keep(f"{message}\n\n{stacks()}")
                 Path(self._file.name).unlink(missing_ok=True)  # nothing is in it
             except Exception as error:  # the worker must end whatever becomes of its stacks
                 logger.error("its stack traces could not be kept: %s\n%s", error, stacks())
             self._stop.wait(self._grace)
-            self._end(HUNG)
+            self._end(HUNG_EXIT_CODE)
             return
 
 
@@ -79,9 +79,9 @@ def stacks() -> str:
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file=file, all_threads=True)
         file.seek(0)
-        found = file.read()
+        text = file.read()
     for thread in threading.enumerate():
         if thread.ident is not None:
             address = f"0x{thread.ident:016x}"
-            found = found.replace(f"hread {address}", f"hread {thread.name!r} {address}")
-    return found
+            text = text.replace(f"hread {address}", f"hread {thread.name!r} {address}")
+    return text

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calumma.platform import storage
 from calumma.platform.storage.manifest import Manifest
-from calumma.platform.training.steps.engine import everywhere, losses
+from calumma.platform.training.steps.engine import losses, sum_over_workers
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,19 @@ def measure(
     with torch.no_grad():
         for turn in range(-(-len(groups) // world)):
             index = turn * world + rank
-            batch = read(*groups[index]) if index < len(groups) else _EMPTY
-            found = losses(engine, batch, image_mask_V).sums
-            sums += torch.stack([found.text_nll, found.text_count, found.image_nll, found.image_count]).double()
+            batch = read_row_group(*groups[index]) if index < len(groups) else _EMPTY
+            loss_sums = losses(engine, batch, image_mask_V).sums
+            sums += torch.stack(
+                [loss_sums.text_nll, loss_sums.text_count, loss_sums.image_nll, loss_sums.image_count]
+            ).double()
             if beat is not None:
                 beat()
     engine.train()
-    text_nll, text, image_nll, image = everywhere(sums).tolist()
-    return by_modality(text_nll, text, image_nll, image)
+    text_nll, text, image_nll, image = sum_over_workers(sums).tolist()
+    return mean_losses(text_nll, text, image_nll, image)
 
 
-def by_modality(text_nll: float, text: float, image_nll: float, image: float) -> dict[str, float]:
+def mean_losses(text_nll: float, text: float, image_nll: float, image: float) -> dict[str, float]:
     """Mean losses from sums and counts; a modality without tokens has none."""
     means = {
         "loss": (text_nll + image_nll, text + image),
@@ -67,7 +69,7 @@ def row_groups(uri: str) -> list[tuple[str, int]]:
     return [(storage.join(uri, f.path), group) for f in manifest.files for group in range(f.row_groups)]
 
 
-def read(shard: str, row_group: int) -> HeldOutBatch:
+def read_row_group(shard: str, row_group: int) -> HeldOutBatch:
     """One row group of a token shard (columns as in design.md, "Token shards")."""
     import pyarrow.parquet as pq
 

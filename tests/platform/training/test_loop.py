@@ -64,7 +64,7 @@ def publish_tokens(uri: str, vocabulary: Vocabulary, number: int, chaos: bool = 
     pq.write_table(table, file, row_group_size=2)
     data = file.getvalue()
     storage.write_bytes(f"{uri}/tokens.parquet", data)
-    entry = FileEntry.of("tokens.parquet", data, rows=len(rows), row_groups=number, sequences_per_row_group=2)
+    entry = FileEntry.from_bytes("tokens.parquet", data, rows=len(rows), row_groups=number, sequences_per_row_group=2)
     Manifest(kind="tokens", files=[entry]).write(uri)
 
 
@@ -163,7 +163,7 @@ def work(rank: int, world: int, root: str, folder: str, runs: dict[str, list[Run
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world
     )
-    loop.join = lambda: Worker(rank, world, torch.device("cpu"))
+    loop.set_up_worker = lambda: Worker(rank, world, torch.device("cpu"))
     outcomes: dict[str, list[dict[str, Any]]] = {}
     for name, parts in (SCENARIOS if world == 1 else TOGETHER).items():
         outcomes[name] = []
@@ -195,7 +195,7 @@ def scripted(spec: PretrainSpecification, script: Script, first: int) -> None:
                 raise Died(f"before step {now[0]}")
             found = rows["chaos" if now[0] in script.get("chaos", ()) else "train"]
             numbers = range(step * spec.micro_batches + worker.rank, (step + 1) * spec.micro_batches, worker.world)
-            yield step, [held_out.read(*found[number % len(found)]) for number in numbers]
+            yield step, [held_out.read_row_group(*found[number % len(found)]) for number in numbers]
 
     def losses(run: Any, batch: Any, image_mask_V: torch.Tensor, **given: Any) -> Any:
         found = USUAL(run, batch, image_mask_V, **given)
@@ -206,7 +206,7 @@ def scripted(spec: PretrainSpecification, script: Script, first: int) -> None:
             return found._replace(total=found.total * math.inf)
         return found
 
-    loop._data = data
+    loop._micro_batches = data
     engine.losses = losses
 
 
@@ -307,7 +307,7 @@ def test_checkpoints_are_logged_models_with_their_step_and_metrics(told: Any, ro
     assert sorted(by_name) == [f"step-{step:08d}" for step in range(4, STEPS + 1, 4)]
     model = by_name["step-00000016"]
     assert model.status == LoggedModelStatus.READY
-    assert model.tags["calumma.uri"] == catalog.location(f"{root}/stages/straight", 16)
+    assert model.tags["calumma.uri"] == catalog.checkpoint_uri(f"{root}/stages/straight", 16)
     metrics = {metric.key: (metric.value, metric.step) for metric in model.metrics}
     assert metrics["checkpoint/loss"] == (pytest.approx(history(told, "straight", "loss")[16]), 16)
     assert metrics["checkpoint/held_out_loss"][0] == pytest.approx(

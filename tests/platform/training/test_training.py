@@ -30,14 +30,14 @@ from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.cluster import connection, runner
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.specification import Resources, SpecificationError, Tracking
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tokenizing import text_tokenizer
 from calumma.platform.tokenizing.specification import TextTokenizerSpecification, TokenizeSpecification
 from calumma.platform.tracking import registry
-from calumma.platform.tracking.fingerprints import fingerprints, finished
+from calumma.platform.tracking.fingerprints import fingerprints, unchanged_result
 from calumma.platform.tracking.job_run import job_run
 from calumma.platform.tracking.run import Run
 from calumma.platform.training import ablation, samples
@@ -77,20 +77,20 @@ def picture(seed: int, size: int = 8) -> PILImage.Image:
 def publish_documents(uri: str, documents: list[Document]) -> None:
     data = document_shards.to_parquet(documents)
     storage.write_bytes(storage.join(uri, "documents.parquet"), data)
-    Manifest(kind="curated", files=[FileEntry.of("documents.parquet", data, rows=len(documents))]).write(uri)
+    Manifest(kind="curated", files=[FileEntry.from_bytes("documents.parquet", data, rows=len(documents))]).write(uri)
 
 
 def publish_tokens(root: str, name: str) -> None:
-    from calumma.platform.tokenizing.actor import Tokenizer
+    from calumma.platform.tokenizing.actor import TokenizingActor
 
     spec = TokenizeSpecification(storage=root, documents=[f"curated/{name}"], context=MODEL.context, micro_batch=2)
     output = storage.join(root, "tokens", name)
-    made = Tokenizer(spec.model_dump(mode="json"))(
+    made = TokenizingActor(spec.model_dump(mode="json"))(
         {
             "shards": document_shards.shard_uris(f"{root}/curated/{name}"),
             "seed": 0,
             "output": output,
-            "stem": "tokens",
+            "shard_prefix": "tokens",
             "receipt": storage.join(root, "receipt.json"),
         },
     )
@@ -111,7 +111,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
         storage=root, documents=["curated/pairs", "curated/lines"], vocabulary_size=320, image_codes=CODES
     )
     with recorded(spec, f"{root}/mlflow") as run:
-        text_tokenizer.train_text_tokenizer(spec, run, silent)
+        text_tokenizer.train_text_tokenizer(spec, run, no_progress)
     torch.manual_seed(0)
     shape = ImageTokenizerConfig(
         resolution=8, codebook_size=CODES, embedding=4, base_channels=4, multipliers=[1, 1], residual_blocks=1
@@ -177,12 +177,12 @@ def take_steps(rank: int, world: int, zero_stage: int, recompute: bool, folder: 
     for step in range(3):
         group = [rows(step, number) for number in range(rank, 3, world)]
         group += [empty] * (engine.micro_batches_a_worker(spec, world) - len(group))
-        counts = engine.count(group, image_mask_V, run.device)
+        counts = engine.count_tokens(group, image_mask_V, run.device)
         local, stability = engine.step(
             run, group, counts, image_mask_V, 1e-3, world, (0, step, rank), measure=rank == 0 and step == 1
         )
         assert bool(stability) == (rank == 0 and step == 1)
-        sums = engine.everywhere(local)
+        sums = engine.sum_over_workers(local)
         seen.append([*sums.tolist(), *counts, float(run.get_global_grad_norm())])
     weights = engine.gathered_weights(run, keep=rank == 0)
     if rank == 0:
@@ -229,7 +229,7 @@ def test_the_held_out_loss_is_the_mean_over_all_trained_tokens(root: str) -> Non
     total, number = 0.0, 0
     transformer.eval()
     for shard, group in held_out.row_groups(f"{root}/tokens/pairs"):
-        batch = held_out.read(shard, group)
+        batch = held_out.read_row_group(shard, group)
         with torch.no_grad():
             logits = transformer(batch.tokens[:, :-1])
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
@@ -241,7 +241,7 @@ def test_the_held_out_loss_is_the_mean_over_all_trained_tokens(root: str) -> Non
 
 def test_settings_become_deepspeeds_and_raw_ones_have_the_last_word() -> None:
     spec = stage("/x", deepspeed={"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
-    made = engine.settings(spec, world=2, parameters=1000)
+    made = engine.deepspeed_config(spec, world=2, parameters=1000)
     assert made["gradient_accumulation_steps"] == 2  # three micro-batches on two workers
     assert made["zero_optimization"] == {
         "stage": 3,
@@ -297,7 +297,7 @@ def test_what_cannot_be_trained_is_refused_in_the_terms_of_the_specification(
 def leave_checkpoint(spec: TrainSpecification, step: int, inputs: dict[str, str]) -> None:
     report = {"step": step, "schedule_step": step, "tokens": {"text": 0.0, "image": 0.0}}
     Manifest(kind="checkpoint", specification=spec.model_dump(mode="json"), report=report, inputs=inputs).write(
-        catalog.location(spec.locate(spec.output), step)
+        catalog.checkpoint_uri(spec.locate(spec.output), step)
     )
 
 
@@ -306,7 +306,7 @@ def test_a_stage_goes_on_from_its_newest_whole_checkpoint(root: str, run: Run, t
     inputs = prepare(spec, run).inputs
     for step in (2, 4):
         leave_checkpoint(spec, step, inputs)
-    storage.write_bytes(f"{catalog.location(spec.output, 6)}/state/part", b"killed before its manifest")
+    storage.write_bytes(f"{catalog.checkpoint_uri(spec.output, 6)}/state/part", b"killed before its manifest")
     again = spec.model_copy(update={"log_every": 1, "samples": []})
     assert prepare(again, run).first_step == 4
 
@@ -331,7 +331,7 @@ def test_the_checkpoints_of_another_training_are_refused_and_kept(
     found = catalog.newest(spec.output)
     assert found is not None
     assert found.step == 4
-    runner.discard(other)  # what --force does
+    runner.delete_result(other)  # what --force does
     assert prepare(other, run).first_step == 0
 
 
@@ -368,7 +368,7 @@ def test_a_stage_that_is_refused_leaves_the_output_as_it_was(
     Manifest(kind="stage").write(spec.output)
     before = storage.sizes(spec.output)
     with pytest.raises(SpecificationError, match=said):
-        run_stage(spec, run, silent)
+        run_stage(spec, run, no_progress)
     assert storage.sizes(spec.output) == before
 
 
@@ -455,7 +455,7 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
     assert progress[0] == (0, 12)
 
     # The manifest, the model directory and the registry agree.
-    assert finished(f"{root}/stages/one", spec) == manifest
+    assert unchanged_result(f"{root}/stages/one", spec) == manifest
     manifest.verify(f"{root}/stages/one", content=True)
     report = manifest.report
     assert (report["steps"], report["workers"], report["model_uri"]) == (12, 2, "models:/tiny@champion")
@@ -469,10 +469,10 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
 
     # Killed while it uploaded its last checkpoint: the run before it is repeated to the same weights.
     straight = model_weights(f"{root}/stages/one/model")
-    Path(catalog.location(f"{root}/stages/one", 12), "manifest.json").unlink()
+    Path(catalog.checkpoint_uri(f"{root}/stages/one", 12), "manifest.json").unlink()
     Path(root, "stages/one/manifest.json").unlink()
     with job_run(spec) as again:
-        repeated = run_stage(spec, again, silent)
+        repeated = run_stage(spec, again, no_progress)
     assert [m.step for m in again.client.get_metric_history(again.id, "loss")] == [9, 10, 12]
     for name, weight in model_weights(f"{root}/stages/one/model").items():
         torch.testing.assert_close(weight, straight[name], rtol=0, atol=1e-6)
@@ -485,7 +485,7 @@ def test_a_stage_trains_publishes_resumes_and_is_continued(
         | {"resources": {"workers": 1}, "schedule": {"kind": "cosine", "warmup_steps": 2, "total_steps": 100}}
     )
     with job_run(second) as run:
-        manifest = run_stage(second, run, silent)
+        manifest = run_stage(second, run, no_progress)
     assert "fresh optimizer" not in caplog.text
     assert manifest.report["schedule_step"] == 13
     assert run.latest()["loss"] < losses[0] - 0.5  # it did not start from scratch
@@ -532,7 +532,7 @@ def test_a_killed_worker_changes_nothing(ray_cluster: None, root: str) -> None:
         if kill:
             when(lambda place=place: catalog.newest_step(place) >= 20, lambda: training_workers()[-1].kill())
         with job_run(spec) as run:
-            manifest = run_stage(spec, run, silent)
+            manifest = run_stage(spec, run, no_progress)
         found.append(losses(run))
     straight, killed = found
     groups = manifest.report["groups"]
@@ -553,7 +553,7 @@ def test_sigterm_ends_a_stage_with_a_checkpoint_and_the_same_command_goes_on(
     when(lambda: catalog.newest_step(place) >= 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with job_run(spec) as run, pytest.raises(SystemExit) as ended:
-        run_stage(spec, run, silent)
+        run_stage(spec, run, no_progress)
     assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     stopped = catalog.newest_step(place)
@@ -561,7 +561,7 @@ def test_sigterm_ends_a_stage_with_a_checkpoint_and_the_same_command_goes_on(
     assert f"stopped after step {stopped} (SIGTERM)" in caplog.text
     assert "the same command goes on" in caplog.text
     with job_run(spec) as run:
-        manifest = run_stage(spec, run, silent)
+        manifest = run_stage(spec, run, no_progress)
     assert [group["step"] for group in manifest.report["groups"]] == [0, stopped]
 
 
@@ -619,7 +619,7 @@ def until(trained: Future[Any], happened: Callable[[], bool]) -> None:
 
 def stopped(trained: Future[Any], place: str) -> int:
     """Have training stop; how many steps it has taken."""
-    notice.notify(catalog.folder(place), "stop", "that is enough")
+    notice.notify(catalog.checkpoints_folder(place), "stop", "that is enough")
     with pytest.raises(Stopped, match="that is enough"):
         trained.result()
     return catalog.newest_step(place)
@@ -631,7 +631,7 @@ def undisturbed(root: str, steps: int) -> dict[int, float]:
     spec = endless(root, f"stages/undisturbed-{steps}", workers=2, cpus_per_worker=0.5)
     spec = spec.model_copy(update={"steps": steps})
     with job_run(spec) as run:
-        run_stage(spec, run, silent)
+        run_stage(spec, run, no_progress)
     return losses(run)
 
 
@@ -651,7 +651,7 @@ def test_a_stage_grows_and_shrinks_with_the_cluster(root: str, monkeypatch: pyte
 
     with machines(monkeypatch, cpus=2, seconds=2.5) as nodes:
         with job_run(spec) as run:
-            trained = pool.submit(run_stage, spec, run, silent)
+            trained = pool.submit(run_stage, spec, run, no_progress)
             until(trained, lambda: steps_of(1, workers=2) > 0)
             node = nodes.add_node(num_cpus=1)
             until(trained, lambda: steps_of(2, workers=3) >= 20)
@@ -660,7 +660,7 @@ def test_a_stage_grows_and_shrinks_with_the_cluster(root: str, monkeypatch: pyte
             taken = stopped(trained, place)
         finishing = spec.model_copy(update={"steps": taken})
         with job_run(finishing) as finished_run:
-            manifest = run_stage(finishing, finished_run, silent)
+            manifest = run_stage(finishing, finished_run, no_progress)
         expected = undisturbed(root, taken)
     assert [group["workers"] for group in manifest.report["groups"]] == [2, 3, 2]
     assert losses(run) == pytest.approx(expected, rel=1e-3)
@@ -682,7 +682,7 @@ def test_workers_and_nodes_lost_at_random_and_failing_storage_change_no_loss(
     with machines(monkeypatch, cpus=1, seconds=7.5) as nodes:
         node = nodes.add_node(num_cpus=1)
         with job_run(spec) as run:
-            trained = pool.submit(run_stage, spec, run, silent)
+            trained = pool.submit(run_stage, spec, run, no_progress)
             for blow in [*blows, ""]:
                 goal = catalog.newest_step(place) + 20  # the next may still be from before the last blow
                 until(trained, lambda goal=goal: catalog.newest_step(place) >= goal)
@@ -693,7 +693,7 @@ def test_workers_and_nodes_lost_at_random_and_failing_storage_change_no_loss(
                     nodes.remove_node(node, allow_graceful=False)
                     node = nodes.add_node(num_cpus=1)
                 elif blow == "storage":  # where one of the next checkpoints belongs there is something else
-                    storage.write_bytes(catalog.location(place, catalog.newest_step(place) + 30), b"")
+                    storage.write_bytes(catalog.checkpoint_uri(place, catalog.newest_step(place) + 30), b"")
             taken = stopped(trained, place)
             found = catalog.newest(place)
             assert found is not None
@@ -724,13 +724,13 @@ def ablation_of(root: str, **fields: Any) -> AblateSpecification:
 
 def test_an_ablation_shows_what_each_stabilizer_bounds(root: str) -> None:
     spec = ablation_of(root)
-    curves = {(name, 0.01): ablation.curve(spec, name, 0.01) for name in spec.variants}
+    curves = {(name, 0.01): ablation.train_variant(spec, name, 0.01) for name in spec.variants}
     found = ablation.summary(curves)
     assert found["all, 0.01: loss"] < curves["all", 0.01][0]["loss"] - 0.5
     growth = {name: found[f"{name}, 0.01: query_norm"] / curves[name, 0.01][0]["query_norm"] for name in spec.variants}
     assert growth["no query-key norm"] > 2 * growth["all"]
     assert abs(found["all, 0.01: log_z"]) < abs(found["no z-loss, 0.01: log_z"])
-    assert ablation.curve(spec, "all", 0.01) == curves["all", 0.01]  # the same again
+    assert ablation.train_variant(spec, "all", 0.01) == curves["all", 0.01]  # the same again
     drawn = ablation.figure(spec, curves)
     assert {line.get_label() for line in drawn.axes[0].get_lines()} == set(spec.variants)
 
@@ -755,7 +755,7 @@ def test_the_text_tokenizer_is_published_with_its_report(root: str) -> None:
 def test_a_vocabulary_that_the_texts_do_not_support_is_refused(root: str, run: Run) -> None:
     spec = TextTokenizerSpecification(storage=root, documents=["curated/lines"], output="x", vocabulary_size=9000)
     with pytest.raises(SpecificationError, match="no BPE vocabulary of 9000 ids"):
-        text_tokenizer.train_text_tokenizer(spec, run, silent)
+        text_tokenizer.train_text_tokenizer(spec, run, no_progress)
     assert not storage.exists(f"{root}/x")
 
 
@@ -771,14 +771,14 @@ def text_spec(root: str, tmp_path: Path) -> TextTokenizerSpecification:
 def test_a_tokenizer_is_replaced_by_a_trained_one_only_and_other_files_stay(
     text_spec: TextTokenizerSpecification, run: Run, tmp_path: Path
 ) -> None:
-    first = text_tokenizer.train_text_tokenizer(text_spec, run, silent)
+    first = text_tokenizer.train_text_tokenizer(text_spec, run, no_progress)
     (tmp_path / "made/notes.txt").write_text("mine")
     too_large = text_spec.model_copy(update={"vocabulary_size": 9000})
     with pytest.raises(SpecificationError, match="no BPE vocabulary"):
-        text_tokenizer.train_text_tokenizer(too_large, run, silent)
+        text_tokenizer.train_text_tokenizer(too_large, run, no_progress)
     assert Manifest.read(str(tmp_path / "made")) == first
     first.verify(str(tmp_path / "made"), content=True)
-    second = text_tokenizer.train_text_tokenizer(text_spec.model_copy(update={"image_codes": 8}), run, silent)
+    second = text_tokenizer.train_text_tokenizer(text_spec.model_copy(update={"image_codes": 8}), run, no_progress)
     assert (tmp_path / "made/notes.txt").read_text() == "mine"
     assert {entry.path for entry in second.files} == {"text_tokenizer.model", "vocabulary.json"}
     second.verify(str(tmp_path / "made"), content=True)
@@ -803,14 +803,14 @@ def test_a_tokenizer_is_not_written_over_something_else(
     shutil.copytree(tmp_path / "curated/lines", tmp_path / "other")
     before = storage.sizes(str(tmp_path))
     with pytest.raises(SpecificationError, match=f"output: .*{said}"):
-        text_tokenizer.train_text_tokenizer(text_spec.model_copy(update={"output": output}), run, silent)
+        text_tokenizer.train_text_tokenizer(text_spec.model_copy(update={"output": output}), run, no_progress)
     assert storage.sizes(str(tmp_path)) == before
 
 
 def test_a_limit_of_characters_leaves_no_source_out() -> None:
     long = [Document((Text("a" * 50),)) for _ in range(100)]
     short = [Document((Text("b" * 10),)), Document((Image(picture(0)), Text("c" * 10)))]
-    taken = "".join(text_tokenizer.up_to(text_tokenizer.texts([long, short]), 150))
+    taken = "".join(text_tokenizer.first_characters(text_tokenizer.texts([long, short]), 150))
     assert len(taken) == 150
     assert {"a", "b", "c"} == set(taken)
 
@@ -840,7 +840,7 @@ def test_reconstruction_errors_are_in_their_units() -> None:
         ImageTokenizerConfig(resolution=8, codebook_size=4, embedding=4, base_channels=4, multipliers=[1])
     )
     white = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
-    found = measure.measure(tokenizer, white, batch=2)
+    found = measure.measure_reconstruction(tokenizer, white, batch=2)
     assert (found.squared, found.absolute) == pytest.approx((1.0, 127.5))
     assert 1 <= int(found.used_K.sum()) <= 4
 
@@ -866,7 +866,7 @@ def test_the_image_tokenizer_learns_and_uses_its_codebook_though_a_worker_is_kil
     )
     when(lambda: catalog.newest_step(spec.training) >= 20, lambda: training_workers()[-1].kill())
     with job_run(spec) as run:
-        manifest = train_image_tokenizer(spec, run, silent)
+        manifest = train_image_tokenizer(spec, run, no_progress)
     groups = manifest.report["groups"]
     assert [group["workers"] for group in groups] == [2, 2]
     assert 20 <= groups[1]["step"] < 240
@@ -878,10 +878,10 @@ def test_the_image_tokenizer_learns_and_uses_its_codebook_though_a_worker_is_kil
     assert manifest.report["image_reconstruction_error"] < 0.5 * before[0]
     assert manifest.report["codebook_used"] > 0.5
     assert [a.path for a in run.client.list_artifacts(run.id, "samples")] == ["samples/reconstructions.png"]
-    assert finished(f"{root}/tokenizers/trained", spec) == manifest
+    assert unchanged_result(f"{root}/tokenizers/trained", spec) == manifest
     read = ImageTokenizer.read(f"{root}/tokenizers/trained")
     pixels = data.read_images(document_shards.read_documents(f"{root}/curated/pairs"), 8)
-    assert measure.measure(read, pixels).squared == pytest.approx(
+    assert measure.measure_reconstruction(read, pixels).squared == pytest.approx(
         manifest.report["image_reconstruction_error"], rel=1e-3
     )
 
@@ -892,8 +892,8 @@ def test_the_image_tokenizer_learns_and_uses_its_codebook_though_a_worker_is_kil
 def test_an_answer_is_drawn_with_all_of_its_parts() -> None:
     red = PILImage.new("RGB", (8, 8), "red")
     answer = Document((Text("here is one\nand more"), Image(red), Text("")))
-    drawn = samples.render("Draw a red square.", answer)
+    drawn = samples.render_answer("Draw a red square.", answer)
     colors = {color for _, color in drawn.getcolors(1 << 20) or []}
     assert (255, 0, 0) in colors  # the image
     assert (0, 0, 0) in colors  # the text
-    assert drawn.height > samples.render("Draw a red square.", Document((Text("here is one"),))).height
+    assert drawn.height > samples.render_answer("Draw a red square.", Document((Text("here is one"),))).height

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Reference
-from calumma.platform.sources.formats.html import DEEPEST, read_html
+from calumma.platform.sources.formats.html import DEEPEST_NESTING, read_html
 from calumma.platform.sources.formats.pages import _from_markdown
 from calumma.platform.sources.reading import list_source, read_file, read_source
 from calumma.platform.sources.specification import Source
@@ -25,7 +25,7 @@ def text_of(html: str) -> str:
     """The page as text, each image as (target|caption)."""
     said = (
         part.text if isinstance(part, Text) else f"({part.target}|{part.caption})"
-        for part in read_html(html).parts
+        for part in read_html(html).segments
         if isinstance(part, Text | Reference)
     )
     return "\n".join(said)
@@ -178,16 +178,16 @@ def test_no_order_of_elements_loses_a_word(pieces: list[str]) -> None:
 
 @given(st.lists(st.sampled_from([*PIECES.split(), "<img src=a.png>"]), max_size=40))
 def test_no_order_of_elements_loses_an_image(pieces: list[str]) -> None:
-    images = [part for part in read_html(" ".join(pieces)).parts if isinstance(part, Reference)]
+    images = [part for part in read_html(" ".join(pieces)).segments if isinstance(part, Reference)]
     assert len(images) == pieces.count("<img src=a.png>")
 
 
 def test_elements_nested_without_end_are_bad_and_quickly_told(tmp_path: Path) -> None:
-    assert text_of("<div>" * (DEEPEST - 1) + "deep") == "deep"
+    assert text_of("<div>" * (DEEPEST_NESTING - 1) + "deep") == "deep"
     item = read(tmp_path / "a.html", "<div>" * 2_000_000)
     assert isinstance(item, BadInput)
     assert item.reason == "more than 1,000 elements in each other"
-    assert text_of("<p>a<br><li>b" * (2 * DEEPEST)).count("a") == 2 * DEEPEST
+    assert text_of("<p>a<br><li>b" * (2 * DEEPEST_NESTING)).count("a") == 2 * DEEPEST_NESTING
 
 
 # -- files

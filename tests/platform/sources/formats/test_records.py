@@ -350,7 +350,7 @@ def test_an_array_keeps_what_stands_before_its_damage(tmp_path: Path) -> None:
     assert len(texts(items)) == 100
     (damage,) = bad(items)
     assert damage.name == f"{tmp_path}/a.json: item 100"
-    assert 100 * len(one) <= damage.bytes_lost <= len(content) - 100 * len(one) + rows.CHUNK
+    assert 100 * len(one) <= damage.bytes_lost <= len(content) - 100 * len(one) + rows.CHUNK_BYTES
 
 
 @pytest.mark.parametrize("content", [b"[" * 1_000_000, b'[{"a":' * 300_000, b'[{"text": "one"}, ' + b"[" * 1_000_000])

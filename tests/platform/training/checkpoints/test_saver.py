@@ -70,16 +70,16 @@ def report(step: int, **fields: Any) -> dict[str, Any]:
 def saved(run: Engine, output: str, step: int, **fields: Any) -> str:
     """The URI of a published checkpoint whose weights are `step` everywhere."""
     run.state.fill_(step)
-    uri = catalog.location(output, step)
+    uri = catalog.checkpoint_uri(output, step)
     saver.save(run, uri, specification(output), {}, report(step, **fields))  # type: ignore[arg-type]
     return uri
 
 
 def content(output: str, step: int) -> float:
-    manifest = Manifest.read(catalog.location(output, step))
-    manifest.verify(catalog.location(output, step), content=True)
+    manifest = Manifest.read(catalog.checkpoint_uri(output, step))
+    manifest.verify(catalog.checkpoint_uri(output, step), content=True)
     (path,) = [entry.path for entry in manifest.files if entry.path.endswith("model_states.pt")]
-    weights = torch.load(Path(catalog.location(output, step), path))["weights"][0]
+    weights = torch.load(Path(catalog.checkpoint_uri(output, step), path))["weights"][0]
     assert len(weights.unique()) == 1
     return float(weights[0])
 
@@ -100,14 +100,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         for step in (1, 2):
             run.state.fill_(step)
             may_write.clear()
-            saver.save(run, catalog.location(output, step), report(step))  # type: ignore[arg-type]
+            saver.save(run, catalog.checkpoint_uri(output, step), report(step))  # type: ignore[arg-type]
             run.state.fill_(99)  # the next optimizer step
             assert catalog.newest_step(output) == step - 1 or step == 1
-            assert not storage.exists(f"{catalog.location(output, step)}/manifest.json")
+            assert not storage.exists(f"{catalog.checkpoint_uri(output, step)}/manifest.json")
             may_write.set()
-            saver.settle()
+            saver.wait_until_published()
     assert [content(output, step) for step in (1, 2)] == [1.0, 2.0]
-    assert told == [catalog.location(output, step) for step in (1, 2)]
+    assert told == [catalog.checkpoint_uri(output, step) for step in (1, 2)]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
 def save_without_waiting(run: Engine, output: str, steps: range) -> None:
     with Saver(specification(output), {}) as saver:
         for step in steps:
-            saver.save(run, catalog.location(output, step), report(step))  # type: ignore[arg-type]
+            saver.save(run, catalog.checkpoint_uri(output, step), report(step))  # type: ignore[arg-type]
 
 
 def failing(*given: Any, **named: Any) -> None:
@@ -159,14 +159,14 @@ def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_goo
 
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     s3_client().meta.events.register("before-send.s3.UploadPart", send)
-    Manifest.read(saved(run, output, 1)).verify(catalog.location(output, 1), content=True)
+    Manifest.read(saved(run, output, 1)).verify(catalog.checkpoint_uri(output, 1), content=True)
     assert len(sent) == 4
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3_client().meta.events.register("before-send.s3.UploadPart", send)
     with pytest.raises(storage.StorageError, match=r"step-00000002 was not written: .*mp_rank_00_model_states"):
         saved(run, output, 2)
-    assert storage.sizes(catalog.location(output, 2)).keys() == set()
-    found = resumption.resumption(output, specification(output), {})
+    assert storage.sizes(catalog.checkpoint_uri(output, 2)).keys() == set()
+    found = resumption.agreed_checkpoint(output, specification(output), {})
     assert found is not None
     assert found.step == 1
 
@@ -179,14 +179,14 @@ def test_one_that_is_not_whole_is_passed_over_and_a_damaged_one_is_set_aside(
 ) -> None:
     output, run = str(tmp_path / "stage"), Engine()
     places = [Path(saved(run, output, step)) for step in (1, 2, 3, 4)]
-    storage.write_bytes(f"{catalog.location(output, 5)}/abc/state/part.pt", b"killed before its manifest")
+    storage.write_bytes(f"{catalog.checkpoint_uri(output, 5)}/abc/state/part.pt", b"killed before its manifest")
     cut, changed = (next(place.rglob("*model_states.pt")) for place in (places[3], places[2]))
     cut.write_bytes(cut.read_bytes()[:-1])
     data = bytearray(changed.read_bytes())
     data[len(data) // 2] ^= 1  # one bit, same size
     changed.write_bytes(data)
 
-    found = resumption.resumption(output, specification(output), {})
+    found = resumption.agreed_checkpoint(output, specification(output), {})
     assert found is not None
     assert found.step == 2
     assert "the checkpoint after step 4 is not whole" in caplog.text
@@ -202,9 +202,9 @@ def test_late_writers_of_a_group_that_was_given_up_do_no_harm(group: None, tmp_p
     spec = specification(output)
     with Saver(spec, {}) as old:
         run.state.fill_(7.5)
-        old.save(run, catalog.location(output, 7), report(7))  # type: ignore[arg-type]
+        old.save(run, catalog.checkpoint_uri(output, 7), report(7))  # type: ignore[arg-type]
         saved(run, output, 7)
-        old.settle()
+        old.wait_until_published()
     assert content(output, 7) in (7.0, 7.5)
 
 
@@ -221,13 +221,15 @@ def test_retention_keeps_the_last_every_nth_and_the_best(tmp_path: Path, keep: d
     output = str(tmp_path)
     losses = [9.0, 1.0, 8.0, 7.0, 2.0, 6.0, 5.0, 4.0]
     for step, loss in enumerate(losses, start=1):
-        storage.write_bytes(f"{catalog.location(output, step)}/abc/state/part.pt", b"x")
-        files = [FileEntry.of("abc/state/part.pt", b"x")]
-        Manifest(kind="checkpoint", files=files, report=report(step, loss=loss)).write(catalog.location(output, step))
-    storage.delete(f"{catalog.location(output, 4)}/manifest.json")  # killed while it was written, long ago
-    storage.write_bytes(f"{catalog.location(output, 9)}/abc/state/part.pt", b"being written")
+        storage.write_bytes(f"{catalog.checkpoint_uri(output, step)}/abc/state/part.pt", b"x")
+        files = [FileEntry.from_bytes("abc/state/part.pt", b"x")]
+        Manifest(kind="checkpoint", files=files, report=report(step, loss=loss)).write(
+            catalog.checkpoint_uri(output, step)
+        )
+    storage.delete(f"{catalog.checkpoint_uri(output, 4)}/manifest.json")  # killed while it was written, long ago
+    storage.write_bytes(f"{catalog.checkpoint_uri(output, 9)}/abc/state/part.pt", b"being written")
     assert set(catalog.retain(output, Retention.model_validate(keep))) == left - {4}
-    there = {int(path.name.removeprefix("step-")) for path in Path(catalog.folder(output)).iterdir()}
+    there = {int(path.name.removeprefix("step-")) for path in Path(catalog.checkpoints_folder(output)).iterdir()}
     assert there == left - {4} | {9}
 
 
@@ -236,5 +238,5 @@ def test_fields_that_a_checkpoint_is_older_than_do_not_make_it_another_training(
     older = spec.model_dump(mode="json")
     del older["resources"], older["z_loss"]
     manifest = Manifest(kind="checkpoint", specification=older, report=report(4))
-    assert resumption.continues(spec, {})(manifest)
-    assert not resumption.continues(spec.model_copy(update={"z_loss": 0.5}), {})(manifest)
+    assert resumption.made_by(spec, {})(manifest)
+    assert not resumption.made_by(spec.model_copy(update={"z_loss": 0.5}), {})(manifest)

@@ -24,8 +24,8 @@ from calumma.platform.training import errors
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.errors import Stopped
 from calumma.platform.training.group import control, fit, notice, policies, supervisor, watchdog
-from calumma.platform.training.group.chart import chart
-from calumma.platform.training.group.control import Lifeline
+from calumma.platform.training.group.chart import group_sizes_chart
+from calumma.platform.training.group.control import WorkerControl
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.specification import PretrainSpecification
 
@@ -63,7 +63,7 @@ waiting_for_a_neighbour()
 
 def test_a_worker_without_progress_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
     ended = hung_process(tmp_path, "threading.Event().wait()")
-    assert ended.returncode == watchdog.HUNG
+    assert ended.returncode == watchdog.HUNG_EXIT_CODE
     assert ended.stdout == "alive\n"  # as long as it beat, it lived
     stacks = (tmp_path / "stacks.txt").read_text()
     assert stacks.startswith("no progress for")
@@ -127,8 +127,8 @@ def train(
     kept: supervisor.Supervisor, first: int, last: int, until: Callable[[int], object] = lambda step: None
 ) -> None:
     for step in range(first, last):
-        kept.expect(step)
-        kept.after(step + 1, report(step + 1), due=(step + 1) % 10 == 0)
+        kept.check_step(step)
+        kept.after_step(step + 1, report(step + 1), due=(step + 1) % 10 == 0)
         until(step + 1)
 
 
@@ -142,18 +142,18 @@ def test_a_notice_to_stop_brings_a_checkpoint_and_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr(notice, "_POLL", 0.05)
     output = str(tmp_path)
-    line = pickle.loads(pickle.dumps(control.lifeline(output)))  # it goes to Ray Train's controller
-    assert line.followed()
+    line = pickle.loads(pickle.dumps(control.worker_control(output)))  # it goes to Ray Train's controller
+    assert line.acknowledged()
     with keeper(output) as kept:
         train(kept, 0, 3)
         line.notify("stop", "SIGTERM")
-        assert not line.followed()
+        assert not line.acknowledged()
         notices = kept._notices
         assert notices is not None
-        wait_for(lambda: notices.found is not None)
+        wait_for(lambda: notices.pending is not None)
         with pytest.raises(Stopped, match=r"stopped after step 4 \(SIGTERM\).*step-00000004.*same command goes on"):
             train(kept, 3, 100)
-    assert line.followed()
+    assert line.acknowledged()
     assert line.newest_step() == 4
     found = catalog.newest(output)
     assert found is not None
@@ -167,9 +167,9 @@ def test_a_preemption_brings_one_checkpoint_at_once_and_training_goes_on(
     monkeypatch.setattr(supervisor, "_preemption", lambda: told[-1] if told else None)
     with keeper(str(tmp_path)) as kept:
         train(kept, 0, 6, lambda done: told.append(PREEMPTED) if done == 3 else None)
-        assert catalog.published(str(tmp_path)) == [4]
+        assert catalog.published_steps(str(tmp_path)) == [4]
         train(kept, 6, 12)
-    assert catalog.published(str(tmp_path)) == [10, 4]
+    assert catalog.published_steps(str(tmp_path)) == [10, 4]
 
 
 def test_weights_never_meet_the_data_of_another_step(group: None, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_weights_never_meet_the_data_of_another_step(group: None, tmp_path: Path
         pytest.raises(RuntimeError, match="data of step 7 were given to weights after step 5"),
         keeper(str(tmp_path), first_step=5) as kept,
     ):
-        kept.expect(7)
+        kept.check_step(7)
 
 
 def test_checkpoints_remember_every_group_of_workers(group: None, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_checkpoints_remember_every_group_of_workers(group: None, tmp_path: Path
     assert newest is not None
     groups = newest.manifest.report["groups"]
     assert [(group["step"], group["workers"]) for group in groups] == [(0, 1), (10, 1)]
-    picture = chart([*groups, {"step": 15, "workers": 3}], 20)
+    picture = group_sizes_chart([*groups, {"step": 15, "workers": 3}], 20)
     assert picture.width > picture.height > 100
     assert len(picture.getcolors(1 << 24) or []) > 2
 
@@ -235,7 +235,7 @@ def test_an_error_that_would_come_again_ends_the_run_at_once() -> None:
 
 def test_only_a_group_that_is_well_is_asked_for_a_checkpoint_before_resizing() -> None:
     asked: list[str] = []
-    line = Lifeline(lambda: 0, lambda action, why: asked.append(f"{action}: {why}"), lambda: True)
+    line = WorkerControl(lambda: 0, lambda action, why: asked.append(f"{action}: {why}"), lambda: True)
     callback = policies.checkpoint_before_resizing(line, Recovery(stop_seconds=1))
     to_three = SimpleNamespace(num_workers=3)
     callback.before_controller_execute_resize_decision(to_three)  # the first start: there is no group yet
@@ -303,7 +303,7 @@ def test_a_group_does_not_count_on_a_node_that_is_silent_until_ray_knows_whether
 def test_a_node_that_ray_keeps_though_it_is_silent_holds_nobody_up_for_ever(
     nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policies, "_SILENCE", 0)
+    monkeypatch.setattr(policies, "_UNREACHABLE_LIMIT", 0)
     coordinator = Coordinator()
     coordinator.cpus = {"first": 2, "second": 1}
     assert scaling(coordinator).make_decision_for_non_running_worker_group().num_workers == 3
@@ -329,7 +329,7 @@ def test_a_signal_asks_the_workers_for_a_checkpoint_and_a_second_ends_them(
     number: signal.Signals, ends_with: type[BaseException]
 ) -> None:
     asked, aborted, signals = list[str](), list[bool](), fit.Signals()
-    line = Lifeline(lambda: 0, lambda action, why: asked.append(f"{action}: {why}"), lambda: bool(asked))
+    line = WorkerControl(lambda: 0, lambda action, why: asked.append(f"{action}: {why}"), lambda: bool(asked))
     before = signal.getsignal(number)
 
     def twice() -> None:
@@ -350,7 +350,7 @@ def test_a_signal_asks_the_workers_for_a_checkpoint_and_a_second_ends_them(
 def test_workers_that_do_not_answer_are_ended_after_the_grace_period() -> None:
     aborted = threading.Event()
     signals = fit.Signals()
-    line = Lifeline(lambda: 0, lambda action, why: None, lambda: False)
+    line = WorkerControl(lambda: 0, lambda action, why: None, lambda: False)
 
     def once() -> None:
         with fit._interruptible(signals):
@@ -365,14 +365,14 @@ def test_workers_that_do_not_answer_are_ended_after_the_grace_period() -> None:
 
 def test_a_notice_that_nobody_can_read_is_no_notice(tmp_path: Path) -> None:
     storage.write_bytes(notice.notice_file(str(tmp_path), "checkpoint"), b"{half")
-    notices = notice.Notices(str(tmp_path), poll=0.01)
+    notices = notice.NoticeWatcher(str(tmp_path), poll=0.01)
     threading.Event().wait(0.1)
-    assert notices.found is None
+    assert notices.pending is None
     storage.write_bytes(notice.notice_file(str(tmp_path), "checkpoint"), b"{}")
-    wait_for(lambda: notices.found is not None)
-    assert notices.found == ("checkpoint", "")
-    notices.done("checkpoint")
-    assert notice.followed(str(tmp_path))
+    wait_for(lambda: notices.pending is not None)
+    assert notices.pending == ("checkpoint", "")
+    notices.acknowledge("checkpoint")
+    assert notice.none_pending(str(tmp_path))
     notices.close()
 
 
@@ -381,30 +381,30 @@ def test_a_notice_to_stop_is_not_lost_beside_another(tmp_path: Path, order: tupl
     place = str(tmp_path)
     for action in order:
         notice.notify(place, action, action)
-    notices = notice.Notices(place, poll=0.01)
-    wait_for(lambda: notices.found is not None)
-    assert notices.found == ("stop", "stop")
-    notices.done("stop")
-    assert notice.followed(place)
+    notices = notice.NoticeWatcher(place, poll=0.01)
+    wait_for(lambda: notices.pending is not None)
+    assert notices.pending == ("stop", "stop")
+    notices.acknowledge("stop")
+    assert notice.none_pending(place)
     notices.close()
 
 
 def test_a_notice_to_stop_that_comes_during_a_checkpoint_is_followed_after_it(tmp_path: Path) -> None:
     place = str(tmp_path)
-    notices = notice.Notices(place, poll=0.01)
+    notices = notice.NoticeWatcher(place, poll=0.01)
     notice.notify(place, "checkpoint", "the group is resized")
-    wait_for(lambda: notices.found is not None)
+    wait_for(lambda: notices.pending is not None)
     notice.notify(place, "stop", "SIGTERM")
-    notices.done("checkpoint")
-    assert not notice.followed(place)
-    wait_for(lambda: notices.found == ("stop", "SIGTERM"))
+    notices.acknowledge("checkpoint")
+    assert not notice.none_pending(place)
+    wait_for(lambda: notices.pending == ("stop", "SIGTERM"))
     notices.close()
 
 
 def test_a_checkpoint_is_asked_for_while_no_folder_exists_yet(tmp_path: Path) -> None:
-    line = control.lifeline(str(tmp_path / "stage"))
+    line = control.worker_control(str(tmp_path / "stage"))
     assert line.newest_step() == -1
-    assert line.followed()
+    assert line.acknowledged()
     line.notify("checkpoint", "by hand")
     assert Manifest.find(str(tmp_path / "stage/checkpoints")) is None
-    assert not line.followed()
+    assert not line.acknowledged()

@@ -47,7 +47,7 @@ def specification(**fields: Any) -> PretrainSpecification:
 
 def test_offloading_becomes_deepspeeds_sections() -> None:
     spec = specification(zero_stage=3, offload={"optimizer": "nvme", "weights": "cpu", "nvme_path": "/disk"})
-    zero = engine.settings(spec, world=1, parameters=10)["zero_optimization"]
+    zero = engine.deepspeed_config(spec, world=1, parameters=10)["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": True, "nvme_path": "/disk"}
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
 
@@ -87,12 +87,16 @@ def test_settings_that_cannot_be_are_refused_with_the_specification(fields: dict
 )
 def test_raw_settings_are_judged_by_deepspeed(raw: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecificationError, match=said):
-        engine.check(specification(deepspeed=raw))
+        engine.check_deepspeed_settings(specification(deepspeed=raw))
 
 
 def test_raw_settings_that_deepspeed_knows_are_taken() -> None:
-    engine.check(specification(deepspeed={"zero_optimization": {"overlap_comm": False}, "prescale_gradients": True}))
-    engine.check(specification(deepspeed={"optimizer": {"type": "Adam", "params": {"lr": 0.1}}, "flops_profiler": {}}))
+    engine.check_deepspeed_settings(
+        specification(deepspeed={"zero_optimization": {"overlap_comm": False}, "prescale_gradients": True})
+    )
+    engine.check_deepspeed_settings(
+        specification(deepspeed={"optimizer": {"type": "Adam", "params": {"lr": 0.1}}, "flops_profiler": {}})
+    )
 
 
 # -- what is trained --
@@ -111,7 +115,7 @@ def test_names_that_fit_nothing_are_refused_with_those_there_are(fields: dict[st
     with torch.device("meta"):
         transformer = Transformer(SHAPE)
     with pytest.raises(SpecificationError, match=said):
-        parameters.check(transformer, specification(**fields))
+        parameters.check_trainable(transformer, specification(**fields))
 
 
 @pytest.mark.parametrize("fields", [{"lora": {}}, {"trainable": "image_head"}, {"lora": {}, "trainable": "image_head"}])
@@ -120,24 +124,24 @@ def test_what_is_added_changes_nothing_before_it_is_trained(fields: dict[str, An
     expected, tokens = plain.state_dict(), torch.arange(20)[None]
     logits = plain(tokens)
     spec = specification(**fields)
-    prepared = parameters.prepare(plain, spec, VOCABULARY)
+    prepared = parameters.set_trainable(plain, spec, VOCABULARY)
     assert torch.equal(prepared(tokens), logits)
-    found = parameters.plain(prepared.state_dict(), spec, VOCABULARY)
+    found = parameters.plain_weights(prepared.state_dict(), spec, VOCABULARY)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def test_merged_adapters_say_what_the_adapted_model_says() -> None:
     spec = specification(lora={"rank": 3, "alpha": 7, "targets": ["*.query", "*.down"]}, trainable="image_head")
-    adapted = parameters.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
+    adapted = parameters.set_trainable(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 2 + 1
-    assert all(parameters.added(name) for name in trained)
+    assert all(parameters.is_added(name) for name in trained)
     for name, parameter in adapted.named_parameters():
         if name in trained:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
     merged = Transformer(SHAPE)
-    merged.load_state_dict(parameters.plain(adapted.state_dict(), spec, VOCABULARY))
+    merged.load_state_dict(parameters.plain_weights(adapted.state_dict(), spec, VOCABULARY))
     tokens = torch.arange(30)[None]
     torch.testing.assert_close(merged(tokens), adapted(tokens), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(merged(tokens), Transformer(SHAPE).initialize(0)(tokens), atol=0.1)
@@ -146,8 +150,8 @@ def test_merged_adapters_say_what_the_adapted_model_says() -> None:
 def test_adapters_are_a_function_of_the_seed_and_as_large_as_their_rank() -> None:
     def adapters(seed: int) -> dict[str, torch.Tensor]:
         model = Transformer(SHAPE).initialize(0)
-        lora.add(model, specification(lora={"rank": 5}).lora, seed)  # type: ignore[arg-type]
-        return {name: p for name, p in model.named_parameters() if parameters.added(name)}
+        lora.add_adapters(model, specification(lora={"rank": 5}).lora, seed)  # type: ignore[arg-type]
+        return {name: p for name, p in model.named_parameters() if parameters.is_added(name)}
 
     one, same, other = adapters(1), adapters(1), adapters(2)
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -181,14 +185,14 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 def taken(spec: PretrainSpecification, rank: int, world: int, plan: list[tuple[int, str]]) -> dict[str, torch.Tensor]:
     """Plain weights after a plan of (step, what becomes of it): taken, refused, or broken, its gradient no number."""
-    model = parameters.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
+    model = parameters.set_trainable(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
     run = engine.initialize(model, spec, world)
     mask_V = VOCABULARY.mask(IMAGE_IDS)
     usual, norms = engine.losses, []
     for step, what in plan:
         group = [rows(step, number) for number in range(rank, 3, world)]
         group += [EMPTY] * (engine.micro_batches_a_worker(spec, world) - len(group))
-        counts = engine.count(group, mask_V, run.device)
+        counts = engine.count_tokens(group, mask_V, run.device)
         if what == "broken" and rank == 1:
             engine.losses = lambda *given, **named: _broken(usual(*given, **named))
         engine.step(run, group, counts, mask_V, 1e-3, world, accept=lambda sums, what=what: what != "refused")
@@ -196,7 +200,7 @@ def taken(spec: PretrainSpecification, rank: int, world: int, plan: list[tuple[i
         norms.append(engine.gradient_norm(run))
     assert [bool(torch.isfinite(torch.tensor(norm))) for norm in norms] == [what != "broken" for _, what in plan]
     NORMS.append(norms[0])
-    return parameters.plain(engine.gathered_weights(run, keep=True), spec, VOCABULARY)
+    return parameters.plain_weights(engine.gathered_weights(run, keep=True), spec, VOCABULARY)
 
 
 NORMS: list[float] = []  # of the first step of each call of `taken` in this process
