@@ -86,7 +86,7 @@ class TokenizingActor:
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """Encode, pack and write the documents of some shards. Raises DocumentsUnusable and StorageError.
 
-        `task`: "shards" (URIs), "seed" (of its order), "output" (URI), "stem" (of shard names), "receipt" (URI).
+        `task`: "shards" (URIs), "seed" (of its order), "output" (URI), "shard_prefix", "receipt" (URI).
         Returns a Receipt, written to storage, too.
         """
         import torch
@@ -129,7 +129,7 @@ class TokenizingActor:
 
         def write(numbered: tuple[int, list[PackedRow]]) -> FileEntry:
             number, shard = numbered
-            return self._write(task["output"], publishing.shard_name(task["stem"], number), shard)
+            return self._write(task["output"], publishing.shard_name(task["shard_prefix"], number), shard)
 
         with ThreadPoolExecutor(_WRITER_THREADS) as pool:
             size = spec.micro_batch * spec.micro_batches_per_shard

@@ -123,7 +123,7 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def noted(self: actor.TokenizingActor, task: dict[str, Any]) -> dict[str, Any]:
         made = work(self, task)
-        stems.append(task["stem"])
+        stems.append(task["shard_prefix"])
         return made
 
     monkeypatch.setattr(actor.TokenizingActor, "__call__", noted)
