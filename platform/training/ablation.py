@@ -22,6 +22,7 @@ from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
+from calumma.platform.shards.row_groups import RowGroupReader, all_micro_batches
 from calumma.platform.specification import SpecificationError, absolute
 from calumma.platform.storage.manifest import Manifest, entries
 from calumma.platform.tracking.fingerprints import fingerprints
@@ -93,7 +94,7 @@ def curve(spec: AblateSpecification, name: str, rate: float) -> Curve:
     """One training: a point every `log_every` steps, until the end or the first loss that is not finite.
 
     Its loss is the mean since the last point; all else is measured, without dropout, on the same micro-batch of each
-    source again and again: how text and images take turns does not show.
+    source again and again: how text and images take turns does not show. Raises ShardError and StorageError.
     """
     from calumma.platform.streaming.plan import Plan
 
@@ -102,14 +103,16 @@ def curve(spec: AblateSpecification, name: str, rate: float) -> Curve:
         storage.read_bytes(storage.join(spec.locate(spec.text_tokenizer), model_vocabulary.FILE))
     )
     mixture = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
-    plan = Plan(spec.seed, mixture, {uri: Manifest.read(uri) for uri in mixture}, spec.micro_batches)
+    manifests = {uri: Manifest.read(uri) for uri in mixture}
+    plan = Plan(spec.seed, mixture, manifests, spec.micro_batches)
     device = torch.device("cuda" if spec.resources.gpus_per_worker else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
     image_mask_V = vocabulary.mask(vocabulary.image_ids).to(device)
     shape = config.model_copy(update={"vocabulary_size": vocabulary.size})
-    probes = [held_out.read(*held_out.row_groups(uri)[0]) for uri in mixture]
-    return _train(spec, shape, z_loss, rate, plan, image_mask_V, probes)
+    reader = RowGroupReader(plan.context)
+    probes = [held_out.read(reader, all_micro_batches(uri, manifest)[0]) for uri, manifest in manifests.items()]
+    return _train(spec, shape, z_loss, rate, plan, reader, image_mask_V, probes)
 
 
 def _train(
@@ -118,6 +121,7 @@ def _train(
     z_loss: float,
     rate: float,
     plan: Plan,
+    reader: RowGroupReader,
     image_mask_V: torch.Tensor,
     probes: list[held_out.HeldOutBatch],
 ) -> Curve:
@@ -130,7 +134,7 @@ def _train(
     for step in range(spec.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, rate, spec.schedule, spec.steps)
-        batches = [held_out.read(found.shard, found.row_group) for found in plan.step(step)]
+        batches = [held_out.read(reader, found) for found in plan.step(step)]
         targets = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
         for batch in batches:
             found = _forward(transformer, batch, image_mask_V, z_loss=z_loss, normalizer=max(targets, 1))

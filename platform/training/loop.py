@@ -143,9 +143,14 @@ class _Stage:
         found = {}
         for name, uri in self.spec.held_out.items():
             place = self.spec.locate(uri)
-            beat = supervisor.beat if supervisor is not None else None
             found[name] = held_out.measure(
-                self.engine, place, self.image_mask_V, self.worker.rank, self.worker.world, beat
+                self.engine,
+                place,
+                self.image_mask_V,
+                self.worker.rank,
+                self.worker.world,
+                supervisor.beat if supervisor is not None else None,
+                self.spec.data.reader(),
             )
         losses = [values["loss"] for values in found.values() if "loss" in values]
         if losses:

@@ -30,6 +30,7 @@ from calumma.model.image_tokenizer import ImageTokenizer
 from calumma.model.text_tokenizer import train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
+from calumma.platform.shards.row_groups import RowGroupReader, all_micro_batches
 from calumma.platform.specification import SpecificationError, Tracking
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tracking import registry
@@ -186,7 +187,8 @@ USUAL = engine.losses
 def scripted(spec: PretrainSpecification, script: Script, first: int) -> None:
     """Let the data and the forward pass do what the script says."""
     now = [0]
-    rows = {name: held_out.row_groups(spec.locate(f"tokens/{name}")) for name in ("train", "chaos")}
+    places = {name: spec.locate(f"tokens/{name}") for name in ("train", "chaos")}
+    rows = {name: all_micro_batches(uri, Manifest.read(uri)) for name, uri in places.items()}
 
     def data(worker: Worker) -> Iterator[tuple[int, list[Any]]]:
         for step in range(first, spec.steps):
@@ -195,7 +197,7 @@ def scripted(spec: PretrainSpecification, script: Script, first: int) -> None:
                 raise Died(f"before step {now[0]}")
             found = rows["chaos" if now[0] in script.get("chaos", ()) else "train"]
             numbers = range(step * spec.micro_batches + worker.rank, (step + 1) * spec.micro_batches, worker.world)
-            yield step, [held_out.read(*found[number % len(found)]) for number in numbers]
+            yield step, [held_out.read(RowGroupReader(), found[number % len(found)]) for number in numbers]
 
     def losses(run: Any, batch: Any, image_mask_V: torch.Tensor, **given: Any) -> Any:
         found = USUAL(run, batch, image_mask_V, **given)

@@ -32,6 +32,7 @@ from calumma.platform import storage
 from calumma.platform.cluster import connection, runner
 from calumma.platform.cluster.progress import silent
 from calumma.platform.shards import documents as document_shards
+from calumma.platform.shards.row_groups import RowGroupReader, all_micro_batches
 from calumma.platform.specification import Resources, SpecificationError, Tracking
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tokenizing import text_tokenizer
@@ -87,7 +88,7 @@ def publish_tokens(root: str, name: str) -> None:
     output = storage.join(root, "tokens", name)
     made = Tokenizer(spec.model_dump(mode="json"))(
         {
-            "shards": document_shards.shard_uris(f"{root}/curated/{name}"),
+            "shards": document_shards.shards(f"{root}/curated/{name}"),
             "seed": 0,
             "output": output,
             "stem": "tokens",
@@ -228,8 +229,9 @@ def test_the_held_out_loss_is_the_mean_over_all_trained_tokens(root: str) -> Non
     found = held_out.measure(Counted(transformer), f"{root}/tokens/pairs", image_mask_V, 0, 1)
     total, number = 0.0, 0
     transformer.eval()
-    for shard, group in held_out.row_groups(f"{root}/tokens/pairs"):
-        batch = held_out.read(shard, group)
+    uri = f"{root}/tokens/pairs"
+    for micro_batch in all_micro_batches(uri, Manifest.read(uri)):
+        batch = held_out.read(RowGroupReader(), micro_batch)
         with torch.no_grad():
             logits = transformer(batch.tokens[:, :-1])
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
