@@ -37,8 +37,8 @@ from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import save_model
 from calumma.model.document import Document, Text
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import train_text_tokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform.cluster import connection
 from calumma.serve import engine_process

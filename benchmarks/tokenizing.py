@@ -33,8 +33,10 @@ from PIL import Image as PILImage
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image, Text
-from calumma.model.image_tokenizer import ImageTokenizer, preprocess
-from calumma.model.text_tokenizer import SentencepieceTokenizer, TextTokenizer, train_text_tokenizer
+from calumma.model.images import preprocess
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import SentencepieceTokenizer, TextTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.tokenizing.specification import TokenizeSpecification
 from calumma.platform.tokenizing.tokenizer import Tokenizer

@@ -29,7 +29,7 @@ import torch
 
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.document import Document, Text
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.cluster import capacity, connection
@@ -72,7 +72,7 @@ def corpus(root: str, context: int, micro_batch: int) -> None:
     tokenize = TokenizeSpecification(storage=root, documents=["curated/text"], context=context, micro_batch=micro_batch)
     made = Tokenizer(tokenize.model_dump(mode="json"))(
         {
-            "shards": documents.shards(f"{root}/curated/text"),
+            "shards": document_shards.shards(f"{root}/curated/text"),
             "seed": 0,
             "output": f"{root}/tokens/text",
             "stem": "tokens",

@@ -17,7 +17,8 @@ import torch
 
 from calumma.model.document import Document, Image
 from calumma.model.encoding import DocumentEncoder
-from calumma.model.image_tokenizer import ImageTokenizer, to_image
+from calumma.model.images import to_image
+from calumma.model.tokenizers.image import ImageTokenizer
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -113,7 +114,7 @@ class CodingReplica(LocalCoder):
 
     def __init__(self, settings: Any, source: str) -> None:
         from calumma.model.directory import IMAGE_TOKENIZER
-        from calumma.model.text_tokenizer import TextTokenizer
+        from calumma.model.tokenizers.text import TextTokenizer
         from calumma.model.vocabulary import Vocabulary
         from calumma.platform.tracking import registry
 

@@ -13,7 +13,7 @@ import torch
 
 from calumma.model.generation import Engine, Event, PromptTooLong, Request
 from calumma.model.generation.request import Logprob
-from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.serve.pieces import ENGINE_FAILED, Drawing, Finished, Job, Refused, TextPiece, Token, TokenCount

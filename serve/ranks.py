@@ -1,4 +1,4 @@
-"""A replica whose model several processes hold together (tensor parallelism, see model/generation/parallel.py).
+"""A replica whose model several processes hold together (tensor parallelism, see model/generation/tensor_parallel.py).
 
 The first of them is the replica's engine process (engine_process.py); the others are Ray actors in the replica's
 placement group, so on its node. They meet through a TCP store of the replica's: tensors on GPUs go by NCCL, all else by
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from calumma.model import config
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import IMAGE_TOKENIZER
-from calumma.model.generation import Engine, Shard, read_part
+from calumma.model.generation import Engine, Shard, read_shard
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
@@ -129,7 +129,7 @@ def join(meeting: Meeting, rank: int, settings: ModelSettings) -> Shard:
 
 def read_own(directory: str, shard: Shard, settings: ModelSettings) -> Transformer:
     """This process's part of the model."""
-    return read_part(directory, shard, *precision(settings))
+    return read_shard(directory, shard, *precision(settings))
 
 
 def all_here(shard: Shard) -> None:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calumma.model import MixedModalModel, load
+from calumma.model.answering import supported_params
 from calumma.model.config import ModelConfig
 from calumma.model.document import Document
 from calumma.model.generation import Request, SamplingParams
-from calumma.model.generation.answers import drawable
 from calumma.model.generation.request import Logprob
-from calumma.model.image_tokenizer import MissingDecoder
+from calumma.model.tokenizers.image import MissingDecoder
 from calumma.model.transformer import Transformer
 from calumma.serve.coding import ImageCoder, LocalCoder, PromptEncoder
 from calumma.serve.engine_process import EngineProcess
@@ -85,7 +85,7 @@ class EngineReplica:
             yield [Refused(429, message, code="overloaded")]
             return
         try:
-            asked = drawable(job.params, self.model)
+            asked = supported_params(job.params, self.model)
         except MissingDecoder as error:
             yield [Refused(400, str(error), code="no_image_output")]
             return

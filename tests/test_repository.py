@@ -55,16 +55,20 @@ def imports(file: Path) -> Iterator[str]:
 
 def linted(folder: Path) -> subprocess.CompletedProcess[str]:
     """What import-linter says of the four packages below `folder`/calumma, by the contracts of pyproject.toml."""
-    command = [str(Path(sys.executable).with_name("lint-imports")), "--config", str(ROOT / "pyproject.toml")]
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", str(ROOT / "pyproject.toml")]
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.run([*command, "--no-cache"], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
     ("file", "line", "broken"),
     [
         ("model/loss.py", "from calumma.platform import storage", "floors"),
-        ("platform/storage/files.py", "def later():\n    from calumma.platform.tracking import run", "rooms of platform/"),
+        (
+            "platform/storage/files.py",
+            "def later():\n    from calumma.platform.tracking import run",
+            "rooms of platform/",
+        ),
         ("platform/storage/uri.py", "if TYPE_CHECKING:\n    from calumma.platform.storage import s3", "no circles"),
         ("serve/settings.py", "from calumma.platform.training import errors", "serve and the rooms of platform/"),
     ],
@@ -92,14 +96,16 @@ def test_the_model_needs_nothing_but_pytorch_and_its_tokenizers() -> None:
 
 
 def test_our_platform_is_never_imported_by_its_bare_name() -> None:
-    """`import platform` is the standard library's, `platform.config` would be ours under a wrong name."""
+    """`import platform` is the standard library's, `platform.storage` would be ours under a wrong name."""
     wrong = {
         f"{file.relative_to(ROOT)}: {module}"
         for folder in (*FOLDERS, "tests", "benchmarks")
         for file in (ROOT / folder).rglob("*.py")
         for module in imports(file)
         if re.match(
-            r"(platform\.(specification|cluster|storage|tracking|shards|sources|streaming|curation|training)|(model|jobs|serve)(\.|$))", module
+            r"(platform\.(specification|storage|tracking|shards|sources|cluster|streaming|curation|training)"
+            r"|(model|jobs|serve)(\.|$))",
+            module,
         )
     }
     assert wrong == set()
@@ -147,8 +153,9 @@ def test_the_wheel_contains_every_module(wheel: zipfile.ZipFile) -> None:
     assert {name for name in wheel.namelist() if name.endswith(".py")} == expected
 
 
-def test_the_wheel_contains_recipes_playground_and_license(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_recipes_playground_templates_and_license(wheel: zipfile.ZipFile) -> None:
     data = [*(ROOT / "jobs" / "recipes").rglob("*.yaml"), *(ROOT / "serve").rglob("*.html")]
+    data += [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.html.j2")]
     expected = {"calumma/" + file.relative_to(ROOT).as_posix() for file in data}
     assert len(expected) > 2
     assert expected - set(wheel.namelist()) == set()

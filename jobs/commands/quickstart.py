@@ -43,7 +43,10 @@ def quickstart(
         outcome = steps.quickstart(options, console)
         found = report.write(outcome)
         out = Console()
-        out.print(report.table(found, workdir))
+        out.print(report.table(found))
+        for what, place in report.places(found, workdir):
+            out.print(f"[dim]{what}:[/dim]")
+            out.print(f"  {place}", soft_wrap=True, highlight=False, markup=False)
         for what, command in report.commands(outcome):
             out.print(f"[dim]{what}:[/dim]")
             out.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""What the quickstart measured: results.json, the closing table, and report.html (see page.py)."""
+"""What the quickstart leaves behind: results.json, report.html (see page.py), and what it prints at its end."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import logging
 import os
 import shlex
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calumma.jobs.quickstart import steps
-from calumma.jobs.quickstart.questions import Answer
+from calumma.jobs.quickstart.measures import FROM_IMAGE_TOKENIZER, MEASURED, TARGETS, goal, shown
+from calumma.jobs.quickstart.page import STAGES, Curve, Story, page
 from calumma.jobs.quickstart.steps import Outcome
 from calumma.platform import storage
 from calumma.platform.cluster.progress import spoken
@@ -24,39 +24,6 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 PAGE = "report.html"
-STAGES = ("stage1", "stage2", "finetune")
-TARGETS = {"recognition_accuracy": 0.90, "generation_accuracy": 0.85, "interleaved_valid": 1.0}
-MEASURED = {
-    "recognition_accuracy": "Recognition: held-out scan to word",
-    "generation_accuracy": "Generation: word to picture, judged",
-    "judge_accuracy": "The judge itself, on held-out scans",
-    "interleaved_valid": "Interleaved: alternation valid",
-    "interleaved_words": "Interleaved: all words right",
-    "interleaved_digits": "Interleaved: pictures right, judged",
-    "image_reconstruction_error": "Image tokenizer: squared error, held out",
-    "codebook_used": "Image tokenizer: codes in use",
-}
-FROM_IMAGE_TOKENIZER = ("image_reconstruction_error", "codebook_used")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Values of one metric of one run by optimizer step."""
-
-    steps: list[int]
-    values: list[float]
-
-
-@dataclass(frozen=True)
-class Story:
-    """Everything the page shows. `curves`: step name -> metric -> curve. `sheets`: title -> PNG."""
-
-    results: dict[str, Any]
-    fast: bool
-    answers: list[Answer]
-    curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
-    sheets: dict[str, bytes] = field(default_factory=dict)
-    commands: list[tuple[str, str]] = field(default_factory=list)
 
 
 def results(outcome: Outcome) -> dict[str, Any]:
@@ -75,8 +42,6 @@ def results(outcome: Outcome) -> dict[str, Any]:
 
 def write(outcome: Outcome) -> dict[str, Any]:
     """Write results.json and report.html into the working folder; the results. Raises StorageError."""
-    from calumma.jobs.quickstart.page import page
-
     found = results(outcome)
     folder = outcome.options.workdir
     storage.write_bytes(str(folder / RESULTS), f"{json.dumps(found, indent=1)}\n".encode())
@@ -170,38 +135,35 @@ def commands(outcome: Outcome) -> list[tuple[str, str]]:
     ]
 
 
-def goal(name: str) -> str:
-    """A target in few characters."""
-    return f"≥ {TARGETS[name]:.0%}" if TARGETS[name] < 1 else "100%"
-
-
-def shown(name: str, value: float) -> str:
-    """A result as people read it."""
-    return f"{value:.4f}" if name == "image_reconstruction_error" else f"{value:.1%}"
-
-
-def table(found: dict[str, Any], workdir: Path) -> Table:
+def table(found: dict[str, Any]) -> Table:
     """The closing table: what, measured, target, where to look."""
     from rich.table import Table
 
-    places = dict.fromkeys(MEASURED, PAGE)
-    places |= dict.fromkeys(("judge_accuracy", "interleaved_words", "interleaved_digits"), "MLflow: evaluate")
-    places |= dict.fromkeys(FROM_IMAGE_TOKENIZER, "MLflow: train_image_tokenizer")
+    where = dict.fromkeys(MEASURED, PAGE)
+    where |= dict.fromkeys(("judge_accuracy", "interleaved_words", "interleaved_digits"), "MLflow: evaluate")
+    where |= dict.fromkeys(FROM_IMAGE_TOKENIZER, "MLflow: train_image_tokenizer")
     made = Table(title="calumma quickstart", title_justify="left")
-    made.add_column("What", overflow="fold")
-    made.add_column("Measured", justify="right", overflow="fold")
+    made.add_column("What")
+    made.add_column("Measured", justify="right", no_wrap=True)
     made.add_column("Target", justify="right", no_wrap=True)
-    made.add_column("Where to look", overflow="fold")
+    made.add_column("Where to look")
     for name, title in MEASURED.items():
         target = goal(name) if name in TARGETS else ""
         colour = "" if name not in TARGETS else "[green]" if found[name] >= TARGETS[name] else "[yellow]"
-        made.add_row(title, f"{colour}{shown(name, found[name])}", target, places[name])
+        made.add_row(title, f"{colour}{shown(name, found[name])}", target, where[name])
     made.add_section()
     titles = {step.name: step.title for step in (*steps.STEPS, steps.CLUSTER)}
     for name, seconds in found["seconds"].items():
         made.add_row(f"[dim]{titles[name]}", f"[dim]{spoken(seconds)}", "", "")
-    made.add_row("All steps", spoken(sum(found["seconds"].values())), "", f"{workdir / RESULTS}")
-    made.add_section()
-    made.add_row("Report, with pictures", "", "", f"{workdir / PAGE}")
-    made.add_row("Model", "", "", f"{found['model_uri']}\n{found['model_directory']}")
+    made.add_row("All steps", spoken(sum(found["seconds"].values())), "", RESULTS)
     return made
+
+
+def places(found: dict[str, Any], workdir: Path) -> list[tuple[str, str]]:
+    """(what, where it is): paths and URIs to be copied. They stand below the table, whose cells would break them."""
+    return [
+        ("Report, with pictures", str(workdir / PAGE)),
+        ("Results", str(workdir / RESULTS)),
+        ("Model", found["model_uri"]),
+        ("Its files", found["model_directory"]),
+    ]

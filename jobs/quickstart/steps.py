@@ -226,7 +226,7 @@ def _run(spec: JobSpecification, options: Options, progress: Progress) -> Manife
 
 
 def _tracked_documents(spec: DocumentsSpecification, progress: Progress) -> Manifest:
-    from calumma.platform.evaluation.sheet import Cell, contact_sheet
+    from calumma.platform.reports.contact_sheet import Cell, contact_sheet
     from calumma.platform.tracking.job_run import job_run
 
     with job_run(spec) as run:

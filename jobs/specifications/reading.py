@@ -46,6 +46,7 @@ def parse(text: str, origin: str) -> tuple[Any, dict[Place, int]]:
     mapping holds twice.
     """
     loader = yaml.SafeLoader(text)
+    loader.name = origin  # what its messages call the text
     try:
         node = loader.get_single_node()
         lines = _lines(node, (), origin) if node is not None else {}
@@ -99,5 +100,5 @@ def _apply(values: dict[str, Any], override: str) -> Place:
         target = target[parent]
         if not isinstance(target, dict):
             raise SpecificationError(f"override {override!r}: {parent!r} holds a value, not a section")
-    target[last], _ = parse(text, f"override {override!r}")
+    target[last], _ = parse(text, f"override {override!r}: the value")
     return tuple(path.split("."))

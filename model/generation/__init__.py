@@ -1,10 +1,12 @@
-"""Interleaved generation: continuous batching of text and image phases over one paged cache (paper, "Generation")."""
+"""Interleaved generation: continuous batching of text and image phases over one paged cache (paper, "Generation").
 
-from calumma.model.generation.answers import generate
+Token ids in, token ids out; documents are answered by `calumma.model.generate`.
+"""
+
 from calumma.model.generation.engine import Engine
-from calumma.model.generation.parallel import Shard, read_part
 from calumma.model.generation.request import Event, Logprob, PhaseSampling, PromptTooLong, Request, SamplingParams
 from calumma.model.generation.statistics import Counters, Statistics
+from calumma.model.generation.tensor_parallel import Shard, read_shard
 
 __all__ = [
     "Counters",
@@ -17,6 +19,5 @@ __all__ = [
     "SamplingParams",
     "Shard",
     "Statistics",
-    "generate",
-    "read_part",
+    "read_shard",
 ]

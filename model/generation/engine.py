@@ -13,18 +13,19 @@ from dataclasses import replace
 
 import torch
 
-from calumma.model.generation.blocks import Blocks
-from calumma.model.generation.need import Need
-from calumma.model.generation.parallel import Shard
+from calumma.model.generation.admission import RequestLimits
+from calumma.model.generation.cache.block_manager import BlockManager
+from calumma.model.generation.passes.output import RunnerOutput
+from calumma.model.generation.passes.runner import ModelRunner
 from calumma.model.generation.request import Event, Request
-from calumma.model.generation.runner import Result, Runner
+from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.scheduler import Scheduler
-from calumma.model.generation.sequence import Generation
 from calumma.model.generation.statistics import Counters, Statistics
+from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
-Asked = tuple[str, tuple[Request, Need] | None]  # a request by its id; None is an abort
+Command = tuple[str, tuple[Request, RequestLimits] | None]  # a request by its id; None is an abort
 
 
 class Engine:
@@ -41,8 +42,8 @@ class Engine:
     a pass. Codes come from the same distribution, but a seed gives others than without it.
     cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so on a GPU. On
     a CPU, or in a group, they run unrecorded. A shape is recorded when it first occurs, which takes a moment.
-    shard: this process's part in a group that shares the model (tensor parallelism): all make the same engine; the
-    first is used as ever and closed in the end, the others `follow` it. The transformer is whole, or what `read_part`
+    shard: this process's shard in a group that shares the model (tensor parallelism): all make the same engine; the
+    first is used as ever and closed in the end, the others `follow` it. The transformer is whole, or what `read_shard`
     gives.
     The transformer is put into evaluation mode. `add`, `abort` and what tells the state may be called from other
     threads while one thread calls `step`.
@@ -88,7 +89,7 @@ class Engine:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
         self.image_burst = 1 if jacobi_window else image_burst
         count = max_sequences * -(-self.context // block_size) if cache_tokens is None else cache_tokens // block_size
-        self._runner = Runner(
+        self._runner = ModelRunner(
             transformer.eval(),
             vocabulary,
             count,
@@ -99,32 +100,32 @@ class Engine:
             jacobi_window,
             transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs,
         )
-        self._blocks = Blocks(count, block_size, self._runner.cache.copy, share=prefix_cache)
+        self._blocks = BlockManager(count, block_size, self._runner.cache.copy, share=prefix_cache)
         self._scheduler = Scheduler(self._blocks, max_sequences, prefill_tokens)
         self._shard = self._runner.decoder.shard
         self._counters = Counters()
         self._known: set[str] = set()
         self._arrivals = 0
-        self._inbox: deque[Asked] = deque()  # what other threads ask for, until the next step takes it up
+        self._inbox: deque[Command] = deque()  # of other threads, until the next step
 
     def add(self, request: Request) -> None:
         """Put a request in line. Nothing else is disturbed when it is refused: PromptTooLong, or ValueError on a prompt
         that is no prompt, on an id in use, and on a request that could outgrow the cache alone."""
         if request.id in self._known:
             raise ValueError(f"a request with the id {request.id!r} is being answered")
-        need = Need.of(request, self.vocabulary, self.image_length, self.context)
-        needed = need.blocks(self._blocks.size)
-        if needed > self._blocks.count:
+        limits = RequestLimits.of(request, self.vocabulary, self.image_length, self.context)
+        blocks = limits.blocks(self._blocks.size)
+        if blocks > self._blocks.count:
             size = self._blocks.size
-            guided = " with the branches of image guidance" if len(need.lengths) > 1 else ""
+            guided = " with the branches of image guidance" if len(limits.lengths) > 1 else ""
             raise ValueError(
-                f"the request may need {needed * size} positions of the cache{guided}; it has "
+                f"the request may need {blocks * size} positions of the cache{guided}; it has "
                 f"{self._blocks.count * size}. Fewer max_tokens, a shorter prompt or more cache_tokens would do"
             )
         if request.params.seed is None:
             request = replace(request, params=replace(request.params, seed=secrets.randbits(63)))
         self._known.add(request.id)
-        self._inbox.append((request.id, (request, need)))
+        self._inbox.append((request.id, (request, limits)))
 
     def abort(self, request_id: str) -> None:
         """End a request; the next step frees its blocks and reports it "aborted". Nothing happens if it has ended."""
@@ -154,8 +155,8 @@ class Engine:
     def statistics(self) -> Statistics:
         """What is going on and what has been done."""
         running, waiting = list(self._scheduler.running), list(self._scheduler.waiting)
-        asked = [entry[1][0] for entry in list(self._inbox) if entry[1] is not None]
-        drawing = sum(generation.drawing for generation in running)
+        added = [command[1][0] for command in list(self._inbox) if command[1] is not None]
+        drawing = sum(state.drawing for state in running)
         blocks = self._blocks
         counters = replace(
             self._counters,
@@ -172,82 +173,82 @@ class Engine:
             blocks_free=blocks.free,
             running_text=len(running) - drawing,
             running_image=drawing,
-            waiting=len(waiting) + len(asked),
-            waiting_tokens=sum(len(g.full.tokens) for g in waiting) + sum(len(request.tokens) for request in asked),
+            waiting=len(waiting) + len(added),
+            waiting_tokens=sum(len(s.full.tokens) for s in waiting) + sum(len(request.tokens) for request in added),
             prefix_hit_tokens=blocks.hit_tokens,
             evictions=blocks.evictions,
             counters=counters,
         )
 
     def step(self) -> list[Event]:
-        """Take up what was asked, then one forward pass: the next part of prompts, and the next token (or several image
-        codes) of every request that is ready. Events of each request that moved or ended; an empty list while only
-        prompts are taken in."""
-        return self._step(self._shard.tell([self._inbox.popleft() for _ in range(len(self._inbox))]))
+        """Carry out additions and aborts, then one forward pass: the next chunk of prompts, and the next token (or
+        several image codes) of every request that is ready. Events of each request that moved or ended; an empty list
+        while only prompts are taken in."""
+        return self._step(self._shard.broadcast_object([self._inbox.popleft() for _ in range(len(self._inbox))]))
 
     def follow(self) -> None:
         """In the group's other processes: do as the first does, until it closes its engine."""
-        while (asked := self._shard.tell(None)) is not None:
-            self._step(asked)
+        while (commands := self._shard.broadcast_object(None)) is not None:
+            self._step(commands)
 
     def close(self) -> None:
         """Let the group's other processes go."""
         if self._shard.index == 0:
-            self._shard.tell(None)
+            self._shard.broadcast_object(None)
 
     @torch.inference_mode()
-    def _step(self, asked: list[Asked]) -> list[Event]:
-        events = self._take_up(asked)
-        parts = self._scheduler.schedule()
-        if not parts:
+    def _step(self, commands: list[Command]) -> list[Event]:
+        events = self._apply(commands)
+        scheduled = self._scheduler.schedule()
+        if not scheduled:
             return events
-        for part in parts:
-            generation = part.generation
-            if generation.seated != generation.seat:
-                self._runner.sampler.seat(generation.seat, generation.params, generation.seed, generation.answer)
-                generation.seated = generation.seat
-        results = self._runner.run(parts, self._scheduler.steps(parts, self.image_burst))
+        for item in scheduled:
+            state = item.state
+            if state.seated != state.seat:
+                self._runner.sampler.seat(state.seat, state.params, state.seed, state.answer)
+                state.seated = state.seat
+        outputs = self._runner.run(scheduled, self._scheduler.steps(scheduled, self.image_burst))
         self._counters.steps += 1
-        for result in results:
-            events += self._accept(result)
-        for part in parts:
-            for sequence in part.generation.sequences:
-                self._blocks.settle(sequence)
+        for output in outputs:
+            events += self._accept(output)
+        for item in scheduled:
+            for sequence in item.state.sequences:
+                self._blocks.cache_full_blocks(sequence)
         return events
 
-    def _accept(self, result: Result) -> list[Event]:
-        generation = result.generation
-        events = generation.accept(result.tokens, result.logprobs)
+    def _accept(self, output: RunnerOutput) -> list[Event]:
+        state = output.state
+        events = state.accept(output.tokens, output.logprobs)
         for event in events:
             if event.phase == "image":
                 self._counters.image_tokens += len(event.tokens)
                 self._counters.images += event.tokens.count(self.vocabulary.end_image)
             else:
                 self._counters.text_tokens += len(event.tokens)
-        if generation.finish:
-            self._scheduler.finish(generation)
-            self._known.discard(generation.request.id)
+        if state.finish:
+            self._scheduler.finish(state)
+            self._known.discard(state.request.id)
             self._counters.finished += 1
         else:
-            self._scheduler.attach(generation)
+            self._scheduler.attach(state)
         return events
 
-    def _take_up(self, everything: list[Asked]) -> list[Event]:
+    def _apply(self, commands: list[Command]) -> list[Event]:
         events = []
-        for request_id, asked in everything:
-            if asked is not None:
-                request, need = asked
+        for request_id, added in commands:
+            if added is not None:
+                request, limits = added
                 self._known.add(request_id)
                 self._arrivals += 1
                 self._counters.prompt_tokens += len(request.tokens)
                 self._scheduler.waiting.append(
-                    Generation(request, need, self._arrivals, self.vocabulary, self.image_length)
+                    RequestState(request, limits, self._arrivals, self.vocabulary, self.image_length)
                 )
             elif request_id in self._known:
-                generation = self._scheduler.find(request_id)
-                assert generation is not None, "what is known runs or waits"
-                self._scheduler.finish(generation)
+                state = self._scheduler.find(request_id)
+                assert state is not None, "what is known runs or waits"
+                self._scheduler.finish(state)
                 self._known.discard(request_id)
                 self._counters.aborted += 1
-                events.append(Event(request_id, [], generation.phase, "aborted"))
+                events.append(Event(request_id, [], state.phase, "aborted"))
         return events

@@ -28,12 +28,12 @@ from calumma.platform.cluster import capacity
 from calumma.platform.cluster.progress import Progress
 from calumma.platform.cluster.tasks import in_order
 from calumma.platform.curation import tasks
-from calumma.platform.curation.report import publish
 from calumma.platform.curation.report.findings import Findings
+from calumma.platform.curation.report.publish import publish
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.curation.steps import chain, decontaminate, duplicates, scoring, staging
 from calumma.platform.curation.tally import Tally
-from calumma.platform.evaluation.sheet import Cell, contact_sheet
+from calumma.platform.reports.contact_sheet import Cell, contact_sheet
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.sources import reading
 from calumma.platform.sources.specification import Source

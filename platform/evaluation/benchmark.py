@@ -15,9 +15,9 @@ from calumma.model.document import Document, Text
 from calumma.model.generation.request import Mode
 from calumma.platform.cluster.progress import Progress
 from calumma.platform.evaluation.judge import Judge
-from calumma.platform.evaluation.sheet import Cell, contact_sheet
 from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
 from calumma.platform.evaluation.tasks import Case, Kind, Mark, case, mark, pieces_of, summary
+from calumma.platform.reports.contact_sheet import Cell, contact_sheet
 from calumma.platform.specification import Tracking
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Answerer:
 
     def answer(self, cases: list[Case], seeds: list[int]) -> list[dict[str, Any]]:
         """Answers as table rows (`Document.to_row`), in order."""
-        from calumma.model.generation import generate
+        from calumma.model import generate
 
         length = self._model.image_length
         expected = self._model.encoder.encode_many([c.expected for c in cases])

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from calumma.model.encoding import Tokens
+from calumma.model.encoding import EncodedArrays
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.shards.tokens import PADDING_SEGMENT, PackedRow
 
@@ -21,7 +21,7 @@ class ImageTooLong(ValueError):
     """A single image needs more tokens than a row has."""
 
 
-def split(sequence: Tokens, length: int, vocabulary: Vocabulary) -> list[Tokens]:
+def split(sequence: EncodedArrays, length: int, vocabulary: Vocabulary) -> list[EncodedArrays]:
     """Pieces of at most `length` tokens that together are the sequence, cut between text tokens or beside images.
 
     The first token of every later piece is not trained: what it followed is in another row. Raises ImageTooLong.
@@ -39,7 +39,7 @@ def split(sequence: Tokens, length: int, vocabulary: Vocabulary) -> list[Tokens]
         if begin:
             mask = mask.copy()
             mask[0] = False
-        pieces.append(Tokens(ids[begin:end], mask))
+        pieces.append(EncodedArrays(ids[begin:end], mask))
         begin = end
     return pieces
 
@@ -53,7 +53,7 @@ def _outside_image(ids: NDArray[np.int32], begin: int, end: int, vocabulary: Voc
     return end
 
 
-def pack(sequences: Sequence[Tokens], length: int, pad: int) -> list[PackedRow]:
+def pack(sequences: Sequence[EncodedArrays], length: int, pad: int) -> list[PackedRow]:
     """Put every sequence, whole, into one row: the fullest that still has room, else a new one.
 
     Taken in the given order, a shuffled input gives mixed rows. Taken longest first (arXiv 2404.10830, section 2.2)
@@ -91,7 +91,7 @@ def _best_fit(sizes: Sequence[int], order: Iterable[int], length: int) -> list[l
     return rows
 
 
-def _row(sequences: Sequence[Tokens], length: int, pad: int) -> PackedRow:
+def _row(sequences: Sequence[EncodedArrays], length: int, pad: int) -> PackedRow:
     sizes = [len(sequence.ids) for sequence in sequences]
     filled = sum(sizes)
     tokens = np.full(length, pad, dtype=np.int32)

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 
 from calumma.model.document import Document, Text
-from calumma.model.text_tokenizer import TextTokenizer
-from calumma.model.text_tokenizer import train_text_tokenizer as train
+from calumma.model.tokenizers.text import TextTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer as train
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
 from calumma.platform.shards.documents import curated, read_documents

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calumma.model.document import Document, Image, Text
-from calumma.model.encoding import DocumentEncoder, Tokens
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.encoding import DocumentEncoder, EncodedArrays
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.tasks import chunks
@@ -105,7 +105,7 @@ class Tokenizer:
         length = spec.context + 1
         counts: Counter[str] = Counter()
         dropped: Counter[str] = Counter()
-        sequences: list[Tokens] = []
+        sequences: list[EncodedArrays] = []
         documents = 0
         for document, tokens in encoded(self._encoder, task["shards"], spec.image_batch, self._threads):
             documents += 1
@@ -154,7 +154,7 @@ class Tokenizer:
 
 def encoded(
     encoder: DocumentEncoder, shards: Sequence[tuple[str, str]], image_batch: int, threads: int
-) -> Iterator[tuple[Document, Tokens]]:
+) -> Iterator[tuple[Document, EncodedArrays]]:
     """Every document of some shards with its tokens, in order; the images of all documents are coded in batches of
     `image_batch` (the last one smaller). Raises DocumentsUnusable, ShardError and StorageError."""
     chunks: deque[_Chunk] = deque()
@@ -176,7 +176,7 @@ def encoded(
             chunk.images.append(each)
             chunk.uncoded -= 1
 
-    def assembled() -> Iterator[tuple[Document, Tokens]]:
+    def assembled() -> Iterator[tuple[Document, EncodedArrays]]:
         chunk = chunks.popleft()
         tokens = encoder.assemble(chunk.documents, _result(chunk, chunk.texts), iter(chunk.images))
         yield from zip(chunk.documents, tokens, strict=True)
@@ -225,7 +225,7 @@ def _result(chunk: _Chunk, future: Future[Any]) -> Any:
         raise DocumentsUnusable(f"{chunk.uri}: a document cannot be encoded: {error}; curate it again") from error
 
 
-def cut(tokens: Tokens, conversation: bool, length: int, vocabulary: Vocabulary) -> list[Tokens] | str:
+def cut(tokens: EncodedArrays, conversation: bool, length: int, vocabulary: Vocabulary) -> list[EncodedArrays] | str:
     """A long document as sequences of at most `length` tokens, or the reason why it is dropped."""
     if conversation:
         return "conversation longer than the context"

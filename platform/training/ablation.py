@@ -17,7 +17,7 @@ import torch
 
 from calumma.model import vocabulary as model_vocabulary
 from calumma.model.config import ModelConfig
-from calumma.model.loss import Loss
+from calumma.model.ops.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage

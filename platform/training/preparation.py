@@ -25,7 +25,7 @@ from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.publication import MODEL
 from calumma.platform.training.specification import TrainSpecification
 from calumma.platform.training.steps import engine
-from calumma.platform.training.trainable import parameters
+from calumma.platform.training.trainable.parameters import parameters
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _check_samples(spec: TrainSpecification, config: ModelConfig) -> None:
     """A prompt that cannot fit should say so now, not after training."""
     if not spec.samples:
         return
-    from calumma.model.text_tokenizer import TextTokenizer
+    from calumma.model.tokenizers.text import TextTokenizer
 
     with storage.local_copy(spec.locate(spec.text_tokenizer)) as path:
         tokenizer = TextTokenizer.read(path)

@@ -20,7 +20,8 @@ _TOKENS = 256  # at most, a sample
 
 def sample(model: MixedModalModel, prompts: list[str], conversation: bool, seed: int) -> list[Document]:
     """Answers to prompts: each a user's turn when the model is tuned on conversations, else the start of a page."""
-    from calumma.model.generation import SamplingParams, generate
+    from calumma.model import generate
+    from calumma.model.generation import SamplingParams
 
     documents = [Document((Text(prompt, "user" if conversation else None),)) for prompt in prompts]
     room = model.config.context - max(len(model.encode(document, complete=False)) for document in documents)

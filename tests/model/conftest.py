@@ -14,8 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from calumma.model import MixedModalModel, load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import IMAGE_TOKENIZER, save_model
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import train_text_tokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
 
 CODES = 32

@@ -27,10 +27,10 @@ import yaml
 from PIL import Image as PILImage
 from prometheus_client.parser import text_string_to_metric_families
 
-from calumma.model import load
+from calumma.model import generate, load
 from calumma.model.directory import IMAGE_TOKENIZER, save_model
 from calumma.model.document import Document, Text
-from calumma.model.generation import PhaseSampling, SamplingParams, generate
+from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.model.transformer import Transformer
 from calumma.platform.specification import Tracking
 from calumma.platform.tracking.server import resolve

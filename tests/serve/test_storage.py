@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from calumma.model import Document, Text, load
-from calumma.model.generation import SamplingParams, generate
+from calumma.model import Document, Text, generate, load
+from calumma.model.generation import SamplingParams
 from calumma.platform import storage
 from calumma.platform.tracking import registry
 from calumma.serve.app import ServeError, find

@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from calumma.model.document import Document
-from calumma.model.image_tokenizer import preprocess, to_image
+from calumma.model.images import preprocess, to_image
 from calumma.platform.shards.documents import read_documents
 from calumma.platform.specification import SpecificationError, named
 from calumma.platform.training.group.worker import Worker

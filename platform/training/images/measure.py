@@ -12,7 +12,8 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from calumma.model.image_tokenizer import ImageTokenizer, to_image
+from calumma.model.images import to_image
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.platform.training.images.data import as_floats
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from calumma.model.image_losses import CodebookAverage, ImageObjective, PerceptualLoss, discriminator_loss
-from calumma.model.image_tokenizer import ImageTokenizer, Reconstruction
+from calumma.model.tokenizers.image import ImageTokenizer, Reconstruction
+from calumma.model.tokenizers.image_losses import CodebookAverage, ImageObjective, PerceptualLoss, discriminator_loss
 from calumma.platform import storage
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.group.worker import Worker

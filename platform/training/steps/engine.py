@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from calumma.model.loss import Loss
+from calumma.model.ops.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.specification import TrainSpecification

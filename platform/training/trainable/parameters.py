@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calumma.model import stability
-from calumma.model.loss import linear_loss
+from calumma.model.ops import stability
+from calumma.model.ops.loss import linear_loss
 from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.specification import TrainSpecification
-from calumma.platform.training.trainable import lora
+from calumma.platform.training.trainable.parameters import lora
 
 ALL, IMAGE_HEAD = "all", "image_head"
 _ROWS = "output.image_rows"

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from calumma.jobs.commands.quickstart import quickstart
 from calumma.jobs.quickstart import report, steps
+from calumma.jobs.quickstart.measures import MEASURED
 from calumma.jobs.quickstart.questions import Answer
 from calumma.jobs.quickstart.steps import Options
 from calumma.model import load
@@ -42,8 +43,10 @@ def workdir(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path
         taken.listen()
         done = call(folder, "--port", str(taken.getsockname()[1]))
     assert done.exit_code == 0, done.output
-    for name in report.MEASURED.values():
+    for name in MEASURED.values():
         assert name in done.output
+    for place in (folder / report.PAGE, folder / report.RESULTS, folder / "storage/stages/finetuned/model"):
+        assert f"  {place}" in done.output.splitlines()
     assert "calumma serve start models:/calumma-quickstart@champion --tracking-uri sqlite:///" in done.output
     return folder
 
@@ -65,12 +68,12 @@ def test_every_step_is_published(workdir: Path) -> None:
         spec = steps.specification(name, Options(workdir, fast=True))
         manifest = runner.standing(spec)
         assert manifest is not None, name
-        manifest.verify(spec.output_uri)
+        manifest.verify(runner.output_of(spec))
 
 
 def test_results_say_what_was_measured(workdir: Path) -> None:
     found = json.loads((workdir / report.RESULTS).read_text())
-    shares = [name for name in report.MEASURED if name != "image_reconstruction_error"]
+    shares = [name for name in MEASURED if name != "image_reconstruction_error"]
     assert all(0 <= found[name] <= 1 for name in shares)
     assert found["image_reconstruction_error"] > 0
     assert found["judge_accuracy"] > 0.8  # an honest classifier, whatever the model is worth

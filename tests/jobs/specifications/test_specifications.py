@@ -86,6 +86,70 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pyte
         read(CurateSpecification, file)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("storage: /x\nstorage: /y\n", r"job\.yaml: storage is given twice, in line 1 and in line 2; keep one"),
+        (
+            "sources:\n  - {name: a, format: text, name: b}\n",
+            r"sources\.0\.name is given twice, in line 2 and in line 2",
+        ),
+        (
+            "texts:\n  languages: [en]\nimages: {min_side: 1,\n  min_side: 2}\n",
+            r"images\.min_side .* line 3 and in line 4",
+        ),
+        ("base: &b {x: 1}\nx: {<<: *b, x: 2, <<: *b}\n", r"x\.<< is given twice"),
+        ("storage: /x\n---\nstorage: /y\n", r"job\.yaml: a second document begins in line 2 \(`---`\)"),
+        ("storage: /x\n\toutput: y\n", r"(?s)job\.yaml is not valid YAML: .*'\\t'.*line 2"),
+        ("storage: /x\nseed: *s\n", r"(?s)job\.yaml is not valid YAML: .*undefined alias"),
+    ],
+)
+def test_what_yaml_would_read_otherwise_than_it_looks_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    with pytest.raises(SpecificationError, match=said):
+        read(CurateSpecification, written(tmp_path, content))
+
+
+def test_merged_mappings_and_a_mark_at_the_beginning_are_read(tmp_path: Path) -> None:
+    content = "\ufeffstorage: /data\nsources:\n  - &a {name: a, format: jsonl, location: x}\n  - {<<: *a, name: b}\n"
+    spec = read(CurateSpecification, written(tmp_path, content))
+    assert [(source.name, source.location) for source in spec.sources] == [("a", "x"), ("b", "x")]
+
+
+def test_a_wrong_field_is_told_with_its_line_or_its_override(tmp_path: Path) -> None:
+    content = """storage: /data
+sources:
+  - name: text
+    format: jsonl
+    location: 5
+image_first: 0.5
+texts: {languages: [en, no]}
+"""
+    with pytest.raises(SpecificationError) as raised:
+        read(CurateSpecification, written(tmp_path, content), ["image_first=2", "captions.min_word=3"])
+    said = str(raised.value)
+    assert "\n  line 5: sources.0.location: Input should be a valid string (given 5)" in said
+    assert "\n  --set image_first=2: image_first: Input should be less than or equal to 1 (given 2)" in said
+    assert "\n  --set captions.min_word=3: captions.min_word: unknown field (given 3)" in said
+    assert "\n  line 7: texts.languages.1: Input should be a valid string (given False); YAML reads yes, no, on" in said
+
+
+def test_a_missing_field_is_told_with_the_line_of_what_lacks_it(tmp_path: Path) -> None:
+    with pytest.raises(SpecificationError, match=r"\n  line 3: sources\.0\.format: required, and not given"):
+        read(CurateSpecification, written(tmp_path, "storage: /x\nsources:\n  - {name: a, location: y}\n"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
+    said = complaint(PRETRAIN | {"mixture": {"tokens/a": value, "tokens/b": 1.0}}, PretrainSpecification)
+    assert "mixture.tokens/a: Input should be a finite number" in said
+    assert "max_bad_share" in complaint(CURATE | {"max_bad_share": value})
+
+
+def test_a_source_of_a_mixture_is_named_once_however_it_is_written() -> None:
+    said = complaint(PRETRAIN | {"mixture": {"tokens/a": 1, "tokens/a/": 3}}, PretrainSpecification)
+    assert "s3://bucket/run/tokens/a is named more than once" in said
+
+
 def test_an_unknown_key_is_told_with_the_allowed_ones() -> None:
     said = complaint(CURATE | {"sorces": 1})
     assert "sorces: unknown field (given 1)" in said

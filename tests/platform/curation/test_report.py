@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calumma.model.document import Document, Text
-from calumma.platform.curation.report.drawing import histogram, number, ticks
 from calumma.platform.curation.report.findings import (
     KEPT,
     SAMPLES,
@@ -18,7 +17,7 @@ from calumma.platform.curation.report.findings import (
     bin_of,
     middle_of,
 )
-from calumma.platform.curation.report.page import Part, page
+from calumma.platform.curation.report.page import BAD_SHOWN, Part, page
 from calumma.platform.curation.steps.filters import Dropped
 
 REASONS = (None, Dropped("too short", "texts"), Dropped("too long", "texts"), Dropped("exact duplicate", "duplicates"))
@@ -61,54 +60,46 @@ def test_bins_are_in_the_order_of_their_values(one: float, two: float) -> None:
     assert (bin_of(one) <= bin_of(two)) or one > two
 
 
-counts = st.dictionaries(st.integers(-900, 1500), st.integers(1, 1000), max_size=30)
-
-
-@given(counts, counts)
-def test_a_histogram_shows_every_value_within_its_frame(kept: dict[int, int], dropped: dict[int, int]) -> None:
-    drawn = histogram(kept, dropped)
-    if not kept and not dropped:
-        assert drawn == ""
-        return
-    told = re.findall(r": ([\d,]+) kept, ([\d,]+) dropped", drawn)
-    assert sum(int(k.replace(",", "")) for k, _ in told) == sum(kept.values())
-    assert sum(int(d.replace(",", "")) for _, d in told) == sum(dropped.values())
-    for y, height in re.findall(r'y="([\d.-]+)" width="[\d.]+" height="([\d.]+)"', drawn):
-        assert 0 <= float(y) <= 150
-        assert float(height) > 0
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_few_and_inside(low: float, width: float) -> None:
-    found = ticks(low, low + width, logarithmic=False)
-    assert 2 <= len(found) <= 7
-    assert all(low - width * 1e-6 <= tick <= low + width * (1 + 1e-6) for tick in found)
-
-
-@given(st.floats(1e-6, 1e6), st.floats(12, 1e9))
-def test_logarithmic_ticks_are_few_and_inside(low: float, ratio: float) -> None:
-    found = ticks(low, low * ratio, logarithmic=True)
-    assert 1 <= len(found) <= 7
-    assert all(low <= tick <= low * ratio for tick in found)
-
-
-def test_numbers_are_short() -> None:
-    assert [number(v) for v in (0, 0.25, 12, 1500, 12_000, 3_000_000, 2.5e9)] == [
-        "0",
-        "0.25",
-        "12",
-        "1500",
-        "12k",
-        "3M",
-        "2.5G",
-    ]
-
-
 def test_a_page_is_made_of_nothing_known() -> None:
     report = {"read": 0, "kept": 0, "bad": 0, "bad_inputs": [], "images": 0, "characters": 0}
     drawn = page([Part("empty", report, Findings())])
     assert "Nothing is known of what an earlier run kept" in drawn
     assert drawn.endswith("</html>\n")
+
+
+def test_a_page_says_what_was_found() -> None:
+    findings = Findings(seconds={"texts": 2.0, "scrub": 3.0}, marks={"<EMAIL>": 1}, images_removed=3)
+    for index in range(20):
+        take(findings, index, REASONS[index % len(REASONS)])
+    findings.scrubbed(Document((Text("write to <EMAIL> soon"),), metadata={"name": "b.jsonl: line 1"}))
+    [first, *_] = findings.samples["duplicates: exact duplicate"]
+    first.other = findings.samples[KEPT][0]
+    bad = [{"name": f"{n}.jsonl", "reason": "torn"} for n in range(BAD_SHOWN + 5)]
+    report = {"read": 20, "kept": 5, "bad": 1234, "bad_inputs": bad, "images": 0, "characters": 99, "copies": 7}
+    other = {"read": 0, "kept": 0, "bad": 0, "bad_inputs": [], "images": 0, "characters": 0}
+    drawn = page([Part("mine", report, findings), Part("other", other, Findings())])
+    for words in (
+        "2 sources: mine, other.",
+        "<b>20</b><span>documents read</span>",
+        "<b>5</b><span>kept, 25.0%</span>",
+        "<b>15</b><span>dropped, 75.0%</span>",
+        "images kept, 3 taken out of pages",
+        "<b>7</b><span>copies added by score</span>",
+        '<tr class="reason"><td>too short</td><td class="number">5</td><td class="number none">·</td>',
+        "Time, of all processes together: Scrub 3.0 s, Texts 2.0 s.",
+        "Score quality",
+        "write to <mark>&lt;EMAIL&gt;</mark> soon",
+        "<h4>Texts: too long (5)</h4>",
+        '<div class="like">like an earlier document</div>',
+        f'<div class="like">like {first.other.name}',
+        "quality -20 · a.jsonl: line 0",
+        "Unreadable <small>1,234 inputs</small>",
+        "<li>49.jsonl: torn</li>",
+        "<li>and 1,184 more</li>",
+    ):
+        assert words in drawn
+    assert drawn.count("<svg ") == 4  # lengths and scores, of all sources and of the one that has any
+    assert "<li>50.jsonl" not in drawn
 
 
 def test_names_and_texts_cannot_become_markup() -> None:
@@ -118,6 +109,6 @@ def test_names_and_texts_cannot_become_markup() -> None:
     findings.drop(evil, Dropped("caption has <u>", "captions"))
     bad = [{"name": "<s>", "reason": "<em>"}]
     report = {"read": 2, "kept": 1, "bad": 1, "bad_inputs": bad, "images": 0, "characters": 9}
-    drawn = page([Part("a", report, findings)])
-    assert not re.search(r"<(img src=x|sub>|var>|u>|s>|em>)", drawn)
+    drawn = page([Part("<script>", report, findings), Part("b", report, findings)])
+    assert not re.search(r"<(img src=x|sub>|var>|u>|s>|em>|script)", drawn)
     assert "&lt;img src=x onerror=alert(1)&gt;" in drawn

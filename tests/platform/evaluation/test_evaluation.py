@@ -18,7 +18,7 @@ from calumma.jobs.quickstart import digits
 from calumma.model.document import Document, Image, Role, Segment, Text
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import silent
-from calumma.platform.evaluation import benchmark, judge, sheet, tasks
+from calumma.platform.evaluation import benchmark, judge, tasks
 from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
 from calumma.platform.evaluation.tasks import Case, Kind
 from calumma.platform.storage.manifest import Manifest
@@ -244,20 +244,3 @@ def test_answers_are_kept_with_what_was_expected() -> None:
     case = asked("generation", "four")
     (line,) = benchmark._lines([case], [tasks.mark(case, answer(image("nine")), see)]).splitlines()
     assert json.loads(line) == {"question": "What?", "expected": "four", "said": "nine", "right": False}
-
-
-def test_a_contact_sheet_frames_right_and_wrong() -> None:
-    cells = [
-        sheet.Cell(picture("one"), "one", True),
-        sheet.Cell(picture("two"), "six", False),
-        sheet.Cell(picture("two"), "two"),
-    ]
-    made = sheet.contact_sheet(cells, columns=2, side=40)
-    width, height = 40 + 2 * sheet.MARGIN, 40 + 2 * sheet.MARGIN + sheet.LABEL
-    assert made.size == (2 * width, 2 * height)
-    corner = sheet.MARGIN - 2
-    assert made.getpixel((corner, corner)) == sheet.GREEN
-    assert made.getpixel((width + corner, corner)) == sheet.RED
-    assert made.getpixel((corner, height + corner)) == sheet.PLAIN
-    assert made.getpixel((sheet.MARGIN + 20, sheet.MARGIN + 20)) == (GREY["one"],) * 3
-    assert sheet.contact_sheet([], columns=5).width > 0

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.model.encoding import Encoded, Tokens
+from calumma.model.encoding import EncodedArrays, EncodedDocument
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.shards.tokens import PackedRow
 from calumma.platform.tokenizing.packing import ImageTooLong, pack, split
@@ -22,19 +22,19 @@ IMAGE = [4, 7, 8, 9, 10, 5]
 LENGTH = 16
 
 
-def arrays(encoded: Encoded) -> Tokens:
-    return Tokens(np.array(encoded.ids, np.int32), np.array(encoded.trained, np.bool_))
+def arrays(encoded: EncodedDocument) -> EncodedArrays:
+    return EncodedArrays(np.array(encoded.ids, np.int32), np.array(encoded.trained, np.bool_))
 
 
-def lists(tokens: Tokens) -> Encoded:
-    return Encoded(tokens.ids.tolist(), tokens.trained.tolist())
+def lists(tokens: EncodedArrays) -> EncodedDocument:
+    return EncodedDocument(tokens.ids.tolist(), tokens.trained.tolist())
 
 
-def packed(given: list[Encoded]) -> list[PackedRow]:
+def packed(given: list[EncodedDocument]) -> list[PackedRow]:
     return pack([arrays(encoded) for encoded in given], LENGTH, PAD)
 
 
-def cut(page: Encoded, length: int = LENGTH) -> list[Encoded]:
+def cut(page: EncodedDocument, length: int = LENGTH) -> list[EncodedDocument]:
     return [lists(piece) for piece in split(arrays(page), length, VOCABULARY)]
 
 
@@ -42,33 +42,33 @@ texts = st.lists(st.integers(11, 39), max_size=12)
 
 
 @st.composite
-def sequences(draw: st.DrawFn, longest: int = LENGTH) -> Encoded:
+def sequences(draw: st.DrawFn, longest: int = LENGTH) -> EncodedDocument:
     ids = draw(st.lists(st.integers(11, 39), min_size=1, max_size=longest))
-    return Encoded(ids, draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
+    return EncodedDocument(ids, draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
 
 
 @st.composite
-def pages(draw: st.DrawFn) -> Encoded:
+def pages(draw: st.DrawFn) -> EncodedDocument:
     """A plain document: bos, texts and images in any order, eos."""
     parts = draw(st.lists(texts | st.just(IMAGE), max_size=8))
     ids = [0, *(token for part in parts for token in part), 2]
-    return Encoded(ids, [True] * len(ids))
+    return EncodedDocument(ids, [True] * len(ids))
 
 
-def unpack(row: PackedRow) -> list[Encoded]:
+def unpack(row: PackedRow) -> list[EncodedDocument]:
     mask = np.ones(len(row.tokens), bool) if row.loss_mask is None else row.loss_mask
     numbers = sorted(set(row.segments.tolist()) - {-1})
-    return [Encoded(row.tokens[row.segments == n].tolist(), mask[row.segments == n].tolist()) for n in numbers]
+    return [EncodedDocument(row.tokens[row.segments == n].tolist(), mask[row.segments == n].tolist()) for n in numbers]
 
 
 @given(st.lists(sequences(), max_size=30))
-def test_unpacking_gives_every_sequence_back_once(given: list[Encoded]) -> None:
+def test_unpacking_gives_every_sequence_back_once(given: list[EncodedDocument]) -> None:
     rows = packed(given)
     assert sorted(s for row in rows for s in unpack(row)) == sorted(given)
 
 
 @given(st.lists(sequences(), max_size=30))
-def test_rows_have_one_shape_and_padding_at_their_end_is_never_trained(given: list[Encoded]) -> None:
+def test_rows_have_one_shape_and_padding_at_their_end_is_never_trained(given: list[EncodedDocument]) -> None:
     for row in packed(given):
         assert row.tokens.shape == row.segments.shape == (LENGTH,)
         assert (row.tokens.dtype, row.segments.dtype) == (np.int32, np.int32)
@@ -87,14 +87,14 @@ def test_rows_have_one_shape_and_padding_at_their_end_is_never_trained(given: li
 
 
 @given(st.lists(sequences(), max_size=30))
-def test_no_two_rows_would_fit_into_one(given: list[Encoded]) -> None:
+def test_no_two_rows_would_fit_into_one(given: list[EncodedDocument]) -> None:
     fill = [LENGTH - row.padding for row in packed(given)]
     # Best fit opens a row only for what fits nowhere, so a later row's first sequence fits no earlier row.
     assert all(a + b > LENGTH for i, a in enumerate(fill) for b in fill[i + 1 :])
 
 
 @given(st.lists(sequences(), max_size=30))
-def test_packing_is_deterministic(given: list[Encoded]) -> None:
+def test_packing_is_deterministic(given: list[EncodedDocument]) -> None:
     for one, other in zip(packed(given), packed(given), strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.segments, other.segments)
@@ -102,7 +102,7 @@ def test_packing_is_deterministic(given: list[Encoded]) -> None:
 
 @given(st.lists(st.integers(1, LENGTH), max_size=30))
 def test_rows_and_the_sequences_in_them_come_in_the_order_of_the_input(sizes: list[int]) -> None:
-    sequences = [Tokens(np.full(size, n, np.int32), np.ones(size, np.bool_)) for n, size in enumerate(sizes)]
+    sequences = [EncodedArrays(np.full(size, n, np.int32), np.ones(size, np.bool_)) for n, size in enumerate(sizes)]
     rows = [[int(s.ids[0]) for s in map(arrays, unpack(row))] for row in pack(sequences, LENGTH, PAD)]
     assert all(row == sorted(row) for row in rows)
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)
@@ -110,7 +110,7 @@ def test_rows_and_the_sequences_in_them_come_in_the_order_of_the_input(sizes: li
 
 def test_the_longest_come_first_where_that_saves_a_row() -> None:
     def fill(sizes: list[int]) -> list[list[int]]:
-        sequences = [Tokens(np.full(size, size, np.int32), np.ones(size, np.bool_)) for size in sizes]
+        sequences = [EncodedArrays(np.full(size, size, np.int32), np.ones(size, np.bool_)) for size in sizes]
         return [sorted({*row.tokens.tolist()} - {PAD}) for row in pack(sequences, LENGTH, PAD)]
 
     # In their order 3, 5 and 6 would share a row, and leave none that 10, 11 and 13 could fill.
@@ -119,13 +119,13 @@ def test_the_longest_come_first_where_that_saves_a_row() -> None:
     assert fill([10, 5, 11]) == [[5, 10], [11]]
 
 
-def realistic(random: np.random.Generator, documents: int, pairs: float) -> list[Tokens]:
+def realistic(random: np.random.Generator, documents: int, pairs: float) -> list[EncodedArrays]:
     """Pairs of an image of 1024 codes and a caption, and web pages: log-normal, of 600 tokens in the median."""
     sequences = []
     for is_pair in random.random(documents) < pairs:
         size = 1026 + random.lognormal(np.log(20), 0.5) if is_pair else random.lognormal(np.log(600), 1.2)
         ids = random.integers(11, 40, 2 + int(size), dtype=np.int32)
-        sequences += split(Tokens(ids, np.ones(len(ids), np.bool_)), 4097, VOCABULARY)
+        sequences += split(EncodedArrays(ids, np.ones(len(ids), np.bool_)), 4097, VOCABULARY)
     return [sequences[i] for i in random.permutation(len(sequences))]
 
 
@@ -137,8 +137,8 @@ def test_mixed_data_of_realistic_lengths_lose_less_than_a_hundredth_to_padding(d
 
 
 def test_a_sequence_goes_to_the_fullest_row_that_has_room() -> None:
-    def of(size: int, token: int) -> Encoded:
-        return Encoded([token] * size, [True] * size)
+    def of(size: int, token: int) -> EncodedDocument:
+        return EncodedDocument([token] * size, [True] * size)
 
     rows = packed([of(9, 11), of(12, 12), of(4, 13)])
     assert [set(row.tokens.tolist()) for row in rows] == [{11, PAD}, {12, 13}]
@@ -147,11 +147,11 @@ def test_a_sequence_goes_to_the_fullest_row_that_has_room() -> None:
 @pytest.mark.parametrize("size", [0, LENGTH + 1])
 def test_a_sequence_that_fits_no_row_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"{size} tokens does not fit a row of {LENGTH}"):
-        packed([Encoded([11] * size, [True] * size)])
+        packed([EncodedDocument([11] * size, [True] * size)])
 
 
 @given(pages())
-def test_pieces_are_the_document_with_no_image_cut(page: Encoded) -> None:
+def test_pieces_are_the_document_with_no_image_cut(page: EncodedDocument) -> None:
     pieces = cut(page)
     assert [token for piece in pieces for token in piece.ids] == page.ids
     for index, piece in enumerate(pieces):
@@ -161,7 +161,7 @@ def test_pieces_are_the_document_with_no_image_cut(page: Encoded) -> None:
 
 
 @given(pages())
-def test_pieces_are_as_long_as_an_image_at_their_end_allows(page: Encoded) -> None:
+def test_pieces_are_as_long_as_an_image_at_their_end_allows(page: EncodedDocument) -> None:
     pieces = cut(page)
     for piece, following in pairwise(pieces):
         assert len(piece.ids) == LENGTH or (following.ids[0] == 4 and len(piece.ids) + len(IMAGE) > LENGTH)
@@ -169,4 +169,4 @@ def test_pieces_are_as_long_as_an_image_at_their_end_allows(page: Encoded) -> No
 
 def test_an_image_longer_than_a_row_is_an_error() -> None:
     with pytest.raises(ImageTooLong, match="more than the 5 tokens"):
-        cut(Encoded([0, *IMAGE, 2], [True] * 8), 5)
+        cut(EncodedDocument([0, *IMAGE, 2], [True] * 8), 5)

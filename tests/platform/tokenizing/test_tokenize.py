@@ -22,8 +22,9 @@ from PIL import Image as PILImage
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image, Segment, Text
 from calumma.model.encoding import DocumentEncoder
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import TextTokenizer, train_text_tokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import silent
@@ -72,7 +73,7 @@ def publish(uri: str, documents: list[Document], a_shard: int = 1000) -> None:
         storage.write_bytes(storage.join(uri, path), data)
         entries.append(FileEntry.of(path, data, rows=len(part)))
     images = sum(len(document.images) for document in documents)
-    Manifest(kind=documents.CURATED, files=entries, report={"images": images}).write(uri)
+    Manifest(kind=document_shards.CURATED, files=entries, report={"images": images}).write(uri)
 
 
 def curated(root: Path | str) -> None:
@@ -231,15 +232,15 @@ def test_shards_of_documents_hold_few_images_and_many_texts_in_a_row_group(
     ]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
     storage.write_bytes(uri, document_shards.to_parquet(documents))
-    assert list(documents.read_shard(uri)) == documents
+    assert list(document_shards.read_shard(uri)) == documents
     metadata = pq.ParquetFile(uri).metadata
     groups = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
     ends = np.cumsum([0, *groups])
     for begin, end in pairwise(ends):
         group = documents[begin:end]
         assert len(group) <= 64 or not any(d.images for d in group[:-1])
-        assert sum(len(d.text) for d in group[:-1]) <= documents.ROW_GROUP or len(group) <= 64
-    if sum(len(d.text) for d in documents) < documents.ROW_GROUP and not any(with_image):
+        assert sum(len(d.text) for d in group[:-1]) <= document_shards.ROW_GROUP or len(group) <= 64
+    if sum(len(d.text) for d in documents) < document_shards.ROW_GROUP and not any(with_image):
         assert len(groups) == (1 if documents else 0)
 
 

@@ -21,8 +21,8 @@ from PIL import Image as PILImage
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image, Text
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import train_text_tokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.platform import storage
 from calumma.platform.cluster.progress import silent
 from calumma.platform.shards import documents as document_shards
@@ -59,7 +59,7 @@ def publish(uri: str, documents: list[Document]) -> None:
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
         entries.append(FileEntry.of(path, data, rows=len(part)))
-    Manifest(kind=documents.CURATED, files=entries).write(uri)
+    Manifest(kind=document_shards.CURATED, files=entries).write(uri)
 
 
 def pair(shade: int) -> Document:

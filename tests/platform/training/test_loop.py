@@ -26,8 +26,8 @@ from mlflow.entities.logged_model_status import LoggedModelStatus
 
 from calumma.model import load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import train_text_tokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.shards.row_groups import RowGroupReader, all_micro_batches

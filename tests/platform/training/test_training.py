@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from calumma.model import load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.document import Document, Image, Text
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.cluster import connection, runner

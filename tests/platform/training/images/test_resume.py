@@ -19,7 +19,7 @@ import torch
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image
-from calumma.model.image_tokenizer import to_image
+from calumma.model.images import to_image
 from calumma.platform import storage
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.storage.manifest import FileEntry, Manifest
@@ -30,6 +30,7 @@ from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group import lifeline, supervisor, watchdog
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.images import data
+from calumma.platform.training.images import loop as image_loop
 from calumma.platform.training.images.loop import Loop
 from calumma.platform.training.images.objective import ImageTraining, Measures
 from calumma.platform.training.specification import ImageTokenizerSpecification
@@ -303,7 +304,7 @@ def test_a_roll_back_returns_to_the_last_checkpoint_and_goes_on_with_other_image
     assert (incident["step"], incident["back_to"], incident["resumed_after"]) == (13, 10, 14)
     found = catalog.newest(str(tmp_path), lambda manifest: manifest.report["step"] == 10)
     assert found is not None
-    kept = loop._state(found)
+    kept = image_loop._state(found)
     assert all(equal(after[0][name], kept[name]) for name in ("tokenizer", "discriminator", "average", "used"))
     assert not equal(after[0]["generator"], kept["generator"])
     assert 14 not in log.losses

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from calumma.model.config import ImageLossConfig, ImageTokenizerConfig
 from calumma.model.document import Document, Image
-from calumma.model.image_losses import PerceptualLoss
-from calumma.model.image_tokenizer import ImageTokenizer, to_image
+from calumma.model.images import to_image
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.image_losses import PerceptualLoss
 from calumma.platform import storage
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import silent

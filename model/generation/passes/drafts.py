@@ -1,0 +1,57 @@
+"""Drafted image codes in a pass: laid out after a request's own tokens, and verified by the distributions it computes
+(speculative Jacobi decoding, sampling/jacobi.py).
+
+Shape suffixes: R draws, C columns of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calumma.model.generation.passes.image_batch import ImageBatch
+from calumma.model.generation.passes.layout import BatchLayout
+from calumma.model.generation.passes.output import BROKEN, RunnerOutput, id_logprob_pairs, possible
+from calumma.model.generation.request import Logprob
+from calumma.model.generation.scheduler import ScheduledRequest
+
+
+def lay_out(scheduled: list[ScheduledRequest], block_size: int, first_code: int) -> BatchLayout:
+    """Where the scheduled tokens stand, and after them their drafts. first_code: the id of column 0 of images."""
+    pairs = []
+    for item in scheduled:
+        codes = item.state.drafts.codes if item.draft and item.state.drafts else []
+        drafts = [code + first_code for code in codes]
+        for sequence, count in zip(item.state.sequences, item.counts, strict=True):
+            if count:
+                pairs.append((sequence, count + len(drafts)))
+                sequence.tokens += drafts
+    layout = BatchLayout(pairs, block_size)
+    for item in scheduled:
+        for sequence in item.state.sequences if item.draft else []:
+            del sequence.tokens[-item.draft :]
+    return layout
+
+
+def verify_drafts(batch: ImageBatch, p_RC: Tensor, logprobs_RC: Tensor, first_code: int) -> list[RunnerOutput]:
+    """The accepted codes of each request's draft, and one code more. p: what each draw's code is distributed as;
+    logprobs: what is reported. Raises FloatingPointError where the model's logits are no numbers."""
+    if not bool(p_RC.isfinite().all()):
+        raise FloatingPointError(BROKEN)
+    outputs, begin = [], 0
+    for state in batch.states:
+        assert state.drafts is not None
+        end = begin + 1 + len(state.drafts.codes)
+        accepted = state.drafts.verify(p_RC[begin:end], state.codes_left)
+        rows_RC = logprobs_RC[begin : begin + len(accepted)]
+        columns_R1 = torch.tensor(accepted, device=rows_RC.device)[:, None]
+        values = rows_RC.gather(1, columns_R1)[:, 0].tolist()
+        top = state.params.logprobs or 0
+        tops: list[list[tuple[int, float]]] = [[] for _ in accepted]
+        if top:
+            best = rows_RC.topk(min(top, rows_RC.shape[1]))
+            tops = id_logprob_pairs(best.indices + first_code, best.values)
+        logprobs = [Logprob(value, possible(pairs)) for value, pairs in zip(values, tops, strict=True)]
+        outputs.append(RunnerOutput(state, [code + first_code for code in accepted], logprobs))
+        begin = end
+    return outputs

@@ -1,0 +1,160 @@
+"""Forward passes: all requests' next tokens side by side, then one draw for all texts and one for all images.
+
+Shape suffixes: T tokens of a pass, D width, B sequences that draw (the R requests' full contexts first, then branches),
+R requests, C columns of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calumma.model.generation.cache.contiguous import ContiguousCache
+from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.passes.decoder import Decoder
+from calumma.model.generation.passes.drafts import lay_out, verify_drafts
+from calumma.model.generation.passes.graphs import CudaGraphs
+from calumma.model.generation.passes.image_batch import ImageBatch
+from calumma.model.generation.passes.layout import BatchLayout
+from calumma.model.generation.passes.output import RunnerOutput, read_samples
+from calumma.model.generation.passes.prompt_scores import score_prompt
+from calumma.model.generation.request_state import RequestState
+from calumma.model.generation.sampling.jacobi import JacobiDraft
+from calumma.model.generation.sampling.sampler import IMAGE, TEXT, Sampler, SamplerOutput, SamplingMetadata
+from calumma.model.generation.scheduler import ScheduledRequest
+from calumma.model.generation.tensor_parallel import Shard
+from calumma.model.transformer import Transformer
+from calumma.model.vocabulary import Vocabulary
+
+
+class ModelRunner:
+    """The decoder, its cache of `blocks` blocks, and the sampler of `seats` requests.
+
+    window: image codes that are drafted ahead, 0 for none. graphs: record passes of fixed shapes (see CudaGraphs).
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        vocabulary: Vocabulary,
+        blocks: int,
+        block_size: int,
+        seats: int,
+        context: int,
+        shard: Shard | None = None,
+        window: int = 0,
+        graphs: bool = False,
+    ) -> None:
+        weight = next(transformer.parameters())
+        self.decoder, self.device = Decoder(transformer, shard), weight.device
+        self.cache = PagedCache(
+            transformer.config,
+            blocks + graphs,  # one that nobody owns
+            block_size,
+            weight.device,
+            weight.dtype,
+            self.decoder.kv_heads,
+        )
+        self.sampler = Sampler(vocabulary, transformer.config.vocabulary_size, seats, context, weight.device)
+        self.contiguous = ContiguousCache(self.cache) if self.device.type == "cpu" else None
+        self.graphs = CudaGraphs(self.decoder, self.cache, -(-context // block_size)) if graphs else None
+        self.window = window
+        self.computed = self.drafted = self.accepted = 0
+
+    def run(self, scheduled: list[ScheduledRequest], steps: int) -> list[RunnerOutput]:
+        """Write the scheduled tokens into the cache and draw the next token of those that get to their end; or `steps`
+        codes of each, when all are images at their end: then nothing depends on what is drawn, and the host reads the
+        device once for all of them."""
+        for item in scheduled:
+            state = item.state
+            if self.window and item.samples and state.drawing and state.drafts is None:
+                state.drafts = JacobiDraft(state.seed + state.answered, self.window)
+        layout = lay_out(scheduled, self.cache.block_size, self._first_code)
+        ready = [item.state for item in scheduled if item.samples]
+        texts = [state for state in ready if not state.drawing and state.tokens_left]
+        images = ImageBatch([state for state in ready if state.drawing], layout)
+        text_rows = self._tensor([layout.last[id(s.full)] for s in texts]) if texts else None
+        image_rows = self._tensor(images.rows) if images.rows else None
+        text_metadata, image_metadata = sampling_metadata(texts, TEXT), sampling_metadata(images.states, IMAGE)
+        text_inputs = self._tensor([[s.seat, s.answered, s.may_begin_image] for s in texts]).T if texts else None
+        image_inputs = None
+        if image_rows is not None:
+            image_inputs = self._tensor([[s.seat, s.answered] for s, _ in images.draws]).T
+            images.to(self.device)
+        tokens_T = self._tensor(layout.tokens)
+        samples: list[SamplerOutput] = []
+        outputs: list[RunnerOutput] = []
+        x_TD = torch.empty(0)
+        for step in range(steps):
+            x_TD = self._hidden(tokens_T, layout, step)
+            self.computed += len(layout.tokens)
+            if image_rows is None or image_inputs is None:
+                continue
+            logits_RC = images.guide(self.decoder.logits(x_TD[image_rows], self.sampler.columns[IMAGE]))
+            seats_R, number_R = image_inputs
+            if self.window:
+                outputs = self._verify(images, logits_RC, seats_R, image_metadata)
+                break
+            samples.append(self.sampler.sample(logits_RC, IMAGE, seats_R, number_R + step, None, image_metadata))
+            self.decoder.shard.broadcast(samples[-1].token_R)
+            if step + 1 < steps:
+                tokens_T = tokens_T.index_copy(0, image_rows, images.repeat_for_branches(samples[-1].token_R))
+        if samples:
+            outputs = read_samples(images.states, samples, image_metadata.top)
+        if text_rows is not None and text_inputs is not None:
+            logits_RV = self.decoder.logits(x_TD[text_rows])
+            seats_R, number_R, begins_R = text_inputs
+            sample = self.sampler.sample(logits_RV, TEXT, seats_R, number_R, begins_R.bool(), text_metadata)
+            self.decoder.shard.broadcast(sample.token_R)
+            outputs += read_samples(texts, [sample], text_metadata.top)
+        for item in scheduled:
+            score_prompt(item, layout, x_TD, self.decoder)
+            if item.samples and not item.state.tokens_left:
+                outputs.append(RunnerOutput(item.state, [], []))
+        self._count_cached(scheduled, outputs, steps)
+        return outputs
+
+    def _hidden(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor:
+        x_TD = self.graphs.hidden(tokens_T, layout, step) if self.graphs is not None else None
+        if x_TD is not None:
+            return x_TD
+        return self.decoder.hidden(tokens_T, layout.step(self.cache, step, self.device, self.contiguous))
+
+    def _verify(
+        self, images: ImageBatch, logits_RC: Tensor, seats_R: Tensor, metadata: SamplingMetadata
+    ) -> list[RunnerOutput]:
+        p_RC, logprobs_RC = self.sampler.image_probabilities(logits_RC, seats_R, metadata)
+        outputs = verify_drafts(images, self.decoder.shard.broadcast(p_RC), logprobs_RC, self._first_code)
+        self.drafted += len(images.draws) - len(images.states)
+        self.accepted += sum(len(output.tokens) - 1 for output in outputs)
+        return outputs
+
+    def _count_cached(self, scheduled: list[ScheduledRequest], outputs: list[RunnerOutput], steps: int) -> None:
+        """Note in each sequence how many of its tokens the cache now holds."""
+        for item in scheduled:
+            for sequence, count in zip(item.state.sequences, item.counts, strict=True):
+                sequence.cached += count + (steps - 1)
+        if self.window:  # of a draft, the accepted codes are in the cache but for the last
+            for output in outputs:
+                for sequence in output.state.sequences:
+                    sequence.cached += max(0, len(output.tokens) - 1)
+
+    @property
+    def _first_code(self) -> int:
+        """The id of column 0 of the image phase."""
+        return self.sampler.columns[IMAGE].start
+
+    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
+
+
+def sampling_metadata(states: list[RequestState], phase: int) -> SamplingMetadata:
+    """What some of the requests ask of the sampler."""
+    sampling = [s.params.image if phase == IMAGE else s.params.text for s in states]
+    penalized = [s.answered for s, each in zip(states, sampling, strict=True) if each.repetition_penalty != 1]
+    return SamplingMetadata(
+        random=any(each.temperature > 0 for each in sampling),
+        filtered=any(each.filtered for each in sampling),
+        penalized=max(penalized, default=0),
+        top=max((s.params.logprobs or 0 for s in states), default=0),
+    )
