@@ -29,7 +29,7 @@ from calumma.platform.training.group.supervisor import Supervisor
 from calumma.platform.training.group.worker import Worker, join
 from calumma.platform.training.steps import engine, faults, held_out, meters
 from calumma.platform.training.steps.schedule import learning_rate
-from calumma.platform.training.trainable.parameters import parameters
+from calumma.platform.training.trainable import parameters
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -25,7 +25,7 @@ from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.publication import MODEL
 from calumma.platform.training.specification import TrainSpecification
 from calumma.platform.training.steps import engine
-from calumma.platform.training.trainable.parameters import parameters
+from calumma.platform.training.trainable import parameters
 
 logger = logging.getLogger(__name__)
 

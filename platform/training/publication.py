@@ -23,7 +23,7 @@ from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.training import samples
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.group.worker import Worker
-from calumma.platform.training.trainable.parameters import parameters
+from calumma.platform.training.trainable import parameters
 
 if TYPE_CHECKING:
     from calumma.platform.training.assignment import Assignment

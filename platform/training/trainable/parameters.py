@@ -22,7 +22,7 @@ from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.specification import TrainSpecification
-from calumma.platform.training.trainable.parameters import lora
+from calumma.platform.training.trainable import lora
 
 ALL, IMAGE_HEAD = "all", "image_head"
 _ROWS = "output.image_rows"

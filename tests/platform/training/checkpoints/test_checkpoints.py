@@ -28,7 +28,7 @@ from calumma.platform.training.checkpoints.saver import Saver
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
-from calumma.platform.training.trainable.parameters import parameters
+from calumma.platform.training.trainable import parameters
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50, dropout=0.1)
 VOCABULARY = Vocabulary(

@@ -19,7 +19,7 @@ from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
-from calumma.platform.training.trainable.parameters import lora, parameters
+from calumma.platform.training.trainable import lora, parameters
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50)
 IMAGE_IDS = list(range(40, 48))

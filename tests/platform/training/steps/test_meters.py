@@ -14,7 +14,7 @@ from calumma.model.vocabulary import Vocabulary
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import meters
 from calumma.platform.training.steps.engine import Counts
-from calumma.platform.training.trainable.parameters import parameters
+from calumma.platform.training.trainable import parameters
 
 SHAPE = ModelConfig(layers=3, width=32, heads=4, kv_heads=2, ffn_width=64, context=16, vocabulary_size=50)
 VOCABULARY = Vocabulary(
