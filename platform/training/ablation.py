@@ -11,13 +11,12 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from calumma.model import vocabulary as model_vocabulary
 from calumma.model.config import ModelConfig
-from calumma.model.ops.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
@@ -137,7 +136,7 @@ def _train(
         batches = [held_out.read(reader, found) for found in plan.step(step)]
         targets = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
         for batch in batches:
-            found = _forward(transformer, batch, image_mask_V, z_loss=z_loss, normalizer=max(targets, 1))
+            found = engine.losses(transformer, batch, image_mask_V, z_loss=z_loss, normalizer=max(targets, 1))
             found.total.backward()
             nll += float(found.sums.text_nll + found.sums.image_nll)
         trained += targets
@@ -154,18 +153,6 @@ def _train(
     return points
 
 
-def _forward(transformer: Transformer, batch: held_out.HeldOutBatch, image_mask_V: torch.Tensor, **given: Any) -> Loss:
-    tokens, mask, segments = (x.to(image_mask_V.device) for x in (batch.tokens, batch.mask, batch.segments))
-    return transformer(
-        tokens[:, :-1],
-        segments[:, :-1],
-        targets=tokens[:, 1:],
-        mask=mask[:, 1:],
-        image_mask=image_mask_V,
-        **given,
-    )
-
-
 @torch.no_grad()
 def _norms(
     transformer: Transformer, probes: list[held_out.HeldOutBatch], image_mask_V: torch.Tensor
@@ -173,7 +160,7 @@ def _norms(
     """Of the instruments of all layers (model/stability.py) the ones that are drawn: means over the probes, of the
     attention logit the maximum."""
     transformer.eval()
-    each = [_largest(_forward(transformer, batch, image_mask_V, measure=True).stability) for batch in probes]
+    each = [_largest(engine.losses(transformer, batch, image_mask_V, measure=True).stability) for batch in probes]
     transformer.train()
     found = {name: sum(values[name] for values in each) / len(each) for name in each[0]}
     return found | {"attention_logit_max": max(values["attention_logit_max"] for values in each)}
