@@ -19,7 +19,7 @@ from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
-from calumma.platform.training.trainable import lora, parameters
+from calumma.platform.training.trainable import parameters
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50)
 IMAGE_IDS = list(range(40, 48))
@@ -43,6 +43,19 @@ def specification(**fields: Any) -> PretrainSpecification:
 
 
 # -- settings --
+
+
+def test_settings_become_deepspeeds_and_raw_ones_have_the_last_word() -> None:
+    spec = specification(deepspeed={"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
+    made = engine.settings(spec, world=2, parameters=1000)
+    assert made["gradient_accumulation_steps"] == 2  # three micro-batches on two workers
+    assert made["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 1000,
+        "allgather_bucket_size": 1000,
+        "offload_optimizer": {"device": "cpu"},
+    }
+    assert made["gradient_clipping"] == spec.optimizer.gradient_clip
 
 
 def test_offloading_becomes_deepspeeds_sections() -> None:
@@ -95,66 +108,17 @@ def test_raw_settings_that_deepspeed_knows_are_taken() -> None:
     engine.check(specification(deepspeed={"optimizer": {"type": "Adam", "params": {"lr": 0.1}}, "flops_profiler": {}}))
 
 
-# -- what is trained --
+# -- the optimizer --
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"trainable": "blocks.9.*"}, r"trainable: 'blocks\.9\.\*' .* there are blocks\.\*\.attention\.key\.weight"),
-        ({"trainable": ["image_head", "output.*"]}, "trains output.weight as a whole, of which `image_head` is a part"),
-        ({"lora": {"targets": ["output"]}}, r"lora\.targets: 'output' .* there are blocks\.\*\.attention\.key"),
-        ({"lora": {}, "trainable": "blocks.0.*"}, "as a whole, for which lora.targets asks for an adapter"),
-    ],
-)
-def test_names_that_fit_nothing_are_refused_with_those_there_are(fields: dict[str, Any], said: str) -> None:
-    with torch.device("meta"):
-        transformer = Transformer(SHAPE)
-    with pytest.raises(SpecificationError, match=said):
-        parameters.check(transformer, specification(**fields))
-
-
-@pytest.mark.parametrize("fields", [{"lora": {}}, {"trainable": "image_head"}, {"lora": {}, "trainable": "image_head"}])
-def test_what_is_added_changes_nothing_before_it_is_trained(fields: dict[str, Any]) -> None:
-    plain = Transformer(SHAPE).initialize(0)
-    expected, tokens = plain.state_dict(), torch.arange(20)[None]
-    logits = plain(tokens)
-    spec = specification(**fields)
-    prepared = parameters.prepare(plain, spec, VOCABULARY)
-    assert torch.equal(prepared(tokens), logits)
-    found = parameters.plain(prepared.state_dict(), spec, VOCABULARY)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-
-
-def test_merged_adapters_say_what_the_adapted_model_says() -> None:
-    spec = specification(lora={"rank": 3, "alpha": 7, "targets": ["*.query", "*.down"]}, trainable="image_head")
-    adapted = parameters.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
-    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 2 * 2 + 1
-    assert all(parameters.added(name) for name in trained)
-    for name, parameter in adapted.named_parameters():
-        if name in trained:
-            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
-    merged = Transformer(SHAPE)
-    merged.load_state_dict(parameters.plain(adapted.state_dict(), spec, VOCABULARY))
-    tokens = torch.arange(30)[None]
-    torch.testing.assert_close(merged(tokens), adapted(tokens), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(merged(tokens), Transformer(SHAPE).initialize(0)(tokens), atol=0.1)
-
-
-def test_adapters_are_a_function_of_the_seed_and_as_large_as_their_rank() -> None:
-    def adapters(seed: int) -> dict[str, torch.Tensor]:
-        model = Transformer(SHAPE).initialize(0)
-        lora.add(model, specification(lora={"rank": 5}).lora, seed)  # type: ignore[arg-type]
-        return {name: p for name, p in model.named_parameters() if parameters.added(name)}
-
-    one, same, other = adapters(1), adapters(1), adapters(2)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    down = "blocks.1.feed_forward.up.lora_down"
-    assert not torch.equal(one[down], other[down])
-    assert one[down].shape == (5, 32)
-    assert len(one) == 2 * 2 * 7  # two matrices for each of seven layers of two blocks
+def test_norms_do_not_decay_and_every_weight_is_in_one_group() -> None:
+    transformer = Transformer(SHAPE)
+    decayed, kept = engine.parameter_groups(transformer, 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in transformer.named_parameters()}
+    assert sorted(names[id(p)] for group in (decayed, kept) for p in group["params"]) == sorted(names.values())
+    assert all("norm" in names[id(p)] for p in kept["params"])
+    assert not any("norm" in names[id(p)] for p in decayed["params"])
 
 
 # -- steps of two workers at every stage of ZeRO --
