@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CURATED = "curated"  # Manifest.kind
 DOCUMENTS_AT_ONCE = 64
 ROW_GROUP, MOST = 1 << 20, 4096  # characters and documents of a row group of texts, about
+_ADVICE = "if that is no passing failure, curate its documents again"
 READ = 256  # documents read at once: what is read stays in the processor's cache until it is used
 
 
@@ -83,7 +84,7 @@ def read_shard(uri: str, sha256: str | None = None) -> Iterator[Document]:
     found = file.checksum.hexdigest()
     if sha256 is not None and found != sha256:
         said = f"has checksum {found[:16]}…, where its manifest says {sha256[:16]}…"
-        raise ShardError(f"{uri} {said}; curate its documents again")
+        raise ShardError(f"{uri} {said}; {_ADVICE}")
 
 
 def _footer(uri: str, file: io.BufferedIOBase) -> tuple[FileMetaData, list[tuple[int, int]]]:
@@ -100,7 +101,7 @@ def _footer(uri: str, file: io.BufferedIOBase) -> tuple[FileMetaData, list[tuple
     except storage.StorageError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ShardError(f"{uri}: its footer cannot be read ({error}); curate its documents again") from error
+        raise _unreadable(f"{uri}: its footer", error) from error
     return metadata, extents
 
 
@@ -111,7 +112,12 @@ def _documents(table: ParquetFile, row_group: int, where: str) -> Iterator[Docum
         for batch in table.iter_batches(READ, [row_group], use_threads=False):
             yield from map(Document.from_row, batch.to_pylist())
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{where} cannot be read ({error}); curate its documents again") from error
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(what: str, error: Exception) -> ShardError:
+    told = " ".join(f"{error}".split())  # pyarrow's have several lines
+    return ShardError(f"{what} cannot be read ({told}); {_ADVICE}")
 
 
 class _Sequential:

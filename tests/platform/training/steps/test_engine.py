@@ -22,7 +22,7 @@ from calumma.platform.training.steps.held_out import HeldOutBatch
 from calumma.platform.training.trainable import parameters
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50)
-IMAGE_IDS = list(range(40, 48))
+IMAGE_IDS, Z_LOSS = list(range(40, 48)), 0.02
 VOCABULARY = Vocabulary(
     size=50, pad=0, bos=1, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=IMAGE_IDS
 )
@@ -36,7 +36,15 @@ def specification(**fields: Any) -> PretrainSpecification:
         "model": SHAPE.model_dump(exclude={"vocabulary_size"}),
         "steps": 10,
         "micro_batches": 3,
-        "optimizer": {"learning_rate": 0.01, "eps": 1e-4, "weight_decay": 0.5},
+        # nothing is torch's default: what is not handed on shows
+        "optimizer": {
+            "learning_rate": 0.01,
+            "beta1": 0.7,
+            "beta2": 0.8,
+            "eps": 1e-4,
+            "weight_decay": 0.5,
+            "gradient_clip": 0.5,
+        },
         "precision": "float32",
     }
     return PretrainSpecification.model_validate(values | fields)
@@ -155,7 +163,7 @@ def taken(spec: PretrainSpecification, rank: int, world: int, plan: list[tuple[i
         counts = engine.count(group, mask_V, run.device)
         if what == "broken" and rank == 1:
             engine.losses = lambda *given, **named: _broken(usual(*given, **named))
-        engine.step(run, group, counts, mask_V, 1e-3, world, accept=lambda sums, what=what: what != "refused")
+        engine.step(run, group, counts, mask_V, Z_LOSS, world, accept=lambda sums, what=what: what != "refused")
         engine.losses = usual
         norms.append(engine.gradient_norm(run))
     assert [bool(torch.isfinite(torch.tensor(norm))) for norm in norms] == [what != "broken" for _, what in plan]
@@ -233,11 +241,36 @@ def test_the_gradient_is_that_of_plain_pytorch(found: dict[str, Any], name: str)
             targets=targets,
             mask=mask,
             image_mask=mask_V,
-            z_loss=1e-3,
+            z_loss=Z_LOSS,
             normalizer=trained,
         ).total.backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
     assert found[name]["norm"] == pytest.approx(float(expected), rel=1e-5 if "float32" in name else 0.02)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_are_those_of_plain_pytorch(found: dict[str, Any], stage: int) -> None:
+    """Two workers at any stage of ZeRO: AdamW with its betas and its decay, the gradient clipped."""
+    plain, o = Transformer(SHAPE).initialize(0), specification().optimizer
+    named = list(plain.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if "norm" not in name], "weight_decay": o.weight_decay},
+        {"params": [p for name, p in named if "norm" in name], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps)
+    for step in (0, 1, 3):  # of the plan "without"
+        batches = [rows(step, number) for number in range(3)]
+        trained = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
+        for batch in batches:
+            tokens, targets, mask = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.mask[:, 1:]
+            logits = plain(tokens)[mask]
+            nll = torch.nn.functional.cross_entropy(logits, targets[mask], reduction="sum")
+            ((nll + Z_LOSS * (torch.logsumexp(logits, dim=-1) ** 2).sum()) / trained).backward()
+        assert torch.nn.utils.clip_grad_norm_(plain.parameters(), o.gradient_clip) > o.gradient_clip
+        optimizer.step()
+        optimizer.zero_grad()
+    for weight, value in plain.state_dict().items():
+        torch.testing.assert_close(found[f"float32, ZeRO {stage}"]["without"][weight], value, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

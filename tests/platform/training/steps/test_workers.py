@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,14 +30,24 @@ def untrained(shape: ModelConfig) -> Transformer:
     return Transformer(shape.model_copy(update={"vocabulary_size": SIZE})).initialize(0)
 
 
-def take_steps(rank: int, world: int, spec: PretrainSpecification, recompute: bool, folder: str) -> None:
-    """A worker that takes three steps of three micro-batches; the first writes weights, losses and gradient norms."""
+Variants = dict[str, tuple[PretrainSpecification, bool]]  # the stage, and whether its activations are recomputed
+
+
+def work(rank: int, world: int, variants: Variants, folder: str) -> None:
+    """A worker that takes three steps of three micro-batches of each variant; the first one writes down weights, losses
+    and gradient norms."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world
     )
+    found = {name: take_steps(rank, world, *variant) for name, variant in variants.items()}
+    if rank == 0:
+        torch.save(found, f"{folder}/{world}.pt")
+
+
+def take_steps(rank: int, world: int, spec: PretrainSpecification, recompute: bool) -> dict[str, Any]:
     assert spec.model is not None
     run = engine.initialize(untrained(spec.model).checkpoint_activations(recompute), spec, world)
     image_mask_V = torch.arange(SIZE) >= 40
@@ -53,23 +63,74 @@ def take_steps(rank: int, world: int, spec: PretrainSpecification, recompute: bo
         assert bool(stability) == (rank == 0 and step == 1)
         sums = engine.everywhere(local)
         seen.append([*sums.tolist(), *counts, float(run.get_global_grad_norm())])
-    weights = engine.gathered_weights(run, keep=rank == 0)
-    if rank == 0:
-        torch.save({"weights": weights, "seen": seen}, f"{folder}/{world}.pt")
+    return {"weights": engine.gathered_weights(run, keep=rank == 0), "seen": seen}
 
 
-@pytest.mark.parametrize(("zero_stage", "recompute"), [(1, False), (3, False), (3, True)])
+VARIANTS = {"ZeRO 1": (1, False), "ZeRO 3": (3, False), "ZeRO 3, recomputed": (3, True)}
+
+
+@pytest.fixture(scope="module")
+def found(
+    stage: Callable[..., PretrainSpecification], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, Any]]:
+    """What one worker and what two have seen."""
+    folder = tmp_path_factory.mktemp("workers")
+    optimizer = {"learning_rate": 0.01, "eps": 1e-3}
+    variants = {name: (stage(zero_stage=zero, optimizer=optimizer), again) for name, (zero, again) in VARIANTS.items()}
+    for world in (1, 2):
+        torch.multiprocessing.spawn(work, (world, variants, str(folder)), nprocs=world)
+    return {world: torch.load(folder / f"{world}.pt") for world in (1, 2)}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_one_and_two_workers_take_the_same_steps(
-    stage: Callable[..., PretrainSpecification], shape: ModelConfig, tmp_path: Path, zero_stage: int, recompute: bool
+    found: dict[int, dict[str, Any]], shape: ModelConfig, name: str
 ) -> None:
     """Three micro-batches: two workers need an empty one. Dropout is on: it too follows the micro-batch. Stability is
     measured by one of them, and activations are recomputed or kept: neither changes a step."""
-    spec = stage(zero_stage=zero_stage, optimizer={"learning_rate": 0.01, "eps": 1e-3})
-    for world in (1, 2):
-        torch.multiprocessing.spawn(take_steps, (world, spec, recompute, str(tmp_path)), nprocs=world)
-    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    one, two = found[1][name], found[2][name]
     assert two["seen"] == [pytest.approx(values, rel=1e-4) for values in one["seen"]]
     initial = untrained(shape).state_dict()
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=2e-5)
-        assert not torch.equal(weight, initial[name])
+    for weight, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][weight], value, rtol=0, atol=2e-5)
+        assert not torch.equal(value, initial[weight])
+
+
+class Watched:
+    """A stand-in for DeepSpeed's engine that moves no weights, and keeps the loss of every forward pass."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module: Transformer) -> None:
+        self.module, self.losses = module, list[float]()
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        found = self.module(*given, **named)
+        self.losses.append(found.total.item())
+        return found
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None: ...
+
+    def step(self) -> None: ...
+
+
+def test_dropout_is_another_for_every_micro_batch_and_step_and_the_same_on_any_number_of_workers(
+    shape: ModelConfig,
+) -> None:
+    """One and the same micro-batch six times: the losses differ by what is dropped alone."""
+    module = untrained(shape.model_copy(update={"dropout": 0.3})).train()
+    image_mask_V = torch.arange(SIZE) >= 40
+
+    def losses(seed: int, step: int, world: int) -> list[float]:
+        """Of the micro-batches of a global batch, in its order."""
+        found = [0.0] * 6
+        for rank in range(world):
+            run: Any = Watched(module)
+            counts = engine.Counts(10.0 * world, 0.0, 10.0)  # normalizes alike for any number of workers
+            engine.step(run, [rows(0, 1)] * (6 // world), counts, image_mask_V, 0.0, world, (seed, step, rank))
+            found[rank::world] = run.losses
+        return found
+
+    alone = losses(0, 0, 1)
+    assert losses(0, 0, 2) == losses(0, 0, 3) == alone
+    assert len({*alone, *losses(0, 1, 1), *losses(1, 0, 1)}) == 18

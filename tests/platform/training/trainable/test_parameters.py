@@ -71,6 +71,19 @@ def test_merged_adapters_say_what_the_adapted_model_says(stage: Stage) -> None:
     assert not torch.allclose(merged(tokens), Transformer(SHAPE).initialize(0)(tokens), atol=0.1)
 
 
+def test_adapters_are_scaled_by_alpha_over_their_rank(stage: Stage) -> None:
+    """As in section 4.1 of the paper: W x + alpha / r * B A x, in the layer and in what it is merged into."""
+    spec = stage(lora={"rank": 4, "alpha": 6, "targets": ["blocks.0.attention.query"]})
+    adapted = parameters.prepare(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
+    layer: Any = adapted.get_submodule("blocks.0.attention.query")
+    torch.nn.init.normal_(layer.lora_up, generator=torch.Generator().manual_seed(0))
+    x, w, a, b = (t.detach().double() for t in (torch.randn(5, 32), layer.weight, layer.lora_down, layer.lora_up))
+    expected = x @ w.T + 1.5 * (x @ a.T) @ b.T
+    torch.testing.assert_close(layer(x.float()).double(), expected, rtol=1e-5, atol=1e-5)
+    merged = parameters.plain(adapted.state_dict(), spec, VOCABULARY)["blocks.0.attention.query.weight"]
+    torch.testing.assert_close(x @ merged.double().T, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_adapters_are_a_function_of_the_seed_and_as_large_as_their_rank(stage: Stage) -> None:
     def adapters(seed: int) -> dict[str, torch.Tensor]:
         model = Transformer(SHAPE).initialize(0)
