@@ -41,14 +41,13 @@ from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform.cluster import connection
-from calumma.serve import engine_process
-from calumma.serve.app import deploy, undeploy
+from calumma.serve.deploy.endpoint import deploy, undeploy
+from calumma.serve.replica.engine.process import MODULE as ENGINE_PROCESS
 from calumma.serve.settings import ServeSettings
 
 CHAT = "/v1/chat/completions"
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes" / "quickstart"
 NAME = "load"
-ENGINE_PROCESS = engine_process.MODULE
 PATIENCE = 600
 ROUNDS = 3
 SETTLED = 15.0  # seconds that the chart goes on when it is all over

@@ -217,7 +217,7 @@ class Transformer(nn.Module):
             z_loss=z_loss,
             normalizer=normalizer,
         )
-        return Loss(total, sums, stability.named(measured, measured_output))
+        return Loss(total, sums, stability.by_name(measured, measured_output))
 
     def hidden(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """LongTensor [B, T] -> FloatTensor [B, T, D], what the output projection reads.

@@ -121,7 +121,7 @@ def write_weights(
     files = [FILE] if len(shards) == 1 else [_shard(k, len(shards)) for k in range(1, len(shards) + 1)]
     done = 0
 
-    def tell(name: str) -> None:
+    def report(name: str) -> None:
         nonlocal done
         done += weights[name].bytes
         if progress is not None:
@@ -129,7 +129,7 @@ def write_weights(
 
     for file, names in zip(files, shards, strict=True):
         with (directory / file).open("wb") as opened:
-            _write_file(opened, {name: weights[name] for name in names}, tell)
+            _write_file(opened, {name: weights[name] for name in names}, report)
     if len(shards) > 1:
         placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": placed}
@@ -154,7 +154,7 @@ def _shards(weights: Weights, shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(file: BinaryIO, weights: Weights, tell: Callable[[str], object]) -> None:
+def _write_file(file: BinaryIO, weights: Weights, report: Callable[[str], object]) -> None:
     """One safetensors file: length of the header, the header, the tensors' bytes; widest dtypes first, so that every
     tensor lies at a multiple of its element size."""
     names = sorted(weights, key=lambda name: -weights[name].dtype.itemsize)
@@ -170,7 +170,7 @@ def _write_file(file: BinaryIO, weights: Weights, tell: Callable[[str], object])
     file.write(struct.pack("<Q", len(encoded)) + encoded)
     for name in names:
         file.write(_bytes(name, weights[name]))
-        tell(name)
+        report(name)
 
 
 def _bytes(name: str, entry: LazyTensor) -> memoryview:

@@ -52,7 +52,7 @@ class RemoteImages(Section):
     redirects: int = Field(3, ge=0)
 
 
-class Key(Section):
+class APIKey(Section):
     """An API key, known by its hash alone."""
 
     name: str = Field(pattern=NAME)
@@ -157,7 +157,7 @@ class ServeSettings(ModelSettings):
     max_body_mebibytes: float = Field(32.0, gt=0, description="largest request body")
     limits: Limits = Limits()
     remote_images: RemoteImages = RemoteImages()
-    keys: tuple[Key, ...] = Field((), description="who may use the API; none: everybody")
+    keys: tuple[APIKey, ...] = Field((), description="who may use the API; none: everybody")
     safety: Safety = Safety()
     watch_seconds: float | None = Field(
         None, gt=0, description="how often models:/name@alias is looked up for a new version; none: never"

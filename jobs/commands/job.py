@@ -123,20 +123,10 @@ def list_jobs(address: Dashboard = DASHBOARD) -> None:
     """The jobs that were submitted to a cluster, newest first."""
 
     def act() -> None:
-        from rich.console import Console
-        from rich.table import Table
-
         with client(address) as jobs:
             found = [job for job in jobs.list_jobs() if job.submission_id]
-        table = Table("id", "job", "status", "started", "took", "storage")
-        for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True):
-            told = job.metadata or {}
-            names = (told.get("job", "(not of calumma)"), job.status.value)
-            table.add_row(job.submission_id, *names, _started(job), _took(job), told.get("storage", ""))
-        if found:
-            Console().print(table)
-        else:
-            typer.echo(f"no job was submitted to {address} yet")
+        for line in listing(found) if found else [f"no job was submitted to {address} yet"]:
+            typer.echo(line)
 
     _exit(act)
 
@@ -209,6 +199,18 @@ UNTRACKED = (
     "models are tracked in the job's temporary folder on one node, and lost with it. Give an MLflow server, say "
     "--set tracking.uri=http://HOST:5000"
 )
+
+
+def listing(jobs: list[Any]) -> list[str]:
+    """A line a job under a line of names, newest first, in columns as wide as what stands in them: an id or a storage
+    that a terminal's width has shortened is of no use."""
+    rows = [("id", "job", "status", "started", "took", "storage")]
+    for job in sorted(jobs, key=lambda job: job.start_time or 0, reverse=True):
+        told = job.metadata or {}
+        names = (told.get("job", "(not of calumma)"), job.status.value)
+        rows.append((job.submission_id, *names, _started(job), _took(job), told.get("storage", "")))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def skipped_inputs(report: dict[str, Any]) -> list[str]:

@@ -107,11 +107,11 @@ def start(
 @app.command()
 def key(name: Annotated[str, typer.Argument(help="Whose it is; shown in errors and logs.")]) -> None:
     """Make an API key: show it once, and the line that goes into the file of `serve start --keys`."""
-    from calumma.serve.keys import hashed, new_key
+    from calumma.serve.http.access.api_keys import hash_key, new_key
 
     secret = new_key()
     typer.echo(f"key   {secret}")
-    typer.echo(f"line  {hashed(secret)} {name}")
+    typer.echo(f"line  {hash_key(secret)} {name}")
 
 
 @app.command()
@@ -169,7 +169,7 @@ def _stop(service_: Service, console: Console, now: bool = False) -> None:
     try:
         with console.status("stopping: waiting for answers in flight"):
             if service_.pid is None or (not now and _answers(service_)):
-                from calumma.serve.app import undeploy
+                from calumma.serve.deploy.endpoint import undeploy
 
                 with ray_head.connected(service_.address, ours=service_.pid is not None):
                     undeploy(service_.name)
@@ -232,9 +232,9 @@ def _further(text: str, tracking_uri: str | None) -> dict[str, Any]:
 
 def _keys(file: Path | None) -> list[dict[str, Any]]:
     """The API keys of a file and the environment. Raises ValueError, OSError."""
-    from calumma.serve.keys import known_keys
+    from calumma.serve.http.access.api_keys import load_keys
 
-    return [one.model_dump() for one in known_keys(file)]
+    return [one.model_dump() for one in load_keys(file)]
 
 
 def replica_range(text: str) -> tuple[int, int]:
@@ -295,11 +295,12 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
     """On a Ray head of our own."""
     settings = _settings(values)
     with console.status("looking at the model"):
-        from calumma.serve import app as serving
+        from calumma.serve.deploy.endpoint import deploy
+        from calumma.serve.deploy.preparation import locate_servable, require_port
 
         for one in settings.models:
-            serving.find(one)
-        serving.require_port(settings.host, settings.port)
+            locate_servable(one)
+        require_port(settings.host, settings.port)
     needed = settings.ingress_cpus
     devices = capacity.gpus()
     for model in settings.models:  # with a model's next version beside it for as long as the old one has work
@@ -326,7 +327,7 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
         begun.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
         with console.status(f"loading {settings.model}"), ray_head.connected(head.address, ours=True):
             _ended_by_sigterm()
-            serving.deploy(settings)
+            deploy(settings)
     except BaseException:
         begun.end()
         raise
@@ -337,9 +338,9 @@ def _start_elsewhere(values: dict[str, Any], address: str, console: Console) -> 
     """On a cluster that runs already."""
     settings = _settings(values)
     with console.status(f"loading {settings.model} on {address}"), ray_head.connected(address, ours=False):
-        from calumma.serve import app as serving
+        from calumma.serve.deploy.endpoint import deploy
 
-        url = serving.deploy(settings, wait=False)
+        url = deploy(settings, wait=False)
     begun = Service(url=url, model=settings.model, name=settings.name, started=time.time(), address=address)
     begun.write()
     return begun

@@ -276,7 +276,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
 @contextmanager
 def _served(spec: AnswersSpecification, options: Options) -> Iterator[tuple[str, str]]:
     """(URL, model name) of the registered model behind Ray Serve, for the length of the block."""
-    from calumma.serve.app import deploy, undeploy
+    from calumma.serve.deploy.endpoint import deploy, undeploy
     from calumma.serve.settings import ServeSettings
 
     name = spec.model.removeprefix("models:/").partition("@")[0]

@@ -52,7 +52,7 @@ def output(x_MD: Tensor, rows_R: Tensor, weight_VD: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(logits_tV, dim=-1).mean(), log_z_t.mean(), log_z_t.max()])
 
 
-def named(blocks: list[Tensor], output_3: Tensor | None) -> dict[str, Tensor]:
+def by_name(blocks: list[Tensor], output_3: Tensor | None) -> dict[str, Tensor]:
     """What was measured by name: `layer_00/query_norm`, ..., `logit_norm`, ...; empty when nothing was."""
     found = {
         f"layer_{layer:02d}/{name}": value

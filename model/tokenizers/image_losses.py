@@ -170,7 +170,7 @@ class CodebookAverage:
         known = self.counts_K > 1e-5
         codebook_KE[known] = self.sums_KE[known] / self.counts_K[known, None]
 
-    def forget(self, moved_K: Tensor) -> None:
+    def reset(self, moved_K: Tensor) -> None:
         """Begin anew for codes that were restarted elsewhere (BoolTensor [K])."""
         self.counts_K[moved_K] = 0
         self.sums_KE[moved_K] = 0
@@ -208,7 +208,7 @@ class ImageObjective:
                 part.to(device)
         return self
 
-    def judges(self, step: int) -> bool:
+    def discriminator_active(self, step: int) -> bool:
         """Whether the discriminator takes part in a step (the first is 0)."""
         return self.discriminator is not None and step >= self.config.adversarial_start
 
@@ -225,7 +225,7 @@ class ImageObjective:
         if config.codebook == "gradient":
             total = total + reconstruction.codebook_loss
         parts |= {"codebook_loss": reconstruction.codebook_loss, "commitment_loss": reconstruction.commitment_loss}
-        if self.discriminator is not None and self.judges(step):
+        if self.discriminator is not None and self.discriminator_active(step):
             self.discriminator.requires_grad_(False)
             parts["adversarial_loss"] = -self.discriminator(reconstruction.x_BCHW).mean()
             self.discriminator.requires_grad_(True)

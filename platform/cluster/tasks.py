@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from calumma.platform.cluster import capacity
+from calumma.platform.cluster.restart_notice import hold_back_restart_notice
 from calumma.platform.specification import Resources
 
 MAX_BLOCKS = 4096  # tasks beyond it share a block: Ray Data's bookkeeping stays small
@@ -50,6 +51,8 @@ def in_order(
     # It warns that there are no progress bars, which is what we ask for.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     actors = isinstance(work, type)
+    if actors:
+        hold_back_restart_notice()
     function: Any = _JsonActor if actors else _json_task
     with DataContext.current(context):
         # JSON keeps Ray Data from guessing a schema for results that differ in shape.

@@ -28,8 +28,8 @@ from calumma.platform.cluster import capacity
 from calumma.platform.cluster.progress import Progress
 from calumma.platform.cluster.tasks import in_order
 from calumma.platform.curation import tasks
+from calumma.platform.curation.report import publish
 from calumma.platform.curation.report.findings import Findings
-from calumma.platform.curation.report.publish import publish
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.curation.steps import chain, decontaminate, duplicates, scoring, staging
 from calumma.platform.curation.tally import Tally

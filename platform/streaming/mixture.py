@@ -95,6 +95,13 @@ def check_epochs(spec: MixtureSpecification, plan: Plan) -> dict[str, float]:
             "sources less weight or more data, or raise max_epochs"
         )
     if over:
-        found = ", ".join(f"{uri} ({count:.1f} epochs)" for uri, count in over.items())
-        logger.warning("repeated more than %g times: %s; set max_epochs to say how much is meant", limit, found)
+        logger.warning(
+            "trained on more than %g times: %s. Up to about 4 passes repeated data is as good as new data, then each "
+            "further pass teaches less (Muennighoff et al. 2023, arXiv 2305.16264; the paper's model took 2.1). Where "
+            "that is meant, as with data as small as the quickstart's, nothing needs doing: `max_epochs: %d` says so. "
+            "Otherwise take fewer steps, or give these sources less weight or more data",
+            limit,
+            ", ".join(f"{uri} ({count:.1f} epochs)" for uri, count in over.items()),
+            math.ceil(max(over.values())),
+        )
     return epochs

@@ -53,11 +53,15 @@ def test_lengths_beyond_the_context_are_refused() -> None:
         build()(torch.zeros(1, 25, dtype=torch.long))
 
 
-def test_dropout_acts_in_training_alone() -> None:
-    model, tokens = build(dropout=0.5), torch.randint(V, (1, 8))
+@pytest.mark.parametrize("norm_order", ["pre", "swin"])
+def test_dropout_acts_in_training_alone_and_on_all_that_joins_the_residual_stream(norm_order: str) -> None:
+    model, tokens = build(dropout=0.5, norm_order=norm_order), torch.randint(V, (1, 8))
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
+    for block in model.blocks:
+        block.dropout = 1.0  # what attention and feed-forward give is lost
+    assert torch.equal(model.hidden(tokens), model.norm(model.embedding(tokens)))
 
 
 def test_initialization_is_a_function_of_the_seed() -> None:
@@ -65,6 +69,17 @@ def test_initialization_is_a_function_of_the_seed() -> None:
     other = build().initialize(1).state_dict()
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
+
+
+def test_initialization_keeps_the_variance_of_the_residual_stream() -> None:
+    """GPT-2's: 0.02, and 0.02 / sqrt(2 layers) for what is added to the stream; norms at 1 and 0."""
+    model = build(layers=8, width=64, ffn_width=128)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(weight, torch.full_like(weight, float(name.endswith("weight"))))
+        else:
+            adds = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+            assert float(weight.detach().std()) == pytest.approx(0.02 / 4 if adds else 0.02, rel=0.1), name
 
 
 # -- what is needed of the output, and when --

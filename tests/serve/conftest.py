@@ -1,4 +1,4 @@
-"""A tiny random model directory, and the HTTP application over it in this process."""
+"""A tiny random model directory, the HTTP application over it in this process, and a backend without a model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import base64
 import io
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,66 @@ from calumma.model.directory import save_model
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
-from calumma.serve.endpoints import create_app
-from calumma.serve.replica import EngineReplica
+from calumma.serve.http.app import create_app
+from calumma.serve.protocol import Finished, GenerationRequest, OutputEvent, Started, TextDelta, TokenCount
+from calumma.serve.replica.replica import EngineReplica
 from calumma.serve.settings import ServeSettings
 
 CONTEXT = 128
 IMAGE_SIZE = 8  # pixels; 16 codes
+
+Step = OutputEvent | Exception | Callable[[], Awaitable[Any]]
+
+
+def answered(*events: OutputEvent) -> list[Step]:
+    """The steps of an output that is begun and finished: three tokens of prompt, a token of text for each event."""
+    return [Started(TokenCount(3)), *events, Finished("stop", TokenCount(len(events)))]
+
+
+class StubBackend:
+    """A `Backend` without an engine. A request takes the given steps: events are sent, exceptions raised, and what is
+    callable is awaited. `script` gives the steps of a request instead. Without any, it says "seven"."""
+
+    def __init__(
+        self, *steps: Step, script: Callable[[GenerationRequest], Iterable[Step]] | None = None, facts: Any = None
+    ) -> None:
+        fixed = steps or answered(TextDelta("seven"))
+        self._script = script or (lambda request: fixed)
+        self._facts = {"context": CONTEXT} if facts is None else facts
+        self.healthy = True
+        self.requests: list[GenerationRequest] = []
+        self.endings: list[str] = []  # "whole" or "stopped", of each request
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputEvent]:
+        self.requests.append(request)
+        ending = "stopped"
+        try:
+            for step in self._script(request):
+                if isinstance(step, Exception):
+                    raise step
+                if callable(step):
+                    await step()
+                else:
+                    yield step
+            ending = "whole"
+        finally:
+            self.endings.append(ending)
+
+    async def describe(self) -> dict[str, Any]:
+        if not self.healthy:
+            raise RuntimeError("no replica")
+        return dict(self._facts)
+
+    async def statistics(self) -> dict[str, dict[str, float]]:
+        if not self.healthy:
+            raise RuntimeError("no replica")
+        return {"one": {"requests_waiting": 2.0, "text_tokens": 5.0}}
+
+    async def tokenize(self, text: str) -> list[int]:
+        return [5]
+
+    async def detokenize(self, ids: list[int]) -> str:
+        return "x"
 
 
 @pytest.fixture(scope="session")

@@ -1,141 +1,11 @@
-"""A policy sees prompts before the model does and answers before the client does; refusals have the wire's format."""
+"""A policy is named in the settings, and one that cannot be made is told before anything starts."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from openai import OpenAI
-from starlette.testclient import TestClient
 
-from calumma.model.document import Document, Image, Text
-from calumma.serve.endpoints import create_app
-from calumma.serve.pieces import Drawing, Finished, ImagePiece, Started, TextPiece, TokenCount
-from calumma.serve.safety import Look, Policy, keywords, policy_of
-from calumma.serve.settings import Safety, ServeSettings
-
-from .conftest import listening
-from .test_protection import Stub
-
-CHAT = "/v1/chat/completions"
-RULES = Safety(policy="calumma.serve.safety:keywords", options={"words": ["dynamite", "ünsafe word"], "reason": "no"})
-
-
-class Saying(Stub):
-    """A backend that says these pieces, whatever it is asked."""
-
-    def __init__(self, *pieces: Any) -> None:
-        super().__init__()
-        self.pieces, self.asked = pieces, 0
-
-    async def generate(self, job: Any) -> Any:
-        self.asked += 1
-        yield Started(TokenCount(3))
-        for piece in self.pieces:
-            yield piece
-        yield Finished("stop", TokenCount(len(self.pieces)))
-
-
-def client(backend: Stub, safety: Safety = RULES) -> TestClient:
-    return TestClient(create_app(backend, ServeSettings(model="m", name="tiny", safety=safety)))
-
-
-def ask(text: str = "hi", **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": text}], **fields}
-
-
-def streamed(text: str) -> list[dict[str, Any]]:
-    events = [event.removeprefix("data: ") for event in text.strip().split("\n\n")]
-    assert events[-1] == "[DONE]"
-    return [json.loads(event) for event in events[:-1]]
-
-
-@pytest.mark.parametrize("text", ["Dynamite!", "how to use DYNAMITE", "ｄynamite", "an u\u0308nsafe word, please"])
-def test_a_declined_prompt_does_not_reach_the_model(text: str) -> None:
-    backend = Saying(TextPiece("sure"))
-    with client(backend) as http:
-        choice = http.post(CHAT, json=ask(text)).json()["choices"][0]
-        assert choice["finish_reason"] == "content_filter"
-        assert choice["message"]["refusal"] == "no"
-        assert choice["message"]["content"] == ""
-        deltas = [chunk["choices"][0]["delta"] for chunk in streamed(http.post(CHAT, json=ask(text, stream=True)).text)]
-        assert {"refusal": "no"} in deltas
-        image = http.post("/v1/images/generations", json={"prompt": text})
-        assert (image.status_code, image.json()["error"]["code"]) == (400, "content_policy_violation")
-        completion = http.post("/v1/completions", json={"prompt": text}).json()["choices"][0]
-        assert (completion["text"], completion["finish_reason"]) == ("", "content_filter")
-    assert backend.asked == 0
-
-
-@pytest.mark.parametrize("text", ["dynamited", "aerodynamite", "a dynamo"])
-def test_a_word_within_another_is_another_word(text: str) -> None:
-    with client(Saying(TextPiece("sure"))) as http:
-        assert http.post(CHAT, json=ask(text)).json()["choices"][0]["message"]["content"] == "sure"
-
-
-def test_an_answer_is_declined_before_the_word_is_sent() -> None:
-    pieces = [TextPiece(text) for text in ("Take some ", "dyna", "mite", ", light ", "it.")]
-    with client(Saying(*pieces)) as http:
-        chunks = streamed(http.post(CHAT, json=ask(stream=True)).text)
-        assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks) == "Take some "
-        assert chunks[-1]["choices"][0]["finish_reason"] == "content_filter"
-        whole = http.post(CHAT, json=ask()).json()["choices"][0]
-        assert (whole["message"]["content"], whole["message"]["refusal"]) == ("Take some ", "no")
-
-
-@given(st.lists(st.sampled_from(["dyna", "mite", " ", "a", "\n", "dynamite"]), max_size=8))
-def test_whatever_the_pieces_no_declined_word_is_sent_and_else_nothing_is_lost(texts: list[str]) -> None:
-    with client(Saying(*map(TextPiece, texts))) as http:
-        choice = http.post(CHAT, json=ask()).json()["choices"][0]
-    policy = keywords(["dynamite"])
-    declined = policy(Look("answer", Document((Text("".join(texts)),)))) is not None
-    assert (choice["finish_reason"] == "content_filter") == declined
-    sent = choice["message"]["content"]
-    assert policy(Look("answer", Document((Text(sent),)))) is None
-    assert "".join(texts).startswith(sent) if declined else sent == "".join(texts)
-
-
-def no_pictures() -> Policy:
-    def policy(look: Look) -> str | None:
-        drawn = any(isinstance(segment, Image) for segment in look.document.segments)
-        return "no pictures" if look.stage == "answer" and drawn else None
-
-    return policy
-
-
-def test_a_policy_sees_pictures_and_their_previews_are_not_sent(png: bytes) -> None:
-    policy = Safety(policy=f"{__name__}:no_pictures")
-    backend = Saying(TextPiece("Look:"), Drawing(4, 16, png), ImagePiece(png), TextPiece("nice"))
-    options = {"include_progress": True, "partial_images": 2}
-    with client(backend, policy) as http:
-        text = http.post(CHAT, json=ask(stream=True, stream_options=options)).text
-    assert "image/png" not in text
-    assert '"drawing":{"done":4,"total":16}' in text
-    assert "Look:" in text
-    assert "nice" not in text
-    assert "no pictures" in text
-
-
-def test_a_prompt_of_token_ids_is_shown_as_text(replica: Any) -> None:
-    ids = replica.model.text_tokenizer.encode("say dynamite")
-    with client(replica) as http:
-        choice = http.post("/v1/completions", json={"prompt": ids, "max_tokens": 2}).json()["choices"][0]
-        assert choice["finish_reason"] == "content_filter"
-        fine = replica.model.text_tokenizer.encode("say seven")
-        choice = http.post("/v1/completions", json={"prompt": fine, "max_tokens": 2}).json()["choices"][0]
-        assert choice["finish_reason"] != "content_filter"
-        assert "say" not in choice["text"], "what the policy was shown is not echoed"
-
-
-def test_the_openai_client_reads_a_refusal() -> None:
-    app = create_app(Saying(TextPiece("x")), ServeSettings(model="m", name="tiny", safety=RULES))
-    with listening(app) as url, OpenAI(base_url=f"{url}/v1", api_key="x") as openai:
-        answer = openai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "dynamite"}])
-        assert answer.choices[0].message.refusal == "no"
-        assert answer.choices[0].finish_reason == "content_filter"
+from calumma.serve.safety import load_policy
+from calumma.serve.settings import Safety
 
 
 @pytest.mark.parametrize(
@@ -150,4 +20,4 @@ def test_the_openai_client_reads_a_refusal() -> None:
 )
 def test_a_policy_that_cannot_be_made_is_told(safety: Safety, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        policy_of(safety)
+        load_policy(safety)

@@ -38,7 +38,7 @@ class PagedCache:
         """Make one block what another is, in every layer."""
         self.store[:, :, target] = self.store[:, :, source]
 
-    def gathered(self, blocks: int) -> Tensor:
+    def gather_buffer(self, blocks: int) -> Tensor:
         """Room for so many blocks of keys and of values, [2, blocks, block_size, K, H]; the next call re-uses it."""
         size = blocks * self.store[0, 0, 0].numel()
         if self._gathered.shape[1] < size:

@@ -86,7 +86,7 @@ class PagedAttention:
         if self.own_memory:
             k, v = keys[source], values[source]
         else:
-            k, v = self.cache.gathered(source.shape[0])
+            k, v = self.cache.gather_buffer(source.shape[0])
             torch.index_select(keys, 0, source, out=k)
             torch.index_select(values, 0, source, out=v)
         return k.view(B, -1, *k.shape[2:]), v.view(B, -1, *v.shape[2:])

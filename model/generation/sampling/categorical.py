@@ -16,8 +16,8 @@ TRIES = 4  # ids that are proposed for a nucleus before it is made out
 LIKELY = 0.5  # top_p from which a proposed id is likely enough to lie in the nucleus
 
 
-def propose(weights_RC: Tensor, filters_3R: Tensor | None, uniform_RX: Tensor) -> Tensor:
-    """LongTensor [R, 1]: what `draw` gives, in distribution, from weights that need not sum to 1; overwritten.
+def draw_by_rejection(weights_RC: Tensor, filters_3R: Tensor | None, uniform_RX: Tensor) -> Tensor:
+    """LongTensor [R, 1]: ids distributed as those of `draw`, from weights that need not sum to 1; overwritten.
 
     An id drawn from all lies in the nucleus where the ids more likely than itself do not reach top_p. If so it is the
     one, else the next is tried: no row is sorted, which for a flat one costs more than the model. Rows with other

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calumma.model.generation.request import MOST_LOGPROBS, SamplingParams
-from calumma.model.generation.sampling.categorical import TRIES, largest, propose
+from calumma.model.generation.sampling.categorical import TRIES, draw_by_rejection, largest
 from calumma.model.generation.sampling.filters import thresholds
 from calumma.model.vocabulary import Vocabulary
 
@@ -115,7 +115,7 @@ class Sampler:
             torch.sub(logits_RC, top_R1, out=scratch_RC).div_(torch.where(temperature_R1 > 0, temperature_R1, 1.0))
             scratch_RC.exp_()
             filters_3R = settings_R5[:, 1:4].T if metadata.filtered else None
-            drawn_R1 = propose(scratch_RC, filters_3R, self.uniform_SNX[seats_R, number_R])
+            drawn_R1 = draw_by_rejection(scratch_RC, filters_3R, self.uniform_SNX[seats_R, number_R])
             token_R1 = torch.where(temperature_R1 > 0, drawn_R1, token_R1)
         if seen_RN is not None and own_RN is not None:
             logits_RC.scatter_(1, seen_RN, own_RN)  # before the penalty, for the log-probability

@@ -96,7 +96,7 @@ class ImageTraining:
         found = main.model(x_BCHW)
         losses = self.objective.tokenizer(found, x_BCHW, step, self.tokenizer.last_layer)
         parts, norms = dict(losses.parts), [main.differentiate(losses.total * self._weight)]
-        self._found, self._judged = found, critic is not None and self.objective.judges(step)
+        self._found, self._judged = found, critic is not None and self.objective.discriminator_active(step)
         if critic is not None and self._judged:
             loss = discriminator_loss(critic.model, found, x_BCHW)
             norms.append(critic.differentiate(loss * self._weight))
@@ -128,7 +128,7 @@ class ImageTraining:
         used_K = self._used_anywhere() > 0
         self.tokenizer.restart_dead_codes(used_K, x_BCHW, self.generator, self._first, self.spec.batch, self.total)
         if self.average is not None and self.started:
-            self.average.forget(~used_K)
+            self.average.reset(~used_K)
 
     def begin_period(self) -> None:
         """Forget which codes were used."""

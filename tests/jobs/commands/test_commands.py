@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.main import get_command
@@ -263,6 +265,37 @@ def dashboard() -> Iterator[str]:
     finally:
         process.stdin.close()
         process.wait()
+
+
+@pytest.mark.parametrize("columns", ["20", "80"])
+def test_jobs_are_listed_with_whole_ids_whatever_the_width(
+    cli: CliRunner, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    def submitted(number: int, start: int | None, **metadata: str) -> SimpleNamespace:
+        identifier, status = f"raysubmit_{number:016d}", SimpleNamespace(value="SUCCEEDED")
+        end = start and start + 65_000
+        return SimpleNamespace(
+            submission_id=identifier, status=status, start_time=start, end_time=end, metadata=metadata
+        )
+
+    storage = f"s3://bucket/{'a-long-prefix/' * 8}"
+    jobs = [submitted(1, None), submitted(2, 10_000, job="curate", storage=storage), submitted(3, 90_000, job="ablate")]
+    jobs.append(SimpleNamespace(submission_id=None))  # a driver that connected by itself
+
+    @contextmanager
+    def client(address: str) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(list_jobs=lambda: jobs)
+
+    monkeypatch.setattr(job, "client", client)
+    monkeypatch.setenv("COLUMNS", columns)
+    head, *lines = cli.invoke(app, ["job", "list"]).output.splitlines()
+    assert head.split() == ["id", "job", "status", "started", "took", "storage"]
+    assert [line.split()[0] for line in lines] == [f"raysubmit_{number:016d}" for number in (3, 2, 1)]
+    assert lines[1].endswith(f"1 min 5 s  {storage}")
+    assert lines[1].index("curate") == head.index("job")
+    assert lines[2].split("  ")[1:] == ["(not of calumma)", "SUCCEEDED", "not yet"]
+    jobs.clear()
+    assert "no job was submitted" in cli.invoke(app, ["job", "list"]).output
 
 
 @pytest.mark.cluster

@@ -78,6 +78,7 @@ def main() -> None:
     found = answers(Shard.of(None), folder)
     if rank == 0:
         (folder / f"answers{world}.json").write_text(json.dumps(found))
+    dist.barrier()  # one that leaves earlier may take the connections of the others with it
     dist.destroy_process_group()
 
 

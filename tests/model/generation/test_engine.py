@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, Event, PhaseSampling, PromptTooLong, Request, SamplingParams
 from calumma.model.generation.passes.decoder import Decoder
-from calumma.model.transformer import Output, Transformer
+from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
 N = 4  # codes of an image
@@ -25,21 +25,11 @@ WITH_IMAGE = [V.bos, 15, *IMAGE, 18]
 GREEDY = PhaseSampling(temperature=0, repetition_penalty=1.3)
 
 
-class Eager(Output):
-    """Logits of a model that begins an image wherever it may, and never stops."""
-
-    def forward(self, input: Tensor, measure: bool = False, columns: slice | None = None, **loss: Any) -> Tensor:
-        logits = super().forward(input, **loss)
-        logits[..., V.begin_image] += 100
-        logits[..., [V.eos, V.end_turn]] -= 100
-        return logits[..., columns or slice(None)]
-
-
-def tiny() -> Transformer:
-    config = ModelConfig(vocabulary_size=V.size, layers=2, width=16, heads=2, kv_heads=1, ffn_width=24, context=CONTEXT)
-    transformer = Transformer(config)
-    transformer.output = Eager(config)
-    return transformer.initialize(0)
+@pytest.fixture
+def transformer(make_transformer: Callable[..., Transformer]) -> Transformer:
+    """Begins an image wherever it may, and never stops."""
+    bias = {V.begin_image: 100, V.eos: -100, V.end_turn: -100}
+    return make_transformer(V.size, bias=bias, width=16, heads=2, kv_heads=1, ffn_width=24)
 
 
 def engine_of(transformer: Transformer, **options: Any) -> Engine:
@@ -78,8 +68,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_a_second_image_computes_nothing_again_and_unneeded_branches_never_run(passes: list[int]) -> None:
-    transformer = tiny()
+def test_a_second_image_computes_nothing_again_and_unneeded_branches_never_run(
+    transformer: Transformer, passes: list[int]
+) -> None:
     params = SamplingParams(2 * (N + 2), "interleaved", 2, text=GREEDY, guidance_text=3.0, guidance_image=1.2)
     run(engine_of(transformer, block_size=4), Request("r", [V.bos], params))
     # bos; f with u's two; codes of both; last code and end; f, what i lacks of u's blocks (last code, end, begin), u
@@ -94,8 +85,7 @@ def test_a_second_image_computes_nothing_again_and_unneeded_branches_never_run(p
     assert passes == [2, *[1] * (N - 1)]  # no image before: i is u, and f is left alone; the end needs no pass
 
 
-def test_prompts_that_begin_alike_are_computed_once(passes: list[int]) -> None:
-    transformer = tiny()
+def test_prompts_that_begin_alike_are_computed_once(transformer: Transformer, passes: list[int]) -> None:
     engine = engine_of(transformer, block_size=4)
     system = [V.bos, *range(15, 26), *range(15, 20)]
     requests = [Request(str(i), [*system, 20 + i], SamplingParams(1)) for i in range(3)]
@@ -110,8 +100,7 @@ def test_prompts_that_begin_alike_are_computed_once(passes: list[int]) -> None:
     assert passes == [3 * 18]
 
 
-def test_a_conversation_goes_on_where_its_last_answer_ended(passes: list[int]) -> None:
-    transformer = tiny()
+def test_a_conversation_goes_on_where_its_last_answer_ended(transformer: Transformer, passes: list[int]) -> None:
     engine = engine_of(transformer, block_size=4)
     first = tokens_of(run(engine, Request("first", PLAIN, SamplingParams(9, text=GREEDY))))
     passes.clear()
@@ -119,8 +108,7 @@ def test_a_conversation_goes_on_where_its_last_answer_ended(passes: list[int]) -
     assert passes == [3]  # the answer's last token was never computed
 
 
-def test_abort_frees_the_blocks_at_once_and_disturbs_nobody() -> None:
-    transformer = tiny()
+def test_abort_frees_the_blocks_at_once_and_disturbs_nobody(transformer: Transformer) -> None:
     kept = Request("kept", PLAIN, SamplingParams(20, text=GREEDY))
     expected = answer(transformer, kept)
     engine = engine_of(transformer, max_sequences=2, cache_tokens=256)
@@ -143,8 +131,7 @@ def test_abort_frees_the_blocks_at_once_and_disturbs_nobody() -> None:
     engine.add(Request("running", WITH_IMAGE, SamplingParams(mode="image")))  # the id is free again
 
 
-def test_refused_requests_disturb_nobody() -> None:
-    transformer = tiny()
+def test_refused_requests_disturb_nobody(transformer: Transformer) -> None:
     kept = Request("kept", PLAIN, SamplingParams(20, text=GREEDY))
     expected = answer(transformer, kept)
     engine = engine_of(transformer, cache_tokens=64)
@@ -170,8 +157,8 @@ def test_refused_requests_disturb_nobody() -> None:
     assert {event.request_id for event in events} == {"kept"}
 
 
-def test_a_long_prompt_does_not_hold_up_those_who_are_answered() -> None:
-    engine = engine_of(tiny(), prefill_tokens=8)
+def test_a_long_prompt_does_not_hold_up_those_who_are_answered(transformer: Transformer) -> None:
+    engine = engine_of(transformer, prefill_tokens=8)
     engine.add(Request("image", [V.bos], SamplingParams(mode="image")))
     engine.add(Request("text", [V.bos], SamplingParams(20)))
     engine.step()
@@ -188,16 +175,15 @@ def test_a_long_prompt_does_not_hold_up_those_who_are_answered() -> None:
     ]
 
 
-def test_codes_come_in_bursts_only_while_nobody_else_could_move() -> None:
-    engine = engine_of(tiny(), prefill_tokens=8)
+def test_codes_come_in_bursts_only_while_nobody_else_could_move(transformer: Transformer) -> None:
+    engine = engine_of(transformer, prefill_tokens=8)
     engine.add(Request("image", [V.bos], SamplingParams(mode="image")))
     engine.add(Request("long", [V.bos] + [16] * 20, SamplingParams(mode="image")))
     steps = [{event.request_id: len(event.tokens) for event in engine.step()} for _ in range(4)]
     assert steps == [{"image": 2}, {"image": 1}, {"image": 1, "long": 2}, {"image": 2, "long": 1}]
 
 
-def test_the_oldest_takes_blocks_from_the_youngest() -> None:
-    transformer = tiny()
+def test_the_oldest_takes_blocks_from_the_youngest(transformer: Transformer) -> None:
     engine = engine_of(transformer, block_size=4, cache_tokens=48, prefix_cache=False)
     requests = [Request(str(i), PLAIN, SamplingParams(28, text=GREEDY)) for i in range(3)]
     events = run(engine, *requests)
@@ -207,8 +193,7 @@ def test_the_oldest_takes_blocks_from_the_youngest() -> None:
     assert all(tokens_of([e for e in events if e.request_id == request.id]) == expected for request in requests)
 
 
-def test_a_broken_model_says_so() -> None:
-    transformer = tiny()
+def test_a_broken_model_says_so(transformer: Transformer) -> None:
     with torch.no_grad():
         transformer.norm.weight.fill_(float("nan"))
     engine = engine_of(transformer)
@@ -217,8 +202,7 @@ def test_a_broken_model_says_so() -> None:
         engine.step()
 
 
-def test_more_requests_than_seats_all_finish() -> None:
-    transformer = tiny()
+def test_more_requests_than_seats_all_finish(transformer: Transformer) -> None:
     engine = engine_of(transformer, max_sequences=3)
     modes = ["interleaved", "image", "text"]
     requests = [

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams
-from calumma.model.transformer import Output, Transformer
+from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
 N = 4  # codes of an image
@@ -23,26 +23,10 @@ GREEDY = PhaseSampling(temperature=0)
 ALLOWED = [*V.text_ids, V.eos, V.end_turn]
 
 
-class Talker(Output):
-    """Logits of a model that never stops, and likes to begin images."""
-
-    def forward(self, input: Tensor, measure: bool = False, columns: slice | None = None, **loss: Any) -> Tensor:
-        logits = super().forward(input, **loss)
-        logits[..., [V.eos, V.end_turn]] -= 50
-        logits[..., V.begin_image] += 2
-        return logits[..., columns or slice(None)]
-
-
 @pytest.fixture(scope="module")
-def transformer() -> Transformer:
-    config = ModelConfig(vocabulary_size=30, layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=64)
-    made, generator = Transformer(config), torch.Generator().manual_seed(3)
-    made.output = Talker(config)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.4, generator=generator)
-    return made.eval()
+def transformer(make_transformer: Callable[..., Transformer]) -> Transformer:
+    """Never stops, and likes to begin images."""
+    return make_transformer(30, seed=3, bias={V.eos: -50, V.end_turn: -50, V.begin_image: 2})
 
 
 def events_of(transformer: Transformer, prompt: list[int], params: SamplingParams, **options: Any) -> list[Event]:

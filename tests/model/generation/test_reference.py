@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -10,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams
 from calumma.model.generation.sampling.categorical import TRIES
-from calumma.model.transformer import Output, Transformer
+from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
 N = 4  # codes of an image
@@ -27,40 +27,16 @@ GREEDY = PhaseSampling(temperature=0, repetition_penalty=1.3)
 GREEDY_IMAGE = PhaseSampling(temperature=0)
 
 
-class Talker(Output):
-    """Logits of a model that never wants to stop."""
-
-    begin_image = 1.0
-
-    def forward(self, input: Tensor, measure: bool = False, columns: slice | None = None, **loss: Any) -> Tensor:
-        logits = super().forward(input, **loss)
-        logits[..., list(STOPS)] -= 100
-        logits[..., V.begin_image] += self.begin_image
-        return logits[..., columns or slice(None)]
+# What is added to the logits of models that never want to stop, and that always want to begin an image.
+TALKER, EAGER = ({**dict.fromkeys(STOPS, -100.0), V.begin_image: bias} for bias in (1.0, 100.0))
+KINDS: list[dict[int, float]] = [{}, TALKER, EAGER]
+Tiny = Callable[..., Transformer]
 
 
-class Eager(Talker):
-    """Of one that wants to begin an image always."""
-
-    begin_image = 100.0
-
-
-KINDS = [Output, Talker, Eager]
-
-
-def tiny(kind: type[Output] = Output, seed: int = 0) -> Transformer:
-    """Weights large enough that a token's distribution depends on what precedes it."""
-    config = ModelConfig(
-        vocabulary_size=30, layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=CONTEXT, dropout=0.1
-    )
-    transformer = Transformer(config)
-    transformer.output = kind(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.4, generator=generator)
-    return transformer.eval()
+@pytest.fixture(scope="session")
+def tiny(make_transformer: Callable[..., Transformer]) -> Tiny:
+    """(kind, seed)"""
+    return lambda kind=KINDS[0], seed=0: make_transformer(30, seed, kind, context=CONTEXT, dropout=0.1)
 
 
 def engine_of(transformer: Transformer, **options: Any) -> Engine:
@@ -197,7 +173,7 @@ PROMPTS = {
 @pytest.mark.parametrize("scales", [(3.0, 1.2), (1.0, 1.0), (2.0, 2.0), (2.0, 1.0), (1.0, 1.7), (0.0, 0.5)])
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_tokens_equal_uncached_passes_with_the_papers_guidance(
-    prompt: str, mode: Any, scales: tuple[float, float], temperature: float
+    tiny: Tiny, prompt: str, mode: Any, scales: tuple[float, float], temperature: float
 ) -> None:
     for seed, kind in enumerate(KINDS):
         transformer = tiny(kind, seed)
@@ -229,7 +205,9 @@ def many(seeded: bool) -> list[Request]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("max_sequences", [3, 7, 27])
-def test_a_request_does_not_notice_its_company(kind: type[Output], seeded: bool, max_sequences: int) -> None:
+def test_a_request_does_not_notice_its_company(
+    tiny: Tiny, kind: dict[int, float], seeded: bool, max_sequences: int
+) -> None:
     transformer = tiny(kind)
     requests = many(seeded)
     alone = {request.id: answer(transformer, request) for request in requests}
@@ -237,8 +215,8 @@ def test_a_request_does_not_notice_its_company(kind: type[Output], seeded: bool,
     assert {id: tokens_of(events) for id, events in together.items()} == alone
 
 
-def test_joining_and_leaving_at_any_step_changes_nobody() -> None:
-    transformer = tiny(Eager)
+def test_joining_and_leaving_at_any_step_changes_nobody(tiny: Tiny) -> None:
+    transformer = tiny(EAGER)
     requests = many(seeded=True)
     alone = {request.id: answer(transformer, request) for request in requests}
     engine = engine_of(transformer, max_sequences=6)
@@ -261,8 +239,8 @@ def test_joining_and_leaving_at_any_step_changes_nobody() -> None:
 @pytest.mark.parametrize(
     "options", [{"prefill_tokens": 1}, {"prefill_tokens": 5}, {"image_burst": 1}, {"image_burst": 3}]
 )
-def test_prefill_in_parts_and_bursts_of_codes_change_no_token(options: dict[str, int]) -> None:
-    transformer = tiny(Eager)
+def test_prefill_in_parts_and_bursts_of_codes_change_no_token(tiny: Tiny, options: dict[str, int]) -> None:
+    transformer = tiny(EAGER)
     requests = many(seeded=True)
     expected = run(engine_of(transformer), *requests)
     found = run(engine_of(transformer, **options), *requests)
@@ -270,7 +248,7 @@ def test_prefill_in_parts_and_bursts_of_codes_change_no_token(options: dict[str,
         assert tokens_of(found[request.id]) == tokens_of(expected[request.id])
 
 
-def test_a_seed_repeats_and_another_differs() -> None:
+def test_a_seed_repeats_and_another_differs(tiny: Tiny) -> None:
     transformer = tiny()
 
     def drawn(seed: int | None) -> list[int]:
@@ -282,16 +260,16 @@ def test_a_seed_repeats_and_another_differs() -> None:
     assert len({tuple(drawn(None)) for _ in range(8)}) > 1
 
 
-def test_a_model_in_training_answers_without_dropout() -> None:
+def test_a_model_in_training_answers_without_dropout(tiny: Tiny) -> None:
     request = Request("r", PROMPTS["text"], SamplingParams(30, seed=1))
-    expected = answer(tiny(Talker), request)
-    transformer = tiny(Talker)
+    expected = answer(tiny(TALKER), request)
+    transformer = tiny(TALKER)
     transformer.train()
     assert answer(transformer, request) == expected
 
 
-def test_fewer_tokens_are_a_prefix_of_more() -> None:
-    transformer = tiny(Eager)
+def test_fewer_tokens_are_a_prefix_of_more(tiny: Tiny) -> None:
+    transformer = tiny(EAGER)
     short, long = (
         answer(transformer, Request("r", PROMPTS["text"], SamplingParams(max_tokens, seed=1))) for max_tokens in (3, 40)
     )
@@ -311,6 +289,7 @@ def test_fewer_tokens_are_a_prefix_of_more() -> None:
     kind=st.sampled_from(KINDS),
 )
 def test_answers_follow_the_grammar(
+    tiny: Tiny,
     seed: int,
     mode: Any,
     max_tokens: int,
@@ -318,7 +297,7 @@ def test_answers_follow_the_grammar(
     prompt: list[int],
     padding: int,
     guidance: float,
-    kind: type[Output],
+    kind: dict[int, float],
 ) -> None:
     hot = PhaseSampling(2.0, 1.0)
     params = SamplingParams(
@@ -337,7 +316,7 @@ def test_answers_follow_the_grammar(
         assert len(tokens) <= limit
         assert events[-1].finish == ("length" if len(tokens) == limit else "stop")
         assert len(images) <= (max_images if mode == "interleaved" else 0)
-        if kind is Eager and mode == "interleaved":  # begins wherever it may: as often as it fits, at once
+        if kind is EAGER and mode == "interleaved":  # begins wherever it may: as often as it fits, at once
             assert len(images) == min(max_images, limit // (N + 2))
             assert len(images_in(tokens[: len(images) * (N + 2)])) == len(images)
     for event in events:
@@ -347,8 +326,8 @@ def test_answers_follow_the_grammar(
     assert engine.statistics.blocks_used == 0
 
 
-def test_the_longest_prompts_that_fit_share_a_prefill_with_short_ones() -> None:
-    transformer = tiny(Eager)
+def test_the_longest_prompts_that_fit_share_a_prefill_with_short_ones(tiny: Tiny) -> None:
+    transformer = tiny(EAGER)
     params = SamplingParams(mode="image", text=GREEDY, image=GREEDY_IMAGE)
     prompts = [[V.bos] + [15 + i % 9 for i in range(n)] for n in (CONTEXT - N - 3, 30, 1, 45)]
     prompts.append([V.bos, *IMAGE, *[17] * (CONTEXT - 2 * N - 5)])
@@ -359,7 +338,7 @@ def test_the_longest_prompts_that_fit_share_a_prefill_with_short_ones() -> None:
         assert tokens_of(found[request.id]) == reference(transformer, request.tokens, params)[0]
 
 
-def test_sampled_frequencies_follow_the_temperature() -> None:
+def test_sampled_frequencies_follow_the_temperature(tiny: Tiny) -> None:
     transformer = tiny()
     with torch.no_grad():
         logits_V = transformer(torch.tensor([PROMPTS["text"]]))[0, -1]

@@ -135,7 +135,7 @@ def test_a_code_that_was_moved_elsewhere_begins_anew() -> None:
     average.update(codebook, torch.full((1, 4, 1), 10.0), torch.zeros(1, 4, dtype=torch.long))
     assert codebook[0] == 10
     codebook[0] = -3.0
-    average.forget(torch.tensor([True, False]))
+    average.reset(torch.tensor([True, False]))
     average.update(codebook, torch.full((1, 1, 1), 7.0), torch.ones(1, 1, dtype=torch.long))
     assert codebook.flatten().tolist() == [-3, 7]
     average.update(codebook, torch.full((1, 1, 1), -4.0), torch.zeros(1, 1, dtype=torch.long))
@@ -185,7 +185,7 @@ def test_the_discriminator_counts_from_its_start_on() -> None:
     found = tokenizer(x)
     objective = ImageObjective(small(adversarial=0.5, adversarial_start=3, adversarial_adaptive=False), 0.25)
     assert objective.discriminator is not None
-    assert [objective.judges(step) for step in (0, 2, 3, 9)] == [False, False, True, True]
+    assert [objective.discriminator_active(step) for step in (0, 2, 3, 9)] == [False, False, True, True]
     before = objective.tokenizer(found, x, 2, tokenizer.last_layer)
     after = objective.tokenizer(found, x, 3, tokenizer.last_layer)
     assert "adversarial_loss" not in before.parts

@@ -146,6 +146,10 @@ def test_epochs_are_told_by_source_and_too_many_pointed_out(caplog: pytest.LogCa
     assert levels == {"INFO": 1, "WARNING": 1}
     assert "a 6.00, b 2.00" in caplog.text
     assert "tokens/a (6.0 epochs)" in caplog.text
+    assert "nothing needs doing: `max_epochs: 6` says so" in caplog.text
+    caplog.clear()
+    assert check_epochs(spec.model_copy(update={"max_epochs": 6.0}), plan_of(spec)) == found
+    assert "WARNING" not in caplog.text
 
 
 @pytest.mark.parametrize(("limit", "refused"), [(5.9, True), (6.0, False)])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
@@ -22,15 +21,12 @@ V = Vocabulary(
 )
 
 
-def made(dtype: torch.dtype) -> Transformer:
-    config = ModelConfig(vocabulary_size=40, layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=CONTEXT)
-    transformer, generator = Transformer(config), torch.Generator().manual_seed(3)
+@pytest.fixture
+def made(make_transformer: Callable[..., Transformer]) -> Transformer:
+    transformer = make_transformer(V.size, seed=3, context=CONTEXT)
     with torch.no_grad():
-        for parameter in transformer.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.4, generator=generator)
         transformer.output.weight[[V.eos, V.end_turn]] = 0  # seldom the likeliest
-    return transformer.to(dtype).eval()
+    return transformer
 
 
 class Waits(TorchDispatchMode):
@@ -58,8 +54,10 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_codes_of_several_passes_are_read_together_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(made(torch.float32), V, N, image_burst=8)
+def test_codes_of_several_passes_are_read_together_and_nothing_else_is(
+    made: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(made, V, N, image_burst=8)
     for number in range(3):
         params = SamplingParams(mode="image", image=PhaseSampling(1.0, 0.9, top_k=9, min_p=0.01), seed=number)
         engine.add(Request(str(number), [V.bos, 30 + number], params))
@@ -77,9 +75,9 @@ def test_codes_of_several_passes_are_read_together_and_nothing_else_is(monkeypat
     assert waits.found == {"tolist": 2}, "the tokens, and their log-probabilities"
 
 
-def test_bfloat16_answers_are_what_its_plain_passes_find_likely() -> None:
+def test_bfloat16_answers_are_what_its_plain_passes_find_likely(made: Transformer) -> None:
     """Greedy texts and guided-free images in company: rounding may tip a near tie, and nothing more."""
-    transformer = made(torch.bfloat16)
+    transformer = made.to(torch.bfloat16)
     engine = Engine(transformer, V, N, prefill_tokens=5, block_size=8)
     prompts = {str(number): [V.bos, *range(24, 24 + number)] for number in range(1, 9)}
     greedy = PhaseSampling(temperature=0)

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
+from calumma.model.generation.cache.sequence import Sequence
 from calumma.model.generation.passes.graphs import SEQUENCES
+from calumma.model.generation.passes.layout import BatchLayout
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
 N = 4  # codes of an image
+# bos is not 0: the rows that fill a pass up carry id 0 at position 0, and would write what bos has there
 V = Vocabulary(
-    size=28, pad=1, bos=0, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=list(range(7, 15))
+    size=28, pad=0, bos=1, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=list(range(7, 15))
 )
 
 
 @pytest.fixture(scope="module")
-def transformer() -> Transformer:
-    config = ModelConfig(vocabulary_size=28, layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=64)
-    made, generator = Transformer(config), torch.Generator().manual_seed(3)
+def transformer(make_transformer: Callable[..., Transformer]) -> Transformer:
+    made = make_transformer(V.size, seed=3)
     with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.4, generator=generator)
         made.output.weight[[V.eos, V.end_turn]] = 0  # seldom the likeliest
-    return made.eval()
+    return made
 
 
 def answers(engine: Engine, count: int) -> dict[str, list[int]]:
@@ -64,6 +63,24 @@ def test_fixed_shapes_draw_the_same_tokens(transformer: Transformer, options: di
     assert len(shapes) > 3
     assert all(B in SEQUENCES and M in (1, 2, 4, 8, 16) for B, M in shapes)
     assert fixed.statistics.blocks == plain.statistics.blocks
+
+
+@torch.no_grad()
+def test_what_fills_a_pass_up_writes_to_the_block_that_nobody_owns_alone(transformer: Transformer) -> None:
+    """Three sequences run as four: the cache changes where the three have their next token, and in its last block."""
+    engine = Engine(transformer, V, N, block_size=8, cache_tokens=128, cuda_graphs=True)
+    graphs, cache = engine._runner.graphs, engine._runner.cache
+    assert graphs is not None
+    cache.store.normal_(generator=torch.Generator().manual_seed(0))
+    sequences = [
+        Sequence([V.bos, *range(15, 27)], cached, blocks) for cached, blocks in ((9, [3, 5]), (1, [0]), (7, [2]))
+    ]
+    layout = BatchLayout([(sequence, 1) for sequence in sequences], cache.block_size)
+    before = cache.store.clone()
+    graphs.hidden(torch.tensor(layout.tokens), layout, 0)
+    assert list(graphs.passes) == [(4, 2)]
+    changed = (cache.store != before).sum((0, 1, 4, 5)).nonzero().tolist()  # [block, offset], in any layer or head
+    assert changed == [[0, 1], [2, 7], [5, 1], [cache.blocks - 1, 0]]
 
 
 def test_a_shape_reads_its_inputs_where_they_were_when_it_was_recorded(transformer: Transformer) -> None:

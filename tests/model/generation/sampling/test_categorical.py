@@ -1,7 +1,8 @@
-"""Drawing from a distribution, and the limits of sampling parameters."""
+"""Drawing from a distribution, filtered or not."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, cast
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calumma.model.generation.sampling import categorical
-from calumma.model.generation.sampling.categorical import RUN, draw, inverse_cdf, largest, propose
+from calumma.model.generation.sampling.categorical import RUN, draw, draw_by_rejection, inverse_cdf, largest
 
 
 def filters(rows: int, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) -> Tensor:
@@ -24,6 +25,10 @@ def filters(rows: int, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) -
         ({"top_p": 1.0}, [4, 0, 3, 6, 2]),
         ({"top_p": 0.8}, [4, 0, 3, 6, 0]),
         ({"top_p": 0.6}, [4, 0, 0, 6, 0]),
+        ({"top_p": 0.66}, [4, 0, 0, 6, 0]),  # two thirds are reached
+        ({"top_p": 0.673}, [4, 0, 3, 6, 0]),
+        ({"top_p": 0.86}, [4, 0, 3, 6, 0]),
+        ({"top_p": 0.873}, [4, 0, 3, 6, 2]),
         ({"top_p": 0.0}, [0, 0, 0, 1, 0]),
         ({"top_k": 3}, [4, 0, 3, 6, 0]),
         ({"top_k": 1}, [0, 0, 0, 1, 0]),
@@ -43,29 +48,45 @@ def test_filters_leave_ids_in_proportion(given: dict[str, float], weights: list[
     assert counts == pytest.approx([grid * weight / sum(weights) for weight in weights], abs=1)
 
 
-@pytest.mark.parametrize("tries", [1, 4])
-def test_proposed_ids_have_the_distribution_of_the_filtered_ones(tries: int) -> None:
-    """Rows of all kinds side by side: a wide nucleus, a narrow one, other filters, none that filters."""
-    weights = [4.0, 0, 3, 6, 2]
-    kinds = [
-        (0.8, 0.0, 0, [4, 0, 3, 6, 0]),
-        (0.6, 0.0, 0, [4, 0, 0, 6, 0]),
-        (0.3, 0.0, 0, [0, 0, 0, 6, 0]),
-        (1.0, 0.0, 0, [4, 0, 3, 6, 2]),
-        (0.75, 0.0, 3, [4, 0, 0, 6, 0]),
-        (0.9, 0.34, 0, [4, 0, 3, 6, 0]),
-    ]
-    each = 5000
-    filters_3R = torch.tensor([kind[:3] for kind in kinds]).repeat(each, 1).T
-    uniform_RX = torch.rand(each * len(kinds), tries + 1, generator=torch.Generator().manual_seed(1))
+WEIGHTS = [4, 0, 3, 6, 3, 2]  # of 18; two are equally likely
+# top_p on both sides of every mass at which the nucleus changes, 6/18, 10/18 and 16/18; the other filters; none
+KINDS = [
+    *((boundary / 18 * factor, 0.0, 0) for boundary in (6, 10, 16) for factor in (0.98, 1.02)),
+    (0.0, 0.0, 0),
+    (0.72, 0.0, 0),
+    (1.0, 0.0, 0),
+    (0.75, 0.0, 3),
+    (0.9, 0.34, 0),
+]
+
+
+def nucleus(top_p: float, min_p: float, top_k: int) -> list[int]:
+    """The weights that filters leave of WEIGHTS, by the letter of PhaseSampling."""
+    ranked = sorted(WEIGHTS, reverse=True)[: top_k or None]
+    ranked = [weight for weight in ranked if weight >= min_p * ranked[0]]
+    left = next(n for n in range(1, len(ranked) + 1) if n == len(ranked) or sum(ranked[:n]) >= top_p * sum(ranked))
+    return [weight if weight >= ranked[left - 1] else 0 for weight in WEIGHTS]
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+def test_ids_drawn_by_rejection_have_exactly_the_filtered_distribution(tries: int) -> None:
+    """By enumeration: a random number matters by the id it leads to alone, so one number for each unit of weight stands
+    for all. Rows of all kinds side by side."""
+    settings, uniform, sizes = [], [], []
+    for kind in KINDS:
+        total, left = sum(WEIGHTS), sum(nucleus(*kind))
+        places = [*itertools.product(range(total), repeat=tries)]
+        cells = [[*((p + 0.5) / total for p in place), (k + 0.5) / left] for place in places for k in range(left)]
+        settings += [kind] * len(cells)
+        uniform += cells
+        sizes.append(len(cells))
+    weights_RC = torch.tensor([WEIGHTS] * len(uniform), dtype=torch.float)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(categorical, "TRIES", tries)
-        drawn_R1 = propose(torch.tensor([weights]).repeat(len(uniform_RX), 1), filters_3R, uniform_RX)
-    for number, (*_, left) in enumerate(kinds):
-        counts = drawn_R1[number :: len(kinds)].flatten().bincount(minlength=5).tolist()
-        expected = [each * weight / sum(left) for weight in left]
-        assert [count > 0 for count in counts] == [weight > 0 for weight in left]
-        assert sum((c - e) ** 2 / e for c, e in zip(counts, expected, strict=True) if e) < 20  # chi-square, 4 degrees
+        drawn_R1 = draw_by_rejection(weights_RC, torch.tensor(settings).T, torch.tensor(uniform))
+    for kind, size, drawn in zip(KINDS, sizes, drawn_R1.flatten().split(sizes), strict=True):
+        left = nucleus(*kind)
+        assert drawn.bincount(minlength=len(left)).tolist() == [size * weight // sum(left) for weight in left], kind
 
 
 def test_a_row_gets_the_same_id_in_any_company() -> None:
@@ -74,10 +95,12 @@ def test_a_row_gets_the_same_id_in_any_company() -> None:
     filters_3R = torch.tensor([[0.9], [0.0], [0.0]]).repeat(1, 12)
     filters_3R[0, 3], filters_3R[2, 5] = 0.2, 10
     uniform_RX = torch.rand(12, 5, generator=generator)
-    together_R1 = propose(weights_RC.clone(), filters_3R, uniform_RX)
+    together_R1 = draw_by_rejection(weights_RC.clone(), filters_3R, uniform_RX)
     for row in range(12):
         own = slice(row, row + 1)
-        assert torch.equal(propose(weights_RC[own].clone(), filters_3R[:, own], uniform_RX[own]), together_R1[own])
+        assert torch.equal(
+            draw_by_rejection(weights_RC[own].clone(), filters_3R[:, own], uniform_RX[own]), together_R1[own]
+        )
 
 
 @given(

@@ -46,3 +46,22 @@ def test_thresholds_are_the_same_however_many_are_looked_at(
     for row, (top_p, min_p, top_k), threshold in zip(probabilities_RC.tolist(), rows, found_R.tolist(), strict=True):
         expected = plainly(row, top_p, min_p, top_k)
         assert [p >= threshold for p in row] == [p >= expected for p in row]
+
+
+@pytest.mark.parametrize(("few", "many"), [(64, 1000), (1, 1000), (1, 2)], ids=["sorted", "few at first", "by bits"])
+def test_the_nucleus_ends_where_its_mass_is_reached(few: int, many: int) -> None:
+    """On both sides of every mass at which it changes, whichever way it is looked for."""
+    weights = [2, 6, 3, 4, 3, *[0] * 6]
+    reached = [(6, 6), (10, 4), (16, 3), (18, 2)]  # of 18, and the least weight that is kept up to there
+    rows = [
+        (mass / 18 * factor, reached[min(index + (factor > 1), 3)][1])
+        for index, (mass, _) in enumerate(reached)
+        for factor in (0.97, 1.03)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filtering, "FEW", few)
+        patch.setattr(filtering, "MANY", many)
+        top_p_R = torch.tensor([min(top_p, 0.999) for top_p, _ in rows])
+        probabilities_RC = torch.tensor([weights] * len(rows)) / 18
+        found_R = thresholds(probabilities_RC, top_p_R, torch.zeros(len(rows)), torch.zeros(len(rows)))
+    assert (found_R * 18).tolist() == pytest.approx([least for _, least in rows])

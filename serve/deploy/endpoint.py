@@ -1,0 +1,140 @@
+"""How an endpoint is deployed on Ray Serve and taken down.
+
+Its models are applications of their own, so that a model's next version can start beside it and take over when it
+answers. Ray Serve starts and stops replicas with the load, replaces those that fail, and cancels the work of clients
+that have gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+
+from calumma.serve.deploy.applications import ModelApplication, build_ingress, failure_reason, start_model
+from calumma.serve.deploy.naming import APPLICATION_PREFIX, WATCHER, watcher_application
+from calumma.serve.deploy.preparation import ServeError, locate_servable, require_port
+from calumma.serve.deploy.rollout import AliasWatcher
+from calumma.serve.safety import load_policy
+from calumma.serve.settings import ServeSettings
+
+PATIENCE = 300.0  # seconds; a deployed endpoint answers after one or two
+
+
+def deploy(settings: ServeSettings, wait: bool = True) -> str:
+    """Deploy in the Ray cluster this process is connected to; with `wait`, until it answers. Returns the base URL.
+
+    It outlives this process if the cluster does. Deploying the same name again replaces it: the new models start beside
+    the old ones, which finish what they have begun. The address is one of the cluster's head, so do not wait from
+    another machine. Raises ServeError, TrackingError, StorageError.
+    """
+    from ray import serve
+
+    sources = {model.name: locate_servable(model) for model in settings.models}
+    load_policy(settings.safety)
+    _quiet_logs()
+    _start_http(settings)
+    name = APPLICATION_PREFIX + settings.name
+    old = [application for application in serve.status().applications if application.startswith(f"{name}:")]
+    started: dict[str, ModelApplication] = {}
+    try:
+        for model in settings.models:
+            started[model.name] = start_model(model, sources[model.name], settings.name)
+        table = {model: one.application for model, one in started.items()}
+        _delete([watcher_application(settings.name)])
+        serve.run(build_ingress(settings, table), name=name, route_prefix="/")
+        if settings.watch_seconds:
+            watcher = serve.deployment(name=WATCHER, num_replicas=1, ray_actor_options={"num_cpus": 0})(AliasWatcher)
+            bound = watcher.bind(settings, started, name, settings.watch_seconds)
+            serve.run(bound, name=watcher_application(settings.name), route_prefix=None)
+    except Exception as error:
+        reason = str(error) if isinstance(error, ServeError) else failure_reason(name) or str(error)
+        with contextlib.suppress(Exception):
+            _delete([one.application for one in started.values()])
+            if not old:
+                undeploy(settings.name)
+        raise ServeError(reason) from error
+    _delete([application for application in old if application != watcher_application(settings.name)])
+    if wait:
+        await_health(settings.url)
+    return settings.url
+
+
+def await_health(url: str, patience: float = PATIENCE) -> None:
+    """Wait until a server answers as healthy. Raises ServeError with the last reply after `patience` seconds."""
+    import requests
+
+    end = time.monotonic() + patience
+    while True:
+        try:
+            answer = requests.get(f"{url}/health", timeout=30)
+            if answer.ok:
+                return
+            last = f"status {answer.status_code}: {answer.text[:300]}"
+        except requests.RequestException as error:
+            last = str(error)
+        if time.monotonic() > end:
+            raise ServeError(f"{url}/health is not well after {patience:.0f} s ({last})")
+        time.sleep(0.5)
+
+
+def undeploy(name: str = "calumma", patience: float = PATIENCE) -> None:
+    """Take the endpoint down, and Ray Serve with it when nothing else runs there. New requests are turned away at once;
+    answers in flight get up to `patience` seconds."""
+    from ray import serve
+
+    _quiet_logs()
+    _drop_stale_client()
+    endpoint = APPLICATION_PREFIX + name
+    _delete([watcher_application(name)])
+    _delete([endpoint], patience)  # its streams need the models until they end
+    _delete([application for application in serve.status().applications if application.startswith(f"{endpoint}:")])
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _delete(applications: list[str], patience: float = PATIENCE) -> None:
+    """Delete those that are there, and wait until they are gone."""
+    from ray import serve
+
+    there = set(applications) & set(serve.status().applications)
+    for application in there:
+        serve.delete(application, _blocking=False)
+    end = time.monotonic() + patience
+    while there & set(serve.status().applications) and time.monotonic() < end:
+        time.sleep(0.2)
+
+
+def _quiet_logs() -> None:
+    """Ray Serve's messages on every deployment stay in its log files; the terminal gets warnings."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _drop_stale_client() -> None:
+    """This process may have a handle of a Ray Serve that another process has shut down since."""
+    from ray.serve.context import _check_cached_client_alive
+
+    _check_cached_client_alive()
+
+
+def _start_http(settings: ServeSettings) -> None:
+    """Start Ray Serve's proxy at the wanted address, or check that the one that runs is there."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.exceptions import RayServeException
+
+    _drop_stale_client()
+    try:
+        client = _get_global_client()
+    except RayServeException:
+        client = None
+    if client is None:
+        require_port(settings.host, settings.port)
+        serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port})
+        return
+    running = client.http_config
+    if (running.host, running.port) != (settings.host, settings.port):
+        raise ServeError(
+            f"Ray Serve runs in this cluster already and listens at {running.host}:{running.port}, "
+            f"not at {settings.host}:{settings.port}; use that address, or stop it first"
+        )

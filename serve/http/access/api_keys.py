@@ -1,0 +1,117 @@
+"""API keys: who may ask, and how much at once. Only their SHA-256 hashes are kept, in memory and in files.
+
+A key is 256 random bits, so a plain hash keeps it; a password would need a slow one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.settings import APIKey
+
+VARIABLE = "CALUMMA_API_KEYS"
+PREFIX = "sk-calumma-"
+LINE = re.compile(r"(?P<sha256>[0-9a-f]{64})(?:\s+(?P<name>[A-Za-z0-9._-]+))?(?:\s+(?P<running>[1-9]\d*))?$")
+FORM = "SHA256 [NAME [REQUESTS AT ONCE]]"
+
+
+def new_key() -> str:
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_key(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def parse_keys(lines: Iterator[str] | list[str], where: str) -> list[APIKey]:
+    """Keys, one a line; empty lines and comments are skipped. Raises ValueError that names the line, not the key."""
+    keys = []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = LINE.match(text)
+        if found is None:
+            raise ValueError(
+                f"{where}, entry {number}: not `{FORM}`. Keys are given by their hash: calumma serve key makes one"
+            )
+        running = found["running"]
+        keys.append(
+            APIKey(
+                name=found["name"] or found["sha256"][:8],
+                sha256=found["sha256"],
+                running=int(running) if running else None,
+            )
+        )
+    return keys
+
+
+def load_keys(file: Path | None) -> list[APIKey]:
+    """The keys of a file, and of the environment (entries separated by commas). Raises ValueError, OSError."""
+    keys = parse_keys(file.read_text().splitlines(), str(file)) if file else []
+    if file and not keys:
+        raise ValueError(f"{file} holds no key: everybody could use the server. Leave --keys out if that is wanted")
+    return keys + parse_keys(os.environ.get(VARIABLE, "").split(","), f"${VARIABLE}")
+
+
+class AccessControl:
+    """Authenticates requests by their API key, and limits how many run at once: in all, and of each key. Without keys
+    everybody may use the server."""
+
+    def __init__(self, keys: tuple[APIKey, ...], running: int, running_per_key: int) -> None:
+        self._keys = {key.sha256: key for key in keys}
+        self._running, self._per_key = running, running_per_key
+        self._in_flight: Counter[str] = Counter()  # by the key's name
+
+    @property
+    def open(self) -> bool:
+        """Whether no key is needed."""
+        return not self._keys
+
+    def authenticate(self, authorization: str) -> APIKey | None:
+        """The key in an Authorization header; None where none is needed. Raises APIError 401.
+
+        Looking a hash up takes a time that depends on the hash alone, which tells nothing about a key.
+        """
+        if self.open:
+            return None
+        scheme, _, secret = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise APIError(
+                "this server needs an API key; send it as Authorization: Bearer KEY", status=401, code="invalid_api_key"
+            )
+        key = self._keys.get(hash_key(secret.strip()))
+        if key is None:
+            raise APIError("the API key is not one that this server knows", status=401, code="invalid_api_key")
+        return key
+
+    @contextmanager
+    def slot(self, key: APIKey | None) -> Iterator[None]:
+        """Held for the length of a request. Raises APIError 429 when there are too many."""
+        if self._in_flight.total() >= self._running:
+            raise APIError(
+                f"the server is working on {self._running} requests already; try again shortly",
+                status=429,
+                code="overloaded",
+            )
+        name = key.name if key else ""
+        most = (key.running or self._per_key) if key else self._running
+        if self._in_flight[name] >= most:
+            raise APIError(
+                f"this API key has {most} requests under way, as many as it may; wait for one to end",
+                status=429,
+                code="rate_limit_exceeded",
+            )
+        self._in_flight[name] += 1
+        try:
+            yield
+        finally:
+            self._in_flight[name] -= 1

@@ -1,0 +1,35 @@
+"""The HTTP application over any backends, assembled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI
+
+from calumma.serve.http.access.middleware import AccessMiddleware
+from calumma.serve.http.context import ServingContext
+from calumma.serve.http.endpoints.chat import add_chat
+from calumma.serve.http.endpoints.completions import add_completions
+from calumma.serve.http.endpoints.images import add_images
+from calumma.serve.http.endpoints.status import add_status
+from calumma.serve.http.endpoints.tokenizer import add_tokenizer
+from calumma.serve.http.error_handlers import add_error_handlers
+from calumma.serve.protocol import Backend
+from calumma.serve.settings import ServeSettings
+
+
+def create_app(backends: Backend | Mapping[str, Backend], settings: ServeSettings) -> FastAPI:
+    """The application over the backends, by the model's name; one alone is that of the settings' first model.
+
+    Raises ValueError when the settings name a safety policy that cannot be made.
+    """
+    context = ServingContext(backends if isinstance(backends, Mapping) else {settings.name: backends}, settings)
+    app = FastAPI(title="calumma", docs_url=None, redoc_url=None)
+    app.add_middleware(AccessMiddleware, metrics=context.metrics, settings=settings)
+    add_error_handlers(app)
+    add_status(app, context)
+    add_chat(app, context)
+    add_completions(app, context)
+    add_images(app, context)
+    add_tokenizer(app, context)
+    return app

@@ -1,0 +1,69 @@
+"""What the endpoints share: models, settings, metrics, limits, the safety policy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from calumma.serve.http.image_loader import ImageLoader
+from calumma.serve.http.metrics import Metrics
+from calumma.serve.http.moderation import moderated
+from calumma.serve.http.streams import GenerationOutput, collect, metered
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.protocol import Backend, GenerationRequest, OutputStream
+from calumma.serve.safety import load_policy
+from calumma.serve.settings import ModelSettings, ServeSettings
+
+
+class ServingContext:
+    """The served models, and what every generation goes through: limits, the safety policy, metrics."""
+
+    def __init__(self, backends: Mapping[str, Backend], settings: ServeSettings) -> None:
+        """backends: by the model's name. Raises ValueError on a safety policy that cannot be made."""
+        self.settings, self.metrics = settings, Metrics()
+        self.backends = backends
+        self.models = {model.name: model for model in settings.models}
+        self.image_loader = ImageLoader(settings.limits, settings.remote_images)
+        self._policy = load_policy(settings.safety)
+
+    def model(self, name: str | None) -> ModelSettings:
+        """The model a request names; the first one where it names none. Raises APIError 404."""
+        found = self.models.get(name or self.settings.name)
+        if found is None:
+            known = ", ".join(repr(one) for one in self.models)
+            raise APIError(
+                f"there is no model {name!r} here; this server has {known}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return found
+
+    def generate(self, request: GenerationRequest, model: str) -> OutputStream:
+        """The output of a request to a model, under the safety policy and the deadline, and measured."""
+        stream = moderated(request, self.backends[model].generate, self._policy)
+        return metered(stream, self.metrics, model, self.settings.limits.seconds)
+
+    async def generate_all(self, requests: list[GenerationRequest], model: str) -> list[GenerationOutput]:
+        """The whole outputs of several requests at once; the first failure stops the others. Raises APIError."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(collect(self.generate(request, model))) for request in requests]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    def max_tokens(self, asked: int | None, param: str) -> int | None:
+        """The most tokens an output may have. Raises APIError on more than the server allows."""
+        most = self.settings.limits.tokens
+        if most is not None and asked is not None and asked > most:
+            raise APIError(f"an answer may have {most} tokens here, {asked} were asked for", param=param)
+        return most if asked is None else asked
+
+    def require_choices(self, choices: int, stops: int = 0) -> None:
+        """Raises APIError on more choices, or stop strings, than a request may ask for."""
+        limits = self.settings.limits
+        if choices > limits.choices:
+            raise APIError(f"a request may ask for {limits.choices} answers here, found {choices}", param="n")
+        if stops > limits.stops:
+            raise APIError(f"a request may have {limits.stops} stop strings here, found {stops}", param="stop")

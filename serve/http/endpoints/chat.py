@@ -1,0 +1,149 @@
+"""/v1/chat/completions: the endpoint, its response and the chunks of its stream."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI
+
+from calumma.serve.http.context import ServingContext
+from calumma.serve.http.prompts import chat_prompt, expand_choices, sampling_params
+from calumma.serve.http.streams import (
+    EndWriter,
+    EventWriter,
+    GenerationOutput,
+    ResponseMetadata,
+    new_metadata,
+    sse_stream,
+    streaming_response,
+    total_usage,
+    usage,
+    wait_all_started,
+)
+from calumma.serve.http.wire import responses, sse
+from calumma.serve.http.wire.content import ContentPart, ImagePart, TextPart, data_url, image_part
+from calumma.serve.http.wire.logprobs import chat_logprobs
+from calumma.serve.http.wire.requests import ChatRequest
+from calumma.serve.http.wire.responses import FinishReason
+from calumma.serve.protocol import (
+    ContentFiltered,
+    Finished,
+    GenerationRequest,
+    ImageOutput,
+    ImageProgress,
+    OutputEvent,
+    Started,
+    TextDelta,
+    TokenCount,
+)
+
+
+def add_chat(app: FastAPI, context: ServingContext) -> None:
+    @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
+    async def chat(request: ChatRequest) -> Any:
+        model = context.model(request.model)
+        context.require_choices(request.n, len(request.stops))
+        metadata = new_metadata("chatcmpl", model.name)
+        one = GenerationRequest(
+            metadata.id,
+            await asyncio.to_thread(chat_prompt, request, context.image_loader),
+            sampling_params(request, request.modalities, model.sampling),
+            context.max_tokens(
+                request.limit, "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+            ),
+            progress=True,
+            previews=request.options.partial_images if request.stream else 0,
+            stop=request.stops,
+            logprobs=request.alternatives,
+            begin_with_image=request.begin_with == "image",
+        )
+        choices = expand_choices(one, request.n)
+        if not request.stream:
+            return chat_response(metadata, await context.generate_all(choices, model.name), request.logprobs)
+        streams = [context.generate(choice, model.name) for choice in choices]
+        started = await wait_all_started(streams)
+        return streaming_response(sse_stream(streams, *chat_chunks(metadata, started, request)))
+
+
+def chat_response(
+    metadata: ResponseMetadata, outputs: list[GenerationOutput], logprobs: bool = False
+) -> responses.ChatCompletion:
+    def choice(index: int, output: GenerationOutput) -> responses.ChatChoice:
+        parts: list[ContentPart] = [
+            TextPart(text=part) if isinstance(part, str) else image_part(part) for part in output.parts
+        ]
+        message = responses.AssistantMessage(
+            content=output.text,
+            refusal=output.refusal,
+            images=[part for part in parts if isinstance(part, ImagePart)],
+            parts=parts,
+        )
+        return responses.ChatChoice(
+            index=index,
+            message=message,
+            finish_reason=output.reason,
+            logprobs=chat_logprobs(output.tokens) if logprobs else None,
+        )
+
+    return responses.ChatCompletion(
+        id=metadata.id,
+        created=metadata.created,
+        model=metadata.model,
+        choices=[choice(index, output) for index, output in enumerate(outputs)],
+        usage=total_usage(outputs, len(outputs)),
+    )
+
+
+def chat_chunks(
+    metadata: ResponseMetadata, started: list[Started], request: ChatRequest
+) -> tuple[list[bytes], EventWriter, EndWriter]:
+    """chat.completion.chunk events: the first of each choice, those of its output events, the last of all. The order
+    of chunks is the order of text and images."""
+    options = request.options
+
+    def chunk(
+        index: int,
+        delta: responses.Delta,
+        reason: FinishReason | None = None,
+        logprobs: responses.ChatLogprobs | None = None,
+    ) -> bytes:
+        choice = responses.ChunkChoice(index=index, delta=delta, finish_reason=reason, logprobs=logprobs)
+        return sse.event(
+            responses.ChatChunk(id=metadata.id, created=metadata.created, model=metadata.model, choices=[choice])
+        )
+
+    def write(index: int, event: OutputEvent) -> list[bytes]:
+        match event:
+            case TextDelta(text, tokens):
+                logprobs = chat_logprobs(list(tokens)) if request.logprobs else None
+                return [chunk(index, responses.Delta(content=text), logprobs=logprobs)]
+            case ImageOutput(png):
+                return [chunk(index, responses.Delta(images=[image_part(png)]))]
+            case ImageProgress(done, of, preview) if options.include_progress or preview:
+                shown = data_url(preview) if preview else None
+                progress = responses.Progress(done=done, total=of, preview=shown)
+                return [chunk(index, responses.Delta(drawing=progress))]
+            case Finished(reason):
+                return [chunk(index, responses.Delta(), reason)]
+            case ContentFiltered(message):
+                return [
+                    chunk(index, responses.Delta(refusal=message)),
+                    chunk(index, responses.Delta(), "content_filter"),
+                ]
+        return []
+
+    def write_end(completion: TokenCount) -> list[bytes]:
+        if not options.include_usage:
+            return []
+        last = responses.ChatChunk(
+            id=metadata.id,
+            created=metadata.created,
+            model=metadata.model,
+            choices=[],
+            usage=usage(started[0].prompt, completion),
+        )
+        return [sse.event(last)]
+
+    first = [chunk(index, responses.Delta(role="assistant", content="")) for index in range(len(started))]
+    return first, write, write_end

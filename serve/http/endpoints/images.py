@@ -1,0 +1,143 @@
+"""/v1/images/generations: the endpoint, its response and the events of its stream."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+from fastapi import FastAPI
+from PIL import Image as PILImage
+
+from calumma.serve.http.context import ServingContext
+from calumma.serve.http.prompts import expand_choices, image_prompt, sampling_params
+from calumma.serve.http.streams import (
+    EventWriter,
+    GenerationOutput,
+    ResponseMetadata,
+    new_metadata,
+    sse_stream,
+    streaming_response,
+    total_usage,
+    usage,
+    wait_all_started,
+)
+from calumma.serve.http.wire import responses, sse
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.http.wire.requests import ImageRequest
+from calumma.serve.protocol import (
+    ContentFiltered,
+    Finished,
+    GenerationRequest,
+    ImageOutput,
+    ImageProgress,
+    OutputEvent,
+    Started,
+)
+
+
+def add_images(app: FastAPI, context: ServingContext) -> None:
+    @app.post("/v1/images/generations", response_model=responses.Images, response_model_exclude_none=True)
+    async def draw(request: ImageRequest) -> Any:
+        model = context.model(request.model)
+        metadata = new_metadata("img", model.name)
+        side = 0
+        if request.stream or request.size not in (None, "auto"):
+            side = int((await context.backends[model.name].describe())["image_size"])
+            if request.size not in (None, "auto", f"{side}x{side}"):
+                raise APIError(f"this model draws {side}x{side}; found size {request.size}", param="size")
+        one = GenerationRequest(
+            metadata.id,
+            image_prompt(request.prompt),
+            sampling_params(request, ["image"], model.sampling),
+            progress=True,
+            previews=request.partial_images if request.stream else 0,
+        )
+        choices = expand_choices(one, request.n)
+        if not request.stream:
+            return images_response(metadata, await context.generate_all(choices, model.name), request)
+        streams = [context.generate(choice, model.name) for choice in choices]
+        started = await wait_all_started(streams)
+        write = image_events(metadata, started, request, side)
+        return streaming_response(sse_stream(streams, [], write, lambda completion: []))
+
+
+def encode_image(png: bytes, form: str, quality: int) -> str:
+    """A PNG file in another format ("png", "jpeg" or "webp"), as base64."""
+    if form == "png":
+        return base64.b64encode(png).decode()
+    buffer = io.BytesIO()
+    with PILImage.open(io.BytesIO(png)) as opened:
+        opened.convert("RGB").save(buffer, format=form.upper(), quality=max(1, quality))
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def images_response(
+    metadata: ResponseMetadata, outputs: list[GenerationOutput], request: ImageRequest
+) -> responses.Images:
+    """Raises APIError where the safety policy declined one: there is no image to send in its place."""
+    for output in outputs:
+        if output.refusal is not None:
+            raise APIError(output.refusal, code="content_policy_violation", param="prompt")
+    form = request.output_format
+
+    def encoded(png: bytes) -> responses.EncodedImage:
+        data = encode_image(png, form, request.output_compression)
+        if request.response_format == "url":
+            return responses.EncodedImage(url=f"data:image/{form};base64,{data}")
+        return responses.EncodedImage(b64_json=data)
+
+    return responses.Images(
+        created=metadata.created,
+        data=[encoded(png) for output in outputs for png in output.images],
+        output_format=form,
+        usage=total_usage(outputs, len(outputs)),
+    )
+
+
+def image_events(metadata: ResponseMetadata, started: list[Started], request: ImageRequest, side: int) -> EventWriter:
+    """image_generation events: partial images while one is drawn, then the image. side: of it, in pixels."""
+    form = request.output_format
+    partial = [0] * len(started)  # sent so far
+    images: dict[int, bytes] = {}
+
+    def encoded(png: bytes) -> str:
+        return encode_image(png, form, request.output_compression)
+
+    def write(index: int, event: OutputEvent) -> list[bytes]:
+        match event:
+            case ImageProgress(preview=bytes(png)):
+                partial[index] += 1
+                chunk = responses.ImageEvent(
+                    type="image_generation.partial_image",
+                    b64_json=encoded(png),
+                    created_at=metadata.created,
+                    size=f"{side}x{side}",
+                    output_format=form,
+                    partial_image_index=partial[index] - 1,
+                )
+                return [sse.image_event(chunk)]
+            case ImageOutput(png):
+                images[index] = png
+            case Finished(_, completion):
+                counted = usage(started[index].prompt, completion)
+                chunk = responses.ImageEvent(
+                    type="image_generation.completed",
+                    b64_json=encoded(images[index]),
+                    created_at=metadata.created,
+                    size=f"{side}x{side}",
+                    output_format=form,
+                    usage=responses.ImageUsage(
+                        input_tokens=counted.prompt_tokens,
+                        output_tokens=counted.completion_tokens,
+                        total_tokens=counted.total_tokens,
+                        input_tokens_details=counted.prompt_tokens_details,
+                    ),
+                )
+                return [sse.image_event(chunk)]
+            case ContentFiltered(message):
+                error = APIError(message, code="content_policy_violation", param="prompt")
+                return [sse.error_event(error.body)]
+        return []
+
+    return write

@@ -1,0 +1,85 @@
+"""Models, health, readiness, metrics, and the playground's page."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from calumma.serve.http.context import ServingContext
+from calumma.serve.http.metrics import CONTENT_TYPE
+from calumma.serve.http.playground.page import PAGE, PAGE_HEADERS
+from calumma.serve.http.wire import responses
+from calumma.serve.http.wire.errors import APIError
+
+log = logging.getLogger(__name__)
+
+SCRAPE_SECONDS = 3.0  # the engines get so long to answer before /metrics shows what they said last
+
+
+def add_status(app: FastAPI, context: ServingContext) -> None:
+    settings, metrics = context.settings, context.metrics
+    created = int(time.time())
+    cards = {name: responses.ModelCard(id=name, created=created) for name in context.models}
+
+    @app.get("/v1/models")
+    async def models() -> responses.ModelList:
+        return responses.ModelList(data=list(cards.values()))
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> responses.ModelCard:
+        return cards[context.model(name).name]
+
+    async def describe(name: str) -> dict[str, Any]:
+        found = await context.backends[name].describe()
+        source = {} if settings.keys else {"source": context.models[name].model}
+        return {"model": name, **source, "sampling": context.models[name].sampling.model_dump(), **found}
+
+    @app.get("/health")
+    async def health(model: str | None = None) -> Response:
+        """Facts about a model, and whether it answers."""
+        try:
+            about = await describe(context.model(model).name)
+        except APIError:
+            raise
+        except Exception as error:  # whatever keeps a replica from answering is what the caller wants to know
+            log.warning("not healthy: %s", error)
+            return JSONResponse({"status": "unavailable", "reason": str(error)}, 503)
+        return JSONResponse({"status": "ok", "models": list(cards), "keys": bool(settings.keys), **about})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether every model can answer now."""
+        found = await asyncio.gather(*(describe(name) for name in cards), return_exceptions=True)
+        wrong = {name: str(one) for name, one in zip(cards, found, strict=True) if isinstance(one, BaseException)}
+        return JSONResponse({"ready": not wrong, "unavailable": wrong}, 503 if wrong else 200)
+
+    @app.get("/metrics")
+    async def numbers() -> Response:
+        await _refresh_engine_statistics(context)
+        return Response(metrics.page(), media_type=CONTENT_TYPE)
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
+
+
+async def _refresh_engine_statistics(context: ServingContext) -> None:
+    """Ask every engine for its statistics; of those that do not answer soon, the last known ones stay."""
+
+    async def ask(name: str) -> dict[tuple[str, str], dict[str, float]]:
+        async with asyncio.timeout(SCRAPE_SECONDS):
+            found = await context.backends[name].statistics()
+        return {(name, replica): numbers for replica, numbers in found.items()}
+
+    names = list(context.backends)
+    for name, found in zip(names, await asyncio.gather(*map(ask, names), return_exceptions=True), strict=True):
+        if isinstance(found, BaseException):
+            log.warning("the engines of %s do not tell their numbers: %s", name, found)
+            continue
+        others = {key: numbers for key, numbers in context.metrics.engines.items() if key[0] != name}
+        context.metrics.engines = others | found

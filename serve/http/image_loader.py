@@ -1,0 +1,184 @@
+"""Images as clients send them: in data URLs, or fetched from hosts that the operator allows.
+
+A fetch never reaches into private networks: the host must be on the list, every address its name resolves to must be
+public, the connection goes to the very address that was checked (so DNS cannot answer differently the second time),
+and each redirect is checked the same way. No proxy settings and no credentials are used.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import NoReturn
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from PIL import Image as PILImage
+
+from calumma.model.document import Image, UnreadableImage
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.settings import Limits, RemoteImages
+
+CHUNK = 65536
+REDIRECTS = (301, 302, 303, 307, 308)
+AddressCheck = Callable[[str], bool]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open Internet; IPv4 inside of IPv6 counts as what it is."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
+        if inner is not None:
+            return is_public(str(inner))
+        if found in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
+            return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
+    return found.is_global and not found.is_multicast
+
+
+class ImageLoader:
+    """Reads image parts of requests. `public` says which addresses may be fetched from."""
+
+    def __init__(self, limits: Limits, remote: RemoteImages, public: AddressCheck = is_public) -> None:
+        self._limits, self._remote, self._public = limits, remote, public
+
+    def read(self, url: str, param: str) -> bytes:
+        """The encoded image at a URL, proven to be one by decoding it. Blocks. Raises APIError."""
+        remote = url[:8].lower().startswith(("http://", "https://"))
+        data = self._fetch(url, param) if remote else _from_data_url(url, param)
+        self._check(data, param)
+        return data
+
+    def require_count(self, number: int, param: str) -> None:
+        """Raises APIError on more images than a prompt may have."""
+        if number > self._limits.images:
+            raise APIError(
+                f"the prompt has {number} images; this server takes {self._limits.images}", param=param, code="too_many"
+            )
+
+    def _check(self, data: bytes, param: str) -> None:
+        try:
+            with PILImage.open(io.BytesIO(data)) as opened:  # the header alone: a bomb is not set off
+                width, height = opened.size
+        except Exception:
+            width = height = 0  # Image.open says what is wrong
+        if width * height > self._limits.pixels:
+            raise APIError(
+                f"the image has {width}x{height} pixels; this server takes {self._limits.pixels} in all",
+                param=param,
+                code="image_too_large",
+            )
+        try:
+            Image(data).open()
+        except UnreadableImage as error:
+            raise APIError(f"the image part is {error}", param=param, code="invalid_image") from error
+
+    # ---- images by URL
+
+    def _fetch(self, url: str, param: str) -> bytes:
+        if not self._remote.hosts:
+            raise APIError(
+                "remote images are not fetched; send the image itself as a data URL: data:image/png;base64,…",
+                param=param,
+                code="remote_image_url",
+            )
+
+        def refuse(why: str) -> NoReturn:
+            raise APIError(f"the image at {url[:200]} was not fetched: {why}", param=param, code="remote_image_url")
+
+        end = time.monotonic() + self._remote.seconds
+        here = url
+        for _ in range(self._remote.redirects + 1):
+            try:
+                found = self._get(here, end)
+            except _FetchRefused as error:
+                refuse(str(error))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                refuse(f"{type(error).__name__}: {error}")
+            if isinstance(found, bytes):
+                return found
+            here = urljoin(here, found)
+        refuse(f"more than {self._remote.redirects} redirects")
+
+    def _get(self, url: str, end: float) -> bytes | str:
+        """The body at a URL, or where it redirects to."""
+        parts = urlsplit(url)
+        address, port = self._address(parts)
+        left = max(0.001, end - time.monotonic())
+        connection = _PinnedConnection(parts, address, port, left)
+        try:
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", target, headers={"User-Agent": "calumma", "Accept": "image/*"})
+            reply = connection.getresponse()
+            if reply.status in REDIRECTS and (location := reply.getheader("Location")):
+                return location
+            if reply.status != 200:
+                raise _FetchRefused(f"the server answered with status {reply.status}")
+            return self._body(reply, end)
+        finally:
+            connection.close()
+
+    def _body(self, reply: http.client.HTTPResponse, end: float) -> bytes:
+        limit = int(self._remote.mebibytes * 2**20)
+        data = bytearray()
+        while chunk := reply.read1(CHUNK):
+            data += chunk
+            if len(data) > limit:
+                raise _FetchRefused(f"it is larger than {self._remote.mebibytes:g} MiB")
+            if time.monotonic() > end:
+                raise _FetchRefused(f"it was not there after {self._remote.seconds:g} s")
+        return bytes(data)
+
+    def _address(self, parts: SplitResult) -> tuple[str, int]:
+        """The checked address to connect to. Raises _FetchRefused; OSError when the name has none."""
+        host = (parts.hostname or "").rstrip(".")
+        if parts.scheme not in ("http", "https") or parts.username or parts.password or not host:
+            raise _FetchRefused("only plain http and https URLs are fetched")
+        if not any(fnmatchcase(host, allowed.lower()) for allowed in self._remote.hosts):
+            raise _FetchRefused(f"{host} is not among the hosts that this server fetches from")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        if not found or not all(self._public(address) for address in found):
+            raise _FetchRefused(f"{host} does not lead to a public address")
+        return found[0], port
+
+
+class _FetchRefused(Exception):
+    """An image that is not fetched; the message says why."""
+
+
+class _PinnedConnection(http.client.HTTPConnection):
+    """A connection to one address, whatever the name resolves to by now; TLS still proves the name."""
+
+    def __init__(self, parts: SplitResult, address: str, port: int, seconds: float) -> None:
+        super().__init__(parts.hostname or "", parts.port, timeout=seconds)
+        self._scheme, self._pinned = parts.scheme, (address, port)
+        if parts.scheme == "https":
+            self.default_port = 443
+
+    def connect(self) -> None:
+        plain = socket.create_connection(self._pinned, self.timeout)
+        context = ssl.create_default_context() if self._scheme == "https" else None
+        self.sock = plain if context is None else context.wrap_socket(plain, server_hostname=self.host)
+
+
+def _from_data_url(url: str, param: str) -> bytes:
+    """What a base64 data URL holds. Raises APIError."""
+    header, comma, payload = url.partition(",")
+    if not header.startswith("data:") or not comma:
+        raise APIError(
+            "not a data URL; it must look like data:image/png;base64,…", param=param, code="invalid_image_url"
+        )
+    if not header.endswith(";base64"):
+        raise APIError(f"the data URL must be base64, found {header[:60]!r}", param=param, code="invalid_image_url")
+    try:
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise APIError(f"the data URL is not valid base64: {error}", param=param, code="invalid_base64") from error

@@ -1,0 +1,51 @@
+"""OpenAI's error object, and how errors of validation are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from calumma.serve.http.wire.content import CONTENT_PART_TYPES
+
+
+class APIError(Exception):
+    """An answer with an HTTP error status and OpenAI's error object."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+        self.body = {"error": {"message": message, "type": self.kind, "param": param, "code": code}}
+
+
+def describe_errors(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """pydantic's errors as one sentence a client can act on, and the first field's name."""
+    lines, first = [], None
+    for error in errors:
+        param = _param(error["loc"])
+        first = first or param
+        given = error.get("input")
+        shown = f" (given {given!r})" if isinstance(given, str | int | float) and len(repr(given)) <= 80 else ""
+        message = "is required" if error["type"] == "missing" else f"{error['msg']}{shown}"
+        lines.append(f"{param}: {message}" if param else message)
+    return "; ".join(lines), first
+
+
+def _param(location: Sequence[str | int]) -> str | None:
+    """("body", "messages", 0, "content", 1, "image_url", "image_url", "url") -> messages[0].content[1].image_url.url"""
+    parts = list(location[1:] if location and location[0] == "body" else location)
+    text = ""
+    for before, part in zip([None, *parts], parts, strict=False):
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not (isinstance(before, int) and part in CONTENT_PART_TYPES):  # the tag that chose among content parts
+            text += f".{part}" if text else str(part)
+    return text or None

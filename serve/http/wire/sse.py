@@ -1,0 +1,40 @@
+"""Server-sent events."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+from calumma.serve.http.wire.responses import ImageEvent
+
+END = b"data: [DONE]\n\n"
+
+
+def event(chunk: BaseModel) -> bytes:
+    """One server-sent event. Absent fields of deltas are left out, `finish_reason: null` stays, as OpenAI sends it."""
+    values = chunk.model_dump(mode="json")
+    if values.get("usage") is None:
+        values.pop("usage", None)
+    for choice in values.get("choices", ()):
+        if "delta" in choice:
+            choice["delta"] = {key: value for key, value in choice["delta"].items() if value is not None}
+            if drawing := choice["delta"].get("drawing"):
+                choice["delta"]["drawing"] = {key: value for key, value in drawing.items() if value is not None}
+        if choice.get("logprobs") is None:
+            choice.pop("logprobs", None)
+    return _event(values)
+
+
+def image_event(chunk: ImageEvent) -> bytes:
+    """An event of image generation, which carries its type as the event's name too."""
+    return f"event: {chunk.type}\n".encode() + _event(chunk.model_dump(mode="json", exclude_none=True))
+
+
+def error_event(body: dict[str, Any]) -> bytes:
+    return _event(body)
+
+
+def _event(values: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

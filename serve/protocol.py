@@ -1,0 +1,152 @@
+"""What passes between the HTTP ingress and an engine replica: a request there, a stream of output events back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from calumma.model.document import Document
+from calumma.model.generation import SamplingParams
+
+# How the special ids are spelled towards clients that need a name for them (lm-evaluation-harness).
+BOS, EOS = "<s>", "</s>"
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One generation: a prompt, which is a document, or token ids as a client of /v1/completions gives them.
+
+    max_tokens: None is as many as the context has room for; 0 generates nothing: the prompt is counted and scored.
+    stop: the text ends before the first of these strings that occurs in it.
+    logprobs: log-probabilities of text tokens with so many alternatives each; None is none.
+    progress: how far an image is, from time to time. previews: so many decoded previews of each unfinished image.
+    begin_with_image: the output's first part is an image. echo: Started brings the prompt's text.
+    """
+
+    id: str
+    prompt: Document | tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int | None = None
+    progress: bool = False
+    previews: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    begin_with_image: bool = False
+    echo: bool = False
+
+    @property
+    def param(self) -> str:
+        """The HTTP request's field that holds the prompt."""
+        return "messages" if isinstance(self.prompt, Document) and self.prompt.is_conversation else "prompt"
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    text: int = 0
+    image: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.text + self.image
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a text: its id, its bytes (none for special ids), where in the text it begins, its log-probability
+    (None where nothing precedes it) and the most likely alternatives (id, bytes, log-probability), itself included."""
+
+    id: int
+    surface: bytes
+    begin: int
+    logprob: float | None
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More text. tokens: those that end in it, where log-probabilities were asked for."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """The engine has admitted the request; always the first event of one that is answered. prompt: its tokens."""
+
+    prompt: TokenCount
+    echo: TextDelta | None = None
+
+
+@dataclass(frozen=True)
+class ImageProgress:
+    """An image is under way: `done` of `total` codes. preview: a PNG file of what is there."""
+
+    done: int
+    total: int
+    preview: bytes | None = None
+
+
+@dataclass(frozen=True)
+class ImageOutput:
+    """A finished image as a PNG file. seconds: from its first token to its last pixel."""
+
+    png: bytes
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The output is whole; always the last event. completion: its tokens."""
+
+    reason: Literal["stop", "length"]
+    completion: TokenCount
+
+
+@dataclass(frozen=True)
+class ContentFiltered:
+    """The safety policy ends the output, perhaps before it began; always the last event. message: for the client."""
+
+    message: str
+    completion: TokenCount = TokenCount()
+
+
+@dataclass(frozen=True)
+class RequestFailed:
+    """The request is not answered (first event) or failed half-way (last event): HTTP status, OpenAI's error fields."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+OutputEvent = Started | TextDelta | ImageProgress | ImageOutput | Finished | ContentFiltered | RequestFailed
+OutputStream = AsyncGenerator[OutputEvent, None]
+FINAL_EVENTS = (Finished, ContentFiltered, RequestFailed)
+ENGINE_FAILED = "engine_failed"  # RequestFailed.code
+
+
+class Backend(Protocol):
+    """Generates: engine replicas behind a Ray Serve handle, or a replica in this process."""
+
+    def generate(self, request: GenerationRequest) -> OutputStream:
+        """The output as it comes. Closing the generator early aborts the request."""
+        ...
+
+    async def describe(self) -> dict[str, Any]:
+        """Facts about the model (context, image size, parameters, device). Raises when no replica is well."""
+        ...
+
+    async def statistics(self) -> dict[str, dict[str, float]]:
+        """Numbers of every replica's engine, by the replica's name."""
+        ...
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text alone."""
+        ...
+
+    async def detokenize(self, ids: list[int]) -> str:
+        """The text of token ids."""
+        ...

@@ -1,0 +1,249 @@
+"""An engine replica: one model, one engine, and as many clients as come.
+
+Requests of all clients share every step (continuous batching); each gets its text token by token and an image as
+soon as it is decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from calumma.model import MixedModalModel
+from calumma.model.answering import supported_params
+from calumma.model.document import Document
+from calumma.model.generation import Request, SamplingParams
+from calumma.model.generation.request import Logprob
+from calumma.model.tokenizers.image import MissingDecoder
+from calumma.serve.protocol import (
+    BOS,
+    EOS,
+    Finished,
+    GenerationRequest,
+    ImageOutput,
+    ImageProgress,
+    OutputEvent,
+    OutputStream,
+    RequestFailed,
+    Started,
+    TextDelta,
+    TokenCount,
+)
+from calumma.serve.replica.engine.client import Admitted, EngineClient, EngineOutput, ImageCodes, PromptLogprobs
+from calumma.serve.replica.engine.thread import EngineThread
+from calumma.serve.replica.image_coder import ImageCoder, LocalImageCoder, PromptEncoder
+from calumma.serve.replica.mailbox import Mailbox
+from calumma.serve.replica.text_stream import TextStream
+
+# A message costs the processes it passes some milliseconds together. So the texts of an output within some time travel
+# as one message, the longer the more requests run: least and most seconds between messages, and messages a second in
+# all.
+MIN_INTERVAL, MAX_INTERVAL, MESSAGES_PER_SECOND = 0.04, 0.25, 100.0
+
+
+class EngineReplica:
+    """A `Backend` in this process: encodes prompts, submits them to the engine, streams its outputs with images
+    decoded."""
+
+    def __init__(
+        self,
+        model: MixedModalModel,
+        max_sequences: int = 16,
+        max_queued: int = 256,
+        coder: ImageCoder | None = None,
+        engine: EngineClient | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        """engine: a running one with this model, on `device`; else one is made here, on a thread, with `options`."""
+        self.model = model
+        self._parameters = sum(p.numel() for p in model.transformer.parameters())
+        self.device = device or str(model.device)
+        self.max_sequences, self.max_queued = max_sequences, max_queued
+        self._encoder = PromptEncoder(model.vocabulary, model.text_tokenizer, model.image_tokenizer)
+        self._own_coder = LocalImageCoder(self._encoder) if coder is None else None
+        self.coder: ImageCoder = coder or self._own_coder  # type: ignore[assignment]
+        self.engine = engine or EngineThread(model, max_sequences, **options)
+
+    async def generate(self, request: GenerationRequest) -> OutputStream:
+        """The output as it comes; Started or RequestFailed is the first event. Closing the generator aborts it."""
+        async with aclosing(self.generate_batches(request)) as batches:
+            async for events in batches:
+                for event in events:
+                    yield event
+
+    async def generate_batches(self, request: GenerationRequest) -> AsyncGenerator[list[OutputEvent], None]:
+        """`generate`, with the events that are there at a time together."""
+        if self.engine.waiting >= self.max_queued:
+            message = f"{self.max_queued} requests are in line already; try again shortly"
+            yield [RequestFailed(429, message, code="overloaded")]
+            return
+        try:
+            params = supported_params(request.params, self.model)
+        except MissingDecoder as error:
+            yield [RequestFailed(400, str(error), code="no_image_output")]
+            return
+        mailbox: Mailbox[EngineOutput] = Mailbox((TextDelta, ImageProgress))
+        try:
+            tokens = await self._encode(request.prompt)
+            if request.max_tokens == 0 and not (request.echo and request.logprobs is not None):
+                started = Started(self._count(tokens), self._echo(request, tokens, None))
+                yield [started, Finished("length", TokenCount())]
+                return
+            engine_request = Request(request.id, tokens, self._params(request, params))
+        except ValueError as error:
+            yield [RequestFailed(400, str(error), param=request.param)]
+            return
+        ended = False
+        try:
+            self.engine.submit(engine_request, request, mailbox.post)
+            first, *outputs = await mailbox.take()
+            scores: list[Logprob] | None = None
+            if isinstance(first, Admitted) and engine_request.params.prompt_logprobs is not None:  # they come next
+                first, *outputs = outputs or await mailbox.take()
+                if isinstance(first, PromptLogprobs):
+                    scores = first.values
+                elif not isinstance(first, RequestFailed):
+                    raise AssertionError(f"{type(first).__name__} came before the prompt's scores")
+            if isinstance(first, RequestFailed):
+                ended = True
+                yield [dataclasses.replace(first, param=request.param) if first.status == 400 else first]
+                return
+            yield [Started(self._count(tokens), self._echo(request, tokens, scores))]
+            clock = asyncio.get_running_loop()
+            due = 0.0
+            while not ended:
+                outputs = outputs or await mailbox.take(due)
+                due = clock.time() + min(MAX_INTERVAL, max(MIN_INTERVAL, self.engine.running / MESSAGES_PER_SECOND))
+                ended = isinstance(outputs[-1], Finished | RequestFailed)
+                async for events in self._decoded(_merge_outputs(outputs)):
+                    yield events
+                outputs = []
+        finally:
+            if not ended:
+                self.engine.abort(request.id)
+
+    async def _decoded(self, outputs: list[EngineOutput]) -> AsyncGenerator[list[OutputEvent], None]:
+        """The outputs with images decoded; what stands before an image does not wait for it."""
+        ready: list[OutputEvent] = []
+        for output in outputs:
+            if isinstance(output, ImageCodes) and ready:
+                yield ready
+                ready = []
+            ready.append(await self._event(output))
+        yield ready
+
+    def _params(self, request: GenerationRequest, params: SamplingParams) -> SamplingParams:
+        """Sampling parameters of the request as the engine takes them."""
+        begin_image = request.begin_with_image and params.mode == "interleaved"
+        return dataclasses.replace(
+            params,
+            max_tokens=self.model.config.context if request.max_tokens is None else request.max_tokens,
+            prefix=(self.model.vocabulary.begin_image,) if begin_image else (),
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if request.echo else None,
+        )
+
+    async def describe(self) -> dict[str, Any]:
+        """Facts for /health and the playground. Raises when the engine has failed."""
+        self.check_health()
+        tokenizer = self.model.image_tokenizer
+        return {
+            "context": self.model.config.context,
+            "parameters": self._parameters,
+            "image_size": tokenizer.config.resolution,
+            "image_tokens": self.model.image_length,
+            "image_output": bool(tokenizer.config.decoder),
+            "device": self.device,
+            "max_sequences": self.max_sequences,
+            "running": self.engine.running,
+        }
+
+    async def statistics(self) -> dict[str, dict[str, float]]:
+        """Of this replica's engine."""
+        return {"local": self.engine.statistics()}
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text; the names of bos and eos alone stand for those ids."""
+        special = {BOS: self.model.vocabulary.bos, EOS: self.model.vocabulary.eos}
+        return [special[text]] if text in special else self.model.text_tokenizer.encode(text)
+
+    async def detokenize(self, ids: list[int]) -> str:
+        return self.model.text_tokenizer.decode(ids)
+
+    def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica that raises."""
+        if self.engine.failure is not None:
+            raise RuntimeError(f"the engine stopped: {self.engine.failure}") from self.engine.failure
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve for the autoscaling policy (deploy/scaling.py)."""
+        return {"queued_tokens": self.engine.statistics().get("queued_tokens", 0)}
+
+    def close(self) -> None:
+        self.engine.close()
+        if self._own_coder is not None:
+            self._own_coder.close()
+
+    async def _encode(self, prompt: Document | tuple[int, ...]) -> list[int]:
+        """Token ids, from bos on. Raises ValueError (UnreadableImage is one)."""
+        if not isinstance(prompt, Document):
+            bos, size = self.model.vocabulary.bos, self.model.vocabulary.size
+            if max(prompt) >= size:
+                raise ValueError(f"the prompt's ids must lie in 0..{size - 1}; found {max(prompt)}")
+            return list(prompt) if prompt[0] == bos else [bos, *prompt]
+        codes = await self.coder.encode(prompt.images)
+        return await asyncio.to_thread(self._encoder.ids, prompt, codes)
+
+    def _echo(self, request: GenerationRequest, tokens: list[int], scores: list[Logprob] | None) -> TextDelta | None:
+        """The prompt's text where the request asks for it, with log-probabilities where there are some; without the
+        bos that was put before a client's ids or text."""
+        if not request.echo:
+            return None
+        tokenizer = self.model.text_tokenizer
+        given_bos = isinstance(request.prompt, tuple) and request.prompt[0] == tokens[0]
+        stream = TextStream(tokenizer.stream_decoder(), tokens=scores is not None)
+        deltas = []
+        for i in range(0 if given_bos else 1, len(tokens)):
+            score = scores[i - 1] if scores and i > 0 else None
+            top = tuple((id, tokenizer.surface(id), value) for id, value in score.top) if score else ()
+            deltas.append(stream.push(tokens[i], tokenizer.surface(tokens[i]), score.value if score else None, top))
+        found = [delta for delta in [*deltas, stream.finish()] if delta]
+        return TextDelta("".join(delta.text for delta in found), tuple(t for delta in found for t in delta.tokens))
+
+    async def _event(self, output: EngineOutput) -> OutputEvent:
+        """The output, with an image's codes decoded."""
+        if isinstance(output, Admitted | PromptLogprobs):
+            raise AssertionError(f"{type(output).__name__} comes before the output")
+        if not isinstance(output, ImageCodes):
+            return output
+        try:
+            png = await self.coder.decode(output.codes)
+        except MissingDecoder as error:
+            return RequestFailed(400, str(error), code="no_image_output")
+        if len(output.codes) < output.total:
+            return ImageProgress(len(output.codes), output.total, png)
+        return ImageOutput(png, time.monotonic() - output.began)
+
+    def _count(self, tokens: list[int]) -> TokenCount:
+        vocabulary = self.model.vocabulary
+        image = sum(t in vocabulary.code_of or t in (vocabulary.begin_image, vocabulary.end_image) for t in tokens)
+        return TokenCount(len(tokens) - image, image)
+
+
+def _merge_outputs(outputs: list[EngineOutput]) -> list[EngineOutput]:
+    """Adjacent texts as one, and of adjacent reports of an image's progress the last."""
+    merged: list[EngineOutput] = []
+    for output in outputs:
+        last = merged[-1] if merged else None
+        if isinstance(output, TextDelta) and isinstance(last, TextDelta):
+            merged[-1] = TextDelta(last.text + output.text, last.tokens + output.tokens)
+        elif isinstance(output, ImageProgress) and isinstance(last, ImageProgress):
+            merged[-1] = output
+        else:
+            merged.append(output)
+    return merged

@@ -1,0 +1,146 @@
+"""Who may use the API: keys, their files, and how many requests each may have under way."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from calumma.serve.http.access import api_keys
+from calumma.serve.http.access.api_keys import AccessControl, hash_key, load_keys, new_key
+from calumma.serve.http.app import create_app
+from calumma.serve.http.wire.errors import APIError
+from calumma.serve.protocol import TextDelta
+from calumma.serve.settings import APIKey
+
+from ...conftest import StubBackend, answered, listening
+from ..conftest import CHAT, ask, error_of, stub_settings
+
+
+@pytest.fixture(scope="module")
+def secret() -> str:
+    return new_key()
+
+
+@pytest.fixture
+def locked(secret: str) -> Iterator[TestClient]:
+    with_key = stub_settings(keys=[APIKey(name="alice", sha256=hash_key(secret))])
+    with TestClient(create_app(StubBackend(), with_key)) as client:
+        yield client
+
+
+def test_who_has_a_key_is_answered(locked: TestClient, secret: str) -> None:
+    assert locked.post(CHAT, json=ask(), headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+
+
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer sk-wrong"}, {"Authorization": "Basic eDp5"}])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/images/generations", "/tokenize"])
+def test_who_has_none_is_not(locked: TestClient, header: dict[str, str], path: str) -> None:
+    response = locked.post(path, json=ask(prompt="x"), headers=header)
+    assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_body_is_not_even_read_for_who_has_no_key(locked: TestClient) -> None:
+    assert locked.post(CHAT, content=b"{" * 10_000).status_code == 401
+
+
+def test_pages_and_probes_need_no_key_and_tell_no_paths(locked: TestClient) -> None:
+    for path in ("/", "/health", "/ready", "/metrics"):
+        assert locked.get(path).status_code == 200
+    assert "/models/tiny" not in locked.get("/health").text
+    assert locked.get("/v1/models").status_code == 401
+
+
+def test_the_openai_client_sees_an_authentication_error(secret: str) -> None:
+    with listening(create_app(StubBackend(), stub_settings(keys=[APIKey(name="a", sha256=hash_key(secret))]))) as url:
+        wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-wrong", max_retries=0)
+        with pytest.raises(openai.AuthenticationError, match="not one that this server knows"):
+            wrong.models.list()
+        assert [m.id for m in openai.OpenAI(base_url=f"{url}/v1", api_key=secret).models.list()] == ["tiny"]
+
+
+def test_keys_come_from_a_file_and_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    one, two, three = hash_key(secret), hash_key("two"), hash_key("three")
+    file = tmp_path / "keys"
+    file.write_text(f"# who may ask\n{one} alice 4\n\n{two}\n")
+    monkeypatch.setenv(api_keys.VARIABLE, f"{three} carol")
+    found = load_keys(file)
+    assert [(key.name, key.sha256, key.running) for key in found] == [
+        ("alice", one, 4),
+        (two[:8], two, None),
+        ("carol", three, None),
+    ]
+
+
+@pytest.mark.parametrize("line", ["sk-calumma-abc alice", "alice", "0" * 63, "0" * 64 + " a b c", "0" * 64 + " a 0"])
+def test_a_key_that_is_not_given_by_its_hash_is_refused_and_not_repeated(tmp_path: Path, line: str) -> None:
+    (tmp_path / "keys").write_text(f"{'1' * 64} bob\n{line}\n")
+    with pytest.raises(ValueError, match="entry 2") as error:
+        load_keys(tmp_path / "keys")
+    assert line not in str(error.value)
+
+
+def test_a_file_without_keys_opens_no_server(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# none yet\n")
+    with pytest.raises(ValueError, match="everybody could use the server"):
+        load_keys(tmp_path / "keys")
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans()), max_size=40))
+def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, bool]]) -> None:
+    known = {name: APIKey(name=name, sha256=hash_key(name), running=2) for name in ("a", "b")}
+    door = AccessControl(tuple(known.values()), running=3, running_per_key=9)
+    inside: list[tuple[str | None, Any]] = []
+    for name, enter in steps:
+        mine = [entry for entry in inside if entry[0] == name]
+        if not enter:
+            if mine:
+                inside.remove(mine[0])
+                mine[0][1].__exit__(None, None, None)
+            continue
+        visit = door.slot(known.get(name) if name else None)
+        if len(inside) >= 3 or (name and len(mine) >= 2):
+            with pytest.raises(APIError) as error:
+                visit.__enter__()
+            assert error.value.status == 429
+        else:
+            visit.__enter__()
+            inside.append((name, visit))
+
+
+def test_a_key_that_has_enough_under_way_gets_429_and_others_do_not() -> None:
+    first, second = new_key(), new_key()
+    limited = stub_settings(
+        keys=[APIKey(name="first", sha256=hash_key(first), running=1), APIKey(name="second", sha256=hash_key(second))]
+    )
+    let = threading.Event()
+
+    async def wait() -> None:
+        while not let.is_set():
+            await asyncio.sleep(0.01)
+
+    started, *rest = answered(TextDelta("seven"))
+    backend = StubBackend(started, wait, *rest)
+    with listening(create_app(backend, limited)) as url:
+        clients = [openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in (first, second)]
+        fields: Any = {"model": "tiny", "messages": ask()["messages"]}
+        stream = clients[0].chat.completions.create(stream=True, **fields)
+        next(stream)
+        with pytest.raises(openai.RateLimitError, match="1 requests under way") as error:
+            clients[0].chat.completions.create(**fields)
+        assert error.value.response.headers["retry-after"] == "1"
+        let.set()
+        assert clients[1].chat.completions.create(**fields).choices[0].message.content == "seven"
+        list(stream)
+        assert clients[0].chat.completions.create(**fields).choices[0].message.content == "seven"
