@@ -258,7 +258,8 @@ def scripted(spec: PretrainSpecification, script: Script, first: int) -> None:
 
     def losses(run: Any, batch: Any, image_mask_V: torch.Tensor, **given: Any) -> Any:
         found = USUAL(run, batch, image_mask_V, **given)
-        if run.module.training and now[0] in script.get("loss", ()):
+        one = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1  # and the others hear of it
+        if run.module.training and now[0] in script.get("loss", ()) and one:
             broken = {name: getattr(found.sums, name) * math.nan for name in ("text_nll", "image_nll")}
             return found._replace(sums=found.sums._replace(**broken), total=found.total * math.nan)
         if run.module.training and now[0] in script.get("gradient", ()):

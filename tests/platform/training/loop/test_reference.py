@@ -101,7 +101,7 @@ def plain(scenarios: Any, spec: PretrainSpecification) -> Plain:
             log_z = torch.logsumexp(logits, dim=-1)
             nll = torch.nn.functional.cross_entropy(logits, document.targets[document.trained], reduction="sum")
             ((nll + spec.z_loss * (log_z**2).sum()) / count).backward()
-            nll_of_step += float(nll)
+            nll_of_step += nll.item()
         losses.append(nll_of_step / count)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.gradient_clip)))
         for group in optimizer.param_groups:
