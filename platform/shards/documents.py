@@ -80,7 +80,7 @@ def read_shard(uri: str, sha256: str | None = None) -> Iterator[Document]:
         table = pq.ParquetFile(part, metadata=metadata)
         for number, (begin, end) in enumerate(extents):
             file.read(begin)
-            part.hold(file.read(end), begin)
+            part.set_bytes(file.read(end), begin)
             yield from _documents(table, number, f"{uri}: row group {number}")
         file.read(None)
     found = file.checksum.hexdigest()
