@@ -38,17 +38,22 @@ def lay_out(scheduled: list[ScheduledRequest], block_size: int, first_code: int)
 
 def verify_drafts(batch: ImageBatch, p_RC: Tensor, logprobs_RC: Tensor, first_code: int) -> list[RunnerOutput]:
     """The accepted codes of each request's draft, and one code more. p: what each draw's code is distributed as;
-    logprobs: what is reported. A request whose logits are no numbers fails."""
+    logprobs: what is reported. A request whose logits are no numbers fails; a draft after which they are none is not
+    looked at."""
     finite = p_RC.isfinite().all(-1).tolist()
     outputs, begin = [], 0
     for state in batch.states:
         assert state.drafts is not None
         end = begin + 1 + len(state.drafts.codes)
-        if not all(finite[begin:end]):
+        sound = finite[begin:end].index(False) if not all(finite[begin:end]) else end - begin
+        if begin + sound < end:
+            for sequence in state.sequences:
+                sequence.soiled = True
+        if not sound:
             outputs.append(RunnerOutput(state, [], [], NOT_FINITE))
             begin = end
             continue
-        accepted = state.drafts.verify(p_RC[begin:end], state.codes_left)
+        accepted = state.drafts.verify(p_RC[begin : begin + sound], state.codes_left)
         rows_RC = logprobs_RC[begin : begin + len(accepted)]
         columns_R1 = torch.tensor(accepted, device=rows_RC.device)[:, None]
         values = rows_RC.gather(1, columns_R1)[:, 0].tolist()

@@ -33,15 +33,15 @@ class JacobiDraft:
         self._q_WC = torch.empty(0, 0)
 
     def verify(self, p_XC: Tensor, left: int) -> list[int]:
-        """p_XC: FloatTensor [W + 1, C], for each drafted code and the one after them; left: codes the image lacks. The
-        codes that are accepted, and one more; the next are drafted."""
+        """p_XC: FloatTensor [W + 1, C], for each drafted code and the one after them, or the first of these; left: codes
+        the image lacks. The codes that are accepted, and one more; the next are drafted."""
         numbers = uniform(self.seed, self._passes, 1, 3 * (self.window + 1), stream=1 + self.place)
         accept, replace, propose = numbers.view(3, -1).to(p_XC.device)
         self._passes += 1
-        W = len(self.codes)
+        W = len(p_XC) - 1
         accepted = 0
         if W:
-            place_W, code_W = torch.arange(W, device=p_XC.device), torch.tensor(self.codes, device=p_XC.device)
+            place_W, code_W = torch.arange(W, device=p_XC.device), torch.tensor(self.codes[:W], device=p_XC.device)
             accepted_W = accept[:W] * self._q_WC[place_W, code_W] < p_XC[place_W, code_W]
             accepted = int(accepted_W.long().cumprod(0).sum())
         target_C = p_XC[accepted]

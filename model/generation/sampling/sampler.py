@@ -162,7 +162,7 @@ class Sampler:
         self, logits_RC: Tensor, seats_R: Tensor, metadata: SamplingMetadata
     ) -> tuple[Tensor, Tensor]:
         """What image codes are drawn from, FloatTensor [R, C], and their log-probabilities, as in Event; from logits as
-        `sample` takes them."""
+        `sample` takes them. Rows whose logits are no numbers are none either."""
         logits_RC += self.bias[IMAGE]
         settings_R4 = self.settings_SP4[seats_R, IMAGE]
         temperature_R1 = settings_R4[:, :1]
@@ -172,7 +172,10 @@ class Sampler:
             p_RC.masked_fill_(p_RC < thresholds(p_RC, *settings_R4[:, 1:].T)[:, None], 0)
             p_RC /= p_RC.sum(-1, keepdim=True)
         certain_RC = torch.zeros_like(p_RC).scatter_(1, token_R1, 1.0)
-        return torch.where(temperature_R1 > 0, p_RC, certain_RC), logits_RC.log_softmax(-1)
+        logprobs_RC = logits_RC.log_softmax(-1)
+        sound_R1 = logprobs_RC.gather(1, token_R1).isfinite()
+        p_RC = torch.where(temperature_R1 > 0, p_RC, certain_RC)
+        return p_RC.masked_fill_(~sound_R1, float("nan")), logprobs_RC
 
     def forget_room(self) -> None:
         """Give the memory of `_scratch` back."""
