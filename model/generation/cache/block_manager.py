@@ -125,7 +125,7 @@ class BlockManager:
         not verified; failed: a pass that wrote to them went wrong."""
         self.cache_full_blocks(sequence)
         whole = len(sequence.chain)
-        if failed or sequence.soiled or sequence.verified < sequence.cached:
+        if failed or sequence.verified < sequence.cached:
             if whole < len(sequence.blocks):
                 self._clear(sequence.blocks[whole:])
         else:
@@ -140,7 +140,7 @@ class BlockManager:
                     self._idle[block] = None
                 else:
                     self._free.append(block)
-        sequence.blocks, sequence.chain, sequence.attached, sequence.soiled = [], [], False, False
+        sequence.blocks, sequence.chain, sequence.attached = [], [], False
         sequence.cached = sequence.verified = 0
         sequence.lives += 1
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 class Sequence:
     """A context in the cache: its tokens, the first `cached` of which are written in its blocks.
 
-    verified: the first so many of them are known to be numbers. soiled: what is written behind them may be none, of a
-    draft that came to nothing. lives: how often its blocks were taken from it.
+    verified: the first so many of them are known to be numbers. lives: how often its blocks were taken from it.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -19,7 +18,6 @@ class Sequence:
     chain: list[bytes] = field(default_factory=list)  # digests of its full, written blocks, in order
     attached: bool = False  # whether it has been looked up in what the cache holds
     verified: int = 0
-    soiled: bool = False
     lives: int = 0
 
     @property

@@ -46,9 +46,6 @@ def verify_drafts(batch: ImageBatch, p_RC: Tensor, logprobs_RC: Tensor, first_co
         assert state.drafts is not None
         end = begin + 1 + len(state.drafts.codes)
         sound = finite[begin:end].index(False) if not all(finite[begin:end]) else end - begin
-        if begin + sound < end:
-            for sequence in state.sequences:
-                sequence.soiled = True
         if not sound:
             outputs.append(RunnerOutput(state, [], [], NOT_FINITE))
             begin = end

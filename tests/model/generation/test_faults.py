@@ -1,9 +1,8 @@
-"""Faults put in from outside: logits that are no numbers, memory that does not suffice, errors of all kinds. They cost
-the requests they are about; everybody else gets what they get alone."""
+"""Logits that are no numbers, put in from outside: they cost the requests they are about, and everybody else gets what
+they get alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,17 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calumma.model.config import ModelConfig
-from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams, StepFailed
+from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams
+from calumma.model.generation.cache import contiguous
 from calumma.model.generation.cache.block_manager import BlockManager
-from calumma.model.generation.faults import MOST_IN_A_ROW, out_of_memory
-from calumma.model.generation.passes import prompt_scores, runner
-from calumma.model.generation.passes.attention import PagedAttention
+from calumma.model.generation.cache.sequence import Sequence
 from calumma.model.generation.passes.decoder import Decoder
-from calumma.model.generation.passes.graphs import FixedShapePass
-from calumma.model.generation.request_state import RequestState
-from calumma.model.generation.sampling.jacobi import JacobiDraft
+from calumma.model.generation.sampling import filters
 from calumma.model.generation.sampling.sampler import Sampler
-from calumma.model.generation.scheduler import Scheduler
 from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 
@@ -236,256 +231,7 @@ def test_a_prompt_that_is_no_number_fails_before_its_end(spoiled: set[int]) -> N
     assert steps == 5  # the 18th token is in the fifth part of four
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-SHORT: list[Callable[[], BaseException]] = [
-    lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
-    lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    lambda: MemoryError(),
-]
-PLACES: dict[str, tuple[Any, str]] = {
-    "a layer": (PagedAttention, "attend"),
-    "logits": (Decoder, "logits"),
-    "drawing": (Sampler, "sample"),
-    "verifying": (JacobiDraft, "verify"),
-    "scoring": (prompt_scores, "id_logprob_pairs"),
-    "reading": (runner, "read_samples"),
-    "counting": (runner.ModelRunner, "_count_cached"),
-}
-
-
-def test_real_allocators_messages_are_known() -> None:
-    with pytest.raises(RuntimeError) as torchs:
-        torch.empty(1 << 60)
-    assert out_of_memory(torchs.value)
-    assert all(out_of_memory(error()) for error in SHORT)
-    assert not out_of_memory(RuntimeError("the size of tensor a must match"))
-    assert not out_of_memory(ValueError("out of memory"))
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    options=engines,
-    mix=st.lists(st.tuples(sound, st.integers(0, 3)), min_size=1, max_size=8),
-    place=st.sampled_from(sorted(PLACES)),
-    first=st.integers(0, 60),
-    often=st.integers(1, 6),
-    error=st.sampled_from(SHORT),
-)
-def test_out_of_memory_sheds_the_newest(
-    options: dict[str, Any], mix: list[tuple[Asked, int]], place: str, first: int, often: int, error: Any
-) -> None:
-    """Whatever allocation fails, and however often in a row: who is not shed gets all it gets alone."""
-    owner, name = PLACES[place]
-    original, calls = getattr(owner, name), iter(range(100_000))
-
-    def failing(*given: Any, **named: Any) -> Any:
-        if first <= next(calls) < first + often:
-            raise error()
-        return original(*given, **named)
-
-    window = options["jacobi_window"]
-    expected = [alone(request, False, window) for request, _ in mix]
-    found: dict[str, list[Event]] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, failing)
-        engine = Engine(tiny(), V, N, **options)
-        for number, (request, steps) in enumerate(mix):
-            engine.add(asked(str(number), *request))
-            for _ in range(steps):
-                for event in engine.step():
-                    found.setdefault(event.request_id, []).append(event)
-        for id, events in run(engine).items():
-            found.setdefault(id, []).extend(events)
-    assert len(found) == len(mix)
-    for number in range(len(mix)):
-        tokens, finish, kind = told(found[str(number)])
-        if kind is None:
-            assert (tokens, finish, kind) == expected[number]
-        else:
-            assert (finish, kind) == ("failed", "out of memory")
-            assert tokens == expected[number][0][: len(tokens)]
-    clean(engine)
-
-
-def test_who_is_shed_is_the_newest_and_only_while_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass of more than three requests does not fit."""
-    hidden, tried = Decoder.hidden, []
-
-    def limited(self: Decoder, tokens_T: Tensor, paged: Any) -> Tensor:
-        tried.append(len(tokens_T))
-        if len(tokens_T) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return hidden(self, tokens_T, paged)
-
-    monkeypatch.setattr(Decoder, "hidden", limited)
-    engine = Engine(tiny(), V, N)
-    params = SamplingParams(4, text=PhaseSampling(0.0), ignore_eos=True)
-    for number in range(5):
-        engine.add(Request(str(number), [V.bos], params))
-    events = engine.step()
-    assert tried == [5, 5, 4, 3]  # once more without what is kept to be fast, then without the newest
-    assert [e.request_id for e in events if e.finish == "failed"] == ["4", "3"]
-    assert all(e.failure is not None and "newest" in e.failure.message for e in events if e.finish)
-    assert {id: told(each)[1] for id, each in run(engine).items()} == dict.fromkeys("012", "length")
-    assert engine.statistics.counters.failed == 2
-    engine.add(Request("later", [V.bos], params))
-    assert told(run(engine)["later"])[1] == "length"
-
-
-def test_a_recording_that_does_not_fit_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = []
-
-    def record(self: FixedShapePass, pool: Any) -> Any:
-        recorded.append((self.B, self.M))
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    engine = Engine(tiny(), V, N, cuda_graphs=True)
-    expected = alone((0, "text", 7, 0.0, 1.0, 0), False)
-    engine.add(asked("r", 0, "text", 7, 0.0, 1.0, 0))
-    hidden = engine._runner.graphs.hidden  # type: ignore[union-attr]
-
-    def on_a_device(tokens_T: Tensor, *given: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tensor, "is_cuda", True)
-            return hidden(tokens_T, *given)
-
-    monkeypatch.setattr(FixedShapePass, "record", record)
-    monkeypatch.setattr(engine._runner.graphs, "hidden", on_a_device)
-    assert told(run(engine)["r"]) == expected
-    assert len(recorded) == 1
-
-
-# --- other errors -----------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(options=engines, mix=st.lists(sound, min_size=2, max_size=6), data=st.data())
-def test_a_request_whose_passes_raise_fails_alone(options: dict[str, Any], mix: list[Asked], data: Any) -> None:
-    """Found out by halves; the others go on within the same step."""
-    window = options["jacobi_window"]
-    expected = [alone(request, False, window) for request in mix]
-    guilty = data.draw(st.integers(1, len(mix) - 1))
-    lay_out = runner.lay_out
-
-    def refusing(scheduled: Any, *given: Any) -> Any:
-        if any(item.state.request.id == str(guilty) and item.samples for item in scheduled):
-            raise ValueError("what a strange request")
-        return lay_out(scheduled, *given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "lay_out", refusing)
-        engine = Engine(tiny(), V, N, **options)
-        for number, request in enumerate(mix):
-            engine.add(asked(str(number), *request))
-        found = run(engine)
-    for number in range(len(mix)):
-        if number == guilty:
-            (tokens, finish, kind), failure = told(found[str(number)]), found[str(number)][-1].failure
-            assert (tokens, finish, kind) == ([], "failed", "error") or mix[number][1] == "image"
-            assert failure is not None
-            assert "ValueError: what a strange request" in failure.message
-        else:
-            assert told(found[str(number)]) == expected[number]
-    clean(engine)
-
-
-BOOKS: dict[str, tuple[Any, str, Callable[..., str]]] = {
-    "accepting": (RequestState, "accept", lambda state, *_: state.request.id),
-    "planning": (Scheduler, "_plan", lambda _, state, *__: state.request.id),
-    "taking a seat": (Engine, "_seat", lambda _, state: state.request.id),
-    "attaching": (Scheduler, "_attach", lambda _, state, *__: state.request.id),
-    "beginning": (RequestState, "__init__", lambda _, request, *__: request.id),
-}
-
-
-@pytest.mark.parametrize("place", BOOKS)
-@pytest.mark.parametrize("call", [0, 2])
-def test_an_error_in_a_requests_books_ends_it_alone(monkeypatch: pytest.MonkeyPatch, place: str, call: int) -> None:
-    owner, name, whose = BOOKS[place]
-    mix: list[Asked] = [(number % 4, "interleaved", 12, 1.3, 3.0, number) for number in range(5)]
-    expected = [alone(request, False) for request in mix]
-    original, calls = getattr(owner, name), iter(range(1000))
-
-    def failing(*given: Any) -> Any:
-        if whose(*given) == "3" and next(calls) == call:
-            raise ArithmeticError("books that do not balance")
-        return original(*given)
-
-    monkeypatch.setattr(owner, name, failing)
-    engine = Engine(tiny(), V, N, block_size=4)
-    for number, request in enumerate(mix):
-        engine.add(asked(str(number), *request))
-    found = run(engine)
-    for number in (0, 1, 2, 4):
-        assert told(found[str(number)]) == expected[number]
-    if next(calls) > call:
-        failure = found["3"][-1].failure
-        assert failure is not None
-        assert failure.kind == "error"
-        assert "ArithmeticError: books that do not balance" in failure.message
-    clean(engine)
-    assert engine.step() == []
-
-
-def test_an_engine_that_is_broken_says_who_was_in_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*given: Any) -> Any:
-        raise RuntimeError("no kernel image is available")
-
-    engine = Engine(tiny(), V, N, max_sequences=2)
-    for number in range(3):
-        engine.add(Request(str(number), [V.bos], SamplingParams(5)))
-    monkeypatch.setattr(Decoder, "hidden", broken)
-    with pytest.raises(StepFailed, match="no kernel image") as failed:
-        engine.step()
-    assert failed.value.request_ids == ("0", "1")  # the third was not in it
-
-
-def test_several_lone_requests_in_a_row_are_put_down_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, hidden = Engine(tiny(), V, N), Decoder.hidden
-    broken = False
-
-    def sometimes(self: Decoder, *given: Any) -> Any:
-        if broken:
-            raise RuntimeError("no kernel image is available")
-        return hidden(self, *given)
-
-    monkeypatch.setattr(Decoder, "hidden", sometimes)
-
-    def ask(id: str) -> str | None:
-        engine.add(Request(id, [V.bos], SamplingParams(2)))
-        return told(run(engine)[id])[1]
-
-    broken = True
-    assert [ask(str(number)) for number in range(MOST_IN_A_ROW - 1)] == ["failed"] * (MOST_IN_A_ROW - 1)
-    broken = False
-    assert ask("sound") != "failed"
-    broken = True
-    assert [ask(f"again {number}") for number in range(MOST_IN_A_ROW - 1)] == ["failed"] * (MOST_IN_A_ROW - 1)
-    with pytest.raises(StepFailed):
-        ask("one too many")
-
-
-def test_a_device_that_is_lost_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-
-    def lost(*given: Any) -> Any:
-        tried.append(given)
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-
-    engine = Engine(tiny(), V, N)
-    for number in range(4):
-        engine.add(Request(str(number), [V.bos], SamplingParams(5)))
-    monkeypatch.setattr(Decoder, "hidden", lost)
-    with pytest.raises(StepFailed, match="illegal memory access"):
-        engine.step()
-    assert len(tried) == 1
-
-
 def test_blocks_that_are_not_verified_are_cleared_and_forgotten() -> None:
-    from calumma.model.generation.cache.sequence import Sequence
-
     cleared: list[int] = []
     blocks = BlockManager(8, 2, lambda source, target: None, cleared.extend)
     written = Sequence(list(range(7)))
@@ -497,3 +243,84 @@ def test_blocks_that_are_not_verified_are_cleared_and_forgotten() -> None:
     assert sorted(cleared) == sorted(held[1:])
     assert (blocks.idle, blocks.free) == (1, 7)
     assert blocks.lookup(list(range(7)))[:2] == (0, 1)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_who_is_filled_up_in_a_pass_reads_nobody_elses_blocks(monkeypatch: pytest.MonkeyPatch, copied: bool) -> None:
+    """Attention reads what it masks: a block of a request that is no number must not stand in for one of another's."""
+    if not copied:
+        monkeypatch.setattr(contiguous, "CONTIGUOUS_BYTES", 0)
+    long = Request("long", [V.bos, *range(15, 26)], SamplingParams(9, text=PhaseSampling(0.0), allowed_ids=(POISON,)))
+    short = Request("short", [V.bos, 20], SamplingParams(9, text=PhaseSampling(0.0), ignore_eos=True))
+    expected = Engine(tiny(), V, N)
+    expected.add(short)
+    engine = Engine(tiny(True), V, N, block_size=4)
+    engine.add(long)
+    engine.add(short)
+    engine.step()
+    (state, _) = engine._scheduler.running
+    assert 0 in state.full.blocks
+    found = run(engine)
+    assert told(found["long"]) == ([], "failed", "not finite")
+    assert told(found["short"])[1] == "length"
+    assert told(run(expected)["short"])[0][1:] == told(found["short"])[0]
+
+
+def test_what_fills_up_a_fixed_shape_is_cleared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole pass that is no number, what it is filled up with included."""
+    embed, spoil = Decoder._embed, False
+
+    def spoiling(self: Decoder, tokens_T: Tensor) -> Tensor:
+        x_TD = embed(self, tokens_T)
+        return torch.full_like(x_TD, float("nan")) if spoil else x_TD
+
+    monkeypatch.setattr(Decoder, "_embed", spoiling)
+    engine = Engine(tiny(), V, N, block_size=4, cuda_graphs=True)
+    params = SamplingParams(20, text=PhaseSampling(0.0), ignore_eos=True)
+    for number in range(3):  # of a shape for four
+        engine.add(Request(str(number), [V.bos, 15 + number], params))
+    engine.step()
+    engine.step()
+    spoil = True
+    assert [event.finish for event in engine.step()] == ["failed"] * 3
+    spoil = False
+    clean(engine)
+    engine.add(Request("later", [V.bos, 15], params))
+    assert told(run(engine)["later"])[1] == "length"
+
+
+def test_a_draft_after_which_there_are_no_numbers_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code before it was drawn from numbers: the answer goes on."""
+    probabilities, spoiled = Sampler.image_probabilities, []
+
+    def spoiling(self: Sampler, logits_RC: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        p_RC, logprobs_RC = probabilities(self, logits_RC, *given)
+        if len(p_RC) > 1:
+            p_RC[1:] = float("nan")
+            spoiled.append(len(p_RC))
+        return p_RC, logprobs_RC
+
+    monkeypatch.setattr(Sampler, "image_probabilities", spoiling)
+    engine = Engine(tiny(), V, N, jacobi_window=3)
+    engine.add(Request("r", PROMPTS[1], SamplingParams(mode="image", seed=3)))
+    tokens, finish, _ = told(run(engine)["r"])
+    assert (len(tokens), finish) == (N + 2, "stop")
+    assert spoiled
+    clean(engine)
+
+
+def test_filters_that_look_places_up_by_value_are_given_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do with the flat rows of a large vocabulary."""
+    monkeypatch.setattr(filters, "FEW", 1)
+    monkeypatch.setattr(filters, "MANY", 2)
+    engine = Engine(tiny(True), V, N)
+    params = [SamplingParams(9, text=PhaseSampling(1.3, top_p), seed=1, ignore_eos=True) for top_p in (0.3, 0.9, 1.0)]
+    for number, each in enumerate(params):
+        engine.add(Request(f"bad {number}", PROMPTS[4], each))
+        engine.add(Request(f"good {number}", PROMPTS[1], each))
+    found = {id: told(events) for id, events in run(engine).items()}
+    assert all(kind == "not finite" for id, (_, _, kind) in found.items() if id.startswith("bad"))
+    for number, each in enumerate(params):
+        single = Engine(tiny(True), V, N)
+        single.add(Request("r", PROMPTS[1], each))
+        assert told(run(single)["r"]) == found[f"good {number}"]
