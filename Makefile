@@ -7,13 +7,16 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check clean
+.PHONY: help install quickstart test check docs docs-check reference clean
 
 help:
 	@echo 'make quickstart   install into $(VENV), then train, evaluate and serve a small model (ARGS="--workdir DIR …")'
 	@echo 'make install      install the pinned packages and calumma into $(VENV); does nothing when nothing changed'
 	@echo 'make test         all tests, with coverage (ARGS="tests/model -k name" picks some)'
-	@echo 'make check        formatting, lint, types'
+	@echo 'make check        formatting, lint, types, and what imports what'
+	@echo 'make docs         the documentation as a site in build/docs/site, with the reference made from the code'
+	@echo 'make docs-check   do what the guides say, command by command (ARGS="serving --workdir DIR" picks some)'
+	@echo 'make reference    write the JSON schemas of specifications anew'
 	@echo 'make clean        remove $(VENV) and everything built; results in quickstart/ and mlflow/ stay'
 
 install: $(INSTALLED)
@@ -32,13 +35,24 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
-# mypy does not follow setuptools' package-dir: it gets a folder of links that looks as calumma is imported.
+# mypy and import-linter do not follow setuptools' package-dir: they get a folder of links that looks as calumma is
+# imported.
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@mkdir -p build/types/calumma
 	@for package in $(PACKAGES); do ln -sfn "../../../$$package" "build/types/calumma/$$package"; done
-	$(BIN)/mypy build/types/calumma infra/install.py
+	$(BIN)/mypy build/types/calumma infra/install.py docs
+	PYTHONPATH=build/types $(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	@$(BIN)/python -m docs.build
+
+docs-check: $(INSTALLED)
+	@$(BIN)/python -m docs.check $(ARGS)
+
+reference: $(INSTALLED)
+	@$(BIN)/python -m docs.reference
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

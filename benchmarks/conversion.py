@@ -25,7 +25,7 @@ from torch import Tensor
 
 from calumma.model.config import PRESETS, ImageTokenizerConfig, ModelConfig
 from calumma.model.convert.names import rows, shapes
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 
 CODES = 8192
 GIGABYTE = 1e9

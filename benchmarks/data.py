@@ -33,13 +33,14 @@ import numpy as np
 from data_memory import chart, memory
 from data_plan import plan_and_manifest, plans
 
-from calumma.platform import cluster, storage
-from calumma.platform.data import token_shards
-from calumma.platform.data.cache import ShardCache
-from calumma.platform.data.manifest import FileEntry, Manifest
-from calumma.platform.data.packing import PackedRow
-from calumma.platform.data.plan import Plan
-from calumma.platform.data.row_groups import RowGroupReader
+from calumma.platform import storage
+from calumma.platform.cluster import connection
+from calumma.platform.shards import tokens as token_shards
+from calumma.platform.shards.cache import ShardCache
+from calumma.platform.shards.row_groups import RowGroupReader
+from calumma.platform.shards.tokens import PackedRow
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.streaming.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 RIVALS = ["mosaicml-streaming==0.13.0", "webdataset==1.0.2", "torch==2.13.0", "numpy==2.1.3"]
@@ -94,13 +95,13 @@ def publish(uri: str, rows: list[PackedRow], micro_batch: int) -> Manifest:
 
 
 def _entry(path: str, data: bytes, rows: int, micro_batch: int) -> FileEntry:
-    return FileEntry.of(
+    return FileEntry.from_bytes(
         path,
         data,
         rows=rows,
         row_groups=-(-rows // micro_batch),
         sequences_per_row_group=micro_batch,
-        footer=token_shards.footer(data),
+        footer=token_shards.footer_digest(data),
     )
 
 
@@ -114,7 +115,7 @@ def stream(
     first_step: int = 0,
     cache: ShardCache | None = None,
 ) -> Speed:
-    from calumma.platform.data.stream import PlanDataConfig, micro_batches
+    from calumma.platform.streaming.tensors import PlanDataConfig, micro_batches
 
     began = time.perf_counter()
     steps = (first_step, first_step + batches)
@@ -128,7 +129,7 @@ def verification(uri: str, manifest: Manifest) -> float:
     """The share of checksums in the CPU time of reading row groups from the disk. (To stream without them is no
     measure: what was not checked is left to pyarrow, which takes longer.)"""
     plan, reader, shares = Plan(1, {uri: 1.0}, {uri: manifest}, 1), RowGroupReader(CONTEXT), []
-    found = plan.named(plan.steps(0, manifest.row_groups))
+    found = plan.to_micro_batches(plan.steps(0, manifest.row_groups))
     contents = [storage.read_bytes(storage.join(uri, entry.path)) for entry in manifest.files]
     for _ in range(5):
         began = time.process_time()
@@ -136,7 +137,7 @@ def verification(uri: str, manifest: Manifest) -> float:
             reader.read(micro_batch)
         read = time.process_time()
         for content in contents:
-            token_shards.digest(content)
+            token_shards.row_group_digest(content)
         shares.append((time.process_time() - read) / (read - began))
     return median(shares)
 
@@ -300,7 +301,7 @@ def measure(given: argparse.Namespace, python: Path, folder: str) -> list[str]:
         storage.upload(f"{folder}/{name}", f"s3://{BUCKET}/{name}")
     found: dict[str, dict[str, Speed]] = {LOCAL: {}, REMOTE: {}, COPIED: {}}
     resumed: dict[int, float] = {}
-    with cluster.embedded(lean=True):
+    with connection.embedded(lean=True):
         stream(here, manifest, 4)  # Ray's workers are there from now on
         for place, uri, turns in ((LOCAL, here, 3), (REMOTE, there, 1)):
             ours = [(stream(uri, manifest, batches), pyarrow_alone(uri, manifest, given.epochs)) for _ in range(turns)]

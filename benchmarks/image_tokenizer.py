@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.convert.image_tokenizer import HUGGING_FACE_PREFIX, hugging_face_names
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 
 Work = Callable[[], object]
 

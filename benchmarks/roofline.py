@@ -19,7 +19,7 @@ import torch
 
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.vocabulary import Vocabulary
 
 benchmark = importlib.import_module("engine")  # benchmarks/engine.py: a script's own folder comes first

@@ -37,10 +37,10 @@ from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import save_model
 from calumma.model.document import Document, Text
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import train_text_tokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
-from calumma.platform import cluster
+from calumma.platform.cluster import connection
 from calumma.serve.deploy.endpoint import deploy, undeploy
 from calumma.serve.replica.engine.process import MODULE as ENGINE_PROCESS
 from calumma.serve.settings import ServeSettings
@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--chart", type=Path, default=Path("autoscaling.png"))
     options = parser.parse_args()
     parts = options.parts.split(",")
-    with tempfile.TemporaryDirectory() as folder, cluster.embedded(lean=True):
+    with tempfile.TemporaryDirectory() as folder, connection.embedded(lean=True):
         directory = options.model or str(random_model(Path(folder), options.preset))
         settings = ServeSettings(model=directory, name=NAME, port=8765, cpus_per_replica=0.5, threads=1)
         if "http" in parts:

@@ -2,7 +2,7 @@
 
 import sys
 
-from calumma.platform.runner import main
+from calumma.jobs.entry import main
 from calumma.platform.training.ablation import run
 
 __all__ = ["run"]

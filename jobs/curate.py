@@ -2,8 +2,8 @@
 
 import sys
 
-from calumma.platform.data.curate import run
-from calumma.platform.runner import main
+from calumma.jobs.entry import main
+from calumma.platform.curation.curate import run
 
 __all__ = ["run"]
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from calumma.platform.evaluation.benchmark import evaluate as run
-from calumma.platform.runner import main
+from calumma.jobs.entry import main
+from calumma.platform.evaluation.evaluate import evaluate as run
 
 __all__ = ["run"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from calumma.platform.config import PretrainSpecification
-from calumma.platform.data.manifest import Manifest
-from calumma.platform.progress import Progress
-from calumma.platform.runner import main
-from calumma.platform.tracking import Run
+from calumma.jobs.entry import main
+from calumma.platform.cluster.progress import Progress
+from calumma.platform.storage.manifest import Manifest
+from calumma.platform.tracking.run import Run
+from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.stage import run_stage
 
 

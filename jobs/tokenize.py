@@ -2,8 +2,8 @@
 
 import sys
 
-from calumma.platform.data.tokenize import run
-from calumma.platform.runner import main
+from calumma.jobs.entry import main
+from calumma.platform.tokenizing.tokenize import run
 
 __all__ = ["run"]
 

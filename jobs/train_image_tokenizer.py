@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from calumma.platform.config import ImageTokenizerSpecification
-from calumma.platform.data.manifest import Manifest
-from calumma.platform.progress import Progress
-from calumma.platform.runner import main
-from calumma.platform.tracking import Run
-from calumma.platform.training.image_tokenizer import train_image_tokenizer
+from calumma.jobs.entry import main
+from calumma.platform.cluster.progress import Progress
+from calumma.platform.storage.manifest import Manifest
+from calumma.platform.tracking.run import Run
+from calumma.platform.training.images.stage import train_image_tokenizer
+from calumma.platform.training.specification import ImageTokenizerSpecification
 
 
 def run(spec: ImageTokenizerSpecification, run: Run, progress: Progress) -> Manifest:

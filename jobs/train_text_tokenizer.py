@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from calumma.platform.config import TextTokenizerSpecification
-from calumma.platform.data.manifest import Manifest
-from calumma.platform.progress import Progress
-from calumma.platform.runner import main
-from calumma.platform.tracking import Run
-from calumma.platform.training.text_tokenizer import train_text_tokenizer
+from calumma.jobs.entry import main
+from calumma.platform.cluster.progress import Progress
+from calumma.platform.storage.manifest import Manifest
+from calumma.platform.tokenizing.specification import TextTokenizerSpecification
+from calumma.platform.tokenizing.text_tokenizer import train_text_tokenizer
+from calumma.platform.tracking.run import Run
 
 
 def run(spec: TextTokenizerSpecification, run: Run, progress: Progress) -> Manifest:

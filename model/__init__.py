@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from calumma.model.document import Document, Image, Text
 
 if TYPE_CHECKING:
+    from calumma.model.answering import generate
     from calumma.model.directory import MixedModalModel, load
 
-__all__ = ["Document", "Image", "MixedModalModel", "Text", "load"]
+__all__ = ["Document", "Image", "MixedModalModel", "Text", "generate", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from calumma.model import directory
 
         return getattr(directory, name)
+    if name == "generate":
+        from calumma.model.answering import generate
+
+        return generate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

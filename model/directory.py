@@ -13,27 +13,28 @@ from pathlib import Path
 
 import torch
 
-from calumma.model import config, text_tokenizer, vocabulary, weights
+from calumma.model import config, vocabulary, weights
 from calumma.model.config import ModelConfig
 from calumma.model.document import Document
 from calumma.model.encoding import DocumentEncoder
-from calumma.model.image_tokenizer import WEIGHTS, ImageTokenizer
-from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.tokenizers import text
+from calumma.model.tokenizers.image import WEIGHTS, ImageTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.model.weights import Entry, open_weights, write_weights
+from calumma.model.weights import LazyTensor, open_weights, write_weights
 
 IMAGE_TOKENIZER = "image_tokenizer"
 FILES = (
     config.FILE,
     weights.FILE,
-    text_tokenizer.FILE,
+    text.FILE,
     vocabulary.FILE,
     f"{IMAGE_TOKENIZER}/{config.FILE}",
     f"{IMAGE_TOKENIZER}/{WEIGHTS}",
 )
 # What may stand in a file's place: shards and their index, a tokenizer of an imported model.
-INSTEAD = {weights.FILE: weights.INDEX, text_tokenizer.FILE: text_tokenizer.HUGGING_FACE_FILE}
+INSTEAD = {weights.FILE: weights.INDEX, text.FILE: text.HUGGING_FACE_FILE}
 
 
 def missing_files(exists: Callable[[str], bool]) -> list[str]:
@@ -88,7 +89,7 @@ def load(
     read: Callable[..., Transformer] | None = None,
 ) -> MixedModalModel:
     """Read a model directory for inference. `dtype` None keeps the stored one. `read` reads the Transformer in place of
-    `read_transformer`, say a part of it (generation.read_part).
+    `read_transformer`, say a shard of it (generation.read_shard).
 
     Raises FileNotFoundError that lists what is missing, ValueError when the parts do not belong together.
     """
@@ -126,8 +127,8 @@ def save_model(
     directory = Path(directory)
     (directory / IMAGE_TOKENIZER).mkdir(parents=True, exist_ok=True)
     transformer.config.save(directory)
-    write_weights(directory, {name: Entry.of(tensor) for name, tensor in transformer.state_dict().items()})
-    tokenizer = text_tokenizer.file_of(text_tokenizer_dir)
+    write_weights(directory, {name: LazyTensor.of(tensor) for name, tensor in transformer.state_dict().items()})
+    tokenizer = text.file_of(text_tokenizer_dir)
     for name in (tokenizer.name, vocabulary.FILE):
         (directory / name).write_bytes((Path(text_tokenizer_dir) / name).read_bytes())
     for name in (config.FILE, WEIGHTS):

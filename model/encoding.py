@@ -19,19 +19,20 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Role, Segment, Text, Turn
-from calumma.model.image_tokenizer import ImageTokenizer, preprocess, to_image
-from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.images import preprocess, to_image
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 
 
-class Encoded(NamedTuple):
+class EncodedDocument(NamedTuple):
     """Token ids of a document, and for each whether the loss is taken on it."""
 
     ids: list[int]
     trained: list[bool]
 
 
-class Tokens(NamedTuple):
+class EncodedArrays(NamedTuple):
     """The same as arrays, for whoever encodes very many."""
 
     ids: NDArray[np.int32]
@@ -57,11 +58,13 @@ class DocumentEncoder:
         """Codes in an image, without its begin and end ids."""
         return self.image_tokenizer.config.codes_per_image
 
-    def encode(self, document: Document, complete: bool = True) -> Encoded:
+    def encode(self, document: Document, complete: bool = True) -> EncodedDocument:
         """One document; `complete=False` omits the final eos, so that the model can go on. Raises UnreadableImage."""
         return self.encode_many([document], complete)[0]
 
-    def encode_many(self, documents: Sequence[Document], complete: bool = True, batch: int = 64) -> list[Encoded]:
+    def encode_many(
+        self, documents: Sequence[Document], complete: bool = True, batch: int = 64
+    ) -> list[EncodedDocument]:
         """As `encode`, with the images of all documents coded in batches of `batch`."""
         images = [image for document in documents for image in document.images]
         coded = (
@@ -70,7 +73,7 @@ class DocumentEncoder:
             for ids in self.code([self.pixels(image) for image in images[begin : begin + batch]])
         )
         tokens = self.assemble(documents, self.text_ids(documents), coded, complete)
-        return [Encoded(each.ids.tolist(), each.trained.tolist()) for each in tokens]
+        return [EncodedDocument(each.ids.tolist(), each.trained.tolist()) for each in tokens]
 
     def text_ids(self, documents: Sequence[Document]) -> list[NDArray[np.int32]]:
         """The token ids of every text segment, in order."""
@@ -95,7 +98,7 @@ class DocumentEncoder:
         texts: Sequence[NDArray[np.int32]],
         images: Iterator[NDArray[np.int32]],
         complete: bool = True,
-    ) -> list[Tokens]:
+    ) -> list[EncodedArrays]:
         """Each document's tokens, from the ids of all their texts and images in order. They share one array: an array
         for every short document would take longer than its text."""
         if not documents:
@@ -136,7 +139,7 @@ class DocumentEncoder:
         trained = np.ones(size, np.bool_)
         for begin, end in untrained:
             trained[begin:end] = False
-        return [Tokens(ids[begin:end], trained[begin:end]) for begin, end in pairwise(begins)]
+        return [EncodedArrays(ids[begin:end], trained[begin:end]) for begin, end in pairwise(begins)]
 
     def decode(self, ids: Sequence[int], role: Role | None = None) -> Document:
         """Ids, as sampled or as encoded, to a document; special ids vanish, an incomplete image is dropped.

@@ -1,6 +1,6 @@
 """The mixed-modal Transformer: Llama-2's shape with query-key normalization (paper section 2.3).
 
-Its pass over a cache, for generation, is in generation/decoder.py.
+Its pass over a cache, for generation, is in generation/passes/decoder.py.
 
 Shape suffixes: B batch, T tokens, L positions, D width, N heads, K key-value heads, H head size, P pairs of a
 head (H/2), F feed-forward width, V vocabulary, R trained tokens.
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calumma.model import stability
-from calumma.model.attention import Mask, attend, document_mask, rope_table, rotate
 from calumma.model.config import ModelConfig
-from calumma.model.loss import Loss, linear_loss, trained_rows
+from calumma.model.ops import stability
+from calumma.model.ops.attention import Mask, attend, document_mask, rope_table, rotate
+from calumma.model.ops.loss import Loss, linear_loss, trained_rows
 
 
 class HeadNorm(nn.Module):
@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and feed-forward; `pre` normalizes their input (Llama), `swin` their output before the residual add."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
             raise ValueError("the model's vocabulary_size must be set before it is built")
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.output = Output(config)
         self.register_buffer("rope", torch.empty(0), persistent=False)
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
         Tokens and segments: see `hidden`. `needed`, LongTensor [B, P]: only the logits of these P tokens of each row,
         [B, P, V].
         Loss: `targets` LongTensor [B, T], `mask` BoolTensor [B, T], `image_mask` BoolTensor [V], z_loss and normalizer
-        as in loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (stability.py).
+        as in ops/loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (ops/stability.py).
         """
         rows_R = None
         if targets is not None:
@@ -217,7 +217,7 @@ class Transformer(nn.Module):
             z_loss=z_loss,
             normalizer=normalizer,
         )
-        return Loss(total, sums, stability.named(measured, measured_output))
+        return Loss(total, sums, stability.by_name(measured, measured_output))
 
     def hidden(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """LongTensor [B, T] -> FloatTensor [B, T, D], what the output projection reads.

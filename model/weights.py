@@ -1,6 +1,6 @@
 """Weights on disk: safetensors, in one file or in shards with an index, read and written tensor by tensor.
 
-Weights are a mapping from a name to an `Entry`, which knows shape and dtype and reads its tensor when asked: a 34B
+Weights are a mapping from a name to a `LazyTensor`, which knows shape and dtype and reads its tensor when asked: a 34B
 model is converted with one tensor in memory. The format is https://github.com/huggingface/safetensors, and the index is
 Hugging Face's `model.safetensors.index.json`.
 """
@@ -41,16 +41,16 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor that is read when it is asked for; `part`: only some rows or columns of it, where its file can do so."""
+class LazyTensor:
+    """A tensor that is read when it is asked for; `read_slice` reads some rows or columns, where its file can."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    part: Callable[[tuple[slice, ...]], Tensor] | None = None
+    read_slice: Callable[[tuple[slice, ...]], Tensor] | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Entry:
+    def of(cls, tensor: Tensor) -> LazyTensor:
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @property
@@ -58,10 +58,10 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-Weights = Mapping[str, Entry]
+Weights = Mapping[str, LazyTensor]
 
 
-def open_weights(directory: str | Path, device: torch.device | str = "cpu") -> dict[str, Entry]:
+def open_weights(directory: str | Path, device: torch.device | str = "cpu") -> dict[str, LazyTensor]:
     """The weights of a directory that holds `model.safetensors`, or shards and their index.
 
     Raises FileNotFoundError that names what is missing, ValueError for files that are broken.
@@ -79,7 +79,7 @@ def open_weights(directory: str | Path, device: torch.device | str = "cpu") -> d
         placed, files = {}, [FILE]
         if not (directory / FILE).is_file():
             raise FileNotFoundError(f"{directory} has neither {FILE} nor {INDEX}")
-    found: dict[str, Entry] = {}
+    found: dict[str, LazyTensor] = {}
     for name in files:
         found |= _open_file(directory / name, device)
     if lost := sorted(placed.keys() - found.keys()):
@@ -87,14 +87,14 @@ def open_weights(directory: str | Path, device: torch.device | str = "cpu") -> d
     return found
 
 
-def _open_file(path: Path, device: torch.device | str) -> dict[str, Entry]:
+def _open_file(path: Path, device: torch.device | str) -> dict[str, LazyTensor]:
     try:
         file = safe_open(str(path), framework="pt", device=str(device))
         entries = {}
         for name in file.keys():  # noqa: SIM118 (it is no mapping)
-            part = file.get_slice(name)
-            shape, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
-            entries[name] = Entry(
+            stored = file.get_slice(name)
+            shape, dtype = tuple(stored.get_shape()), DTYPES[stored.get_dtype()]
+            entries[name] = LazyTensor(
                 shape,
                 dtype,
                 lambda name=name: file.get_tensor(name),  # type: ignore[misc]
@@ -121,7 +121,7 @@ def write_weights(
     files = [FILE] if len(shards) == 1 else [_shard(k, len(shards)) for k in range(1, len(shards) + 1)]
     done = 0
 
-    def tell(name: str) -> None:
+    def report(name: str) -> None:
         nonlocal done
         done += weights[name].bytes
         if progress is not None:
@@ -129,7 +129,7 @@ def write_weights(
 
     for file, names in zip(files, shards, strict=True):
         with (directory / file).open("wb") as opened:
-            _write_file(opened, {name: weights[name] for name in names}, tell)
+            _write_file(opened, {name: weights[name] for name in names}, report)
     if len(shards) > 1:
         placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": placed}
@@ -154,7 +154,7 @@ def _shards(weights: Weights, shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(file: BinaryIO, weights: Weights, tell: Callable[[str], object]) -> None:
+def _write_file(file: BinaryIO, weights: Weights, report: Callable[[str], object]) -> None:
     """One safetensors file: length of the header, the header, the tensors' bytes; widest dtypes first, so that every
     tensor lies at a multiple of its element size."""
     names = sorted(weights, key=lambda name: -weights[name].dtype.itemsize)
@@ -170,10 +170,10 @@ def _write_file(file: BinaryIO, weights: Weights, tell: Callable[[str], object])
     file.write(struct.pack("<Q", len(encoded)) + encoded)
     for name in names:
         file.write(_bytes(name, weights[name]))
-        tell(name)
+        report(name)
 
 
-def _bytes(name: str, entry: Entry) -> memoryview:
+def _bytes(name: str, entry: LazyTensor) -> memoryview:
     tensor = entry.read()
     if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
         raise ValueError(

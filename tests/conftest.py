@@ -18,6 +18,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is first i
 settings.register_profile("calumma", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("calumma")
 
+BUCKET = "calumma-tests"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run also the tests marked slow, which take hours")
@@ -61,9 +63,46 @@ def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_cluster() -> Iterator[None]:
     """One lean Ray cluster in this process for all tests that ask for it, started by the first of them.
 
-    Mark such tests with `cluster`. `calumma.platform.cluster.embedded()` inside them uses this cluster.
+    Mark such tests with `cluster`. `calumma.platform.cluster.connection.embedded()` inside them uses this cluster.
     """
-    from calumma.platform import cluster
+    from calumma.platform.cluster import connection
 
-    with cluster.embedded(lean=True):
+    with connection.embedded(lean=True):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of an S3 server."""
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    yield f"http://{host}:{port}"
+    moto.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of a new, empty folder in S3."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    settings = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=BUCKET)
+    yield f"s3://{BUCKET}/some/folder"
+    for item in client.list_objects_v2(Bucket=BUCKET).get("Contents", ()):
+        client.delete_object(Bucket=BUCKET, Key=item["Key"])
+    client.delete_bucket(Bucket=BUCKET)

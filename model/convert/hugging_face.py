@@ -24,10 +24,10 @@ from calumma.model.convert.names import (
     to_halves,
     to_pairs,
 )
-from calumma.model.convert.publish import published
+from calumma.model.convert.publish import atomic_folder
 from calumma.model.directory import IMAGE_TOKENIZER, missing_files
 from calumma.model.vocabulary import Vocabulary
-from calumma.model.weights import SHARD_BYTES, Entry, Weights, open_weights, write_weights
+from calumma.model.weights import SHARD_BYTES, LazyTensor, Weights, open_weights, write_weights
 
 # Fields whose other values no model of ours can have, with transformers' defaults, and its defaults of the rest.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
@@ -70,7 +70,7 @@ def import_hugging_face(
     images: Weights = image_tokenizer.renamed(of_images, table, image_config, str(source))
     if vqgan is not None:
         image_config, images = _with_decoder(images, image_config, Path(vqgan), vqgan_settings or {})
-    with published(destination) as folder:
+    with atomic_folder(destination) as folder:
         vocabulary = text.import_tokenizer(source / "tokenizer.json", config.vocabulary_size, folder)
         image_tokenizer.require_codes(str(source), vocabulary, image_config)
         config.save(folder)
@@ -115,7 +115,7 @@ def export_hugging_face(
     tokenizer = text.export_tokenizer(source)
     ids = text.names(tokenizer)
     dtype = weights["embedding.weight"].dtype
-    with published(destination) as folder:
+    with atomic_folder(destination) as folder:
         files = {
             "config.json": config_json(config, vocabulary, vq_config, ids, dtype),
             "generation_config.json": special_ids(vocabulary),
@@ -127,7 +127,7 @@ def export_hugging_face(
         write_weights(folder, theirs, shard_bytes, progress)
 
 
-def open_source(directory: Path) -> dict[str, Entry]:
+def open_source(directory: Path) -> dict[str, LazyTensor]:
     try:
         return open_weights(directory)
     except (OSError, ValueError) as error:
@@ -227,7 +227,7 @@ def processor_files(config: ModelConfig, images: ImageTokenizerConfig) -> dict[s
 TOKENIZER_NAMES = {"bos": "bos", "eos": "eos", "pad": "pad", "sep": "end_turn"}
 
 
-def to_ours(weights: Weights, config: ModelConfig, where: str) -> dict[str, Entry]:
+def to_ours(weights: Weights, config: ModelConfig, where: str) -> dict[str, LazyTensor]:
     """Our names and order for the Transformer's tensors of a Hugging Face directory. Raises ConversionError."""
     table = rows(config)
     require_names(where, weights, [row.hugging_face for row in table])
@@ -237,7 +237,7 @@ def to_ours(weights: Weights, config: ModelConfig, where: str) -> dict[str, Entr
     return {name: entries[name] for name in expected}  # in the order in which training writes them
 
 
-def to_theirs(weights: Weights, config: ModelConfig, where: str) -> dict[str, Entry]:
+def to_theirs(weights: Weights, config: ModelConfig, where: str) -> dict[str, LazyTensor]:
     """The inverse of `to_ours`."""
     table = rows(config)
     require_names(where, weights, [row.ours for row in table])
@@ -245,8 +245,8 @@ def to_theirs(weights: Weights, config: ModelConfig, where: str) -> dict[str, En
     return {row.hugging_face: _reordered(weights[row.ours], row, config, ours=False) for row in table}
 
 
-def _reordered(entry: Entry, row: Row, config: ModelConfig, ours: bool) -> Entry:
+def _reordered(entry: LazyTensor, row: Row, config: ModelConfig, ours: bool) -> LazyTensor:
     if row.rotary is None:
         return entry
     heads, order = getattr(config, row.rotary), to_pairs if ours else to_halves
-    return Entry(entry.shape, entry.dtype, lambda: order(entry.read(), heads, config.head_size))
+    return LazyTensor(entry.shape, entry.dtype, lambda: order(entry.read(), heads, config.head_size))

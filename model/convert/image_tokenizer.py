@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.convert.names import ConversionError, require_names, require_same, require_shapes
 from calumma.model.convert.pytorch import open_checkpoint
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.vocabulary import Vocabulary
-from calumma.model.weights import Entry, Weights, write_weights
+from calumma.model.weights import LazyTensor, Weights, write_weights
 
 HUGGING_FACE_PREFIX = "model.vqmodel."
 # Ours -> VQGAN's; every other name is the same.
@@ -136,7 +136,7 @@ def to_hugging_face(config: ImageTokenizerConfig, where: str) -> dict[str, Any]:
     }
 
 
-def renamed(weights: Weights, table: dict[str, str], config: ImageTokenizerConfig, where: str) -> dict[str, Entry]:
+def renamed(weights: Weights, table: dict[str, str], config: ImageTokenizerConfig, where: str) -> dict[str, LazyTensor]:
     """Our names for the weights of another layout; `table`: ours -> theirs. Raises ConversionError."""
     require_names(where, weights, table.values())
     entries = {ours: weights[theirs] for ours, theirs in table.items()}
@@ -146,13 +146,13 @@ def renamed(weights: Weights, table: dict[str, str], config: ImageTokenizerConfi
     return entries
 
 
-def open_vqgan(checkpoint: Path, settings: Mapping[str, Any]) -> tuple[ImageTokenizerConfig, dict[str, Entry]]:
+def open_vqgan(checkpoint: Path, settings: Mapping[str, Any]) -> tuple[ImageTokenizerConfig, dict[str, LazyTensor]]:
     """Encoder, codebook and decoder of Meta's `vqgan.ckpt`. Raises ConversionError."""
     config = of_vqgan_yaml(settings, f"the VQGAN configuration beside {checkpoint}")
     loaded = open_checkpoint(checkpoint)
     state = loaded.get("state_dict", loaded)
     weights = {
-        name: Entry.of(tensor)
+        name: LazyTensor.of(tensor)
         for name, tensor in state.items()
         if isinstance(tensor, torch.Tensor) and not name.startswith(META_IGNORED_PREFIXES)
     }

@@ -28,10 +28,10 @@ from calumma.model.convert.names import (
     rows,
     shapes,
 )
-from calumma.model.convert.publish import published
+from calumma.model.convert.publish import atomic_folder
 from calumma.model.convert.pytorch import open_checkpoint
 from calumma.model.directory import IMAGE_TOKENIZER
-from calumma.model.weights import SHARD_BYTES, Entry, write_weights
+from calumma.model.weights import SHARD_BYTES, LazyTensor, write_weights
 
 CONTEXT = 4096  # positions the release was trained with; params.json does not say
 TOKENIZER_FILES = ("text_tokenizer.json", "vqgan.ckpt", "vqgan.yaml")
@@ -58,7 +58,7 @@ def import_meta(
     config = config_of(params, shards, source)
     transformer = merged(shards, config, source)
     image_config, images = image_tokenizer.open_vqgan(tokenizer / "vqgan.ckpt", vqgan_settings)
-    with published(destination) as folder:
+    with atomic_folder(destination) as folder:
         vocabulary = text.import_tokenizer(tokenizer / "text_tokenizer.json", config.vocabulary_size, folder)
         image_tokenizer.require_codes(str(tokenizer), vocabulary, image_config)
         config.save(folder)
@@ -138,7 +138,7 @@ def config_of(params: Mapping[str, Any], shards: Shards, source: Path) -> ModelC
         raise ConversionError(f"{source}: a model that cannot be: {error}") from error
 
 
-def merged(shards: Shards, config: ModelConfig, source: Path) -> dict[str, Entry]:
+def merged(shards: Shards, config: ModelConfig, source: Path) -> dict[str, LazyTensor]:
     """Our tensors, each put together from all shards when it is read. Raises ConversionError."""
     for heads in (config.heads, config.kv_heads):
         if heads % len(shards):
@@ -168,18 +168,18 @@ def _unfused(shard: Mapping[str, Tensor], config: ModelConfig, count: int) -> di
     return parts
 
 
-def _entry(row: Row, parts: list[Tensor], config: ModelConfig) -> Entry:
+def _entry(row: Row, parts: list[Tensor], config: ModelConfig) -> LazyTensor:
     shape = list(parts[0].shape)
     if row.shards in ("rows", "columns"):
         dimension = 0 if row.shards == "rows" else 1
         shape[dimension] = sum(part.shape[dimension] for part in parts)
-        return Entry(tuple(shape), parts[0].dtype, lambda: torch.cat(parts, dimension))
+        return LazyTensor(tuple(shape), parts[0].dtype, lambda: torch.cat(parts, dimension))
     if row.shards == "heads":
         heads = getattr(config, row.rotary or "heads")
-        return Entry(
+        return LazyTensor(
             (heads, *shape), parts[0].dtype, lambda: torch.stack(parts).repeat_interleave(heads // len(parts), 0)
         )
-    return Entry(tuple(shape), parts[0].dtype, lambda: _one(parts))
+    return LazyTensor(tuple(shape), parts[0].dtype, lambda: _one(parts))
 
 
 def _one(copies: list[Tensor]) -> Tensor:

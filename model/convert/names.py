@@ -115,7 +115,7 @@ def require_same(where: str, found: Mapping[str, Any], fixed: Mapping[str, Any])
         f"{field} {found.get(field)!r} (only {value!r})" for field, value in fixed.items() if found.get(field) != value
     ]
     if wrong:
-        raise ConversionError(f"{where}: not an architecture that calumma has: {several(wrong)}")
+        raise ConversionError(f"{where}: not an architecture that calumma has: {abridged(wrong)}")
 
 
 def require_names(where: str, found: Iterable[str], wanted: Collection[str]) -> None:
@@ -125,8 +125,8 @@ def require_names(where: str, found: Iterable[str], wanted: Collection[str]) -> 
     missing = sorted(set(wanted) - found)
     if unknown or missing:
         kinds = [("missing", missing), ("unknown", unknown)]
-        told = "; ".join(f"{len(names)} {kind}: {several(names)}" for kind, names in kinds if names)
-        raise ConversionError(f"{where}: the tensors are not those of this architecture; {told}")
+        found_wrong = "; ".join(f"{len(names)} {kind}: {abridged(names)}" for kind, names in kinds if names)
+        raise ConversionError(f"{where}: the tensors are not those of this architecture; {found_wrong}")
 
 
 def require_shapes(where: str, found: Weights, expected: dict[str, tuple[int, ...]]) -> None:
@@ -137,10 +137,10 @@ def require_shapes(where: str, found: Weights, expected: dict[str, tuple[int, ..
         if found[name].shape != shape
     ]
     if wrong:
-        raise ConversionError(f"{where}: shapes that its configuration does not give: {several(wrong)}")
+        raise ConversionError(f"{where}: shapes that its configuration does not give: {abridged(wrong)}")
 
 
-def several(names: list[str]) -> str:
+def abridged(names: list[str]) -> str:
     """Names for an error message: all, or the first and how many more there are."""
     shown = ", ".join(names[:LISTED])
     return shown if len(names) <= LISTED else f"{shown} and {len(names) - LISTED} more"

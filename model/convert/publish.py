@@ -13,7 +13,7 @@ from calumma.model.convert.names import ConversionError
 
 
 @contextmanager
-def published(destination: str | Path) -> Iterator[Path]:
+def atomic_folder(destination: str | Path) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `destination` when the block ends well and is removed when it does not.
 
     Raises ConversionError when there is something at `destination` already; an empty folder is fine.

@@ -15,8 +15,8 @@ from typing import Any
 
 import sentencepiece
 
-from calumma.model.convert.names import ConversionError, several
-from calumma.model.text_tokenizer import SPACE, HuggingFaceTokenizer, SentencepieceTokenizer, TextTokenizer
+from calumma.model.convert.names import ConversionError, abridged
+from calumma.model.tokenizers.text import SPACE, HuggingFaceTokenizer, SentencepieceTokenizer, TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 
 # Our name of a special id -> its name in the public release.
@@ -80,7 +80,7 @@ def vocabulary_of(tokenizer: dict[str, Any], size: int, where: str) -> Vocabular
     missing = [name for name in SPECIALS.values() if name not in ids]
     missing += [name_of(code) for code in range(max(codes, default=0)) if code not in codes]
     if missing or not codes:
-        lacking = several(missing) if missing else "the image codes IMGIMG...Z"
+        lacking = abridged(missing) if missing else "the image codes IMGIMG...Z"
         raise ConversionError(f"{where}: names of the public release's vocabulary are missing: {lacking}")
     if max(ids.values()) >= size:
         raise ConversionError(f"{where} has id {max(ids.values())}, the model only {size} ids")

@@ -1,6 +1,7 @@
 """Interleaved generation: continuous batching of text and image phases over one paged cache (paper, "Generation").
 
-torch is imported with the first use of the engine: sampling parameters need none of it.
+Token ids in, token ids out; documents are answered by `calumma.model.generate`. torch is imported with the first use of
+the engine: sampling parameters need none of it.
 """
 
 from __future__ import annotations
@@ -8,18 +9,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from calumma.model.generation.request import Event, Logprob, PhaseSampling, PromptTooLong, Request, SamplingParams
+from calumma.model.generation.constraint import Constraint, ConstraintCompiler, TokenConstraint
+from calumma.model.generation.request import (
+    Event,
+    Failure,
+    Logprob,
+    PhaseSampling,
+    PromptTooLong,
+    Request,
+    SamplingParams,
+    nth_seed,
+)
 
 if TYPE_CHECKING:
-    from calumma.model.generation.answers import generate
     from calumma.model.generation.engine import Engine
-    from calumma.model.generation.parallel import Shard, read_part
+    from calumma.model.generation.faults import StepFailed
     from calumma.model.generation.statistics import Counters, Statistics
+    from calumma.model.generation.tensor_parallel import Shard, read_shard
 
 __all__ = [
+    "Constraint",
+    "ConstraintCompiler",
     "Counters",
     "Engine",
     "Event",
+    "Failure",
     "Logprob",
     "PhaseSampling",
     "PromptTooLong",
@@ -27,17 +41,19 @@ __all__ = [
     "SamplingParams",
     "Shard",
     "Statistics",
-    "generate",
-    "read_part",
+    "StepFailed",
+    "TokenConstraint",
+    "nth_seed",
+    "read_shard",
 ]
 
 _MODULES = {
     "Counters": "statistics",
     "Engine": "engine",
-    "Shard": "parallel",
+    "StepFailed": "faults",
+    "Shard": "tensor_parallel",
     "Statistics": "statistics",
-    "generate": "answers",
-    "read_part": "parallel",
+    "read_shard": "tensor_parallel",
 }
 
 

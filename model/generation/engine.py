@@ -7,24 +7,30 @@ release, which batches one modality at a time and computes the whole prompt anew
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import deque
 from dataclasses import replace
 
 import torch
 
-from calumma.model.generation.blocks import Blocks
-from calumma.model.generation.need import Need
-from calumma.model.generation.parallel import Shard
-from calumma.model.generation.request import Event, Request
-from calumma.model.generation.runner import Result, Runner
+from calumma.model.generation.admission import RequestLimits
+from calumma.model.generation.cache.block_manager import BlockManager
+from calumma.model.generation.constraint import ConstraintCompiler, TokenConstraint
+from calumma.model.generation.faults import FaultContainment, described
+from calumma.model.generation.passes.output import RunnerOutput
+from calumma.model.generation.passes.runner import ModelRunner
+from calumma.model.generation.request import Event, Failure, Request
+from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.scheduler import Scheduler
-from calumma.model.generation.sequence import Generation
 from calumma.model.generation.statistics import Counters, Statistics
+from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
-Asked = tuple[str, tuple[Request, Need] | None]  # a request by its id; None is an abort
+log = logging.getLogger(__name__)
+
+Command = tuple[str, tuple[Request, RequestLimits] | None]  # a request by its id; None is an abort
 
 
 class Engine:
@@ -41,8 +47,10 @@ class Engine:
     a pass. Codes come from the same distribution, but a seed gives others than without it.
     cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so on a GPU. On
     a CPU, or in a group, they run unrecorded. A shape is recorded when it first occurs, which takes a moment.
-    shard: this process's part in a group that shares the model (tensor parallelism): all make the same engine; the
-    first is used as ever and closed in the end, the others `follow` it. The transformer is whole, or what `read_part`
+    constraints: compiles the grammars that requests ask for (`calumma.model.tokenizers.grammar.GrammarCompiler`), in
+    every process of a group alike; without it they are refused.
+    shard: this process's shard in a group that shares the model (tensor parallelism): all make the same engine; the
+    first is used as ever and closed in the end, the others `follow` it. The transformer is whole, or what `read_shard`
     gives.
     The transformer is put into evaluation mode. `add`, `abort` and what tells the state may be called from other
     threads while one thread calls `step`.
@@ -63,6 +71,7 @@ class Engine:
         prefix_cache: bool = True,
         jacobi_window: int = 0,
         cuda_graphs: bool | None = None,
+        constraints: ConstraintCompiler | None = None,
         shard: Shard | None = None,
     ) -> None:
         longest = transformer.config.context
@@ -88,7 +97,7 @@ class Engine:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
         self.image_burst = 1 if jacobi_window else image_burst
         count = max_sequences * -(-self.context // block_size) if cache_tokens is None else cache_tokens // block_size
-        self._runner = Runner(
+        self._runner = ModelRunner(
             transformer.eval(),
             vocabulary,
             count,
@@ -99,32 +108,38 @@ class Engine:
             jacobi_window,
             transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs,
         )
-        self._blocks = Blocks(count, block_size, self._runner.cache.copy, share=prefix_cache)
+        cache = self._runner.cache
+        self._blocks = BlockManager(count, block_size, cache.copy, cache.clear, share=prefix_cache)
         self._scheduler = Scheduler(self._blocks, max_sequences, prefill_tokens)
+        self._containment = FaultContainment(self._runner)
+        self._constraints = constraints
         self._shard = self._runner.decoder.shard
         self._counters = Counters()
         self._known: set[str] = set()
         self._arrivals = 0
-        self._inbox: deque[Asked] = deque()  # what other threads ask for, until the next step takes it up
+        self._inbox: deque[Command] = deque()  # of other threads, until the next step
 
     def add(self, request: Request) -> None:
         """Put a request in line. Nothing else is disturbed when it is refused: PromptTooLong, or ValueError on a prompt
-        that is no prompt, on an id in use, and on a request that could outgrow the cache alone."""
+        that is no prompt, on an id in use, on a grammar that is none or that the prefix contradicts, and on a request
+        that could outgrow the cache alone."""
         if request.id in self._known:
             raise ValueError(f"a request with the id {request.id!r} is being answered")
-        need = Need.of(request, self.vocabulary, self.image_length, self.context)
-        needed = need.blocks(self._blocks.size)
-        if needed > self._blocks.count:
+        limits = RequestLimits.of(request, self.vocabulary, self.image_length, self.context)
+        blocks = limits.blocks(self._blocks.size)
+        if blocks > self._blocks.count:
             size = self._blocks.size
-            guided = " with the branches of image guidance" if len(need.lengths) > 1 else ""
+            guided = " with the branches of image guidance" if len(limits.lengths) > 1 else ""
             raise ValueError(
-                f"the request may need {needed * size} positions of the cache{guided}; it has "
+                f"the request may need {blocks * size} positions of the cache{guided}; it has "
                 f"{self._blocks.count * size}. Fewer max_tokens, a shorter prompt or more cache_tokens would do"
             )
-        if request.params.seed is None:
-            request = replace(request, params=replace(request.params, seed=secrets.randbits(63)))
+        if request.params.random:
+            request = replace(request, params=replace(request.params, seed=secrets.randbits(64)))
+        if request.params.constraint is not None:
+            self._state(request, limits)  # which raises
         self._known.add(request.id)
-        self._inbox.append((request.id, (request, need)))
+        self._inbox.append((request.id, (request, limits)))
 
     def abort(self, request_id: str) -> None:
         """End a request; the next step frees its blocks and reports it "aborted". Nothing happens if it has ended."""
@@ -154,8 +169,8 @@ class Engine:
     def statistics(self) -> Statistics:
         """What is going on and what has been done."""
         running, waiting = list(self._scheduler.running), list(self._scheduler.waiting)
-        asked = [entry[1][0] for entry in list(self._inbox) if entry[1] is not None]
-        drawing = sum(generation.drawing for generation in running)
+        added = [command[1][0] for command in list(self._inbox) if command[1] is not None]
+        drawing = sum(state.drawing for state in running)
         blocks = self._blocks
         counters = replace(
             self._counters,
@@ -172,82 +187,129 @@ class Engine:
             blocks_free=blocks.free,
             running_text=len(running) - drawing,
             running_image=drawing,
-            waiting=len(waiting) + len(asked),
-            waiting_tokens=sum(len(g.full.tokens) for g in waiting) + sum(len(request.tokens) for request in asked),
+            waiting=len(waiting) + len(added),
+            waiting_tokens=sum(len(s.full.tokens) for s in waiting) + sum(len(request.tokens) for request in added),
             prefix_hit_tokens=blocks.hit_tokens,
             evictions=blocks.evictions,
             counters=counters,
         )
 
     def step(self) -> list[Event]:
-        """Take up what was asked, then one forward pass: the next part of prompts, and the next token (or several image
-        codes) of every request that is ready. Events of each request that moved or ended; an empty list while only
-        prompts are taken in."""
-        return self._step(self._shard.tell([self._inbox.popleft() for _ in range(len(self._inbox))]))
+        """Carry out additions and aborts, then one forward pass: the next chunk of prompts, and the next token (or
+        several image codes) of every request that is ready. Events of each request that moved or ended; an empty list
+        while only prompts are taken in. What goes wrong ends the requests it is about, "failed". Raises StepFailed
+        where it is the engine that is broken; it is of no use then."""
+        return self._step(self._shard.broadcast_object([self._inbox.popleft() for _ in range(len(self._inbox))]))
 
     def follow(self) -> None:
         """In the group's other processes: do as the first does, until it closes its engine."""
-        while (asked := self._shard.tell(None)) is not None:
-            self._step(asked)
+        while (commands := self._shard.broadcast_object(None)) is not None:
+            self._step(commands)
 
     def close(self) -> None:
         """Let the group's other processes go."""
         if self._shard.index == 0:
-            self._shard.tell(None)
+            self._shard.broadcast_object(None)
 
     @torch.inference_mode()
-    def _step(self, asked: list[Asked]) -> list[Event]:
-        events = self._take_up(asked)
-        parts = self._scheduler.schedule()
-        if not parts:
+    def _step(self, commands: list[Command]) -> list[Event]:
+        events = self._apply(commands)
+        scheduled = self._scheduler.schedule()
+        for item in scheduled:
+            try:
+                self._seat(item.state)
+            except Exception as error:
+                self._scheduler.faults.append((item.state, error))
+        while self._scheduler.faults:
+            state, fault = self._scheduler.faults.pop()
+            scheduled = [item for item in scheduled if item.state is not state]
+            events += self._fail(state, Failure("error", described(fault)))
+        if not scheduled:
             return events
-        for part in parts:
-            generation = part.generation
-            if generation.seated != generation.seat:
-                self._runner.sampler.seat(generation.seat, generation.params, generation.seed, generation.answer)
-                generation.seated = generation.seat
-        results = self._runner.run(parts, self._scheduler.steps(parts, self.image_burst))
+        outputs = self._containment.run(scheduled, self._scheduler.steps(scheduled, self.image_burst))
         self._counters.steps += 1
-        for result in results:
-            events += self._accept(result)
-        for part in parts:
-            for sequence in part.generation.sequences:
-                self._blocks.settle(sequence)
+        for output in outputs:
+            events += self._accept(output)
+        for item in scheduled:
+            for sequence in item.state.sequences:
+                self._blocks.cache_full_blocks(sequence)
         return events
 
-    def _accept(self, result: Result) -> list[Event]:
-        generation = result.generation
-        events = generation.accept(result.tokens, result.logprobs)
+    def _seat(self, state: RequestState) -> None:
+        if state.seated != state.seat:
+            seen = state.penalized_ids if state.params.text.penalized else []
+            self._runner.sampler.seat(state.seat, state.params, state.seed, seen, state.answered, state.longest)
+            state.seated = state.seat
+
+    def _accept(self, output: RunnerOutput) -> list[Event]:
+        state = output.state
+        if state.finish:  # another pass has told of its failure
+            return []
+        if output.failure is not None:
+            return self._fail(state, output.failure, output)
+        try:
+            events = state.accept(output.tokens, output.logprobs)
+            if not state.finish:
+                self._scheduler.attach(state)
+        except Exception as error:
+            return self._fail(state, Failure("error", described(error)))
+        self._count(events)
+        if state.finish:
+            self._scheduler.finish(state)
+            self._known.discard(state.request.id)
+            self._counters.finished += 1
+        return events
+
+    def _fail(self, state: RequestState, failure: Failure, output: RunnerOutput | None = None) -> list[Event]:
+        """End a request that something went wrong with. What was drawn for it before stands."""
+        try:
+            events = state.fail(failure, output.tokens if output else (), output.logprobs if output else ())
+        except Exception:  # even that: it is ended all the same
+            log.exception("request %s failed, and could not say what it had", state.request.id)
+            events = [Event(state.request.id, [], state.phase, "failed", failure=failure)]
+        self._scheduler.finish(state, failed=True)
+        self._known.discard(state.request.id)
+        self._counters.failed += 1
+        self._count(events)
+        return events
+
+    def _count(self, events: list[Event]) -> None:
         for event in events:
             if event.phase == "image":
                 self._counters.image_tokens += len(event.tokens)
                 self._counters.images += event.tokens.count(self.vocabulary.end_image)
             else:
                 self._counters.text_tokens += len(event.tokens)
-        if generation.finish:
-            self._scheduler.finish(generation)
-            self._known.discard(generation.request.id)
-            self._counters.finished += 1
-        else:
-            self._scheduler.attach(generation)
-        return events
 
-    def _take_up(self, everything: list[Asked]) -> list[Event]:
+    def _state(self, request: Request, limits: RequestLimits) -> RequestState:
+        """Raises ValueError on a grammar that is none, and on a prefix that it does not allow."""
+        constraint: TokenConstraint | None = None
+        if request.params.constraint is not None:
+            if self._constraints is None:
+                raise ValueError("this engine compiles no grammars")
+            constraint = self._constraints(request.params.constraint)
+        return RequestState(request, limits, self._arrivals, self.vocabulary, self.image_length, constraint)
+
+    def _apply(self, commands: list[Command]) -> list[Event]:
         events = []
-        for request_id, asked in everything:
-            if asked is not None:
-                request, need = asked
+        for request_id, added in commands:
+            if added is not None:
+                request, limits = added
                 self._known.add(request_id)
                 self._arrivals += 1
                 self._counters.prompt_tokens += len(request.tokens)
-                self._scheduler.waiting.append(
-                    Generation(request, need, self._arrivals, self.vocabulary, self.image_length)
-                )
+                try:
+                    self._scheduler.waiting.append(self._state(request, limits))
+                except Exception as error:
+                    self._known.discard(request_id)
+                    self._counters.failed += 1
+                    failure = Failure("error", described(error))
+                    events.append(Event(request_id, [], "text", "failed", failure=failure))
             elif request_id in self._known:
-                generation = self._scheduler.find(request_id)
-                assert generation is not None, "what is known runs or waits"
-                self._scheduler.finish(generation)
+                state = self._scheduler.find(request_id)
+                assert state is not None, "what is known runs or waits"
+                self._scheduler.finish(state)
                 self._known.discard(request_id)
                 self._counters.aborted += 1
-                events.append(Event(request_id, [], generation.phase, "aborted"))
+                events.append(Event(request_id, [], state.phase, "aborted"))
         return events

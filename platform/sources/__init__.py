@@ -1,42 +1,24 @@
 """Sources: files in the formats people have, read into documents.
 
-`registry` says how a format is added, `dataset` reads a source with Ray Data for pipelines of one's own.
+`registry` says how a format is added, `reading` reads a file, `dataset` reads a source with Ray Data for pipelines of
+one's own. What a reader of one's own needs can be imported from here: `from calumma.platform.sources import reader`.
 """
 
-# Each of these modules registers its formats.
-from calumma.platform.sources import conversations, interleaved, pages, text, webdataset  # noqa: F401
-from calumma.platform.sources.files import BadInput, Document, Draft, File, Item, Malformed, Reference
-from calumma.platform.sources.registry import (
-    FORMATS,
-    Format,
-    Found,
-    check,
-    find,
-    list_source,
-    name_of,
-    read_file,
-    read_source,
-    reader,
-    require_files,
-)
+from __future__ import annotations
 
-__all__ = [
-    "FORMATS",
-    "BadInput",
-    "Document",
-    "Draft",
-    "File",
-    "Format",
-    "Found",
-    "Item",
-    "Malformed",
-    "Reference",
-    "check",
-    "find",
-    "list_source",
-    "name_of",
-    "read_file",
-    "read_source",
-    "reader",
-    "require_files",
-]
+import importlib
+from typing import Any
+
+# Imported when it is used: specifications name sources, and reading needs Pillow and numpy.
+_PUBLIC = {
+    **dict.fromkeys(("BadInput", "Draft", "File", "Item", "Malformed", "Reference"), "files"),
+    **dict.fromkeys(("FORMATS", "Format", "ReaderItem", "reader"), "registry"),
+    **dict.fromkeys(("check_format", "find_format"), "formats"),
+    **dict.fromkeys(("list_source", "name_of", "read_file", "read_source", "require_files"), "reading"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

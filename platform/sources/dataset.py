@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
-from calumma.platform.config import Source
-from calumma.platform.data import shards
+from calumma.platform.shards import documents as document_shards
 from calumma.platform.sources.files import BadInput
-from calumma.platform.sources.registry import name_of, read_source, require_files
+from calumma.platform.sources.reading import name_of, read_source, require_files
+from calumma.platform.sources.specification import Source
 
 if TYPE_CHECKING:
     from pyarrow import Schema, Table
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 32 << 20  # bytes of texts and images
-ROWS = 4096
+BLOCK_BYTES = 32 << 20  # bytes of texts and images
+BLOCK_ROWS = 4096
 
 
 class UnreadableInput(ValueError):
@@ -37,7 +37,7 @@ class UnreadableInput(ValueError):
 
 
 def read(
-    source: Source, root: str | None = None, bad: Literal["skip", "raise"] = "skip", block: int = BLOCK
+    source: Source, root: str | None = None, bad: Literal["skip", "raise"] = "skip", block: int = BLOCK_BYTES
 ) -> Dataset:
     """The documents of a source, in order, in blocks of so many bytes. Relative locations are below `root` or the
     working folder.
@@ -88,7 +88,7 @@ def schema() -> Schema:
     """The Arrow schema of the rows."""
     import pyarrow as pa
 
-    return shards.schema().append(pa.field("name", pa.string()))
+    return document_shards.schema().append(pa.field("name", pa.string()))
 
 
 def _blocks(source: Source, uri: str, bad: Literal["skip", "raise"], block: int) -> Iterator[Table]:
@@ -102,15 +102,15 @@ def _blocks(source: Source, uri: str, bad: Literal["skip", "raise"], block: int)
                 raise UnreadableInput(f"{item.name}: {item.reason}")
             logger.warning("left out %s: %s", item.name, item.reason)
             continue
-        if (rows and size + _bytes(item) > block) or len(rows) == ROWS:
+        if (rows and size + _content_bytes(item) > block) or len(rows) == BLOCK_ROWS:
             yield pa.Table.from_pylist(rows, schema())
             rows, size = [], 0
         rows.append({**item.to_row(), "name": name_of(item)})
-        size += _bytes(item)
+        size += _content_bytes(item)
     yield pa.Table.from_pylist(rows, schema())  # also without rows: Ray Data wants a block of every task
 
 
-def _bytes(document: Document) -> int:
+def _content_bytes(document: Document) -> int:
     sizes = 0
     for segment in document.segments:
         if isinstance(segment, Text):

@@ -20,18 +20,15 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_type_hints
 
 from calumma.model.document import Document
-from calumma.platform import storage
-from calumma.platform.config import Source, SpecificationError
-from calumma.platform.sources.files import BadInput, Draft, File, Item, Malformed
-from calumma.platform.sources.references import resolved
+from calumma.platform.sources.files import BadInput, Draft
+from calumma.platform.specification import SpecificationError
 
-Found = Draft | Document | BadInput
-Reader = Callable[..., Iterator[Found]]
-OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+ReaderItem = Draft | Document | BadInput
+Reader = Callable[..., Iterator[ReaderItem]]
+USER_READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -54,30 +51,32 @@ def reader(
     """Register a reader. Raises ValueError when another function has the name."""
 
     def register(read: Reader) -> Reader:
-        there = FORMATS.get(name)
-        if there is not None and _path(there.read) != _path(read):  # a notebook may define its reader again
-            raise ValueError(f"the format {name!r} is taken by {_path(there.read)}; choose another name")
+        known = FORMATS.get(name)
+        if known is not None and _qualified_name(known.read) != _qualified_name(
+            read
+        ):  # a notebook may define its reader again
+            raise ValueError(f"the format {name!r} is taken by {_qualified_name(known.read)}; choose another name")
         FORMATS[name] = Format(tuple(suffix.lower() for suffix in suffixes), read, references)
         return read
 
     return register
 
 
-def check(format: str, options: Mapping[str, Any]) -> None:
+def check_format(format: str, options: Mapping[str, Any]) -> None:
     """Whether a specification may name this format, with these options; a reader of one's own is not imported yet,
     since only the cluster may have it. Raises SpecificationError."""
     if format in FORMATS:
-        _checked(format, FORMATS[format].read, options)
-    elif not OWN.fullmatch(format):
+        checked_options(format, FORMATS[format].read, options)
+    elif not USER_READER.fullmatch(format):
         raise SpecificationError(
             f"format {format!r} is not known; known are {', '.join(map(repr, sorted(FORMATS)))}, and a reader of your "
             "own as package.module:function"
         )
 
 
-def find(format: str) -> Format:
+def find_format(format: str) -> Format:
     """The format of a name or of `package.module:function`. Raises SpecificationError."""
-    check(format, {})
+    check_format(format, {})
     if format in FORMATS:
         return FORMATS[format]
     module, _, function = format.partition(":")
@@ -93,77 +92,7 @@ def find(format: str) -> Format:
     return next((f for f in FORMATS.values() if f.read is read), Format((), read))
 
 
-def read_file(
-    format: str,
-    source: str,
-    uri: str,
-    images: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    location: str | None = None,
-) -> Iterator[Item]:
-    """Items of one raw file, in its order; each document's metadata holds its `name`. `location` is the source that the
-    file belongs to. Damaged data never raises; StorageError is a fault of the storage, SpecificationError of the call.
-    """
-    form = find(format)
-    arguments = _checked(format, form.read, options or {})
-    base = images or _folder(uri, location if form.references == "location" else None)
-    with storage.open_read(uri) as raw:
-        file = File(uri, raw, base)
-        yield from resolved(_found(form.read, file, arguments), source, base)
-
-
-def read_source(source: Source, uri: str, locate: Callable[[str], str] = str) -> Iterator[Item]:
-    """`read_file` for one file of a source; `locate` makes its locations absolute, as JobSpecification.locate does."""
-    images = locate(source.images) if source.images else None
-    return read_file(source.format, source.name, uri, images, source.options, locate(source.location))
-
-
-def list_source(format: str, location: str) -> tuple[dict[str, int], list[str]]:
-    """(URI -> bytes of the files to read, URIs of other files) at a location: the file itself, or all below a folder.
-
-    A manifest below a folder is no input. Raises StorageError, SpecificationError.
-    """
-    suffixes = find(format).suffixes or ("",)
-    found = dict(sorted(storage.sizes(location).items()))
-    if len(found) == 1 and _is(location, next(iter(found))):
-        return found, []
-    files = {
-        uri: size
-        for uri, size in found.items()
-        if uri.lower().endswith(suffixes) and PurePosixPath(uri).name != storage.MANIFEST
-    }
-    return files, [uri for uri in found if uri not in files]
-
-
-def require_files(source: Source, locate: Callable[[str], str] = str) -> tuple[dict[str, int], list[str]]:
-    """`list_source` of a source that must have files. Raises SpecificationError when it has none, and StorageError."""
-    location = locate(source.location)
-    files, others = list_source(source.format, location)
-    if files:
-        return files, others
-    suffixes = " or ".join(f"*{suffix}" for suffix in find(source.format).suffixes)
-    there = "there is nothing at that location"
-    if others:
-        names = ", ".join(storage.relative(uri, location) for uri in others[:3])
-        there = f"there are {len(others):,} other files, such as {names}"
-    raise SpecificationError(
-        f"source {source.name!r} ({source.format}): no {f'{suffixes} ' if suffixes else ''}files at {location}; {there}"
-    )
-
-
-def name_of(document: Document) -> str:
-    """Where a document came from: file and place in it."""
-    return document.metadata.get("name", document.source)
-
-
-def _found(read: Reader, file: File, arguments: dict[str, Any]) -> Iterator[Found]:
-    try:
-        yield from read(file, **arguments)
-    except Malformed as error:  # of the file, not of one record
-        yield BadInput(file.uri, str(error), file.size)
-
-
-def _checked(format: str, read: Reader, options: Mapping[str, Any]) -> dict[str, Any]:
+def checked_options(format: str, read: Reader, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the types that the reader's keyword-only parameters ask for. Raises SpecificationError."""
     if not options:
         return {}
@@ -181,23 +110,10 @@ def _checked(format: str, read: Reader, options: Mapping[str, Any]) -> dict[str,
         try:
             values[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
         except ValidationError as error:
-            said = error.errors()[0]["msg"]
-            raise SpecificationError(f"format {format!r}, option {name!r}: {said} (given {value!r})") from error
+            message = error.errors()[0]["msg"]
+            raise SpecificationError(f"format {format!r}, option {name!r}: {message} (given {value!r})") from error
     return values
 
 
-def _folder(uri: str, location: str | None) -> str:
-    """The location, when the file is below it, or the folder that the file is in."""
-    if location is not None and not _is(location, uri):
-        return location
-    return uri.rpartition("/")[0] if "/" in uri else "."
-
-
-def _is(location: str, file: str) -> bool:
-    if storage.is_remote(location):
-        return location == file
-    return storage.local_path(location) == Path(storage.local_path(file))
-
-
-def _path(read: Reader) -> str:
+def _qualified_name(read: Reader) -> str:
     return f"{read.__module__}:{read.__qualname__}"

@@ -1,7 +1,7 @@
 """What every training worker runs: the same optimizer steps on any number of workers, and what is told about them.
 
-The driver's side is `stage.py`; what keeps a group of workers alive is `elastic.py`; what follows the last step is
-`finish.py`. Nothing here decides what to train on: the plan does (platform/data/plan.py).
+The driver's side is `stage.py`; what keeps a group of workers alive is `group/`; what follows the last step is
+`publication.py`. Nothing here decides what to train on: the plan does (platform/streaming/plan.py).
 """
 
 from __future__ import annotations
@@ -10,123 +10,101 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
-from calumma.model.vocabulary import Vocabulary
-from calumma.platform import provenance, storage
-from calumma.platform.config import SpecificationError, TrainSpecification
-from calumma.platform.data.manifest import Manifest
-from calumma.platform.tracking import BackgroundWriter, Run, flatten
-from calumma.platform.training import checkpoint, elastic, engine, faults, finish, held_out, meters, trainable
-from calumma.platform.training.checkpoint import Checkpoint
-from calumma.platform.training.finish import MODEL as MODEL
-from calumma.platform.training.schedule import learning_rate
-from calumma.platform.training.workers import TrainingFailed, Worker, join
+from calumma.platform import storage
+from calumma.platform.storage.manifest import Manifest
+from calumma.platform.tracking import provenance
+from calumma.platform.tracking.outbox import BackgroundWriter
+from calumma.platform.tracking.run import flatten
+from calumma.platform.training import publication
+from calumma.platform.training.assignment import Assignment
+from calumma.platform.training.checkpoints import catalog, resumption
+from calumma.platform.training.errors import Stopped, TrainingFailed
+from calumma.platform.training.group.supervisor import Supervisor
+from calumma.platform.training.group.worker import Worker, set_up_worker
+from calumma.platform.training.steps import engine, faults, held_out, meters
+from calumma.platform.training.steps.schedule import learning_rate
+from calumma.platform.training.trainable import parameters
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-_KEPT = ("step", "schedule_step", "tokens", "loss", "loss_text", "loss_image", "held_out_loss", "faults", "incidents")
 
-
-@dataclass(frozen=True)
-class Assignment:
-    """What the driver has settled, the same for all workers. URIs are absolute."""
-
-    spec: TrainSpecification
-    config: ModelConfig
-    vocabulary: Vocabulary
-    run: Run
-    output: str
-    inputs: dict[str, str]
-    """What the training data and the starting point are: directory -> fingerprint."""
-    initial: str | None
-    """Model directory whose weights are the starting point; none: fresh weights."""
-    continued: Checkpoint | None
-    """Checkpoint of an earlier stage whose optimizer and schedule go on here."""
-    resume: Checkpoint | None
-    """Checkpoint of this stage."""
-    epochs_a_step: dict[str, float] = field(default_factory=dict)
-    """Source -> the part of it that a step passes through."""
-
-    def __post_init__(self) -> None:
-        """What only the libraries can judge. Raises SpecificationError."""
-        engine.check(self.spec)
-        with torch.device("meta"):
-            trainable.check(Transformer(self.config), self.spec)
-        if self.continued is not None:
-            _check_continued(self.spec, self.continued)
-
-    @property
-    def found(self) -> Checkpoint | None:
-        """The checkpoint to start from."""
-        return self.resume or self.continued
-
-    @property
-    def offset(self) -> int:
-        """Steps of the schedule that earlier stages have taken."""
-        return self.continued.schedule_step if self.continued else 0
-
-    @property
-    def first_step(self) -> int:
-        return self.resume.step if self.resume else 0
-
-    @property
-    def total_steps(self) -> int:
-        """Length of the whole schedule."""
-        return self.spec.schedule.total_steps or self.offset + self.spec.steps
+_RESUMED_FIELDS = (
+    "step",
+    "schedule_step",
+    "tokens",
+    "loss",
+    "loss_text",
+    "loss_image",
+    "held_out_loss",
+    "faults",
+    "incidents",
+)
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's loop: train, measure, publish the model directory; the stage's report (on every rank)."""
     assignment: Assignment = config["assignment"]
-    worker = join()
+    worker = set_up_worker()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     spec = assignment.spec
     torch.manual_seed(spec.seed)
-    found = assignment.found
-    starting = found if found and checkpoint.fits(found, spec, worker.world) else None
-    transformer = build(assignment, whole=starting is None)
+    start = assignment.start_checkpoint
+    restorable = start if start and resumption.can_restore_optimizer(start, spec, worker.world) else None
+    transformer = build_transformer(assignment, whole=restorable is None)
     transformer.checkpoint_activations(spec.checkpoint_activations)
     if spec.compile:
         transformer.compile_blocks()
     run = engine.initialize(transformer, spec, worker.world)
-    if starting:
-        checkpoint.load(run, starting)
+    if restorable:
+        resumption.load(run, restorable)
     writer = None
-    if worker.leads:
-        writer = BackgroundWriter(assignment.run, parked=storage.join(assignment.output, "tracking"))
+    if worker.is_main:
+        writer = BackgroundWriter(assignment.run, backup=storage.join(assignment.output, "tracking"))
     try:
         if writer is not None:
-            _tell_origin(assignment, worker, writer)
+            _log_inputs(assignment, worker, writer)
         stage = _Stage(assignment, worker, run, writer)
         report = stage.run()
         report.pop("faults", None)  # what they were is among the incidents
         report["held_out"] = stage.held_out(spec.steps)
         names = [name for name, p in run.module.named_parameters() if p.requires_grad]
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
-        report["parameters"] = sum(size for name, size in sizes.items() if not trainable.added(name))
+        report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
-        weights = engine.gathered_weights(run, keep=worker.leads)
+        weights = engine.gathered_weights(run, keep=worker.is_main)
         if writer is not None:
-            finish.publish(assignment, worker, weights, report, writer)
+            publication.publish_model(assignment, worker, weights, report, writer)
     finally:
         if writer is not None:
             writer.close()
     return report
 
 
-def build(assignment: Assignment, whole: bool) -> Transformer:
+def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs: the loop, from the newest whole checkpoint there is when this group starts."""
+    assignment: Assignment = config["assignment"]
+    resume = resumption.agreed_checkpoint(assignment.output, assignment.spec, assignment.inputs)
+    try:
+        return train(config | {"assignment": replace(assignment, resume=resume)})
+    except Stopped as stopped:
+        return {"stopped": str(stopped)}
+
+
+def build_transformer(assignment: Assignment, whole: bool) -> Transformer:
     """The Transformer as it is trained, with its starting weights unless a checkpoint brings them (not `whole`)."""
     spec = assignment.spec
     transformer = Transformer(assignment.config)
-    found = checkpoint.weights(assignment.found) if whole and assignment.found else None
-    if whole and found is None:
+    saved_weights = (
+        resumption.read_weights(assignment.start_checkpoint) if whole and assignment.start_checkpoint else None
+    )
+    if whole and saved_weights is None:
         if assignment.initial:
             from calumma.model.directory import read_transformer
 
@@ -134,9 +112,9 @@ def build(assignment: Assignment, whole: bool) -> Transformer:
                 transformer.load_state_dict(read_transformer(path, dtype=torch.float32).state_dict())
         else:
             transformer.initialize(spec.seed)
-    transformer = trainable.prepare(transformer, spec, assignment.vocabulary)
-    if found is not None:  # in the names of what is trained: adapters are among them
-        transformer.load_state_dict(found)
+    transformer = parameters.set_trainable(transformer, spec, assignment.vocabulary)
+    if saved_weights is not None:  # in the names of what is trained: adapters are among them
+        transformer.load_state_dict(saved_weights)
     return transformer
 
 
@@ -149,9 +127,12 @@ class _Stage:
         self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
         self.spec = assignment.spec
         self.report = _report_so_far(assignment)
-        self.bad = faults.Incidents(self.spec.faults, self.report, self.spec.steps)
+        self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
-        self.clock, self.interval = meters.Clock(), meters.Interval(run.device, first_step=assignment.first_step)
+        self.clock, self.interval = (
+            meters.ActivityClock(),
+            meters.LossInterval(run.device, first_step=assignment.first_step),
+        )
         self.utilization = meters.Utilization(run.module, run.device, self.spec.precision, worker.world)
 
     def run(self) -> dict[str, Any]:
@@ -159,40 +140,45 @@ class _Stage:
         spec, first = self.spec, self.assignment.first_step
         if first >= spec.steps:
             return self.report
-        if self.worker.leads:
+        if self.worker.is_main:
             self.utilization.measure()
         began, seen = time.monotonic(), 0.0
-        with elastic.Keeper(self.engine, self.assignment, self.worker, self._published) as keeper:
+        with Supervisor(self.engine, self.assignment, self.worker, self._published) as supervisor:
             if spec.faults.action == "roll_back" and first == 0:
-                self._save(keeper, 0, due=True)  # something to go back to
-            for step, group in self._waiting(_data(self.worker)):
-                keeper.expect(step)
-                seen += self._step(keeper, step, group)
-                self._save(keeper, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps)
+                self._save(supervisor, 0, due=True)  # something to go back to
+            for step, group in self._timed(_micro_batches(self.worker)):
+                supervisor.check_step(step)
+                seen += self._step(supervisor, step, group)
+                self._save(supervisor, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps)
         self.report["tokens_per_second"] = seen / max(time.monotonic() - began, 1e-9)
         return self.report
 
-    def held_out(self, done: int, keeper: elastic.Keeper | None = None) -> dict[str, dict[str, float]]:
+    def held_out(self, done: int, supervisor: Supervisor | None = None) -> dict[str, dict[str, float]]:
         """Losses on held-out data, by its name; logged by the first worker. Every worker calls it."""
-        found = {}
+        losses_of = {}
         for name, uri in self.spec.held_out.items():
             place = self.spec.locate(uri)
-            beat = keeper.beat if keeper is not None else None
-            found[name] = held_out.measure(
-                self.engine, place, self.image_mask_V, self.worker.rank, self.worker.world, beat
+            losses_of[name] = held_out.measure(
+                self.engine,
+                place,
+                self.image_mask_V,
+                self.worker.rank,
+                self.worker.world,
+                supervisor.beat if supervisor is not None else None,
+                self.spec.data.reader(),
             )
-        losses = [values["loss"] for values in found.values() if "loss" in values]
-        if losses:
-            self.report["held_out_loss"] = sum(losses) / len(losses)
-        for name, values in found.items():
+        means = [values["loss"] for values in losses_of.values() if "loss" in values]
+        if means:
+            self.report["held_out_loss"] = sum(means) / len(means)
+        for name, values in losses_of.items():
             more = values | {key.replace("loss", "perplexity"): meters.exponential(v) for key, v in values.items()}
             self._log({f"held_out/{name}/{key}": value for key, value in more.items()}, done)
-        return found
+        return losses_of
 
-    def _step(self, keeper: elastic.Keeper, step: int, group: list[Any]) -> float:
+    def _step(self, supervisor: Supervisor, step: int, group: list[Any]) -> float:
         """One step and what is told of it; tokens trained on."""
         spec, assignment, done = self.spec, self.assignment, step + 1
-        if done <= self.bad.left_out:
+        if done <= self.faults.resume_after:
             return 0.0
         rate = learning_rate(
             assignment.offset + step, spec.optimizer.learning_rate, spec.schedule, assignment.total_steps
@@ -201,13 +187,13 @@ class _Stage:
         last = done == spec.steps
         reports = done % spec.log_every == 0 or last or step == assignment.first_step
         with self.clock("compute"):
-            counts = engine.count(group, self.image_mask_V, self.engine.device)
+            counts = engine.count_tokens(group, self.image_mask_V, self.engine.device)
             seeds = (spec.seed, assignment.offset + step, self.worker.rank) if assignment.config.dropout else None
             judged: list[tuple[float | None, faults.Cause | None]] = []
 
             def accept(sums_3: torch.Tensor) -> bool:
                 loss = float(sums_3[0] + sums_3[1]) / counts.trained if counts.trained else None
-                judged.append((loss, self.bad.guard.judge(loss)))
+                judged.append((loss, self.faults.guard.judge(loss)))
                 return judged[0][1] is None
 
             local, stability = engine.step(
@@ -218,7 +204,7 @@ class _Stage:
                 spec.z_loss,
                 self.worker.world,
                 seeds,
-                measure=reports and self.worker.leads,
+                measure=reports and self.worker.is_main,
                 accept=accept,
             )
             norm = engine.gradient_norm(self.engine)
@@ -226,16 +212,16 @@ class _Stage:
         if cause is None and not math.isfinite(norm):
             cause = "gradient"
         if cause is None:
-            self.bad.guard.good(loss)
+            self.faults.guard.record_good(loss)
             self.interval.add(local, counts)
             trained = counts.tokens
             self.report["tokens"]["text"] += counts.text
             self.report["tokens"]["image"] += counts.image
         else:
-            self._fault(keeper, done, cause, loss)
+            self._handle_bad_step(supervisor, done, cause, loss)
         if reports:
             self._report(done, rate, norm, {name: float(value) for name, value in stability.items()})
-        self._evaluate(keeper, done)
+        self._evaluate(supervisor, done)
         return trained
 
     def _report(self, done: int, rate: float, norm: float, stability: dict[str, float]) -> None:
@@ -244,16 +230,16 @@ class _Stage:
         self.report |= {key: metrics[key] for key in ("loss", "loss_text", "loss_image") if key in metrics}
         speed, steps = metrics["tokens_per_second"], done - self.interval.first_step
         whole = time.monotonic() - self.interval.began
-        metrics |= self.utilization.metrics(speed) | self.clock.read() | meters.memory(self.engine.device)
-        metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.bad.guard.metrics()
+        metrics |= self.utilization.metrics(speed) | self.clock.read() | meters.peak_memory(self.engine.device)
+        metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.faults.guard.metrics()
         metrics |= {"learning_rate": rate, "gradient_norm": norm, "step": done, "workers": self.worker.world}
         passed = {uri: done * part for uri, part in self.assignment.epochs_a_step.items()}
         metrics |= flatten({"epochs": passed}) if passed else {}
         metrics["seconds_left"] = whole / max(steps, 1) * (self.spec.steps - done)
         self._log(metrics, done)
-        self.interval = meters.Interval(self.engine.device, first_step=done)
+        self.interval = meters.LossInterval(self.engine.device, first_step=done)
 
-    def _evaluate(self, keeper: elastic.Keeper, done: int) -> None:
+    def _evaluate(self, supervisor: Supervisor, done: int) -> None:
         """Held-out losses and samples where they are due before the end."""
         spec = self.spec
         due = [every is not None and done % every == 0 and done < spec.steps for every in
@@ -263,60 +249,62 @@ class _Stage:
         began = time.monotonic()
         with self.clock("evaluation"):
             if due[0] and spec.held_out:
-                self.held_out(done, keeper)
+                self.held_out(done, supervisor)
             if due[1] and spec.samples:
-                keeper.beat()
-                weights = engine.gathered_weights(self.engine, keep=self.worker.leads)
+                supervisor.beat()
+                weights = engine.gathered_weights(self.engine, keep=self.worker.is_main)
                 if self.writer is not None:
-                    finish.log_samples(self.assignment, self.worker, weights, self.writer, done)
-                keeper.beat()
-        self.interval.elsewhere += time.monotonic() - began
+                    publication.log_samples(self.assignment, self.worker, weights, self.writer, done)
+                supervisor.beat()
+        self.interval.paused += time.monotonic() - began
 
-    def _fault(self, keeper: elastic.Keeper, done: int, cause: faults.Cause, loss: float | None) -> None:
+    def _handle_bad_step(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float | None) -> None:
         """A bad step. Raises TrainingFailed when there were too many in a row."""
 
-        def ending() -> str:
-            place = checkpoint.folder(self.assignment.output)
-            return faults.report(done, self.bad.found, self.spec.faults, self.spec.optimizer.learning_rate, place)
+        def failure_report() -> str:
+            place = catalog.checkpoints_folder(self.assignment.output)
+            return faults.divergence_report(
+                done, self.faults.incidents, self.spec.faults, self.spec.optimizer.learning_rate, place
+            )
 
-        self.bad.add(done, cause, loss, self.writer, lambda: self._roll_back(keeper), ending)
+        self.faults.handle(done, cause, loss, self.writer, lambda: self._roll_back(supervisor), failure_report)
 
-    def _roll_back(self, keeper: elastic.Keeper) -> int:
+    def _roll_back(self, supervisor: Supervisor) -> int:
         """Weights, optimizer and counts of tokens as of the last checkpoint; its step."""
         assignment = self.assignment
         with self.clock("checkpoint"):
-            keeper.settle()
-            found = checkpoint.resumption(assignment.output, self.spec, assignment.inputs)
-            if found is None or not checkpoint.fits(found, self.spec, self.worker.world):
-                place = checkpoint.folder(assignment.output)
+            supervisor.wait_until_published()
+            checkpoint = resumption.agreed_checkpoint(assignment.output, self.spec, assignment.inputs)
+            if checkpoint is None or not resumption.can_restore_optimizer(checkpoint, self.spec, self.worker.world):
+                place = catalog.checkpoints_folder(assignment.output)
                 raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
-            checkpoint.load(self.engine, found)
-        self.report["tokens"] = dict(found.tokens)
-        return found.step
+            resumption.load(self.engine, checkpoint)
+        self.report["tokens"] = dict(checkpoint.tokens)
+        return checkpoint.step
 
-    def _save(self, keeper: elastic.Keeper, done: int, due: bool) -> None:
+    def _save(self, supervisor: Supervisor, done: int, due: bool) -> None:
         """Whatever the end of a step asks for: a checkpoint, or to stop."""
-        self.report |= {"step": done, "schedule_step": self.assignment.offset + done} | self.bad.state(saved=due)
-        before = keeper.seconds
+        self.report |= {"step": done, "schedule_step": self.assignment.offset + done} | self.faults.state(saved=due)
+        before = supervisor.seconds
         with self.clock("checkpoint"):
-            keeper.after(done, self.report, due)
-        self.interval.elsewhere += keeper.seconds - before
+            supervisor.after_step(done, self.report, due)
+        self.interval.paused += supervisor.seconds - before
 
     def _published(self, uri: str, report: dict[str, Any]) -> None:
         """A checkpoint is in storage: a model of the run's in MLflow. Called from a thread of the first worker."""
         if self.writer is not None:
             names = ("loss", "loss_text", "loss_image", "held_out_loss")
-            finish.tell_checkpoint(self.writer, uri, report, names)
+            publication.log_checkpoint(self.writer, uri, report, names)
 
-    def _waiting(self, steps: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
+    def _timed(self, steps: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
         """The same, and the time that waiting for them takes is measured."""
         iterator = iter(steps)
         while True:
             with self.clock("data"):
-                found = next(iterator, None)
-            if found is None:
+                item = next(iterator, None)
+            if item is None:
                 return
-            yield found
+            yield item
 
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.writer is not None:
@@ -326,18 +314,18 @@ class _Stage:
 def _report_so_far(assignment: Assignment) -> dict[str, Any]:
     if assignment.resume is None:
         return {"step": 0, "schedule_step": assignment.offset, "tokens": {"text": 0.0, "image": 0.0}}
-    return {key: value for key, value in assignment.resume.manifest.report.items() if key in _KEPT}
+    return {key: value for key, value in assignment.resume.manifest.report.items() if key in _RESUMED_FIELDS}
 
 
-def _data(worker: Worker) -> Any:
+def _micro_batches(worker: Worker) -> Any:
     import ray.train
 
-    from calumma.platform.data.stream import micro_batches
+    from calumma.platform.streaming.tensors import micro_batches
 
     return micro_batches(ray.train.get_dataset_shard("train"), worker.rank, worker.world)
 
 
-def _tell_origin(assignment: Assignment, worker: Worker, writer: BackgroundWriter) -> None:
+def _log_inputs(assignment: Assignment, worker: Worker, writer: BackgroundWriter) -> None:
     """What the run is made of: code, environment, data and parent."""
     spec = assignment.spec
     writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")
@@ -345,21 +333,9 @@ def _tell_origin(assignment: Assignment, worker: Worker, writer: BackgroundWrite
     for place, weight in data.items():
         if (manifest := Manifest.find(place)) is not None:
             summary = manifest.model_dump(mode="json", exclude={"files"}) | {"files": len(manifest.files)}
-            told = {"uri": place, "fingerprint": assignment.inputs.get(place), "weight": weight, "manifest": summary}
-            writer.log_dict(told, f"data/{place.rstrip('/').rpartition('/')[2]}.json")
+            record = {"uri": place, "fingerprint": assignment.inputs.get(place), "weight": weight, "manifest": summary}
+            writer.log_dict(record, f"data/{place.rstrip('/').rpartition('/')[2]}.json")
     others = {uri: mark for uri, mark in assignment.inputs.items() if uri not in data}
     writer.log_data({uri: mark for uri, mark in assignment.inputs.items() if uri in data}, "training")
     if others:
         writer.log_data(others, "starting point and tokenizers")
-
-
-def _check_continued(spec: TrainSpecification, continued: Checkpoint) -> None:
-    """An optimizer's state is of the parameters that were trained: another choice cannot go on with it."""
-    made_with = continued.manifest.specification
-    for name in ("trainable", "lora"):
-        was, now = made_with.get(name), spec.model_dump(mode="json")[name]
-        if was != now:
-            raise SpecificationError(
-                f"{name}: the stage whose optimizer continue_schedule goes on with had {was!r}, this one has {now!r}; "
-                "set it to the same, or leave continue_schedule away to start with a fresh optimizer"
-            )

@@ -12,8 +12,9 @@ from pathlib import Path
 from calumma.model import config
 from calumma.model.config import ModelConfig
 from calumma.model.directory import missing_files
-from calumma.platform import storage, tracking
-from calumma.platform.config import Tracking
+from calumma.platform import storage
+from calumma.platform.specification import Tracking
+from calumma.platform.tracking import registry
 from calumma.serve.replica.tensor_parallel import bundle, require_divisible_heads
 from calumma.serve.settings import ModelSettings
 
@@ -77,7 +78,7 @@ def locate_directory(model: str, settings: Tracking | None = None) -> str:
 
     Raises TrackingError, StorageError or ServeError, each saying what was looked for.
     """
-    source = tracking.model_source(model, settings)
+    source = registry.model_source(model, settings)
     if "://" not in source:
         source = str(Path(source).expanduser().resolve())
     elif not source.startswith(("s3://", "file://")):

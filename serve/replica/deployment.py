@@ -31,14 +31,15 @@ class EngineDeployment(EngineReplica):
     """An `EngineReplica` as Ray Serve makes it, of the model directory at `source` (a path or s3://…)."""
 
     def __init__(self, settings: ModelSettings, source: str, image_coders: DeploymentHandle | None = None) -> None:
-        from calumma.platform import cluster, tracking
+        from calumma.platform.cluster import capacity
+        from calumma.platform.tracking import registry
         from calumma.serve.replica.image_coder import RemoteImageCoder
 
         processes = settings.min_replicas * settings.tensor_parallel
-        threads = settings.threads or max(1, cluster.cores() // processes)
+        threads = settings.threads or max(1, capacity.cores() // processes)
         torch.set_num_threads(threads)
         self._workers: WorkerGroup | None = None
-        with tracking.resolve_model(source, settings.tracking) as directory:
+        with registry.resolve_model(source, settings.tracking) as directory:
             if settings.tensor_parallel == 1:
                 engine = EngineProcess(settings, directory, threads)
             else:

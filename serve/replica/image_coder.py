@@ -17,7 +17,8 @@ import torch
 
 from calumma.model.document import Document, Image
 from calumma.model.encoding import DocumentEncoder
-from calumma.model.image_tokenizer import ImageTokenizer, to_image
+from calumma.model.images import to_image
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.serve.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -114,14 +115,14 @@ class ImageCoderDeployment(LocalImageCoder):
 
     def __init__(self, settings: ModelSettings, source: str) -> None:
         from calumma.model.directory import IMAGE_TOKENIZER
-        from calumma.model.text_tokenizer import TextTokenizer
+        from calumma.model.tokenizers.text import TextTokenizer
         from calumma.model.vocabulary import Vocabulary
-        from calumma.platform import tracking
+        from calumma.platform.tracking import registry
 
         device = "cuda" if settings.image_coder_gpus > 0 else "cpu"
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        with tracking.resolve_model(source, settings.tracking) as directory:
+        with registry.resolve_model(source, settings.tracking) as directory:
             tokenizer = ImageTokenizer.read(f"{directory}/{IMAGE_TOKENIZER}", device).eval()
             encoder = PromptEncoder(Vocabulary.read(directory), TextTokenizer.read(directory), tokenizer)
         super().__init__(encoder)

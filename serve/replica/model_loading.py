@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from calumma.model.config import ModelConfig
-from calumma.model.generation import Shard, read_part
+from calumma.model.generation import Shard, read_shard
 from calumma.model.transformer import Transformer
 from calumma.serve.settings import ModelSettings
 
@@ -21,7 +21,7 @@ def device_and_dtype(settings: ModelSettings) -> tuple[str, torch.dtype]:
 
 def read_own_shard(directory: str, shard: Shard, settings: ModelSettings) -> Transformer:
     """This rank's shard of the Transformer."""
-    return read_part(directory, shard, *device_and_dtype(settings))
+    return read_shard(directory, shard, *device_and_dtype(settings))
 
 
 def without_weights(directory: Path, *_: Any) -> Transformer:

@@ -14,11 +14,11 @@ from contextlib import aclosing
 from typing import Any
 
 from calumma.model import MixedModalModel
+from calumma.model.answering import supported_params
 from calumma.model.document import Document
 from calumma.model.generation import Request, SamplingParams
-from calumma.model.generation.answers import drawable
 from calumma.model.generation.request import Logprob
-from calumma.model.image_tokenizer import MissingDecoder
+from calumma.model.tokenizers.image import MissingDecoder
 from calumma.serve.protocol import (
     BOS,
     EOS,
@@ -83,7 +83,7 @@ class EngineReplica:
             yield [RequestFailed(429, message, code="overloaded")]
             return
         try:
-            params = drawable(request.params, self.model)
+            params = supported_params(request.params, self.model)
         except MissingDecoder as error:
             yield [RequestFailed(400, str(error), code="no_image_output")]
             return

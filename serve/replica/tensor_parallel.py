@@ -1,4 +1,4 @@
-"""A replica whose model is sharded over several processes (tensor parallelism, see model/generation/parallel.py).
+"""A replica whose model is sharded over several processes (model/generation/tensor_parallel.py).
 
 Rank 0 is the replica's engine process (engine/process.py); the other ranks are Ray actors in the replica's placement
 group, so on its node. They meet through a TCP store of the replica's: tensors on GPUs go by NCCL, all else by gloo.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calumma.model.text_tokenizer import StreamDecoder
+from calumma.model.tokenizers.text import StreamDecoder
 from calumma.serve.protocol import TextDelta, Token
 
 TopLogprobs = tuple[tuple[int, bytes, float], ...]

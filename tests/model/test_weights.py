@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calumma.model.weights import DTYPES, FILE, INDEX, Entry, open_weights, write_weights
+from calumma.model.weights import DTYPES, FILE, INDEX, LazyTensor, open_weights, write_weights
 
 shape = st.lists(st.integers(0, 5), max_size=3)
 described = st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(shape, st.sampled_from(list(DTYPES.values()))))
@@ -36,7 +36,7 @@ def test_what_is_written_is_read(
 ) -> None:
     folder = tmp_path_factory.mktemp("weights")
     weights = {name: tensor(*described[name]) for name in described if name != "__metadata__"}
-    write_weights(folder, {name: Entry.of(value) for name, value in weights.items()}, shard_bytes)
+    write_weights(folder, {name: LazyTensor.of(value) for name, value in weights.items()}, shard_bytes)
     read = open_weights(folder)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     library = {name: value for file in files for name, value in load_file(folder / file).items()}
@@ -50,7 +50,7 @@ def test_what_is_written_is_read(
 
 
 def test_shards_stay_below_the_size_asked_for(tmp_path: Path) -> None:
-    weights = {f"w{k}": Entry.of(torch.full((k + 1,), float(k))) for k in range(12)}
+    weights = {f"w{k}": LazyTensor.of(torch.full((k + 1,), float(k))) for k in range(12)}
     write_weights(tmp_path, weights, shard_bytes=60)
     index = json.loads((tmp_path / INDEX).read_text())
     sizes: dict[str, int] = {}
@@ -72,14 +72,14 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
         most = max(most, len(alive))
         return made
 
-    write_weights(tmp_path, {f"w{k}": Entry((1000,), torch.float32, read) for k in range(10)})
+    write_weights(tmp_path, {f"w{k}": LazyTensor((1000,), torch.float32, read) for k in range(10)})
     assert most == 1
 
 
 def test_writing_again_leaves_no_stale_index(tmp_path: Path) -> None:
-    weights = {f"w{k}": Entry.of(torch.full((4,), float(k))) for k in range(4)}
+    weights = {f"w{k}": LazyTensor.of(torch.full((4,), float(k))) for k in range(4)}
     write_weights(tmp_path, weights, shard_bytes=16)
-    write_weights(tmp_path, {"only": Entry.of(torch.ones(2))})
+    write_weights(tmp_path, {"only": LazyTensor.of(torch.ones(2))})
     assert set(open_weights(tmp_path)) == {"only"}
     write_weights(tmp_path, weights, shard_bytes=16)
     assert set(open_weights(tmp_path)) == set(weights)
@@ -88,13 +88,13 @@ def test_writing_again_leaves_no_stale_index(tmp_path: Path) -> None:
 
 def test_another_shape_than_announced_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"w was announced as \[3\] torch.float32 and came as \[2\] torch.float16"):
-        write_weights(tmp_path, {"w": Entry((3,), torch.float32, lambda: torch.zeros(2, dtype=torch.float16))})
+        write_weights(tmp_path, {"w": LazyTensor((3,), torch.float32, lambda: torch.zeros(2, dtype=torch.float16))})
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor model.safetensors.index.json"):
         open_weights(tmp_path)
-    write_weights(tmp_path, {f"w{k}": Entry.of(torch.ones(4)) for k in range(3)}, shard_bytes=16)
+    write_weights(tmp_path, {f"w{k}": LazyTensor.of(torch.ones(4)) for k in range(3)}, shard_bytes=16)
     index = json.loads((tmp_path / INDEX).read_text())
     index["weight_map"]["lost"] = "model-00001-of-00003.safetensors"
     (tmp_path / INDEX).write_text(json.dumps(index))

@@ -1,45 +1,44 @@
-"""An S3 server in this process, for whatever claims to work on object storage."""
+"""Curated documents of a small corpus, for the tests of whatever reads them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 
-import boto3
+import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
+from PIL import Image as PILImage
 
-BUCKET = "calumma-tests"
+from calumma.model.document import Document, Image, Text
+from calumma.platform import storage
+from calumma.platform.shards import documents as document_shards
+from calumma.platform.storage.manifest import FileEntry, Manifest
+
+WORDS = ("one", "two", "three", "four")
+
+
+def draw(seed: int, size: int = 8) -> PILImage.Image:
+    random = np.random.default_rng(seed)
+    pixels = np.full((size, size, 3), 20, np.uint8)
+    x, y = random.integers(0, size // 2, 2)
+    pixels[y : y + size // 2, x : x + size // 2] = random.integers(100, 255, 3)
+    return PILImage.fromarray(pixels)
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    """The endpoint of an S3 server."""
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    yield f"http://{host}:{port}"
-    moto.stop()
+def picture() -> Callable[..., PILImage.Image]:
+    """picture(seed, size=8): a bright square on a dark ground, something that can be learned."""
+    return draw
 
 
-@pytest.fixture
-def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URI of a new, empty folder in S3."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    settings = {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket=BUCKET)
-    yield f"s3://{BUCKET}/some/folder"
-    for item in client.list_objects_v2(Bucket=BUCKET).get("Contents", ()):
-        client.delete_object(Bucket=BUCKET, Key=item["Key"])
-    client.delete_bucket(Bucket=BUCKET)
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Storage with curated documents: `curated/pairs`, pictures with captions, and `curated/lines`, lines of text."""
+    root = str(tmp_path_factory.mktemp("storage"))
+    pairs = [Document((Text(WORDS[i % 4] + " "), Image(draw(i)))) for i in range(24)]
+    lines = [Document((Text(f"{WORDS[i % 4]} follows {WORDS[(i + 3) % 4]}. " * 3),)) for i in range(24)]
+    for name, documents in (("pairs", pairs), ("lines", lines)):
+        data = document_shards.to_parquet(documents)
+        storage.write_bytes(f"{root}/curated/{name}/documents.parquet", data)
+        entry = FileEntry.from_bytes("documents.parquet", data, rows=len(documents))
+        Manifest(kind=document_shards.CURATED, files=[entry]).write(f"{root}/curated/{name}")
+    return root

@@ -21,8 +21,8 @@ from starlette.testclient import TestClient
 from calumma.model import MixedModalModel, load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import save_model
-from calumma.model.image_tokenizer import ImageTokenizer
-from calumma.model.text_tokenizer import train_text_tokenizer
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
 from calumma.serve.http.app import create_app
 from calumma.serve.protocol import Finished, GenerationRequest, OutputEvent, Started, TextDelta, TokenCount

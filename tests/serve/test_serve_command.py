@@ -13,10 +13,10 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from calumma.platform import service
-from calumma.platform.cluster import ClusterError
-from calumma.platform.commands import serve
-from calumma.platform.service import Service
+from calumma.jobs.commands import serve
+from calumma.platform.cluster import head as ray_head
+from calumma.platform.cluster.capacity import ClusterError
+from calumma.platform.cluster.head import Service
 from calumma.serve.http.access.api_keys import hash_key, load_keys
 
 from .conftest import free_port
@@ -81,7 +81,7 @@ def test_a_start_that_cannot_work_says_so_before_anything_starts(
         result = RUNNER.invoke(serve.app, ["start", *(argument.format(**known) for argument in arguments), *port])
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())
-    assert Service.recorded() is None
+    assert Service.read() is None
 
 
 def test_nothing_served() -> None:
@@ -154,7 +154,7 @@ def test_a_configuration_that_cannot_work_is_told(
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())
     assert "sk-calumma-plain" not in result.output
-    assert Service.recorded() is None
+    assert Service.read() is None
 
 
 # A head with a child that has a child, all of which ignore a polite request to end.
@@ -170,7 +170,7 @@ time.sleep(600)
 
 @pytest.fixture
 def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[psutil.Process]:
-    monkeypatch.setattr(service, "PATIENCE", 1.0)
+    monkeypatch.setattr(ray_head, "SHUTDOWN_TIMEOUT", 1.0)
     script = tmp_path / "family.py"
     script.write_text(FAMILY)
     process = subprocess.Popen(
@@ -202,7 +202,7 @@ def test_stop_ends_the_whole_family_and_nothing_else(head: psutil.Process, tmp_p
         assert not any(running(process) for process in family)
         assert bystander.poll() is None
         assert not temporary.exists()
-        assert Service.recorded() is None
+        assert Service.read() is None
         bystander.kill()
 
 
@@ -214,20 +214,20 @@ def test_a_process_that_got_the_number_later_is_not_ended() -> None:
     assert not stale.alive
     assert "ended unexpectedly" in RUNNER.invoke(serve.app, ["status"]).output
     assert RUNNER.invoke(serve.app, ["stop"]).exit_code == 0
-    assert Service.recorded() is None
+    assert Service.read() is None
 
 
 def test_a_record_that_cannot_be_read_is_named(cache: Path) -> None:
     (cache / "calumma").mkdir(parents=True)
     (cache / "calumma" / "serve.json").write_text("{")
     with pytest.raises(ClusterError, match=r"serve\.json"):
-        Service.recorded()
+        Service.read()
     assert RUNNER.invoke(serve.app, ["stop"]).exit_code == 1
 
 
 def test_the_token_is_private_and_stays() -> None:
-    first = service.authentication()
+    first = ray_head.authentication()
     token = Path(first["RAY_AUTH_TOKEN_PATH"])
     assert token.stat().st_mode & 0o777 == 0o600
     assert len(token.read_text()) >= 32
-    assert (service.authentication(), token.read_text()) == (first, token.read_text())
+    assert (ray_head.authentication(), token.read_text()) == (first, token.read_text())

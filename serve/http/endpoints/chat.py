@@ -42,6 +42,8 @@ from calumma.serve.protocol import (
 def add_chat(app: FastAPI, context: ServingContext) -> None:
     @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
     async def chat(request: ChatRequest) -> Any:
+        """An answer in words and pictures. `message.parts` has both in order, `message.content` the words alone and
+        `message.images` the pictures; a stream has them as chunks, in order."""
         model = context.model(request.model)
         context.require_choices(request.n, len(request.stops))
         metadata = new_metadata("chatcmpl", model.name)

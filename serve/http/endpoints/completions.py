@@ -40,6 +40,7 @@ from calumma.serve.protocol import (
 def add_completions(app: FastAPI, context: ServingContext) -> None:
     @app.post("/v1/completions", response_model=responses.Completion)
     async def complete(request: CompletionRequest) -> Any:
+        """Text that goes on from a prompt, of text or token ids."""
         model = context.model(request.model)
         context.require_choices(request.n * len(request.prompts), len(request.stops))
         metadata = new_metadata("cmpl", model.name)

@@ -39,6 +39,7 @@ from calumma.serve.protocol import (
 def add_images(app: FastAPI, context: ServingContext) -> None:
     @app.post("/v1/images/generations", response_model=responses.Images, response_model_exclude_none=True)
     async def draw(request: ImageRequest) -> Any:
+        """Pictures of a prompt."""
         model = context.model(request.model)
         metadata = new_metadata("img", model.name)
         side = 0

@@ -6,7 +6,7 @@ import time
 from typing import Protocol
 
 from calumma.model.generation import Event
-from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.serve.protocol import Finished, GenerationRequest, ImageProgress, TextDelta, Token, TokenCount

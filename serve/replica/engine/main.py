@@ -20,7 +20,7 @@ import torch
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.directory import IMAGE_TOKENIZER, read_transformer
 from calumma.model.generation import Request
-from calumma.model.text_tokenizer import TextTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.serve.protocol import GenerationRequest, ImageProgress, RequestFailed, TextDelta

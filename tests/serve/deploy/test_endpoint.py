@@ -27,13 +27,13 @@ import yaml
 from PIL import Image as PILImage
 from prometheus_client.parser import text_string_to_metric_families
 
-from calumma.model import load
+from calumma.model import generate, load
 from calumma.model.directory import IMAGE_TOKENIZER, save_model
 from calumma.model.document import Document, Text
-from calumma.model.generation import PhaseSampling, SamplingParams, generate
+from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.model.transformer import Transformer
-from calumma.platform import tracking
-from calumma.platform.config import Tracking
+from calumma.platform.specification import Tracking
+from calumma.platform.tracking import server
 from calumma.serve.deploy.applications import start_model
 from calumma.serve.deploy.endpoint import await_health, deploy, undeploy
 from calumma.serve.deploy.naming import APPLICATION_PREFIX, ENGINE
@@ -88,7 +88,7 @@ def name_champion(registry: str, model_directory: Path) -> None:
     """The directory is the registered model's next version, and its champion from now on."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking.resolve(Tracking(uri=registry)))
+    client = MlflowClient(server.resolve_uri(Tracking(uri=registry)))
     if not client.search_registered_models("name = 'tiny'"):
         client.create_registered_model("tiny")
     version = client.create_model_version("tiny", str(model_directory), await_creation_for=0)

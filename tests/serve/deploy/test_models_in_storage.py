@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from calumma.model import Document, Text, load
-from calumma.model.generation import SamplingParams, generate
-from calumma.platform import storage, tracking
+from calumma.model import Document, Text, generate, load
+from calumma.model.generation import SamplingParams
+from calumma.platform import storage
+from calumma.platform.tracking import registry
 from calumma.serve.deploy.preparation import ServeError, locate_servable
 from calumma.serve.settings import ModelSettings
-
-from ...platform.conftest import s3 as s3
-from ...platform.conftest import server as server
 
 
 def test_a_model_in_a_bucket_answers_as_its_copy_in_a_folder(s3: str, model_directory: Path) -> None:
@@ -27,7 +25,7 @@ def test_a_model_in_a_bucket_answers_as_its_copy_in_a_folder(s3: str, model_dire
     assert source == place
     with pytest.raises(ServeError, match=r"3 of s3://.* heads"):
         locate_servable(ModelSettings(model=place, tensor_parallel=3))
-    with tracking.resolve_model(source) as directory:
+    with registry.resolve_model(source) as directory:
         fetched = load(directory)
     assert not directory.exists(), "a replica leaves no copy behind"
     question = [Document((Text("Draw a three.", "user"),))]

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import pytest
 from PIL import Image as PILImage
 
-from calumma.model import MixedModalModel
+from calumma.model import MixedModalModel, generate
 from calumma.model.document import Document, Image, Text
 from calumma.model.encoding import DocumentEncoder
-from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, generate
-from calumma.model.image_tokenizer import ImageTokenizer
+from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.serve.protocol import (
     Finished,
     GenerationRequest,

@@ -1,0 +1,138 @@
+"""`calumma import hf|meta` and `calumma export hf`: models of other projects to model directories, and back."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from calumma.model.convert.names import Progress
+
+GIBIBYTE = 2**30
+
+import_app = typer.Typer(
+    help="Make a model directory from a model of another project.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+export_app = typer.Typer(
+    help="Make a model of another project from a model directory.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist.")]
+Shard = Annotated[float, typer.Option("--shard-gib", min=1e-6, help="Weights are split into files of about this size.")]
+
+
+@export_app.callback()
+def exports() -> None:
+    """Make a model of another project from a model directory."""
+
+
+@import_app.command("hf")
+def import_hf(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face Chameleon folder.")],
+    destination: Destination,
+    vqgan: Annotated[
+        Path | None,
+        typer.Option(
+            help="vqgan.ckpt of Meta's release, or its folder: brings the decoder, without which the model "
+            "draws no images."
+        ),
+    ] = None,
+    vqgan_config: Annotated[Path | None, typer.Option(help="Its vqgan.yaml; default: the one beside it.")] = None,
+    shard: Shard = 4.0,
+) -> None:
+    """Import a Hugging Face folder: config.json, safetensors, tokenizer.json."""
+
+    def convert(progress: Progress) -> None:
+        from calumma.model.convert import import_hugging_face
+
+        checkpoint = vqgan / "vqgan.ckpt" if vqgan is not None and vqgan.is_dir() else vqgan
+        settings = None
+        if checkpoint is not None:
+            settings = read_yaml(vqgan_config or checkpoint.with_name("vqgan.yaml"))
+        import_hugging_face(source, destination, checkpoint, settings, int(shard * GIBIBYTE), progress)
+        if checkpoint is None:
+            typer.echo("the model reads images and draws none: no decoder was given (--vqgan)", err=True)
+
+    _run_conversion("import", destination, convert)
+
+
+@import_app.command("meta")
+def import_meta_release(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of Meta's release: params.json, *.pth.")],
+    destination: Destination,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of text_tokenizer.json, vqgan.ckpt, vqgan.yaml; default: SRC, SRC/tokenizer, "
+            "SRC/../../tokenizer."
+        ),
+    ] = None,
+    shard: Shard = 4.0,
+) -> None:
+    """Import Meta's release, in however many shards it comes."""
+
+    def convert(progress: Progress) -> None:
+        from calumma.model.convert import import_meta
+        from calumma.model.convert.meta import tokenizer_folder
+
+        folder = tokenizer or tokenizer_folder(source)
+        settings = read_yaml(folder / "vqgan.yaml")
+        import_meta(source, destination, folder, settings, int(shard * GIBIBYTE), progress)
+
+    _run_conversion("import", destination, convert)
+
+
+@export_app.command("hf")
+def export_hf(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A model directory.")],
+    destination: Destination,
+    shard: Shard = 4.0,
+) -> None:
+    """Export for transformers' ChameleonForConditionalGeneration, with tokenizer and processor."""
+
+    def convert(progress: Progress) -> None:
+        from calumma.model.convert import export_hugging_face
+
+        export_hugging_face(source, destination, int(shard * GIBIBYTE), progress)
+
+    _run_conversion("export", destination, convert)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises ConversionError when the file is missing or is no YAML mapping."""
+    import yaml
+
+    from calumma.model.convert import ConversionError
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{path} holds no settings")
+    return value
+
+
+def _run_conversion(name: str, destination: Path, convert: Callable[[Progress], None]) -> None:
+    from calumma.jobs import entry
+    from calumma.platform.cluster.progress import Display
+
+    def body() -> None:
+        from calumma.model.convert import ConversionError
+
+        try:
+            with Display() as display, display.step(name) as progress:
+                convert(progress)
+        except OSError as error:  # a full disk, a folder that may not be written to
+            raise ConversionError(f"nothing was written to {destination}: {error}") from error
+        typer.echo(str(destination))
+
+    def print_error(text: str) -> None:
+        typer.secho(text, err=True, fg=typer.colors.RED)
+
+    if code := entry.exit_code_of(body, shlex.join(["calumma", *sys.argv[1:]]), print_error):
+        raise typer.Exit(code)

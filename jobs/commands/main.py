@@ -1,0 +1,43 @@
+"""The command `calumma`: puts the subcommands together. Modules of commands import what is heavy when they run."""
+
+from __future__ import annotations
+
+import typer
+
+from calumma.jobs.commands import exchange, job, serve
+from calumma.jobs.commands.chat import chat
+from calumma.jobs.commands.doctor import doctor
+from calumma.jobs.commands.quickstart import quickstart
+
+app = typer.Typer(
+    name="calumma",
+    help="Train, fine-tune and serve mixed-modal early-fusion models on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("quickstart")(quickstart)
+app.add_typer(job.app, name="job")
+app.add_typer(serve.app, name="serve")
+app.add_typer(exchange.import_app, name="import")
+app.add_typer(exchange.export_app, name="export")
+app.command("chat")(chat)
+app.command("doctor")(doctor)
+
+
+def version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"calumma {installed('calumma')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: bool = typer.Option(False, "--version", callback=version, is_eager=True, help="Print the version."),
+) -> None:
+    """Train, fine-tune and serve mixed-modal early-fusion models on Ray."""
+
+
+def main() -> None:
+    app()

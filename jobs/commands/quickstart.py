@@ -1,0 +1,68 @@
+"""`calumma quickstart`: from raw documents to interleaved answers over HTTP, on this machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from calumma.jobs.quickstart.steps import Options
+
+PORT = 8000
+
+
+def quickstart(
+    workdir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Working folder: results, report, MLflow, logs. Default: quickstart; of --fast: quickstart-fast."
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Object storage: s3://bucket/prefix or a folder. Default: WORKDIR/storage.")
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A few steps of everything: tries the machinery, teaches the model nothing.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server, or the next free one.")] = PORT,
+) -> None:
+    """Make documents, train tokenizers and a small model, evaluate it, serve it, ask it. Resumes what was begun."""
+    from rich.console import Console
+
+    from calumma.jobs import entry
+    from calumma.jobs.quickstart import report, steps
+
+    console = Console(stderr=True)
+    workdir = workdir or Path("quickstart-fast" if fast else "quickstart")  # trying never replaces a real run
+    options = steps.Options(workdir, storage, fast, port)
+
+    def body() -> None:
+        outcome = steps.quickstart(options, console)
+        results = report.write(outcome)
+        out = Console()
+        out.print(report.table(results))
+        for what, place in report.places(results, workdir):
+            out.print(f"[dim]{what}:[/dim]")
+            out.print(f"  {place}", soft_wrap=True, highlight=False, markup=False)
+        for what, command in report.commands(outcome):
+            out.print(f"[dim]{what}:[/dim]")
+            out.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
+
+    def print_error(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    code = entry.exit_code_of(body, _resume_command(options), print_error)
+    if code:
+        raise typer.Exit(code)
+
+
+def _resume_command(options: Options) -> str:
+    """The command that resumes this one."""
+    words = ["calumma", "quickstart", "--workdir", str(options.workdir)]
+    words += ["--storage", options.storage] if options.storage else []
+    words += ["--fast"] if options.fast else []
+    words += ["--port", str(options.port)] if options.port != PORT else []
+    return shlex.join(words)

@@ -1,0 +1,339 @@
+"""The quickstart: documents, then seven jobs with the shipped recipes, evaluation, and questions over HTTP.
+
+Nothing in it is special: a step is a job specification, finished when its manifest stands, and run by `run_job`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from calumma.jobs.quickstart import documents
+from calumma.jobs.quickstart.display import Board, Row
+from calumma.jobs.quickstart.documents import FAST, FULL, DocumentsSpecification
+from calumma.jobs.quickstart.questions import Answer, ask, questions
+from calumma.jobs.specifications.reading import read_specification
+from calumma.jobs.specifications.table import JOBS, job_function
+from calumma.platform.cluster import connection, runner
+from calumma.platform.cluster.progress import Progress
+from calumma.platform.specification import JobSpecification, SpecificationError, Tracking
+from calumma.platform.training.specification import FinetuneSpecification, TrainSpecification
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+    from rich.console import Console
+
+    from calumma.platform.storage.manifest import Manifest
+    from calumma.platform.tracking.run import Run
+
+EXPERIMENT = "quickstart"
+RECIPES = "recipes/quickstart"
+OVERRIDES = "fast.yaml"  # what --fast changes, beside the recipes
+PORTS = 50  # how many ports from the wished one on are tried
+
+
+@dataclass(frozen=True)
+class Step:
+    """`name`: of the recipe, the MLflow run and the entry in results.json. `usual`: seconds on two ordinary cores."""
+
+    name: str
+    title: str
+    usual: float
+
+
+STEPS = (
+    Step("documents", "Documents", 8),
+    Step("curate", "Curation", 10),
+    Step("train_text_tokenizer", "Text tokenizer", 2),
+    Step("train_image_tokenizer", "Image tokenizer", 65),
+    Step("tokenize", "Token shards", 27),
+    Step("stage1", "Pre-training, stage 1", 155),
+    Step("stage2", "Pre-training, stage 2", 57),
+    Step("finetune", "Fine-tuning", 280),
+    Step("evaluate", "Evaluation", 18),
+    Step("serve", "Serving and questions", 18),
+)
+
+
+CLUSTER = Step("cluster", "Ray cluster", 7)  # started once, before the first step that needs it
+
+
+class AnswersSpecification(JobSpecification):
+    """Serve a model, ask it the three kinds of question over HTTP, keep the answers."""
+
+    job: Literal["serve"] = "serve"
+    output: str = "answers"
+    model: str
+    scans: DocumentsSpecification  # whose held-out scans are asked about
+
+
+@dataclass(frozen=True)
+class Options:
+    """`storage`: URI or folder; default: below the working folder. `port`: of the server, or the next free one."""
+
+    workdir: Path
+    storage: str | None = None
+    fast: bool = False
+    port: int = 8000
+
+    @property
+    def root(self) -> str:
+        """Absolute storage root."""
+        location = self.storage or str(self.workdir / "storage")
+        return location if "://" in location else str(Path(location).expanduser().absolute())
+
+    @property
+    def tracking(self) -> Tracking:
+        return Tracking(uri=f"sqlite:///{self.workdir.absolute() / 'mlflow' / 'mlflow.db'}", experiment=EXPERIMENT)
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """Every step's specification, manifest and seconds (measured in this call or an earlier one), by its name."""
+
+    options: Options
+    specifications: dict[str, JobSpecification]
+    manifests: dict[str, Manifest]
+    seconds: dict[str, float]
+    ran: list[str]
+
+    @property
+    def model_uri(self) -> str:
+        """The fine-tuned model in the registry."""
+        spec = self.specifications["serve"]
+        assert isinstance(spec, AnswersSpecification)
+        return spec.model
+
+    @property
+    def tracking_uri(self) -> str:
+        return str(self.options.tracking.uri)
+
+
+def step_specification(step: str, options: Options) -> JobSpecification:
+    """What a step does. Raises SpecificationError."""
+    shared: dict[str, Any] = {"storage": options.root, "tracking": options.tracking}
+    documents_spec = DocumentsSpecification(**shared, sizes=FAST if options.fast else FULL)
+    if step == "documents":
+        return documents_spec
+    if step == "serve":
+        return AnswersSpecification(**shared, model=_model_uri(options), scans=documents_spec)
+    recipes = resources.files("calumma.jobs") / RECIPES
+    with resources.as_file(recipes) as folder:
+        file = folder / f"{step}.yaml"
+        overrides = _flattened((yaml.safe_load((folder / OVERRIDES).read_text())[step] or {}) if options.fast else {})
+        overrides |= {"storage": options.root, "tracking": options.tracking.model_dump(), "run_name": step}
+        job = yaml.safe_load(file.read_text())["job"]
+        # JSON is YAML: values survive whatever characters they hold
+        return read_specification(
+            JOBS[job], file, [f"{field}={json.dumps(value)}" for field, value in overrides.items()]
+        )
+
+
+def _model_uri(options: Options) -> str:
+    tuned = step_specification("finetune", options)
+    assert isinstance(tuned, FinetuneSpecification)
+    return f"models:/{tuned.register_as}@{tuned.alias}"
+
+
+def _flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flattened(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def quickstart(options: Options, console: Console) -> QuickstartResult:
+    """Run every step that is not finished, in one cluster that is started when the first of them needs it.
+
+    Raises what the steps raise; KeyboardInterrupt leaves finished steps finished and no process behind.
+    """
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    specs = {step.name: step_specification(step.name, options) for step in STEPS}
+    step_times = _StepTimes(options.workdir / "seconds.json")
+    manifests: dict[str, Manifest] = {}
+    ran: list[str] = []
+    with Board(_display_rows(), console) as board, ExitStack() as stack:
+        for number, step in enumerate(STEPS):
+            spec = specs[step.name]
+            if (reusable := _reusable_result(spec)) is not None:
+                manifests[step.name] = reusable
+                board.skip(step.name, step_times.values.get(step.name))
+                continue
+            if step.name != "documents" and CLUSTER.name not in ran:
+                with board.step(CLUSTER.name):
+                    stack.enter_context(connection.embedded(lean=options.fast, logs=options.workdir / "logs"))
+                ran.append(CLUSTER.name)
+                step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
+            for later in STEPS[number + 1 :]:  # what they made came from what is about to be replaced
+                runner.delete_result(specs[later.name])
+            if isinstance(spec, TrainSpecification) and _is_published(spec):
+                runner.delete_result(
+                    spec
+                )  # a finished training by another recipe: its checkpoints are not to be continued
+            with board.step(step.name) as progress:
+                manifests[step.name] = _run(spec, options, progress)
+            step_times.record(step.name, board.seconds(step.name))
+            ran.append(step.name)
+        if CLUSTER.name not in ran:
+            board.skip(CLUSTER.name, None, "not needed")
+    return QuickstartResult(options, specs, manifests, dict(step_times.values), ran)
+
+
+def _display_rows() -> list[Row]:
+    first, *others = (Row(s.name, s.title, s.usual) for s in STEPS)
+    return [first, Row(CLUSTER.name, CLUSTER.title, CLUSTER.usual), *others]
+
+
+def _is_published(spec: JobSpecification) -> bool:
+    from calumma.platform.storage.manifest import Manifest
+
+    return Manifest.find(spec.output_uri) is not None
+
+
+def _reusable_result(spec: JobSpecification) -> Manifest | None:
+    """The manifest of a finished step. A model that the registry does not know, or no longer, is registered again."""
+    manifest = runner.reusable_result(spec)
+    if manifest is not None and isinstance(spec, FinetuneSpecification) and spec.register_as:
+        from calumma.platform import storage
+        from calumma.platform.tracking import registry
+        from calumma.platform.tracking.job_run import job_run
+        from calumma.platform.tracking.server import TrackingError
+
+        model = storage.join(spec.output_uri, "model")
+        try:
+            registered = registry.model_source(f"models:/{spec.register_as}@{spec.alias}", spec.tracking)
+        except TrackingError:
+            registered = None
+        if registered != registry.registered_copy(model):
+            with job_run(spec) as run:
+                registry.register(spec.tracking, spec.register_as, model, run.id, spec.alias)
+    return manifest
+
+
+def _run(spec: JobSpecification, options: Options, progress: Progress) -> Manifest:
+    if isinstance(spec, DocumentsSpecification):
+        return _tracked_documents(spec, progress)
+    if isinstance(spec, AnswersSpecification):
+        return _tracked_answers(spec, options, progress)
+    return runner.run_job(spec, job_function(spec.job), progress)[0]
+
+
+def _tracked_documents(spec: DocumentsSpecification, progress: Progress) -> Manifest:
+    from calumma.platform.reports.contact_sheet import Cell, contact_sheet
+    from calumma.platform.tracking.job_run import job_run
+
+    with job_run(spec) as run:
+        manifest = documents.write(spec, progress)
+        run.log_metrics({f"documents/{name}": float(n) for name, n in manifest.report["documents"].items()})
+        for part, scans in zip(("train", "held_out"), documents.scans(spec), strict=True):
+            sheet = contact_sheet([Cell(s.picture(), s.word) for s in scans[:40]], columns=10)
+            run.log_image(sheet, f"samples/{part}.png")
+        return manifest
+
+
+# -- serving ----------------------------------------------------------------------------------------------------------
+
+
+def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Progress) -> Manifest:
+    from calumma.platform import storage
+    from calumma.platform.storage.manifest import FileEntry, Manifest
+    from calumma.platform.tracking.fingerprints import fingerprints
+    from calumma.platform.tracking.job_run import job_run
+
+    inputs = fingerprints([spec.model, spec.scans.output_uri], spec.tracking)
+    asked = questions(documents.scans(spec.scans)[1])
+    answers: list[Answer] = []
+    with job_run(spec) as run:
+        progress(0, len(asked) + 1, f"deploying {spec.model}")
+        with _serving(spec, options) as (url, model):
+            for number, question in enumerate(asked):
+                progress(number + 1, len(asked) + 1, question.text)
+                answers.append(ask(url, model, question, spec.seed + number))
+        progress(len(asked) + 1, len(asked) + 1, f"{len(asked)} answers")
+        run.log_metrics({"seconds_a_question": sum(a.seconds for a in answers) / len(answers)})
+        _log_pictures(run, answers)
+    output = spec.output_uri
+    data = json.dumps([answer.model_dump() for answer in answers], indent=1, ensure_ascii=False).encode()
+    storage.write_bytes(storage.join(output, "answers.json"), data)
+    manifest = Manifest(
+        kind="answers",
+        files=[FileEntry.from_bytes("answers.json", data, rows=len(answers))],
+        specification=spec.model_dump(mode="json"),
+        report={"run": run.id},
+        inputs=inputs,
+    )
+    manifest.write(output)
+    return manifest
+
+
+@contextmanager
+def _serving(spec: AnswersSpecification, options: Options) -> Iterator[tuple[str, str]]:
+    """(URL, model name) of the registered model behind Ray Serve, for the length of the block."""
+    from calumma.serve.deploy.endpoint import deploy, undeploy
+    from calumma.serve.settings import ServeSettings
+
+    name = spec.model.removeprefix("models:/").partition("@")[0]
+    settings = ServeSettings(model=spec.model, tracking=spec.tracking, name=name, port=free_port(options.port))
+    url = deploy(settings)
+    try:
+        yield url, name
+    finally:
+        undeploy(name)
+
+
+def free_port(first: int) -> int:
+    """`first`, or the next port nobody listens on. Raises SpecificationError when none of fifty is free."""
+    for port in range(first, min(first + PORTS, 65536)):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise SpecificationError(f"no port from {first} to {first + PORTS - 1} is free; choose another with --port")
+
+
+def _log_pictures(run: Run, answers: list[Answer]) -> None:
+    from calumma.model.document import Image
+
+    for number, answer in enumerate(answers):
+        for place, part in enumerate(p for p in answer.parts if p.kind == "image"):
+            picture: PILImage.Image = Image(part.png()).open()
+            run.log_image(picture, f"answers/{number}-{answer.kind}-{place}.png")
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class _StepTimes:
+    """Seconds of every step, kept in the working folder over several calls."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.values: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def record(self, step: str, seconds: float) -> None:
+        self.values[step] = round(seconds, 1)
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.values, indent=1) + "\n")
+        temporary.replace(self._file)
+
+
+def read_answers(outcome: QuickstartResult) -> list[Answer]:
+    """The answers that the last step kept."""
+    from calumma.platform import storage
+
+    place = storage.join(outcome.specifications["serve"].output_uri, "answers.json")
+    return [Answer.model_validate(answer) for answer in json.loads(storage.read_bytes(place))]

@@ -1,0 +1,189 @@
+"""The Transformer's forward pass over a paged cache, without gradients.
+
+The same arithmetic as transformer.py, written out: at a token a sequence, calls cost more than arithmetic, so there are
+no calls of modules, and projections of the same input are one product where a copy of their weights is affordable.
+Weights are read when the decoder is made.
+
+Shape suffixes: T tokens of a pass, D width, N heads, K key-value heads, Q both, H head size, P pairs of a head (H/2), C
+columns of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calumma.model.generation.passes.attention import PagedAttention
+from calumma.model.generation.tensor_parallel import Shard
+from calumma.model.transformer import Transformer, TransformerBlock
+
+# Most bytes of projections that are copied to lie side by side.
+FUSED_BYTES = 1 << 28
+# Fewest bytes of an output projection that is packed on a CPU: the caches hold less, in whatever order it is read.
+PACKED_BYTES = 1 << 22
+FusedProjection = tuple[Tensor, ...]  # that read the same input; one, where they lie side by side
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A block's weights, or this shard's slices of them."""
+
+    attention_norm: Tensor
+    feed_forward_norm: Tensor
+    query_key_value: FusedProjection
+    norm: tuple[Tensor, Tensor] | None  # weight and bias of queries and keys [Q, H]
+    output: Tensor
+    gate_up: FusedProjection
+    down: Tensor
+
+
+class Decoder:
+    """`shard`: what of every matrix this process has; all of it by default."""
+
+    def __init__(self, transformer: Transformer, shard: Shard | None = None) -> None:
+        config = transformer.config
+        self.transformer, self.shard = transformer, shard or Shard()
+        heads, kv_heads = self.shard.heads(config)
+        self.heads, self.kv_heads = heads.stop - heads.start, kv_heads.stop - kv_heads.start
+        self.embedding = self._slice("embedding.weight", transformer.embedding.weight)
+        self.head_size, self.eps, self.swin = config.head_size, config.norm_eps, config.norm_order == "swin"
+        total = sum(p.numel() * p.element_size() for p in transformer.blocks.parameters())
+        self._copied = total // self.shard.count <= FUSED_BYTES
+        blocks = enumerate(cast(Iterable[TransformerBlock], transformer.blocks))
+        self.layers = [self._layer(f"blocks.{number}", block) for number, block in blocks]
+        self.head = self._head() if self.shard.count > 1 else None
+        self._packed: dict[tuple[int, int], Tensor | None] = {}  # of the head, by first and last column
+        self._complex_rope = torch.view_as_complex(transformer.rope)
+
+    def hidden(self, tokens_T: Tensor, paged: PagedAttention) -> Tensor:
+        """LongTensor [T] -> FloatTensor [T, D], what the output projection reads; keys and values go into the cache."""
+        x_TD = self._embed(tokens_T)
+        rope_T1P = self._complex_rope[paged.positions_T][:, None]
+        for number, layer in enumerate(self.layers):
+            if self.swin:
+                x_TD = x_TD + self._norm(self._attention(x_TD, rope_T1P, number, layer, paged), layer.attention_norm)
+                x_TD = x_TD + self._norm(self._feed_forward(x_TD, layer), layer.feed_forward_norm)
+            else:
+                normal_TD = self._norm(x_TD, layer.attention_norm)
+                x_TD = x_TD + self._attention(normal_TD, rope_T1P, number, layer, paged)
+                x_TD = x_TD + self._feed_forward(self._norm(x_TD, layer.feed_forward_norm), layer)
+        return self._norm(x_TD, self.transformer.norm.weight)
+
+    def logits(self, x_RD: Tensor, columns: slice | None = None) -> Tensor:
+        """FloatTensor [R, C] of some states, all columns of the vocabulary or some; the caller's own to change."""
+        columns = columns or slice(0, self.transformer.config.vocabulary_size)
+        if self.head is not None:
+            logits_RV = self.shard.gather(F.linear(x_RD, self.head).float())
+            return logits_RV[:, columns].contiguous()
+        if len(x_RD) > 1 and (packed := self._packed_head(columns)) is not None:
+            return torch.ops.mkldnn._linear_pointwise(x_RD, packed, None, "none", [], "").float()
+        logits_RC: Tensor = self.transformer.output(x_RD, columns=columns)
+        return logits_RC
+
+    def _packed_head(self, columns: slice) -> Tensor | None:
+        """Some columns of the head as oneDNN reads them from end to end, a copy that is kept; None where they are not
+        worth one. As they are stored MKL reads them for a few states at half that speed or less."""
+        key = (columns.start, columns.stop)
+        if key not in self._packed:
+            own = self.transformer.output.weight.detach()[columns]
+            worth = PACKED_BYTES <= own.numel() * own.element_size() <= FUSED_BYTES
+            packs = worth and own.device.type == "cpu" and _onednn_takes(own.dtype)
+            self._packed[key] = torch.ops.mkldnn._reorder_linear_weight(own) if packs else None
+        return self._packed[key]
+
+    def _embed(self, tokens_T: Tensor) -> Tensor:
+        if self.shard.count == 1:
+            return F.embedding(tokens_T, self.embedding)
+        own_T = tokens_T - self.shard.vocabulary(self.transformer.config).start
+        elsewhere_T = (own_T < 0) | (own_T >= len(self.embedding))
+        if not len(self.embedding):
+            return self.shard.sum(self.embedding.new_zeros(len(tokens_T), self.transformer.config.width))
+        x_TD = F.embedding(own_T.masked_fill(elsewhere_T, 0), self.embedding)
+        return self.shard.sum(x_TD.masked_fill_(elsewhere_T[:, None], 0))
+
+    def _head(self) -> Tensor:
+        """As many rows as the first shard has."""
+        own_CD = self._slice("output.weight", self.transformer.output.weight)
+        missing = -(-self.transformer.config.vocabulary_size // self.shard.count) - len(own_CD)
+        return F.pad(own_CD, (0, 0, 0, missing)) if missing else own_CD
+
+    def _slice(self, name: str, weight: Tensor) -> Tensor:
+        """This shard's slice of a weight, of which that may be all there is (`read_shard`)."""
+        where = self.shard.slices(name, self.transformer.config)
+        own = weight.detach()
+        if self.shard.count == 1 or all(o.stop - o.start == size for o, size in zip(where, own.shape, strict=False)):
+            return own
+        return own[where].clone()
+
+    def _attention(
+        self, x_TD: Tensor, rope_T1P: Tensor, number: int, layer: LayerWeights, paged: PagedAttention
+    ) -> Tensor:
+        projected = [F.linear(x_TD, weight) for weight in layer.query_key_value]
+        Q = self.heads + self.kv_heads
+        if len(projected) == 1:
+            qkv_TXH = projected[0].view(len(x_TD), -1, self.head_size)
+            qk_TQH, v_TKH = qkv_TXH[:, :Q], qkv_TXH[:, Q:]
+        else:
+            qk_TQH = torch.cat(projected[:2], dim=-1).view(len(x_TD), Q, self.head_size)
+            v_TKH = projected[2].view(len(x_TD), self.kv_heads, self.head_size)
+        if layer.norm is not None:
+            weight_QH, bias_QH = layer.norm
+            qk_TQH = torch.addcmul(bias_QH, F.layer_norm(qk_TQH, (self.head_size,), eps=1e-5), weight_QH)
+        turned_TQP = torch.view_as_complex(qk_TQH.float().unflatten(-1, (-1, 2))) * rope_T1P
+        qk_TQH = torch.view_as_real(turned_TQP).flatten(-2).type_as(x_TD)
+        out_TX = paged.attend(number, qk_TQH[:, : self.heads], qk_TQH[:, self.heads :], v_TKH)
+        return self.shard.sum(F.linear(out_TX, layer.output))
+
+    def _feed_forward(self, x_TD: Tensor, layer: LayerWeights) -> Tensor:
+        projected = [F.linear(x_TD, weight) for weight in layer.gate_up]
+        gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+        return self.shard.sum(F.linear(F.silu(gate) * up, layer.down))
+
+    def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
+        if x_TD.is_cuda or x_TD.dtype != torch.float32:
+            return F.rms_norm(x_TD, weight_D.shape, weight_D, self.eps)
+        scale_T1 = (x_TD * x_TD).mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # fewer calls than rms_norm's own
+        return (x_TD * scale_T1).mul_(weight_D)
+
+    def _layer(self, prefix: str, block: TransformerBlock) -> LayerWeights:
+        own = {name: self._slice(f"{prefix}.{name}", weight) for name, weight in block.named_parameters()}
+        norm = None
+        if block.attention.normalize:
+            both = ("attention.query_norm", "attention.key_norm")
+            norm = (
+                torch.cat([own[f"{each}.weight"] for each in both]),
+                torch.cat([own[f"{each}.bias"] for each in both]),
+            )
+        projections = (
+            [own[f"attention.{each}.weight"] for each in ("query", "key", "value")],
+            [own[f"feed_forward.{each}.weight"] for each in ("gate", "up")],
+        )
+        query_key_value, gate_up = (self._beside(weights) for weights in projections)
+        return LayerWeights(
+            own["attention_norm.weight"],
+            own["feed_forward_norm.weight"],
+            query_key_value,
+            norm,
+            self._beside([own["attention.output.weight"]])[0],
+            gate_up,
+            self._beside([own["feed_forward.down.weight"]])[0],
+        )
+
+    def _beside(self, weights: list[Tensor]) -> FusedProjection:
+        """One weight, copied as its product with a few tokens reads it fastest; or what is too large to be copied."""
+        if not self._copied:
+            return tuple(weights)
+        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return (whole if whole.is_cuda else whole.t().contiguous().t(),)
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether this machine's oneDNN multiplies such matrices."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

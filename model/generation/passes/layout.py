@@ -1,0 +1,91 @@
+"""How the tokens of a pass lie side by side, and which sequences attend together.
+
+Shape suffixes: T tokens of a pass or of each of B sequences, L keys, M blocks of a sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calumma.model.generation.cache.contiguous import ContiguousCache
+from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.cache.sequence import Sequence
+from calumma.model.generation.passes.attention import AttentionGroup, PagedAttention
+
+# Sequences with so few new tokens attend together where their lengths are alike; longer ones each alone.
+TOGETHER = 8
+
+
+class BatchLayout:
+    """Where the tokens of a pass stand: sequences with few new tokens first, alike ones together.
+
+    tokens: of all sequences, side by side. last: index of each sequence's last token in them, by the sequence's id().
+    """
+
+    def __init__(self, pairs: list[tuple[Sequence, int]], block_size: int) -> None:
+        self.block_size = block_size
+        self.groups: list[list[tuple[Sequence, int]]] = []
+        for pair in sorted(pairs, key=lambda pair: (pair[1], -pair[0].cached)):
+            sequence, count = pair
+            group = self.groups[-1] if self.groups else []
+            # what is padded to the longest of a group is read in vain
+            alike = group and count <= TOGETHER and count == group[0][1]
+            if alike and 2 * (sequence.cached + count) + 4 * block_size >= group[0][0].cached + count:
+                group.append(pair)
+            else:
+                self.groups.append([pair])
+        self.tokens: list[int] = []
+        self.last: dict[int, int] = {}
+        for sequence, count in (pair for group in self.groups for pair in group):
+            self.tokens += sequence.tokens[sequence.cached : sequence.cached + count]
+            self.last[id(sequence)] = len(self.tokens) - 1
+
+    def step(
+        self, cache: PagedCache, step: int, device: torch.device, contiguous: ContiguousCache | None = None
+    ) -> PagedAttention:
+        """The pass that is `step` passes after this layout's; its sequences have the blocks for it."""
+        size = self.block_size
+        positions: list[int] = []
+        slots: list[int] = []
+        for sequence, count in (pair for group in self.groups for pair in group):
+            own = range(sequence.cached + step, sequence.cached + step + count)
+            positions += own
+            slots += [sequence.blocks[p // size] * size + p % size for p in own]
+        # without waiting: the host issues passes ahead of the device
+        positions_T, slots_T = (torch.tensor(each).to(device, non_blocking=True) for each in (positions, slots))
+        groups, begin = [], 0
+        for group in self.groups:
+            end = begin + len(group) * group[0][1]
+            groups.append(self._group(group, positions[begin:end], positions_T[begin:end], cache, device, contiguous))
+            begin = end
+        if contiguous is not None:
+            contiguous.drop_unused()
+        return PagedAttention(cache, positions_T, slots_T, groups)
+
+    def _group(
+        self,
+        group: list[tuple[Sequence, int]],
+        positions: list[int],
+        positions_T: Tensor,
+        cache: PagedCache,
+        device: torch.device,
+        contiguous: ContiguousCache | None,
+    ) -> AttentionGroup:
+        B, T, size = len(group), group[0][1], self.block_size
+        M = -(-(1 + max(positions)) // size)
+        seen_BTL = torch.arange(M * size, device=device) <= positions_T.view(B, T, 1)
+        bias_B1TL = torch.zeros(B, 1, T, M * size, device=device, dtype=cache.store.dtype)
+        bias_B1TL.masked_fill_(~seen_BTL[:, None], float("-inf"))
+        sequences = [sequence for sequence, _ in group]
+        if B == 1:
+            own = sequences[0].blocks[:M]
+            if own == list(range(own[0], own[0] + M)):
+                return AttentionGroup(B, T, slice(own[0] * size, (own[0] + M) * size), bias_B1TL)
+        if T == 1 and contiguous is not None:
+            copy = contiguous.find(sequences, positions, M)
+            if copy is not None:
+                return AttentionGroup(B, T, copy, bias_B1TL, copy.slots(positions_T))
+        # filled up with its own: what another sequence's block holds may not be numbers
+        tables = [block for s in sequences for block in (s.blocks + s.blocks[-1:] * M)[:M]]
+        return AttentionGroup(B, T, torch.tensor(tables).to(device, non_blocking=True), bias_B1TL)

@@ -1,0 +1,1 @@
+"""From logits to ids: masks, penalties, filters, draws, and speculative decoding."""

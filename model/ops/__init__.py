@@ -1,0 +1,1 @@
+"""What the Transformer is computed with and measured by: attention, the loss, instruments of stability."""

@@ -1,0 +1,1 @@
+"""Text and image tokenizers: each turns its modality into ids, or codes, and back."""

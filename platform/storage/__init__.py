@@ -1,0 +1,55 @@
+"""Object storage: one set of functions over `s3://bucket/key` URIs and local paths (plain or `file://`).
+
+Readers see a whole object or none; a directory is published by its `manifest.json`, which copies write last and
+deletions remove first. Every failure is a StorageError. `manifest` and `publishing` are imported by name.
+"""
+
+from calumma.platform.storage.files import (
+    ContentCheck,
+    copy_to,
+    exists,
+    list_files,
+    open_read,
+    read_bytes,
+    read_range,
+    size,
+    sizes,
+    write_bytes,
+)
+from calumma.platform.storage.folders import check_writable, delete, download, local_copy, upload
+from calumma.platform.storage.uri import (
+    MANIFEST,
+    Damaged,
+    NotFound,
+    StorageError,
+    is_remote,
+    join,
+    local_path,
+    relative,
+)
+
+__all__ = [
+    "MANIFEST",
+    "ContentCheck",
+    "Damaged",
+    "NotFound",
+    "StorageError",
+    "check_writable",
+    "copy_to",
+    "delete",
+    "download",
+    "exists",
+    "is_remote",
+    "join",
+    "list_files",
+    "local_copy",
+    "local_path",
+    "open_read",
+    "read_bytes",
+    "read_range",
+    "relative",
+    "size",
+    "sizes",
+    "upload",
+    "write_bytes",
+]

@@ -1,0 +1,382 @@
+"""What is on its way to MLflow: kept on disk until the server has taken it, so that training never waits and nothing is
+lost while the server is away.
+
+$CALUMMA_OUTBOX or ~/.local/state/calumma/outbox/SERVER/RUN-NUMBER/0000000001.json   an entry, oldest first
+                                                                  refused/            what the server will never take
+A writer sends from a thread. What it leaves behind, because the server stays away or the process is killed, is sent by
+the next writer to the same server on this machine, by the next job's start, or by
+`python -m calumma.platform.tracking.outbox`. A copy can be parked in storage, where a worker on another machine takes
+it up.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from calumma.platform.tracking.run import Run
+
+logger = logging.getLogger(__name__)
+_METRICS_A_BATCH = 1000  # MLflow's limit of one batched request (mlflow/utils/validation.py)
+_LONGEST_BACKOFF = 60.0  # seconds between two attempts at a server that is away
+_FLUSH_POLL = 0.05  # seconds between two looks at what waits, when somebody waits for it
+_CLOSE_TIMEOUT = 30.0  # seconds that closing waits for a server that is away
+# With these the server says that it will never take an entry; anything else may pass.
+_PERMANENT_ERRORS = {
+    "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "INVALID_STATE",
+}  # fmt: skip
+
+
+def root() -> Path:
+    """The folder of all outboxes on this machine; below the temporary one where there is no home to write to."""
+    if configured := os.environ.get("CALUMMA_OUTBOX"):
+        return Path(configured)
+    with suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "calumma", "outbox")
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.gettempdir(), "calumma-outbox")
+
+
+class Outbox:
+    """Entries of one run in a folder of its own, which is locked while this object lives."""
+
+    def __init__(self, folder: Path, uri: str, run_id: str) -> None:
+        self.folder, self.uri, self.run_id = folder, uri, run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run").write_text(json.dumps({"uri": uri, "run": run_id}))
+        self._lock = (folder / "lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._number = max((int(path.stem) for path in self.entries()), default=0)
+
+    @classmethod
+    def new(cls, uri: str, run_id: str) -> Outbox:
+        return cls(_server(uri) / f"{run_id}-{uuid.uuid4().hex[:8]}", uri, run_id)
+
+    def put(self, kind: str, content: dict[str, Any]) -> None:
+        """Append an entry; it is on the disk when this returns."""
+        self._number += 1
+        path = self.folder / f"{self._number:010d}.json"
+        unfinished = path.with_suffix(".part")
+        with unfinished.open("w", encoding="utf-8") as file:
+            json.dump({"kind": kind, "content": content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+
+    def entries(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.json"))
+
+    def pending(self) -> int:
+        """Entries that are not sent; a metrics entry counts its values."""
+        return sum(len(e["content"].get("values", "1")) for e in map(_read, self.entries()) if e)
+
+    def send(self, run: Run) -> None:
+        """Send everything, oldest first. Raises what MLflow's client raises when the server is away."""
+        while batch := _batch(self.entries()):
+            try:
+                _send_entries(run, [entry for _, entry in batch])
+            except Exception as error:
+                if getattr(error, "error_code", None) not in _PERMANENT_ERRORS:
+                    raise
+                if len(batch) == 1:
+                    self._refuse(batch[0][0], error)
+                else:
+                    self._one_by_one(run, batch)
+                continue
+            for path, _ in batch:
+                path.unlink()
+
+    def back_up(self, uri: str) -> None:
+        """A copy of what waits, in storage below `uri`, in place of the one before. Raises StorageError."""
+        from calumma.platform import storage
+
+        place = storage.join(uri, self.folder.name)
+        storage.delete(place)
+        for path in [self.folder / "run", *self.entries()]:
+            storage.write_bytes(storage.join(place, path.name), path.read_bytes())
+
+    def close(self) -> None:
+        """Unlock; an empty outbox disappears."""
+        empty = not self.entries() and not (self.folder / "refused").exists()
+        self._lock.close()
+        if empty:
+            for name in ("run", "lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else has just taken it up
+                self.folder.rmdir()
+
+    def _one_by_one(self, run: Run, batch: list[tuple[Path, dict[str, Any]]]) -> None:
+        for path, entry in batch:
+            try:
+                _send_entries(run, [entry])
+            except Exception as error:
+                if getattr(error, "error_code", None) not in _PERMANENT_ERRORS:
+                    raise
+                self._refuse(path, error)
+            else:
+                path.unlink()
+
+    def _refuse(self, path: Path, error: Exception) -> None:
+        aside = self.folder / "refused"
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
+        logger.warning("MLflow at %s refuses an entry of run %s, kept in %s: %s", self.uri, self.run_id, aside, error)
+
+
+class BackgroundWriter:
+    """Writes to a run through an outbox, from a thread, so that training never waits for MLflow and loses nothing."""
+
+    def __init__(self, run: Run, backup: str | None = None, close_timeout: float = _CLOSE_TIMEOUT) -> None:
+        """`parked`: where in storage copies of what waits are kept (see `park`)."""
+        self._run, self._backup, self._close_timeout = run, backup, close_timeout
+        self._outbox = Outbox.new(run.uri, run.id)
+        self._wake, self._flush_now, self._closing = threading.Event(), threading.Event(), threading.Event()
+        self._away = False
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self._put("metrics", {"values": [[name, float(value), now, step] for name, value in metrics.items()]})
+
+    def log_dict(self, values: dict[str, Any], path: str) -> None:
+        """A JSON artifact."""
+        self._put("dict", {"path": path, "dict": values})
+
+    def log_image(self, image: Image, path: str) -> None:
+        """A picture, kept as PNG."""
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        self._put("image", {"path": path, "png": base64.b64encode(file.getvalue()).decode()})
+
+    def log_checkpoint(self, name: str, uri: str, step: int, metrics: dict[str, float], tags: dict[str, str]) -> None:
+        """A checkpoint as a logged model of the run, with its step and metrics."""
+        now = int(time.time() * 1000)
+        checkpoint = {"name": name, "uri": uri, "step": step, "metrics": metrics, "tags": tags, "time": now}
+        self._put("checkpoint", checkpoint)
+
+    def log_tags(self, tags: dict[str, str]) -> None:
+        self._put("tags", {"tags": tags})
+
+    def log_data(self, manifests: dict[str, str], context: str) -> None:
+        """Directories of data and the fingerprints of their manifests, as the run's inputs."""
+        self._put("data", {"manifests": manifests, "context": context})
+
+    def back_up(self) -> None:
+        """Copy to storage what waits for a server that is away, if anything does; a failure is a warning."""
+        if self._backup is None or not self._away:
+            return
+        try:
+            self._outbox.back_up(self._backup)
+        except OSError as error:
+            logger.warning("what waits for MLflow could not be copied to %s: %s", self._backup, error)
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything is sent, or the time is over; whether it is sent."""
+        deadline = time.monotonic() + timeout
+        self._flush_now.set()
+        self._wake.set()
+        while self._outbox.entries():
+            if time.monotonic() > deadline or not self._thread.is_alive():
+                return False
+            time.sleep(_FLUSH_POLL)
+        return True
+
+    def close(self) -> int:
+        """Send what is left; the number of entries and metric values that wait on disk for a later writer."""
+        self.flush(self._close_timeout)
+        self._closing.set()
+        self._flush_now.set()
+        self._wake.set()
+        self._thread.join(self._close_timeout)
+        left = self._outbox.pending()
+        if left:
+            again = "the next job sends them, or: python -m calumma.platform.tracking.outbox"
+            logger.warning(
+                "MLflow at %s is away: %d values wait in %s; %s", self._run.uri, left, self._outbox.folder, again
+            )
+            self._away = True
+            self.back_up()
+        self._outbox.close()
+        return left
+
+    def _put(self, kind: str, content: dict[str, Any]) -> None:
+        try:
+            self._outbox.put(kind, content)
+        except OSError as error:  # a full disk must not end a training run
+            logger.error("%s for MLflow could not be kept on disk and is lost: %s", kind, error)
+        self._wake.set()
+
+    def _work(self) -> None:
+        pause, others = 1.0, False
+        while not self._closing.is_set():
+            self._wake.clear()
+            try:
+                self._outbox.send(self._run)
+                if not others:
+                    others = True
+                    send_pending(self._run.uri, self._backup)
+                if self._away:
+                    self._away = False
+                    logger.warning("MLflow at %s is back and has everything", self._run.uri)
+                    _delete_backup(self._backup, self._outbox.folder.name)
+                pause = 1.0
+                self._wake.wait()
+            except Exception as error:  # MlflowException, requests', SQLAlchemy's: whatever it is, training goes on
+                if not self._away:
+                    logger.warning("MLflow at %s is away, training goes on: %s", self._run.uri, error)
+                self._away = True
+                pause = _FLUSH_POLL if self._flush_now.wait(pause) else min(2 * pause, _LONGEST_BACKOFF)
+                self._flush_now.clear()
+
+
+def send_pending(uri: str, backup: str | None = None) -> int:
+    """Send what writers to a server have left behind on this machine, and in storage; the number of outboxes emptied.
+
+    Raises what MLflow's client raises when the server is away.
+    """
+    from calumma.platform.tracking.run import Run
+
+    if backup is not None:
+        _restore_backups(uri, backup)
+    emptied = 0
+    for folder in sorted(_server(uri).glob("*-*")):
+        outbox = _lock_outbox(folder)
+        if outbox is None:
+            continue
+        try:
+            if outbox.entries():
+                outbox.send(Run(outbox.uri, outbox.run_id))
+                _delete_backup(backup, folder.name)
+                emptied += 1
+        finally:
+            outbox.close()
+    return emptied
+
+
+def _lock_outbox(folder: Path) -> Outbox | None:
+    """The outbox of a folder that no writer holds; a damaged folder is left alone."""
+    run = _read(folder / "run")
+    if run is None:
+        return None
+    try:
+        return Outbox(folder, run["uri"], run["run"])
+    except OSError:  # a living writer's
+        return None
+
+
+def _restore_backups(uri: str, backup: str) -> None:
+    """Bring parked outboxes of other machines here. Raises StorageError."""
+    from calumma.platform import storage
+
+    for place in storage.list_files(backup):
+        folder, name = place.rsplit("/", 2)[-2:]
+        target = _server(uri) / folder / name
+        if folder == Path(folder).name and not target.exists() and not (target.parent / "lock").exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(storage.read_bytes(place))
+
+
+def _delete_backup(backup: str | None, name: str) -> None:
+    if backup is not None:
+        from calumma.platform import storage
+
+        storage.delete(storage.join(backup, name))
+
+
+def _server(uri: str) -> Path:
+    return root() / hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _batch(paths: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """The oldest entry; as many metrics as one request takes when it is metrics."""
+    batch: list[tuple[Path, dict[str, Any]]] = []
+    size = 0
+    for path in paths:
+        entry = _read(path)
+        if entry is None:  # cut off by a full disk: nothing to send
+            path.rename(path.with_suffix(".damaged"))
+            continue
+        if batch and (entry["kind"] != "metrics" or size + len(entry["content"]["values"]) > _METRICS_A_BATCH):
+            break
+        batch.append((path, entry))
+        if entry["kind"] != "metrics":
+            break
+        size += len(entry["content"]["values"])
+    return batch
+
+
+def _send_entries(run: Run, entries: list[dict[str, Any]]) -> None:
+    """Send one entry, or several of metrics. All may be sent twice: what they do the second time changes nothing."""
+    kind, content = entries[0]["kind"], entries[0]["content"]
+    if kind == "metrics":
+        run.log_values([tuple(value) for entry in entries for value in entry["content"]["values"]])
+    elif kind == "dict":
+        run.log_dict(content["dict"], content["path"])
+    elif kind == "image":
+        run.log_image(_decode_png(content["png"]), content["path"])
+    elif kind == "checkpoint":
+        run.log_checkpoint(**content)
+    elif kind == "tags":
+        run.log_tags(content["tags"])
+    elif kind == "data":
+        run.log_data(content["manifests"], content["context"])
+    elif kind == "end":
+        run.client.set_terminated(run.id, content["status"], content["time"])
+    else:
+        raise ValueError(f"unknown entry {kind!r} in the outbox; was it written by a newer version?")
+
+
+def _decode_png(png: str) -> Image:
+    from PIL import Image as PILImage
+
+    return PILImage.open(io.BytesIO(base64.b64decode(png)))
+
+
+def _servers() -> Iterator[str]:
+    """Tracking URIs that something waits for on this machine."""
+    uris = {(_read(path) or {}).get("uri") for path in root().glob("*/*-*/run")}
+    yield from sorted(uri for uri in uris if uri)
+
+
+def main() -> int:
+    """Send everything that waits on this machine: 0 when it is sent, 1 when a server is away."""
+    failed = 0
+    for uri in _servers():
+        try:
+            print(f"{uri}: {send_pending(uri)} runs sent")
+        except Exception as error:
+            print(f"{uri}: {error}", file=sys.stderr)
+            failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

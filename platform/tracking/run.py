@@ -1,0 +1,150 @@
+"""One MLflow run: parameters, metrics, pictures, checkpoints. A `Run` can be sent to a Ray worker."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from calumma.platform.tracking.server import connect
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from PIL.Image import Image
+
+
+_PARAMS_A_BATCH = 100  # MLflow's limit of one batched request (mlflow/utils/validation.py)
+_NAME_LENGTH = 250
+
+
+class Run:
+    """One MLflow run. Picklable: a copy in another process writes to the same run."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri, self.id = uri, run_id
+        self._client: MlflowClient | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "id": self.id, "_client": None}
+
+    @property
+    def client(self) -> MlflowClient:
+        if self._client is None:
+            self._client = connect(self.uri)
+        return self._client
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        """Parameters of the run; nested mappings become dotted names."""
+        from mlflow.entities import Param
+
+        entries = [Param(key, str(value)) for key, value in flatten(params).items()]
+        for i in range(0, len(entries), _PARAMS_A_BATCH):
+            self.client.log_batch(self.id, params=entries[i : i + _PARAMS_A_BATCH])
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        now = int(time.time() * 1000)
+        self.log_values([(name, float(value), now, step or 0) for name, value in metrics.items()])
+
+    def log_values(self, values: Sequence[tuple[str, float, int, int]]) -> None:
+        """Metrics as (name, value, milliseconds since 1970, step)."""
+        from mlflow.entities import Metric
+
+        self.client.log_batch(self.id, metrics=[Metric(*value) for value in values])
+
+    def log_tags(self, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_checkpoint(
+        self, name: str, uri: str, step: int, metrics: dict[str, float], tags: dict[str, str], time: int
+    ) -> None:
+        """A checkpoint in storage as a logged model that this run has put out at `step`, with the metrics of then,
+        `time` in milliseconds since 1970. They are called `checkpoint/...`: a model's metrics are its run's, too.
+
+        https://mlflow.org/docs/latest/ml/tracking/tracking-api/ (checkpoints are models of their own since MLflow 3)
+        """
+        from mlflow.entities import LoggedModelOutput, Metric
+        from mlflow.entities.logged_model_status import LoggedModelStatus
+
+        experiment = self.client.get_run(self.id).info.experiment_id
+        own_models = f"name = '{name}' AND source_run_id = '{self.id}'"
+        if not (
+            models := list(self.client.search_logged_models([experiment], filter_string=own_models, max_results=1))
+        ):
+            all_tags = {"calumma.uri": uri, "calumma.step": str(step)} | tags
+            models = [self.client.create_logged_model(experiment, name, self.id, all_tags, model_type="checkpoint")]
+        model = models[0].model_id
+        if models[0].status == LoggedModelStatus.READY:  # sent before
+            return
+        values = [Metric(f"checkpoint/{k}", v, time, step, model_id=model) for k, v in metrics.items()]
+        self.client.log_batch(self.id, metrics=values)
+        self.client.log_outputs(self.id, [LoggedModelOutput(model, step)])
+        self.client.finalize_logged_model(model, LoggedModelStatus.READY)
+
+    def log_data(self, manifests: dict[str, str], context: str) -> None:
+        """Directories of data, by the fingerprints of their manifests, as inputs of the run; `context`: what for."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(uri.rstrip("/").rpartition("/")[2], fingerprint[:36], "calumma", json.dumps({"uri": uri})),
+                [InputTag("mlflow.data.context", context)],
+            )
+            for uri, fingerprint in manifests.items()
+        ]
+        self.client.log_inputs(self.id, inputs)
+
+    def log_image(self, image: Image, path: str) -> None:
+        """A picture as artifact `path`, say `samples/0.png`."""
+        self.client.log_image(self.id, image, artifact_file=path)
+
+    def log_artifact(self, local_path: str | Path, folder: str | None = None) -> None:
+        self.client.log_artifact(self.id, str(local_path), folder)
+
+    def log_dict(self, values: dict[str, Any], path: str) -> None:
+        """A JSON artifact, say `checkpoints/step-00000100.json`."""
+        self.client.log_dict(self.id, values, path)
+
+    def latest(self) -> dict[str, float]:
+        """The newest value of every metric."""
+        return dict(self.client.get_run(self.id).data.metrics)
+
+
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one level of dotted names that MLflow accepts as parameter names.
+
+    Names that become equal are told apart by a number: no value is lost.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in _leaves(values, ""):
+        name = plain = _parameter_name(key)
+        number = 1
+        while name in flat:
+            number += 1
+            name = f"{plain[: _NAME_LENGTH - len(str(number)) - 1]} {number}"
+        flat[name] = value
+    return flat
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, BaseModel):
+            value = value.model_dump(mode="json")
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parameter_name(key: str) -> str:
+    """The name nearest to `key` that MLflow takes: few characters, and as a path equal to its normal form."""
+    name = re.sub(r"[^\w\-./: ]", "_", key)[-_NAME_LENGTH:]
+    parts = ["__" if part == ".." else part for part in name.split("/") if part not in ("", ".")]
+    name = "/".join(parts) or "_"
+    return f"__{name[2:]}" if name.startswith("..") else name

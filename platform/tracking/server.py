@@ -1,0 +1,109 @@
+"""The tracking server: which URI, a client bound to it, experiments and runs.
+
+Nothing here touches MLflow's global state, so one process can work with several servers. Without a URI an SQLite
+database and a local artifact folder below ./mlflow are used."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlparse
+
+from calumma.platform.specification import JobSpecification, Tracking
+from calumma.platform.tracking import provenance
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+PARENT_TAG = "mlflow.parentRunId"
+_PROJECT = "calumma.project"
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be used as asked; the message says what was asked, what was found and what to do."""
+
+
+def resolve_uri(tracking: Tracking) -> str:
+    """The tracking URI to use: the given one, else $MLFLOW_TRACKING_URI, else SQLite below ./mlflow.
+
+    A plain folder means an SQLite database in it. Paths of SQLite databases become absolute, and their folder is
+    created: the workers of a job stand in other working directories.
+    """
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "mlflow"
+    if uri.startswith("file://"):
+        uri = unquote(urlparse(uri).path)
+    if "://" not in uri and ":" not in uri:
+        uri = f"sqlite:///{Path(uri).absolute() / 'mlflow.db'}"
+    database = database_file(uri)
+    if database is None:
+        return uri
+    database = database.absolute()
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrackingError(f"cannot create the folder of the tracking database {database}: {error}") from error
+    return f"sqlite:///{database}"
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of an SQLite tracking URI."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def connect(uri: str) -> MlflowClient:
+    # MLflow's usage telemetry calls home from every process; on machines without a way out it only costs time.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    # Creating the database logs one line for each of some sixty migrations.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def create_run(client: MlflowClient, uri: str, spec: JobSpecification) -> str:
+    from mlflow.tracking.context.registry import resolve_tags
+
+    experiment = _experiment(client, uri, spec.tracking.experiment)
+    tags = resolve_tags({"calumma.job": spec.job} | provenance.commit())
+    if spec.tracking.project:
+        tags[PARENT_TAG] = _project(client, experiment, spec.tracking.project)
+    return str(client.create_run(experiment, tags=tags, run_name=spec.run_name or spec.job).info.run_id)
+
+
+def _project(client: MlflowClient, experiment: str, name: str) -> str:
+    """The run that stands for a project; created when it is new. Of two that were created at once, the older."""
+    quoted = name.replace("'", "")
+    own_runs = f"tags.`{_PROJECT}` = '{quoted}'"
+
+    def oldest() -> str | None:
+        runs = client.search_runs([experiment], own_runs, order_by=["attributes.start_time ASC"], max_results=1)
+        return str(runs[0].info.run_id) if runs else None
+
+    if (known := oldest()) is not None:
+        return known
+    client.create_run(experiment, tags={_PROJECT: quoted}, run_name=name)
+    return str(oldest())
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment's id; created when it is new, with its artifacts beside an SQLite database."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        database = database_file(uri)
+        artifacts = (database.parent / "artifacts" / name).as_uri() if database else None
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job was faster
+                raise
+            experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    if experiment.lifecycle_stage == "deleted":
+        raise TrackingError(f"the experiment {name!r} was deleted; restore it in MLflow or name another one")
+    return str(experiment.experiment_id)

@@ -1,0 +1,94 @@
+"""What the driver of a training has settled, the same for all workers, and the checkpoint that it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from calumma.model.config import ModelConfig
+from calumma.model.vocabulary import Vocabulary
+from calumma.platform import storage
+from calumma.platform.storage.manifest import Manifest
+from calumma.platform.tracking.run import Run
+from calumma.platform.training.specification import ImageTokenizerSpecification, TrainSpecification
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    uri: str
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """Steps of its own stage that were taken."""
+        return int(self.manifest.report["step"])
+
+    @property
+    def schedule_step(self) -> int:
+        """Steps that were taken over all stages of its schedule."""
+        return int(self.manifest.report["schedule_step"])
+
+    @property
+    def tokens(self) -> dict[str, float]:
+        """Trained tokens by modality, of its own stage."""
+        return dict(self.manifest.report["tokens"])
+
+    @property
+    def files(self) -> str:
+        """The folder that DeepSpeed knows as the checkpoint's."""
+        return storage.join(self.uri, self.manifest.report.get("folder", ""))
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the driver has settled, the same for all workers. URIs are absolute."""
+
+    spec: TrainSpecification
+    config: ModelConfig
+    vocabulary: Vocabulary
+    run: Run
+    output: str
+    inputs: dict[str, str]
+    """What the training data and the starting point are: directory -> fingerprint."""
+    initial: str | None
+    """Model directory whose weights are the starting point; none: fresh weights."""
+    continued: Checkpoint | None
+    """Checkpoint of an earlier stage whose optimizer and schedule go on here."""
+    resume: Checkpoint | None
+    """Checkpoint of this stage."""
+    epochs_a_step: dict[str, float] = field(default_factory=dict)
+    """Source -> the part of it that a step passes through."""
+
+    @property
+    def start_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to start from."""
+        return self.resume or self.continued
+
+    @property
+    def offset(self) -> int:
+        """Steps of the schedule that earlier stages have taken."""
+        return self.continued.schedule_step if self.continued else 0
+
+    @property
+    def first_step(self) -> int:
+        return self.resume.step if self.resume else 0
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the whole schedule."""
+        return self.spec.schedule.total_steps or self.offset + self.spec.steps
+
+
+@dataclass(frozen=True)
+class ImageAssignment:
+    """What the driver has settled, the same for all workers. URIs are absolute."""
+
+    spec: ImageTokenizerSpecification
+    run: Run
+    output: str
+    """Where checkpoints are, and whatever else training leaves."""
+    inputs: dict[str, str]
+    resume: Checkpoint | None
+
+    @property
+    def first_step(self) -> int:
+        return self.resume.step if self.resume else 0

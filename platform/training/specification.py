@@ -1,0 +1,267 @@
+"""What the training of a stage, of an image tokenizer, and an ablation may be asked."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from calumma.model.config import ImageLossConfig, ImageTokenizerConfig, ModelConfig
+from calumma.platform.specification import JobSpecification, Section
+from calumma.platform.streaming.specification import MixtureSpecification
+
+
+class Faults(Section):
+    """What becomes of a step whose loss or gradient is not finite, or whose loss is a spike. Recorded in MLflow."""
+
+    action: Literal["skip", "roll_back"] = Field(
+        "skip",
+        description="skip: the weights stay as they are. roll_back: they return to the last checkpoint, and training "
+        "goes on behind the bad data",
+    )
+    spike_factor: float | None = Field(
+        None, gt=1, description="a loss above this times the running median is a spike; null: only non-finite ones are"
+    )
+    window: int = Field(64, ge=2, description="steps whose median it is; before that many there are no spikes")
+    around: int = Field(0, ge=0, description="global batches that a roll-back leaves out behind the bad one")
+    in_a_row: int = Field(
+        3, ge=1, description="more bad steps than this without a good one (after a roll-back: a checkpoint) end the run"
+    )
+
+
+class ImageTokenizerSpecification(JobSpecification):
+    """Trains the VQ image tokenizer under Ray Train; writes config.json, model.safetensors and a manifest."""
+
+    job: Literal["train_image_tokenizer"] = "train_image_tokenizer"
+    documents: list[str] = Field(min_length=1, description="curated directories whose images it learns from")
+    held_out: list[str] = Field([], description="documents whose images measure the reconstruction error")
+    output: str = Field("tokenizers/image", description="folder of the tokenizer")
+    model: ImageTokenizerConfig = ImageTokenizerConfig()
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch: int = Field(ge=1, description="images a step, whatever the number of workers")
+    learning_rate: float = Field(1e-3, gt=0, description="its peak: a short warm-up, then a cosine")
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
+    loss: ImageLossConfig = ImageLossConfig()
+    sampling_weight: str | None = Field(
+        None,
+        description="package.module:function, which gives an image (PIL, RGB) the weight it is drawn with; say 2 where "
+        "it finds a face (paper section 2.1). None: all alike",
+    )
+    memory_gib: float = Field(
+        2.0, gt=0, description="decoded images that all workers together hold; of more, a random sample is trained on"
+    )
+    faults: Faults = Faults()
+    checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
+    log_every: int | None = Field(None, ge=1, description="null: after every fiftieth of the steps")
+    held_out_every: int | None = Field(
+        None, ge=1, description="steps between two reconstructions of held-out images; null: only at the end"
+    )
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if not self.model.decoder:
+            raise ValueError("model.decoder must be true: the decoder is trained with the encoder")
+        if self.model.resolution < self.loss.smallest:
+            raise ValueError(
+                f"these losses need images of {self.loss.smallest} pixels, model.resolution is "
+                f"{self.model.resolution}: set loss.discriminator_layers lower, or leave the adversarial or the "
+                "perceptual loss out"
+            )
+        if self.batch < self.resources.max_workers:
+            raise ValueError(
+                f"batch: {self.batch} images cannot be shared by {self.resources.max_workers} workers "
+                "(resources.workers)"
+            )
+        return self
+
+    @property
+    def training(self) -> str:
+        """The folder of checkpoints and whatever else is not the tokenizer: beside the output, which others copy."""
+        return f"{self.locate(self.output).rstrip('/')}.training"
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.training}/checkpoints"
+
+
+class Optimizer(Section):
+    """AdamW (paper section 2.3)."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="its peak")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of their squares")
+    eps: float = Field(1e-5, gt=0, description="added to the divisor")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled; of matrices, not of norms")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+
+
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685): W + alpha / rank * up @ down with W frozen; merged into W at the end."""
+
+    rank: int = Field(8, ge=1, description="of each adapter")
+    alpha: float = Field(16.0, gt=0, description="scale: an adapter counts alpha / rank")
+    targets: list[str] = Field(
+        ["blocks.*"], min_length=1, description="names of linear layers with * and ?, say blocks.*.attention.*"
+    )
+
+
+class Offload(Section):
+    """Where ZeRO keeps what the device has no room for: optimizer state and float32 masters; weights (stage 3)."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="place of optimizer state and float32 masters"
+    )
+    weights: Literal["none", "cpu", "nvme"] = Field("none", description="place of the weights")
+    nvme_path: str | None = Field(None, description="folder on a fast local disk of every node")
+    pin_memory: bool = Field(True, description="page-locked memory: faster copies, but it cannot be swapped")
+
+    @model_validator(mode="after")
+    def _placed(self) -> Self:
+        if "nvme" in (self.optimizer, self.weights) and self.nvme_path is None:
+            raise ValueError("`nvme` needs `nvme_path`, a folder on a fast local disk that every node has")
+        return self
+
+
+class Schedule(Section):
+    """Linear warm-up, then decay to `final` x the peak over `total_steps` (default: the stage's own steps)."""
+
+    kind: Literal["exponential", "cosine", "constant"] = Field("exponential", description="how the rate decays")
+    warmup_steps: int = Field(4000, ge=0, description="steps in which it rises from 0")
+    total_steps: int | None = Field(None, ge=1, description="the length of the whole schedule over all stages")
+    final: float = Field(0.01, ge=0, le=1, description="share of the peak at the end")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.kind == "exponential" and self.final == 0:
+            raise ValueError("final: an exponential decay never reaches 0; give a small share, say 0.001")
+        return self
+
+
+class TrainSpecification(MixtureSpecification):
+    """One training stage on packed token shards; writes checkpoints and a model directory."""
+
+    held_out: dict[str, str] = Field({}, description="name -> token shards whose loss is measured, at the end at least")
+    held_out_every: int | None = Field(None, ge=1, description="steps between two measurements; null: only at the end")
+    text_tokenizer: str = Field(
+        "tokenizers/text", description="folder of a trained one, or a model directory: that of the token shards"
+    )
+    image_tokenizer: str = Field(
+        "tokenizers/image", description="folder of a trained one, or `image_tokenizer` of a model directory"
+    )
+    initial: str | None = Field(
+        None, description="what to start from: output of an earlier stage, a model directory, or models:/name@alias"
+    )
+    continue_schedule: bool = Field(False, description="go on with the earlier stage's optimizer and step count")
+    model: ModelConfig | None = Field(
+        None, description="architecture, or {preset: name} and what differs from it; required without `initial`"
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="overrides the model's")
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2, which keeps logits small")
+    trainable: str | list[str] | None = Field(
+        None,
+        description="`all`, `image_head` (the output rows of image ids), names of parameters with * and ?, or a list "
+        "of these. null: all, or with `lora` only its adapters",
+    )
+    lora: Lora | None = None
+    faults: Faults = Faults()
+    precision: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of the forward and backward pass; masters are float32"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what workers divide: 1 the optimizer, 2 gradients too, 3 weights too"
+    )
+    checkpoint_activations: bool = Field(
+        False, description="keep only each block's input and compute the rest again: slower, far less memory"
+    )
+    compile: bool = Field(False, description="torch.compile every block: minutes at the start, faster steps")
+    offload: Offload = Offload()
+    deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings that override ours")
+    checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
+    log_every: int = Field(10, ge=1, description="steps between two reports of metrics")
+    samples: list[str] = Field([], description="prompts whose answers are logged, as pictures, at the end at least")
+    samples_every: int | None = Field(
+        None, ge=1, description="steps between two sets of samples; null: only at the end"
+    )
+    register_as: str | None = Field(None, description="name in the MLflow model registry")
+    alias: str | None = Field(None, description="alias given to the registered version, say `champion`")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.model is None) == (self.initial is None):
+            raise ValueError("give exactly one of `model` (train from scratch) and `initial` (start from a stage)")
+        if self.continue_schedule and self.initial is None:
+            raise ValueError("`continue_schedule` needs `initial`")
+        if self.alias and not self.register_as:
+            raise ValueError("`alias` needs `register_as`")
+        if self.trainable is not None and not self.trainable:
+            raise ValueError("`trainable` names nothing; leave it away to train everything")
+        if self.lora and "all" in self.trainable_names:
+            raise ValueError("`trainable: all` and `lora` contradict each other: adapters keep the weights frozen")
+        if self.offload.optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("`offload.optimizer` needs a `zero_stage` of 1, 2 or 3")
+        if self.offload.weights != "none" and self.zero_stage != 3:
+            raise ValueError(f"`offload.weights` needs `zero_stage: 3`, given {self.zero_stage}")
+        return self
+
+    @property
+    def trainable_names(self) -> list[str]:
+        """Sets and patterns of `trainable`, with its default settled."""
+        if self.trainable is None:
+            return [] if self.lora else ["all"]
+        return [self.trainable] if isinstance(self.trainable, str) else self.trainable
+
+
+class PretrainSpecification(TrainSpecification):
+    """Pre-training on a mixture of packed token shards, stage 1 or 2 (paper section 2); writes a model directory."""
+
+    job: Literal["pretrain"] = "pretrain"
+
+
+class FinetuneSpecification(TrainSpecification):
+    """Supervised fine-tuning on packed conversations, the loss on answers only (paper section 3)."""
+
+    job: Literal["finetune"] = "finetune"
+    schedule: Schedule = Schedule(kind="cosine", warmup_steps=0)
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5)
+
+
+class AblateSpecification(JobSpecification):
+    """Trains the same small model with one stabilizer changed at a time, at rising learning rates; draws the curves."""
+
+    job: Literal["ablate"] = "ablate"
+    mixture: dict[str, float] = Field(min_length=1, description="token shards -> weight")
+    text_tokenizer: str = Field("tokenizers/text", description="folder of a trained one: that of the token shards")
+    output: str = Field("ablation", description="folder of curves and figure")
+    model: ModelConfig
+    z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2, unless a variant says otherwise")
+    variants: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="name -> what differs: fields of `model`, and z_loss"
+    )
+    learning_rates: list[float] = Field(min_length=1, description="each variant is trained at each of them")
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule(kind="cosine", warmup_steps=20)
+    steps: int = Field(ge=1, description="of each training")
+    micro_batches: int = Field(ge=1, description="micro-batches a step")
+    log_every: int = Field(5, ge=1, description="steps between two points of a curve")
+
+    def variant(self, name: str) -> tuple[ModelConfig, float]:
+        """Its architecture and z-loss."""
+        given = dict(self.variants[name])
+        z_loss = float(given.pop("z_loss", self.z_loss))
+        return ModelConfig.model_validate(self.model.model_dump() | given), z_loss
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name in self.variants:
+            try:
+                self.variant(name)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"variants.{name}: {error}") from error
+        if low := [rate for rate in self.learning_rates if rate <= 0]:
+            raise ValueError(f"learning_rates must be above 0, found {low}")
+        return self
+
+
+Resumable = TrainSpecification | ImageTokenizerSpecification  # jobs that write checkpoints

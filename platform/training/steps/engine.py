@@ -1,0 +1,372 @@
+"""A Transformer under DeepSpeed: typed settings become its configuration, and one optimizer step its four calls.
+
+Shape suffixes: B rows of a micro-batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from calumma.model.ops.loss import Loss
+from calumma.model.transformer import Transformer
+from calumma.platform.specification import SpecificationError
+from calumma.platform.training.specification import TrainSpecification
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+# Elements of one gradient bucket (DeepSpeed's default); a smaller model gets a buffer of its own size.
+_BUCKET_ELEMENTS = 500_000_000
+
+
+class Batch(Protocol):
+    """One micro-batch, a row longer than the context by the last target; padding has segment -1, never trained."""
+
+    @property
+    def tokens(self) -> Tensor: ...  # LongTensor [B, T+1]
+
+    @property
+    def mask(self) -> Tensor: ...  # BoolTensor [B, T+1], true where the token is a trained target
+
+    @property
+    def segments(self) -> Tensor: ...  # LongTensor [B, T+1]
+
+
+class Counts(NamedTuple):
+    """Trained text and image tokens, and all tokens but padding, of a global batch."""
+
+    text: float
+    image: float
+    tokens: float
+
+    @property
+    def trained(self) -> float:
+        return self.text + self.image
+
+
+# Settings that our own specification decides, with the field that does.
+_OWN_FIELDS = {
+    "train_batch_size": "micro_batches",
+    "train_micro_batch_size_per_gpu": "micro_batches",
+    "gradient_accumulation_steps": "micro_batches",
+    "scheduler": "schedule",
+    "zero_optimization.stage": "zero_stage",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+}
+
+
+def deepspeed_config(spec: TrainSpecification, world: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `world` workers and a model of so many parameters; `spec.deepspeed` has the last
+    word. https://www.deepspeed.ai/docs/config-json/"""
+    accumulation = micro_batches_a_worker(spec, world)
+    bfloat16 = spec.precision == "bfloat16"
+    bucket = min(_BUCKET_ELEMENTS, max(parameters, 1))
+    zero: dict[str, Any] = {
+        "stage": spec.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    for name, device in (("offload_optimizer", spec.offload.optimizer), ("offload_param", spec.offload.weights)):
+        if device != "none":
+            zero[name] = {"device": device, "pin_memory": spec.offload.pin_memory}
+            if device == "nvme":
+                zero[name]["nvme_path"] = spec.offload.nvme_path
+    configuration: dict[str, Any] = {
+        # DeepSpeed only multiplies these: what a micro-batch holds is the shards' business
+        "train_batch_size": accumulation * world,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": spec.optimizer.gradient_clip,
+        "bf16": {"enabled": bfloat16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "checkpoint": {"tag_validation": "Ignore"},
+    }
+    if bfloat16 and spec.zero_stage:  # without ZeRO, DeepSpeed keeps float32 masters but adds up gradients in bfloat16
+        configuration["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(configuration, spec.deepspeed)
+
+
+def check_deepspeed_settings(spec: TrainSpecification) -> None:
+    """Let DeepSpeed's own configuration class judge the raw `deepspeed` settings. Raises SpecificationError."""
+    if not spec.deepspeed:
+        return
+    for path, field in _OWN_FIELDS.items():
+        section, _, name = path.rpartition(".")
+        settings = spec.deepspeed.get(section, {}) if section else spec.deepspeed
+        if isinstance(settings, dict) and name in settings:
+            raise SpecificationError(f"deepspeed.{path}: this is decided by `{field}`; leave it away here and set that")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    recording = _RecordingConfig(deepspeed_config(spec, world=1, parameters=1))
+    try:
+        DeepSpeedConfig(recording)
+    except Exception as error:  # pydantic's, assertions, its own: it has no common class
+        raise SpecificationError(f"deepspeed: DeepSpeed refuses these settings: {_error_text(error)}") from error
+    for name in spec.deepspeed.keys() - recording.names:
+        near = difflib.get_close_matches(name, recording.names, n=1)
+        meant = f"; is {near[0]} meant?" if near else "; https://www.deepspeed.ai/docs/config-json/ lists them"
+        raise SpecificationError(f"deepspeed.{name}: DeepSpeed knows no such setting{meant}")
+
+
+class _RecordingConfig(dict[str, Any]):
+    """A configuration that remembers which settings were looked for: DeepSpeed passes over names it does not know."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.names: set[str] = set()
+
+    def __copy__(self) -> _RecordingConfig:
+        return self
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def _error_text(error: Exception) -> str:
+    """One line for each wrong field where pydantic tells them, else the message."""
+    if not isinstance(error, ValidationError):
+        return str(error) or type(error).__name__
+    return "; ".join(
+        f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']} (given {e.get('input')!r})" for e in error.errors()
+    )
+
+
+def micro_batches_a_worker(spec: TrainSpecification, world: int) -> int:
+    """Micro-batches each worker runs a step; the short ones add empty ones."""
+    return -(-spec.micro_batches // world)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms do not, since pulling a scale to 0 does not regularize."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    norms = [p for name, p in named if p.dim() < 2 or "norm" in name]
+    matrices = [p for name, p in named if not (p.dim() < 2 or "norm" in name)]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def initialize(model: Transformer, spec: TrainSpecification, world: int) -> DeepSpeedEngine:
+    """The model under DeepSpeed's ZeRO, with torch's AdamW. torch.distributed must be up."""
+    import deepspeed
+
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        # Its shared-memory collectives are compiled with g++ at the first start, for minutes; gloo does it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "nvme" in (spec.offload.optimizer, spec.offload.weights):
+        _require_nvme(spec)
+    parameters = sum(p.numel() for p in model.parameters())
+    configuration = deepspeed_config(spec, world, parameters)
+    optimizer = None if "optimizer" in configuration else _adamw(model, spec)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration, dist_init_required=False)
+    engine.module.rebuild_rope(engine.device)  # DeepSpeed has rounded it to bfloat16 with the weights
+    if engine.optimizer is engine.basic_optimizer:
+        engine.clip_fp32_gradients = lambda: _clip_gradients(engine)
+    return engine
+
+
+def count_tokens(group: list[Any], image_mask_V: Tensor, device: torch.device) -> Counts:
+    """What all workers together train on in this step: one all_reduce, before any backward pass."""
+    local = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in group:
+        targets, mask = batch.tokens[:, 1:].to(device), batch.mask[:, 1:].to(device)
+        image = (image_mask_V[targets] & mask).sum()
+        local += torch.stack([mask.sum() - image, image, (batch.segments[:, 1:].to(device) >= 0).sum()])
+    return Counts(*sum_over_workers(local).tolist())
+
+
+def step(
+    engine: DeepSpeedEngine,
+    group: list[Any],
+    counts: Counts,
+    image_mask_V: Tensor,
+    z_loss: float,
+    world: int,
+    dropout: tuple[int, int, int] | None = None,
+    measure: bool = False,
+    accept: Callable[[Tensor], bool] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Forward, backward and one optimizer step over this worker's micro-batches of a global batch.
+
+    The loss is the sum over all workers' trained tokens divided by their global count, so any number of workers takes
+    the same step. `dropout`, (seed, step, rank), makes that true of dropped activations too: each micro-batch is seeded
+    by its number in the global batch. `accept` is given the sums over all workers before the weights move; when it
+    returns False, weights and optimizer stay as they are. They do so as well when the gradient is not finite.
+    Returns this worker's float64 Tensor [3]: summed text and image losses (nats) and log(Z)^2; and, with `measure`, the
+    stability instruments of its first micro-batch (model/stability.py).
+    """
+    local = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    stability: dict[str, Tensor] = {}
+    # DeepSpeed averages gradients over the workers, where the sum is what the global count divides.
+    normalizer = max(counts.trained, 1.0) / world
+    for turn, batch in enumerate(group):
+        if dropout is not None:
+            seed, number, rank = dropout
+            torch.manual_seed(hash((seed, number, turn * world + rank)) % 2**63)
+        loss = losses(engine, batch, image_mask_V, z_loss=z_loss, normalizer=normalizer, measure=measure and turn == 0)
+        # A copy: handed the forward pass's own result, DeepSpeed divides the gradient by the number of micro-batches
+        # after all, without ZeRO and at stage 1 in bfloat16 (0.19.8: where it does not scale the loss itself, its hooks
+        # on the result run before the one that marks the loss as scaled).
+        engine.backward(loss.total.clone(), scale_wrt_gas=False)
+        local += torch.stack([loss.sums.text_nll, loss.sums.image_nll, loss.sums.z_sum]).double()
+        stability |= loss.stability
+        if accept is not None and turn == len(group) - 1 and not accept(sum_over_workers(local.clone())):
+            with _without_update(engine):
+                engine.step()
+        else:
+            engine.step()  # moves the weights after the last micro-batch of the step only
+    return local, stability
+
+
+def gradient_norm(engine: DeepSpeedEngine) -> float:
+    """Over all workers, before clipping, of the newest step; infinite or NaN when the gradient was, and not applied."""
+    norm = engine.get_global_grad_norm()
+    return 0.0 if norm is None else float(norm)
+
+
+@contextmanager
+def _without_update(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Within it a step ends as always, gradients cleared and counters raised, but for the optimizer's own step: every
+    ZeRO stage calls that of the optimizer it wraps."""
+    optimizer = engine.basic_optimizer
+    optimizer.step = lambda *given, **named: None
+    try:
+        yield
+    finally:
+        del optimizer.step
+
+
+def _clip_gradients(engine: DeepSpeedEngine) -> None:
+    """Without ZeRO and in float32 DeepSpeed neither keeps the gradient's norm nor refuses one that is not finite."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
+    engine._global_grad_norm = float(norm)
+    if not math.isfinite(engine._global_grad_norm):
+        engine.module.zero_grad(set_to_none=True)  # the optimizer passes over weights without gradient
+
+
+def losses(model: Any, batch: Batch, image_mask_V: Tensor, **settings: Any) -> Loss:
+    """Forward pass of a Transformer, under DeepSpeed or not, on the mask's device over one micro-batch; an empty one
+    costs two tokens and weighs nothing. `settings`: z_loss, normalizer and measure of `Transformer.forward`."""
+    device = image_mask_V.device
+    tokens, mask, segments = batch.tokens, batch.mask, batch.segments
+    if not tokens.shape[0]:
+        tokens = torch.zeros(1, 3, dtype=torch.long)
+        mask, segments = torch.zeros(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.long)
+    tokens, mask, segments = tokens.to(device), mask.to(device), segments.to(device)
+    found: Loss = model(
+        tokens[:, :-1],
+        segments[:, :-1],
+        targets=tokens[:, 1:],
+        mask=mask[:, 1:],
+        image_mask=image_mask_V,
+        **settings,
+    )
+    return found
+
+
+def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gathered_weights(engine: DeepSpeedEngine, keep: bool) -> dict[str, Tensor]:
+    """All weights on the CPU, where `keep` (elsewhere nothing); every worker must call it, ZeRO 3 gathers here."""
+    import deepspeed
+
+    weights: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+            if keep:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    return weights
+
+
+def sum_over_workers(local: Tensor) -> Tensor:
+    """The sum over all workers."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(local)
+    return local
+
+
+def _adamw(model: nn.Module, spec: TrainSpecification) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's own where the state of a GPU's weights is kept on its host, several times as fast there."""
+    import deepspeed
+
+    optimizer = spec.optimizer
+    settings: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": (optimizer.beta1, optimizer.beta2),
+        "eps": optimizer.eps,
+    }
+    groups = parameter_groups(model, optimizer.weight_decay)
+    if spec.offload.optimizer != "none" and deepspeed.get_accelerator().device_name() != "cpu":
+        return cpu_adamw(groups, settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def cpu_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW in C++. Raises SpecificationError where it cannot be compiled."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    except (RuntimeError, ImportError, OSError) as error:
+        raise SpecificationError(
+            "offload.optimizer: DeepSpeed compiles its AdamW for the CPU when a node first needs it, which failed on "
+            f"{socket.gethostname()} ({error.__cause__ or error}); it takes g++ and ninja (say `apt install g++ "
+            "ninja-build`), `ds_report` tells more; or leave the optimizer's state on the GPU (`none`)"
+        ) from error
+
+
+def _require_nvme(spec: TrainSpecification) -> None:
+    """Raises SpecificationError where DeepSpeed cannot use a local disk."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    path = Path(str(spec.offload.nvme_path))
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise SpecificationError(
+            "offload: `nvme` needs DeepSpeed's async_io operator, which does not build on this node: install libaio "
+            "(say `apt install libaio-dev`), or offload to `cpu`; `ds_report` tells more"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecificationError(f"offload.nvme_path: {path} cannot be used on this node: {error.strerror}") from error
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = _merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,105 @@
+"""What of a model is trained: everything, names by pattern, the image rows of the output, low-rank adapters.
+
+Whatever was trained, `plain` gives back the weights of an ordinary Transformer: for checkpoints to be exported, model
+directories and later stages.
+
+Shape suffixes: V vocabulary, D width, K image ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calumma.model.ops import stability
+from calumma.model.ops.loss import linear_loss
+from calumma.model.transformer import Output, Transformer
+from calumma.model.vocabulary import Vocabulary
+from calumma.platform.specification import SpecificationError
+from calumma.platform.training.specification import TrainSpecification
+from calumma.platform.training.trainable import lora
+
+ALL, IMAGE_HEAD = "all", "image_head"
+_IMAGE_ROWS = "output.image_rows"
+
+
+class ImageHead(Output):
+    """The output projection with the rows of image ids as a parameter of their own, all others frozen.
+
+    Masking the gradient of the whole matrix would not do: weight decay still pulls at rows without gradient, and the
+    optimizer would keep state for all of them, eight times as much at 8,192 image ids of 65,536.
+    """
+
+    def __init__(self, plain: Output, image_ids: list[int]) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = plain.weight.shape
+        self.register_parameter("bias", None)
+        self.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
+        self.image_rows = nn.Parameter(plain.weight.detach()[image_ids].clone())
+        self.register_buffer("ids_K", torch.tensor(image_ids), persistent=False)
+
+    def forward(self, input: Tensor, measure: bool = False, columns: slice | None = None, **loss: Any) -> Any:
+        weight_VD = self.weight.index_copy(0, self.get_buffer("ids_K"), self.image_rows)
+        if not loss:
+            return F.linear(input, weight_VD if columns is None else weight_VD[columns]).float()
+        measured = stability.output(input.flatten(0, 1), loss["rows_R"], weight_VD) if measure else None
+        return *linear_loss(input, weight_VD, **loss), measured
+
+
+def set_trainable(model: Transformer, spec: TrainSpecification, vocabulary: Vocabulary) -> Transformer:
+    """Freeze what is not trained, in place; add adapters, the image rows. Raises SpecificationError as `check`."""
+    if ALL in spec.trainable_names:
+        return model
+    check_trainable(model, spec)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in _patterns(spec)))
+    if spec.lora:
+        lora.add_adapters(model, spec.lora, spec.seed)
+    if IMAGE_HEAD in spec.trainable_names:
+        model.output = ImageHead(model.output, vocabulary.image_ids)
+    return model
+
+
+def check_trainable(model: Transformer, spec: TrainSpecification) -> None:
+    """Whether `trainable` and `lora` fit a model, which may be on the meta device. Raises SpecificationError."""
+    names = [name for name, _ in model.named_parameters()]
+    adapted = [f"{layer}.weight" for layer in lora.target_layers(model, spec.lora)] if spec.lora else []
+    for pattern in _patterns(spec):
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise SpecificationError(
+                f"trainable: {pattern!r} is neither `all` nor `image_head`, and no parameter is called so; there are "
+                f"{', '.join(lora.name_patterns(names))}"
+            )
+        if both := sorted(set(matched) & set(adapted)):
+            raise SpecificationError(
+                f"trainable: {pattern!r} trains {both[0]} as a whole, for which lora.targets asks for an adapter; "
+                "choose one of the two"
+            )
+        if IMAGE_HEAD in spec.trainable_names and "output.weight" in matched:
+            raise SpecificationError(
+                f"trainable: {pattern!r} trains output.weight as a whole, of which `image_head` is a part; choose one"
+            )
+
+
+def plain_weights(weights: Mapping[str, Tensor], spec: TrainSpecification, vocabulary: Vocabulary) -> dict[str, Tensor]:
+    """The weights of an ordinary Transformer: adapters merged, image rows put back in their places."""
+    merged = lora.merge_adapters(weights, spec.lora.alpha / spec.lora.rank) if spec.lora else dict(weights)
+    if (rows_KD := merged.pop(_IMAGE_ROWS, None)) is not None:
+        ids_K = torch.tensor(vocabulary.image_ids, device=rows_KD.device)
+        merged["output.weight"] = merged["output.weight"].index_copy(0, ids_K, rows_KD)
+    return merged
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter of this name is one that a plain model has not."""
+    return name == _IMAGE_ROWS or name.rpartition(".")[2] in (lora.DOWN, lora.UP)
+
+
+def _patterns(spec: TrainSpecification) -> list[str]:
+    return [name for name in spec.trainable_names if name not in (ALL, IMAGE_HEAD)]

@@ -1,0 +1,251 @@
+"""The stream: what Ray Data hands to each worker is what the plan and the shards say, on any number of workers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from calumma.platform import storage
+from calumma.platform.shards import tokens as token_shards
+from calumma.platform.shards.row_groups import MicroBatch, RowGroupReader
+from calumma.platform.shards.tokens import PackedRow
+from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.streaming import tensors
+from calumma.platform.streaming.tensors import MicroBatchTensors, PlanDataConfig, ShardError, micro_batches
+
+CONTEXT = 12
+
+
+def packed(random: np.random.Generator, masked: bool) -> PackedRow:
+    padding = int(random.integers(0, 4))
+    segments = np.sort(random.integers(0, 3, CONTEXT + 1)).astype(np.int32)
+    segments[CONTEXT + 1 - padding :] = -1
+    mask = random.integers(0, 2, CONTEXT + 1).astype(bool) if masked else None
+    return PackedRow(random.integers(0, 70_000, CONTEXT + 1).astype(np.int32), mask, segments)
+
+
+def write_shards(uri: str, counts: list[int], seed: int, rows: int = 3) -> Manifest:
+    """Shards with these numbers of row groups: random tokens, masks on every other row, padding at the ends."""
+    random = np.random.default_rng(seed)
+    files = []
+    for number, groups in enumerate(counts):
+        table = [packed(random, row % 2 == 1) for row in range((groups - 1) * rows + 1)]  # the last has one row
+        data = token_shards.to_parquet(table, rows)
+        entry = FileEntry.from_bytes(
+            f"part-{number}.parquet",
+            data,
+            rows=len(table),
+            row_groups=groups,
+            sequences_per_row_group=rows,
+            footer=token_shards.footer_digest(data),
+        )
+        storage.write_bytes(storage.join(uri, entry.path), data)
+        files.append(entry)
+    manifest = Manifest(kind="tokens", files=files, specification={"context": CONTEXT})
+    manifest.write(uri)
+    return manifest
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> dict[str, Manifest]:
+    """Two directories of token shards."""
+    pages, pairs = str(tmp_path / "pages"), str(tmp_path / "pairs")
+    return {pages: write_shards(pages, [4, 3], 1), pairs: write_shards(pairs, [5], 2)}
+
+
+def config(shards: dict[str, Manifest], micro_batches: int = 5, first: Any = 3, last: int = 40) -> PlanDataConfig:
+    weights = dict(zip(sorted(shards), (0.7, 0.3), strict=True))
+    return PlanDataConfig(7, weights, shards, micro_batches, first, last)
+
+
+def expected(micro_batch: MicroBatch | None) -> MicroBatchTensors:
+    """The micro-batch, read the slow and plain way."""
+    if micro_batch is None:
+        none = torch.zeros(0, CONTEXT + 1, dtype=torch.long)
+        return MicroBatchTensors(none, none.bool(), none)
+    rows = (
+        pq.ParquetFile(io.BytesIO(storage.read_bytes(micro_batch.shard)))
+        .read_row_group(micro_batch.row_group)
+        .to_pylist()
+    )
+    segments = torch.tensor([row["segments"] for row in rows])
+    masks = torch.tensor([row["loss_mask"] or [True] * (CONTEXT + 1) for row in rows])
+    tokens = torch.tensor([row["tokens"] for row in rows])
+    return MicroBatchTensors(tokens, masks & (segments != -1), segments, micro_batch.source)
+
+
+def same(a: MicroBatchTensors, b: MicroBatchTensors) -> bool:
+    pairs = [(a.tokens, b.tokens), (a.mask, b.mask), (a.segments, b.segments)]
+    return a.source == b.source and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("world", [1, 3, 7])
+def test_workers_read_what_the_plan_says(ray_cluster: None, shards: dict[str, Manifest], world: int) -> None:
+    data = copy.deepcopy(config(shards))  # as Ray Train does
+    shares = data.configure({}, world, None, None)
+    assert len(shares) == world
+    for rank in {0, world - 1}:
+        steps = list(micro_batches(shares[rank]["train"], rank, world))
+        assert [step for step, _ in steps] == list(range(3, 40))
+        for step, group in steps:
+            wanted = [expected(found) for found in data.plan.worker(step, rank, world)]
+            assert len(group) == len(wanted)
+            assert all(map(same, group, wanted))
+    if world == 7:
+        assert all(group[0].tokens.shape == (0, CONTEXT + 1) for _, group in steps), "five micro-batches for seven"
+
+
+@pytest.mark.cluster
+def test_a_resumed_group_of_another_size_goes_on_where_the_first_stopped(
+    ray_cluster: None, shards: dict[str, Manifest]
+) -> None:
+    checkpoint = {"step": 0}
+    data = config(shards, micro_batches=4, first=lambda: checkpoint["step"], last=8)
+    seen: list[tuple[int, torch.Tensor]] = []
+    (share,) = data.configure({}, 1, None, None)
+    for step, group in islice(micro_batches(share["train"], 0, 1), 5):
+        seen += [(step, batch.tokens) for batch in group]
+    checkpoint["step"] = 5
+    halves = [list(micro_batches(s["train"], rank, 2)) for rank, s in enumerate(data.configure({}, 2, None, None))]
+    for (step, even), (other, odd) in zip(*halves, strict=True):
+        assert step == other
+        seen += [(step, batch.tokens) for pair in zip(even, odd, strict=True) for batch in pair]
+    planned = [(step, expected(found).tokens) for step in range(8) for found in data.plan.step(step)]
+    assert [step for step, _ in seen] == [step for step, _ in planned]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, planned, strict=True))
+
+
+@pytest.mark.cluster
+def test_reading_goes_on_in_a_cluster_full_of_workers(ray_cluster: None, shards: dict[str, Manifest]) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    free = ray.available_resources()["CPU"]
+    group = placement_group([{"CPU": free}])
+    try:
+        assert ray.get(group.ready(), timeout=None)
+        (share,) = config(shards, last=6).configure({}, 1, None, None)
+        assert [step for step, _ in micro_batches(share["train"], 0, 1)] == [3, 4, 5]
+    finally:
+        remove_placement_group(group)
+
+
+@pytest.mark.cluster
+def test_a_worker_given_the_data_of_another_stops(ray_cluster: None, shards: dict[str, Manifest]) -> None:
+    shares = config(shards, last=4).configure({}, 2, None, None)
+    with pytest.raises(RuntimeError, match="worker 0 of 2 was given the data of worker 1 of 2"):
+        next(micro_batches(shares[1]["train"], 0, 2))
+
+
+@pytest.mark.cluster
+def test_a_shard_that_changed_stops_training_by_name(ray_cluster: None, shards: dict[str, Manifest]) -> None:
+    damaged = next(iter(shards)) + "/part-0.parquet"
+    Path(damaged).write_bytes(Path(damaged).read_bytes()[:-1])
+    (share,) = config(shards).configure({}, 1, None, None)
+    with pytest.raises(ShardError, match=f"^{damaged} has .* bytes, where its manifest says"):
+        list(micro_batches(share["train"], 0, 1))
+
+
+def test_nothing_to_read_is_said(shards: dict[str, Manifest]) -> None:
+    with pytest.raises(ValueError, match="the first step is 9, the end 9"):
+        config(shards, first=9, last=9).configure({}, 1, None, None)
+
+
+class Blocks:
+    """What a worker is given, without Ray between: the blocks of the reading task."""
+
+    def __init__(self, data: PlanDataConfig, first: int, last: int, rank: int, world: int) -> None:
+        items = pa.table({"first": [first], "last": [last]})
+        self.blocks = list(tensors._read_blocks(items, data.plan, data.reader, rank, world))
+
+    def iter_batches(self, **settings: Any) -> list[pa.Table]:
+        return self.blocks
+
+
+def test_shards_are_read_from_s3(s3: str) -> None:
+    uri = storage.join(s3, "tokens")
+    data = PlanDataConfig(1, {uri: 1.0}, {uri: write_shards(uri, [3, 2], 4)}, 3, 0, 6)
+    blocks: Any = Blocks(data, 2, 6, 0, 2)
+    for step, group in micro_batches(blocks, 0, 2):
+        assert all(map(same, group, [expected(found) for found in data.plan.worker(step, 0, 2)]))
+    assert step == 5
+
+
+@pytest.mark.parametrize("limit", [1, 500, 2000, 1 << 20])
+def test_blocks_grow_from_one_step_to_their_limit(
+    shards: dict[str, Manifest], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "_BLOCK_BYTES", limit)
+    data = config(shards, micro_batches=2)
+    blocks: Any = Blocks(data, 0, 40, 0, 1)
+    sizes = [len(table["steps"][0]) for table in blocks.blocks]
+    assert sum(sizes) == 80
+    assert sizes[0] == 2, "a step"
+    most = max(1, limit // (3 * 7 * (CONTEXT + 1)))  # micro-batches of three rows
+    for before, size in pairwise(sizes[:-1]):
+        assert size == min(2 * before, most)
+    steps = list(micro_batches(blocks, 0, 1))
+    assert [step for step, _ in steps] == list(range(40))
+    assert all(len(group) == 2 for _, group in steps), "a step goes on in the next block"
+
+
+def test_an_error_comes_in_its_turn(shards: dict[str, Manifest]) -> None:
+    data = config(shards, micro_batches=2)
+    planned = [found for step in range(20) for found in data.plan.step(step)]
+    broken = planned[9].shard
+    Path(broken).unlink()
+    first = next(number for number, found in enumerate(planned) if found.shard == broken) // 2
+    blocks: Any = Blocks(data, 0, 20, 0, 1)
+    seen: list[int] = []
+
+    def train() -> None:
+        for step, _ in micro_batches(blocks, 0, 1):
+            seen.append(step)
+
+    with pytest.raises(ShardError, match=broken):
+        train()
+    assert seen == list(range(first))
+
+
+def test_shards_without_checksums_are_read_and_pointed_out(
+    shards: dict[str, Manifest], caplog: pytest.LogCaptureFixture
+) -> None:
+    old = {
+        uri: manifest.model_copy(update={"files": [f.model_copy(update={"footer": None}) for f in manifest.files]})
+        for uri, manifest in shards.items()
+    }
+    with caplog.at_level(logging.WARNING):
+        data = config(old)
+    assert [record.args for record in caplog.records] == [(uri, len(old[uri].files)) for uri in sorted(old)]
+    blocks: Any = Blocks(data, 0, 9, 0, 1)
+    read = [batch for _, group in micro_batches(blocks, 0, 1) for batch in group]
+    wanted = [expected(found) for step in range(9) for found in data.plan.step(step)]
+    assert all(map(same, read, wanted))
+
+
+def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest], monkeypatch: Any) -> None:
+    monkeypatch.setattr(tensors, "_BLOCK_BYTES", 500)
+    begun: list[MicroBatch] = []
+
+    def read(self: RowGroupReader, micro_batch: MicroBatch) -> Any:
+        begun.append(micro_batch)
+        return original(self, micro_batch)
+
+    original = RowGroupReader.read
+    monkeypatch.setattr(RowGroupReader, "read", read)
+    data = config(shards, micro_batches=1)
+    blocks = tensors._read_blocks(pa.table({"first": [0], "last": [10_000]}), data.plan, data.reader, 0, 1)
+    taken = [next(blocks) for _ in range(5)]
+    blocks.close()
+    assert len(begun) <= sum(len(table["steps"][0]) for table in taken) + 5, "the taken ones and the next"
