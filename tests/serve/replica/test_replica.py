@@ -17,6 +17,7 @@ from calumma.model.encoding import DocumentEncoder
 from calumma.model.generation import Engine, PhaseSampling, SamplingParams
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.serve.protocol import (
+    EventBatch,
     Finished,
     GenerationRequest,
     ImageOutput,
@@ -27,7 +28,7 @@ from calumma.serve.protocol import (
     TextDelta,
     TokenCount,
 )
-from calumma.serve.replica.engine.client import Admitted, ImageCodes
+from calumma.serve.replica.engine.client import Admitted, Answered, ImageCodes
 from calumma.serve.replica.replica import EngineReplica
 
 T = TypeVar("T")
@@ -106,14 +107,17 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
             await self.may.wait()
             return b"png"
 
-    async def read() -> list[list[OutputEvent]]:
+    async def read() -> list[EventBatch]:
         replica = EngineReplica(model, coder=(coder := Coder()))
         said = [
             Admitted(),
             TextDelta("a "),
+            Answered((5,)),
             TextDelta("three: "),
+            Answered((6, 7)),
             ImageCodes([1], 1, 0.0),
             TextDelta("."),
+            Answered((8,)),
             Finished("stop", TokenCount()),
         ]
         monkeypatch.setattr(
@@ -122,19 +126,21 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
         found = []
         try:
             async with aclosing(replica.generate_batches(GenerationRequest("a", PROMPT, params(0)))) as batches:
-                async for pieces in batches:
-                    found.append(pieces)
+                async for batch in batches:
+                    found.append(batch)
                     if len(found) == 2:
                         coder.may.set()
         finally:
             replica.close()
         return found
 
-    [started], before, (image, *after) = run(read())
-    assert isinstance(started, Started)
-    assert before == [TextDelta("a three: ")]
+    started, before, after = run(read())
+    assert isinstance(started.events[0], Started)
+    assert before == EventBatch([TextDelta("a three: ")], (5, 6, 7), 2)
+    image, *rest = after.events
     assert isinstance(image, ImageOutput)
-    assert after == [TextDelta("."), Finished("stop", TokenCount())]
+    assert rest == [TextDelta("."), Finished("stop", TokenCount())]
+    assert (after.tokens, after.count) == ((8,), 2)
 
 
 def test_a_prompt_too_long_is_refused_and_disturbs_nobody(replica: EngineReplica) -> None:
