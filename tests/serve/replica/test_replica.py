@@ -17,6 +17,7 @@ from calumma.model.encoding import DocumentEncoder
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.serve.protocol import (
+    EventBatch,
     Finished,
     GenerationRequest,
     ImageOutput,
@@ -28,7 +29,7 @@ from calumma.serve.protocol import (
     Token,
     TokenCount,
 )
-from calumma.serve.replica.engine.client import Admitted, ImageCodes
+from calumma.serve.replica.engine.client import Admitted, Answered, ImageCodes
 from calumma.serve.replica.engine.thread import EngineThread
 from calumma.serve.replica.replica import EngineReplica
 
@@ -113,14 +114,17 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
             await self.may.wait()
             return b"png"
 
-    async def read() -> list[list[OutputEvent]]:
+    async def read() -> list[EventBatch]:
         replica = EngineReplica(model, coder=(coder := Coder()))
         said = [
             Admitted(),
             TextDelta("a ", (A,)),
+            Answered((5,)),
             TextDelta("three: ", (THREE,)),
+            Answered((6, 7)),
             ImageCodes([1], 1, 0.0),
             TextDelta("."),
+            Answered((8,)),
             Finished("stop", TokenCount()),
         ]
         monkeypatch.setattr(
@@ -137,11 +141,13 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
             replica.close()
         return found
 
-    [started], before, (image, *after) = run(read())
-    assert isinstance(started, Started)
-    assert before == [TextDelta("a three: ", (A, THREE))]
+    started, before, after = run(read())
+    assert isinstance(started.events[0], Started)
+    assert before == EventBatch([TextDelta("a three: ", (A, THREE))], (5, 6, 7), 2)
+    image, *rest = after.events
     assert isinstance(image, ImageOutput)
-    assert after == [TextDelta("."), Finished("stop", TokenCount())]
+    assert rest == [TextDelta("."), Finished("stop", TokenCount())]
+    assert (after.tokens, after.count) == ((8,), 2)
 
 
 def test_a_prompt_too_long_is_refused_and_disturbs_nobody(replica: EngineReplica) -> None:
