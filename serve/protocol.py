@@ -22,6 +22,7 @@ class GenerationRequest:
     logprobs: log-probabilities of text tokens with so many alternatives each; None is none.
     progress: how far an image is, from time to time. previews: so many decoded previews of each unfinished image.
     begin_with_image: the output's first part is an image. echo: Started brings the prompt's text.
+    bad_words: texts that the output's text does not get.
     """
 
     id: str
@@ -34,6 +35,7 @@ class GenerationRequest:
     logprobs: int | None = None
     begin_with_image: bool = False
     echo: bool = False
+    bad_words: tuple[str, ...] = ()
 
     @property
     def param(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -236,5 +236,5 @@ async def sse_stream(
         yield b"".join([*write_end(sum_tokens(counts)), sse.END])
 
 
-def streaming_response(events: AsyncIterator[bytes]) -> StreamingResponse:
-    return StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED)
+def streaming_response(events: AsyncIterator[bytes], headers: Mapping[str, str]) -> StreamingResponse:
+    return StreamingResponse(events, media_type="text/event-stream", headers={**UNBUFFERED, **headers})

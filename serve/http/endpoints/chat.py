@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from calumma.serve.http.context import ServingContext
 from calumma.serve.http.prompts import chat_prompt, expand_choices, sampling_params
@@ -41,7 +41,8 @@ from calumma.serve.protocol import (
 
 def add_chat(app: FastAPI, context: ServingContext) -> None:
     @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
-    async def chat(request: ChatRequest) -> Any:
+    async def chat(request: ChatRequest, response: Response) -> Any:
+        response.headers.update(request.headers)
         model = context.model(request.model)
         context.require_choices(request.n, len(request.stops))
         metadata = new_metadata("chatcmpl", model.name)
@@ -57,13 +58,14 @@ def add_chat(app: FastAPI, context: ServingContext) -> None:
             stop=request.stops,
             logprobs=request.alternatives,
             begin_with_image=request.begin_with == "image",
+            bad_words=request.bad_words,
         )
         choices = expand_choices(one, request.n)
         if not request.stream:
             return chat_response(metadata, await context.generate_all(choices, model.name), request.logprobs)
         streams = [context.generate(choice, model.name) for choice in choices]
         started = await wait_all_started(streams)
-        return streaming_response(sse_stream(streams, *chat_chunks(metadata, started, request)))
+        return streaming_response(sse_stream(streams, *chat_chunks(metadata, started, request)), request.headers)
 
 
 def chat_response(

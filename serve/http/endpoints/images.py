@@ -6,7 +6,7 @@ import base64
 import io
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from PIL import Image as PILImage
 
 from calumma.serve.http.context import ServingContext
@@ -38,7 +38,8 @@ from calumma.serve.protocol import (
 
 def add_images(app: FastAPI, context: ServingContext) -> None:
     @app.post("/v1/images/generations", response_model=responses.Images, response_model_exclude_none=True)
-    async def draw(request: ImageRequest) -> Any:
+    async def draw(request: ImageRequest, response: Response) -> Any:
+        response.headers.update(request.headers)
         model = context.model(request.model)
         metadata = new_metadata("img", model.name)
         side = 0
@@ -59,7 +60,7 @@ def add_images(app: FastAPI, context: ServingContext) -> None:
         streams = [context.generate(choice, model.name) for choice in choices]
         started = await wait_all_started(streams)
         write = image_events(metadata, started, request, side)
-        return streaming_response(sse_stream(streams, [], write, lambda completion: []))
+        return streaming_response(sse_stream(streams, [], write, lambda completion: []), request.headers)
 
 
 def encode_image(png: bytes, form: str, quality: int) -> str:
