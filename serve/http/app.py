@@ -14,6 +14,7 @@ from calumma.serve.http.endpoints.images import add_images
 from calumma.serve.http.endpoints.status import add_status
 from calumma.serve.http.endpoints.tokenizer import add_tokenizer
 from calumma.serve.http.error_handlers import add_error_handlers
+from calumma.serve.http.openapi import complete_openapi
 from calumma.serve.protocol import Backend
 from calumma.serve.settings import ServeSettings
 
@@ -32,4 +33,5 @@ def create_app(backends: Backend | Mapping[str, Backend], settings: ServeSetting
     add_completions(app, context)
     add_images(app, context)
     add_tokenizer(app, context)
+    complete_openapi(app)
     return app

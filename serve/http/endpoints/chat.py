@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from calumma.serve.http.context import ServingContext
+from calumma.serve.http.openapi import event_stream
 from calumma.serve.http.prompts import chat_prompt, expand_choices, sampling_params
 from calumma.serve.http.streams import (
     EndWriter,
@@ -40,7 +41,11 @@ from calumma.serve.protocol import (
 
 
 def add_chat(app: FastAPI, context: ServingContext) -> None:
-    @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
+    @app.post(
+        "/v1/chat/completions",
+        response_model=responses.ChatCompletion,
+        responses=event_stream("a chat.completion.chunk"),
+    )
     async def chat(request: ChatRequest, response: Response) -> Any:
         response.headers.update(request.headers)
         model = context.model(request.model)
@@ -103,6 +108,7 @@ def chat_chunks(
     """chat.completion.chunk events: the first of each choice, those of its output events, the last of all. The order
     of chunks is the order of text and images."""
     options = request.options
+    drawn = [0] * len(started)  # images of each choice so far
 
     def chunk(
         index: int,
@@ -121,7 +127,9 @@ def chat_chunks(
                 logprobs = chat_logprobs(list(tokens)) if request.logprobs else None
                 return [chunk(index, responses.Delta(content=text), logprobs=logprobs)]
             case ImageOutput(png):
-                return [chunk(index, responses.Delta(images=[image_part(png)]))]
+                drawn[index] += 1
+                image = responses.IndexedImage(index=drawn[index] - 1, **image_part(png).model_dump())
+                return [chunk(index, responses.Delta(images=[image]))]
             case ImageProgress(done, of, preview) if options.include_progress or preview:
                 shown = data_url(preview) if preview else None
                 progress = responses.Progress(done=done, total=of, preview=shown)

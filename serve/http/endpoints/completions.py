@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from calumma.serve.http.context import ServingContext
+from calumma.serve.http.openapi import event_stream
 from calumma.serve.http.prompts import expand_choices, plain_prompt, sampling_params
 from calumma.serve.http.streams import (
     EndWriter,
@@ -38,7 +39,7 @@ from calumma.serve.protocol import (
 
 
 def add_completions(app: FastAPI, context: ServingContext) -> None:
-    @app.post("/v1/completions", response_model=responses.Completion)
+    @app.post("/v1/completions", response_model=responses.Completion, responses=event_stream("a text_completion"))
     async def complete(request: CompletionRequest, response: Response) -> Any:
         response.headers.update(request.headers)
         model = context.model(request.model)

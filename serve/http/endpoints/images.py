@@ -10,6 +10,7 @@ from fastapi import FastAPI, Response
 from PIL import Image as PILImage
 
 from calumma.serve.http.context import ServingContext
+from calumma.serve.http.openapi import event_stream
 from calumma.serve.http.prompts import expand_choices, image_prompt, sampling_params
 from calumma.serve.http.streams import (
     EventWriter,
@@ -37,7 +38,12 @@ from calumma.serve.protocol import (
 
 
 def add_images(app: FastAPI, context: ServingContext) -> None:
-    @app.post("/v1/images/generations", response_model=responses.Images, response_model_exclude_none=True)
+    @app.post(
+        "/v1/images/generations",
+        response_model=responses.Images,
+        response_model_exclude_none=True,
+        responses=event_stream("an image_generation event"),
+    )
     async def draw(request: ImageRequest, response: Response) -> Any:
         response.headers.update(request.headers)
         model = context.model(request.model)

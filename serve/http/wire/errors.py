@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calumma.serve.http.wire.content import CONTENT_PART_TYPES
+from calumma.serve.http.wire.content import CONTENT_PART_TYPES, WireModel
+
+
+class ErrorDetail(WireModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(WireModel):
+    """The body of every answer with an error status."""
+
+    error: ErrorDetail
 
 
 class APIError(Exception):

@@ -74,11 +74,17 @@ class Progress(WireModel):
     preview: str | None = None
 
 
+class IndexedImage(ImagePart):
+    """index: its number among the answer's images; OpenAI's client puts streams together by it."""
+
+    index: int
+
+
 class Delta(WireModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: str | None = None
-    images: list[ImagePart] | None = None
+    images: list[IndexedImage] | None = None
     drawing: Progress | None = None
 
 
