@@ -65,6 +65,6 @@ def _complete(document: dict[str, Any]) -> None:
             if path not in OPEN_PATHS:
                 operation["security"] = [{KEY: []}, {}]
     for path, form in (("/metrics", "text/plain"), ("/health", "application/json"), ("/ready", "application/json")):
-        for status in ("200", "503"):
-            response = document["paths"][path]["get"]["responses"][status]
+        for code in ("200", "503"):
+            response = document["paths"][path]["get"]["responses"][code]
             response["content"] = {form: {"schema": {} if form == "application/json" else {"type": "string"}}}
