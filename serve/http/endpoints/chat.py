@@ -49,28 +49,33 @@ def add_chat(app: FastAPI, context: ServingContext) -> None:
     async def chat(request: ChatRequest, response: Response) -> Any:
         response.headers.update(request.headers)
         model = context.model(request.model)
-        context.require_choices(request.n, len(request.stops))
         metadata = new_metadata("chatcmpl", model.name)
-        one = GenerationRequest(
-            metadata.id,
-            await asyncio.to_thread(chat_prompt, request, context.image_loader),
-            sampling_params(request, request.modalities, model.sampling),
-            context.max_tokens(
-                request.limit, "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
-            ),
-            progress=True,
-            previews=request.options.partial_images if request.stream else 0,
-            stop=request.stops,
-            logprobs=request.alternatives,
-            begin_with_image=request.begin_with == "image",
-            bad_words=request.bad_words,
-        )
+        one = await chat_generation(context, request, metadata.id)
         choices = expand_choices(one, request.n)
         if not request.stream:
             return chat_response(metadata, await context.generate_all(choices, model.name), request.logprobs)
         streams = [context.generate(choice, model.name) for choice in choices]
         started = await wait_all_started(streams)
         return streaming_response(sse_stream(streams, *chat_chunks(metadata, started, request)), request.headers)
+
+
+async def chat_generation(context: ServingContext, request: ChatRequest, id: str) -> GenerationRequest:
+    """What the engine is asked. Raises APIError."""
+    model = context.model(request.model)
+    context.require_choices(request.n, len(request.stops))
+    limit = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+    return GenerationRequest(
+        id,
+        await asyncio.to_thread(chat_prompt, request, context.image_loader),
+        sampling_params(request, request.modalities, model.sampling),
+        context.max_tokens(request.limit, limit),
+        progress=True,
+        previews=request.options.partial_images if request.stream else 0,
+        stop=request.stops,
+        logprobs=request.alternatives,
+        begin_with_image=request.begin_with == "image",
+        bad_words=request.bad_words,
+    )
 
 
 def chat_response(

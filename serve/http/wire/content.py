@@ -53,11 +53,18 @@ class RefusalPart(RequestModel):
 
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 MessagePart = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
-CONTENT_PART_TYPES = ("text", "image_url", "refusal")
+# The tags that choose among parts of a message and items of an input: pydantic names them where it names a place.
+PART_TYPES = ("text", "image_url", "refusal", "input_text", "output_text", "input_image")
+ITEM_TYPES = ("message", "image_generation_call", "reasoning")
 
 
 def data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return data_url_of("png", base64.b64encode(png).decode())
+
+
+def data_url_of(form: str, encoded: str) -> str:
+    """Of base64."""
+    return f"data:image/{form};base64,{encoded}"
 
 
 def image_part(png: bytes) -> ImagePart:
