@@ -148,8 +148,16 @@ class ImageUsage(WireModel):
     input_tokens_details: TokenDetails
 
 
+EventKind = Literal["image_generation", "image_edit"]
+
+
 class ImageEvent(WireModel):
-    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    type: Literal[
+        "image_generation.partial_image",
+        "image_generation.completed",
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
     b64_json: str
     created_at: int
     size: str

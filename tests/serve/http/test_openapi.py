@@ -54,8 +54,12 @@ def test_every_endpoint_that_streams_says_so(document: dict[str, Any]) -> None:
 
 
 def _properties(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """Of a schema, or of those that it is all of."""
     name = schema.get("$ref", "").rpartition("/")[2]
-    found: dict[str, Any] = document["components"]["schemas"].get(name, schema).get("properties", {})
+    resolved = document["components"]["schemas"].get(name, schema)
+    found: dict[str, Any] = dict(resolved.get("properties", {}))
+    for one in resolved.get("allOf", ()):
+        found |= _properties(document, one)
     return found
 
 
