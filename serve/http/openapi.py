@@ -30,7 +30,13 @@ EVENTS = "text/event-stream"
 
 def event_stream(what: str) -> dict[int | str, dict[str, Any]]:
     """The second form of an endpoint's answer, where the request has `stream: true`. what: of each event's data."""
-    schema = {"type": "string", "description": f"events, each with {what} as JSON; a last one whose data is [DONE]"}
+    data = {"type": "string", "contentMediaType": "application/json", "description": f"{what}, or [DONE] at the end"}
+    schema = {
+        "type": "object",
+        "description": "one event of the stream",
+        "properties": {"event": {"type": "string"}, "data": data},
+        "required": ["data"],
+    }
     return {200: {"content": {EVENTS: {"schema": schema}}}}
 
 
