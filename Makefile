@@ -7,7 +7,7 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-clients check clean
+.PHONY: help install quickstart test test-clients check docs docs-check reference clean
 
 help:
 	@echo 'make quickstart   install into $(VENV), then train, evaluate and serve a small model (ARGS="--workdir DIR …")'
@@ -15,6 +15,9 @@ help:
 	@echo 'make test         all tests, with coverage (ARGS="tests/model -k name" picks some)'
 	@echo 'make test-clients clients that others made (LangChain, LiteLLM, llm, lm-evaluation-harness, schemathesis) against it'
 	@echo 'make check        formatting, lint, types, and what imports what'
+	@echo 'make docs         the documentation as a site in build/docs/site, with the reference made from the code'
+	@echo 'make docs-check   do what the guides say, command by command (ARGS="serving --workdir DIR" picks some)'
+	@echo 'make reference    write the JSON schemas of specifications anew'
 	@echo 'make clean        remove the environments and everything built; results in quickstart/ and mlflow/ stay'
 
 install: $(INSTALLED)
@@ -50,8 +53,17 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	@mkdir -p build/types/calumma
 	@for package in $(PACKAGES); do ln -sfn "../../../$$package" "build/types/calumma/$$package"; done
-	$(BIN)/mypy build/types/calumma infra/install.py
+	$(BIN)/mypy build/types/calumma infra/install.py docs
 	PYTHONPATH=build/types $(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	@$(BIN)/python -m docs.build
+
+docs-check: $(INSTALLED)
+	@$(BIN)/python -m docs.check $(ARGS)
+
+reference: $(INSTALLED)
+	@$(BIN)/python -m docs.reference
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

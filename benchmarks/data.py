@@ -95,13 +95,13 @@ def publish(uri: str, rows: list[PackedRow], micro_batch: int) -> Manifest:
 
 
 def _entry(path: str, data: bytes, rows: int, micro_batch: int) -> FileEntry:
-    return FileEntry.of(
+    return FileEntry.from_bytes(
         path,
         data,
         rows=rows,
         row_groups=-(-rows // micro_batch),
         sequences_per_row_group=micro_batch,
-        footer=token_shards.footer(data),
+        footer=token_shards.footer_digest(data),
     )
 
 
@@ -129,7 +129,7 @@ def verification(uri: str, manifest: Manifest) -> float:
     """The share of checksums in the CPU time of reading row groups from the disk. (To stream without them is no
     measure: what was not checked is left to pyarrow, which takes longer.)"""
     plan, reader, shares = Plan(1, {uri: 1.0}, {uri: manifest}, 1), RowGroupReader(CONTEXT), []
-    found = plan.named(plan.steps(0, manifest.row_groups))
+    found = plan.to_micro_batches(plan.steps(0, manifest.row_groups))
     contents = [storage.read_bytes(storage.join(uri, entry.path)) for entry in manifest.files]
     for _ in range(5):
         began = time.process_time()
@@ -137,7 +137,7 @@ def verification(uri: str, manifest: Manifest) -> float:
             reader.read(micro_batch)
         read = time.process_time()
         for content in contents:
-            token_shards.digest(content)
+            token_shards.row_group_digest(content)
         shares.append((time.process_time() - read) / (read - began))
     return median(shares)
 

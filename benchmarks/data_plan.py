@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from calumma.platform.storage.manifest import FileEntry, Footer, Manifest
+from calumma.platform.storage.manifest import FileEntry, FooterDigest, Manifest
 from calumma.platform.streaming.plan import Plan
 
 
@@ -25,7 +25,7 @@ def large_manifest(shards: int, row_groups: int) -> Manifest:
             row_groups=row_groups,
             tokens={"text": 6 * 10**5, "image": 4 * 10**5},
             sequences_per_row_group=1,
-            footer=Footer(bytes=10**5, sha256=digest[::-1]),
+            footer=FooterDigest(bytes=10**5, sha256=digest[::-1]),
         )
 
     return Manifest(kind="tokens", files=[entry(number) for number in range(shards)])
@@ -47,7 +47,7 @@ def plan_and_manifest(shards: int) -> tuple[dict[str, float], float]:
     plan = Plan(0, {"a": 0.5, "b": 0.3, "c": 0.2}, parts, 32)
     del whole, parts
     asked: dict[str, Callable[[int], object]] = {
-        "a thousand at once": lambda start: plan.named(plan.steps(start, start + 1000)),
+        "a thousand at once": lambda start: plan.to_micro_batches(plan.steps(start, start + 1000)),
         "one after the other": lambda start: [plan.step(n) for n in range(start, start + 1000)],
         "anywhere": lambda start: [plan.step(start + 7919 * n) for n in range(1000)],
     }

@@ -13,6 +13,7 @@ waits for a GPU or a disk.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import os
 import pydoc_data.topics
@@ -37,8 +38,8 @@ from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text import SentencepieceTokenizer, TextTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.platform.shards import documents as document_shards
+from calumma.platform.tokenizing.actor import TokenizingActor
 from calumma.platform.tokenizing.specification import TokenizeSpecification
-from calumma.platform.tokenizing.tokenizer import Tokenizer
 
 A_SHARD = 1000  # documents
 PICTURE = (640, 480)
@@ -133,12 +134,13 @@ def prepare(text: str, resolution: int, folder: Path) -> None:
 
 def job(corpus: Corpus, folder: Path, batch: int, cores: int, device: str) -> Callable[[], dict[str, Any]]:
     """What one task of the job does, as the actor that holds the tokenizers does it."""
-    uris = []
+    shards = []
     for number in range(0, len(corpus.documents), A_SHARD):
         uri = folder / "curated" / corpus.name / f"{number:06d}.parquet"
         uri.parent.mkdir(parents=True, exist_ok=True)
-        uri.write_bytes(document_shards.to_parquet(corpus.documents[number : number + A_SHARD]))
-        uris.append(str(uri))
+        data = document_shards.to_parquet(corpus.documents[number : number + A_SHARD])
+        uri.write_bytes(data)
+        shards.append((str(uri), hashlib.sha256(data).hexdigest()))
     values = {
         "storage": str(folder),
         "documents": ["curated"],
@@ -146,9 +148,9 @@ def job(corpus: Corpus, folder: Path, batch: int, cores: int, device: str) -> Ca
         "micro_batch": 2,  # as in jobs/recipes/chameleon-7b/tokenize.yaml
         "resources": {"workers": 0, "cpus_per_worker": cores, "gpus_per_worker": int(device == "cuda")},
     }
-    worker = Tokenizer(TokenizeSpecification.model_validate(values).model_dump(mode="json"))
+    worker = TokenizingActor(TokenizeSpecification.model_validate(values).model_dump(mode="json"))
     task = {
-        "shards": uris,
+        "shards": shards,
         "seed": 0,
         "output": str(folder / "tokens"),
         "stem": "tokens",

@@ -33,7 +33,7 @@ from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.cluster import capacity, connection
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.specification import Tracking
 from calumma.platform.storage.manifest import FileEntry, Manifest
@@ -41,7 +41,7 @@ from calumma.platform.tokenizing.specification import TextTokenizerSpecification
 from calumma.platform.tracking.job_run import job_run
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.checkpoints import catalog
-from calumma.platform.training.group.worker import THREADS
+from calumma.platform.training.group.worker import THREADS_VARIABLE
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import engine, held_out
 
@@ -52,27 +52,27 @@ FASTEST = 3  # intervals whose median counts
 
 def corpus(root: str, context: int, micro_batch: int) -> None:
     """Python's reference text, tokenized into packed shards, with the tokenizers that a stage asks for."""
+    from calumma.platform.tokenizing.actor import TokenizingActor
     from calumma.platform.tokenizing.text_tokenizer import train_text_tokenizer
-    from calumma.platform.tokenizing.tokenizer import Tokenizer
 
     documents = [Document((Text(text),)) for text in pydoc_data.topics.topics.values()]
     data = document_shards.to_parquet(documents)
     storage.write_bytes(f"{root}/curated/text/documents.parquet", data)
-    entry = FileEntry.of("documents.parquet", data, rows=len(documents))
+    entry = FileEntry.from_bytes("documents.parquet", data, rows=len(documents))
     Manifest(kind="curated", files=[entry]).write(f"{root}/curated/text")
     spec = TextTokenizerSpecification(
         storage=root, tracking=_tracking(root), documents=["curated/text"], vocabulary_size=2048, image_codes=CODES
     )
     with job_run(spec) as run:
-        train_text_tokenizer(spec, run, silent)
+        train_text_tokenizer(spec, run, no_progress)
     shape = ImageTokenizerConfig(
         resolution=8, codebook_size=CODES, embedding=4, base_channels=4, multipliers=[1, 1], residual_blocks=1
     )
     ImageTokenizer(shape).save(f"{root}/tokenizers/image")
     tokenize = TokenizeSpecification(storage=root, documents=["curated/text"], context=context, micro_batch=micro_batch)
-    made = Tokenizer(tokenize.model_dump(mode="json"))(
+    made = TokenizingActor(tokenize.model_dump(mode="json"))(
         {
-            "shards": document_shards.shard_uris(f"{root}/curated/text"),
+            "shards": document_shards.shards(f"{root}/curated/text"),
             "seed": 0,
             "output": f"{root}/tokens/text",
             "stem": "tokens",
@@ -129,7 +129,10 @@ def bare(root: str, given: argparse.Namespace, threads: int) -> dict[str, float]
     place = f"{root}/tokens/text"
     plan = Plan(spec.seed, {place: 1.0}, {place: Manifest.read(place)}, spec.micro_batches)
     image_mask_V = torch.zeros(size, dtype=torch.bool, device=device)
-    steps = [[held_out.read(found.shard, found.row_group) for found in plan.step(step)] for step in range(given.steps)]
+    steps = [
+        [held_out.read_row_group(found.shard, found.row_group) for found in plan.step(step)]
+        for step in range(given.steps)
+    ]
     speeds, began, tokens = [], time.perf_counter(), 0
     for done, batches in enumerate(steps, start=1):
         trained = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
@@ -188,11 +191,11 @@ def stalls(given: argparse.Namespace, threads: int) -> dict[str, float]:
                 plain.append(time.perf_counter() - began)
                 began = time.perf_counter()
                 report = {"step": turn, "schedule_step": turn, "tokens": {}}
-                saver.save(run, catalog.location(folder, turn), report)
+                saver.save(run, catalog.checkpoint_uri(folder, turn), report)
                 stopped.append(time.perf_counter() - began)
-                saver.settle()
+                saver.wait_until_published()
                 whole.append(time.perf_counter() - began)
-                storage.delete(catalog.location(folder, turn))
+                storage.delete(catalog.checkpoint_uri(folder, turn))
         size = Path(folder, "plain.pt").stat().st_size
     # the first copy also allocates the memory that the others use again
     return {
@@ -223,7 +226,7 @@ def whole_stage(root: str, given: argparse.Namespace, workers: int) -> dict[str,
     resources = spec.resources.model_copy(update={"workers": workers})
     spec = spec.model_copy(update={"resources": resources})
     with job_run(spec) as run:
-        run_stage(spec, run, silent)
+        run_stage(spec, run, no_progress)
     data, compute = (history(run, f"seconds/{name}") for name in ("data", "compute"))
     found = {
         "tokens_per_second": fastest(history(run, "tokens_per_second")),
@@ -250,7 +253,7 @@ def killed(root: str, given: argparse.Namespace) -> dict[str, float]:
 
     once(lambda: catalog.newest_step(place) >= every, kill)
     with job_run(spec) as run:
-        run_stage(spec, run, silent)
+        run_stage(spec, run, no_progress)
     (moment,) = at
     after = [m.timestamp / 1000 for m in run.client.get_metric_history(run.id, "loss") if m.timestamp / 1000 > moment]
     # what was still on its way to MLflow when the worker died comes at once; the new group's first step after a gap
@@ -299,7 +302,7 @@ def table(root: str, given: argparse.Namespace) -> None:
         return
     corpus(root, given.context, given.micro_batch)
     threads = cores if given.gpus else 1
-    os.environ[THREADS] = str(threads)
+    os.environ[THREADS_VARIABLE] = str(threads)
     before = in_a_process("bare", root, threads)["tokens_per_second"]
     with connection.embedded(lean=True):
         one = whole_stage(root, given, 1)

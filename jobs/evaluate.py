@@ -3,7 +3,7 @@
 import sys
 
 from calumma.jobs.entry import main
-from calumma.platform.evaluation.benchmark import evaluate as run
+from calumma.platform.evaluation.evaluate import evaluate as run
 
 __all__ = ["run"]
 

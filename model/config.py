@@ -27,18 +27,20 @@ class ModelConfig(_Shape):
     A `preset` among the given values names a shape of PRESETS; the values beside it change that shape.
     """
 
-    vocabulary_size: int = Field(0, ge=0)
-    layers: int = Field(ge=1)
-    width: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    ffn_width: int = Field(ge=1)
-    context: int = Field(4096, ge=2)
-    query_key_norm: bool = True
-    norm_order: Literal["pre", "swin"] = "pre"
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    dropout: float = Field(0.0, ge=0, lt=1)
+    vocabulary_size: int = Field(0, ge=0, description="ids in all; 0: as many as the vocabulary it is trained with")
+    layers: int = Field(ge=1, description="blocks")
+    width: int = Field(ge=1, description="of the residual stream")
+    heads: int = Field(ge=1, description="of queries; `width` must divide by them into even sizes")
+    kv_heads: int = Field(ge=1, description="of keys and values; fewer than `heads` is grouped-query attention")
+    ffn_width: int = Field(ge=1, description="of the hidden layer of each SwiGLU")
+    context: int = Field(4096, ge=2, description="longest sequence, in tokens")
+    query_key_norm: bool = Field(True, description="normalize queries and keys of each head")
+    norm_order: Literal["pre", "swin"] = Field(
+        "pre", description="`pre`: before attention and feed-forward; `swin`: after them, as in the paper's 34B"
+    )
+    norm_eps: float = Field(1e-5, description="added to the variance in every RMSNorm")
+    rope_theta: float = Field(10_000.0, description="base of the rotary embedding")
+    dropout: float = Field(0.0, ge=0, lt=1, description="after attention and feed-forward, in training")
     mask_documents: bool = Field(
         False, description="attend within a document only (block-diagonal); the paper does not"
     )
@@ -70,11 +72,15 @@ class ImageTokenizerConfig(_Shape):
     The defaults are the public release's.
     """
 
-    resolution: int = Field(512, ge=4)
-    codebook_size: int = Field(8192, ge=2)
-    embedding: int = Field(256, ge=1)
-    base_channels: int = Field(128, ge=1)
-    multipliers: list[int] = Field([1, 1, 2, 2, 4], min_length=1)
+    resolution: int = Field(512, ge=4, description="pixels a side")
+    codebook_size: int = Field(8192, ge=2, description="codes there are")
+    embedding: int = Field(256, ge=1, description="length of a code's vector")
+    base_channels: int = Field(128, ge=1, description="channels of the first level")
+    multipliers: list[int] = Field(
+        [1, 1, 2, 2, 4],
+        min_length=1,
+        description="channels of each level, as multiples of `base_channels`; each after the first halves the picture",
+    )
     residual_blocks: int = Field(2, ge=1, description="a level of the encoder")
     decoder_residual_blocks: int | None = Field(
         None, ge=1, description="a level of the decoder; none: one more than the encoder's, as in the release"
@@ -140,8 +146,8 @@ class ImageLossConfig(_Shape):
     adversarial: float = Field(0.0, ge=0, description="weight of the patch discriminator's judgement; 0: none is made")
     adversarial_start: int = Field(0, ge=0, description="steps before the discriminator begins to learn and to count")
     adversarial_adaptive: bool = Field(True, description="scale its gradients to the reconstruction's (equation 7)")
-    discriminator_channels: int = Field(64, ge=1)
-    discriminator_layers: int = Field(3, ge=1)
+    discriminator_channels: int = Field(64, ge=1, description="of its first layer")
+    discriminator_layers: int = Field(3, ge=1, description="strided convolutions; each halves the picture")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="none: the tokenizer's")
 
     @property

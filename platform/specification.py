@@ -24,16 +24,18 @@ class Section(BaseModel):
 
 
 class Tracking(Section):
+    """Where MLflow records the job."""
+
     uri: str | None = Field(None, description="MLflow tracking URI; none: SQLite and local artifacts below ./mlflow")
-    experiment: str = "calumma"
+    experiment: str = Field("calumma", description="MLflow experiment of the run")
     project: str | None = Field(
         None, min_length=1, description="MLflow run below which those of all jobs with this project stand"
     )
 
 
 class WorkerRange(Section):
-    min: int = Field(ge=1)
-    max: int = Field(ge=1)
+    min: int = Field(ge=1, description="fewest to start and to go on with")
+    max: int = Field(ge=1, description="most that are used when the cluster has them")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -69,8 +71,8 @@ class Resources(Section):
     workers: Annotated[int, Field(ge=0)] | WorkerRange = Field(
         1, description="0: in the job's own process, without a cluster (curate and tokenize; for tests and notebooks)"
     )
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs, or a fraction")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs; training takes whole ones")
     recovery: Recovery = Recovery()
     keep: Retention = Retention()
 
@@ -92,7 +94,7 @@ class JobSpecification(Section):
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
     run_name: str | None = Field(None, description="name of the MLflow run; default: the job's name")
-    seed: int = 0
+    seed: int = Field(0, description="of everything that is drawn: the same seed, the same result")
 
     @model_validator(mode="after")
     def _workers(self) -> Self:
@@ -120,7 +122,7 @@ class JobSpecification(Section):
         return f"{self.output_uri.rstrip('/')}/checkpoints"
 
 
-def last_part(location: str) -> str:
+def basename(location: str) -> str:
     """The name that a location ends in, of a path or a URI."""
     return location.rstrip("/").rpartition("/")[2]
 
@@ -156,14 +158,14 @@ def _place(location: tuple[str | int, ...], places: Mapping[tuple[str | int, ...
 
 def _explain(kind: type[BaseModel], error: Any) -> str:
     location = ".".join(str(part) for part in error["loc"]) or "(whole file)"
-    given = error.get("input")
+    value = error.get("input")
     if error["type"] == "extra_forbidden":
         allowed = _fields_at(kind, error["loc"][:-1])
-        return f"{location}: unknown field (given {given!r}); allowed here: {', '.join(allowed)}"
+        return f"{location}: unknown field (given {value!r}); allowed here: {', '.join(allowed)}"
     if error["type"] == "missing":
         return f"{location}: required, and not given"
-    shown = "" if isinstance(given, dict) else f" (given {given!r})"
-    if error["type"] == "string_type" and isinstance(given, bool):
+    shown = "" if isinstance(value, dict) else f" (given {value!r})"
+    if error["type"] == "string_type" and isinstance(value, bool):
         shown += "; YAML reads yes, no, on and off as truth values: quote the word"
     return f"{location}: {error['msg']}{shown}"
 
@@ -185,27 +187,27 @@ def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    found: list[type[BaseModel]] = []
+    models: list[type[BaseModel]] = []
     for inner in getattr(annotation, "__args__", ()):
-        found += _models_in(inner)
-    return found
+        models += _models_in(inner)
+    return models
 
 
-def named(path: str, field: str) -> Callable[..., Any]:
+def import_function(path: str, field: str) -> Callable[..., Any]:
     """The function behind a name. Raises SpecificationError, which names the field, when there is none."""
     module, separator, name = path.partition(":")
     if not separator or not module or not name:
         raise SpecificationError(f"{field}: {path!r} must look like package.module:function")
     try:
-        found = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SpecificationError(f"{field}: there is no {path!r} on this machine: {error}") from error
-    if not callable(found):
-        raise SpecificationError(f"{field}: {path!r} is no function but {type(found).__name__}")
-    return found
+    if not callable(function):
+        raise SpecificationError(f"{field}: {path!r} is no function but {type(function).__name__}")
+    return function
 
 
-def absolute(spec: S) -> S:
+def with_absolute_storage(spec: S) -> S:
     """The specification with its local storage root made absolute: workers stand in other working directories."""
     if "://" in spec.storage:
         return spec

@@ -15,18 +15,22 @@ NAME = r"^[A-Za-z0-9._-]+$"
 class SamplingDefaults(Section):
     """Used for whatever a request leaves open; but for the repetition penalty the values are the public release's."""
 
-    temperature: float = Field(0.7, ge=0, le=2)
-    top_p: float = Field(0.9, gt=0, le=1)
+    temperature: float = Field(0.7, ge=0, le=2, description="of text; 0: the likeliest token")
+    top_p: float = Field(0.9, gt=0, le=1, description="of text: the likeliest tokens that have this share together")
     top_k: int = Field(0, ge=0, description="0: all")
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, description="1: none; the public release generates with 1.2")
-    image_temperature: float = Field(0.7, ge=0, le=2)
-    image_top_p: float = Field(0.9, gt=0, le=1)
-    image_top_k: int = Field(0, ge=0)
-    image_min_p: float = Field(0.0, ge=0, le=1)
-    guidance_text: float = Field(3.0, ge=0)
-    guidance_image: float = Field(1.2, ge=0)
-    max_images: int = Field(8, ge=1)
+    min_p: float = Field(0.0, ge=0, le=1, description="of text: tokens of at least this share of the likeliest one's")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="of text that there is already; 1: none; the public release generates with 1.2"
+    )
+    image_temperature: float = Field(0.7, ge=0, le=2, description="of image codes")
+    image_top_p: float = Field(0.9, gt=0, le=1, description="of image codes")
+    image_top_k: int = Field(0, ge=0, description="of image codes; 0: all")
+    image_min_p: float = Field(0.0, ge=0, le=1, description="of image codes")
+    guidance_text: float = Field(3.0, ge=0, description="how far an image follows its text; 1: no guidance")
+    guidance_image: float = Field(
+        1.2, ge=0, description="how far an image follows the images before it; 1: no guidance"
+    )
+    max_images: int = Field(8, ge=1, description="images in one answer")
 
 
 class Limits(Section):
@@ -47,16 +51,16 @@ class RemoteImages(Section):
     """Fetching of images by URL; off while no host is allowed."""
 
     hosts: tuple[str, ...] = Field((), description='names that may be fetched from; "*.example.org" for all below one')
-    mebibytes: float = Field(16.0, gt=0)
-    seconds: float = Field(10.0, gt=0)
-    redirects: int = Field(3, ge=0)
+    mebibytes: float = Field(16.0, gt=0, description="largest file")
+    seconds: float = Field(10.0, gt=0, description="until an image must be there")
+    redirects: int = Field(3, ge=0, description="that are followed, each checked again")
 
 
 class APIKey(Section):
     """An API key, known by its hash alone."""
 
-    name: str = Field(pattern=NAME)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    name: str = Field(pattern=NAME, description="shown in errors and logs")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="hash of the key, in hexadecimal")
     running: int | None = Field(None, ge=1, description="requests at once; none: Limits.running_per_key")
 
 
@@ -73,13 +77,13 @@ class ModelSettings(Section):
     model: str = Field(description="model directory, s3://…, or models:/name@alias")
     name: str = Field("calumma", pattern=NAME, description="the model's name in requests")
     tracking: Tracking = Tracking()
-    min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1)
+    min_replicas: int = Field(1, ge=1, description="replicas that always run")
+    max_replicas: int = Field(1, ge=1, description="replicas under load")
     idle_seconds: float = Field(300.0, ge=0, description="of little work before a replica above min_replicas ends")
     busy_seconds: float = Field(10.0, ge=0, description="of too much work before a replica is added")
     queued_tokens: int = Field(16384, ge=1, description="prompt tokens in line that are worth a further replica")
-    cpus_per_replica: float = Field(1.0, gt=0)
-    gpus_per_replica: float = Field(0.0, ge=0)
+    cpus_per_replica: float = Field(1.0, gt=0, description="CPUs")
+    gpus_per_replica: float = Field(0.0, ge=0, description="GPUs, or a fraction")
     tensor_parallel: int = Field(
         1,
         ge=1,
@@ -108,7 +112,7 @@ class ModelSettings(Section):
     image_coders: int = Field(
         0, ge=0, description="most replicas of a deployment that codes and decodes images; 0: the engine's replicas do"
     )
-    image_coder_gpus: float = Field(0.0, ge=0)
+    image_coder_gpus: float = Field(0.0, ge=0, description="GPUs of a replica that codes images")
     drain_seconds: float = Field(600.0, ge=0, description="answers in flight get so long when a replica is to end")
     sampling: SamplingDefaults = SamplingDefaults()
 
@@ -151,9 +155,9 @@ class ServeSettings(ModelSettings):
     """The endpoint: its first model, those it serves besides, and who may ask for how much."""
 
     also: tuple[ModelSettings, ...] = Field((), description="further models under the same endpoint")
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    ingress_cpus: float = Field(0.1, ge=0)
+    host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen at")
+    ingress_cpus: float = Field(0.1, ge=0, description="CPUs of the ingress, which checks and translates requests")
     max_body_mebibytes: float = Field(32.0, gt=0, description="largest request body")
     limits: Limits = Limits()
     remote_images: RemoteImages = RemoteImages()

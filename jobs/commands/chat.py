@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 MODALITIES = {"both": ["text", "image"], "text": ["text"], "image": ["image"]}
-WIDEST = 48  # columns of a picture; two pixels share a character, one above the other
+MOST_COLUMNS = 48  # columns of a picture; two pixels share a character, one above the other
 HELP = "/image FILE adds a picture to your next message, /new begins a new conversation, /quit ends (as Ctrl-D does)"
 
 
@@ -51,31 +51,31 @@ def chat(
     """Chat with a served model, in words and pictures."""
     from rich.console import Console
 
-    console, complaints = Console(highlight=False), Console(stderr=True, highlight=False)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         if answer not in MODALITIES:
             raise ChatError(f"--answer {answer!r} is not one of {', '.join(MODALITIES)}")
         settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "model": model}
-        talk = Conversation(
-            (url or _served()).rstrip("/"),
+        session = ChatSession(
+            (url or _default_url()).rstrip("/"),
             {"modalities": MODALITIES[answer]} | {key: value for key, value in settings.items() if value is not None},
             [{"role": "system", "content": system}] if system else [],
             key=key,
         )
         pictures = [picture_part(path) for path in image or []]
         if once is not None:
-            show(talk.ask(once, pictures), console, save)
+            print_answer(session.ask(once, pictures), console, save)
         else:
-            _talk(talk, pictures, console, complaints, save)
+            _prompt_loop(session, pictures, console, errors, save)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (ChatError, ClusterError) as error:
-        complaints.print(str(error), style="red", markup=False, soft_wrap=True)
+        errors.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
 @dataclass
-class Conversation:
+class ChatSession:
     """Messages so far, and where they go. `options` are fields of the request."""
 
     url: str
@@ -122,8 +122,8 @@ class Conversation:
         try:
             with requests.post(where, json=body, headers=headers, stream=True, timeout=(10, None)) as reply:
                 if not reply.ok:
-                    raise _refusal(reply)
-                yield from _pieces(reply)
+                    raise _error_of(reply)
+                yield from _answer_parts(reply)
         except requests.ConnectionError as error:
             raise ChatError(
                 f"no server answers at {self.url}; start one with `calumma serve start MODEL`, or give its --url"
@@ -132,7 +132,7 @@ class Conversation:
             raise ChatError(f"{self.url}: {error}") from error
 
 
-def _pieces(reply: Any) -> Iterator[tuple[str, str]]:
+def _answer_parts(reply: Any) -> Iterator[tuple[str, str]]:
     """("text", …) and ("image", data URL) of a stream of server-sent events."""
     finished = False
     for line in reply.iter_lines():
@@ -154,7 +154,7 @@ def _pieces(reply: Any) -> Iterator[tuple[str, str]]:
         raise ChatError("the connection ended before the answer did")
 
 
-def _refusal(reply: Any) -> ChatError:
+def _error_of(reply: Any) -> ChatError:
     try:
         error = reply.json()["error"]
         return ChatError(str(error["message"]), error.get("code"))
@@ -162,8 +162,8 @@ def _refusal(reply: Any) -> ChatError:
         return ChatError(f"{reply.url} answered with status {reply.status_code}: {reply.text[:300]}")
 
 
-def _served() -> str:
-    running = Service.recorded()
+def _default_url() -> str:
+    running = Service.read()
     return running.url if running else DEFAULT_URL
 
 
@@ -182,7 +182,7 @@ def picture_part(path: Path) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
 
 
-def show(answer: Iterator[str | bytes], console: Console, folder: Path) -> None:
+def print_answer(answer: Iterator[str | bytes], console: Console, folder: Path) -> None:
     """Print an answer as it comes; pictures are saved into `folder`, and drawn where there are colours."""
     from PIL import Image
 
@@ -196,14 +196,14 @@ def show(answer: Iterator[str | bytes], console: Console, folder: Path) -> None:
             console.print()
         if console.color_system is not None:
             with Image.open(io.BytesIO(piece)) as opened:
-                console.print(blocks(opened, min(WIDEST, console.width)))
-        console.print(f"[{_saved(piece, folder)}]", style="dim", markup=False, soft_wrap=True)
+                console.print(half_blocks(opened, min(MOST_COLUMNS, console.width)))
+        console.print(f"[{_save_picture(piece, folder)}]", style="dim", markup=False, soft_wrap=True)
         at_line_start = True
     if not at_line_start:
         console.print()
 
 
-def blocks(picture: PILImage, columns: int) -> Text:
+def half_blocks(picture: PILImage, columns: int) -> Text:
     """A picture as rows of half blocks, at most `columns` wide: the upper pixel in the foreground colour."""
     import numpy as np
     from PIL import Image
@@ -224,7 +224,7 @@ def blocks(picture: PILImage, columns: int) -> Text:
     return text
 
 
-def _saved(png: bytes, folder: Path) -> Path:
+def _save_picture(png: bytes, folder: Path) -> Path:
     """Write a picture under the next free number."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -238,11 +238,11 @@ def _saved(png: bytes, folder: Path) -> Path:
             number += 1
 
 
-def _talk(
-    talk: Conversation, pictures: list[dict[str, Any]], console: Console, complaints: Console, folder: Path
+def _prompt_loop(
+    session: ChatSession, pictures: list[dict[str, Any]], console: Console, errors: Console, folder: Path
 ) -> None:
     """The conversation at the prompt, until its end."""
-    console.print(f"{talk.url}: {HELP}", style="dim", markup=False)
+    console.print(f"{session.url}: {HELP}", style="dim", markup=False)
     while True:
         try:
             line = console.input(f"{f'[{len(pictures)} picture(s)] ' if pictures else ''}> ", markup=False).strip()
@@ -253,15 +253,15 @@ def _talk(
             if line == "/quit":
                 return
             if line == "/new":
-                talk.messages.clear()
+                session.messages.clear()
             elif line.startswith("/image "):
                 pictures.append(picture_part(Path(line.removeprefix("/image ").strip())))
             elif line.startswith("/"):
                 console.print(HELP, style="dim", markup=False)
             elif line or pictures:
-                show(talk.ask(line, pictures), console, folder)
+                print_answer(session.ask(line, pictures), console, folder)
                 pictures = []
         except ChatError as error:
-            complaints.print(str(error), style="red", markup=False, soft_wrap=True)
+            errors.print(str(error), style="red", markup=False, soft_wrap=True)
         except KeyboardInterrupt:
             console.print("\nstopped", style="dim")

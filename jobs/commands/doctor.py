@@ -14,7 +14,7 @@ import typer
 
 from calumma.platform.cluster import capacity, connection
 
-OLDEST_PYTHON = (3, 11)
+LEAST_PYTHON = (3, 11)
 LITTLE_MEMORY = 8e9  # bytes, of the machine: Ray, two trainers and MLflow of the quickstart need about 6
 LITTLE_DISK = 10e9  # bytes, free: the packages take 3, the quickstart's data and checkpoints less than 1
 LITTLE_SHARED_MEMORY = 1e9  # bytes, of /dev/shm, where Ray keeps its objects
@@ -58,7 +58,7 @@ def doctor(
     missing = False
     for finding in examine(storage, tracking_uri, address):
         missing |= finding.state is State.MISSING
-        table.add_row(finding.subject, finding.state.value, *map(_plain, (finding.details, finding.advice)))
+        table.add_row(finding.subject, finding.state.value, *map(_escaped, (finding.details, finding.advice)))
     Console().print(table)
     if missing:
         raise typer.Exit(1)
@@ -70,12 +70,12 @@ def examine(storage: str, tracking_uri: str | None, address: str | None) -> Iter
     yield from machine()
     yield compiler(shutil.which)
     yield from packages()
-    yield tried("storage", lambda: object_storage(storage))
-    yield tried("cluster", lambda: reachable_cluster(address))
-    yield tried("MLflow", lambda: mlflow(tracking_uri))
+    yield checked("storage", lambda: object_storage(storage))
+    yield checked("cluster", lambda: reachable_cluster(address))
+    yield checked("MLflow", lambda: mlflow(tracking_uri))
 
 
-def tried(subject: str, look: Callable[[], Finding]) -> Finding:
+def checked(subject: str, look: Callable[[], Finding]) -> Finding:
     """A finding, also when a package it looks with is not installed."""
     try:
         return look()
@@ -85,10 +85,10 @@ def tried(subject: str, look: Callable[[], Finding]) -> Finding:
 
 def python(version: tuple[int, int]) -> Finding:
     """The interpreter: `version` is (major, minor)."""
-    told = f"{version[0]}.{version[1]} ({sys.executable})"
-    if version < OLDEST_PYTHON:
-        return Finding("Python", State.MISSING, told, "install Python 3.11 or newer, then `make clean install`")
-    return Finding("Python", State.FOUND, told)
+    details = f"{version[0]}.{version[1]} ({sys.executable})"
+    if version < LEAST_PYTHON:
+        return Finding("Python", State.MISSING, details, "install Python 3.11 or newer, then `make clean install`")
+    return Finding("Python", State.FOUND, details)
 
 
 def machine() -> Iterator[Finding]:
@@ -99,15 +99,15 @@ def machine() -> Iterator[Finding]:
     yield Finding("cores", State.FOUND, f"{cores}, used as {capacity.logical_cpus(cores)} logical CPUs by local jobs")
     yield gpus()
     memory = psutil.virtual_memory()
-    yield amount(
+    yield quantity(
         "memory", memory.total, LITTLE_MEMORY, f", {memory.available / 1e9:.1f} GB free", "use a larger machine"
     )
     free = shutil.disk_usage(".").free
-    yield amount("disk", free, LITTLE_DISK, f" free below {Path.cwd()}", "free some space")
+    yield quantity("disk", free, LITTLE_DISK, f" free below {Path.cwd()}", "free some space")
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm").total
         advice = "start the container with --shm-size=4g or more: Ray falls back to the disk"
-        yield amount("shared memory", shared, LITTLE_SHARED_MEMORY, " in /dev/shm", advice)
+        yield quantity("shared memory", shared, LITTLE_SHARED_MEMORY, " in /dev/shm", advice)
 
 
 def gpus() -> Finding:
@@ -118,19 +118,19 @@ def gpus() -> Finding:
         return Finding("GPUs", State.POOR, "unknown, PyTorch is missing", "`make install`")
     names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     if names:
-        told = "; ".join(f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in names)
-        return Finding("GPUs", State.FOUND, f"{len(names)}: {told}")
+        details = "; ".join(f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in names)
+        return Finding("GPUs", State.FOUND, f"{len(names)}: {details}")
     if Path("/dev/nvidia0").exists() and torch.version.cuda is None:
         advice = "`make clean install`: PyTorch was installed in its build for CPUs"
         return Finding("GPUs", State.POOR, "a device that PyTorch cannot use", advice)
     return Finding("GPUs", State.FOUND, "none: everything runs on the CPU, at the size of the quickstart")
 
 
-def amount(subject: str, found: float, little: float, details: str, advice: str) -> Finding:
+def quantity(subject: str, value: float, little: float, details: str, advice: str) -> Finding:
     """A quantity in bytes, poor below `little`."""
-    state = State.POOR if found < little else State.FOUND
-    told = advice + f" ({little / 1e9:.0f} GB recommended)" if state is State.POOR else ""
-    return Finding(subject, state, f"{found / 1e9:.1f} GB{details}", told)
+    state = State.POOR if value < little else State.FOUND
+    full_advice = advice + f" ({little / 1e9:.0f} GB recommended)" if state is State.POOR else ""
+    return Finding(subject, state, f"{value / 1e9:.1f} GB{details}", full_advice)
 
 
 def compiler(which: Callable[[str], str | None]) -> Finding:
@@ -185,7 +185,7 @@ def object_storage(uri: str) -> Finding:
     from calumma.platform import storage
 
     try:
-        storage.check(uri)
+        storage.check_writable(uri)
     except storage.StorageError as error:
         return Finding("storage", State.MISSING, str(error), "give --storage a place that can be written")
     return Finding("storage", State.FOUND, f"{uri}: written, read and deleted a file")
@@ -202,10 +202,10 @@ def reachable_cluster(address: str | None) -> Finding:
             with client(address):
                 return Finding("cluster", State.FOUND, f"{address} takes jobs")
         with connection.connected(address):
-            there = capacity.available()
-            return Finding("cluster", State.FOUND, f"{address}: {there.cpus:g} CPUs, {there.gpus:g} GPUs")
+            available = capacity.cluster_capacity()
+            return Finding("cluster", State.FOUND, f"{address}: {available.cpus:g} CPUs, {available.gpus:g} GPUs")
     except capacity.ClusterError as error:
-        return Finding("cluster", State.MISSING, *_split(str(error)))
+        return Finding("cluster", State.MISSING, *_finding_and_advice(str(error)))
 
 
 def mlflow(uri: str | None) -> Finding:
@@ -225,7 +225,7 @@ def mlflow(uri: str | None) -> Finding:
     if "://" in place:
         return Finding("MLflow", State.FOUND, f"{uri}: not tried, only servers and SQLite are")
     try:
-        storage.check(place)
+        storage.check_writable(place)
     except storage.StorageError as error:
         return Finding("MLflow", State.MISSING, str(error), "give a place that can be written, or a server")
     return Finding("MLflow", State.FOUND, f"embedded: SQLite at {place}")
@@ -235,13 +235,13 @@ def _public(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _split(text: str) -> tuple[str, str]:
+def _finding_and_advice(text: str) -> tuple[str, str]:
     """A message into what was found and what to do (after its first colon that ends a word)."""
     found, _, advice = text.partition(": ")
     return found, advice
 
 
-def _plain(text: str) -> str:
+def _escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)

@@ -46,7 +46,7 @@ def import_hf(
 ) -> None:
     """Import a Hugging Face folder: config.json, safetensors, tokenizer.json."""
 
-    def act(progress: Progress) -> None:
+    def convert(progress: Progress) -> None:
         from calumma.model.convert import import_hugging_face
 
         checkpoint = vqgan / "vqgan.ckpt" if vqgan is not None and vqgan.is_dir() else vqgan
@@ -57,7 +57,7 @@ def import_hf(
         if checkpoint is None:
             typer.echo("the model reads images and draws none: no decoder was given (--vqgan)", err=True)
 
-    _run("import", destination, act)
+    _run_conversion("import", destination, convert)
 
 
 @import_app.command("meta")
@@ -75,7 +75,7 @@ def import_meta_release(
 ) -> None:
     """Import Meta's release, in however many shards it comes."""
 
-    def act(progress: Progress) -> None:
+    def convert(progress: Progress) -> None:
         from calumma.model.convert import import_meta
         from calumma.model.convert.meta import tokenizer_folder
 
@@ -83,7 +83,7 @@ def import_meta_release(
         settings = read_yaml(folder / "vqgan.yaml")
         import_meta(source, destination, folder, settings, int(shard * GIBIBYTE), progress)
 
-    _run("import", destination, act)
+    _run_conversion("import", destination, convert)
 
 
 @export_app.command("hf")
@@ -94,12 +94,12 @@ def export_hf(
 ) -> None:
     """Export for transformers' ChameleonForConditionalGeneration, with tokenizer and processor."""
 
-    def act(progress: Progress) -> None:
+    def convert(progress: Progress) -> None:
         from calumma.model.convert import export_hugging_face
 
         export_hugging_face(source, destination, int(shard * GIBIBYTE), progress)
 
-    _run("export", destination, act)
+    _run_conversion("export", destination, convert)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -117,22 +117,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _run(name: str, destination: Path, act: Callable[[Progress], None]) -> None:
+def _run_conversion(name: str, destination: Path, convert: Callable[[Progress], None]) -> None:
     from calumma.jobs import entry
     from calumma.platform.cluster.progress import Display
 
-    def shown() -> None:
+    def body() -> None:
         from calumma.model.convert import ConversionError
 
         try:
             with Display() as display, display.step(name) as progress:
-                act(progress)
+                convert(progress)
         except OSError as error:  # a full disk, a folder that may not be written to
             raise ConversionError(f"nothing was written to {destination}: {error}") from error
         typer.echo(str(destination))
 
-    def tell(text: str) -> None:
+    def print_error(text: str) -> None:
         typer.secho(text, err=True, fg=typer.colors.RED)
 
-    if code := entry.guarded(shown, shlex.join(["calumma", *sys.argv[1:]]), tell):
+    if code := entry.exit_code_of(body, shlex.join(["calumma", *sys.argv[1:]]), print_error):
         raise typer.Exit(code)

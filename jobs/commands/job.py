@@ -25,7 +25,7 @@ from calumma.jobs import entry
 from calumma.jobs.specifications.table import JOBS, job_function
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.capacity import ClusterError
-from calumma.platform.cluster.progress import Display, spoken
+from calumma.platform.cluster.progress import Display, format_duration
 from calumma.platform.specification import JobSpecification, SpecificationError
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ NO_AGENT = "No available agent to submit job"  # ray/dashboard/modules/job/job_h
 
 def purpose(job: str) -> str:
     """What a job does: the first line of its file, which is read and not run, for what it imports is heavy."""
-    found = importlib.util.find_spec(f"calumma.jobs.{job}")
-    if found is None or found.origin is None:
+    module_spec = importlib.util.find_spec(f"calumma.jobs.{job}")
+    if module_spec is None or module_spec.origin is None:
         return ""
-    first = (ast.get_docstring(ast.parse(Path(found.origin).read_text())) or "").partition("\n")[0]
+    first = (ast.get_docstring(ast.parse(Path(module_spec.origin).read_text())) or "").partition("\n")[0]
     return first.removeprefix(f"Job `{job}`: ")
 
 
@@ -77,10 +77,10 @@ def run(
 ) -> None:
     """Run a job and wait for it. A result made by the same specification is kept, and an interrupted job resumed."""
 
-    def act() -> None:
-        spec = entry.specification(name, config, overrides or [])
+    def body() -> None:
+        spec = entry.job_specification(name, config, overrides or [])
         with Display() as display, display.step(name) as progress:
-            manifest, skipped = runner.run_alone(spec, job_function(name), progress, force, address, logs)
+            manifest, skipped = runner.run_on_own_cluster(spec, job_function(name), progress, force, address, logs)
         typer.echo(f"{name}: {'already done, kept' if skipped else 'done'}: {spec.output_uri}")
         for key, value in manifest.report.items():
             if isinstance(value, str | int | float):
@@ -88,7 +88,7 @@ def run(
         for line in skipped_inputs(manifest.report):
             typer.echo(f"  {line}")
 
-    _exit(act)
+    _run_and_exit(body)
 
 
 @app.command(epilog=NAMES)
@@ -102,47 +102,47 @@ def submit(
 ) -> None:
     """Hand a job to a running cluster and print its id."""
 
-    def act() -> None:
-        spec = entry.specification(name, config, overrides or [])
-        refuse_relative(spec)
+    def body() -> None:
+        spec = entry.job_specification(name, config, overrides or [])
+        require_shared_locations(spec)
         if spec.tracking.uri is None:
             typer.echo(UNTRACKED, err=True)
         with client(address) as jobs:
-            identifier = send(jobs, spec, force)
+            identifier = submit_job(jobs, spec, force)
             typer.echo(identifier)
             if follow:
-                _follow(jobs, identifier, address)
+                _follow_log(jobs, identifier, address)
             else:
                 typer.echo(f"follow it with: calumma job logs {identifier} --follow --address {address}", err=True)
 
-    _exit(act)
+    _run_and_exit(body)
 
 
 @app.command("list")
 def list_jobs(address: Dashboard = DASHBOARD) -> None:
     """The jobs that were submitted to a cluster, newest first."""
 
-    def act() -> None:
+    def body() -> None:
         with client(address) as jobs:
-            found = [job for job in jobs.list_jobs() if job.submission_id]
-        for line in listing(found) if found else [f"no job was submitted to {address} yet"]:
+            submitted = [job for job in jobs.list_jobs() if job.submission_id]
+        for line in listing(submitted) if submitted else [f"no job was submitted to {address} yet"]:
             typer.echo(line)
 
-    _exit(act)
+    _run_and_exit(body)
 
 
 @app.command()
 def status(identifier: Identifier, address: Dashboard = DASHBOARD) -> None:
     """How one job is doing."""
 
-    def act() -> None:
+    def body() -> None:
         with client(address) as jobs:
             job = jobs.get_job_info(identifier)
-        typer.echo(f"{identifier}: {job.status.value}, started {_started(job)}, {_took(job) or 'not ended'}")
+        typer.echo(f"{identifier}: {job.status.value}, started {_start_time(job)}, {_duration(job) or 'not ended'}")
         if job.message:
             typer.echo(job.message)
 
-    _exit(act)
+    _run_and_exit(body)
 
 
 @app.command()
@@ -153,26 +153,26 @@ def logs(
 ) -> None:
     """What one job has printed."""
 
-    def act() -> None:
+    def body() -> None:
         with client(address) as jobs:
             if follow:
-                _follow(jobs, identifier, address)
+                _follow_log(jobs, identifier, address)
             else:
                 typer.echo(jobs.get_job_logs(identifier), nl=False)
 
-    _exit(act)
+    _run_and_exit(body)
 
 
 @app.command()
 def stop(identifier: Identifier, address: Dashboard = DASHBOARD) -> None:
     """Stop one job. Submitted again, it goes on from its last checkpoint."""
 
-    def act() -> None:
+    def body() -> None:
         with client(address) as jobs:
             stopped = jobs.stop_job(identifier)
         typer.echo(f"{identifier}: {'stopping' if stopped else 'had ended already'}")
 
-    _exit(act)
+    _run_and_exit(body)
 
 
 @app.command()
@@ -208,20 +208,20 @@ def listing(jobs: list[Any]) -> list[str]:
     for job in sorted(jobs, key=lambda job: job.start_time or 0, reverse=True):
         told = job.metadata or {}
         names = (told.get("job", "(not of calumma)"), job.status.value)
-        rows.append((job.submission_id, *names, _started(job), _took(job), told.get("storage", "")))
+        rows.append((job.submission_id, *names, _start_time(job), _duration(job), told.get("storage", "")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def skipped_inputs(report: dict[str, Any]) -> list[str]:
     """Lines about the unreadable input that was skipped, a source each; none for jobs that read no raw input."""
-    from calumma.platform.curation.curate import unreadable
+    from calumma.platform.curation.curate import describe_bad_input
 
-    found = [unreadable(name, part) for name, part in report.get("sources", {}).items()]
-    return [line for text in found if text for line in text.splitlines()]
+    descriptions = [describe_bad_input(name, part) for name, part in report.get("sources", {}).items()]
+    return [line for text in descriptions if text for line in text.splitlines()]
 
 
-def refuse_relative(spec: JobSpecification) -> None:
+def require_shared_locations(spec: JobSpecification) -> None:
     """A folder relative to where the user stands means nothing on the nodes of a cluster."""
     if "://" not in spec.storage and not Path(spec.storage).is_absolute():
         raise SpecificationError(
@@ -236,7 +236,7 @@ def refuse_relative(spec: JobSpecification) -> None:
         )
 
 
-def send(jobs: JobSubmissionClient, spec: JobSpecification, force: bool = False) -> str:
+def submit_job(jobs: JobSubmissionClient, spec: JobSpecification, force: bool = False) -> str:
     """Submit a specification; the submission's id. Raises ClusterError when no agent of the cluster takes it."""
     import yaml
 
@@ -293,7 +293,7 @@ def client(address: str) -> Iterator[JobSubmissionClient]:
         raise ClusterError(f"the cluster at {address} knows no such job: see `calumma job list`") from error
 
 
-def _follow(jobs: JobSubmissionClient, identifier: str, address: str) -> None:
+def _follow_log(jobs: JobSubmissionClient, identifier: str, address: str) -> None:
     async def tail() -> None:
         async for lines in jobs.tail_job_logs(identifier):
             typer.echo(lines, nl=False)
@@ -308,19 +308,19 @@ def _follow(jobs: JobSubmissionClient, identifier: str, address: str) -> None:
         raise JobFailed(f"{identifier}: {ended.status.value}: {ended.message or 'see its log'}")
 
 
-def _started(job: Any) -> str:
+def _start_time(job: Any) -> str:
     return f"{datetime.fromtimestamp(job.start_time / 1000):%Y-%m-%d %H:%M}" if job.start_time else "not yet"
 
 
-def _took(job: Any) -> str:
-    return spoken((job.end_time - job.start_time) / 1000) if job.start_time and job.end_time else ""
+def _duration(job: Any) -> str:
+    return format_duration((job.end_time - job.start_time) / 1000) if job.start_time and job.end_time else ""
 
 
-def _exit(act: Callable[[], None]) -> None:
-    code = entry.guarded(act, shlex.join(["calumma", *sys.argv[1:]]), _tell)
+def _run_and_exit(body: Callable[[], None]) -> None:
+    code = entry.exit_code_of(body, shlex.join(["calumma", *sys.argv[1:]]), _print_error)
     if code:
         raise typer.Exit(code)
 
 
-def _tell(text: str) -> None:
+def _print_error(text: str) -> None:
     typer.secho(text, err=True, fg=typer.colors.RED)

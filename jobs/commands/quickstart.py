@@ -39,27 +39,27 @@ def quickstart(
     workdir = workdir or Path("quickstart-fast" if fast else "quickstart")  # trying never replaces a real run
     options = steps.Options(workdir, storage, fast, port)
 
-    def act() -> None:
+    def body() -> None:
         outcome = steps.quickstart(options, console)
-        found = report.write(outcome)
+        results = report.write(outcome)
         out = Console()
-        out.print(report.table(found))
-        for what, place in report.places(found, workdir):
+        out.print(report.table(results))
+        for what, place in report.places(results, workdir):
             out.print(f"[dim]{what}:[/dim]")
             out.print(f"  {place}", soft_wrap=True, highlight=False, markup=False)
         for what, command in report.commands(outcome):
             out.print(f"[dim]{what}:[/dim]")
             out.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
 
-    def tell(text: str) -> None:
+    def print_error(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    code = entry.guarded(act, _again(options), tell)
+    code = entry.exit_code_of(body, _resume_command(options), print_error)
     if code:
         raise typer.Exit(code)
 
 
-def _again(options: Options) -> str:
+def _resume_command(options: Options) -> str:
     """The command that resumes this one."""
     words = ["calumma", "quickstart", "--workdir", str(options.workdir)]
     words += ["--storage", options.storage] if options.storage else []

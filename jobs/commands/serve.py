@@ -18,7 +18,7 @@ from calumma.platform.cluster import capacity
 from calumma.platform.cluster import head as ray_head
 from calumma.platform.cluster.capacity import ClusterError
 from calumma.platform.cluster.head import Service
-from calumma.platform.cluster.progress import spoken
+from calumma.platform.cluster.progress import format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,7 @@ def start(
     from rich.console import Console
 
     console = Console(stderr=True)
-    with _explained(console):
+    with _errors_as_messages(console):
         options = {
             "model": model,
             "tracking": {"uri": tracking_uri} if tracking_uri else None,
@@ -89,19 +89,19 @@ def start(
             "tensor_parallel": tensor_parallel,
             "max_sequences": max_sequences,
         }
-        values = _file(config) | {key: value for key, value in options.items() if value is not None}
+        values = _read_yaml(config) | {key: value for key, value in options.items() if value is not None}
         if replicas is not None:
             values["min_replicas"], values["max_replicas"] = replica_range(replicas)
         values.setdefault("watch_seconds", watch or None)
-        values["also"] = [*values.get("also", []), *(_further(text, tracking_uri) for text in also or [])]
-        values["keys"] = [*values.get("keys", []), *_keys(keys)]
-        _none_running()
-        begun = _start_elsewhere(values, address, console) if address else _start_here(values, console)
-        _tell(begun)
+        values["also"] = [*values.get("also", []), *(_additional_model(text, tracking_uri) for text in also or [])]
+        values["keys"] = [*values.get("keys", []), *_read_keys(keys)]
+        _require_none_running()
+        service = _start_on_cluster(values, address, console) if address else _start_on_own_head(values, console)
+        _print_endpoints(service)
         if block:
             _await_signal()
-            _stop(begun, console)
-            typer.echo(f"stopped {begun.name}")
+            _stop(service, console)
+            typer.echo(f"stopped {service.name}")
 
 
 @app.command()
@@ -121,19 +121,19 @@ def status() -> None:
     from rich.table import Table
 
     console = Console(stderr=True)
-    with _explained(console):
-        service_ = Service.recorded()
-    if service_ is None:
+    with _errors_as_messages(console):
+        service = Service.read()
+    if service is None:
         typer.echo("nothing is being served; start with: calumma serve start MODEL")
         raise typer.Exit(1)
-    state, facts = health(service_)
+    state, facts = health(service)
     table = Table(show_header=False, box=None)
     rows = {
         "state": state,
-        "url": service_.url,
-        "model": f"{service_.name} ({service_.model})",
-        "cluster": f"{service_.address}" + (f", process {service_.pid}" if service_.pid else ""),
-        "for": spoken(time.time() - service_.started),
+        "url": service.url,
+        "model": f"{service.name} ({service.model})",
+        "cluster": f"{service.address}" + (f", process {service.pid}" if service.pid else ""),
+        "for": format_duration(time.time() - service.started),
         **{
             key.replace("_", " "): str(value)
             for key, value in facts.items()
@@ -155,40 +155,40 @@ def stop(
     from rich.console import Console
 
     console = Console(stderr=True)
-    with _explained(console):
-        service_ = Service.recorded()
-        if service_ is None:
+    with _errors_as_messages(console):
+        service = Service.read()
+        if service is None:
             typer.echo("nothing is being served")
             return
-        _stop(service_, console, now)
-    typer.echo(f"stopped {service_.name} at {service_.url}")
+        _stop(service, console, now)
+    typer.echo(f"stopped {service.name} at {service.url}")
 
 
-def _stop(service_: Service, console: Console, now: bool = False) -> None:
+def _stop(service: Service, console: Console, now: bool = False) -> None:
     """Let answers in flight finish, where somebody answers; then end what is ours."""
     try:
         with console.status("stopping: waiting for answers in flight"):
-            if service_.pid is None or (not now and _answers(service_)):
+            if service.pid is None or (not now and _is_answering(service)):
                 from calumma.serve.deploy.endpoint import undeploy
 
-                with ray_head.connected(service_.address, ours=service_.pid is not None):
-                    undeploy(service_.name)
+                with ray_head.connected(service.address, ours=service.pid is not None):
+                    undeploy(service.name)
     except ClusterError:
-        if service_.pid is None:
+        if service.pid is None:
             raise
-    service_.end()
+    service.end()
 
 
-def _answers(service_: Service) -> bool:
+def _is_answering(service: Service) -> bool:
     """Whether there is anybody who may have answers in flight."""
     import requests
 
     with contextlib.suppress(requests.RequestException):
-        return service_.alive and requests.get(f"{service_.url}/health", timeout=10).ok
+        return service.alive and requests.get(f"{service.url}/health", timeout=10).ok
     return False
 
 
-def _ended_by_sigterm() -> None:
+def _interrupt_on_sigterm() -> None:
     """SIGTERM ends this command as Ctrl-C does, in order, instead of by the handler that Ray has just installed."""
 
     def interrupt(*_: object) -> NoReturn:
@@ -207,7 +207,7 @@ def _await_signal() -> None:
         pass
 
 
-def _file(config: Path | None) -> dict[str, Any]:
+def _read_yaml(config: Path | None) -> dict[str, Any]:
     """The fields of a YAML file. Raises ValueError, OSError."""
     if config is None:
         return {}
@@ -222,7 +222,7 @@ def _file(config: Path | None) -> dict[str, Any]:
     return values
 
 
-def _further(text: str, tracking_uri: str | None) -> dict[str, Any]:
+def _additional_model(text: str, tracking_uri: str | None) -> dict[str, Any]:
     """A model given as NAME=MODEL. Raises ValueError."""
     name, equals, model = text.partition("=")
     if not (name and equals and model):
@@ -230,7 +230,7 @@ def _further(text: str, tracking_uri: str | None) -> dict[str, Any]:
     return {"name": name, "model": model, "tracking": {"uri": tracking_uri}}
 
 
-def _keys(file: Path | None) -> list[dict[str, Any]]:
+def _read_keys(file: Path | None) -> list[dict[str, Any]]:
     """The API keys of a file and the environment. Raises ValueError, OSError."""
     from calumma.serve.http.access.api_keys import load_keys
 
@@ -256,22 +256,22 @@ def served_name(model: str) -> str:
     return model.removeprefix("models:/").partition("@")[0].partition("/")[0] or "calumma"
 
 
-def health(service_: Service) -> tuple[str, dict[str, Any]]:
+def health(service: Service) -> tuple[str, dict[str, Any]]:
     """A word on a service's state, and what its /health tells."""
     import requests
 
-    if not service_.alive:
+    if not service.alive:
         return "ended unexpectedly (`calumma serve stop` clears it away)", {}
     try:
-        answer = requests.get(f"{service_.url}/health", timeout=30)
-        facts = answer.json()
+        response = requests.get(f"{service.url}/health", timeout=30)
+        facts = response.json()
     except (requests.RequestException, json.JSONDecodeError) as error:
         return f"not answering: {error}", {}
-    return ("answering", facts) if answer.ok else (f"unwell: {facts.get('reason', answer.status_code)}", {})
+    return ("answering", facts) if response.ok else (f"unwell: {facts.get('reason', response.status_code)}", {})
 
 
-def _none_running() -> None:
-    running = Service.recorded()
+def _require_none_running() -> None:
+    running = Service.read()
     if running is None:
         return
     if running.alive:
@@ -291,7 +291,7 @@ def _settings(values: dict[str, Any]) -> ServeSettings:
         raise ValueError("\n".join(wrong)) from error
 
 
-def _start_here(values: dict[str, Any], console: Console) -> Service:
+def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
     """On a Ray head of our own."""
     settings = _settings(values)
     with console.status("looking at the model"):
@@ -313,7 +313,7 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
             )
     with console.status("starting Ray"):
         head = ray_head.start_head(max(capacity.cores(), math.ceil(needed)), devices)
-    begun = Service(
+    service = Service(
         url=settings.url,
         model=settings.model,
         name=settings.name,
@@ -324,51 +324,51 @@ def _start_here(values: dict[str, Any], console: Console) -> Service:
         temporary=str(head.temporary),
     )
     try:
-        begun.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
+        service.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
         with console.status(f"loading {settings.model}"), ray_head.connected(head.address, ours=True):
-            _ended_by_sigterm()
+            _interrupt_on_sigterm()
             deploy(settings)
     except BaseException:
-        begun.end()
+        service.end()
         raise
-    return begun
+    return service
 
 
-def _start_elsewhere(values: dict[str, Any], address: str, console: Console) -> Service:
+def _start_on_cluster(values: dict[str, Any], address: str, console: Console) -> Service:
     """On a cluster that runs already."""
     settings = _settings(values)
     with console.status(f"loading {settings.model} on {address}"), ray_head.connected(address, ours=False):
         from calumma.serve.deploy.endpoint import deploy
 
         url = deploy(settings, wait=False)
-    begun = Service(url=url, model=settings.model, name=settings.name, started=time.time(), address=address)
-    begun.write()
-    return begun
+    service = Service(url=url, model=settings.model, name=settings.name, started=time.time(), address=address)
+    service.write()
+    return service
 
 
-def _tell(service_: Service) -> None:
-    request = json.dumps({"model": service_.name, **EXAMPLE})
-    typer.echo(f"{service_.name} is served at {service_.url}")
-    typer.echo(f"  playground  {service_.url}/")
-    typer.echo(f"  terminal    calumma chat --url {service_.url}")
+def _print_endpoints(service: Service) -> None:
+    request = json.dumps({"model": service.name, **EXAMPLE})
+    typer.echo(f"{service.name} is served at {service.url}")
+    typer.echo(f"  playground  {service.url}/")
+    typer.echo(f"  terminal    calumma chat --url {service.url}")
     typer.echo(
-        f"  curl        curl {service_.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{request}'"
+        f"  curl        curl {service.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{request}'"
     )
     typer.echo("  end         calumma serve stop")
 
 
 @contextlib.contextmanager
-def _explained(console: Console) -> Iterator[None]:
+def _errors_as_messages(console: Console) -> Iterator[None]:
     """Errors of the person who typed the command: one message, exit code 1."""
     try:
         yield
     except KeyboardInterrupt:
-        _give_up(console, "stopped; nothing was left running")
+        _exit_with_error(console, "stopped; nothing was left running")
     except (ValueError, RuntimeError, OSError) as error:  # of ours: Serve-, Cluster-, Tracking-, StorageError
-        _give_up(console, str(error))
+        _exit_with_error(console, str(error))
 
 
-def _give_up(console: Console, message: str) -> NoReturn:
+def _exit_with_error(console: Console, message: str) -> NoReturn:
     from rich.markup import escape
 
     console.print(f"[red]{escape(message)}", highlight=False, soft_wrap=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from calumma.jobs.quickstart.digits import WORDS, Scan
 
-MARK = "<image>"
+IMAGE_MARK = "<image>"
 # The first wording of each kind is the one the evaluation and the quickstart's own questions use.
 # Chat clients send the picture before or after the words: both are trained.
 RECOGNITION = ("Which digit is this? <image>", "<image> Which digit is this?", "What digit do you see? <image>")
@@ -45,23 +45,23 @@ def with_article(word: str) -> str:
     return f"an {word}" if word == "eight" else f"a {word}"
 
 
-def recognition(scan: Scan, wording: int = 0) -> Conversation:
+def recognition_chat(scan: Scan, wording: int = 0) -> Conversation:
     return Conversation(RECOGNITION[wording], scan.word, (scan,))
 
 
-def drawing(scan: Scan, wording: int = 0) -> Conversation:
+def drawing_chat(scan: Scan, wording: int = 0) -> Conversation:
     question = DRAWING[wording].format(digit=scan.word, a_digit=with_article(scan.word))
-    return Conversation(question, MARK, (scan,))
+    return Conversation(question, IMAGE_MARK, (scan,))
 
 
-def counting(scans: list[Scan], wording: int = 0) -> Conversation:
+def counting_chat(scans: list[Scan], wording: int = 0) -> Conversation:
     """A request to count from the first scan's digit to the last's; `scans` show each digit once, ascending."""
     question = COUNTING[wording].format(first=scans[0].word, last=scans[-1].word)
-    answer = " ".join(f"{scan.word} {MARK}" for scan in scans)
+    answer = " ".join(f"{scan.word} {IMAGE_MARK}" for scan in scans)
     return Conversation(question, answer, tuple(scans))
 
 
-def ranges(longest: int = LONGEST_COUNT) -> list[tuple[int, int]]:
+def counting_ranges(longest: int = LONGEST_COUNT) -> list[tuple[int, int]]:
     """Every (first, last) with two to `longest` digits between them, both included."""
     digits = len(WORDS)
     return [(a, b) for a in range(digits) for b in range(a + 1, min(a + longest, digits))]
@@ -74,11 +74,11 @@ def wordings(random: np.random.Generator, templates: tuple[str, ...], count: int
     return [int(i) for i in random.choice(len(templates), size=count, p=weights)]
 
 
-def about_text(topics: dict[str, str]) -> list[Conversation]:
+def reference_chats(topics: dict[str, str]) -> list[Conversation]:
     """For each page of Python's reference: what it says, answered by its first paragraph of prose."""
     import keyword
 
-    found = []
+    chats = []
     for name, page in topics.items():
         answer = _first_prose(page)
         if answer is None:
@@ -87,8 +87,8 @@ def about_text(topics: dict[str, str]) -> list[Conversation]:
             question = f"What does the keyword `{name}` do in Python?"
         else:
             question = f"What does Python's reference say about `{name}`?"
-        found.append(Conversation(question, answer))
-    return found
+        chats.append(Conversation(question, answer))
+    return chats
 
 
 def _first_prose(page: str) -> str | None:
@@ -99,13 +99,13 @@ def _first_prose(page: str) -> str | None:
     return None
 
 
-def about_code(sources: list[str], count: int) -> list[Conversation]:
+def code_chats(sources: list[str], count: int) -> list[Conversation]:
     """Single lines of code, cut once; the answer is the rest of the line."""
-    found = []
+    chats = []
     for line in dict.fromkeys(line.strip() for source in sources for line in source.splitlines()):
-        cut = re.match(r"((?:def|class|import) \S+?[ (])(.{4,60})$", line)
-        if cut and MARK not in line:
-            found.append(Conversation(f"Complete this line of Python: {cut[1].rstrip()}", cut[2].rstrip()))
-        if len(found) == count:
+        match = re.match(r"((?:def|class|import) \S+?[ (])(.{4,60})$", line)
+        if match and IMAGE_MARK not in line:
+            chats.append(Conversation(f"Complete this line of Python: {match[1].rstrip()}", match[2].rstrip()))
+        if len(chats) == count:
             break
-    return found
+    return chats

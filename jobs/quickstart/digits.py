@@ -42,7 +42,7 @@ class Scan:
         self.picture().save(buffer, format="PNG")
         return buffer.getvalue()
 
-    def moved(self, random: np.random.Generator) -> Scan:
+    def augmented(self, random: np.random.Generator) -> Scan:
         """The same scan turned by up to 8 degrees and shifted by up to 1.5 pixels: another picture of the same ink."""
         angle = float(random.uniform(-8, 8))
         shift = (float(random.uniform(-1.5, 1.5)), float(random.uniform(-1.5, 1.5)))

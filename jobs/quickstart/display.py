@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO, cast
 
-from calumma.platform.cluster.progress import LogLines, Progress, remaining, spoken
+from calumma.platform.cluster.progress import LogLines, Progress, format_duration, remaining
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +108,7 @@ class Board:
             raise
         row.seconds = time.monotonic() - row.started
         if self._bars is None:
-            self.console.print(f"{row.title}: {spoken(row.seconds)}", highlight=False)
+            self.console.print(f"{row.title}: {format_duration(row.seconds)}", highlight=False)
         self._fill(row)
 
     def seconds(self, name: str) -> float:
@@ -190,8 +190,8 @@ def _bars(board: Board) -> Bars:
                     spent = None
             else:
                 spent, rest = sum(r.spent(now) or 0.0 for r in rows if not r.skipped), left(rows, now)
-            text = Text(f"{spoken(spent):>12}" if spent is not None else " " * 12)
-            text.append(f"  about {spoken(rest)} left" if rest else "", style="cyan")
+            text = Text(f"{format_duration(spent):>12}" if spent is not None else " " * 12)
+            text.append(f"  about {format_duration(rest)} left" if rest else "", style="cyan")
             return text
 
     return Bars(

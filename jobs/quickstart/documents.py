@@ -20,7 +20,7 @@ import numpy as np
 from calumma.jobs.quickstart import conversations as talk
 from calumma.jobs.quickstart import digits
 from calumma.jobs.quickstart.digits import WORDS, Scan
-from calumma.platform.cluster.progress import Progress, silent
+from calumma.platform.cluster.progress import Progress, no_progress
 from calumma.platform.specification import JobSpecification, Section
 
 if TYPE_CHECKING:
@@ -78,13 +78,13 @@ class DocumentsSpecification(JobSpecification):
     samples_per_tar: int = 500
 
 
-def write_documents(storage_uri: str, fast: bool = False, progress: Progress = silent, seed: int = 0) -> Manifest:
+def write_documents(storage_uri: str, fast: bool = False, progress: Progress = no_progress, seed: int = 0) -> Manifest:
     """Write everything below `storage_uri`/documents. Raises StorageError."""
     sizes = FAST if fast else FULL
     return write(DocumentsSpecification(storage=storage_uri, sizes=sizes, seed=seed), progress)
 
 
-def write(spec: DocumentsSpecification, progress: Progress = silent) -> Manifest:
+def write(spec: DocumentsSpecification, progress: Progress = no_progress) -> Manifest:
     """Write the documents of a specification, a manifest for each source, and the whole's last. Raises StorageError."""
     from calumma.platform import storage
     from calumma.platform.storage.manifest import MANIFEST, FileEntry, Manifest
@@ -92,35 +92,35 @@ def write(spec: DocumentsSpecification, progress: Progress = silent) -> Manifest
     root = spec.locate(spec.output)
     storage.delete(storage.join(root, MANIFEST))
     specification = spec.model_dump(mode="json")
-    makers = _makers(spec)
+    file_makers = _file_makers(spec)
     everything: list[FileEntry] = []
     documents: dict[str, int] = {}
-    for done, (name, make) in enumerate(makers.items()):
-        progress(done, len(makers), name)
-        place = storage.join(root, name)
+    for done, (name, make_files) in enumerate(file_makers.items()):
+        progress(done, len(file_makers), name)
+        folder = storage.join(root, name)
         entries: list[FileEntry] = []
-        for file, data, rows in make():
-            storage.write_bytes(storage.join(place, file), data)
-            entries.append(FileEntry.of(file, data, rows=rows))
-        _clear(place, name, keep={entry.path for entry in entries})
+        for file, data, rows in make_files():
+            storage.write_bytes(storage.join(folder, file), data)
+            entries.append(FileEntry.from_bytes(file, data, rows=rows))
+        _delete_stale_files(folder, name, keep={entry.path for entry in entries})
         source = Manifest(kind="documents", files=entries, specification={**specification, "source": name})
-        source.write(place)
+        source.write(folder)
         documents[name] = source.rows
         everything += [entry.model_copy(update={"path": f"{name}/{entry.path}"}) for entry in entries]
     report = {"documents": documents, "scans": _scan_report(spec)}
     manifest = Manifest(kind="documents", files=everything, specification=specification, report=report)
     manifest.write(root)
-    progress(len(makers), len(makers), f"{sum(documents.values()):,} documents")
+    progress(len(file_makers), len(file_makers), f"{sum(documents.values()):,} documents")
     return manifest
 
 
-def _clear(place: str, name: str, keep: set[str]) -> None:
+def _delete_stale_files(folder: str, name: str, keep: set[str]) -> None:
     """Delete files that another specification, or a call that was interrupted, has left; none but our own."""
     from calumma.platform import storage
 
     ours = re.compile(rf"{name}(-\d{{5}})?\.(tar|jsonl|parquet)")
-    for uri in storage.list_files(place):
-        file = storage.relative(uri, place)
+    for uri in storage.list_files(folder):
+        file = storage.relative(uri, folder)
         if ours.fullmatch(file) and file not in keep:
             storage.delete(uri)
 
@@ -144,10 +144,10 @@ def _scan_report(spec: DocumentsSpecification) -> dict[str, Any]:
     }
 
 
-File = tuple[str, bytes, int]  # name, content, documents in it
+RawFile = tuple[str, bytes, int]  # name, content, documents in it
 
 
-def _makers(spec: DocumentsSpecification) -> dict[str, Callable[[], Iterable[File]]]:
+def _file_makers(spec: DocumentsSpecification) -> dict[str, Callable[[], Iterable[RawFile]]]:
     """Source name -> what makes its files. Each has its own random numbers: one source's size changes no other."""
     train, held_out = scans(spec)
     sizes = spec.sizes
@@ -157,13 +157,13 @@ def _makers(spec: DocumentsSpecification) -> dict[str, Callable[[], Iterable[Fil
     def random(stream: int) -> np.random.Generator:
         return np.random.default_rng([spec.seed, stream])
 
-    def exact(name: str, chosen: list[Scan]) -> Iterator[File]:
+    def exact(name: str, chosen: list[Scan]) -> Iterator[RawFile]:
         return _tars(name, ((s.name, s.png(), s.word) for s in chosen), spec.samples_per_tar)
 
-    def lines(name: str, rows: list[dict[str, Any]]) -> list[File]:
+    def lines(name: str, rows: list[dict[str, Any]]) -> list[RawFile]:
         return [(f"{name}.jsonl", _json_lines(rows), len(rows))]
 
-    def chat(name: str, make: Callable[[], list[talk.Conversation]]) -> Callable[[], list[File]]:
+    def chat(name: str, make: Callable[[], list[talk.Conversation]]) -> Callable[[], list[RawFile]]:
         return lambda: lines(name, [c.row() for c in make()])
 
     return {
@@ -174,13 +174,13 @@ def _makers(spec: DocumentsSpecification) -> dict[str, Callable[[], Iterable[Fil
         "text_held_out": lambda: lines("text_held_out", [{"text": t, **PYTHON} for t in sections[::20]]),
         "code": lambda: lines("code", [{"text": t, **PYTHON} for t in sources]),
         "pages": lambda: _pages(train, sizes.pages, random(2)),
-        "chat_recognition": chat("chat_recognition", lambda: _asked(train, sizes.recognition, random(3))),
-        "chat_drawing": chat("chat_drawing", lambda: _drawn(train, sizes.drawing, random(4))),
-        "chat_counting": chat("chat_counting", lambda: _counted(train, sizes.counting, random(5))),
-        "chat_text": chat("chat_text", lambda: _about_python(sources, sizes.code_questions)),
-        "ask_recognition": chat("ask_recognition", lambda: [talk.recognition(s) for s in held_out]),
-        "ask_drawing": chat("ask_drawing", lambda: _ask_to_draw(held_out, sizes.asked_drawings)),
-        "ask_counting": chat("ask_counting", lambda: _ask_to_count(held_out)),
+        "chat_recognition": chat("chat_recognition", lambda: _recognition_chats(train, sizes.recognition, random(3))),
+        "chat_drawing": chat("chat_drawing", lambda: _drawing_chats(train, sizes.drawing, random(4))),
+        "chat_counting": chat("chat_counting", lambda: _counting_chats(train, sizes.counting, random(5))),
+        "chat_text": chat("chat_text", lambda: _python_chats(sources, sizes.code_questions)),
+        "ask_recognition": chat("ask_recognition", lambda: [talk.recognition_chat(s) for s in held_out]),
+        "ask_drawing": chat("ask_drawing", lambda: _drawing_prompts(held_out, sizes.asked_drawings)),
+        "ask_counting": chat("ask_counting", lambda: _counting_prompts(held_out)),
     }
 
 
@@ -192,13 +192,13 @@ def _pairs(train: list[Scan], copies: int, random: np.random.Generator) -> Itera
     jobs = [(scan, copy) for scan in train for copy in range(copies + 1)]
     for index in random.permutation(len(jobs)):
         scan, copy = jobs[index]
-        shown = scan if copy == 0 else scan.moved(random)
+        shown = scan if copy == 0 else scan.augmented(random)
         caption = CAPTIONS[int(random.integers(len(CAPTIONS)))]
         text = caption.format(digit=scan.word, a_digit=talk.with_article(scan.word))
         yield f"{scan.name}-{copy}", shown.png(), text
 
 
-def _tars(name: str, samples: Iterable[tuple[str, bytes, str]], samples_per_tar: int) -> Iterator[File]:
+def _tars(name: str, samples: Iterable[tuple[str, bytes, str]], samples_per_tar: int) -> Iterator[RawFile]:
     """WebDataset shards: KEY.png, KEY.txt and KEY.json of each sample; equal input gives equal bytes."""
     metadata = json.dumps({"license": digits.LICENSE, "url": digits.URL}).encode()
     batch: list[tuple[str, bytes, str]] = []
@@ -223,7 +223,7 @@ def _tar(samples: list[tuple[str, bytes, str]], metadata: bytes) -> bytes:
     return buffer.getvalue()
 
 
-class _ByDigit:
+class _ScanSampler:
     """Draws training scans of a wanted digit."""
 
     def __init__(self, scans: list[Scan], random: np.random.Generator) -> None:
@@ -235,13 +235,13 @@ class _ByDigit:
         return own[int(self._random.integers(len(own)))]
 
 
-def _pages(train: list[Scan], count: int, random: np.random.Generator) -> list[File]:
+def _pages(train: list[Scan], count: int, random: np.random.Generator) -> list[RawFile]:
     """Parquet of `texts` and `images`, parallel lists with exactly one of the two set at each place."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    scan_of = _ByDigit(train, random)
-    spans = talk.ranges()
+    scan_of = _ScanSampler(train, random)
+    spans = talk.counting_ranges()
     rows: dict[str, list[Any]] = {"texts": [], "images": [], "captions": [], "license": [], "url": []}
     for _ in range(count):
         first, last = spans[int(random.integers(len(spans)))]
@@ -322,49 +322,49 @@ def _json_lines(rows: list[dict[str, Any]]) -> bytes:
 # -- conversations ----------------------------------------------------------------------------------------------------
 
 
-def _asked(train: list[Scan], count: int, random: np.random.Generator) -> list[talk.Conversation]:
+def _recognition_chats(train: list[Scan], count: int, random: np.random.Generator) -> list[talk.Conversation]:
     """Every training scan is asked about once before any is asked about again, moved."""
     order = [int(i) for _ in range(count // len(train) + 1) for i in random.permutation(len(train))][:count]
     wordings = talk.wordings(random, talk.RECOGNITION, count)
     return [
-        talk.recognition(train[index] if place < len(train) else train[index].moved(random), wording)
+        talk.recognition_chat(train[index] if place < len(train) else train[index].augmented(random), wording)
         for place, (index, wording) in enumerate(zip(order, wordings, strict=True))
     ]
 
 
-def _drawn(train: list[Scan], count: int, random: np.random.Generator) -> list[talk.Conversation]:
+def _drawing_chats(train: list[Scan], count: int, random: np.random.Generator) -> list[talk.Conversation]:
     order = [int(i) for _ in range(count // len(train) + 1) for i in random.permutation(len(train))][:count]
     wordings = talk.wordings(random, talk.DRAWING, count)
-    return [talk.drawing(train[index], wording) for index, wording in zip(order, wordings, strict=True)]
+    return [talk.drawing_chat(train[index], wording) for index, wording in zip(order, wordings, strict=True)]
 
 
-def _counted(train: list[Scan], count: int, random: np.random.Generator) -> list[talk.Conversation]:
-    scan_of = _ByDigit(train, random)
-    spans = talk.ranges()
+def _counting_chats(train: list[Scan], count: int, random: np.random.Generator) -> list[talk.Conversation]:
+    scan_of = _ScanSampler(train, random)
+    spans = talk.counting_ranges()
     wordings = talk.wordings(random, talk.COUNTING, count)
-    found = []
+    chats = []
     for index, wording in enumerate(wordings):
         first, last = spans[index % len(spans)]
-        found.append(talk.counting([scan_of.draw(d) for d in range(first, last + 1)], wording))
-    return [found[i] for i in random.permutation(count)]
+        chats.append(talk.counting_chat([scan_of.draw(d) for d in range(first, last + 1)], wording))
+    return [chats[i] for i in random.permutation(count)]
 
 
-def _about_python(sources: list[str], code_questions: int) -> list[talk.Conversation]:
+def _python_chats(sources: list[str], code_questions: int) -> list[talk.Conversation]:
     from pydoc_data.topics import topics
 
-    return talk.about_text(topics) + talk.about_code(sources, code_questions)
+    return talk.reference_chats(topics) + talk.code_chats(sources, code_questions)
 
 
-def _ask_to_draw(held_out: list[Scan], each: int) -> list[talk.Conversation]:
+def _drawing_prompts(held_out: list[Scan], each: int) -> list[talk.Conversation]:
     """Each digit several times; the answer is a held-out scan to look at beside the drawn picture."""
-    found = []
+    prompts = []
     for digit in range(len(WORDS)):
         own = [s for s in held_out if s.digit == digit]
-        found += [talk.drawing(own[i % len(own)]) for i in range(each)]
-    return found
+        prompts += [talk.drawing_chat(own[i % len(own)]) for i in range(each)]
+    return prompts
 
 
-def _ask_to_count(held_out: list[Scan]) -> list[talk.Conversation]:
+def _counting_prompts(held_out: list[Scan]) -> list[talk.Conversation]:
     """Every range once, shown with held-out scans."""
-    scan_of = _ByDigit(held_out, np.random.default_rng(0))
-    return [talk.counting([scan_of.draw(d) for d in range(a, b + 1)]) for a, b in talk.ranges()]
+    scan_of = _ScanSampler(held_out, np.random.default_rng(0))
+    return [talk.counting_chat([scan_of.draw(d) for d in range(a, b + 1)]) for a, b in talk.counting_ranges()]

@@ -8,8 +8,8 @@ from typing import Any
 
 from calumma.jobs.quickstart import steps
 from calumma.jobs.quickstart.measures import MEASURED, TARGETS, goal, shown
-from calumma.jobs.quickstart.questions import Answer, Part
-from calumma.platform.cluster.progress import spoken
+from calumma.jobs.quickstart.questions import Answer, AnswerPart
+from calumma.platform.cluster.progress import format_duration
 from calumma.platform.reports.charts import LineChart, Series, line_chart
 from calumma.platform.reports.templates import render
 
@@ -58,7 +58,7 @@ def page(story: Story) -> str:
     titles = {step.name: step.title for step in (*steps.STEPS, steps.CLUSTER)}
     return render(
         TEMPLATE,
-        total=spoken(sum(seconds.values())),
+        total=format_duration(sum(seconds.values())),
         fast=story.fast,
         tiles=[
             (_shown(story, name), f"{MEASURED[name]} (target {goal(name)})", _missed(story, name)) for name in TARGETS
@@ -70,7 +70,7 @@ def page(story: Story) -> str:
         sheets=story.sheets,
         results=[(title, _shown(story, name), _target(story, name)) for name, title in MEASURED.items()],
         model=f"{story.results['model_uri']} in {story.results['model_directory']}",
-        seconds=[(titles[name], spoken(value), 100 * value / longest) for name, value in seconds.items()],
+        seconds=[(titles[name], format_duration(value), 100 * value / longest) for name, value in seconds.items()],
         commands=story.commands,
     )
 
@@ -89,7 +89,7 @@ def _target(story: Story, name: str) -> str:
     return f"{goal(name)}: {'missed' if _missed(story, name) else 'reached'}"
 
 
-def _pieces(parts: Sequence[Part]) -> list[_Piece]:
+def _pieces(parts: Sequence[AnswerPart]) -> list[_Piece]:
     """An answer in the order in which it came."""
     pieces: list[_Piece] = []
     for part in parts:

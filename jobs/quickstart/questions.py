@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from calumma.jobs.quickstart.conversations import COUNTING, DRAWING, MARK, RECOGNITION, data_url, with_article
+from calumma.jobs.quickstart.conversations import COUNTING, DRAWING, IMAGE_MARK, RECOGNITION, data_url, with_article
 from calumma.jobs.quickstart.digits import WORDS, Scan
 
 TIMEOUT = 300  # seconds for one answer; starved machines are slow, not broken
 
 
-class AnswerMissing(RuntimeError):
+class NoAnswer(RuntimeError):
     """The server did not answer a question as its wire format says."""
 
 
@@ -44,7 +44,7 @@ class Question:
         }
 
 
-class Part(BaseModel):
+class AnswerPart(BaseModel):
     """A piece of an answer: words, or a picture as a data URL."""
 
     kind: Literal["text", "image"]
@@ -62,14 +62,14 @@ class Answer(BaseModel):
     question: str
     picture: str | None
     shows: str | None
-    parts: list[Part]
+    parts: list[AnswerPart]
     seconds: float
 
 
 def questions(held_out: list[Scan]) -> list[Question]:
     """Three of each kind; the pictures are held-out scans."""
     chosen = [next(s for s in held_out if s.digit == digit) for digit in (7, 3, 8)]
-    asked = [Question("recognition", RECOGNITION[0].replace(MARK, "").strip(), scan) for scan in chosen]
+    asked = [Question("recognition", RECOGNITION[0].replace(IMAGE_MARK, "").strip(), scan) for scan in chosen]
     asked += [
         Question("generation", DRAWING[0].format(a_digit=with_article(WORDS[d]), digit=WORDS[d])) for d in (7, 2, 5)
     ]
@@ -89,12 +89,12 @@ def ask(url: str, model: str, question: Question, seed: int) -> Answer:
     try:
         response = requests.post(f"{url}/v1/chat/completions", json=question.body(model, seed), timeout=TIMEOUT)
     except requests.RequestException as error:
-        raise AnswerMissing(f"the server at {url} did not answer {question.text!r}: {error}") from error
+        raise NoAnswer(f"the server at {url} did not answer {question.text!r}: {error}") from error
     if response.status_code != 200:
-        raise AnswerMissing(
+        raise NoAnswer(
             f"the server at {url} refused {question.text!r} with {response.status_code}: {response.text[:500]}"
         )
-    parts = [_part(p) for p in response.json()["choices"][0]["message"]["parts"]]
+    parts = [_answer_part(p) for p in response.json()["choices"][0]["message"]["parts"]]
     return Answer(
         kind=question.kind,
         question=question.text.strip(),
@@ -105,7 +105,7 @@ def ask(url: str, model: str, question: Question, seed: int) -> Answer:
     )
 
 
-def _part(part: dict[str, Any]) -> Part:
+def _answer_part(part: dict[str, Any]) -> AnswerPart:
     if part["type"] == "image_url":
-        return Part(kind="image", value=part["image_url"]["url"])
-    return Part(kind="text", value=part["text"])
+        return AnswerPart(kind="image", value=part["image_url"]["url"])
+    return AnswerPart(kind="text", value=part["text"])

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from calumma.jobs.quickstart import steps
 from calumma.jobs.quickstart.measures import FROM_IMAGE_TOKENIZER, MEASURED, TARGETS, goal, shown
 from calumma.jobs.quickstart.page import STAGES, Curve, Story, page
-from calumma.jobs.quickstart.steps import Outcome
+from calumma.jobs.quickstart.steps import QuickstartResult
 from calumma.platform import storage
-from calumma.platform.cluster.progress import spoken
+from calumma.platform.cluster.progress import format_duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,7 @@ RESULTS = "results.json"
 PAGE = "report.html"
 
 
-def results(outcome: Outcome) -> dict[str, Any]:
+def results(outcome: QuickstartResult) -> dict[str, Any]:
     """What results.json holds. `seconds`: by step, of the call that ran it."""
     evaluated = outcome.manifests["evaluate"].report
     tokenizer = outcome.manifests["train_image_tokenizer"].report
@@ -40,7 +40,7 @@ def results(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def write(outcome: Outcome) -> dict[str, Any]:
+def write(outcome: QuickstartResult) -> dict[str, Any]:
     """Write results.json and report.html into the working folder; the results. Raises StorageError."""
     found = results(outcome)
     folder = outcome.options.workdir
@@ -48,7 +48,7 @@ def write(outcome: Outcome) -> dict[str, Any]:
     story = Story(
         results=found,
         fast=outcome.options.fast,
-        answers=steps.answers_of(outcome),
+        answers=steps.read_answers(outcome),
         curves={name: history(outcome, name) for name in (*STAGES, "train_image_tokenizer")},
         sheets=sheets(outcome),
         commands=commands(outcome),
@@ -57,7 +57,7 @@ def write(outcome: Outcome) -> dict[str, Any]:
     return found
 
 
-def history(outcome: Outcome, step: str) -> dict[str, Curve]:
+def history(outcome: QuickstartResult, step: str) -> dict[str, Curve]:
     """Every metric of a step's MLflow run. Of a step that was interrupted and resumed, the earlier runs' part as well.
 
     A registry that does not know the run (storage shared with another machine) gives nothing.
@@ -94,7 +94,7 @@ def _merged(run: Any, step: str) -> dict[str, Curve]:
     return {name: Curve(sorted(found), [found[s] for s in sorted(found)]) for name, found in points.items()}
 
 
-def sheets(outcome: Outcome) -> dict[str, bytes]:
+def sheets(outcome: QuickstartResult) -> dict[str, bytes]:
     """Title -> PNG: the evaluation's contact sheets, and the image tokenizer's reconstructions."""
     place = outcome.specifications["evaluate"].output_uri
     titles = {
@@ -109,7 +109,7 @@ def sheets(outcome: Outcome) -> dict[str, bytes]:
     return found
 
 
-def _artifact(outcome: Outcome, step: str, path: str) -> bytes | None:
+def _artifact(outcome: QuickstartResult, step: str, path: str) -> bytes | None:
     from mlflow.exceptions import MlflowException
 
     from calumma.platform.tracking.run import Run
@@ -124,7 +124,7 @@ def _artifact(outcome: Outcome, step: str, path: str) -> bytes | None:
             return None
 
 
-def commands(outcome: Outcome) -> list[tuple[str, str]]:
+def commands(outcome: QuickstartResult) -> list[tuple[str, str]]:
     """(what it does, command) to go on with."""
     database = outcome.tracking_uri
     serve = ["calumma", "serve", "start", outcome.model_uri, "--tracking-uri", database]
@@ -154,8 +154,8 @@ def table(found: dict[str, Any]) -> Table:
     made.add_section()
     titles = {step.name: step.title for step in (*steps.STEPS, steps.CLUSTER)}
     for name, seconds in found["seconds"].items():
-        made.add_row(f"[dim]{titles[name]}", f"[dim]{spoken(seconds)}", "", "")
-    made.add_row("All steps", spoken(sum(found["seconds"].values())), "", RESULTS)
+        made.add_row(f"[dim]{titles[name]}", f"[dim]{format_duration(seconds)}", "", "")
+    made.add_row("All steps", format_duration(sum(found["seconds"].values())), "", RESULTS)
     return made
 
 

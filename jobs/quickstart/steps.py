@@ -20,7 +20,7 @@ from calumma.jobs.quickstart import documents
 from calumma.jobs.quickstart.display import Board, Row
 from calumma.jobs.quickstart.documents import FAST, FULL, DocumentsSpecification
 from calumma.jobs.quickstart.questions import Answer, ask, questions
-from calumma.jobs.specifications.reading import read
+from calumma.jobs.specifications.reading import read_specification
 from calumma.jobs.specifications.table import JOBS, job_function
 from calumma.platform.cluster import connection, runner
 from calumma.platform.cluster.progress import Progress
@@ -87,8 +87,8 @@ class Options:
     @property
     def root(self) -> str:
         """Absolute storage root."""
-        given = self.storage or str(self.workdir / "storage")
-        return given if "://" in given else str(Path(given).expanduser().absolute())
+        location = self.storage or str(self.workdir / "storage")
+        return location if "://" in location else str(Path(location).expanduser().absolute())
 
     @property
     def tracking(self) -> Tracking:
@@ -96,7 +96,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class QuickstartResult:
     """Every step's specification, manifest and seconds (measured in this call or an earlier one), by its name."""
 
     options: Options
@@ -117,89 +117,93 @@ class Outcome:
         return str(self.options.tracking.uri)
 
 
-def specification(step: str, options: Options) -> JobSpecification:
+def step_specification(step: str, options: Options) -> JobSpecification:
     """What a step does. Raises SpecificationError."""
     shared: dict[str, Any] = {"storage": options.root, "tracking": options.tracking}
-    written = DocumentsSpecification(**shared, sizes=FAST if options.fast else FULL)
+    documents_spec = DocumentsSpecification(**shared, sizes=FAST if options.fast else FULL)
     if step == "documents":
-        return written
+        return documents_spec
     if step == "serve":
-        return AnswersSpecification(**shared, model=_champion(options), scans=written)
+        return AnswersSpecification(**shared, model=_model_uri(options), scans=documents_spec)
     recipes = resources.files("calumma.jobs") / RECIPES
     with resources.as_file(recipes) as folder:
         file = folder / f"{step}.yaml"
-        overrides = _flat((yaml.safe_load((folder / OVERRIDES).read_text())[step] or {}) if options.fast else {})
+        overrides = _flattened((yaml.safe_load((folder / OVERRIDES).read_text())[step] or {}) if options.fast else {})
         overrides |= {"storage": options.root, "tracking": options.tracking.model_dump(), "run_name": step}
         job = yaml.safe_load(file.read_text())["job"]
         # JSON is YAML: values survive whatever characters they hold
-        return read(JOBS[job], file, [f"{field}={json.dumps(value)}" for field, value in overrides.items()])
+        return read_specification(
+            JOBS[job], file, [f"{field}={json.dumps(value)}" for field, value in overrides.items()]
+        )
 
 
-def _champion(options: Options) -> str:
-    tuned = specification("finetune", options)
+def _model_uri(options: Options) -> str:
+    tuned = step_specification("finetune", options)
     assert isinstance(tuned, FinetuneSpecification)
     return f"models:/{tuned.register_as}@{tuned.alias}"
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flattened(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
 
 
-def quickstart(options: Options, console: Console) -> Outcome:
+def quickstart(options: Options, console: Console) -> QuickstartResult:
     """Run every step that is not finished, in one cluster that is started when the first of them needs it.
 
     Raises what the steps raise; KeyboardInterrupt leaves finished steps finished and no process behind.
     """
     options.workdir.mkdir(parents=True, exist_ok=True)
-    specs = {step.name: specification(step.name, options) for step in STEPS}
-    memory = _Seconds(options.workdir / "seconds.json")
+    specs = {step.name: step_specification(step.name, options) for step in STEPS}
+    step_times = _StepTimes(options.workdir / "seconds.json")
     manifests: dict[str, Manifest] = {}
     ran: list[str] = []
-    with Board(_rows(), console) as board, ExitStack() as stack:
+    with Board(_display_rows(), console) as board, ExitStack() as stack:
         for number, step in enumerate(STEPS):
             spec = specs[step.name]
-            if (standing := _standing(spec)) is not None:
-                manifests[step.name] = standing
-                board.skip(step.name, memory.values.get(step.name))
+            if (reusable := _reusable_result(spec)) is not None:
+                manifests[step.name] = reusable
+                board.skip(step.name, step_times.values.get(step.name))
                 continue
             if step.name != "documents" and CLUSTER.name not in ran:
                 with board.step(CLUSTER.name):
                     stack.enter_context(connection.embedded(lean=options.fast, logs=options.workdir / "logs"))
                 ran.append(CLUSTER.name)
-                memory.keep(CLUSTER.name, board.seconds(CLUSTER.name))
+                step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
             for later in STEPS[number + 1 :]:  # what they made came from what is about to be replaced
-                runner.discard(specs[later.name])
-            if isinstance(spec, TrainSpecification) and _published(spec):
-                runner.discard(spec)  # a finished training by another recipe: its checkpoints are not to be continued
+                runner.delete_result(specs[later.name])
+            if isinstance(spec, TrainSpecification) and _is_published(spec):
+                runner.delete_result(
+                    spec
+                )  # a finished training by another recipe: its checkpoints are not to be continued
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)
-            memory.keep(step.name, board.seconds(step.name))
+            step_times.record(step.name, board.seconds(step.name))
             ran.append(step.name)
         if CLUSTER.name not in ran:
             board.skip(CLUSTER.name, None, "not needed")
-    return Outcome(options, specs, manifests, dict(memory.values), ran)
+    return QuickstartResult(options, specs, manifests, dict(step_times.values), ran)
 
 
-def _rows() -> list[Row]:
+def _display_rows() -> list[Row]:
     first, *others = (Row(s.name, s.title, s.usual) for s in STEPS)
     return [first, Row(CLUSTER.name, CLUSTER.title, CLUSTER.usual), *others]
 
 
-def _published(spec: JobSpecification) -> bool:
+def _is_published(spec: JobSpecification) -> bool:
     from calumma.platform.storage.manifest import Manifest
 
     return Manifest.find(spec.output_uri) is not None
 
 
-def _standing(spec: JobSpecification) -> Manifest | None:
+def _reusable_result(spec: JobSpecification) -> Manifest | None:
     """The manifest of a finished step. A model that the registry does not know, or no longer, is registered again."""
-    manifest = runner.standing(spec)
+    manifest = runner.reusable_result(spec)
     if manifest is not None and isinstance(spec, FinetuneSpecification) and spec.register_as:
         from calumma.platform import storage
         from calumma.platform.tracking import registry
@@ -252,7 +256,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
     answers: list[Answer] = []
     with job_run(spec) as run:
         progress(0, len(asked) + 1, f"deploying {spec.model}")
-        with _served(spec, options) as (url, model):
+        with _serving(spec, options) as (url, model):
             for number, question in enumerate(asked):
                 progress(number + 1, len(asked) + 1, question.text)
                 answers.append(ask(url, model, question, spec.seed + number))
@@ -264,7 +268,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
     storage.write_bytes(storage.join(output, "answers.json"), data)
     manifest = Manifest(
         kind="answers",
-        files=[FileEntry.of("answers.json", data, rows=len(answers))],
+        files=[FileEntry.from_bytes("answers.json", data, rows=len(answers))],
         specification=spec.model_dump(mode="json"),
         report={"run": run.id},
         inputs=inputs,
@@ -274,7 +278,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
 
 
 @contextmanager
-def _served(spec: AnswersSpecification, options: Options) -> Iterator[tuple[str, str]]:
+def _serving(spec: AnswersSpecification, options: Options) -> Iterator[tuple[str, str]]:
     """(URL, model name) of the registered model behind Ray Serve, for the length of the block."""
     from calumma.serve.deploy.endpoint import deploy, undeploy
     from calumma.serve.settings import ServeSettings
@@ -313,21 +317,21 @@ def _log_pictures(run: Run, answers: list[Answer]) -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-class _Seconds:
+class _StepTimes:
     """Seconds of every step, kept in the working folder over several calls."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self.values: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
 
-    def keep(self, step: str, seconds: float) -> None:
+    def record(self, step: str, seconds: float) -> None:
         self.values[step] = round(seconds, 1)
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.values, indent=1) + "\n")
         temporary.replace(self._file)
 
 
-def answers_of(outcome: Outcome) -> list[Answer]:
+def read_answers(outcome: QuickstartResult) -> list[Answer]:
     """The answers that the last step kept."""
     from calumma.platform import storage
 

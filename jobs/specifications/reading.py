@@ -12,10 +12,10 @@ import yaml
 
 from calumma.platform.specification import S, SpecificationError, validate
 
-Place = tuple[str | int, ...]  # keys and indices from the top of a file
+FieldPath = tuple[str | int, ...]  # keys and indices from the top of a file
 
 
-def read(kind: type[S], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> S:
+def read_specification(kind: type[S], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> S:
     """A specification from a YAML file and `a.b=value` overrides (values are YAML). Raises SpecificationError."""
     path = Path(file)
     try:
@@ -28,18 +28,18 @@ def read(kind: type[S], file: str | Path, overrides: list[str] | tuple[str, ...]
         raise SpecificationError(
             f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); is it a YAML file? Save it as UTF-8"
         ) from error
-    values, lines = parse(text, str(path))
+    values, lines = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise SpecificationError(f"{path} must hold a mapping of fields, found {type(values).__name__}")
-    places: dict[Place, str] = {place: f"line {line}" for place, line in lines.items()}
+    places: dict[FieldPath, str] = {place: f"line {line}" for place, line in lines.items()}
     for override in overrides:
-        changed = _apply(values, override)
-        places = {place: told for place, told in places.items() if place[: len(changed)] != changed}
+        changed = _apply_override(values, override)
+        places = {place: line for place, line in places.items() if place[: len(changed)] != changed}
         places[changed] = f"--set {override}"
     return validate(kind, values, str(path), places)
 
 
-def parse(text: str, origin: str) -> tuple[Any, dict[Place, int]]:
+def parse_yaml(text: str, origin: str) -> tuple[Any, dict[FieldPath, int]]:
     """The plain values of a YAML text, and the line of every field and list item in it.
 
     Raises SpecificationError, which names the line, for text that is no YAML, more than one document, and a key that a
@@ -49,7 +49,7 @@ def parse(text: str, origin: str) -> tuple[Any, dict[Place, int]]:
     loader.name = origin  # what its messages call the text
     try:
         node = loader.get_single_node()
-        lines = _lines(node, (), origin) if node is not None else {}
+        lines = _field_lines(node, (), origin) if node is not None else {}
         return (None if node is None else loader.construct_document(node)), lines
     except yaml.composer.ComposerError as error:
         if error.problem == "but found another document" and error.problem_mark is not None:
@@ -66,9 +66,9 @@ def parse(text: str, origin: str) -> tuple[Any, dict[Place, int]]:
         loader.dispose()
 
 
-def _lines(node: yaml.Node, place: Place, origin: str) -> dict[Place, int]:
+def _field_lines(node: yaml.Node, place: FieldPath, origin: str) -> dict[FieldPath, int]:
     """Lines, counted from 1, of what stands below a node. Raises SpecificationError for a key given twice."""
-    found: dict[Place, int] = {}
+    lines: dict[FieldPath, int] = {}
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
@@ -78,16 +78,16 @@ def _lines(node: yaml.Node, place: Place, origin: str) -> dict[Place, int]:
                 raise SpecificationError(
                     f"{origin}: {where} is given twice, in line {first[name]} and in line {line}; keep one"
                 )
-            first[name] = found[(*place, name)] = line
-            found |= _lines(value, (*place, name), origin)
+            first[name] = lines[(*place, name)] = line
+            lines |= _field_lines(value, (*place, name), origin)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
-            found[(*place, number)] = value.start_mark.line + 1
-            found |= _lines(value, (*place, number), origin)
-    return found
+            lines[(*place, number)] = value.start_mark.line + 1
+            lines |= _field_lines(value, (*place, number), origin)
+    return lines
 
 
-def _apply(values: dict[str, Any], override: str) -> Place:
+def _apply_override(values: dict[str, Any], override: str) -> FieldPath:
     """Set what an override names; the place of it."""
     path, separator, text = override.partition("=")
     if not separator or not path:
@@ -100,5 +100,5 @@ def _apply(values: dict[str, Any], override: str) -> Place:
         target = target[parent]
         if not isinstance(target, dict):
             raise SpecificationError(f"override {override!r}: {parent!r} holds a value, not a section")
-    target[last], _ = parse(text, f"override {override!r}: the value")
+    target[last], _ = parse_yaml(text, f"override {override!r}: the value")
     return tuple(path.split("."))

@@ -19,12 +19,12 @@ class ClusterError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Available:
+class Capacity:
     """What jobs can have. `cpus` are Ray's logical CPUs; one of them stays free for reading data."""
 
     cpus: float
     gpus: float
-    place: str
+    description: str
 
 
 def cores() -> int:
@@ -50,31 +50,31 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-def available() -> Available:
+def cluster_capacity() -> Capacity:
     """What the running cluster offers (with what its autoscaler may add), or this machine when none runs yet."""
-    if not _running():
+    if not ray_is_running():
         machine = cores()
         number = logical_cpus(machine)
-        return Available(number, gpus(), f"this machine ({machine} cores, used as {number} logical CPUs)")
+        return Capacity(number, gpus(), f"this machine ({machine} cores, used as {number} logical CPUs)")
     import ray
 
     total = _with_autoscaler(ray.cluster_resources())
-    return Available(total.get("CPU", 0.0), total.get("GPU", 0.0), "the cluster")
+    return Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), "the cluster")
 
 
-def require(resources: Resources) -> int:
+def require_workers(resources: Resources) -> int:
     """How many workers to start: all that were asked for or, of a range, as many as fit.
 
     Raises SpecificationError when the least that was asked for does not fit.
     """
-    return fit(resources, available())
+    return workers_that_fit(resources, cluster_capacity())
 
 
-def fit(resources: Resources, there: Available) -> int:
+def workers_that_fit(resources: Resources, capacity: Capacity) -> int:
     """`require` against given means."""
-    workers = math.floor((there.cpus - 1) / resources.cpus_per_worker + 1e-9)
+    workers = math.floor((capacity.cpus - 1) / resources.cpus_per_worker + 1e-9)
     if resources.gpus_per_worker:
-        workers = min(workers, math.floor(there.gpus / resources.gpus_per_worker + 1e-9))
+        workers = min(workers, math.floor(capacity.gpus / resources.gpus_per_worker + 1e-9))
     if workers >= resources.min_workers:
         return min(workers, resources.max_workers)
     asked, most = resources.min_workers, max(workers, 0)
@@ -84,12 +84,12 @@ def fit(resources: Resources, there: Available) -> int:
     advice = f"set resources.workers to at most {most}, " if most else "ask for less per worker, "
     raise SpecificationError(
         f"resources.workers: asked for {'at least ' if asked < resources.max_workers else ''}{asked} "
-        f"with {each} each, and one CPU to read data; {there.place} has {there.cpus:g} CPUs and {there.gpus:g} GPUs, "
-        f"enough for {most}: {advice}or use a larger cluster"
+        f"with {each} each, and one CPU to read data; {capacity.description} has {capacity.cpus:g} CPUs and "
+        f"{capacity.gpus:g} GPUs, enough for {most}: {advice}or use a larger cluster"
     )
 
 
-def _running() -> bool:
+def ray_is_running() -> bool:
     if "ray" not in sys.modules:
         return False
     import ray

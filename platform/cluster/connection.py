@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from calumma.platform.cluster.capacity import ClusterError, _running, cores, gpus, logical_cpus
+from calumma.platform.cluster.capacity import ClusterError, cores, gpus, logical_cpus, ray_is_running
 
 if TYPE_CHECKING:
     import psutil
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 TERMINATED = 128 + signal.SIGTERM
 START_ATTEMPTS = 2  # Ray gives its own node a fixed 30 s to appear; a starved machine may need a second try
-PATIENCE = 10.0  # seconds Ray's processes get to end by themselves before they are killed
+SHUTDOWN_TIMEOUT = 10.0  # seconds Ray's processes get to end by themselves before they are killed
 
 
 # Read by Ray's processes when they start. Nobody watches progress bars of inner pipelines; jobs report their own.
@@ -62,7 +62,7 @@ def embedded(lean: bool = False, logs: Path | None = None) -> Iterator[None]:
     In a process that runs Ray already, the block uses that cluster and leaves it as it is.
     Raises ClusterError when Ray does not start.
     """
-    if _running():
+    if ray_is_running():
         yield
         return
     with _environment(_profile(lean)), _exit_on_sigterm():
@@ -71,8 +71,8 @@ def embedded(lean: bool = False, logs: Path | None = None) -> Iterator[None]:
             yield
         finally:
             with _uninterrupted():
-                session = _session()
-                _stop(roots)
+                session = _session_folder()
+                _shutdown(roots)
                 _keep_logs(session, logs)
 
 
@@ -91,7 +91,7 @@ def connected(address: str) -> Iterator[None]:
         try:
             ray.init(address=address, logging_level=logging.WARNING)
         except Exception as error:
-            _give_up()
+            _shutdown_ray()
             raise ClusterError(
                 f"no Ray cluster answers at {address!r} ({_first_line(error)}): check the address, and that the "
                 "cluster is up (`ray status` on its head); `ray start --head` starts one on this machine"
@@ -131,7 +131,7 @@ def _start(lean: bool) -> list[psutil.Process]:
             )
         except BaseException as error:
             with _uninterrupted():
-                _stop([child for child in here.children() if child not in before])
+                _shutdown([child for child in here.children() if child not in before])
             if not isinstance(error, Exception):
                 raise
             if attempt == START_ATTEMPTS:
@@ -147,16 +147,16 @@ def _start(lean: bool) -> list[psutil.Process]:
     raise AssertionError("unreachable")
 
 
-def _stop(roots: list[psutil.Process]) -> None:
+def _shutdown(roots: list[psutil.Process]) -> None:
     """Shut Ray down and see to it that every process below `roots` is gone."""
-    family = _family(roots)
+    processes = _process_tree(roots)
     try:
-        _give_up()
+        _shutdown_ray()
     finally:
-        end(family | _family(roots))
+        terminate(processes | _process_tree(roots))
 
 
-def _give_up() -> None:
+def _shutdown_ray() -> None:
     """ray.shutdown that also copes with a start that stopped half-way."""
     import ray
 
@@ -166,32 +166,32 @@ def _give_up() -> None:
         log.warning("Ray did not shut down by itself; its processes are being ended", exc_info=True)
 
 
-def _family(roots: list[psutil.Process]) -> set[psutil.Process]:
+def _process_tree(roots: list[psutil.Process]) -> set[psutil.Process]:
     """Processes and all that descend from them, as long as they live."""
     import psutil
 
-    found: set[psutil.Process] = set()
+    processes: set[psutil.Process] = set()
     for root in roots:
         with contextlib.suppress(psutil.NoSuchProcess):
-            found |= {root, *root.children(recursive=True)}
-    return found
+            processes |= {root, *root.children(recursive=True)}
+    return processes
 
 
-def end(processes: set[psutil.Process]) -> None:
+def terminate(processes: set[psutil.Process]) -> None:
     """Wait for processes to end; ask those that do not (SIGTERM), then force them (SIGKILL)."""
     import psutil
 
-    _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
+    _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT)
     for act in (psutil.Process.terminate, psutil.Process.kill):
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 act(process)
-        _, alive = psutil.wait_procs(alive, timeout=PATIENCE)
+        _, alive = psutil.wait_procs(alive, timeout=SHUTDOWN_TIMEOUT)
     if alive:
         log.error("these processes of Ray could not be ended: %s", ", ".join(str(process.pid) for process in alive))
 
 
-def _session() -> Path | None:
+def _session_folder() -> Path | None:
     """The folder of the running cluster's files."""
     import ray
 

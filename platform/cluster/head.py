@@ -28,10 +28,10 @@ from calumma.platform.cluster.capacity import ClusterError
 if TYPE_CHECKING:
     import psutil
 
-READY = "Ray runtime started"  # what `ray start` prints when the head is up
+READY_MESSAGE = "Ray runtime started"  # what `ray start` prints when the head is up
 START_ATTEMPTS = 2
-PATIENCE = 3.0  # seconds that processes get to end by themselves; the head has nothing to finish
-START_PATIENCE = 180.0  # seconds; a busy two-core machine needed up to 100
+SHUTDOWN_TIMEOUT = 3.0  # seconds that processes get to end by themselves; the head has nothing to finish
+START_TIMEOUT = 180.0  # seconds; a busy two-core machine needed up to 100
 
 
 def folder() -> Path:
@@ -63,7 +63,7 @@ class Service:
         partial.replace(file)
 
     @classmethod
-    def recorded(cls) -> Service | None:
+    def read(cls) -> Service | None:
         """The service on record, if there is one. Raises ClusterError on a record that cannot be read."""
         file = folder() / "serve.json"
         if not file.exists():
@@ -74,7 +74,7 @@ class Service:
             raise ClusterError(f"cannot read the record of the running service, {file}: {error}") from error
 
     @staticmethod
-    def forget() -> None:
+    def delete_record() -> None:
         (folder() / "serve.json").unlink(missing_ok=True)
 
     @property
@@ -88,11 +88,11 @@ class Service:
             _end_head(head)
         if self.temporary:
             shutil.rmtree(self.temporary, ignore_errors=True)
-        self.forget()
+        self.delete_record()
 
 
 @dataclass(frozen=True)
-class Head:
+class RayHead:
     """A Ray head of ours."""
 
     process: psutil.Process
@@ -104,7 +104,7 @@ class Head:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def start_head(cpus: int, gpus: int) -> Head:
+def start_head(cpus: int, gpus: int) -> RayHead:
     """Start a Ray head in a session of its own and wait until it is up. Leaves nothing behind when that fails.
 
     Raises ClusterError with what Ray said.
@@ -126,7 +126,7 @@ def start_head(cpus: int, gpus: int) -> Head:
                 env=os.environ | connection.QUIET | connection.LEAN | authentication(),
                 start_new_session=True,
             )
-        head = Head(psutil.Process(child.pid), f"127.0.0.1:{port}", temporary)
+        head = RayHead(psutil.Process(child.pid), f"127.0.0.1:{port}", temporary)
         try:
             _await_ready(child, log)
         except ClusterError:
@@ -191,12 +191,12 @@ def _command(port: int, temporary: Path, cpus: int, gpus: int) -> list[str]:
 
 
 def _await_ready(child: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_PATIENCE
-    while READY not in log.read_text(errors="replace"):
+    end = time.monotonic() + START_TIMEOUT
+    while READY_MESSAGE not in log.read_text(errors="replace"):
         if child.poll() is not None:
             raise ClusterError(f"Ray did not start (exit code {child.returncode}); {log} says:\n{_tail(log)}")
         if time.monotonic() > end:
-            raise ClusterError(f"Ray did not start within {START_PATIENCE:.0f} s; {log} says:\n{_tail(log)}")
+            raise ClusterError(f"Ray did not start within {START_TIMEOUT:.0f} s; {log} says:\n{_tail(log)}")
         time.sleep(0.2)
 
 
@@ -225,16 +225,16 @@ def _end_head(head: psutil.Process) -> None:
     """End a head, its descendants, and whatever else is in the session that it leads."""
     import psutil
 
-    family = {head}
+    processes = {head}
     with contextlib.suppress(psutil.NoSuchProcess):
-        family |= set(head.children(recursive=True))
+        processes |= set(head.children(recursive=True))
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.Error):
             if os.getsid(process.pid) == head.pid:
-                family.add(process)
+                processes.add(process)
     alive = [head]
-    for act in (psutil.Process.terminate, psutil.Process.kill):
+    for send_signal in (psutil.Process.terminate, psutil.Process.kill):
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
-                act(process)
-        _, alive = psutil.wait_procs(family, timeout=PATIENCE)
+                send_signal(process)
+        _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT)

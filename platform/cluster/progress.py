@@ -23,7 +23,7 @@ class Progress(Protocol):
     def __call__(self, done: float, total: float, note: str = "") -> None: ...
 
 
-def silent(done: float, total: float, note: str = "") -> None:
+def no_progress(done: float, total: float, note: str = "") -> None:
     """Nobody listens."""
 
 
@@ -52,7 +52,7 @@ class LogLines:
         self._last = now
         share = f"{done / total:4.0%}" if total > 0 else "   …"
         left = remaining(now - self._start, done, total)
-        parts = [f"{self._name}: {share}", note, f"about {spoken(left)} left" if left else ""]
+        parts = [f"{self._name}: {share}", note, f"about {format_duration(left)} left" if left else ""]
         print("  ".join(part for part in parts if part), file=self._stream, flush=True)
 
 
@@ -124,7 +124,7 @@ def remaining(elapsed: float, done: float, total: float) -> float | None:
     return elapsed * (total - done) / done
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as people say it: 42 s, 3 min 5 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:

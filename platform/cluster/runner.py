@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calumma.platform.cluster import capacity, connection
-from calumma.platform.cluster.progress import Progress, silent
+from calumma.platform.cluster.progress import Progress, no_progress
 from calumma.platform.specification import JobSpecification
 
 if TYPE_CHECKING:
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
 Job = Callable[[Any, "Run", Progress], "Manifest"]
 
 
-def standing(spec: JobSpecification) -> Manifest | None:
+def reusable_result(spec: JobSpecification) -> Manifest | None:
     """The manifest of an equal specification's finished result, if there is one with its files all there.
 
     One listing tells; contents are not read. Raises as `finished`.
     """
     from calumma.platform.tracking import fingerprints
 
-    return fingerprints.standing(spec.output_uri, spec)
+    return fingerprints.reusable_result(spec.output_uri, spec)
 
 
-def discard(spec: JobSpecification) -> None:
+def delete_result(spec: JobSpecification) -> None:
     """Take away what a job has made so far (its manifest, the files that names, its checkpoints) and nothing else."""
     from calumma.platform import storage
     from calumma.platform.shards import receipts
     from calumma.platform.storage.manifest import MANIFEST, Manifest
 
-    place = spec.output_uri
-    manifest = Manifest.find(place)
+    output = spec.output_uri
+    manifest = Manifest.find(output)
     for path in [MANIFEST, *(entry.path for entry in manifest.files)] if manifest else []:
-        storage.delete(storage.join(place, path))
-    storage.delete(storage.join(place, receipts.FOLDER))
+        storage.delete(storage.join(output, path))
+    storage.delete(storage.join(output, receipts.FOLDER))
     storage.delete(spec.checkpoints)
 
 
 def run_job(
-    spec: JobSpecification, job: Job, progress: Progress = silent, force: bool = False
+    spec: JobSpecification, job: Job, progress: Progress = no_progress, force: bool = False
 ) -> tuple[Manifest, bool]:
     """Run a job on the cluster this process is connected to (see calumma.platform.cluster).
 
@@ -57,11 +57,11 @@ def run_job(
     tracked, when the cluster lacks what the job asks for. An exception of the job marks its MLflow run as failed and
     goes on to the caller.
     """
-    if not force and (done := standing(spec)) is not None:
+    if not force and (done := reusable_result(spec)) is not None:
         return done, True
-    capacity.require(spec.resources)
+    capacity.require_workers(spec.resources)
     if force:
-        discard(spec)
+        delete_result(spec)
 
     from calumma.platform.tracking.job_run import job_run
 
@@ -69,10 +69,10 @@ def run_job(
         return job(spec, run, progress), False
 
 
-def run_alone(
+def run_on_own_cluster(
     spec: JobSpecification,
     job: Job,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     force: bool = False,
     address: str | None = None,
     logs: Path | None = None,
@@ -81,13 +81,13 @@ def run_alone(
 
     What needs no cluster to find out (result stands, machine too small) is found out before one is started.
     """
-    if not force and (done := standing(spec)) is not None:
+    if not force and (done := reusable_result(spec)) is not None:
         return done, True
     if address is None:
-        capacity.require(spec.resources)
+        capacity.require_workers(spec.resources)
     if address:
-        place: AbstractContextManager[object] = connection.connected(address)
+        cluster: AbstractContextManager[object] = connection.connected(address)
     else:
-        place = connection.embedded(logs=logs) if spec.resources.max_workers else nullcontext()
-    with place:
+        cluster = connection.embedded(logs=logs) if spec.resources.max_workers else nullcontext()
+    with cluster:
         return run_job(spec, job, progress, force)

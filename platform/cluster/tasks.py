@@ -18,15 +18,15 @@ from calumma.platform.specification import Resources
 
 MAX_BLOCKS = 4096  # tasks beyond it share a block: Ray Data's bookkeeping stays small
 T = TypeVar("T")
-Values = dict[str, Any]  # plain values, as JSON has them
+JsonObject = dict[str, Any]  # plain values, as JSON has them
 
 
-def in_order(
-    tasks: Sequence[Values],
-    work: Callable[[Values], Values] | type[Any],
+def map_in_order(
+    tasks: Sequence[JsonObject],
+    work: Callable[[JsonObject], JsonObject] | type[Any],
     resources: Resources,
-    arguments: Values | None = None,
-) -> Generator[Values, None, None]:
+    arguments: JsonObject | None = None,
+) -> Generator[JsonObject, None, None]:
     """`work(task)` of every task, yielded in the order of the tasks.
 
     `work` is a function, or a class that each actor makes once with `arguments`. With no workers the tasks run in this
@@ -37,7 +37,7 @@ def in_order(
     if resources.max_workers == 0:
         yield from _in_process(tasks, work, arguments or {})
         return
-    workers = capacity.require(resources)
+    workers = capacity.require_workers(resources)
 
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -75,26 +75,26 @@ def in_order(
 
 
 def _in_process(
-    tasks: Sequence[Values], work: Callable[[Values], Values] | type[Any], arguments: Values
-) -> Iterator[Values]:
+    tasks: Sequence[JsonObject], work: Callable[[JsonObject], JsonObject] | type[Any], arguments: JsonObject
+) -> Iterator[JsonObject]:
     function = work(**arguments) if isinstance(work, type) else work
     for task in tasks:  # through JSON, as on the cluster
         yield json.loads(_json_task({"task": json.dumps(task)}, function)["result"])
 
 
-def _json_task(row: Values, work: Callable[[Values], Values]) -> Values:
+def _json_task(row: JsonObject, work: Callable[[JsonObject], JsonObject]) -> JsonObject:
     return {"result": json.dumps(work(json.loads(row["task"])))}
 
 
 class _JsonActor:
-    def __init__(self, work: type[Any], arguments: Values) -> None:
+    def __init__(self, work: type[Any], arguments: JsonObject) -> None:
         self._work = work(**arguments)
 
-    def __call__(self, row: Values) -> Values:
+    def __call__(self, row: JsonObject) -> JsonObject:
         return _json_task(row, self._work)
 
 
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of `size` items, the last one shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):

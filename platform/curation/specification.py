@@ -21,10 +21,10 @@ class CurationStep(Section):
 class TextRules(CurationStep):
     """Lengths and languages of texts and pages. Of image-caption pairs the language only: lengths are CaptionRules'."""
 
-    min_characters: int = Field(0, ge=0)
-    max_characters: int | None = Field(None, ge=1)
-    min_words: int = Field(0, ge=0)
-    max_words: int | None = Field(None, ge=1)
+    min_characters: int = Field(0, ge=0, description="of all its text")
+    max_characters: int | None = Field(None, ge=1, description="of all its text")
+    min_words: int = Field(0, ge=0, description="of all its text")
+    max_words: int | None = Field(None, ge=1, description="of all its text")
     languages: list[str] = Field([], description="ISO 639-1 codes that are kept; none: all, and none is looked for")
     min_probability: float = Field(0.6, ge=0, le=1, description="that a text must reach in its language")
 
@@ -41,8 +41,8 @@ class ImageRules(CurationStep):
 class CaptionRules(CurationStep):
     """Captions of image-caption pairs."""
 
-    min_words: int = Field(1, ge=0)
-    max_words: int | None = Field(None, ge=1)
+    min_words: int = Field(1, ge=0, description="of a caption")
+    max_words: int | None = Field(None, ge=1, description="of a caption")
     min_letters: float = Field(0.0, ge=0, le=1, description="share of letters among all characters but white space")
     max_repetition: float = Field(1.0, ge=0, le=1, description="share of words that repeat an earlier one")
     boilerplate: bool = Field(True, description="drop file names, camera names, web addresses, `image 3 of 7`, …")
@@ -62,8 +62,8 @@ class CaptionRules(CurationStep):
 class NameRules(CurationStep):
     """Which names (licenses, domains) are kept: those allowed, if any are given, and not denied."""
 
-    allow: list[str] = Field([])
-    deny: list[str] = Field([])
+    allow: list[str] = Field([], description="names that are kept; none: all")
+    deny: list[str] = Field([], description="names that are dropped, whatever is allowed")
     deny_file: str | None = Field(None, description="location of a text file with one more denied name a line")
     unknown: Literal["keep", "drop"] = Field("keep", description="what becomes of documents that say none")
 
@@ -93,12 +93,12 @@ class Scorer(CurationStep):
         description="package.module:function, called with `arguments` once in every actor; what it returns is called "
         "with lists (RGB images, or documents) and returns a number for each"
     )
-    arguments: dict[str, Any] = Field({})
-    of: Literal["images", "documents"] = "images"
+    arguments: dict[str, Any] = Field({}, description="what `factory` is called with")
+    of: Literal["images", "documents"] = Field("images", description="what it is given: RGB images, or whole documents")
     reduce: Literal["mean", "min", "max"] = Field("mean", description="the score of a document with several images")
-    minimum: float | None = None
-    maximum: float | None = None
-    upsample: Upsampling | None = None
+    minimum: float | None = Field(None, description="documents of a lower score are dropped")
+    maximum: float | None = Field(None, description="documents of a higher score are dropped")
+    upsample: Upsampling | None = Field(None, description="repeat documents of a high score")
     batch: int = Field(32, ge=1, description="images or documents a call")
     resources: Resources = Resources()
 
@@ -142,12 +142,14 @@ class CurateSpecification(JobSpecification):
     """Raw files -> checked, ordered documents in Parquet shards, a manifest a source, a report of what was dropped."""
 
     job: Literal["curate"] = "curate"
-    sources: list[Source] = Field(min_length=1)
-    output: str = "curated"
+    sources: list[Source] = Field(
+        min_length=1, description="what is read, in this order; of duplicates the earlier stays"
+    )
+    output: str = Field("curated", description="folder of the documents, one below it a source")
     image_first: float = Field(0.5, ge=0, le=1, description="share of image-caption pairs whose image stands first")
     min_text: int = Field(1, ge=0, description="characters; plain-text documents below it are dropped")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="the job fails when more input than this is unreadable")
-    documents_per_shard: int = Field(1000, ge=1)
+    documents_per_shard: int = Field(1000, ge=1, description="in one Parquet file")
     licenses: NameRules | None = Field(None, description="names may hold wildcards, say `cc-by*`")
     domains: NameRules | None = Field(None, description="of the documents' URLs; a name covers its subdomains")
     images: ImageRules | None = None

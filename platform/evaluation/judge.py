@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SIDE = 8  # pixels; the resolution at which the digits were published
 
 
-class NothingToLearn(ValueError):
+class JudgeDataError(ValueError):
     """The judge's documents hold no labelled images, or only one label."""
 
 
@@ -42,13 +42,13 @@ class Judge:
 
         labels = [label for _, label in labelled]
         if len(set(labels)) < 2:
-            raise NothingToLearn(
+            raise JudgeDataError(
                 f"the judge needs images of at least two labels, found {len(labels)} images of {sorted(set(labels))}; "
                 "check `judge_training`: curated documents whose images carry captions"
             )
         return cls(SVC(C=10.0, gamma="scale").fit(features([picture for picture, _ in labelled]), labels))
 
-    def verdicts(self, pictures: Sequence[PILImage.Image]) -> list[str]:
+    def classify(self, pictures: Sequence[PILImage.Image]) -> list[str]:
         if not pictures:
             return []
         return [str(label) for label in self._classifier.predict(features(pictures))]
@@ -56,6 +56,6 @@ class Judge:
     def accuracy(self, labelled: Sequence[tuple[PILImage.Image, str]]) -> float:
         """Share of labelled pictures judged rightly. Raises NothingToLearn when there are none."""
         if not labelled:
-            raise NothingToLearn("there are no held-out images with captions; check `judge_held_out`")
-        said = self.verdicts([picture for picture, _ in labelled])
-        return sum(a == label for a, (_, label) in zip(said, labelled, strict=True)) / len(labelled)
+            raise JudgeDataError("there are no held-out images with captions; check `judge_held_out`")
+        predicted = self.classify([picture for picture, _ in labelled])
+        return sum(a == label for a, (_, label) in zip(predicted, labelled, strict=True)) / len(labelled)

@@ -12,12 +12,12 @@ from calumma.platform.specification import JobSpecification, Section
 class EvaluationTask(Section):
     """`recognition`: image -> word. `generation`: word -> image, judged. `interleaved`: both in turn, judged."""
 
-    name: str
-    kind: Literal["recognition", "generation", "interleaved"]
+    name: str = Field(description="in metrics and of the files of its answers")
+    kind: Literal["recognition", "generation", "interleaved"] = Field(description="what is asked and how it is judged")
     documents: str = Field(
         description="curated conversations: the user's turn is the prompt, the assistant's the answer"
     )
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, description="cases, the first ones; none: all")
 
 
 class EvaluateSpecification(JobSpecification):
@@ -29,4 +29,4 @@ class EvaluateSpecification(JobSpecification):
     judge_training: str = Field(description="curated images with captions as labels: trains the independent classifier")
     judge_held_out: str = Field(description="the same, held out: measures the classifier itself")
     batch: int = Field(32, ge=1, description="prompts answered at once")
-    output: str = "evaluation"
+    output: str = Field("evaluation", description="folder of answers, marks and contact sheets")

@@ -15,10 +15,10 @@ from PIL import Image as PILImage
 from calumma.model.document import Document, Image, Text
 
 Kind = Literal["recognition", "generation", "interleaved"]
-Verdicts = Callable[[Sequence[PILImage.Image]], list[str]]  # pictures -> the label each shows
+Classifier = Callable[[Sequence[PILImage.Image]], list[str]]  # pictures -> the label each shows
 
 
-class NotACase(ValueError):
+class InvalidCase(ValueError):
     """An evaluation document without a question and an answer."""
 
 
@@ -33,59 +33,59 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Mark:
+class Grade:
     """How one answer was judged. `right` decides the task's headline; the other two are only of interleaved answers."""
 
     right: bool
-    said: str
+    answer: str
     words: bool = False
     digits: tuple[bool, ...] = ()
 
 
-def case(kind: Kind, document: Document) -> Case:
+def make_case(kind: Kind, document: Document) -> Case:
     """Split a conversation into prompt and expected answer. Raises NotACase."""
     turns = list(document.turns())
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
         roles = [turn.role for turn in turns]
-        raise NotACase(f"an evaluation document must end with a user's and an assistant's turn, found turns {roles}")
+        raise InvalidCase(f"an evaluation document must end with a user's and an assistant's turn, found turns {roles}")
     prompt = Document(tuple(s for turn in turns[:-1] for s in turn.segments))
     expected = Document(turns[-1].segments)
-    words: tuple[str, ...] = (spoken(expected.text),)
+    words: tuple[str, ...] = (normalized_word(expected.text),)
     if kind != "recognition":
         words = tuple(image.caption or "" for image in expected.images)
         if not words or not all(words):
-            raise NotACase(f"the expected answer of a {kind} case must hold images, each with a caption")
+            raise InvalidCase(f"the expected answer of a {kind} case must hold images, each with a caption")
     return Case(kind, prompt, expected, words)
 
 
-def spoken(text: str) -> str:
+def normalized_word(text: str) -> str:
     """A word as it is compared: without surrounding space and punctuation, in lower case."""
     return text.strip().strip(".,:;!?\"'").strip().lower()
 
 
-def mark(case: Case, answer: Document, verdicts: Verdicts) -> Mark:
+def grade(case: Case, answer: Document, classify: Classifier) -> Grade:
     """Judge one answer."""
     if case.kind == "recognition":
-        said = spoken(answer.text)
-        return Mark(said == case.words[0] and not answer.images, said)
-    shown = tuple(verdicts([image.open() for image in answer.images]))
+        word = normalized_word(answer.text)
+        return Grade(word == case.words[0] and not answer.images, word)
+    labels = tuple(classify([image.open() for image in answer.images]))
     if case.kind == "generation":
-        right = len(shown) == 1 and shown[0] == case.words[0]
-        return Mark(right, " ".join(shown) or "no picture")
-    return _mark_interleaved(case, answer, shown)
+        right = len(labels) == 1 and labels[0] == case.words[0]
+        return Grade(right, " ".join(labels) or "no picture")
+    return _grade_interleaved(case, answer, labels)
 
 
-def _mark_interleaved(case: Case, answer: Document, shown: tuple[str, ...]) -> Mark:
+def _grade_interleaved(case: Case, answer: Document, labels: tuple[str, ...]) -> Grade:
     """Valid: word, picture, word, picture, … with as many pictures as asked for. Missing pictures count as wrong."""
-    pieces = pieces_of(answer)
+    pieces = texts_and_images(answer)
     alternates = all(isinstance(p, Text) == (i % 2 == 0) for i, p in enumerate(pieces))
     valid = alternates and len(pieces) == 2 * len(case.words)
-    said = tuple(spoken(p.text) for p in pieces if isinstance(p, Text))
-    digits = tuple(i < len(shown) and shown[i] == word for i, word in enumerate(case.words))
-    return Mark(valid, " ".join(said), words=said == case.words, digits=digits)
+    words = tuple(normalized_word(p.text) for p in pieces if isinstance(p, Text))
+    digits = tuple(i < len(labels) and labels[i] == word for i, word in enumerate(case.words))
+    return Grade(valid, " ".join(words), words=words == case.words, digits=digits)
 
 
-def pieces_of(answer: Document) -> list[Text | Image]:
+def texts_and_images(answer: Document) -> list[Text | Image]:
     """The answer's texts and images in order; neighbouring texts joined, empty ones left out."""
     pieces: list[Text | Image] = []
     for segment in answer.segments:
@@ -99,15 +99,15 @@ def pieces_of(answer: Document) -> list[Text | Image]:
     return pieces
 
 
-def summary(kind: Kind, marks: Sequence[Mark]) -> dict[str, float]:
+def summary(kind: Kind, grades: Sequence[Grade]) -> dict[str, float]:
     """Shares in [0, 1] by name. An empty task has none: raises ValueError."""
-    if not marks:
+    if not grades:
         raise ValueError(f"a {kind} task without cases cannot be summarized")
-    right = fmean(m.right for m in marks)
+    right = fmean(m.right for m in grades)
     if kind == "interleaved":
         return {
             "valid": right,
-            "words": fmean(m.words for m in marks),
-            "digits": fmean(d for m in marks for d in m.digits),
+            "words": fmean(m.words for m in grades),
+            "digits": fmean(d for m in grades for d in m.digits),
         }
     return {"accuracy": right}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from calumma.platform import storage
 
-_ABANDONED = 3600  # seconds without a change after which an unfinished copy is nobody's
+_ABANDONED_SECONDS = 3600  # seconds without a change after which an unfinished copy is nobody's
 
 
 class ShardCache:
@@ -37,11 +37,11 @@ class ShardCache:
             return None
         name = hashlib.sha256(b"\n".join([uri.encode(), str(size).encode(), version])).hexdigest()[:32]
         path = self.directory / f"{name}.shard"
-        if _used(path):
+        if _touch(path):
             return path
         self.directory.mkdir(parents=True, exist_ok=True)
         with _locked(self.directory / f"{name[:2]}.lock"):  # few files, and downloads seldom wait for one of another
-            if not _used(path):
+            if not _touch(path):
                 self._download(uri, size, path)
         return path
 
@@ -71,12 +71,12 @@ class ShardCache:
         total = sum(length for _, length, _ in copies)
         for used, length, path in sorted(copies):
             finished = path.suffix == ".shard"
-            if (total + size > self.limit and finished) or (not finished and time.time() - used > _ABANDONED):
+            if (total + size > self.limit and finished) or (not finished and time.time() - used > _ABANDONED_SECONDS):
                 path.unlink(missing_ok=True)
                 total -= length
 
 
-def _used(path: Path) -> bool:
+def _touch(path: Path) -> bool:
     """Whether the copy is there; if so it was used just now."""
     try:
         os.utime(path)

@@ -35,11 +35,11 @@ _LENGTH = 4  # bytes of the length before each of a page's two series of levels
 _REPETITION, _DEFINITION = 1, 2  # bits of a level: 0 begins a list; 0 is no list, 1 an empty one, 2 a null within, 3
 
 
-class OtherLayout(ValueError):
+class UnknownLayout(ValueError):
     """Not pages as our writer lays them out; pyarrow may know them."""
 
 
-class Chunk(NamedTuple):
+class ColumnChunk(NamedTuple):
     """Where a column of a row group is in the file, and how many values it has by its metadata."""
 
     begin: int
@@ -54,7 +54,7 @@ class _Page(NamedTuple):
     values: memoryview
 
 
-def fit(metadata: FileMetaData) -> bool:
+def is_token_shard(metadata: FileMetaData) -> bool:
     """Whether a file's columns are those of a token shard, lists (that may be null) of values (that may be null)."""
     if not metadata.schema.to_arrow_schema().equals(schema()):
         return False
@@ -63,21 +63,21 @@ def fit(metadata: FileMetaData) -> bool:
     return levels == {(1, 3)} and tuple(column.physical_type for column in columns) == _TYPES
 
 
-def chunks(metadata: FileMetaData, row_group: int) -> list[Chunk]:
+def column_chunks(metadata: FileMetaData, row_group: int) -> list[ColumnChunk]:
     """The columns tokens, loss_mask, segments of a file that does `fit`. Raises OtherLayout."""
     group = metadata.row_group(row_group)
-    found = []
+    chunks = []
     for number in range(len(_TYPES)):
         column = group.column(number)
         # Its encodings are told by each page again, and looked at there.
         if column.compression != "ZSTD" or column.has_dictionary_page:
-            raise OtherLayout(f"column {number} is {column.compression}, or has a dictionary")
+            raise UnknownLayout(f"column {number} is {column.compression}, or has a dictionary")
         begin = column.data_page_offset
-        found.append(Chunk(begin, begin + column.total_compressed_size, column.num_values))
-    return found
+        chunks.append(ColumnChunk(begin, begin + column.total_compressed_size, column.num_values))
+    return chunks
 
 
-def equal_rows(chunk: memoryview, values: int, rows: int) -> NDArray[np.int32]:
+def decode_equal_lists(chunk: memoryview, values: int, rows: int) -> NDArray[np.int32]:
     """[rows, length], of int32 lists that are all of one length and without nulls; it may not be aligned, nor writable.
 
     Raises OtherLayout, and what pyarrow does of data that is no zstd.
@@ -86,16 +86,16 @@ def equal_rows(chunk: memoryview, values: int, rows: int) -> NDArray[np.int32]:
     parts = []
     for page in pages:
         if len(page.values) != 4 * page.levels:  # a null has a level, and no value
-            raise OtherLayout(f"{page.levels} values have {len(page.values)} bytes")
+            raise UnknownLayout(f"{page.levels} values have {len(page.values)} bytes")
         parts.append(np.frombuffer(page.values, np.dtype("<i4")))
     levels = tuple((page.levels, page.repetition) for page in pages)
-    if sum(page.levels for page in pages) != values or not rows or _rows(levels) != rows:
-        raise OtherLayout(f"not {rows} lists of the same length")
+    if sum(page.levels for page in pages) != values or not rows or _list_count(levels) != rows:
+        raise UnknownLayout(f"not {rows} lists of the same length")
     return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(rows, -1)
 
 
 @functools.lru_cache(maxsize=16)
-def no_lists(chunk: bytes, rows: int) -> bool:
+def all_null(chunk: bytes, rows: int) -> bool:
     """Whether every list of a column is null: that is a few bytes, the same in row groups of as many rows.
 
     Raises OtherLayout, and what pyarrow does of data that is no zstd.
@@ -116,26 +116,26 @@ def _pages(chunk: memoryview) -> Iterator[_Page]:
     while place < len(chunk):
         header = _HEADER.match(chunk, place)
         if header is None:
-            raise OtherLayout(f"no page begins {place} bytes into a column")
-        size, compressed, count = map(_number, header.groups())
+            raise UnknownLayout(f"no page begins {place} bytes into a column")
+        size, compressed, count = map(_zigzag, header.groups())
         place = header.end() + compressed
         if place > len(chunk):
-            raise OtherLayout("a page ends behind its column")
+            raise UnknownLayout("a page ends behind its column")
         data = memoryview(codec.decompress(chunk[header.end() : place], size))
-        repetition, rest = _prefixed(data)
-        definition, values = _prefixed(rest)
+        repetition, rest = _split_levels(data)
+        definition, values = _split_levels(rest)
         yield _Page(count, repetition, definition, values)
 
 
-def _number(varint: bytes) -> int:
+def _zigzag(varint: bytes) -> int:
     """Thrift's i32: an unsigned number that is even, and twice the number, unless that is negative (zigzag)."""
-    number = _unsigned(varint, 0)[0]
+    number = _varint(varint, 0)[0]
     if number & 1:
-        raise OtherLayout("a size is negative")
+        raise UnknownLayout("a size is negative")
     return number >> 1
 
 
-def _unsigned(data: bytes, place: int) -> tuple[int, int]:
+def _varint(data: bytes, place: int) -> tuple[int, int]:
     """A number (ULEB128), and where it ends. Raises IndexError."""
     number = shift = 0
     while True:
@@ -146,16 +146,16 @@ def _unsigned(data: bytes, place: int) -> tuple[int, int]:
             return number, place
 
 
-def _prefixed(data: memoryview) -> tuple[bytes, memoryview]:
+def _split_levels(data: memoryview) -> tuple[bytes, memoryview]:
     """Levels, which have their length before them, and what follows."""
     end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
     if end > len(data):
-        raise OtherLayout("levels end behind their page")
+        raise UnknownLayout("levels end behind their page")
     return bytes(data[_LENGTH:end]), data[end:]
 
 
 @functools.lru_cache(maxsize=16)
-def _rows(pages: tuple[tuple[int, bytes], ...]) -> int:
+def _list_count(pages: tuple[tuple[int, bytes], ...]) -> int:
     """The number of lists, from their number of values and repetition levels by page; 0 where their lengths differ.
 
     These are the same bytes in most row groups, so that they are seldom looked into.
@@ -168,10 +168,10 @@ def _rows(pages: tuple[tuple[int, bytes], ...]) -> int:
 
 def _levels(data: bytes, width: int, count: int) -> NDArray[np.uint8]:
     """[count] levels of some bits: runs of a repeated one, and of eights that are packed. Raises OtherLayout."""
-    runs, found, place = [np.zeros(0, np.uint8)], 0, 0
+    runs, decoded, place = [np.zeros(0, np.uint8)], 0, 0
     try:
-        while found < count:
-            header, place = _unsigned(data, place)
+        while decoded < count:
+            header, place = _varint(data, place)
             if header & 1:
                 end = place + (header >> 1) * width
                 bits = np.unpackbits(np.frombuffer(data[place:end], np.uint8), bitorder="little")
@@ -180,7 +180,7 @@ def _levels(data: bytes, width: int, count: int) -> NDArray[np.uint8]:
                 end = place + 1
                 run = np.full(min(header >> 1, count), data[place], np.uint8)
             runs.append(run)
-            found, place = found + len(run), end
+            decoded, place = decoded + len(run), end
     except IndexError as error:
-        raise OtherLayout("there are fewer levels than values") from error
+        raise UnknownLayout("there are fewer levels than values") from error
     return np.concatenate(runs)[:count]

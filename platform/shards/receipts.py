@@ -31,32 +31,36 @@ class Receipt(BaseModel):
     dropped: Counter[str]
 
 
-def uri(folder: str, stem: str) -> str:
+def receipt_uri(folder: str, shard_prefix: str) -> str:
     """Where the receipt of the task with this stem of shard names is."""
-    return storage.join(folder, stem + _SUFFIX)
+    return storage.join(folder, shard_prefix + _SUFFIX)
 
 
-def resume(output: str, folder: str, stems: set[str]) -> dict[str, Receipt]:
+def finished_receipts(output: str, folder: str, shard_prefixes: set[str]) -> dict[str, Receipt]:
     """The receipts, by stem, of the tasks that need not be done again. Deletes everything else that earlier attempts
     left, receipts and shards, but nothing that a manifest in `output` names. Raises StorageError, ManifestError."""
     sizes = {storage.relative(file, output): size for file, size in storage.sizes(output).items()}
-    found = {storage.relative(file, folder): file for file in storage.list_files(folder)}
-    mine = {name.removesuffix(_SUFFIX): file for name, file in found.items() if name.removesuffix(_SUFFIX) in stems}
+    files = {storage.relative(file, folder): file for file in storage.list_files(folder)}
+    own = {
+        name.removesuffix(_SUFFIX): file for name, file in files.items() if name.removesuffix(_SUFFIX) in shard_prefixes
+    }
     with ThreadPoolExecutor(_THREADS) as pool:
-        read = dict(zip(mine, pool.map(_read, mine.values()), strict=True))
-    whole = {
-        stem: receipt
-        for stem, receipt in read.items()
+        receipts = dict(zip(own, pool.map(_read, own.values()), strict=True))
+    complete = {
+        shard_prefix: receipt
+        for shard_prefix, receipt in receipts.items()
         if receipt and all(sizes.get(entry.path) == entry.bytes for entry in receipt.files)
     }
-    publishing.discard(file for name, file in found.items() if name.removesuffix(_SUFFIX) not in whole)
+    publishing.delete_files(file for name, file in files.items() if name.removesuffix(_SUFFIX) not in complete)
     published = Manifest.find(output)
-    keep = [entry.path for receipt in whole.values() for entry in receipt.files]
-    publishing.tidy(output, [*keep, *(entry.path for entry in published.files if published)] if published else keep)
-    return whole
+    keep = [entry.path for receipt in complete.values() for entry in receipt.files]
+    publishing.delete_stale_shards(
+        output, [*keep, *(entry.path for entry in published.files if published)] if published else keep
+    )
+    return complete
 
 
-def clear(folder: str) -> None:
+def delete_receipts(folder: str) -> None:
     """Delete the receipts of a directory that is published. Raises StorageError."""
     storage.delete(folder)
     if not storage.is_remote(folder):

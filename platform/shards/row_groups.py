@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,16 +21,19 @@ import numpy as np
 from calumma.platform import storage
 from calumma.platform.shards import parquet_pages
 from calumma.platform.shards.cache import ShardCache
-from calumma.platform.shards.tokens import ROW_GROUPS, digest
+from calumma.platform.shards.partial import PartialFile, extent
+from calumma.platform.shards.tokens import ROW_GROUPS_KEY, row_group_digest
 
 if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import FileMetaData, ParquetFile
 
+    from calumma.platform.storage.manifest import Manifest
+
 
 _COLUMNS = ["tokens", "loss_mask", "segments"]
-_TAIL = 64 << 10  # bytes read for a footer whose length the manifest does not tell
-_FOOTERS = 64 << 20  # bytes of footers kept by a process; parsed they take some times that
+_TAIL_BYTES = 64 << 10  # bytes read for a footer whose length the manifest does not tell
+_FOOTER_CACHE_BYTES = 64 << 20  # bytes of footers kept by a process; parsed they take some times that
 
 
 class MicroBatch(NamedTuple):
@@ -48,7 +50,30 @@ class MicroBatch(NamedTuple):
 
 
 class ShardError(ValueError):
-    """A token shard is missing, damaged, or not what its manifest says; the message names it."""
+    """A shard is missing, damaged, or not what its manifest says; the message names it."""
+
+
+def all_micro_batches(uri: str, manifest: Manifest) -> list[MicroBatch]:
+    """Every row group of the token shards at `uri`, in the order of their manifest. Raises ManifestError where it does
+    not say how many sequences one holds."""
+    return [
+        MicroBatch(
+            uri,
+            storage.join(uri, file.path),
+            row_group,
+            file.sequences(row_group),
+            file.bytes,
+            *((file.footer.bytes, bytes.fromhex(file.footer.sha256)) if file.footer else (0, bytes(32))),
+        )
+        for file in manifest.files
+        for row_group in range(file.row_groups)
+    ]
+
+
+def context_of(manifest: Manifest) -> int | None:
+    """Tokens that a sequence of these token shards predicts (rows hold one more), where their manifest says."""
+    context = manifest.specification.get("context")
+    return context if isinstance(context, int) else None
 
 
 @dataclass(frozen=True)
@@ -80,32 +105,32 @@ class RowGroupReader:
         footer = self._footer(micro_batch)
         number = micro_batch.row_group
         if number >= footer.metadata.num_row_groups:
-            found = f"has {footer.metadata.num_row_groups} row groups"
-            raise ShardError(f"{micro_batch.shard} {found}, where its manifest names number {number}")
+            actual = f"has {footer.metadata.num_row_groups} row groups"
+            raise ShardError(f"{micro_batch.shard} {actual}, where its manifest names number {number}")
         offset, length, expected = footer.range_of(number)
-        wrong = _differs(f"row group {number}", expected, digest) if self.verify and expected else None
+        check = _digest_check(f"row group {number}", expected, row_group_digest) if self.verify and expected else None
         try:
-            data = self._fetch(micro_batch, offset, length, wrong)
+            data = self._fetch(micro_batch, offset, length, check)
         except storage.Damaged as error:
             raise ShardError(f"{error}; write the shard again") from error
-        plain = footer.plain(micro_batch, data, offset, self.context) if wrong else None
-        return plain or self._decoded(micro_batch, data, offset, footer)
+        decoded = footer.decode_own_layout(micro_batch, data, offset, self.context) if check else None
+        return decoded or self._decoded(micro_batch, data, offset, footer)
 
-    def _footer(self, micro_batch: MicroBatch) -> _Footer:
+    def _footer(self, micro_batch: MicroBatch) -> _ShardFooter:
         known = micro_batch.footer_bytes > 0
         key = (micro_batch.shard, micro_batch.shard_bytes, micro_batch.footer_sha256, self.verify)
-        kept = _footers()
-        if (found := kept.get(key)) is not None:
-            return found
+        cache = _footer_cache()
+        if (cached := cache.get(key)) is not None:
+            return cached
         shard, end = micro_batch.shard, micro_batch.shard_bytes
         try:
             if known:
-                wrong = _differs("the footer", micro_batch.footer_sha256.hex(), _sha256) if self.verify else None
-                tail = self._fetch(micro_batch, end - micro_batch.footer_bytes, micro_batch.footer_bytes, wrong)
+                check = _digest_check("the footer", micro_batch.footer_sha256.hex(), _sha256) if self.verify else None
+                tail = self._fetch(micro_batch, end - micro_batch.footer_bytes, micro_batch.footer_bytes, check)
             else:
                 _check_size(micro_batch)
                 tail = self._unknown_footer(micro_batch)
-            footer = _Footer.parse(shard, tail)
+            footer = _ShardFooter.parse(shard, tail)
         except storage.NotFound:
             raise
         except storage.StorageError as error:
@@ -113,18 +138,18 @@ class RowGroupReader:
             if isinstance(error, storage.Damaged):
                 raise ShardError(f"{error}; write the shard again") from error
             raise
-        kept.put(key, footer, len(tail))
+        cache.put(key, footer, len(tail))
         return footer
 
     def _unknown_footer(self, micro_batch: MicroBatch) -> bytes:
         end = micro_batch.shard_bytes
-        tail = self._fetch(micro_batch, end - min(_TAIL, end), min(_TAIL, end), None)
+        tail = self._fetch(micro_batch, end - min(_TAIL_BYTES, end), min(_TAIL_BYTES, end), None)
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if len(tail) < length <= end:
             tail = self._fetch(micro_batch, end - length, length, None)
         return tail
 
-    def _fetch(self, micro_batch: MicroBatch, offset: int, length: int, wrong: storage.Check | None) -> bytes:
+    def _fetch(self, micro_batch: MicroBatch, offset: int, length: int, check: storage.ContentCheck | None) -> bytes:
         """Part of the shard, by way of the cache if there is one; where that fails, from storage itself."""
         shard, size = micro_batch.shard, micro_batch.shard_bytes
         if self.cache is not None and storage.is_remote(shard):
@@ -133,29 +158,29 @@ class RowGroupReader:
                 if copy is None:
                     break
                 try:
-                    return storage.read_range(str(copy), offset, length, wrong)
+                    return storage.read_range(str(copy), offset, length, check)
                 except storage.StorageError:
                     self.cache.discard(copy)
-        return storage.read_range(shard, offset, length, wrong)
+        return storage.read_range(shard, offset, length, check)
 
-    def _decoded(self, micro_batch: MicroBatch, data: bytes, offset: int, footer: _Footer) -> RowGroup:
+    def _decoded(self, micro_batch: MicroBatch, data: bytes, offset: int, footer: _ShardFooter) -> RowGroup:
         import pyarrow as pa
 
         where = f"{micro_batch.shard}: row group {micro_batch.row_group}"
         try:
             table = footer.decode(micro_batch, data, offset)
         except (pa.ArrowException, OSError, ValueError) as error:
-            said = f"{where} cannot be read ({error})"
-            raise ShardError(f"{said}; if that is no passing failure, write the shard again") from error
+            message = f"{where} cannot be read ({error})"
+            raise ShardError(f"{message}; if that is no passing failure, write the shard again") from error
         if table.column_names != _COLUMNS:
             raise ShardError(f"{micro_batch.shard} has no columns {', '.join(_COLUMNS)}: it is not a token shard")
-        rows, wanted = table.num_rows, self.context + 1 if self.context else None
-        tokens, masks, segments = (_whole(table[name]) for name in _COLUMNS)
+        rows, length = table.num_rows, self.context + 1 if self.context else None
+        tokens, masks, segments = (_single_array(table[name]) for name in _COLUMNS)
         lengths = set(np.diff(tokens.offsets.to_numpy()).tolist())
-        if rows != micro_batch.sequences or len(lengths) != 1 or (wanted and lengths != {wanted}):
-            found = f"{rows} sequences of {sorted(lengths)} tokens"
-            named = f"{micro_batch.sequences} of {wanted or 'one length'}"
-            raise ShardError(f"{where} holds {found}, where the manifest says {named}")
+        if rows != micro_batch.sequences or len(lengths) != 1 or (length and lengths != {length}):
+            actual = f"{rows} sequences of {sorted(lengths)} tokens"
+            expected = f"{micro_batch.sequences} of {length or 'one length'}"
+            raise ShardError(f"{where} holds {actual}, where the manifest says {expected}")
         try:
             numbers = [column.flatten().to_numpy() for column in (tokens, segments)]
             return _row_group(numbers[0], masks, numbers[1], (rows, lengths.pop()))
@@ -163,7 +188,7 @@ class RowGroupReader:
             raise ShardError(f"{where}: its columns are of different lengths; write the shard again") from error
 
 
-def _whole(column: Any) -> Any:
+def _single_array(column: Any) -> Any:
     """A column's values as one array; `combine_chunks` would copy them even if they are that already."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
@@ -174,37 +199,39 @@ def _row_group(tokens: np.ndarray, masks: Any, segments: np.ndarray, shape: tupl
     segments = segments.reshape(shape)
     mask = segments >= 0  # padding is never trained
     if masks is not None and masks.null_count < shape[0]:
-        given = masks.is_valid().to_numpy(zero_copy_only=False)
-        mask[given] &= masks.flatten().to_numpy(zero_copy_only=False).reshape(-1, shape[1])
+        listed = masks.is_valid().to_numpy(zero_copy_only=False)
+        mask[listed] &= masks.flatten().to_numpy(zero_copy_only=False).reshape(-1, shape[1])
     return RowGroup(tokens.reshape(shape), mask, segments)
 
 
 @dataclass(frozen=True)
-class _Footer:
+class _ShardFooter:
     metadata: FileMetaData
     ranges: list[tuple[int, int, str]] | None
     """Offset, length and digest of each row group, in shards that have them."""
-    fits: bool = False
+    own_layout: bool = False
     """Whether it may be what `plain` reads."""
-    opened: list[tuple[_Part, ParquetFile]] = field(default_factory=list)
+    idle_files: list[tuple[PartialFile, ParquetFile]] = field(default_factory=list)
     """Files that no thread reads now: opening one costs a third of decoding a row group of 32,000 tokens."""
 
-    def plain(self, micro_batch: MicroBatch, data: bytes, offset: int, context: int | None) -> RowGroup | None:
+    def decode_own_layout(
+        self, micro_batch: MicroBatch, data: bytes, offset: int, context: int | None
+    ) -> RowGroup | None:
         """A row group of which the digest was compared, if it is laid out and of the shape as it should be."""
         import pyarrow as pa
 
-        rows, whole = micro_batch.sequences, memoryview(data)
+        rows, content = micro_batch.sequences, memoryview(data)
         try:
-            if not self.fits:
+            if not self.own_layout:
                 return None
-            found = parquet_pages.chunks(self.metadata, micro_batch.row_group)
-            parts = [whole[begin - offset : end - offset] for begin, end, _ in found]
-            tokens, segments = (parquet_pages.equal_rows(parts[n], found[n].values, rows) for n in (0, 2))
+            columns = parquet_pages.column_chunks(self.metadata, micro_batch.row_group)
+            parts = [content[begin - offset : end - offset] for begin, end, _ in columns]
+            tokens, segments = (parquet_pages.decode_equal_lists(parts[n], columns[n].values, rows) for n in (0, 2))
             if tokens.shape != segments.shape or (context and tokens.shape[1] != context + 1):
                 return None
             masks = None
-            if found[1].values != rows or not parquet_pages.no_lists(bytes(parts[1]), rows):
-                masks = _whole(self.decode(micro_batch, data, offset, ["loss_mask"])["loss_mask"])
+            if columns[1].values != rows or not parquet_pages.all_null(bytes(parts[1]), rows):
+                masks = _single_array(self.decode(micro_batch, data, offset, ["loss_mask"])["loss_mask"])
             return _row_group(tokens, masks, segments, (rows, tokens.shape[1]))
         except (pa.ArrowException, OSError, ValueError):  # pyarrow reads it, or says what is wrong
             return None
@@ -216,27 +243,27 @@ class _Footer:
         import pyarrow.parquet as pq
 
         try:
-            part, file = self.opened.pop()
+            part, file = self.idle_files.pop()
         except IndexError:
-            part = _Part(micro_batch.shard_bytes)
+            part = PartialFile(micro_batch.shard_bytes)
             file = pq.ParquetFile(part, metadata=self.metadata)
-        part.hold(data, offset)
+        part.set_bytes(data, offset)
         try:
             return file.read_row_group(micro_batch.row_group, list(columns), use_threads=False)
         finally:
-            part.hold(b"", 0)
-            self.opened.append((part, file))
+            part.set_bytes(b"", 0)
+            self.idle_files.append((part, file))
 
     @classmethod
-    def parse(cls, shard: str, tail: bytes) -> _Footer:
+    def parse(cls, shard: str, tail: bytes) -> _ShardFooter:
         """From a shard's last bytes. Raises ShardError."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             metadata = pq.read_metadata(pa.BufferReader(tail))
-            found = (metadata.metadata or {}).get(ROW_GROUPS)
-            return cls(metadata, json.loads(found) if found else None, parquet_pages.fit(metadata))
+            ranges = (metadata.metadata or {}).get(ROW_GROUPS_KEY)
+            return cls(metadata, json.loads(ranges) if ranges else None, parquet_pages.is_token_shard(metadata))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ShardError(f"{shard}: its footer cannot be read ({error}); write the shard again") from error
 
@@ -245,30 +272,27 @@ class _Footer:
         if self.ranges is not None:
             offset, length, expected = self.ranges[number]
             return offset, length, expected
-        group = self.metadata.row_group(number)
-        columns = [group.column(n) for n in range(group.num_columns)]
-        begins = [min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns]
-        end = max(begin + c.total_compressed_size for begin, c in zip(begins, columns, strict=True))
-        return min(begins), end - min(begins), ""
+        begin, end = extent(self.metadata, number)
+        return begin, end - begin, ""
 
 
-class _Footers:
+class _FooterCache:
     """The footers used last, up to a number of bytes."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._kept: OrderedDict[Any, tuple[_Footer, int]] = OrderedDict()
+        self._kept: OrderedDict[Any, tuple[_ShardFooter, int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, key: Any) -> _Footer | None:
+    def get(self, key: Any) -> _ShardFooter | None:
         with self._lock:
             if key not in self._kept:
                 return None
             self._kept.move_to_end(key)
             return self._kept[key][0]
 
-    def put(self, key: Any, footer: _Footer, size: int) -> None:
+    def put(self, key: Any, footer: _ShardFooter, size: int) -> None:
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = footer, size
@@ -279,61 +303,21 @@ class _Footers:
 
 
 @functools.cache
-def _footers() -> _Footers:
+def _footer_cache() -> _FooterCache:
     """Of this process: reading tasks come and go, and read the same shards."""
-    return _Footers(_FOOTERS)
-
-
-class _Part:
-    """A Parquet file of which only some bytes are at hand, as pyarrow wants to read it."""
-
-    closed = False
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._place = 0
-        self.hold(b"", 0)
-
-    def hold(self, data: bytes, offset: int) -> None:
-        """Have these bytes at hand, and no others."""
-        self._data, self._offset = memoryview(data), offset
-
-    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        self._place = place + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def read(self, length: int = -1) -> memoryview:
-        begin = self._place - self._offset
-        if begin < 0:
-            raise ValueError(f"bytes before {self._offset} are not at hand")
-        found = self._data[begin : begin + length]
-        self._place += len(found)
-        return found
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
+    return _FooterCache(_FOOTER_CACHE_BYTES)
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _differs(what: str, expected: str, compute: Callable[[bytes], str]) -> storage.Check:
+def _digest_check(what: str, expected: str, compute: Callable[[bytes], str]) -> storage.ContentCheck:
     def check(data: bytes) -> str | None:
-        found = compute(data)
-        return None if found == expected else f"{what} has checksum {found[:16]}…, where {expected[:16]}… is on record"
+        actual = compute(data)
+        return (
+            None if actual == expected else f"{what} has checksum {actual[:16]}…, where {expected[:16]}… is on record"
+        )
 
     return check
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calumma.platform.storage.manifest import Footer
+from calumma.platform.storage.manifest import FooterDigest
 
-ROW_GROUPS = b"calumma.row_groups"  # key in the Parquet footer
-DIGEST = 32  # characters of a row group's digest
+ROW_GROUPS_KEY = b"calumma.row_groups"  # key in the Parquet footer
+DIGEST_LENGTH = 32  # characters of a row group's digest
 _TAIL = 8  # bytes of a Parquet file after its Thrift metadata: their length, and the magic
 
 
@@ -62,20 +62,20 @@ def to_parquet(rows: Sequence[PackedRow], micro_batch: int) -> bytes:
             begin = buffer.tell()
             writer.write_table(table.slice(first, micro_batch), row_group_size=micro_batch)
             with buffer.getbuffer() as written:
-                groups.append((begin, len(written) - begin, digest(written[begin:])))
-        writer.add_key_value_metadata({ROW_GROUPS.decode(): json.dumps(groups, separators=(",", ":"))})
+                groups.append((begin, len(written) - begin, row_group_digest(written[begin:])))
+        writer.add_key_value_metadata({ROW_GROUPS_KEY.decode(): json.dumps(groups, separators=(",", ":"))})
     return buffer.getvalue()
 
 
-def digest(data: bytes | memoryview) -> str:
+def row_group_digest(data: bytes | memoryview) -> str:
     """The checksum of a row group's bytes."""
-    return hashlib.sha256(data).hexdigest()[:DIGEST]
+    return hashlib.sha256(data).hexdigest()[:DIGEST_LENGTH]
 
 
-def footer(data: bytes) -> Footer:
+def footer_digest(data: bytes) -> FooterDigest:
     """What a manifest says about the end of a Parquet file."""
     size = int.from_bytes(data[-_TAIL:][:4], "little") + _TAIL
-    return Footer(bytes=size, sha256=hashlib.sha256(data[-size:]).hexdigest())
+    return FooterDigest(bytes=size, sha256=hashlib.sha256(data[-size:]).hexdigest())
 
 
 def _table(rows: Sequence[PackedRow]) -> Any:

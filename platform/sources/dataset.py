@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 32 << 20  # bytes of texts and images
-ROWS = 4096
+BLOCK_BYTES = 32 << 20  # bytes of texts and images
+BLOCK_ROWS = 4096
 
 
 class UnreadableInput(ValueError):
@@ -37,7 +37,7 @@ class UnreadableInput(ValueError):
 
 
 def read(
-    source: Source, root: str | None = None, bad: Literal["skip", "raise"] = "skip", block: int = BLOCK
+    source: Source, root: str | None = None, bad: Literal["skip", "raise"] = "skip", block: int = BLOCK_BYTES
 ) -> Dataset:
     """The documents of a source, in order, in blocks of so many bytes. Relative locations are below `root` or the
     working folder.
@@ -102,15 +102,15 @@ def _blocks(source: Source, uri: str, bad: Literal["skip", "raise"], block: int)
                 raise UnreadableInput(f"{item.name}: {item.reason}")
             logger.warning("left out %s: %s", item.name, item.reason)
             continue
-        if (rows and size + _bytes(item) > block) or len(rows) == ROWS:
+        if (rows and size + _content_bytes(item) > block) or len(rows) == BLOCK_ROWS:
             yield pa.Table.from_pylist(rows, schema())
             rows, size = [], 0
         rows.append({**item.to_row(), "name": name_of(item)})
-        size += _bytes(item)
+        size += _content_bytes(item)
     yield pa.Table.from_pylist(rows, schema())  # also without rows: Ray Data wants a block of every task
 
 
-def _bytes(document: Document) -> int:
+def _content_bytes(document: Document) -> int:
     sizes = 0
     for segment in document.segments:
         if isinstance(segment, Text):

@@ -12,7 +12,7 @@ from calumma.model.document import Document, Image, Role, Text
 from calumma.platform.storage import StorageError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # suffix -> name of the codec in Arrow
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 BUFFER = 1 << 20
 LICENSES = ("license", "licenses", "max_stars_repo_licenses", "detected_licenses")  # the last two: The Stack
 
@@ -44,24 +44,24 @@ class Reference:
     optional: bool = False  # left out where it cannot be had; otherwise the document is bad
 
 
-Part = Text | Image | Reference
+DraftSegment = Text | Image | Reference
 
 
 @dataclass(frozen=True)
 class Draft:
     """A document as a reader finds it. `name` is the file and the place in it."""
 
-    segments: tuple[Part, ...]
+    segments: tuple[DraftSegment, ...]
     name: str
     license: str = ""
     url: str = ""
 
     @classmethod
-    def of(cls, segments: Sequence[Part], name: str, row: Mapping[str, Any] | None = None) -> Draft:
+    def from_record(cls, segments: Sequence[DraftSegment], name: str, row: Mapping[str, Any] | None = None) -> Draft:
         """With the license and URL that a record, or the `metadata` or `meta` in it, tells."""
         if row is None:
             return cls(tuple(segments), name)
-        return cls(tuple(segments), name, _said(row, LICENSES), _said(row, ("url",)))
+        return cls(tuple(segments), name, _first_value(row, LICENSES), _first_value(row, ("url",)))
 
 
 class File:
@@ -91,7 +91,7 @@ class File:
         return size
 
     @property
-    def left(self) -> int:
+    def bytes_left(self) -> int:
         """Bytes that have not been read yet, as stored; of a compressed file, those not decompressed yet."""
         return max(0, self.size - (self.raw if self._codec else self.content).tell())
 
@@ -102,7 +102,7 @@ class File:
         head = self.raw.read(4)
         self.raw.seek(place)
         by_name = next((codec for suffix, codec in COMPRESSED.items() if self.uri.lower().endswith(suffix)), None)
-        return next((codec for magic, codec in MAGIC.items() if head.startswith(magic)), by_name)
+        return next((codec for magic, codec in MAGIC_BYTES.items() if head.startswith(magic)), by_name)
 
     @cached_property
     def content(self) -> io.BufferedReader:
@@ -121,7 +121,7 @@ class File:
         stream = pa.CompressedInputStream(pa.PythonFile(self.raw, "r"), codec)
         return io.BufferedReader(cast(Any, stream), BUFFER)
 
-    def whole(self, limit: int) -> bytes:
+    def read_all(self, limit: int) -> bytes:
         """All of a small file. Raises Malformed when it holds more than `limit` bytes or cannot be decompressed."""
         try:
             data = self.content.read(limit + 1)
@@ -134,12 +134,12 @@ class File:
         return data
 
 
-def names(row: Mapping[str, Any]) -> str:
+def field_names(row: Mapping[str, Any]) -> str:
     """The fields of a record, for a message."""
     return ", ".join(map(str, list(row)[:10])) or "nothing"
 
 
-def kind(value: Any) -> str:
+def json_type(value: Any) -> str:
     """What a JSON value is, in the words of its reader."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
@@ -149,7 +149,7 @@ def text_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _said(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+def _first_value(row: Mapping[str, Any], fields: Sequence[str]) -> str:
     for place in (row, row.get("metadata"), row.get("meta")):
         if isinstance(place, Mapping):
             for field in fields:

@@ -9,9 +9,9 @@ from typing import Any
 from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, File, Item, Malformed
-from calumma.platform.sources.formats import find
-from calumma.platform.sources.references import resolved
-from calumma.platform.sources.registry import Found, Reader, checked_options
+from calumma.platform.sources.formats import find_format
+from calumma.platform.sources.references import resolve_references
+from calumma.platform.sources.registry import Reader, ReaderItem, checked_options
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import SpecificationError
 
@@ -27,12 +27,12 @@ def read_file(
     """Items of one raw file, in its order; each document's metadata holds its `name`. `location` is the source that the
     file belongs to. Damaged data never raises; StorageError is a fault of the storage, SpecificationError of the call.
     """
-    form = find(format)
+    form = find_format(format)
     arguments = checked_options(format, form.read, options or {})
     base = images or _folder(uri, location if form.references == "location" else None)
     with storage.open_read(uri) as raw:
         file = File(uri, raw, base)
-        yield from resolved(_found(form.read, file, arguments), source, base)
+        yield from resolve_references(_reader_items(form.read, file, arguments), source, base)
 
 
 def read_source(source: Source, uri: str, locate: Callable[[str], str] = str) -> Iterator[Item]:
@@ -46,16 +46,16 @@ def list_source(format: str, location: str) -> tuple[dict[str, int], list[str]]:
 
     A manifest below a folder is no input. Raises StorageError, SpecificationError.
     """
-    suffixes = find(format).suffixes or ("",)
-    found = dict(sorted(storage.sizes(location).items()))
-    if len(found) == 1 and _is(location, next(iter(found))):
-        return found, []
+    suffixes = find_format(format).suffixes or ("",)
+    sizes = dict(sorted(storage.sizes(location).items()))
+    if len(sizes) == 1 and _same_file(location, next(iter(sizes))):
+        return sizes, []
     files = {
         uri: size
-        for uri, size in found.items()
+        for uri, size in sizes.items()
         if uri.lower().endswith(suffixes) and PurePosixPath(uri).name != storage.MANIFEST
     }
-    return files, [uri for uri in found if uri not in files]
+    return files, [uri for uri in sizes if uri not in files]
 
 
 def require_files(source: Source, locate: Callable[[str], str] = str) -> tuple[dict[str, int], list[str]]:
@@ -64,13 +64,14 @@ def require_files(source: Source, locate: Callable[[str], str] = str) -> tuple[d
     files, others = list_source(source.format, location)
     if files:
         return files, others
-    suffixes = " or ".join(f"*{suffix}" for suffix in find(source.format).suffixes)
-    there = "there is nothing at that location"
+    suffixes = " or ".join(f"*{suffix}" for suffix in find_format(source.format).suffixes)
+    explanation = "there is nothing at that location"
     if others:
         names = ", ".join(storage.relative(uri, location) for uri in others[:3])
-        there = f"there are {len(others):,} other files, such as {names}"
+        explanation = f"there are {len(others):,} other files, such as {names}"
     raise SpecificationError(
-        f"source {source.name!r} ({source.format}): no {f'{suffixes} ' if suffixes else ''}files at {location}; {there}"
+        f"source {source.name!r} ({source.format}): no {f'{suffixes} ' if suffixes else ''}files at {location}; "
+        f"{explanation}"
     )
 
 
@@ -79,7 +80,7 @@ def name_of(document: Document) -> str:
     return document.metadata.get("name", document.source)
 
 
-def _found(read: Reader, file: File, arguments: dict[str, Any]) -> Iterator[Found]:
+def _reader_items(read: Reader, file: File, arguments: dict[str, Any]) -> Iterator[ReaderItem]:
     try:
         yield from read(file, **arguments)
     except Malformed as error:  # of the file, not of one record
@@ -88,12 +89,12 @@ def _found(read: Reader, file: File, arguments: dict[str, Any]) -> Iterator[Foun
 
 def _folder(uri: str, location: str | None) -> str:
     """The location, when the file is below it, or the folder that the file is in."""
-    if location is not None and not _is(location, uri):
+    if location is not None and not _same_file(location, uri):
         return location
     return uri.rpartition("/")[0] if "/" in uri else "."
 
 
-def _is(location: str, file: str) -> bool:
+def _same_file(location: str, file: str) -> bool:
     if storage.is_remote(location):
         return location == file
     return storage.local_path(location) == Path(storage.local_path(file))

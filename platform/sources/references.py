@@ -20,9 +20,9 @@ from calumma.model.document import Document, Image, Segment
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Draft, Item, Malformed, Reference
 
-AHEAD = 32  # references, and documents, that are fetched ahead: object storage answers slowly, but many at a time
+PREFETCH = 32  # references, and documents, that are fetched ahead: object storage answers slowly, but many at a time
 THREADS = 8
-LONGEST = 1024  # bytes of a key in S3
+LONGEST_KEY = 1024  # bytes of a key in S3
 SHOWN = 80  # characters of a reference in a message
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 REMOTE = re.compile(r"(https?|ftp):|//", re.IGNORECASE)
@@ -31,20 +31,20 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
-def resolved(found: Iterable[Draft | Document | BadInput], source: str, base: str) -> Iterator[Item]:
+def resolve_references(items: Iterable[Draft | Document | BadInput], source: str, base: str) -> Iterator[Item]:
     """The items as documents of a source, in order, with the images of their references. Raises StorageError."""
     base = base if storage.is_remote(base) else str(storage.local_path(base))  # no %2e%2e of a file:// URI
     pool = ThreadPoolExecutor(THREADS)  # starts no thread where there are no references
     waiting: deque[tuple[Draft | Document | BadInput, list[Future[bytes]]]] = deque()
-    ahead = 0
+    fetching = 0
     try:
-        for item in found:
+        for item in items:
             parts = item.segments if isinstance(item, Draft) else ()
             images = [pool.submit(fetch, part.target, base) for part in parts if isinstance(part, Reference)]
             waiting.append((item, images))
-            ahead += len(images)
-            while waiting and (not waiting[0][1] or ahead > AHEAD or len(waiting) > AHEAD):
-                ahead -= len(waiting[0][1])
+            fetching += len(images)
+            while waiting and (not waiting[0][1] or fetching > PREFETCH or len(waiting) > PREFETCH):
+                fetching -= len(waiting[0][1])
                 yield _item(*waiting.popleft(), source)
         while waiting:
             yield _item(*waiting.popleft(), source)
@@ -74,47 +74,47 @@ def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source
 def fetch(target: str, base: str) -> bytes:
     """The bytes of an image. Raises Malformed when the reference is no image below `base`, and StorageError."""
     if target[:5].lower() == "data:":
-        return _decoded(target)
+        return _decode_data_url(target)
     uri = storage.join(base, path_of(target, base))
     try:
         return storage.read_bytes(uri)
     except storage.NotFound as error:
-        raise Malformed(f"there is no image {_shown(target)} in {base}") from error
+        raise Malformed(f"there is no image {_abridged(target)} in {base}") from error
     except storage.StorageError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in NO_FILE:
-            raise Malformed(f"the image {_shown(target)} is no file in {base}: {cause.strerror}") from error
+            raise Malformed(f"the image {_abridged(target)} is no file in {base}: {cause.strerror}") from error
         raise
 
 
 def path_of(target: str, base: str) -> str:
     """The path below `base` that a reference names. Raises Malformed when it names none."""
-    said = f"the image {_shown(target)}"
+    image = f"the image {_abridged(target)}"
     if REMOTE.match(target):
-        raise Malformed(f"{said} is remote; download first, e.g. with img2dataset, and refer to the files by path")
+        raise Malformed(f"{image} is remote; download first, e.g. with img2dataset, and refer to the files by path")
     if SCHEME.match(target) or target.startswith("/"):
-        raise Malformed(f"{said} is absolute; it must be a path below the source's images ({base})")
+        raise Malformed(f"{image} is absolute; it must be a path below the source's images ({base})")
     path = posixpath.normpath(target) if target else "."
     if path == ".." or path.startswith("../"):
-        raise Malformed(f"{said} leads out of the source's images ({base})")
+        raise Malformed(f"{image} leads out of the source's images ({base})")
     try:
         length = len(path.encode())
     except UnicodeEncodeError as error:
-        raise Malformed(f"{said} is not valid Unicode") from error
-    if path == "." or length > LONGEST or CONTROL.search(path):
-        raise Malformed(f"{said} is no file name")
+        raise Malformed(f"{image} is not valid Unicode") from error
+    if path == "." or length > LONGEST_KEY or CONTROL.search(path):
+        raise Malformed(f"{image} is no file name")
     return path
 
 
-def _decoded(url: str) -> bytes:
+def _decode_data_url(url: str) -> bytes:
     match = DATA_URL.match(url)
     if match is None:
-        raise Malformed(f"the image {_shown(url)} is no data URL of an image (data:image/…;base64,…)")
+        raise Malformed(f"the image {_abridged(url)} is no data URL of an image (data:image/…;base64,…)")
     try:
         return base64.b64decode(url[match.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Malformed(f"the image {_shown(url)} is not valid base64: {error}") from error
+        raise Malformed(f"the image {_abridged(url)} is not valid base64: {error}") from error
 
 
-def _shown(target: str) -> str:
+def _abridged(target: str) -> str:
     return ascii(target if len(target) <= SHOWN else target[: SHOWN - 1] + "…") if target else "''"

@@ -26,9 +26,9 @@ from calumma.model.document import Document
 from calumma.platform.sources.files import BadInput, Draft
 from calumma.platform.specification import SpecificationError
 
-Found = Draft | Document | BadInput
-Reader = Callable[..., Iterator[Found]]
-OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+ReaderItem = Draft | Document | BadInput
+Reader = Callable[..., Iterator[ReaderItem]]
+USER_READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,32 @@ def reader(
     """Register a reader. Raises ValueError when another function has the name."""
 
     def register(read: Reader) -> Reader:
-        there = FORMATS.get(name)
-        if there is not None and _path(there.read) != _path(read):  # a notebook may define its reader again
-            raise ValueError(f"the format {name!r} is taken by {_path(there.read)}; choose another name")
+        known = FORMATS.get(name)
+        if known is not None and _qualified_name(known.read) != _qualified_name(
+            read
+        ):  # a notebook may define its reader again
+            raise ValueError(f"the format {name!r} is taken by {_qualified_name(known.read)}; choose another name")
         FORMATS[name] = Format(tuple(suffix.lower() for suffix in suffixes), read, references)
         return read
 
     return register
 
 
-def check(format: str, options: Mapping[str, Any]) -> None:
+def check_format(format: str, options: Mapping[str, Any]) -> None:
     """Whether a specification may name this format, with these options; a reader of one's own is not imported yet,
     since only the cluster may have it. Raises SpecificationError."""
     if format in FORMATS:
         checked_options(format, FORMATS[format].read, options)
-    elif not OWN.fullmatch(format):
+    elif not USER_READER.fullmatch(format):
         raise SpecificationError(
             f"format {format!r} is not known; known are {', '.join(map(repr, sorted(FORMATS)))}, and a reader of your "
             "own as package.module:function"
         )
 
 
-def find(format: str) -> Format:
+def find_format(format: str) -> Format:
     """The format of a name or of `package.module:function`. Raises SpecificationError."""
-    check(format, {})
+    check_format(format, {})
     if format in FORMATS:
         return FORMATS[format]
     module, _, function = format.partition(":")
@@ -108,10 +110,10 @@ def checked_options(format: str, read: Reader, options: Mapping[str, Any]) -> di
         try:
             values[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
         except ValidationError as error:
-            said = error.errors()[0]["msg"]
-            raise SpecificationError(f"format {format!r}, option {name!r}: {said} (given {value!r})") from error
+            message = error.errors()[0]["msg"]
+            raise SpecificationError(f"format {format!r}, option {name!r}: {message} (given {value!r})") from error
     return values
 
 
-def _path(read: Reader) -> str:
+def _qualified_name(read: Reader) -> str:
     return f"{read.__module__}:{read.__qualname__}"

@@ -10,7 +10,7 @@ from calumma.platform.specification import Section
 
 
 class Source(Section):
-    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="of the folder of its documents, and in reports")
     format: str = Field(description="the name of a format, or a reader of your own as package.module:function")
     location: str = Field(description="a file, or a prefix whose files are all read")
     images: str | None = Field(
@@ -36,4 +36,4 @@ class Source(Section):
 def _check(format: str, options: dict[str, Any]) -> None:
     from calumma.platform.sources import formats  # only where a source is given: readers need Pillow and numpy
 
-    formats.check(format, options)
+    formats.check_format(format, options)

@@ -5,7 +5,7 @@ deletions remove first. Every failure is a StorageError. `manifest` and `publish
 """
 
 from calumma.platform.storage.files import (
-    Check,
+    ContentCheck,
     copy_to,
     exists,
     list_files,
@@ -16,7 +16,7 @@ from calumma.platform.storage.files import (
     sizes,
     write_bytes,
 )
-from calumma.platform.storage.folders import check, delete, download, local_copy, upload
+from calumma.platform.storage.folders import check_writable, delete, download, local_copy, upload
 from calumma.platform.storage.uri import (
     MANIFEST,
     Damaged,
@@ -30,11 +30,11 @@ from calumma.platform.storage.uri import (
 
 __all__ = [
     "MANIFEST",
-    "Check",
+    "ContentCheck",
     "Damaged",
     "NotFound",
     "StorageError",
-    "check",
+    "check_writable",
     "copy_to",
     "delete",
     "download",

@@ -15,7 +15,7 @@ _READ_TIMEOUT = 60  # seconds without a byte, after which a request is made agai
 def s3_client(attempts: int | None = None) -> Any:
     """The S3 client of this process and these AWS settings (clients may be shared by threads, never by forks)."""
     settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-    return _client_for(os.getpid(), settings, attempts or allowed_attempts())
+    return _client_for(os.getpid(), settings, attempts or max_attempts())
 
 
 @functools.lru_cache(maxsize=8)
@@ -35,7 +35,7 @@ def _client_for(process: int, settings: tuple[tuple[str, str], ...], attempts: i
     return boto3.session.Session().client("s3", config=config)
 
 
-def allowed_attempts() -> int:
+def max_attempts() -> int:
     return int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS))
 
 

@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable
 from typing import BinaryIO
 
-from calumma.platform.storage.client import allowed_attempts, s3_client
-from calumma.platform.storage.explanations import explained
+from calumma.platform.storage.client import max_attempts, s3_client
+from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.local import local_range, local_sizes, replace_file
 from calumma.platform.storage.s3 import object_reader, remote_range, remote_sizes
 from calumma.platform.storage.uri import BrokenRead, Damaged, StorageError, bucket_and_key, is_remote, local_path
 
-Check = Callable[[bytes], str | None]
+ContentCheck = Callable[[bytes], str | None]
 
 
 def sizes(prefix: str) -> dict[str, int]:
@@ -21,7 +21,7 @@ def sizes(prefix: str) -> dict[str, int]:
 
     Unfinished temporary files are not files. Raises StorageError.
     """
-    with explained(prefix, "list"):
+    with translated_errors(prefix, "list"):
         return dict(remote_sizes(prefix)) if is_remote(prefix) else dict(local_sizes(local_path(prefix)))
 
 
@@ -32,7 +32,7 @@ def list_files(prefix: str) -> list[str]:
 
 def exists(uri: str) -> bool:
     """Whether a file, or a folder with something in it, is there. Raises StorageError."""
-    with explained(uri, "look for"):
+    with translated_errors(uri, "look for"):
         if not is_remote(uri):
             return local_path(uri).exists()
         return next(remote_sizes(uri), None) is not None
@@ -45,7 +45,7 @@ def read_bytes(uri: str) -> bytes:
     return content.getvalue()
 
 
-def read_range(uri: str, offset: int, length: int, check: Check | None = None) -> bytes:
+def read_range(uri: str, offset: int, length: int, check: ContentCheck | None = None) -> bytes:
     """`length` bytes from `offset` of a file, in one request.
 
     `check` says what is wrong with them, or None. Requests that fail in passing, answers that break off or are short,
@@ -53,11 +53,11 @@ def read_range(uri: str, offset: int, length: int, check: Check | None = None) -
     it fails the check to the last.
     """
     if not is_remote(uri):
-        return _checked(uri, lambda: local_range(uri, offset, length), check, attempts=2)
-    return _checked(uri, lambda: remote_range(uri, offset, length), check, allowed_attempts())
+        return _read_with_retries(uri, lambda: local_range(uri, offset, length), check, attempts=2)
+    return _read_with_retries(uri, lambda: remote_range(uri, offset, length), check, max_attempts())
 
 
-def _checked(uri: str, read: Callable[[], bytes], check: Check | None, attempts: int) -> bytes:
+def _read_with_retries(uri: str, read: Callable[[], bytes], check: ContentCheck | None, attempts: int) -> bytes:
     from urllib3.exceptions import MaxRetryError
     from urllib3.util import Retry
 
@@ -70,10 +70,10 @@ def _checked(uri: str, read: Callable[[], bytes], check: Check | None, attempts:
         except BrokenRead as error:
             failure = StorageError(f"cannot read {uri}: {error}, at the last of {attempts} attempts")
         else:
-            wrong = check(data) if check else None
-            if wrong is None:
+            problem = check(data) if check else None
+            if problem is None:
                 return data
-            failure = Damaged(f"{uri}: {wrong}, however often it is read")
+            failure = Damaged(f"{uri}: {problem}, however often it is read")
         try:
             policy = policy.increment(error=failure)
         except MaxRetryError:
@@ -83,7 +83,7 @@ def _checked(uri: str, read: Callable[[], bytes], check: Check | None, attempts:
 
 def size(uri: str) -> int:
     """Bytes of a file. Raises StorageError, NotFound."""
-    with explained(uri, "look for"):
+    with translated_errors(uri, "look for"):
         if not is_remote(uri):
             return local_path(uri).stat().st_size
         bucket, key = bucket_and_key(uri)
@@ -92,7 +92,7 @@ def size(uri: str) -> int:
 
 def copy_to(uri: str, file: BinaryIO) -> None:
     """Copy a file's content into an open one. Raises StorageError, NotFound."""
-    with explained(uri, "read"):
+    with translated_errors(uri, "read"):
         if is_remote(uri):
             bucket, key = bucket_and_key(uri)
             s3_client().download_fileobj(bucket, key, file)  # in parts, and again from where a connection broke
@@ -103,7 +103,7 @@ def copy_to(uri: str, file: BinaryIO) -> None:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file; readers see the old content or the new, never a part. Raises StorageError."""
-    with explained(uri, "write"):
+    with translated_errors(uri, "write"):
         if not is_remote(uri):
             replace_file(local_path(uri), lambda file: file.write(data))
             return
@@ -113,7 +113,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def open_read(uri: str, buffer: int = 4 << 20) -> io.BufferedIOBase:
     """A seekable binary file; S3 objects are read `buffer` bytes a request. Raises StorageError, NotFound."""
-    with explained(uri, "read"):
+    with translated_errors(uri, "read"):
         if not is_remote(uri):
             return local_path(uri).open("rb")
         bucket, key = bucket_and_key(uri)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from calumma.platform.storage.client import THREADS, s3_client
-from calumma.platform.storage.explanations import explained
+from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.files import copy_to, list_files, read_bytes, write_bytes
 from calumma.platform.storage.local import replace_file
 from calumma.platform.storage.uri import (
@@ -36,7 +36,7 @@ def upload(local_dir: str | Path, uri: str) -> None:
     files = {relative(file, str(source)): Path(file) for file in list_files(str(source))}
     if not files:
         raise NotFound(f"cannot upload {source} to {uri}: the folder is missing or empty")
-    _in_order(files, lambda name: _upload_file(files[name], join(uri, name)))
+    _for_each_file(files, lambda name: _upload_file(files[name], join(uri, name)))
 
 
 def download(uri_dir: str, local_dir: str | Path) -> None:
@@ -48,7 +48,7 @@ def download(uri_dir: str, local_dir: str | Path) -> None:
     for name in files.values():
         if ".." in Path(name).parts:
             raise StorageError(f"cannot download {uri_dir}: the name {name!r} leads out of the folder")
-    _in_order(files, lambda file: _download_file(file, target / files[file]))
+    _for_each_file(files, lambda file: _download_file(file, target / files[file]))
 
 
 @contextmanager
@@ -73,13 +73,13 @@ def delete(uri: str) -> None:
     elif local_path(uri).resolve() in (Path("/"), Path.home(), Path.cwd()):
         raise StorageError(f"{uri}: refusing to delete the root, home or working folder")
     files = list_files(uri)
-    with explained(uri, "delete"):
-        _in_order(files, _delete_file, manifests_first=True)
+    with translated_errors(uri, "delete"):
+        _for_each_file(files, _delete_file, manifests_first=True)
         if not is_remote(uri) and local_path(uri).is_dir():
             shutil.rmtree(local_path(uri))
 
 
-def check(uri: str) -> None:
+def check_writable(uri: str) -> None:
     """Prove that files can be written, read and deleted below a URI. Raises StorageError with the reason."""
     base = uri
     if not is_remote(uri):  # probe the nearest folder there is: a check creates nothing
@@ -92,7 +92,7 @@ def check(uri: str) -> None:
     delete(probe)
 
 
-def _in_order(files: Iterable[str], work: Callable[[str], object], manifests_first: bool = False) -> None:
+def _for_each_file(files: Iterable[str], work: Callable[[str], object], manifests_first: bool = False) -> None:
     """Do `work` on every file, several at a time, all manifests after (or before) the rest, the outermost last."""
     manifests = sorted((file for file in files if file.rsplit("/", 1)[-1] == MANIFEST), key=lambda f: -f.count("/"))
     others = [file for file in files if file.rsplit("/", 1)[-1] != MANIFEST]
@@ -108,7 +108,7 @@ def _in_order(files: Iterable[str], work: Callable[[str], object], manifests_fir
 
 
 def _upload_file(file: Path, uri: str) -> None:
-    with explained(uri, "write"):
+    with translated_errors(uri, "write"):
         if not is_remote(uri):
             with file.open("rb") as source:
                 replace_file(local_path(uri), lambda target: shutil.copyfileobj(source, target, 1 << 20))
@@ -118,13 +118,13 @@ def _upload_file(file: Path, uri: str) -> None:
 
 
 def _download_file(uri: str, file: Path) -> None:
-    with explained(uri, "read"):
+    with translated_errors(uri, "read"):
         replace_file(file, lambda target: copy_to(uri, target))
 
 
 def _delete_file(uri: str) -> None:
     # One request an object: deleting in bulk needs checksums that not every S3-compatible store accepts.
-    with explained(uri, "delete"):
+    with translated_errors(uri, "delete"):
         if not is_remote(uri):
             local_path(uri).unlink(missing_ok=True)
             return

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from calumma.platform.storage.explanations import explained
+from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.uri import BrokenRead, local_path
 
 
@@ -26,7 +26,7 @@ def local_sizes(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def local_range(uri: str, offset: int, length: int) -> bytes:
-    with explained(uri, "read"), local_path(uri).open("rb", buffering=0) as file:
+    with translated_errors(uri, "read"), local_path(uri).open("rb", buffering=0) as file:
         file.seek(offset)
         data = file.read(length)
         while len(data) < length and (more := file.read(length - len(data))):

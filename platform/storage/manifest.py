@@ -24,7 +24,7 @@ class ManifestError(ValueError):
     """A manifest that cannot be read, or files that are not what their manifest says."""
 
 
-class Footer(BaseModel):
+class FooterDigest(BaseModel):
     """The end of a Parquet file: the last `bytes` bytes, from where its Thrift metadata begin to the final magic."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,7 +45,7 @@ class FileEntry(BaseModel):
     row_groups: int = Field(0, ge=0)
     tokens: dict[str, int] = Field({"text": 0, "image": 0}, description="trained and untrained, without padding")
     sequences_per_row_group: int | None = Field(None, ge=1)
-    footer: Footer | None = Field(None, description="of a token shard whose row groups have checksums")
+    footer: FooterDigest | None = Field(None, description="of a token shard whose row groups have checksums")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -59,7 +59,7 @@ class FileEntry(BaseModel):
         return self
 
     @classmethod
-    def of(cls, path: str, data: builtins.bytes, **fields: Any) -> Self:
+    def from_bytes(cls, path: str, data: builtins.bytes, **fields: Any) -> Self:
         """The entry of a file with this content."""
         return cls(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), **fields)
 
@@ -122,7 +122,7 @@ class Manifest(BaseModel):
         uri = storage.join(uri_dir, MANIFEST)
         data = storage.read_bytes(uri)
         try:
-            with _uncollected():
+            with _without_garbage_collection():
                 return cls.model_validate_json(data)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
@@ -139,27 +139,27 @@ class Manifest(BaseModel):
     def verify(self, uri_dir: str, content: bool = False) -> None:
         """Check that every file is there at its size and, with `content`, its sha256. Raises ManifestError."""
         sizes = storage.sizes(uri_dir)
-        found = {storage.relative(uri, uri_dir): size for uri, size in sizes.items()}
+        present = {storage.relative(uri, uri_dir): size for uri, size in sizes.items()}
         for entry in self.files:
-            if entry.path not in found:
+            if entry.path not in present:
                 raise ManifestError(f"{uri_dir}: {entry.path} is in the manifest and not in storage")
-            if found[entry.path] != entry.bytes:
-                said = f"{found[entry.path]} bytes, where the manifest says {entry.bytes}"
-                raise ManifestError(f"{uri_dir}: {entry.path} has {said}")
+            if present[entry.path] != entry.bytes:
+                difference = f"{present[entry.path]} bytes, where the manifest says {entry.bytes}"
+                raise ManifestError(f"{uri_dir}: {entry.path} has {difference}")
             if content and sha256(storage.join(uri_dir, entry.path)) != entry.sha256:
                 raise ManifestError(f"{uri_dir}: the content of {entry.path} is not what the manifest says")
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def _without_garbage_collection() -> Iterator[None]:
     """No garbage collection meanwhile: walking the new entries again and again takes longer than making them (of
     100,000 shards, 1.1 s of 1.6)."""
-    was = gc.isenabled()
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if enabled:
             gc.enable()
 
 
@@ -173,8 +173,13 @@ def directory_fingerprint(uri: str) -> str:
     try:
         return hashlib.sha256(storage.read_bytes(storage.join(uri, MANIFEST))).hexdigest()
     except storage.NotFound:
-        listing = [[file, size, _modified(file)] for file, size in sorted(storage.sizes(uri).items())]
-        return digest_of(listing) if listing else ""
+        listing = [[_absolute(file), size, _modified(file)] for file, size in sorted(storage.sizes(uri).items())]
+        return json_digest(listing) if listing else ""
+
+
+def _absolute(file: str) -> str:
+    """A file's name, the same from wherever a job is run."""
+    return file if "://" in file else str(storage.local_path(file).absolute())
 
 
 def _modified(file: str) -> int | None:
@@ -182,11 +187,11 @@ def _modified(file: str) -> int | None:
     return None if storage.is_remote(file) else storage.local_path(file).stat().st_mtime_ns
 
 
-def digest_of(value: Any) -> str:
+def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def entries(uri_dir: str) -> list[FileEntry]:
+def file_entries(uri_dir: str) -> list[FileEntry]:
     """Entries of all files below a directory but its own manifest, checksummed from storage."""
     sizes = storage.sizes(uri_dir)
     named = ((storage.relative(uri, uri_dir), uri) for uri in sorted(sizes))

@@ -27,17 +27,17 @@ def fingerprint(specification: JobSpecification, inputs: Mapping[str, Any]) -> s
     return hashlib.sha256(json.dumps([values, inputs], sort_keys=True).encode()).hexdigest()[:8]
 
 
-def stem(kind: str, mark: str, task: int) -> str:
+def shard_prefix(kind: str, fingerprint: str, task: int) -> str:
     """How the names of a task's shards begin; `mark` is a fingerprint."""
-    return f"{kind}-{mark}-{task:05d}"
+    return f"{kind}-{fingerprint}-{task:05d}"
 
 
-def shard_name(stem: str, number: int) -> str:
+def shard_name(prefix: str, number: int) -> str:
     """The name of a task's n-th shard."""
-    return f"{stem}-{number:05d}.parquet"
+    return f"{prefix}-{number:05d}.parquet"
 
 
-def together(kind: str, specification: JobSpecification, parts: Mapping[str, Manifest]) -> Manifest:
+def combined_manifest(kind: str, specification: JobSpecification, parts: Mapping[str, Manifest]) -> Manifest:
     """One manifest over published subdirectories (name -> manifest), so that they can be read as one, too."""
     files = [
         entry.model_copy(update={"path": f"{name}/{entry.path}"}) for name, m in parts.items() for entry in m.files
@@ -47,7 +47,7 @@ def together(kind: str, specification: JobSpecification, parts: Mapping[str, Man
         files=files,
         specification=specification.model_dump(mode="json"),
         report={"sources": {name: manifest.report for name, manifest in parts.items()}},
-        inputs={uri: mark for manifest in parts.values() for uri, mark in manifest.inputs.items()},
+        inputs={uri: fingerprint for manifest in parts.values() for uri, fingerprint in manifest.inputs.items()},
     )
 
 
@@ -55,18 +55,18 @@ def publish(uri_dir: str, manifest: Manifest) -> None:
     """Write the manifest, which replaces any earlier one at once, then delete shards that no longer belong: those of
     an earlier specification and of killed attempts. Files that we did not name are left alone. Raises StorageError."""
     manifest.write(uri_dir)
-    tidy(uri_dir, (entry.path for entry in manifest.files))
+    delete_stale_shards(uri_dir, (entry.path for entry in manifest.files))
 
 
-def tidy(uri_dir: str, keep: Iterable[str]) -> None:
+def delete_stale_shards(uri_dir: str, keep: Iterable[str]) -> None:
     """Delete shards of ours that are not among `keep`, and what killed attempts left. Raises StorageError."""
     kept = set(keep)
     names = {storage.relative(uri, uri_dir): uri for uri in storage.list_files(uri_dir)}
-    discard(uri for name, uri in names.items() if name not in kept and SHARD_NAME.fullmatch(name))
-    sweep(uri_dir)
+    delete_files(uri for name, uri in names.items() if name not in kept and SHARD_NAME.fullmatch(name))
+    delete_unfinished_files(uri_dir)
 
 
-def sweep(uri_dir: str) -> None:
+def delete_unfinished_files(uri_dir: str) -> None:
     """Delete what killed writers left unfinished in a local folder; S3 has no such thing."""
     if not storage.is_remote(uri_dir):
         for file in storage.local_path(uri_dir).glob(".*.tmp"):
@@ -74,7 +74,7 @@ def sweep(uri_dir: str) -> None:
                 file.unlink(missing_ok=True)
 
 
-def discard(uris: Iterable[str]) -> None:
+def delete_files(uris: Iterable[str]) -> None:
     """Delete files of unpublished attempts. Raises StorageError."""
     with ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(storage.delete, uris):

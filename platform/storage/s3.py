@@ -7,12 +7,12 @@ import io
 from collections.abc import Callable, Iterator
 
 from calumma.platform.storage.client import endpoint, s3_client
-from calumma.platform.storage.explanations import explained
+from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.uri import BrokenRead, bucket_and_key
 
 # What passes, of the codes of errors. Ranges are tried again by urllib3's Retry: botocore's own attempts end where a
 # body begins, and after a hundred in one process.
-_PASSING = {"429", "500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+_TRANSIENT = {"429", "500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 
 
 def remote_sizes(uri: str) -> Iterator[tuple[str, int]]:
@@ -39,7 +39,7 @@ def remote_range(uri: str, offset: int, length: int) -> bytes:
     from botocore import exceptions as e
 
     bucket, key = bucket_and_key(uri)
-    with explained(uri, "read"):
+    with translated_errors(uri, "read"):
         try:
             client = s3_client(attempts=1)
             body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={offset}-{offset + length - 1}")["Body"]
@@ -48,7 +48,7 @@ def remote_range(uri: str, offset: int, length: int) -> bytes:
             finally:
                 body.close()
         except e.ClientError as error:
-            if str(error.response.get("Error", {}).get("Code", "")) in _PASSING:
+            if str(error.response.get("Error", {}).get("Code", "")) in _TRANSIENT:
                 raise BrokenRead(str(error)) from error
             raise
         except (e.ConnectionError, e.HTTPClientError, e.IncompleteReadError, OSError) as error:
@@ -69,15 +69,15 @@ def object_reader() -> Callable[..., io.BufferedIOBase]:
             return f"s3://{self._bucket}/{self._key}"
 
         def read(self, size: int | None = -1) -> bytes:
-            with explained(self.uri, "read"):
+            with translated_errors(self.uri, "read"):
                 return super().read(size)
 
         def readline(self, limit: int | None = -1) -> bytes:
-            with explained(self.uri, "read"):
+            with translated_errors(self.uri, "read"):
                 return super().readline(limit)
 
         def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-            with explained(self.uri, "read"):
+            with translated_errors(self.uri, "read"):
                 return super().seek(offset, whence)
 
     return ExplainingReader

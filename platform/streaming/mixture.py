@@ -13,19 +13,19 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from calumma.platform.specification import SpecificationError, last_part
+from calumma.platform.specification import SpecificationError, basename
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.streaming.plan import Plan
 from calumma.platform.streaming.specification import MixtureSpecification
 
 logger = logging.getLogger(__name__)
-S = TypeVar("S", bound=MixtureSpecification)
+Spec = TypeVar("Spec", bound=MixtureSpecification)
 # Up to about four epochs repeated text trains as well as new text (Muennighoff et al., 2023, arXiv 2305.16264).
-EPOCHS = 4.0
+MOST_EPOCHS = 4.0
 _EXACT = 1 << 53  # floats hold whole numbers exactly up to here
 
 
-def resolved(spec: S) -> S:
+def resolve_mixture(spec: Spec) -> Spec:
     """The specification with all its weights in `mixture`, none left in `mixture_of`. Raises SpecificationError."""
     if spec.mixture_of is None:
         return spec
@@ -42,17 +42,17 @@ def resolved(spec: S) -> S:
     return spec.model_copy(update={"mixture": mixture, "mixture_of": None})
 
 
-def _weights(spec: MixtureSpecification, within: tuple[str, ...]) -> dict[str, Fraction]:
+def _weights(spec: MixtureSpecification, stages: tuple[str, ...]) -> dict[str, Fraction]:
     """URI of token shards -> its share of all; the shares add up to 1. `within`: the stages that led here."""
     new = _normalized({spec.locate(uri): Fraction(str(weight)) for uri, weight in spec.mixture.items()})
     if spec.mixture_of is None:
         return new
     stage = spec.locate(spec.mixture_of.stage)
-    if stage in within:
+    if stage in stages:
         raise SpecificationError(
-            f"mixture_of: the stages {', '.join((*within, stage))} take their mixtures in a circle"
+            f"mixture_of: the stages {', '.join((*stages, stage))} take their mixtures in a circle"
         )
-    old = _weights(_recorded(stage), (*within, stage))
+    old = _weights(_stage_specification(stage), (*stages, stage))
     share = Fraction(str(spec.mixture_of.share))
     return {uri: share * old.get(uri, Fraction(0)) + (1 - share) * new.get(uri, Fraction(0)) for uri in [*old, *new]}
 
@@ -62,7 +62,7 @@ def _normalized(weights: dict[str, Fraction]) -> dict[str, Fraction]:
     return {uri: weight / total for uri, weight in weights.items()}
 
 
-def _recorded(stage: str) -> MixtureSpecification:
+def _stage_specification(stage: str) -> MixtureSpecification:
     """The specification of a published stage, its storage root where the stage is now."""
     manifest = Manifest.find(stage)
     if manifest is None:
@@ -84,24 +84,24 @@ def check_epochs(spec: MixtureSpecification, plan: Plan) -> dict[str, float]:
     `max_epochs`. Raises SpecificationError."""
     planned = plan.epochs(spec.steps)
     epochs = {uri: planned[spec.locate(uri)] for uri in spec.mixture}
-    told = ", ".join(f"{last_part(uri)} {count:.2f}" for uri, count in epochs.items())
-    logger.info("epochs over %s steps: %s", spec.steps, told)
-    limit = EPOCHS if spec.max_epochs is None else spec.max_epochs
-    over = {uri: count for uri, count in epochs.items() if count > limit}
-    if over and spec.max_epochs is not None:
-        found = ", ".join(f"{count:.2f} of {uri}" for uri, count in over.items())
+    listing = ", ".join(f"{basename(uri)} {count:.2f}" for uri, count in epochs.items())
+    logger.info("epochs over %s steps: %s", spec.steps, listing)
+    limit = MOST_EPOCHS if spec.max_epochs is None else spec.max_epochs
+    exceeded = {uri: count for uri, count in epochs.items() if count > limit}
+    if exceeded and spec.max_epochs is not None:
+        listing = ", ".join(f"{count:.2f} of {uri}" for uri, count in exceeded.items())
         raise SpecificationError(
-            f"max_epochs: {spec.steps} steps make more than {limit:g} epochs: {found}; take fewer steps, give these "
+            f"max_epochs: {spec.steps} steps make more than {limit:g} epochs: {listing}; take fewer steps, give these "
             "sources less weight or more data, or raise max_epochs"
         )
-    if over:
+    if exceeded:
         logger.warning(
             "trained on more than %g times: %s. Up to about 4 passes repeated data is as good as new data, then each "
             "further pass teaches less (Muennighoff et al. 2023, arXiv 2305.16264; the paper's model took 2.1). Where "
             "that is meant, as with data as small as the quickstart's, nothing needs doing: `max_epochs: %d` says so. "
             "Otherwise take fewer steps, or give these sources less weight or more data",
             limit,
-            ", ".join(f"{uri} ({count:.1f} epochs)" for uri, count in over.items()),
-            math.ceil(max(over.values())),
+            ", ".join(f"{uri} ({count:.1f} epochs)" for uri, count in exceeded.items()),
+            math.ceil(max(exceeded.values())),
         )
     return epochs

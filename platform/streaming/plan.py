@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from calumma.platform.shards.row_groups import MicroBatch
+from calumma.platform.shards.row_groups import MicroBatch, context_of
 from calumma.platform.storage.manifest import FileEntry, Manifest
 
 # Weights are kept exact while their common period is no longer than this; beyond it they are rounded to 1/65536.
@@ -31,7 +31,7 @@ ROUNDS = 10
 # Odd, bits well spread. Arrays of no dimension are what numpy takes soonest.
 _MULTIPLIERS = (np.array(0x9E3779B97F4A7C15, np.uint64), np.array(0xD6E8FEB86659FD93, np.uint64))
 _HALF = np.array(32, np.uint64)
-_AHEAD = 1024  # micro-batches that are looked up together where steps are asked for in a row
+_LOOKAHEAD = 1024  # micro-batches that are looked up together where steps are asked for in a row
 Integers = NDArray[np.int64]
 
 
@@ -39,7 +39,7 @@ class PlanError(ValueError):
     """A mixture that cannot be planned; the message names the token shards and what is wrong with them."""
 
 
-class Visits(NamedTuple):
+class MicroBatchColumns(NamedTuple):
     """Micro-batches as columns of one shape; `Plan.named` gives them their names."""
 
     source: Integers  # index into Plan.sources
@@ -73,21 +73,21 @@ class Plan:
                 raise PlanError(f"{uri}: no manifest was given for these token shards")
         self.micro_batches = micro_batches
         self.sources = sorted(mixture)
-        contexts = {uri: manifests[uri].specification.get("context") for uri in self.sources}
-        contexts = {uri: context for uri, context in contexts.items() if isinstance(context, int)}
+        listing = {uri: context_of(manifests[uri]) for uri in self.sources}
+        contexts = {uri: context for uri, context in listing.items() if context is not None}
         if len(set(contexts.values())) > 1:
-            found = ", ".join(f"{uri}: {context}" for uri, context in contexts.items())
-            raise PlanError(f"token shards of different contexts cannot be mixed ({found})")
+            told = ", ".join(f"{uri}: {context}" for uri, context in contexts.items())
+            raise PlanError(f"token shards of different contexts cannot be mixed ({told})")
         self.context: int | None = next(iter(contexts.values()), None)
         """Tokens a sequence predicts (rows hold one more), or None when no manifest says."""
 
-        listed = [_ordered(uri, manifests[uri]) for uri in self.sources]
-        self._files = _Files(listed)
-        self._keys = np.stack([_round_keys(seed, files) for files in listed])  # [sources, rounds]
-        parts = _parts([mixture[uri] for uri in self.sources])
-        self.parts: Integers = np.array(parts, np.int64)
+        files_by_source = [_sorted_files(uri, manifests[uri]) for uri in self.sources]
+        self._files = _Files(files_by_source)
+        self._keys = np.stack([_round_keys(seed, files) for files in files_by_source])  # [sources, rounds]
+        period_counts = _whole_weights([mixture[uri] for uri in self.sources])
+        self.period_counts: Integers = np.array(period_counts, np.int64)
         """[sources], micro-batches of each in a period of the mixture."""
-        self.choice: Integers = _interleaved(parts)
+        self.choice: Integers = _interleaved(period_counts)
         """[period], the source of each micro-batch."""
         self._ordinal = np.empty(len(self.choice), np.int64)  # [period], how many of that source came before
         for number in range(len(self.sources)):
@@ -105,23 +105,23 @@ class Plan:
         """Sequences of the largest micro-batch."""
         return int(self._files.sizes.max())
 
-    def steps(self, first: int, last: int) -> Visits:
+    def steps(self, first: int, last: int) -> MicroBatchColumns:
         """Steps first .. last - 1 as columns [steps, M]."""
         if first < 0:
             raise PlanError(f"steps and micro-batches are counted from 0, asked for number {first}")
         numbers = np.arange(first * self.micro_batches, last * self.micro_batches, dtype=np.int64)
-        return Visits(*(column.reshape(-1, self.micro_batches) for column in self._visits(numbers)))
+        return MicroBatchColumns(*(column.reshape(-1, self.micro_batches) for column in self._columns(numbers)))
 
     def step(self, n: int) -> list[MicroBatch]:
         """The M micro-batches of step n, n >= 0. Steps in a row are looked up many at a time: alone, one costs twice
         as much, for numpy's calls."""
-        m, (first, found) = self.micro_batches, self._last
-        end = first + len(found) // m
+        m, (first, batches) = self.micro_batches, self._last
+        end = first + len(batches) // m
         if not first <= n < end:
-            first, ahead = n, max(1, _AHEAD // m) if n == end else 1
-            found = self.named(self.steps(first, first + ahead))
-            self._last = first, found
-        return found[(n - first) * m : (n - first + 1) * m]
+            first, ahead = n, max(1, _LOOKAHEAD // m) if n == end else 1
+            batches = self.to_micro_batches(self.steps(first, first + ahead))
+            self._last = first, batches
+        return batches[(n - first) * m : (n - first + 1) * m]
 
     def share(self, first: int, last: int, rank: int, world: int) -> list[tuple[int, MicroBatch | None]]:
         """(step, micro-batch) that one of `world` workers takes of steps first .. last - 1, in order: as many a step
@@ -133,10 +133,10 @@ class Plan:
         slots = np.arange(rank, self.slots(world) * world, world)
         numbers = np.arange(first, last, dtype=np.int64)[:, None] * self.micro_batches + slots
         held = np.broadcast_to(slots < self.micro_batches, numbers.shape)
-        found = iter(self.named(self._visits(numbers[held])))
+        batches = iter(self.to_micro_batches(self._columns(numbers[held])))
         steps = np.broadcast_to(np.arange(first, last)[:, None], numbers.shape)
         pairs = zip(steps.ravel().tolist(), held.ravel().tolist(), strict=True)
-        return [(n, next(found) if full else None) for n, full in pairs]
+        return [(n, next(batches) if full else None) for n, full in pairs]
 
     def worker(self, n: int, rank: int, world: int) -> list[MicroBatch | None]:
         """What one of `world` workers takes of step n."""
@@ -146,36 +146,36 @@ class Plan:
         """Micro-batches, full or empty, that each of `world` workers takes a step."""
         return -(-self.micro_batches // world)
 
-    def named(self, visits: Visits) -> list[MicroBatch]:
+    def to_micro_batches(self, columns: MicroBatchColumns) -> list[MicroBatch]:
         """The micro-batches of some columns, in order."""
         f = self._files
-        file = visits.file.ravel()
-        sources = [self.sources[number] for number in visits.source.flat]
+        file = columns.file.ravel()
+        sources = [self.sources[number] for number in columns.source.flat]
         shards = [
             f"{uri.rstrip('/')}/{path.decode()}" for uri, path in zip(sources, f.paths[file].tolist(), strict=True)
         ]
-        groups, sequences = visits.row_group.ravel().tolist(), visits.sequences.ravel().tolist()
-        known = (f.bytes[file].tolist(), f.footer_bytes[file].tolist(), f.footer_sha256[file].tolist())
-        return list(map(MicroBatch, sources, shards, groups, sequences, *known))
+        groups, sequences = columns.row_group.ravel().tolist(), columns.sequences.ravel().tolist()
+        details = (f.bytes[file].tolist(), f.footer_bytes[file].tolist(), f.footer_sha256[file].tolist())
+        return list(map(MicroBatch, sources, shards, groups, sequences, *details))
 
     def epochs(self, n: int) -> dict[str, float]:
         """How often each source has been passed through before step n."""
         period, place = divmod(n * self.micro_batches, len(self.choice))
-        begun = period * self.parts + np.bincount(self.choice[:place], minlength=len(self.sources))
+        begun = period * self.period_counts + np.bincount(self.choice[:place], minlength=len(self.sources))
         return dict(zip(self.sources, (begun / self._files.totals).tolist(), strict=True))
 
-    def _visits(self, numbers: Integers) -> Visits:
+    def _columns(self, numbers: Integers) -> MicroBatchColumns:
         """Micro-batches by their number among all ever: step n holds n*M to n*M + M - 1."""
         f = self._files
         period, place = np.divmod(numbers, len(self.choice))
         source = self.choice[place]
         totals = f.totals[source]
-        epoch, ordinal = np.divmod(period * self.parts[source] + self._ordinal[place], totals)
-        keys = _mixed(self._keys[source], epoch.astype(np.uint64)[:, None])
+        epoch, ordinal = np.divmod(period * self.period_counts[source] + self._ordinal[place], totals)
+        keys = _hashed(self._keys[source], epoch.astype(np.uint64)[:, None])
         within = permuted(ordinal, totals, keys) + f.offsets[source]
         file = np.searchsorted(f.ends, within, side="right")
         sequences = np.where(within == f.ends[file] - 1, f.last_sizes[file], f.sizes[file])
-        return Visits(source, file, within - f.begins[file], sequences)
+        return MicroBatchColumns(source, file, within - f.begins[file], sequences)
 
 
 class _Files:
@@ -198,7 +198,7 @@ class _Files:
         self.offsets = np.cumsum(self.totals) - self.totals
 
 
-def _ordered(uri: str, manifest: Manifest) -> list[FileEntry]:
+def _sorted_files(uri: str, manifest: Manifest) -> list[FileEntry]:
     """The shards, wherever they are and however they are listed. Raises PlanError when there are none."""
     files = sorted((file for file in manifest.files if file.row_groups), key=lambda file: (file.sha256, file.path))
     if not files:
@@ -229,22 +229,22 @@ def permuted(values: Integers, sizes: Integers, keys: NDArray[np.uint64]) -> Int
         wide, narrow, rounds = a[outside], b[outside], keys[outside]
         left, right = np.divmod(result[outside], narrow)  # in Z_a, Z_b
         for number in range(0, ROUNDS, 2):
-            left = _turned(left, right, rounds[:, number], wide)
-            right = _turned(right, left, rounds[:, number + 1], narrow)
+            left = _feistel_round(left, right, rounds[:, number], wide)
+            right = _feistel_round(right, left, rounds[:, number + 1], narrow)
         result[outside] = left * narrow + right
         outside = outside[result[outside] >= sizes[outside]]
     return result.astype(np.int64)
 
 
-def _turned(
+def _feistel_round(
     half: NDArray[np.uint64], other: NDArray[np.uint64], keys: NDArray[np.uint64], size: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
     """This half plus a hash of the other, modulo size (which is below 2^31)."""
-    half = half + ((_mixed(other, keys) >> _HALF) * size >> _HALF)
+    half = half + ((_hashed(other, keys) >> _HALF) * size >> _HALF)
     return np.minimum(half, half - size)  # below zero wraps around, to something huge
 
 
-def _mixed(values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _hashed(values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hashes of which the upper half is used: multiply, fold, multiply."""
     mixed = (values ^ keys) * _MULTIPLIERS[0]
     mixed ^= mixed >> _HALF
@@ -252,7 +252,7 @@ def _mixed(values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.u
     return mixed
 
 
-def _parts(weights: list[float]) -> list[int]:
+def _whole_weights(weights: list[float]) -> list[int]:
     """Whole numbers in proportion to the weights: exactly, or rounded to MAX_PERIOD parts by largest remainder."""
     exact = [
         Fraction(str(weight)) for weight in weights

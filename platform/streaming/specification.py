@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
 from calumma.platform.specification import JobSpecification, Section, repeated
+
+if TYPE_CHECKING:
+    from calumma.platform.shards.row_groups import RowGroupReader
 
 
 class MixtureOf(Section):
@@ -18,18 +21,26 @@ class MixtureOf(Section):
     )
 
 
-class CopiesOfShards(Section):
+class ShardCacheSettings(Section):
     """A local cache of shards, shared by the workers of a machine."""
 
-    directory: str
+    directory: str = Field(description="folder on a local disk of every node")
     gigabytes: float = Field(gt=0, description="what it may take; the copies not read for longest make room")
 
 
-class Reading(Section):
+class ReadingSettings(Section):
     """How token shards are read."""
 
     verify: bool = Field(True, description="check every row group that is read against its digest")
-    cache: CopiesOfShards | None = Field(None, description="keep copies of whole shards; none: read parts of them")
+    cache: ShardCacheSettings | None = Field(None, description="keep copies of whole shards; none: read parts of them")
+
+    def reader(self) -> RowGroupReader:
+        """Of token shards, as these settings say."""
+        from calumma.platform.shards.cache import ShardCache
+        from calumma.platform.shards.row_groups import RowGroupReader
+
+        cache = ShardCache(self.cache.directory, int(self.cache.gigabytes * 1e9)) if self.cache else None
+        return RowGroupReader(None, self.verify, cache)
 
 
 class MixtureSpecification(JobSpecification):
@@ -40,9 +51,9 @@ class MixtureSpecification(JobSpecification):
     max_epochs: float | None = Field(
         None, gt=0, description="passes through a source beyond which the stage is refused; none: a warning beyond 4"
     )
-    data: Reading = Reading()
-    output: str
-    steps: int = Field(ge=1)
+    data: ReadingSettings = ReadingSettings()
+    output: str = Field(description="folder of checkpoints, the model directory and the manifest")
+    steps: int = Field(ge=1, description="optimizer steps of this stage")
     micro_batches: int = Field(ge=1, description="micro-batches a global batch, whatever the number of workers")
 
     @model_validator(mode="after")

@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
 
 logger = logging.getLogger(__name__)
-_BLOCK = 16 << 20  # bytes that travel together: the object store has a price a block, and the first step waits for one
-_TASK = 64  # blocks, about, that one reading task delivers one after the other
-_TASKS = 1024  # at most, of a worker's dataset: laying them out takes the driver's time at each start
+_BLOCK_BYTES = (
+    16 << 20
+)  # bytes that travel together: the object store has a price a block, and the first step waits for one
+_BLOCKS_PER_TASK = 64  # blocks, about, that one reading task delivers one after the other
+_MOST_TASKS = 1024  # at most, of a worker's dataset: laying them out takes the driver's time at each start
 _THREADS = 8  # row groups a task reads at once: object storage answers slowly, but many at a time
 _LOCAL_THREADS = 3  # of a local disk: reading is decoding, and more would only be in each other's way
-_TOKEN = 7  # bytes of a token in a block: the token, its mask, and the number of its document
-_LONGEST = 4096  # tokens a row is taken to have where no manifest says
+_TOKEN_BYTES = 7  # bytes of a token in a block: the token, its mask, and the number of its document
+_ASSUMED_CONTEXT = 4096  # tokens a row is taken to have where no manifest says
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class PlanDataConfig(DataConfig):
     @staticmethod
     def datasets(name: str = "train") -> dict[str, Callable[[], Dataset]]:
         """What the trainer wants to be given: a stand-in that is never read, since the plan is the dataset."""
-        return {name: _stand_in}
+        return {name: _placeholder_dataset}
 
     def configure(
         self,
@@ -118,7 +120,9 @@ class PlanDataConfig(DataConfig):
         if steps < 1:
             raise ValueError(f"there is nothing to read: the first step is {first}, the end {self.last_step}")
         row_group = self.plan.most_sequences * _row_bytes(self.plan)
-        length = max(1, _TASK * _BLOCK // (row_group * self.plan.slots(world)), -(-steps // _TASKS))
+        length = max(
+            1, _BLOCKS_PER_TASK * _BLOCK_BYTES // (row_group * self.plan.slots(world)), -(-steps // _MOST_TASKS)
+        )
         starts = range(first, self.last_step, length)
         items = [{"first": start, "last": min(start + length, self.last_step)} for start in starts]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
@@ -129,7 +133,7 @@ class PlanDataConfig(DataConfig):
         # Every block that a task yields goes its way at once, of whatever size: it is one row, and not cut further.
         context.target_max_block_size = 1
         return dataset.map_batches(
-            partial(_read, plan=self.plan, reader=self.reader, rank=rank, world=world),
+            partial(_read_blocks, plan=self.plan, reader=self.reader, rank=rank, world=world),
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -148,7 +152,7 @@ def micro_batches(
     `prefetch` blocks (of about 16 MB) are fetched ahead. The tensors are in pinned memory where there is CUDA. Raises
     ShardError, and RuntimeError when the data was laid out for another rank or number of workers.
     """
-    _hush()
+    _quiet_ray_data()
     step, group = -1, list[MicroBatchTensors]()
     blocks = shard.iter_batches(
         batch_size=None,  # type: ignore[arg-type]  # None is a whole block: documented, and not in the annotation
@@ -157,29 +161,29 @@ def micro_batches(
     )
     block: Any
     for block in blocks:
-        for found in map(_Block.of, range(block.num_rows), [block] * block.num_rows):
-            if (found.rank, found.world) != (rank, world):
-                given = f"{found.rank} of {found.world}"
-                raise RuntimeError(f"worker {rank} of {world} was given the data of worker {given}")
-            for number, tensors in found.tensors():
+        for row in map(_BlockRow.from_table, range(block.num_rows), [block] * block.num_rows):
+            if (row.rank, row.world) != (rank, world):
+                actual = f"{row.rank} of {row.world}"
+                raise RuntimeError(f"worker {rank} of {world} was given the data of worker {actual}")
+            for number, tensors in row.tensors():
                 if number != step and group:
                     yield step, group
                     group = []
                 step = number
                 group.append(tensors)
-            if found.error:
-                raise ShardError(found.error)
+            if row.error:
+                raise ShardError(row.error)
     if group:
         yield step, group
 
 
-def _stand_in() -> Dataset:
+def _placeholder_dataset() -> Dataset:
     import ray
 
     return ray.data.range(1)
 
 
-def _hush() -> None:
+def _quiet_ray_data() -> None:
     """Keep Ray Data's running commentary out of this process's output; its log file still has it."""
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
@@ -188,24 +192,27 @@ def _hush() -> None:
 
 
 def _row_bytes(plan: Plan) -> int:
-    return _TOKEN * ((plan.context or _LONGEST) + 1)
+    return _TOKEN_BYTES * ((plan.context or _ASSUMED_CONTEXT) + 1)
 
 
-def _read(items: pyarrow.Table, plan: Plan, reader: RowGroupReader, rank: int, world: int) -> Iterator[pyarrow.Table]:
+def _read_blocks(
+    items: pyarrow.Table, plan: Plan, reader: RowGroupReader, rank: int, world: int
+) -> Iterator[pyarrow.Table]:
     """Ranges of steps -> blocks of their micro-batches, in order; the next block is read while one is taken."""
     pool = ThreadPoolExecutor(_THREADS if any(map(storage.is_remote, plan.sources)) else _LOCAL_THREADS)
     try:
-        before: _Reading | None = None
-        for part in _parts(items, plan, rank, world):
-            values, places = _places(part, plan.context)
-            groups = [
-                pool.submit(_read_one, reader, found, place) for (_, found), place in zip(part, places, strict=True)
+        pending: _PendingBlock | None = None
+        for share in _block_shares(items, plan, rank, world):
+            values, memory = _allocate(share, plan.context)
+            row_groups = [
+                pool.submit(_read_row_group, reader, micro_batch, arrays)
+                for (_, micro_batch), arrays in zip(share, memory, strict=True)
             ]
-            if before is not None:
-                yield _block(before, plan, rank, world)
-            before = _Reading(part, groups, values)
-        if before is not None:
-            yield _block(before, plan, rank, world)
+            if pending is not None:
+                yield _finished_block(pending, plan, rank, world)
+            pending = _PendingBlock(share, row_groups, values)
+        if pending is not None:
+            yield _finished_block(pending, plan, rank, world)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -213,7 +220,7 @@ def _read(items: pyarrow.Table, plan: Plan, reader: RowGroupReader, rank: int, w
 _Share = list[tuple[int, MicroBatch | None]]
 
 
-class _Values(NamedTuple):
+class _TokenArrays(NamedTuple):
     """Of a block or a part of it: what is of each token, end to end."""
 
     tokens: np.ndarray  # int32
@@ -221,15 +228,15 @@ class _Values(NamedTuple):
     segments: np.ndarray  # int16, or int32 where a row may have so many documents
 
     @classmethod
-    def empty(cls, length: int, context: int | None) -> _Values:
+    def empty(cls, length: int, context: int | None) -> _TokenArrays:
         # The number of a document within its row: there are no more of them than tokens.
         small = np.int16 if (context or 1 << 15) < 1 << 15 else np.int32
         return cls(np.empty(length, np.int32), np.empty(length, np.bool_), np.empty(length, small))
 
-    def part(self, begin: int, end: int) -> _Values:
-        return _Values(*(values[begin:end] for values in self))
+    def view(self, begin: int, end: int) -> _TokenArrays:
+        return _TokenArrays(*(values[begin:end] for values in self))
 
-    def put(self, group: RowGroup) -> RowGroup:
+    def fill(self, group: RowGroup) -> RowGroup:
         """The row group, kept here."""
         kept = [values.reshape(group.tokens.shape) for values in self]
         for values, found in zip(kept, (group.tokens, group.mask, group.segments), strict=True):
@@ -237,29 +244,29 @@ class _Values(NamedTuple):
         return RowGroup(*kept)
 
 
-class _Reading(NamedTuple):
+class _PendingBlock(NamedTuple):
     """A block that is being read."""
 
-    part: _Share
-    groups: list[Future[RowGroup | str]]
-    values: _Values | None
+    share: _Share
+    row_groups: list[Future[RowGroup | str]]
+    values: _TokenArrays | None
     """Those of the row groups, where it is known beforehand how long they are."""
 
 
-def _places(part: _Share, context: int | None) -> tuple[_Values | None, Sequence[_Values | None]]:
+def _allocate(share: _Share, context: int | None) -> tuple[_TokenArrays | None, Sequence[_TokenArrays | None]]:
     """Memory for the values of a block, and in it the place of each micro-batch; none if rows are of unknown length."""
     if context is None:
-        return None, [None] * len(part)
-    lengths = [found.sequences * (context + 1) if found else 0 for _, found in part]
+        return None, [None] * len(share)
+    lengths = [micro_batch.sequences * (context + 1) if micro_batch else 0 for _, micro_batch in share]
     ends = list(accumulate(lengths))
-    values = _Values.empty(ends[-1], context)
-    return values, [values.part(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    values = _TokenArrays.empty(ends[-1], context)
+    return values, [values.view(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
-def _parts(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> Iterator[_Share]:
+def _block_shares(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> Iterator[_Share]:
     """What goes into one block each: first a step, so that training can begin, then twice as much up to the limit."""
     size, waiting = plan.slots(world), _Share()
-    most = max(1, _BLOCK // (plan.most_sequences * _row_bytes(plan)))
+    most = max(1, _BLOCK_BYTES // (plan.most_sequences * _row_bytes(plan)))
     for item in items.to_pylist():
         planned = max(1, 1024 // plan.slots(world))
         for first in range(item["first"], item["last"], planned):
@@ -272,7 +279,9 @@ def _parts(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> Iterator[
         yield waiting
 
 
-def _read_one(reader: RowGroupReader, micro_batch: MicroBatch | None, place: _Values | None) -> RowGroup | str:
+def _read_row_group(
+    reader: RowGroupReader, micro_batch: MicroBatch | None, arrays: _TokenArrays | None
+) -> RowGroup | str:
     """A row group, an empty one for None, or the error: handed on as data it reaches the worker that needs the row
     group, in its turn and in plain words, where an exception in a task would arrive as a page of Ray's frames.
 
@@ -281,29 +290,29 @@ def _read_one(reader: RowGroupReader, micro_batch: MicroBatch | None, place: _Va
         return RowGroup.empty(reader.context)
     try:
         group = reader.read(micro_batch)
-        return group if place is None else place.put(group)
+        return group if arrays is None else arrays.fill(group)
     except (ShardError, storage.StorageError) as error:
         return str(error)
 
 
-def _block(reading: _Reading, plan: Plan, rank: int, world: int) -> pyarrow.Table:
+def _finished_block(pending: _PendingBlock, plan: Plan, rank: int, world: int) -> pyarrow.Table:
     """One row: lists of the micro-batches' properties, and their values end to end, up to an error if there is one."""
     import pyarrow as pa
 
     steps, sources, groups, error = list[int](), list[str](), list[RowGroup](), ""
-    for (step, micro_batch), future in zip(reading.part, reading.groups, strict=True):
-        found = future.result()
-        if isinstance(found, str):
-            error = found
+    for (step, micro_batch), future in zip(pending.share, pending.row_groups, strict=True):
+        row_group = future.result()
+        if isinstance(row_group, str):
+            error = row_group
             break
         steps.append(step)
         sources.append(micro_batch.source if micro_batch else "")
-        groups.append(found)
+        groups.append(row_group)
     ends = list(accumulate((group.tokens.size for group in groups), initial=0))
-    if (values := reading.values) is None:
-        values = _Values.empty(ends[-1], plan.context)
+    if (values := pending.values) is None:
+        values = _TokenArrays.empty(ends[-1], plan.context)
         for group, begin, end in zip(groups, ends, ends[1:], strict=False):
-            values.part(begin, end).put(group)
+            values.view(begin, end).fill(group)
 
     def listed(joined: np.ndarray) -> pa.Array:
         return pa.LargeListArray.from_arrays(pa.array([0, ends[-1]], pa.int64()), pa.array(joined[: ends[-1]]))
@@ -325,7 +334,7 @@ def _block(reading: _Reading, plan: Plan, rank: int, world: int) -> pyarrow.Tabl
 
 
 @dataclass(frozen=True)
-class _Block:
+class _BlockRow:
     """A row that `_block` made; the values share its memory."""
 
     rank: int
@@ -340,7 +349,7 @@ class _Block:
     segments: np.ndarray
 
     @classmethod
-    def of(cls, row: int, table: pyarrow.Table) -> _Block:
+    def from_table(cls, row: int, table: pyarrow.Table) -> _BlockRow:
         plain = {name: table[name][row].as_py() for name in table.column_names[:-3]}
         values = {name: table[name][row].values.to_numpy() for name in table.column_names[-3:]}
         return cls(**plain, **values)

@@ -32,7 +32,7 @@ def split(sequence: EncodedArrays, length: int, vocabulary: Vocabulary) -> list[
     while begin < len(ids):
         end = min(begin + length, len(ids))
         if end < len(ids):
-            end = _outside_image(ids, begin, end, vocabulary)
+            end = _cut_outside_image(ids, begin, end, vocabulary)
         if end == begin:
             raise ImageTooLong(f"an image in the document needs more than the {length} tokens of a row")
         mask = trained[begin:end]
@@ -44,7 +44,7 @@ def split(sequence: EncodedArrays, length: int, vocabulary: Vocabulary) -> list[
     return pieces
 
 
-def _outside_image(ids: NDArray[np.int32], begin: int, end: int, vocabulary: Vocabulary) -> int:
+def _cut_outside_image(ids: NDArray[np.int32], begin: int, end: int, vocabulary: Vocabulary) -> int:
     """The last place to cut at or before `end` that is not between an image's begin and end."""
     piece = ids[begin:end]
     marks = np.flatnonzero((piece == vocabulary.begin_image) | (piece == vocabulary.end_image))
@@ -70,7 +70,7 @@ def pack(sequences: Sequence[EncodedArrays], length: int, pad: int) -> list[Pack
         fuller = _best_fit(sizes, sorted(range(len(sizes)), key=lambda i: -sizes[i]), length)
         if len(fuller) < len(rows):
             rows = sorted(sorted(row) for row in fuller)
-    return [_row([sequences[i] for i in row], length, pad) for row in rows]
+    return [_packed_row([sequences[i] for i in row], length, pad) for row in rows]
 
 
 def _best_fit(sizes: Sequence[int], order: Iterable[int], length: int) -> list[list[int]]:
@@ -91,7 +91,7 @@ def _best_fit(sizes: Sequence[int], order: Iterable[int], length: int) -> list[l
     return rows
 
 
-def _row(sequences: Sequence[EncodedArrays], length: int, pad: int) -> PackedRow:
+def _packed_row(sequences: Sequence[EncodedArrays], length: int, pad: int) -> PackedRow:
     sizes = [len(sequence.ids) for sequence in sequences]
     filled = sum(sizes)
     tokens = np.full(length, pad, dtype=np.int32)

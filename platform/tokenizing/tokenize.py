@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,21 +21,22 @@ from calumma.model.config import ImageTokenizerConfig
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.cluster.tasks import in_order
+from calumma.platform.cluster.tasks import map_in_order
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import receipts
 from calumma.platform.shards.receipts import Receipt
-from calumma.platform.specification import SpecificationError, last_part
+from calumma.platform.specification import SpecificationError, basename
 from calumma.platform.storage import publishing
 from calumma.platform.storage.manifest import Manifest
+from calumma.platform.tokenizing.actor import TokenizingActor, UnusableDocuments
 from calumma.platform.tokenizing.specification import TokenizeSpecification
-from calumma.platform.tokenizing.tokenizer import DocumentsUnusable, Tokenizer
-from calumma.platform.tracking.fingerprints import fingerprints, standing
+from calumma.platform.tracking.fingerprints import fingerprints, reusable_result
 
 if TYPE_CHECKING:
     from calumma.platform.tracking.run import Run
 
 TOKENS = "tokens"  # Manifest.kind
+T = TypeVar("T")
 
 
 @dataclass
@@ -49,58 +50,62 @@ class _Directory:
     rows: int
     inputs: dict[str, str]
     tasks: list[dict[str, Any]]
-    made: dict[str, Receipt] = field(default_factory=dict)  # by the task's stem
+    finished: dict[str, Receipt] = field(default_factory=dict)  # by the task's stem
 
     @property
-    def whole(self) -> bool:
-        return len(self.made) == len(self.tasks)
+    def complete(self) -> bool:
+        return len(self.finished) == len(self.tasks)
 
     @property
     def counts(self) -> Counter[str]:
-        return sum((receipt.counts for receipt in self.made.values()), Counter())
+        return sum((receipt.counts for receipt in self.finished.values()), Counter())
 
 
 def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
     """Tokenize all documents that no equal specification has published, from inputs that are still the same, and of
-    those only what a killed job has not done. Raises SpecificationError, DocumentsUnusable and StorageError.
+    those only what a killed job has not done. Raises SpecificationError, DocumentsUnusable, ShardError, StorageError.
     """
     directories = _plan(spec)
     published: dict[str, Manifest] = {}
     waiting: list[_Directory] = []
     for directory in directories:
-        if (manifest := standing(directory.output, _alone(spec, directory.location))) is not None:
+        if (
+            manifest := reusable_result(directory.output, _directory_specification(spec, directory.location))
+        ) is not None:
             published[directory.output] = manifest
-            _clean(directory, manifest)  # where a job was killed after the manifest
+            _delete_leftovers(directory, manifest)  # where a job was killed after the manifest
         else:
-            stems = {task["stem"] for task in directory.tasks}
-            directory.made = receipts.resume(directory.output, directory.receipts, stems)
+            shard_prefixes = {task["shard_prefix"] for task in directory.tasks}
+            directory.finished = receipts.finished_receipts(directory.output, directory.receipts, shard_prefixes)
             waiting.append(directory)
     total = sum(directory.rows for directory in waiting)
     done = sum(directory.counts["documents"] for directory in waiting)
-    again = f", {done:,} of them done before" if done else ""
-    progress(done, total, f"{total:,} documents of {len(waiting)} sources{again}")
-    tasks = [(d, task) for d in waiting for task in d.tasks if task["stem"] not in d.made]
+    resumed = f", {done:,} of them done before" if done else ""
+    progress(done, total, f"{total:,} documents of {len(waiting)} sources{resumed}")
+    tasks = [(d, task) for d in waiting for task in d.tasks if task["shard_prefix"] not in d.finished]
     arguments = {"specification": spec.model_dump(mode="json")}
     for directory in waiting:
-        if directory.whole:
+        if directory.complete:
             published[directory.output] = _publish(spec, directory)
     # Closed when something goes wrong here, so that the actors stop at once.
-    with closing(in_order([task for _, task in tasks], Tokenizer, spec.resources, arguments)) as results:
+    with closing(map_in_order([task for _, task in tasks], TokenizingActor, spec.resources, arguments)) as results:
         for (directory, task), result in zip(tasks, results, strict=True):
-            receipt = directory.made[task["stem"]] = Receipt.model_validate(result)
+            receipt = directory.finished[task["shard_prefix"]] = Receipt.model_validate(result)
             done += receipt.counts["documents"]
-            progress(done, total, last_part(directory.location))
-            if directory.whole:
+            progress(done, total, basename(directory.location))
+            if directory.complete:
                 published[directory.output] = _publish(spec, directory)
-                progress(done, total, _told(directory, published[directory.output]))
-    manifest = publishing.together(TOKENS, spec, {last_part(d.location): published[d.output] for d in directories})
+                progress(done, total, _summary(directory, published[directory.output]))
+    manifest = publishing.combined_manifest(
+        TOKENS, spec, {basename(d.location): published[d.output] for d in directories}
+    )
     manifest.write(spec.locate(spec.output))
-    publishing.sweep(spec.locate(spec.output))
+    publishing.delete_unfinished_files(spec.locate(spec.output))
     run.log_metrics(_metrics(manifest))
     return manifest
 
 
-def _alone(spec: TokenizeSpecification, location: str) -> TokenizeSpecification:
+def _directory_specification(spec: TokenizeSpecification, location: str) -> TokenizeSpecification:
     """The specification that makes this directory only: what its manifest records."""
     return spec.model_copy(update={"documents": [location]})
 
@@ -110,28 +115,28 @@ def _plan(spec: TokenizeSpecification) -> list[_Directory]:
     image_length = _image_length(spec)
     directories = []
     for location in spec.documents:
-        documents, name = spec.locate(location), last_part(location)
-        manifest = document_shards.curated(documents)
-        if image_length > spec.context + 1 and _images(manifest):
+        documents, name = spec.locate(location), basename(location)
+        manifest = document_shards.curated_manifest(documents)
+        if image_length > spec.context + 1 and _image_count(manifest):
             raise SpecificationError(
                 f"context: {spec.context} is too short for the {image_length} tokens of an image, and {documents} has "
-                f"{_images(manifest):,} images; set at least {image_length - 1}"
+                f"{_image_count(manifest):,} images; set at least {image_length - 1}"
             )
         inputs = fingerprints([documents, spec.locate(spec.text_tokenizer), spec.locate(spec.image_tokenizer)])
-        mark = publishing.fingerprint(_alone(spec, location), inputs)
+        fingerprint = publishing.fingerprint(_directory_specification(spec, location), inputs)
         output = storage.join(spec.locate(spec.output), name)
         folder = storage.join(spec.locate(spec.output), receipts.FOLDER, name)
         tasks = []
-        uris = document_shards.shard_uris(documents, manifest)
-        for number, window in enumerate(windows(uris, manifest.rows, spec.window, spec.seed)):
-            stem = publishing.stem("tokens", mark, number)
+        shards = document_shards.shards(documents, manifest)
+        for number, window in enumerate(windows(shards, manifest.rows, spec.window, spec.seed)):
+            shard_prefix = publishing.shard_prefix("tokens", fingerprint, number)
             tasks.append(
                 {
                     "shards": window,
-                    "seed": _seed(spec.seed, name, number),
+                    "seed": _window_seed(spec.seed, name, number),
                     "output": output,
-                    "stem": stem,
-                    "receipt": receipts.uri(folder, stem),
+                    "shard_prefix": shard_prefix,
+                    "receipt": receipts.receipt_uri(folder, shard_prefix),
                 }
             )
         directories.append(_Directory(location, documents, output, folder, manifest.rows, inputs, tasks))
@@ -159,34 +164,34 @@ def _image_length(spec: TokenizeSpecification) -> int:
     return config.codes_per_image + 2
 
 
-def _images(manifest: Manifest) -> int:
+def _image_count(manifest: Manifest) -> int:
     reports = manifest.report.get("sources", {"": manifest.report})
     return sum(report.get("images", 0) for report in reports.values())
 
 
-def windows(uris: Sequence[str], documents: int, size: int, seed: int) -> list[list[str]]:
+def windows(shards: Sequence[T], documents: int, size: int, seed: int) -> list[list[T]]:
     """Shards dealt to windows of about `size` documents, in an order that the seed decides."""
-    order = np.random.default_rng(seed).permutation(len(uris))
-    count = min(len(uris), max(1, documents // size))
-    return [[uris[i] for i in order[number::count]] for number in range(count)]
+    order = np.random.default_rng(seed).permutation(len(shards))
+    count = min(len(shards), max(1, documents // size))
+    return [[shards[i] for i in order[number::count]] for number in range(count)]
 
 
-def _seed(seed: int, name: str, window: int) -> list[int]:
+def _window_seed(seed: int, name: str, window: int) -> list[int]:
     return [seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]), window]
 
 
 def _publish(spec: TokenizeSpecification, directory: _Directory) -> Manifest:
-    made = [directory.made[task["stem"]] for task in directory.tasks]
-    dropped = sum((receipt.dropped for receipt in made), Counter[str]())
-    if not any(receipt.files for receipt in made):
+    done = [directory.finished[task["shard_prefix"]] for task in directory.tasks]
+    dropped = sum((receipt.dropped for receipt in done), Counter[str]())
+    if not any(receipt.files for receipt in done):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
-        raise DocumentsUnusable(
+        raise UnusableDocuments(
             f"{directory.documents}: none of its documents fits a context of {spec.context}: {reasons or 'it is empty'}"
         )
     manifest = Manifest(
         kind=TOKENS,
-        files=[entry for receipt in made for entry in receipt.files],
-        specification=_alone(spec, directory.location).model_dump(mode="json"),
+        files=[entry for receipt in done for entry in receipt.files],
+        specification=_directory_specification(spec, directory.location).model_dump(mode="json"),
         inputs=directory.inputs,
     )
     counts = directory.counts
@@ -205,20 +210,20 @@ def _publish(spec: TokenizeSpecification, directory: _Directory) -> Manifest:
         "padding_share": counts["padding"] / (manifest.rows * (spec.context + 1)),
     }
     manifest.write(directory.output)
-    _clean(directory, manifest)
+    _delete_leftovers(directory, manifest)
     return manifest
 
 
-def _clean(directory: _Directory, manifest: Manifest) -> None:
+def _delete_leftovers(directory: _Directory, manifest: Manifest) -> None:
     """Delete what a published directory no longer needs: earlier shards, and the receipts."""
-    publishing.tidy(directory.output, (entry.path for entry in manifest.files))
-    receipts.clear(directory.receipts)
+    publishing.delete_stale_shards(directory.output, (entry.path for entry in manifest.files))
+    receipts.delete_receipts(directory.receipts)
 
 
-def _told(directory: _Directory, manifest: Manifest) -> str:
+def _summary(directory: _Directory, manifest: Manifest) -> str:
     report = manifest.report
     return (
-        f"{last_part(directory.location)}: {report['padding_share']:.1%} padding, "
+        f"{basename(directory.location)}: {report['padding_share']:.1%} padding, "
         f"{report['truncated_share']:.1%} of the documents longer than the context"
     )
 

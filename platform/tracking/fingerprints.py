@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from calumma.platform.specification import JobSpecification, Tracking
-from calumma.platform.storage.manifest import Manifest, ManifestError, digest_of, directory_fingerprint
+from calumma.platform.storage.manifest import Manifest, ManifestError, directory_fingerprint, json_digest
 
 # Where and under what name a job ran does not change what it made.
 _NOT_COMPARED = ("tracking", "resources", "run_name")
@@ -30,10 +30,10 @@ def _registered(uri: str, tracking: Tracking | None) -> str:
 
     source = model_source(uri, tracking)
     elsewhere = source.startswith(("mlflow-artifacts:", "runs:"))  # MLflow's own storage, where files never change
-    return digest_of([source, "" if elsewhere else directory_fingerprint(source)])
+    return json_digest([source, "" if elsewhere else directory_fingerprint(source)])
 
 
-def finished(uri_dir: str, specification: JobSpecification) -> Manifest | None:
+def unchanged_result(uri_dir: str, specification: JobSpecification) -> Manifest | None:
     """The manifest, if an equal specification made the directory from inputs that are still the same; else None.
 
     Raises TrackingError when an input is a `models:/` URI that leads nowhere.
@@ -45,18 +45,18 @@ def finished(uri_dir: str, specification: JobSpecification) -> Manifest | None:
         made_by = type(specification).model_validate(manifest.specification)
     except ValidationError:
         return None
-    if _compared(made_by) != _compared(specification):
+    if _comparable_fields(made_by) != _comparable_fields(specification):
         return None
     return manifest if fingerprints(manifest.inputs, specification.tracking) == manifest.inputs else None
 
 
-def _compared(specification: JobSpecification) -> dict[str, Any]:
+def _comparable_fields(specification: JobSpecification) -> dict[str, Any]:
     return specification.model_dump(mode="json", exclude=set(_NOT_COMPARED))
 
 
-def standing(uri_dir: str, specification: JobSpecification) -> Manifest | None:
+def reusable_result(uri_dir: str, specification: JobSpecification) -> Manifest | None:
     """The manifest of a directory that need not be made again: equal specification, equal inputs, files all there."""
-    manifest = finished(uri_dir, specification)
+    manifest = unchanged_result(uri_dir, specification)
     try:
         if manifest is not None:
             manifest.verify(uri_dir)

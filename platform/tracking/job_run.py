@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from calumma.platform.specification import JobSpecification
-from calumma.platform.tracking.outbox import Outbox, send_left
+from calumma.platform.tracking.outbox import Outbox, send_pending
 from calumma.platform.tracking.run import Run
-from calumma.platform.tracking.server import PARENT_TAG, TrackingError, connect, create_run, resolve
+from calumma.platform.tracking.server import PARENT_TAG, TrackingError, connect, create_run, resolve_uri
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def job_run(spec: JobSpecification) -> Iterator[Run]:
 
     Raises TrackingError when MLflow cannot be reached or used.
     """
-    uri = resolve(spec.tracking)
+    uri = resolve_uri(spec.tracking)
     try:
         client = connect(uri)
         current = Run(uri, create_run(client, uri, spec))
@@ -32,7 +32,7 @@ def job_run(spec: JobSpecification) -> Iterator[Run]:
             f"Check `tracking.uri`, or leave it away to use a database below ./mlflow."
         ) from error
     with suppress(Exception):  # it has just gone away again: they stay where they are
-        send_left(uri)
+        send_pending(uri)
     status = "KILLED"
     try:
         yield current

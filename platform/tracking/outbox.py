@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _METRICS_A_BATCH = 1000  # MLflow's limit of one batched request (mlflow/utils/validation.py)
-_LONGEST_PAUSE = 60.0  # seconds between two attempts at a server that is away
-_GLANCE = 0.05  # seconds between two looks at what waits, when somebody waits for it
-_PATIENCE = 30.0  # seconds that closing waits for a server that is away
+_LONGEST_BACKOFF = 60.0  # seconds between two attempts at a server that is away
+_FLUSH_POLL = 0.05  # seconds between two looks at what waits, when somebody waits for it
+_CLOSE_TIMEOUT = 30.0  # seconds that closing waits for a server that is away
 # With these the server says that it will never take an entry; anything else may pass.
-_NEVER = {
+_PERMANENT_ERRORS = {
     "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "INVALID_STATE",
 }  # fmt: skip
 
 
 def root() -> Path:
     """The folder of all outboxes on this machine; below the temporary one where there is no home to write to."""
-    if given := os.environ.get("CALUMMA_OUTBOX"):
-        return Path(given)
+    if configured := os.environ.get("CALUMMA_OUTBOX"):
+        return Path(configured)
     with suppress(OSError, RuntimeError):
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "calumma", "outbox")
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class Outbox:
     def entries(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.json"))
 
-    def waiting(self) -> int:
+    def pending(self) -> int:
         """Entries that are not sent; a metrics entry counts its values."""
         return sum(len(e["content"].get("values", "1")) for e in map(_read, self.entries()) if e)
 
@@ -93,9 +93,9 @@ class Outbox:
         """Send everything, oldest first. Raises what MLflow's client raises when the server is away."""
         while batch := _batch(self.entries()):
             try:
-                _apply(run, [entry for _, entry in batch])
+                _send_entries(run, [entry for _, entry in batch])
             except Exception as error:
-                if getattr(error, "error_code", None) not in _NEVER:
+                if getattr(error, "error_code", None) not in _PERMANENT_ERRORS:
                     raise
                 if len(batch) == 1:
                     self._refuse(batch[0][0], error)
@@ -105,7 +105,7 @@ class Outbox:
             for path, _ in batch:
                 path.unlink()
 
-    def park(self, uri: str) -> None:
+    def back_up(self, uri: str) -> None:
         """A copy of what waits, in storage below `uri`, in place of the one before. Raises StorageError."""
         from calumma.platform import storage
 
@@ -127,9 +127,9 @@ class Outbox:
     def _one_by_one(self, run: Run, batch: list[tuple[Path, dict[str, Any]]]) -> None:
         for path, entry in batch:
             try:
-                _apply(run, [entry])
+                _send_entries(run, [entry])
             except Exception as error:
-                if getattr(error, "error_code", None) not in _NEVER:
+                if getattr(error, "error_code", None) not in _PERMANENT_ERRORS:
                     raise
                 self._refuse(path, error)
             else:
@@ -145,11 +145,11 @@ class Outbox:
 class BackgroundWriter:
     """Writes to a run through an outbox, from a thread, so that training never waits for MLflow and loses nothing."""
 
-    def __init__(self, run: Run, parked: str | None = None, patience: float = _PATIENCE) -> None:
+    def __init__(self, run: Run, backup: str | None = None, close_timeout: float = _CLOSE_TIMEOUT) -> None:
         """`parked`: where in storage copies of what waits are kept (see `park`)."""
-        self._run, self._parked, self._patience = run, parked, patience
+        self._run, self._backup, self._close_timeout = run, backup, close_timeout
         self._outbox = Outbox.new(run.uri, run.id)
-        self._wake, self._hurry, self._closing = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._flush_now, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._away = False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -171,8 +171,8 @@ class BackgroundWriter:
     def log_checkpoint(self, name: str, uri: str, step: int, metrics: dict[str, float], tags: dict[str, str]) -> None:
         """A checkpoint as a logged model of the run, with its step and metrics."""
         now = int(time.time() * 1000)
-        told = {"name": name, "uri": uri, "step": step, "metrics": metrics, "tags": tags, "time": now}
-        self._put("checkpoint", told)
+        checkpoint = {"name": name, "uri": uri, "step": step, "metrics": metrics, "tags": tags, "time": now}
+        self._put("checkpoint", checkpoint)
 
     def log_tags(self, tags: dict[str, str]) -> None:
         self._put("tags", {"tags": tags})
@@ -181,41 +181,41 @@ class BackgroundWriter:
         """Directories of data and the fingerprints of their manifests, as the run's inputs."""
         self._put("data", {"manifests": manifests, "context": context})
 
-    def park(self) -> None:
+    def back_up(self) -> None:
         """Copy to storage what waits for a server that is away, if anything does; a failure is a warning."""
-        if self._parked is None or not self._away:
+        if self._backup is None or not self._away:
             return
         try:
-            self._outbox.park(self._parked)
+            self._outbox.back_up(self._backup)
         except OSError as error:
-            logger.warning("what waits for MLflow could not be copied to %s: %s", self._parked, error)
+            logger.warning("what waits for MLflow could not be copied to %s: %s", self._backup, error)
 
-    def settle(self, patience: float) -> bool:
+    def flush(self, timeout: float) -> bool:
         """Wait until everything is sent, or the time is over; whether it is sent."""
-        over = time.monotonic() + patience
-        self._hurry.set()
+        deadline = time.monotonic() + timeout
+        self._flush_now.set()
         self._wake.set()
         while self._outbox.entries():
-            if time.monotonic() > over or not self._thread.is_alive():
+            if time.monotonic() > deadline or not self._thread.is_alive():
                 return False
-            time.sleep(_GLANCE)
+            time.sleep(_FLUSH_POLL)
         return True
 
     def close(self) -> int:
         """Send what is left; the number of entries and metric values that wait on disk for a later writer."""
-        self.settle(self._patience)
+        self.flush(self._close_timeout)
         self._closing.set()
-        self._hurry.set()
+        self._flush_now.set()
         self._wake.set()
-        self._thread.join(self._patience)
-        left = self._outbox.waiting()
+        self._thread.join(self._close_timeout)
+        left = self._outbox.pending()
         if left:
             again = "the next job sends them, or: python -m calumma.platform.tracking.outbox"
             logger.warning(
                 "MLflow at %s is away: %d values wait in %s; %s", self._run.uri, left, self._outbox.folder, again
             )
             self._away = True
-            self.park()
+            self.back_up()
         self._outbox.close()
         return left
 
@@ -234,61 +234,61 @@ class BackgroundWriter:
                 self._outbox.send(self._run)
                 if not others:
                     others = True
-                    send_left(self._run.uri, self._parked)
+                    send_pending(self._run.uri, self._backup)
                 if self._away:
                     self._away = False
                     logger.warning("MLflow at %s is back and has everything", self._run.uri)
-                    _unpark(self._parked, self._outbox.folder.name)
+                    _delete_backup(self._backup, self._outbox.folder.name)
                 pause = 1.0
                 self._wake.wait()
             except Exception as error:  # MlflowException, requests', SQLAlchemy's: whatever it is, training goes on
                 if not self._away:
                     logger.warning("MLflow at %s is away, training goes on: %s", self._run.uri, error)
                 self._away = True
-                pause = _GLANCE if self._hurry.wait(pause) else min(2 * pause, _LONGEST_PAUSE)
-                self._hurry.clear()
+                pause = _FLUSH_POLL if self._flush_now.wait(pause) else min(2 * pause, _LONGEST_BACKOFF)
+                self._flush_now.clear()
 
 
-def send_left(uri: str, parked: str | None = None) -> int:
+def send_pending(uri: str, backup: str | None = None) -> int:
     """Send what writers to a server have left behind on this machine, and in storage; the number of outboxes emptied.
 
     Raises what MLflow's client raises when the server is away.
     """
     from calumma.platform.tracking.run import Run
 
-    if parked is not None:
-        _take_up(uri, parked)
+    if backup is not None:
+        _restore_backups(uri, backup)
     emptied = 0
     for folder in sorted(_server(uri).glob("*-*")):
-        outbox = _claimed(folder)
+        outbox = _lock_outbox(folder)
         if outbox is None:
             continue
         try:
             if outbox.entries():
                 outbox.send(Run(outbox.uri, outbox.run_id))
-                _unpark(parked, folder.name)
+                _delete_backup(backup, folder.name)
                 emptied += 1
         finally:
             outbox.close()
     return emptied
 
 
-def _claimed(folder: Path) -> Outbox | None:
+def _lock_outbox(folder: Path) -> Outbox | None:
     """The outbox of a folder that no writer holds; a damaged folder is left alone."""
-    found = _read(folder / "run")
-    if found is None:
+    run = _read(folder / "run")
+    if run is None:
         return None
     try:
-        return Outbox(folder, found["uri"], found["run"])
+        return Outbox(folder, run["uri"], run["run"])
     except OSError:  # a living writer's
         return None
 
 
-def _take_up(uri: str, parked: str) -> None:
+def _restore_backups(uri: str, backup: str) -> None:
     """Bring parked outboxes of other machines here. Raises StorageError."""
     from calumma.platform import storage
 
-    for place in storage.list_files(parked):
+    for place in storage.list_files(backup):
         folder, name = place.rsplit("/", 2)[-2:]
         target = _server(uri) / folder / name
         if folder == Path(folder).name and not target.exists() and not (target.parent / "lock").exists():
@@ -296,11 +296,11 @@ def _take_up(uri: str, parked: str) -> None:
             target.write_bytes(storage.read_bytes(place))
 
 
-def _unpark(parked: str | None, name: str) -> None:
-    if parked is not None:
+def _delete_backup(backup: str | None, name: str) -> None:
+    if backup is not None:
         from calumma.platform import storage
 
-        storage.delete(storage.join(parked, name))
+        storage.delete(storage.join(backup, name))
 
 
 def _server(uri: str) -> Path:
@@ -309,10 +309,10 @@ def _server(uri: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return entry if isinstance(entry, dict) else None
 
 
 def _batch(paths: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -333,7 +333,7 @@ def _batch(paths: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
     return batch
 
 
-def _apply(run: Run, entries: list[dict[str, Any]]) -> None:
+def _send_entries(run: Run, entries: list[dict[str, Any]]) -> None:
     """Send one entry, or several of metrics. All may be sent twice: what they do the second time changes nothing."""
     kind, content = entries[0]["kind"], entries[0]["content"]
     if kind == "metrics":
@@ -341,7 +341,7 @@ def _apply(run: Run, entries: list[dict[str, Any]]) -> None:
     elif kind == "dict":
         run.log_dict(content["dict"], content["path"])
     elif kind == "image":
-        run.log_image(_picture(content["png"]), content["path"])
+        run.log_image(_decode_png(content["png"]), content["path"])
     elif kind == "checkpoint":
         run.log_checkpoint(**content)
     elif kind == "tags":
@@ -354,7 +354,7 @@ def _apply(run: Run, entries: list[dict[str, Any]]) -> None:
         raise ValueError(f"unknown entry {kind!r} in the outbox; was it written by a newer version?")
 
 
-def _picture(png: str) -> Image:
+def _decode_png(png: str) -> Image:
     from PIL import Image as PILImage
 
     return PILImage.open(io.BytesIO(base64.b64decode(png)))
@@ -362,8 +362,8 @@ def _picture(png: str) -> Image:
 
 def _servers() -> Iterator[str]:
     """Tracking URIs that something waits for on this machine."""
-    found = {(_read(path) or {}).get("uri") for path in root().glob("*/*-*/run")}
-    yield from sorted(uri for uri in found if uri)
+    uris = {(_read(path) or {}).get("uri") for path in root().glob("*/*-*/run")}
+    yield from sorted(uri for uri in uris if uri)
 
 
 def main() -> int:
@@ -371,7 +371,7 @@ def main() -> int:
     failed = 0
     for uri in _servers():
         try:
-            print(f"{uri}: {send_left(uri)} runs sent")
+            print(f"{uri}: {send_pending(uri)} runs sent")
         except Exception as error:
             print(f"{uri}: {error}", file=sys.stderr)
             failed = 1

@@ -18,15 +18,15 @@ _PACKAGES = ("calumma", "torch", "ray", "deepspeed", "mlflow", "numpy", "pyarrow
 def commit() -> dict[str, str]:
     """Tags with the git commit of this code, and whether files differ from it; $CALUMMA_COMMIT says it in images that
     carry no repository. Empty when nothing is known."""
-    if given := os.environ.get("CALUMMA_COMMIT"):
-        return {"mlflow.source.git.commit": given}
+    if configured := os.environ.get("CALUMMA_COMMIT"):
+        return {"mlflow.source.git.commit": configured}
     here = Path(__file__).resolve().parents[2]
-    found = _git(here, "rev-parse", "HEAD")
+    commit_hash = _git(here, "rev-parse", "HEAD")
     # Installed into a repository that is not ours, site-packages would report that one's commit.
-    if found is None or _git(here, "ls-files", "--error-unmatch", "platform/tracking/provenance.py") is None:
+    if commit_hash is None or _git(here, "ls-files", "--error-unmatch", "platform/tracking/provenance.py") is None:
         return {}
     changed = _git(here, "status", "--porcelain", "--untracked-files=no")
-    return {"mlflow.source.git.commit": found, "calumma.git.dirty": str(bool(changed)).lower()}
+    return {"mlflow.source.git.commit": commit_hash, "calumma.git.dirty": str(bool(changed)).lower()}
 
 
 def environment() -> dict[str, Any]:
@@ -56,7 +56,10 @@ def lineage(model_directory: str) -> dict[str, str]:
         return {}
     if manifest is None:
         return {}
-    tags = {f"calumma.input.{i}": f"{uri} {mark}" for i, (uri, mark) in enumerate(sorted(manifest.inputs.items()))}
+    tags = {
+        f"calumma.input.{i}": f"{uri} {fingerprint}"
+        for i, (uri, fingerprint) in enumerate(sorted(manifest.inputs.items()))
+    }
     parent = manifest.specification.get("initial")
     step = manifest.report.get("schedule_step")
     tags |= {"calumma.parent": str(parent)} if parent else {}

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlparse
 
 from calumma.platform.specification import Tracking
 from calumma.platform.tracking import provenance
-from calumma.platform.tracking.server import TrackingError, connect, resolve
+from calumma.platform.tracking.server import TrackingError, connect, resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,11 +30,11 @@ def registered_copy(model_directory: str) -> str:
     from calumma.platform import storage
     from calumma.platform.storage.manifest import Manifest, directory_fingerprint
 
-    place = model_directory if "://" in model_directory else str(Path(model_directory).absolute())
-    if Manifest.find(place) is None:
-        return place
-    mark = directory_fingerprint(place)
-    return storage.join(place.rstrip("/").rpartition("/")[0], "registered", mark[:16])
+    source = model_directory if "://" in model_directory else str(Path(model_directory).absolute())
+    if Manifest.find(source) is None:
+        return source
+    fingerprint = directory_fingerprint(source)
+    return storage.join(source.rstrip("/").rpartition("/")[0], "registered", fingerprint[:16])
 
 
 def register(tracking: Tracking, name: str, model_directory: str, run_id: str, alias: str | None = None) -> str:
@@ -48,7 +48,7 @@ def register(tracking: Tracking, name: str, model_directory: str, run_id: str, a
     from calumma.platform import storage
     from calumma.platform.storage.manifest import Manifest
 
-    uri = resolve(tracking)
+    uri = resolve_uri(tracking)
     client = connect(uri)
     source = registered_copy(model_directory)
     if Manifest.find(model_directory) is not None and Manifest.find(source) is None:
@@ -86,19 +86,19 @@ def model_source(uri: str, tracking: Tracking | None = None) -> str:
         )
     from mlflow.exceptions import MlflowException
 
-    server = resolve(tracking or Tracking())
+    server = resolve_uri(tracking or Tracking())
     client = connect(server)
     name = match["name"]
     try:
         if match["alias"]:
-            found = client.get_model_version_by_alias(name, match["alias"])
+            version = client.get_model_version_by_alias(name, match["alias"])
         else:
-            found = client.get_model_version(name, match["version"])
+            version = client.get_model_version(name, match["version"])
     except MlflowException as error:
         raise TrackingError(
-            f"{uri} is not in the registry at {server}: {error.message}\n{_inventory(client, name)}"
+            f"{uri} is not in the registry at {server}: {error.message}\n{_describe_registry(client, name)}"
         ) from error
-    source = str(found.source)
+    source = str(version.source)
     return unquote(urlparse(source).path) if source.startswith("file://") else source
 
 
@@ -115,18 +115,18 @@ def resolve_model(uri: str, tracking: Tracking | None = None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="calumma-model-") as folder:
             import mlflow
 
-            server = resolve(tracking or Tracking())
+            server = resolve_uri(tracking or Tracking())
             local = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=server)
-            yield _checked(Path(local), uri, source)
+            yield _require_config(Path(local), uri, source)
         return
     if not storage.exists(storage.join(source, "config.json")):
         origin = "" if source == uri else f" (registered as {source})"
         raise TrackingError(f"there is no model directory at {uri}{origin}: no config.json in it")
     with storage.local_copy(source) as path:
-        yield _checked(path, uri, source)
+        yield _require_config(path, uri, source)
 
 
-def _inventory(client: MlflowClient, name: str) -> str:
+def _describe_registry(client: MlflowClient, name: str) -> str:
     """What the registry does have, in words."""
     models = {model.name: model for model in client.search_registered_models(max_results=50)}
     if name not in models:
@@ -136,7 +136,7 @@ def _inventory(client: MlflowClient, name: str) -> str:
     return f"{name!r} has versions {', '.join(map(str, versions)) or 'none'} and aliases {aliases}."
 
 
-def _checked(path: Path, uri: str, source: str) -> Path:
+def _require_config(path: Path, uri: str, source: str) -> Path:
     if not (path / "config.json").is_file():
         raise TrackingError(f"{uri} (at {source}) is not a model directory: there is no config.json in it")
     return path

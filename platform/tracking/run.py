@@ -73,12 +73,14 @@ class Run:
         from mlflow.entities.logged_model_status import LoggedModelStatus
 
         experiment = self.client.get_run(self.id).info.experiment_id
-        mine = f"name = '{name}' AND source_run_id = '{self.id}'"
-        if not (found := list(self.client.search_logged_models([experiment], filter_string=mine, max_results=1))):
-            given = {"calumma.uri": uri, "calumma.step": str(step)} | tags
-            found = [self.client.create_logged_model(experiment, name, self.id, given, model_type="checkpoint")]
-        model = found[0].model_id
-        if found[0].status == LoggedModelStatus.READY:  # sent before
+        own_models = f"name = '{name}' AND source_run_id = '{self.id}'"
+        if not (
+            models := list(self.client.search_logged_models([experiment], filter_string=own_models, max_results=1))
+        ):
+            all_tags = {"calumma.uri": uri, "calumma.step": str(step)} | tags
+            models = [self.client.create_logged_model(experiment, name, self.id, all_tags, model_type="checkpoint")]
+        model = models[0].model_id
+        if models[0].status == LoggedModelStatus.READY:  # sent before
             return
         values = [Metric(f"checkpoint/{k}", v, time, step, model_id=model) for k, v in metrics.items()]
         self.client.log_batch(self.id, metrics=values)

@@ -26,7 +26,7 @@ class TrackingError(RuntimeError):
     """MLflow cannot be used as asked; the message says what was asked, what was found and what to do."""
 
 
-def resolve(tracking: Tracking) -> str:
+def resolve_uri(tracking: Tracking) -> str:
     """The tracking URI to use: the given one, else $MLFLOW_TRACKING_URI, else SQLite below ./mlflow.
 
     A plain folder means an SQLite database in it. Paths of SQLite databases become absolute, and their folder is
@@ -77,11 +77,11 @@ def create_run(client: MlflowClient, uri: str, spec: JobSpecification) -> str:
 def _project(client: MlflowClient, experiment: str, name: str) -> str:
     """The run that stands for a project; created when it is new. Of two that were created at once, the older."""
     quoted = name.replace("'", "")
-    mine = f"tags.`{_PROJECT}` = '{quoted}'"
+    own_runs = f"tags.`{_PROJECT}` = '{quoted}'"
 
     def oldest() -> str | None:
-        found = client.search_runs([experiment], mine, order_by=["attributes.start_time ASC"], max_results=1)
-        return str(found[0].info.run_id) if found else None
+        runs = client.search_runs([experiment], own_runs, order_by=["attributes.start_time ASC"], max_results=1)
+        return str(runs[0].info.run_id) if runs else None
 
     if (known := oldest()) is not None:
         return known
@@ -93,8 +93,8 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     """The experiment's id; created when it is new, with its artifacts beside an SQLite database."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         database = database_file(uri)
         artifacts = (database.parent / "artifacts" / name).as_uri() if database else None
         try:
@@ -102,8 +102,8 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job was faster
                 raise
-            found = client.get_experiment_by_name(name)
-    assert found is not None
-    if found.lifecycle_stage == "deleted":
+            experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    if experiment.lifecycle_stage == "deleted":
         raise TrackingError(f"the experiment {name!r} was deleted; restore it in MLflow or name another one")
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)

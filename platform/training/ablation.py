@@ -11,19 +11,19 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from calumma.model import vocabulary as model_vocabulary
 from calumma.model.config import ModelConfig
-from calumma.model.ops.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.specification import SpecificationError, absolute
-from calumma.platform.storage.manifest import Manifest, entries
+from calumma.platform.shards.row_groups import RowGroupReader, all_micro_batches
+from calumma.platform.specification import SpecificationError, with_absolute_storage
+from calumma.platform.storage.manifest import Manifest, file_entries
 from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.specification import AblateSpecification
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from calumma.platform.streaming.plan import Plan
 
 KIND = "ablation"
-Curve = list[dict[str, float]]
+Points = list[dict[str, float]]
 # What is drawn: the curve's name, its title, whether the axis is logarithmic.
 PANELS = (
     ("loss", "loss, nats a token", False),
@@ -51,21 +51,21 @@ def run(spec: AblateSpecification, run: Run, progress: Progress) -> Manifest:
     """Train all variants at all learning rates and publish curves and figure. Raises SpecificationError."""
     import ray
 
-    given, spec = spec, absolute(spec)
+    original, spec = spec, with_absolute_storage(spec)
     mixture = [spec.locate(uri) for uri in spec.mixture]
     missing = [uri for uri in mixture if Manifest.find(uri) is None]
     if missing:
         raise SpecificationError(f"mixture: no token shards are published at {missing[0]}; run the job tokenize first")
     cases = [(name, rate) for rate in spec.learning_rates for name in spec.variants]
-    task = ray.remote(num_cpus=spec.resources.cpus_per_worker, num_gpus=spec.resources.gpus_per_worker)(curve)
+    task = ray.remote(num_cpus=spec.resources.cpus_per_worker, num_gpus=spec.resources.gpus_per_worker)(train_variant)
     waiting = {task.remote(spec, name, rate): (name, rate) for name, rate in cases}
-    curves: dict[tuple[str, float], Curve] = {}
+    curves: dict[tuple[str, float], Points] = {}
     while waiting:
         progress(len(curves), len(cases), f"{len(waiting)} of {len(cases)} trainings left")
         (done, *_), _ = ray.wait(list(waiting), num_returns=1)
         name, rate = waiting.pop(done)
-        curves[(name, rate)] = found = ray.get(done)
-        for point in found:
+        curves[(name, rate)] = points = ray.get(done)
+        for point in points:
             known = {key: value for key, value in point.items() if key != "step" and math.isfinite(value)}
             run.log_metrics({f"{key}/{name}/{rate:g}": value for key, value in known.items()}, int(point["step"]))
     output = spec.locate(spec.output)
@@ -73,14 +73,14 @@ def run(spec: AblateSpecification, run: Run, progress: Progress) -> Manifest:
     picture = io.BytesIO()
     figure(spec, curves).savefig(picture, format="png", dpi=110)
     storage.write_bytes(storage.join(output, "ablation.png"), picture.getvalue())
-    told = [{"variant": name, "learning_rate": rate, "curve": points} for (name, rate), points in curves.items()]
-    storage.write_bytes(storage.join(output, "curves.json"), json.dumps(told).encode())
+    records = [{"variant": name, "learning_rate": rate, "curve": points} for (name, rate), points in curves.items()]
+    storage.write_bytes(storage.join(output, "curves.json"), json.dumps(records).encode())
     with storage.local_copy(output) as path:
         run.log_artifact(Path(path, "ablation.png"))
     manifest = Manifest(
         kind=KIND,
-        files=entries(output),
-        specification=given.model_dump(mode="json"),
+        files=file_entries(output),
+        specification=original.model_dump(mode="json"),
         report={"run": run.id, **summary(curves)},
         inputs=fingerprints([*mixture, spec.locate(spec.text_tokenizer)]),
     )
@@ -89,11 +89,11 @@ def run(spec: AblateSpecification, run: Run, progress: Progress) -> Manifest:
     return manifest
 
 
-def curve(spec: AblateSpecification, name: str, rate: float) -> Curve:
+def train_variant(spec: AblateSpecification, name: str, rate: float) -> Points:
     """One training: a point every `log_every` steps, until the end or the first loss that is not finite.
 
     Its loss is the mean since the last point; all else is measured, without dropout, on the same micro-batch of each
-    source again and again: how text and images take turns does not show.
+    source again and again: how text and images take turns does not show. Raises ShardError and StorageError.
     """
     from calumma.platform.streaming.plan import Plan
 
@@ -102,14 +102,18 @@ def curve(spec: AblateSpecification, name: str, rate: float) -> Curve:
         storage.read_bytes(storage.join(spec.locate(spec.text_tokenizer), model_vocabulary.FILE))
     )
     mixture = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
-    plan = Plan(spec.seed, mixture, {uri: Manifest.read(uri) for uri in mixture}, spec.micro_batches)
+    manifests = {uri: Manifest.read(uri) for uri in mixture}
+    plan = Plan(spec.seed, mixture, manifests, spec.micro_batches)
     device = torch.device("cuda" if spec.resources.gpus_per_worker else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
     image_mask_V = vocabulary.mask(vocabulary.image_ids).to(device)
     shape = config.model_copy(update={"vocabulary_size": vocabulary.size})
-    probes = [held_out.read(*held_out.row_groups(uri)[0]) for uri in mixture]
-    return _train(spec, shape, z_loss, rate, plan, image_mask_V, probes)
+    reader = RowGroupReader(plan.context)
+    probes = [
+        held_out.read_row_group(reader, all_micro_batches(uri, manifest)[0]) for uri, manifest in manifests.items()
+    ]
+    return _train(spec, shape, z_loss, rate, plan, reader, image_mask_V, probes)
 
 
 def _train(
@@ -118,22 +122,23 @@ def _train(
     z_loss: float,
     rate: float,
     plan: Plan,
+    reader: RowGroupReader,
     image_mask_V: torch.Tensor,
     probes: list[held_out.HeldOutBatch],
-) -> Curve:
+) -> Points:
     device, o = image_mask_V.device, spec.optimizer
     torch.manual_seed(spec.seed)
     transformer = Transformer(shape).initialize(spec.seed).to(device)
     groups = engine.parameter_groups(transformer, o.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(o.beta1, o.beta2), eps=o.eps)
-    points, nll, trained = Curve(), 0.0, 0
+    points, nll, trained = Points(), 0.0, 0
     for step in range(spec.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, rate, spec.schedule, spec.steps)
-        batches = [held_out.read(found.shard, found.row_group) for found in plan.step(step)]
+        batches = [held_out.read_row_group(reader, found) for found in plan.step(step)]
         targets = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
         for batch in batches:
-            found = _forward(transformer, batch, image_mask_V, z_loss=z_loss, normalizer=max(targets, 1))
+            found = engine.losses(transformer, batch, image_mask_V, z_loss=z_loss, normalizer=max(targets, 1))
             found.total.backward()
             nll += float(found.sums.text_nll + found.sums.image_nll)
         trained += targets
@@ -142,24 +147,12 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
         diverged = not math.isfinite(nll)
         if (step + 1) % spec.log_every == 0 or step == 0 or diverged:
-            told = {"step": step + 1, "loss": nll / max(trained, 1), "gradient_norm": float(norm)}
-            points.append(told | _norms(transformer, probes, image_mask_V))
+            point = {"step": step + 1, "loss": nll / max(trained, 1), "gradient_norm": float(norm)}
+            points.append(point | _norms(transformer, probes, image_mask_V))
             nll, trained = 0.0, 0
         if diverged:
             break
     return points
-
-
-def _forward(transformer: Transformer, batch: held_out.HeldOutBatch, image_mask_V: torch.Tensor, **given: Any) -> Loss:
-    tokens, mask, segments = (x.to(image_mask_V.device) for x in (batch.tokens, batch.mask, batch.segments))
-    return transformer(
-        tokens[:, :-1],
-        segments[:, :-1],
-        targets=tokens[:, 1:],
-        mask=mask[:, 1:],
-        image_mask=image_mask_V,
-        **given,
-    )
 
 
 @torch.no_grad()
@@ -169,10 +162,10 @@ def _norms(
     """Of the instruments of all layers (model/stability.py) the ones that are drawn: means over the probes, of the
     attention logit the maximum."""
     transformer.eval()
-    each = [_largest(_forward(transformer, batch, image_mask_V, measure=True).stability) for batch in probes]
+    each = [_largest(engine.losses(transformer, batch, image_mask_V, measure=True).stability) for batch in probes]
     transformer.train()
-    found = {name: sum(values[name] for values in each) / len(each) for name in each[0]}
-    return found | {"attention_logit_max": max(values["attention_logit_max"] for values in each)}
+    means = {name: sum(values[name] for values in each) / len(each) for name in each[0]}
+    return means | {"attention_logit_max": max(values["attention_logit_max"] for values in each)}
 
 
 def _largest(stability: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -189,7 +182,7 @@ def _largest(stability: dict[str, torch.Tensor]) -> dict[str, float]:
     }
 
 
-def summary(curves: dict[tuple[str, float], Curve]) -> dict[str, float]:
+def summary(curves: dict[tuple[str, float], Points]) -> dict[str, float]:
     """The last value of what is drawn, by variant and learning rate."""
     return {
         f"{name}, {rate:g}: {key}": points[-1][key]
@@ -199,7 +192,7 @@ def summary(curves: dict[tuple[str, float], Curve]) -> dict[str, float]:
     }
 
 
-def figure(spec: AblateSpecification, curves: dict[tuple[str, float], Curve]) -> Figure:
+def figure(spec: AblateSpecification, curves: dict[tuple[str, float], Points]) -> Figure:
     """A row a measure, a column a learning rate, a line a variant."""
     from matplotlib.figure import Figure
 

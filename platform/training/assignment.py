@@ -59,7 +59,7 @@ class Assignment:
     """Source -> the part of it that a step passes through."""
 
     @property
-    def found(self) -> Checkpoint | None:
+    def start_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to start from."""
         return self.resume or self.continued
 

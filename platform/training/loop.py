@@ -26,7 +26,7 @@ from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.supervisor import Supervisor
-from calumma.platform.training.group.worker import Worker, join
+from calumma.platform.training.group.worker import Worker, set_up_worker
 from calumma.platform.training.steps import engine, faults, held_out, meters
 from calumma.platform.training.steps.schedule import learning_rate
 from calumma.platform.training.trainable import parameters
@@ -35,42 +35,52 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-_KEPT = ("step", "schedule_step", "tokens", "loss", "loss_text", "loss_image", "held_out_loss", "faults", "incidents")
+_RESUMED_FIELDS = (
+    "step",
+    "schedule_step",
+    "tokens",
+    "loss",
+    "loss_text",
+    "loss_image",
+    "held_out_loss",
+    "faults",
+    "incidents",
+)
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's loop: train, measure, publish the model directory; the stage's report (on every rank)."""
     assignment: Assignment = config["assignment"]
-    worker = join()
+    worker = set_up_worker()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     spec = assignment.spec
     torch.manual_seed(spec.seed)
-    found = assignment.found
-    starting = found if found and resumption.fits(found, spec, worker.world) else None
-    transformer = build(assignment, whole=starting is None)
+    start = assignment.start_checkpoint
+    restorable = start if start and resumption.can_restore_optimizer(start, spec, worker.world) else None
+    transformer = build_transformer(assignment, whole=restorable is None)
     transformer.checkpoint_activations(spec.checkpoint_activations)
     if spec.compile:
         transformer.compile_blocks()
     run = engine.initialize(transformer, spec, worker.world)
-    if starting:
-        resumption.load(run, starting)
+    if restorable:
+        resumption.load(run, restorable)
     writer = None
-    if worker.leads:
-        writer = BackgroundWriter(assignment.run, parked=storage.join(assignment.output, "tracking"))
+    if worker.is_main:
+        writer = BackgroundWriter(assignment.run, backup=storage.join(assignment.output, "tracking"))
     try:
         if writer is not None:
-            _tell_origin(assignment, worker, writer)
+            _log_inputs(assignment, worker, writer)
         stage = _Stage(assignment, worker, run, writer)
         report = stage.run()
         report.pop("faults", None)  # what they were is among the incidents
         report["held_out"] = stage.held_out(spec.steps)
         names = [name for name, p in run.module.named_parameters() if p.requires_grad]
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
-        report["parameters"] = sum(size for name, size in sizes.items() if not parameters.added(name))
+        report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
-        weights = engine.gathered_weights(run, keep=worker.leads)
+        weights = engine.gathered_weights(run, keep=worker.is_main)
         if writer is not None:
-            publication.publish(assignment, worker, weights, report, writer)
+            publication.publish_model(assignment, worker, weights, report, writer)
     finally:
         if writer is not None:
             writer.close()
@@ -80,19 +90,21 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs: the loop, from the newest whole checkpoint there is when this group starts."""
     assignment: Assignment = config["assignment"]
-    resume = resumption.resumption(assignment.output, assignment.spec, assignment.inputs)
+    resume = resumption.agreed_checkpoint(assignment.output, assignment.spec, assignment.inputs)
     try:
         return train(config | {"assignment": replace(assignment, resume=resume)})
     except Stopped as stopped:
         return {"stopped": str(stopped)}
 
 
-def build(assignment: Assignment, whole: bool) -> Transformer:
+def build_transformer(assignment: Assignment, whole: bool) -> Transformer:
     """The Transformer as it is trained, with its starting weights unless a checkpoint brings them (not `whole`)."""
     spec = assignment.spec
     transformer = Transformer(assignment.config)
-    found = resumption.weights(assignment.found) if whole and assignment.found else None
-    if whole and found is None:
+    saved_weights = (
+        resumption.read_weights(assignment.start_checkpoint) if whole and assignment.start_checkpoint else None
+    )
+    if whole and saved_weights is None:
         if assignment.initial:
             from calumma.model.directory import read_transformer
 
@@ -100,9 +112,9 @@ def build(assignment: Assignment, whole: bool) -> Transformer:
                 transformer.load_state_dict(read_transformer(path, dtype=torch.float32).state_dict())
         else:
             transformer.initialize(spec.seed)
-    transformer = parameters.prepare(transformer, spec, assignment.vocabulary)
-    if found is not None:  # in the names of what is trained: adapters are among them
-        transformer.load_state_dict(found)
+    transformer = parameters.set_trainable(transformer, spec, assignment.vocabulary)
+    if saved_weights is not None:  # in the names of what is trained: adapters are among them
+        transformer.load_state_dict(saved_weights)
     return transformer
 
 
@@ -115,9 +127,12 @@ class _Stage:
         self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
         self.spec = assignment.spec
         self.report = _report_so_far(assignment)
-        self.bad = faults.Incidents(self.spec.faults, self.report, self.spec.steps)
+        self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
-        self.clock, self.interval = meters.Clock(), meters.Interval(run.device, first_step=assignment.first_step)
+        self.clock, self.interval = (
+            meters.ActivityClock(),
+            meters.LossInterval(run.device, first_step=assignment.first_step),
+        )
         self.utilization = meters.Utilization(run.module, run.device, self.spec.precision, worker.world)
 
     def run(self) -> dict[str, Any]:
@@ -125,14 +140,14 @@ class _Stage:
         spec, first = self.spec, self.assignment.first_step
         if first >= spec.steps:
             return self.report
-        if self.worker.leads:
+        if self.worker.is_main:
             self.utilization.measure()
         began, seen = time.monotonic(), 0.0
         with Supervisor(self.engine, self.assignment, self.worker, self._published) as supervisor:
             if spec.faults.action == "roll_back" and first == 0:
                 self._save(supervisor, 0, due=True)  # something to go back to
-            for step, group in self._waiting(_data(self.worker)):
-                supervisor.expect(step)
+            for step, group in self._timed(_micro_batches(self.worker)):
+                supervisor.check_step(step)
                 seen += self._step(supervisor, step, group)
                 self._save(supervisor, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps)
         self.report["tokens_per_second"] = seen / max(time.monotonic() - began, 1e-9)
@@ -140,25 +155,30 @@ class _Stage:
 
     def held_out(self, done: int, supervisor: Supervisor | None = None) -> dict[str, dict[str, float]]:
         """Losses on held-out data, by its name; logged by the first worker. Every worker calls it."""
-        found = {}
+        losses_of = {}
         for name, uri in self.spec.held_out.items():
             place = self.spec.locate(uri)
-            beat = supervisor.beat if supervisor is not None else None
-            found[name] = held_out.measure(
-                self.engine, place, self.image_mask_V, self.worker.rank, self.worker.world, beat
+            losses_of[name] = held_out.measure(
+                self.engine,
+                place,
+                self.image_mask_V,
+                self.worker.rank,
+                self.worker.world,
+                supervisor.beat if supervisor is not None else None,
+                self.spec.data.reader(),
             )
-        losses = [values["loss"] for values in found.values() if "loss" in values]
-        if losses:
-            self.report["held_out_loss"] = sum(losses) / len(losses)
-        for name, values in found.items():
+        means = [values["loss"] for values in losses_of.values() if "loss" in values]
+        if means:
+            self.report["held_out_loss"] = sum(means) / len(means)
+        for name, values in losses_of.items():
             more = values | {key.replace("loss", "perplexity"): meters.exponential(v) for key, v in values.items()}
             self._log({f"held_out/{name}/{key}": value for key, value in more.items()}, done)
-        return found
+        return losses_of
 
     def _step(self, supervisor: Supervisor, step: int, group: list[Any]) -> float:
         """One step and what is told of it; tokens trained on."""
         spec, assignment, done = self.spec, self.assignment, step + 1
-        if done <= self.bad.left_out:
+        if done <= self.faults.resume_after:
             return 0.0
         rate = learning_rate(
             assignment.offset + step, spec.optimizer.learning_rate, spec.schedule, assignment.total_steps
@@ -167,13 +187,13 @@ class _Stage:
         last = done == spec.steps
         reports = done % spec.log_every == 0 or last or step == assignment.first_step
         with self.clock("compute"):
-            counts = engine.count(group, self.image_mask_V, self.engine.device)
+            counts = engine.count_tokens(group, self.image_mask_V, self.engine.device)
             seeds = (spec.seed, assignment.offset + step, self.worker.rank) if assignment.config.dropout else None
             judged: list[tuple[float | None, faults.Cause | None]] = []
 
             def accept(sums_3: torch.Tensor) -> bool:
                 loss = float(sums_3[0] + sums_3[1]) / counts.trained if counts.trained else None
-                judged.append((loss, self.bad.guard.judge(loss)))
+                judged.append((loss, self.faults.guard.judge(loss)))
                 return judged[0][1] is None
 
             local, stability = engine.step(
@@ -184,7 +204,7 @@ class _Stage:
                 spec.z_loss,
                 self.worker.world,
                 seeds,
-                measure=reports and self.worker.leads,
+                measure=reports and self.worker.is_main,
                 accept=accept,
             )
             norm = engine.gradient_norm(self.engine)
@@ -192,13 +212,13 @@ class _Stage:
         if cause is None and not math.isfinite(norm):
             cause = "gradient"
         if cause is None:
-            self.bad.guard.good(loss)
+            self.faults.guard.record_good(loss)
             self.interval.add(local, counts)
             trained = counts.tokens
             self.report["tokens"]["text"] += counts.text
             self.report["tokens"]["image"] += counts.image
         else:
-            self._fault(supervisor, done, cause, loss)
+            self._handle_bad_step(supervisor, done, cause, loss)
         if reports:
             self._report(done, rate, norm, {name: float(value) for name, value in stability.items()})
         self._evaluate(supervisor, done)
@@ -210,14 +230,14 @@ class _Stage:
         self.report |= {key: metrics[key] for key in ("loss", "loss_text", "loss_image") if key in metrics}
         speed, steps = metrics["tokens_per_second"], done - self.interval.first_step
         whole = time.monotonic() - self.interval.began
-        metrics |= self.utilization.metrics(speed) | self.clock.read() | meters.memory(self.engine.device)
-        metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.bad.guard.metrics()
+        metrics |= self.utilization.metrics(speed) | self.clock.read() | meters.peak_memory(self.engine.device)
+        metrics |= {f"stability/{name}": value for name, value in stability.items()} | self.faults.guard.metrics()
         metrics |= {"learning_rate": rate, "gradient_norm": norm, "step": done, "workers": self.worker.world}
         passed = {uri: done * part for uri, part in self.assignment.epochs_a_step.items()}
         metrics |= flatten({"epochs": passed}) if passed else {}
         metrics["seconds_left"] = whole / max(steps, 1) * (self.spec.steps - done)
         self._log(metrics, done)
-        self.interval = meters.Interval(self.engine.device, first_step=done)
+        self.interval = meters.LossInterval(self.engine.device, first_step=done)
 
     def _evaluate(self, supervisor: Supervisor, done: int) -> None:
         """Held-out losses and samples where they are due before the end."""
@@ -232,57 +252,59 @@ class _Stage:
                 self.held_out(done, supervisor)
             if due[1] and spec.samples:
                 supervisor.beat()
-                weights = engine.gathered_weights(self.engine, keep=self.worker.leads)
+                weights = engine.gathered_weights(self.engine, keep=self.worker.is_main)
                 if self.writer is not None:
                     publication.log_samples(self.assignment, self.worker, weights, self.writer, done)
                 supervisor.beat()
-        self.interval.elsewhere += time.monotonic() - began
+        self.interval.paused += time.monotonic() - began
 
-    def _fault(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float | None) -> None:
+    def _handle_bad_step(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float | None) -> None:
         """A bad step. Raises TrainingFailed when there were too many in a row."""
 
-        def ending() -> str:
-            place = catalog.folder(self.assignment.output)
-            return faults.report(done, self.bad.found, self.spec.faults, self.spec.optimizer.learning_rate, place)
+        def failure_report() -> str:
+            place = catalog.checkpoints_folder(self.assignment.output)
+            return faults.divergence_report(
+                done, self.faults.incidents, self.spec.faults, self.spec.optimizer.learning_rate, place
+            )
 
-        self.bad.add(done, cause, loss, self.writer, lambda: self._roll_back(supervisor), ending)
+        self.faults.handle(done, cause, loss, self.writer, lambda: self._roll_back(supervisor), failure_report)
 
     def _roll_back(self, supervisor: Supervisor) -> int:
         """Weights, optimizer and counts of tokens as of the last checkpoint; its step."""
         assignment = self.assignment
         with self.clock("checkpoint"):
-            supervisor.settle()
-            found = resumption.resumption(assignment.output, self.spec, assignment.inputs)
-            if found is None or not resumption.fits(found, self.spec, self.worker.world):
-                place = catalog.folder(assignment.output)
+            supervisor.wait_until_published()
+            checkpoint = resumption.agreed_checkpoint(assignment.output, self.spec, assignment.inputs)
+            if checkpoint is None or not resumption.can_restore_optimizer(checkpoint, self.spec, self.worker.world):
+                place = catalog.checkpoints_folder(assignment.output)
                 raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
-            resumption.load(self.engine, found)
-        self.report["tokens"] = dict(found.tokens)
-        return found.step
+            resumption.load(self.engine, checkpoint)
+        self.report["tokens"] = dict(checkpoint.tokens)
+        return checkpoint.step
 
     def _save(self, supervisor: Supervisor, done: int, due: bool) -> None:
         """Whatever the end of a step asks for: a checkpoint, or to stop."""
-        self.report |= {"step": done, "schedule_step": self.assignment.offset + done} | self.bad.state(saved=due)
+        self.report |= {"step": done, "schedule_step": self.assignment.offset + done} | self.faults.state(saved=due)
         before = supervisor.seconds
         with self.clock("checkpoint"):
-            supervisor.after(done, self.report, due)
-        self.interval.elsewhere += supervisor.seconds - before
+            supervisor.after_step(done, self.report, due)
+        self.interval.paused += supervisor.seconds - before
 
     def _published(self, uri: str, report: dict[str, Any]) -> None:
         """A checkpoint is in storage: a model of the run's in MLflow. Called from a thread of the first worker."""
         if self.writer is not None:
             names = ("loss", "loss_text", "loss_image", "held_out_loss")
-            publication.tell_checkpoint(self.writer, uri, report, names)
+            publication.log_checkpoint(self.writer, uri, report, names)
 
-    def _waiting(self, steps: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
+    def _timed(self, steps: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
         """The same, and the time that waiting for them takes is measured."""
         iterator = iter(steps)
         while True:
             with self.clock("data"):
-                found = next(iterator, None)
-            if found is None:
+                item = next(iterator, None)
+            if item is None:
                 return
-            yield found
+            yield item
 
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.writer is not None:
@@ -292,10 +314,10 @@ class _Stage:
 def _report_so_far(assignment: Assignment) -> dict[str, Any]:
     if assignment.resume is None:
         return {"step": 0, "schedule_step": assignment.offset, "tokens": {"text": 0.0, "image": 0.0}}
-    return {key: value for key, value in assignment.resume.manifest.report.items() if key in _KEPT}
+    return {key: value for key, value in assignment.resume.manifest.report.items() if key in _RESUMED_FIELDS}
 
 
-def _data(worker: Worker) -> Any:
+def _micro_batches(worker: Worker) -> Any:
     import ray.train
 
     from calumma.platform.streaming.tensors import micro_batches
@@ -303,7 +325,7 @@ def _data(worker: Worker) -> Any:
     return micro_batches(ray.train.get_dataset_shard("train"), worker.rank, worker.world)
 
 
-def _tell_origin(assignment: Assignment, worker: Worker, writer: BackgroundWriter) -> None:
+def _log_inputs(assignment: Assignment, worker: Worker, writer: BackgroundWriter) -> None:
     """What the run is made of: code, environment, data and parent."""
     spec = assignment.spec
     writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")
@@ -311,8 +333,8 @@ def _tell_origin(assignment: Assignment, worker: Worker, writer: BackgroundWrite
     for place, weight in data.items():
         if (manifest := Manifest.find(place)) is not None:
             summary = manifest.model_dump(mode="json", exclude={"files"}) | {"files": len(manifest.files)}
-            told = {"uri": place, "fingerprint": assignment.inputs.get(place), "weight": weight, "manifest": summary}
-            writer.log_dict(told, f"data/{place.rstrip('/').rpartition('/')[2]}.json")
+            record = {"uri": place, "fingerprint": assignment.inputs.get(place), "weight": weight, "manifest": summary}
+            writer.log_dict(record, f"data/{place.rstrip('/').rpartition('/')[2]}.json")
     others = {uri: mark for uri, mark in assignment.inputs.items() if uri not in data}
     writer.log_data({uri: mark for uri, mark in assignment.inputs.items() if uri in data}, "training")
     if others:

@@ -22,7 +22,7 @@ from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import Assignment, Checkpoint
 from calumma.platform.training.checkpoints import catalog, resumption
-from calumma.platform.training.publication import MODEL
+from calumma.platform.training.publication import MODEL_FOLDER
 from calumma.platform.training.specification import TrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.trainable import parameters
@@ -36,10 +36,10 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
     Raises SpecificationError, in the terms of the specification; also when the output has another training's
     checkpoints.
     """
-    _token_shards(spec)
-    vocabulary = _vocabulary(spec)
-    initial = _initial(spec)
-    config = _model(spec, vocabulary, initial)
+    _check_token_shards(spec)
+    vocabulary = _read_vocabulary(spec)
+    initial = _initial_directory(spec)
+    config = _model_config(spec, vocabulary, initial)
     _check_samples(spec, config)
     output = spec.locate(spec.output)
     inputs = fingerprints(
@@ -50,10 +50,10 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
             *([initial] if initial else []),
         ]
     )
-    resume = catalog.newest(output, resumption.continues(spec, inputs))
+    resume = catalog.newest(output, resumption.made_by(spec, inputs))
     if resume is None and (other := catalog.newest(output)) is not None:
         raise SpecificationError(
-            f"output: {catalog.folder(output)} has checkpoints of another training, the newest after step "
+            f"output: {catalog.checkpoints_folder(output)} has checkpoints of another training, the newest after step "
             f"{other.step}, which this one cannot go on with: {resumption.difference(other, spec, inputs)}. "
             "Give another `output`, or run with --force, which discards them"
         )
@@ -65,19 +65,19 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
         output=output,
         inputs=inputs,
         initial=initial,
-        continued=_continued(spec),
+        continued=_continued_checkpoint(spec),
         resume=resume,
     )
-    check(assignment)
+    check_libraries(assignment)
     return assignment
 
 
-def check(assignment: Assignment) -> None:
+def check_libraries(assignment: Assignment) -> None:
     """What only the libraries can judge. Raises SpecificationError."""
     spec = assignment.spec
-    engine.check(spec)
+    engine.check_deepspeed_settings(spec)
     with torch.device("meta"):
-        parameters.check(Transformer(assignment.config), spec)
+        parameters.check_trainable(Transformer(assignment.config), spec)
     if assignment.continued is not None:
         _check_continued(spec, assignment.continued)
 
@@ -95,23 +95,23 @@ def _check_continued(spec: TrainSpecification, continued: Checkpoint) -> None:
 
 
 def warn_of_fresh_optimizer(assignment: Assignment, number: int) -> None:
-    found, spec = assignment.found, assignment.spec
-    if found is None or resumption.fits(found, spec, number):
+    checkpoint, spec = assignment.start_checkpoint, assignment.spec
+    if checkpoint is None or resumption.can_restore_optimizer(checkpoint, spec, number):
         return
-    was = found.manifest.report
+    was = checkpoint.manifest.report
     logger.warning(
         "%s was written by %s workers at ZeRO stage %s in %s, now there are %s at stage %s in %s: "
         "going on with its weights and step count, with a fresh optimizer state",
-        *(found.uri, was["world_size"], was["zero_stage"], was["precision"]),
+        *(checkpoint.uri, was["world_size"], was["zero_stage"], was["precision"]),
         *(number, spec.zero_stage, spec.precision),
     )
 
 
-def _token_shards(spec: TrainSpecification) -> None:
-    named = [("mixture", uri) for uri in spec.mixture] + [("held_out", uri) for uri in spec.held_out.values()]
+def _check_token_shards(spec: TrainSpecification) -> None:
+    directories = [("mixture", uri) for uri in spec.mixture] + [("held_out", uri) for uri in spec.held_out.values()]
     tokenizers = {"text": spec.locate(spec.text_tokenizer), "image": spec.locate(spec.image_tokenizer)}
     current = fingerprints(tokenizers.values())
-    for field, uri in named:
+    for field, uri in directories:
         manifest = Manifest.find(spec.locate(uri))
         if manifest is None:
             raise SpecificationError(
@@ -140,22 +140,24 @@ def _tokenized_with(manifest: Manifest, field: str, place: str) -> str | None:
     return manifest.inputs.get(made_by.locate(getattr(made_by, field)))
 
 
-def _vocabulary(spec: TrainSpecification) -> Vocabulary:
+def _read_vocabulary(spec: TrainSpecification) -> Vocabulary:
     """The vocabulary of the text tokenizer, checked against the image tokenizer."""
     text, image = spec.locate(spec.text_tokenizer), spec.locate(spec.image_tokenizer)
-    found = _read("text_tokenizer", storage.join(text, model_vocabulary.FILE), "train_text_tokenizer", Vocabulary)
-    shape = _read(
+    vocabulary = _read_config(
+        "text_tokenizer", storage.join(text, model_vocabulary.FILE), "train_text_tokenizer", Vocabulary
+    )
+    shape = _read_config(
         "image_tokenizer", storage.join(image, model_config.FILE), "train_image_tokenizer", ImageTokenizerConfig
     )
-    if shape.codebook_size != len(found.image_codes):
+    if shape.codebook_size != len(vocabulary.image_codes):
         raise SpecificationError(
-            f"the text tokenizer at {text} has {len(found.image_codes)} image codes, the image tokenizer at {image} "
-            f"{shape.codebook_size}: train the text tokenizer with image_codes: {shape.codebook_size}"
+            f"the text tokenizer at {text} has {len(vocabulary.image_codes)} image codes, the image tokenizer at "
+            f"{image} {shape.codebook_size}: train the text tokenizer with image_codes: {shape.codebook_size}"
         )
-    return found
+    return vocabulary
 
 
-def _read(field: str, uri: str, job: str, kind: Any) -> Any:
+def _read_config(field: str, uri: str, job: str, kind: Any) -> Any:
     try:
         return kind.model_validate_json(storage.read_bytes(uri))
     except storage.NotFound as error:
@@ -164,48 +166,48 @@ def _read(field: str, uri: str, job: str, kind: Any) -> Any:
         raise SpecificationError(f"{field}: {uri} is not valid: {error}") from error
 
 
-def _initial(spec: TrainSpecification) -> str | None:
+def _initial_directory(spec: TrainSpecification) -> str | None:
     """The model directory that `initial` names: a stage's output, a model directory, or models:/..."""
     if spec.initial is None:
         return None
     if spec.initial.startswith("models:"):
         return registry.model_source(spec.initial, spec.tracking)
     uri = spec.locate(spec.initial)
-    if Manifest.find(storage.join(uri, MODEL)) is not None:
-        return storage.join(uri, MODEL)
+    if Manifest.find(storage.join(uri, MODEL_FOLDER)) is not None:
+        return storage.join(uri, MODEL_FOLDER)
     if storage.exists(storage.join(uri, model_config.FILE)):
         return uri
     raise SpecificationError(f"initial: {uri} holds neither a finished stage nor a model directory")
 
 
-def _model(spec: TrainSpecification, vocabulary: Vocabulary, initial: str | None) -> ModelConfig:
+def _model_config(spec: TrainSpecification, vocabulary: Vocabulary, initial: str | None) -> ModelConfig:
     """The architecture: the given one or that of `initial`, with the vocabulary's size and the given dropout."""
     if initial is not None:
-        found: ModelConfig = _read("initial", storage.join(initial, model_config.FILE), "pretrain", ModelConfig)
+        config: ModelConfig = _read_config("initial", storage.join(initial, model_config.FILE), "pretrain", ModelConfig)
     else:
         assert spec.model is not None  # the specification has checked it
-        found = spec.model
-    size = found.vocabulary_size or vocabulary.size
+        config = spec.model
+    size = config.vocabulary_size or vocabulary.size
     if size != vocabulary.size:
         raise SpecificationError(
             f"the model has {size} ids, the vocabulary at {spec.locate(spec.text_tokenizer)} {vocabulary.size}: "
             "leave model.vocabulary_size away to take the vocabulary's"
         )
-    dropout = found.dropout if spec.dropout is None else spec.dropout
-    return found.model_copy(update={"vocabulary_size": size, "dropout": dropout})
+    dropout = config.dropout if spec.dropout is None else spec.dropout
+    return config.model_copy(update={"vocabulary_size": size, "dropout": dropout})
 
 
-def _continued(spec: TrainSpecification) -> Checkpoint | None:
+def _continued_checkpoint(spec: TrainSpecification) -> Checkpoint | None:
     """The checkpoint whose optimizer and schedule this stage goes on with."""
     if not spec.continue_schedule:
         return None
     assert spec.initial is not None  # the specification has checked it
-    found = None if spec.initial.startswith("models:") else catalog.newest(spec.locate(spec.initial))
-    if found is None:
+    checkpoint = None if spec.initial.startswith("models:") else catalog.newest(spec.locate(spec.initial))
+    if checkpoint is None:
         raise SpecificationError(
             f"continue_schedule: {spec.initial} has no checkpoint to take optimizer and step count from"
         )
-    return found
+    return checkpoint
 
 
 def _check_samples(spec: TrainSpecification, config: ModelConfig) -> None:

@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from calumma.model import MixedModalModel
 
 _WIDTH, _MARGIN, _FONT = 480, 12, 16  # pixels
-_SHOWN = 192  # pixels: small images are enlarged to this
-_TOKENS = 256  # at most, a sample
+_IMAGE_SIDE = 192  # pixels: small images are enlarged to this
+_MOST_TOKENS = 256  # at most, a sample
 
 
-def sample(model: MixedModalModel, prompts: list[str], conversation: bool, seed: int) -> list[Document]:
+def sample_answers(model: MixedModalModel, prompts: list[str], conversation: bool, seed: int) -> list[Document]:
     """Answers to prompts: each a user's turn when the model is tuned on conversations, else the start of a page."""
     from calumma.model import generate
     from calumma.model.generation import SamplingParams
 
     documents = [Document((Text(prompt, "user" if conversation else None),)) for prompt in prompts]
     room = model.config.context - max(len(model.encode(document, complete=False)) for document in documents)
-    params = SamplingParams(max_tokens=max(1, min(_TOKENS, room)), mode="interleaved", seed=seed)
+    params = SamplingParams(max_tokens=max(1, min(_MOST_TOKENS, room)), mode="interleaved", seed=seed)
     return generate(model, documents, params)
 
 
-def render(prompt: str, answer: Document) -> PILImage.Image:
+def render_answer(prompt: str, answer: Document) -> PILImage.Image:
     """A prompt (grey) and its answer below each other: RGB, 480 pixels wide, as high as it needs."""
     font = ImageFont.load_default(_FONT)
     canvas = PILImage.new("RGB", (_WIDTH, 4 * _MARGIN + _heights(prompt, answer, font)), "white")
@@ -70,6 +70,6 @@ def _write(
 
 def _enlarged(image: Image) -> PILImage.Image:
     picture = image.open()
-    scale = _SHOWN / max(picture.size)
+    scale = _IMAGE_SIDE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, PILImage.Resampling.NEAREST if scale > 1 else PILImage.Resampling.BICUBIC)

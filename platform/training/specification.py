@@ -33,14 +33,14 @@ class ImageTokenizerSpecification(JobSpecification):
     """Trains the VQ image tokenizer under Ray Train; writes config.json, model.safetensors and a manifest."""
 
     job: Literal["train_image_tokenizer"] = "train_image_tokenizer"
-    documents: list[str] = Field(min_length=1)
+    documents: list[str] = Field(min_length=1, description="curated directories whose images it learns from")
     held_out: list[str] = Field([], description="documents whose images measure the reconstruction error")
-    output: str = "tokenizers/image"
+    output: str = Field("tokenizers/image", description="folder of the tokenizer")
     model: ImageTokenizerConfig = ImageTokenizerConfig()
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="optimizer steps")
     batch: int = Field(ge=1, description="images a step, whatever the number of workers")
-    learning_rate: float = Field(1e-3, gt=0)
-    commitment: float = Field(0.25, ge=0)
+    learning_rate: float = Field(1e-3, gt=0, description="its peak: a short warm-up, then a cosine")
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
     loss: ImageLossConfig = ImageLossConfig()
     sampling_weight: str | None = Field(
         None,
@@ -51,7 +51,7 @@ class ImageTokenizerSpecification(JobSpecification):
         2.0, gt=0, description="decoded images that all workers together hold; of more, a random sample is trained on"
     )
     faults: Faults = Faults()
-    checkpoint_every: int = Field(1000, ge=1)
+    checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
     log_every: int | None = Field(None, ge=1, description="null: after every fiftieth of the steps")
     held_out_every: int | None = Field(
         None, ge=1, description="steps between two reconstructions of held-out images; null: only at the end"
@@ -87,19 +87,19 @@ class ImageTokenizerSpecification(JobSpecification):
 class Optimizer(Section):
     """AdamW (paper section 2.3)."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-5, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    gradient_clip: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="its peak")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of their squares")
+    eps: float = Field(1e-5, gt=0, description="added to the divisor")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled; of matrices, not of norms")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
 
 
 class Lora(Section):
     """Low-rank adapters (arXiv 2106.09685): W + alpha / rank * up @ down with W frozen; merged into W at the end."""
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
+    rank: int = Field(8, ge=1, description="of each adapter")
+    alpha: float = Field(16.0, gt=0, description="scale: an adapter counts alpha / rank")
     targets: list[str] = Field(
         ["blocks.*"], min_length=1, description="names of linear layers with * and ?, say blocks.*.attention.*"
     )
@@ -108,8 +108,10 @@ class Lora(Section):
 class Offload(Section):
     """Where ZeRO keeps what the device has no room for: optimizer state and float32 masters; weights (stage 3)."""
 
-    optimizer: Literal["none", "cpu", "nvme"] = "none"
-    weights: Literal["none", "cpu", "nvme"] = "none"
+    optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="place of optimizer state and float32 masters"
+    )
+    weights: Literal["none", "cpu", "nvme"] = Field("none", description="place of the weights")
     nvme_path: str | None = Field(None, description="folder on a fast local disk of every node")
     pin_memory: bool = Field(True, description="page-locked memory: faster copies, but it cannot be swapped")
 
@@ -123,10 +125,10 @@ class Offload(Section):
 class Schedule(Section):
     """Linear warm-up, then decay to `final` x the peak over `total_steps` (default: the stage's own steps)."""
 
-    kind: Literal["exponential", "cosine", "constant"] = "exponential"
-    warmup_steps: int = Field(4000, ge=0)
+    kind: Literal["exponential", "cosine", "constant"] = Field("exponential", description="how the rate decays")
+    warmup_steps: int = Field(4000, ge=0, description="steps in which it rises from 0")
     total_steps: int | None = Field(None, ge=1, description="the length of the whole schedule over all stages")
-    final: float = Field(0.01, ge=0, le=1)
+    final: float = Field(0.01, ge=0, le=1, description="share of the peak at the end")
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
@@ -140,9 +142,15 @@ class TrainSpecification(MixtureSpecification):
 
     held_out: dict[str, str] = Field({}, description="name -> token shards whose loss is measured, at the end at least")
     held_out_every: int | None = Field(None, ge=1, description="steps between two measurements; null: only at the end")
-    text_tokenizer: str = "tokenizers/text"
-    image_tokenizer: str = "tokenizers/image"
-    initial: str | None = Field(None, description="output of an earlier stage whose weights this one starts from")
+    text_tokenizer: str = Field(
+        "tokenizers/text", description="folder of a trained one, or a model directory: that of the token shards"
+    )
+    image_tokenizer: str = Field(
+        "tokenizers/image", description="folder of a trained one, or `image_tokenizer` of a model directory"
+    )
+    initial: str | None = Field(
+        None, description="what to start from: output of an earlier stage, a model directory, or models:/name@alias"
+    )
     continue_schedule: bool = Field(False, description="go on with the earlier stage's optimizer and step count")
     model: ModelConfig | None = Field(
         None, description="architecture, or {preset: name} and what differs from it; required without `initial`"
@@ -150,7 +158,7 @@ class TrainSpecification(MixtureSpecification):
     dropout: float | None = Field(None, ge=0, lt=1, description="overrides the model's")
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
-    z_loss: float = Field(1e-5, ge=0)
+    z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2, which keeps logits small")
     trainable: str | list[str] | None = Field(
         None,
         description="`all`, `image_head` (the output rows of image ids), names of parameters with * and ?, or a list "
@@ -158,16 +166,20 @@ class TrainSpecification(MixtureSpecification):
     )
     lora: Lora | None = None
     faults: Faults = Faults()
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of the forward and backward pass; masters are float32"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what workers divide: 1 the optimizer, 2 gradients too, 3 weights too"
+    )
     checkpoint_activations: bool = Field(
         False, description="keep only each block's input and compute the rest again: slower, far less memory"
     )
     compile: bool = Field(False, description="torch.compile every block: minutes at the start, faster steps")
     offload: Offload = Offload()
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings that override ours")
-    checkpoint_every: int = Field(1000, ge=1)
-    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
+    log_every: int = Field(10, ge=1, description="steps between two reports of metrics")
     samples: list[str] = Field([], description="prompts whose answers are logged, as pictures, at the end at least")
     samples_every: int | None = Field(
         None, ge=1, description="steps between two sets of samples; null: only at the end"
@@ -220,19 +232,19 @@ class AblateSpecification(JobSpecification):
 
     job: Literal["ablate"] = "ablate"
     mixture: dict[str, float] = Field(min_length=1, description="token shards -> weight")
-    text_tokenizer: str = "tokenizers/text"
-    output: str = "ablation"
+    text_tokenizer: str = Field("tokenizers/text", description="folder of a trained one: that of the token shards")
+    output: str = Field("ablation", description="folder of curves and figure")
     model: ModelConfig
-    z_loss: float = Field(1e-5, ge=0)
+    z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2, unless a variant says otherwise")
     variants: dict[str, dict[str, Any]] = Field(
         min_length=1, description="name -> what differs: fields of `model`, and z_loss"
     )
-    learning_rates: list[float] = Field(min_length=1)
+    learning_rates: list[float] = Field(min_length=1, description="each variant is trained at each of them")
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule(kind="cosine", warmup_steps=20)
-    steps: int = Field(ge=1)
-    micro_batches: int = Field(ge=1)
-    log_every: int = Field(5, ge=1)
+    steps: int = Field(ge=1, description="of each training")
+    micro_batches: int = Field(ge=1, description="micro-batches a step")
+    log_every: int = Field(5, ge=1, description="steps between two points of a curve")
 
     def variant(self, name: str) -> tuple[ModelConfig, float]:
         """Its architecture and z-loss."""

@@ -22,12 +22,12 @@ from calumma.platform.tracking.run import Run
 from calumma.platform.training import loop
 from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog
-from calumma.platform.training.group import watchdog
-from calumma.platform.training.group.chart import groups_of, worker_range
+from calumma.platform.training.group import notice
+from calumma.platform.training.group.chart import worker_groups, worker_range
+from calumma.platform.training.group.control import FirstStep, worker_control
 from calumma.platform.training.group.fit import fit
-from calumma.platform.training.group.lifeline import FirstStep, lifeline
 from calumma.platform.training.preparation import prepare, warn_of_fresh_optimizer
-from calumma.platform.training.publication import MODEL
+from calumma.platform.training.publication import MODEL_FOLDER
 from calumma.platform.training.specification import TrainSpecification
 
 logger = logging.getLogger(__name__)
@@ -39,18 +39,17 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
 
     Raises SpecificationError before anything starts, TrainingFailed, StorageError, TrackingError.
     """
-    from calumma.platform.shards.cache import ShardCache
     from calumma.platform.streaming.plan import PlanError
     from calumma.platform.streaming.tensors import PlanDataConfig
 
     began = time.monotonic()
-    given, spec = spec, mixture.resolved(specification.absolute(spec))
-    number = capacity.require(spec.resources)
+    original, spec = spec, mixture.resolve_mixture(specification.with_absolute_storage(spec))
+    number = capacity.require_workers(spec.resources)
     assignment = prepare(spec, run)
     warn_of_fresh_optimizer(assignment, number)
     weights = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
     manifests = {uri: Manifest.read(uri) for uri in weights}
-    cache = ShardCache(spec.data.cache.directory, int(spec.data.cache.gigabytes * 1e9)) if spec.data.cache else None
+    reader = spec.data.reader()
     try:
         data = PlanDataConfig(
             spec.seed,
@@ -59,8 +58,8 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
             spec.micro_batches,
             assignment.first_step,
             spec.steps,
-            verify=spec.data.verify,
-            cache=cache,
+            verify=reader.verify,
+            cache=reader.cache,
         )
     except PlanError as error:
         raise SpecificationError(f"mixture: {error}") from error
@@ -71,7 +70,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         )
     epochs = mixture.check_epochs(spec, data.plan)
     assignment = replace(assignment, epochs_a_step={uri: count / spec.steps for uri, count in epochs.items()})
-    _begin(assignment)
+    _clear_output(assignment)
     data.first_step = FirstStep(assignment.output, spec, assignment.inputs)  # asked by each group that starts
     finished = assignment.first_step >= spec.steps  # only what follows training is missing
     report = fit(
@@ -85,40 +84,40 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         progress=progress,
         data=None if finished else data,
         datasets=None if finished else PlanDataConfig.datasets(),
-        lifeline=lifeline(assignment.output),
+        control=worker_control(assignment.output),
     )
-    groups = groups_of(assignment)
+    groups = worker_groups(assignment)
     workers_at_end = groups[-1]["workers"] if groups else number
     report |= {"steps": spec.steps, "workers": workers_at_end, "groups": groups, "run": run.id}
     report["seconds"] = time.monotonic() - began
     report |= {"mixture": dict(spec.mixture), "epochs": epochs}
-    return _publish(given, assignment, report)
+    return _publish_stage(original, assignment, report)
 
 
-def _begin(assignment: Assignment) -> None:
+def _clear_output(assignment: Assignment) -> None:
     """From here on the output is in the making: take away its manifest, and what killed uploads have left."""
     storage.delete(storage.join(assignment.output, MANIFEST))
-    watchdog.withdraw(catalog.folder(assignment.output), watchdog.ACTIONS)
+    notice.delete_notices(catalog.checkpoints_folder(assignment.output), notice.ACTIONS)
     if assignment.resume is None:
-        storage.delete(catalog.folder(assignment.output))
+        storage.delete(catalog.checkpoints_folder(assignment.output))
 
 
-def _publish(given: TrainSpecification, assignment: Assignment, report: dict[str, Any]) -> Manifest:
+def _publish_stage(original: TrainSpecification, assignment: Assignment, report: dict[str, Any]) -> Manifest:
     """Register the model if asked to, then write the stage's manifest, with the specification as it was given."""
     spec = assignment.spec
-    uri = storage.join(assignment.output, MODEL)
+    uri = storage.join(assignment.output, MODEL_FOLDER)
     model = Manifest.read(uri)
     if spec.register_as:
         report["model_uri"] = registry.register(spec.tracking, spec.register_as, uri, assignment.run.id, spec.alias)
-    files = [entry.model_copy(update={"path": f"{MODEL}/{entry.path}"}) for entry in model.files]
-    files.append(FileEntry.of(f"{MODEL}/{MANIFEST}", storage.read_bytes(storage.join(uri, MANIFEST))))
+    files = [entry.model_copy(update={"path": f"{MODEL_FOLDER}/{entry.path}"}) for entry in model.files]
+    files.append(FileEntry.from_bytes(f"{MODEL_FOLDER}/{MANIFEST}", storage.read_bytes(storage.join(uri, MANIFEST))))
     others = [spec.locate(held) for held in spec.held_out.values()]
-    others += [spec.locate(given.mixture_of.stage)] if given.mixture_of else []
+    others += [spec.locate(original.mixture_of.stage)] if original.mixture_of else []
     manifest = Manifest(
         kind=KIND,
         files=files,
-        specification=given.model_dump(mode="json"),
-        report={**report, "model": MODEL},
+        specification=original.model_dump(mode="json"),
+        report={**report, "model": MODEL_FOLDER},
         inputs=assignment.inputs | fingerprints(others),
     )
     manifest.write(assignment.output)

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from typer import Typer
 from typer.testing import CliRunner
 
-from calumma.jobs.commands.chat import ChatError, Conversation, blocks, chat, picture_part
+from calumma.jobs.commands.chat import ChatError, ChatSession, chat, half_blocks, picture_part
 from calumma.platform.cluster.head import Service
 from calumma.serve.http.access.api_keys import hash_key
 from calumma.serve.http.app import create_app
@@ -68,7 +68,7 @@ def test_a_conversation_at_the_prompt(url: str, tmp_path: Path, png: bytes) -> N
 
 
 def test_a_conversation_is_remembered_and_its_oldest_part_forgotten_when_it_is_too_long(url: str) -> None:
-    talk = Conversation(url, {"modalities": ["text"], "max_tokens": 2, "seed": 1})
+    talk = ChatSession(url, {"modalities": ["text"], "max_tokens": 2, "seed": 1})
     for _ in range(2):
         list(talk.ask("x" * 40, []))
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
@@ -119,10 +119,10 @@ def test_a_file_that_is_no_picture(tmp_path: Path, png: bytes) -> None:
 def test_pictures_become_half_blocks() -> None:
     picture = PILImage.new("RGB", (4, 4), "red")
     picture.paste("blue", (0, 1, 4, 2))
-    text = blocks(picture, 40)
+    text = half_blocks(picture, 40)
     assert text.plain == "▀▀▀▀\n▀▀▀▀"
     first = text.spans[0].style
     assert "#ff0000 on #0000ff" in str(first)
-    assert len(blocks(PILImage.new("RGB", (200, 100)), 20).plain.splitlines()) == 5
-    tall = blocks(PILImage.new("L", (1, 3)), 40)
+    assert len(half_blocks(PILImage.new("RGB", (200, 100)), 20).plain.splitlines()) == 5
+    tall = half_blocks(PILImage.new("L", (1, 3)), 40)
     assert len(tall.plain.splitlines()) >= 1

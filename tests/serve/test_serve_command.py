@@ -81,7 +81,7 @@ def test_a_start_that_cannot_work_says_so_before_anything_starts(
         result = RUNNER.invoke(serve.app, ["start", *(argument.format(**known) for argument in arguments), *port])
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())
-    assert Service.recorded() is None
+    assert Service.read() is None
 
 
 def test_nothing_served() -> None:
@@ -154,7 +154,7 @@ def test_a_configuration_that_cannot_work_is_told(
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())
     assert "sk-calumma-plain" not in result.output
-    assert Service.recorded() is None
+    assert Service.read() is None
 
 
 # A head with a child that has a child, all of which ignore a polite request to end.
@@ -170,7 +170,7 @@ time.sleep(600)
 
 @pytest.fixture
 def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[psutil.Process]:
-    monkeypatch.setattr(ray_head, "PATIENCE", 1.0)
+    monkeypatch.setattr(ray_head, "SHUTDOWN_TIMEOUT", 1.0)
     script = tmp_path / "family.py"
     script.write_text(FAMILY)
     process = subprocess.Popen(
@@ -202,7 +202,7 @@ def test_stop_ends_the_whole_family_and_nothing_else(head: psutil.Process, tmp_p
         assert not any(running(process) for process in family)
         assert bystander.poll() is None
         assert not temporary.exists()
-        assert Service.recorded() is None
+        assert Service.read() is None
         bystander.kill()
 
 
@@ -214,14 +214,14 @@ def test_a_process_that_got_the_number_later_is_not_ended() -> None:
     assert not stale.alive
     assert "ended unexpectedly" in RUNNER.invoke(serve.app, ["status"]).output
     assert RUNNER.invoke(serve.app, ["stop"]).exit_code == 0
-    assert Service.recorded() is None
+    assert Service.read() is None
 
 
 def test_a_record_that_cannot_be_read_is_named(cache: Path) -> None:
     (cache / "calumma").mkdir(parents=True)
     (cache / "calumma" / "serve.json").write_text("{")
     with pytest.raises(ClusterError, match=r"serve\.json"):
-        Service.recorded()
+        Service.read()
     assert RUNNER.invoke(serve.app, ["stop"]).exit_code == 1
 
 

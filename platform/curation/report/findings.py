@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from calumma.model.document import Document, Image, Text, UnreadableImage
 from calumma.platform.curation.steps.filters import LANGUAGE, Dropped, size_of
-from calumma.platform.curation.steps.words import spoken
+from calumma.platform.curation.steps.words import all_text
 from calumma.platform.sources.reading import name_of
 
 KEPT, DROPPED, SCRUBBED = "kept", "dropped", "scrubbed"
@@ -27,10 +27,10 @@ SAMPLES = {KEPT: 12}  # of a source; of every reason:
 SAMPLES_A_REASON = 4
 THUMBNAIL = 144  # pixels of the longer side
 EXCERPT = 360  # characters of a sample's text
-PARTS = 6  # segments of a sample
+SAMPLE_SEGMENTS = 6  # segments of a sample
 NAMES = 60  # languages that are counted one by one
-STEP = math.log(1.02)  # a histogram's bins are 2 % wide
-Veil = Callable[[Document], Document]
+BIN_WIDTH = math.log(1.02)  # a histogram's bins are 2 % wide
+Redactor = Callable[[Document], Document]
 _TINY = 1e-6  # values nearer to 0 are 0
 
 
@@ -38,15 +38,15 @@ def bin_of(value: float) -> int:
     """The number of a value's bin: 0 for 0, growing with the value's logarithm, negative for negative values."""
     if abs(value) < _TINY:
         return 0
-    number = 1 + math.floor(math.log(abs(value) / _TINY) / STEP)
+    number = 1 + math.floor(math.log(abs(value) / _TINY) / BIN_WIDTH)
     return number if value > 0 else -number
 
 
-def middle_of(number: int) -> float:
+def bin_middle(number: int) -> float:
     """A value in the middle of a bin."""
     if number == 0:
         return 0.0
-    return math.copysign(_TINY * math.exp((abs(number) - 0.5) * STEP), number)
+    return math.copysign(_TINY * math.exp((abs(number) - 0.5) * BIN_WIDTH), number)
 
 
 class Sample(BaseModel):
@@ -86,13 +86,13 @@ class Findings(BaseModel):
         why: Dropped,
         scores: Mapping[str, float] | None = None,
         like: int | None = None,
-        veil: Veil | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         """`like`: the identity of what it duplicates. `veil`: takes out what a report must not show."""
         reasons = self.steps.setdefault(why.step, {})
         reasons[why.reason] = reasons.get(why.reason, 0) + 1
         self._measure(document, DROPPED, scores or {})
-        self._sample(f"{why.step}: {why.reason}", document, scores=scores, like=like, veil=veil)
+        self._sample(f"{why.step}: {why.reason}", document, scores=scores, like=like, redactor=redactor)
 
     def scrubbed(self, document: Document) -> None:
         """Show what a scrubbed document looks like; marks are counted by `marks`."""
@@ -116,7 +116,7 @@ class Findings(BaseModel):
 
     def _measure(self, document: Document, outcome: str, scores: Mapping[str, float]) -> None:
         values: list[tuple[str, float]] = [(f"score {name}", score) for name, score in scores.items()]
-        if text := spoken(document):
+        if text := all_text(document):
             values.append(("characters", len(text)))
         for image in document.images:
             short, long = sorted(size_of(image))
@@ -135,7 +135,7 @@ class Findings(BaseModel):
         scores: Mapping[str, float] | None = None,
         like: int | None = None,
         around: str = "",
-        veil: Veil | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         name = name_of(document)
         rank = int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=6).digest())
@@ -143,7 +143,7 @@ class Findings(BaseModel):
         if len(samples) == limit and rank >= samples[-1].rank:
             return
         note = ", ".join(f"{scorer} {score:.4g}" for scorer, score in (scores or {}).items())
-        parts = shown(veil(document) if veil is not None else document, around)
+        parts = excerpt(redactor(document) if redactor is not None else document, around)
         sample = Sample(rank=rank, name=name, parts=parts, note=note, like=like)
         bisect.insort(samples, sample, key=lambda s: (s.rank, s.name))
         del samples[limit:]
@@ -154,11 +154,11 @@ def _add(counts: dict[Any, Any], more: Mapping[Any, float]) -> None:
         counts[name] = counts.get(name, 0) + count
 
 
-def shown(document: Document, around: str = "") -> list[tuple[str, str]]:
+def excerpt(document: Document, around: str = "") -> list[tuple[str, str]]:
     """The beginning of a document, or of what is `around` something, as excerpts and small pictures."""
     parts: list[tuple[str, str]] = []
     left = EXCERPT
-    for s in document.segments[:PARTS]:
+    for s in document.segments[:SAMPLE_SEGMENTS]:
         if isinstance(s, Text):
             words = " ".join(s.text.split())
             begin = max(0, words.find(around) - EXCERPT // 2) if around and len(words) > left else 0

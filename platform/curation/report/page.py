@@ -13,7 +13,7 @@ from calumma.platform.curation.report.findings import (
     SCRUBBED,
     Findings,
     Sample,
-    middle_of,
+    bin_middle,
 )
 from calumma.platform.curation.steps.chain import STEPS
 from calumma.platform.curation.steps.scrub import MARKS
@@ -206,7 +206,7 @@ def _drawings(findings: Findings) -> _Drawings:
     others = sorted(set(findings.measures) - set(known))
     histograms = []
     for what in [*known, *others]:
-        counts = {o: {middle_of(n): c for n, c in findings.measures[what].get(o, {}).items()} for o in OUTCOMES}
+        counts = {o: {bin_middle(n): c for n, c in findings.measures[what].get(o, {}).items()} for o in OUTCOMES}
         if drawn := histogram(counts, OUTCOMES):
             histograms.append((MEASURES.get(what, what.capitalize()), drawn))
     return _Drawings(histograms, _languages(findings.languages))

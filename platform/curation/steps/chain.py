@@ -12,13 +12,13 @@ from calumma.platform.curation.specification import CurateSpecification, Curatio
 from calumma.platform.curation.steps import decontaminate, filters, scrub
 from calumma.platform.curation.steps.filters import Dropped, Rule
 from calumma.platform.curation.steps.signatures import image_bytes
-from calumma.platform.curation.steps.words import is_pair, share
+from calumma.platform.curation.steps.words import hash_fraction, is_pair
 from calumma.platform.sources import files, reading
 from calumma.platform.sources.files import BadInput
-from calumma.platform.specification import named
+from calumma.platform.specification import import_function
 
-Given = TypeVar("Given")
-Found = TypeVar("Found")
+In = TypeVar("In")
+Out = TypeVar("Out")
 # That drop documents, in the order in which these meet them. Scrubbing stands before the last two.
 STEPS = ("form", "licenses", "domains", "images", "captions", "texts", "decontaminate", "scorers", "duplicates")
 
@@ -28,18 +28,18 @@ def applies(step: CurationStep | None, source: str) -> bool:
     return step is not None and (step.sources is None or source in step.sources)
 
 
-def check(spec: CurateSpecification) -> None:
+def check_names(spec: CurateSpecification) -> None:
     """Find, before any work, what the steps name: languages, detectors, functions. Raises SpecificationError."""
     if spec.texts is not None and spec.texts.languages:
         filters.check_languages(spec.texts.languages)
     if spec.scrub is not None:
         scrub.Scrubber(spec.scrub)
     for name, scorer in spec.scorers.items():
-        named(scorer.factory, f"scorers.{name}.factory")
+        import_function(scorer.factory, f"scorers.{name}.factory")
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedDocument:
     """A document as far as the steps took it (not yet `ordered`), and why it goes no further, if so."""
 
     document: Document
@@ -48,7 +48,7 @@ class Checked:
     scrubbed: bool = False
 
 
-class Chain:
+class StepChain:
     """The steps of one source. Raises SpecificationError and StorageError when something they name is not there."""
 
     def __init__(self, spec: CurateSpecification, source: str, index: str | None = None) -> None:
@@ -57,7 +57,7 @@ class Chain:
         self.seconds: dict[str, float] = {}  # that each step has taken
         self.scrubber = scrub.Scrubber(spec.scrub) if spec.scrub is not None and applies(spec.scrub, source) else None
         # Of the samples that a report shows of documents dropped before: marks there are no part of the count.
-        self.veil = scrub.Scrubber(spec.scrub) if spec.scrub is not None and self.scrubber is not None else None
+        self.redactor = scrub.Scrubber(spec.scrub) if spec.scrub is not None and self.scrubber is not None else None
         self._rules: list[tuple[str, Rule]] = []
         for step, make in (("licenses", filters.licenses), ("domains", filters.domains)):
             rules = getattr(spec, step)
@@ -69,11 +69,11 @@ class Chain:
             if applies(getattr(spec, step), source):
                 self._rules.append((step, check(getattr(spec, step))))
         if spec.decontaminate is not None and applies(spec.decontaminate, source) and index is not None:
-            overlap = decontaminate.overlap(spec.decontaminate, spec.decontaminate.against, index)
+            overlap = decontaminate.overlap_rule(spec.decontaminate, spec.decontaminate.against, index)
             self._rules.append(("decontaminate", overlap))
 
-    def __call__(self, item: files.Item) -> Checked | BadInput:
-        checked = self._timed("form", lambda item: form(item, self._spec.min_text), item)
+    def __call__(self, item: files.Item) -> CheckedDocument | BadInput:
+        checked = self._timed("form", lambda item: check_form(item, self._spec.min_text), item)
         if isinstance(checked, BadInput) or checked.dropped is not None:
             return checked
         document = checked.document
@@ -81,19 +81,19 @@ class Chain:
         for step, rule in self._rules:
             result = self._timed(step, rule, document)
             if isinstance(result, Dropped):
-                return Checked(replace(document, metadata={**document.metadata, **result.facts}), result)
+                return CheckedDocument(replace(document, metadata={**document.metadata, **result.facts}), result)
             document = result
         clean = document if self.scrubber is None else self._timed("scrub", self.scrubber, document)
-        return Checked(clean, None, images - len(document.images), clean != document)
+        return CheckedDocument(clean, None, images - len(document.images), clean != document)
 
-    def _timed(self, step: str, work: Callable[[Given], Found], given: Given) -> Found:
+    def _timed(self, step: str, work: Callable[[In], Out], value: In) -> Out:
         begin = time.perf_counter()
-        found = work(given)
+        result = work(value)
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - begin
-        return found
+        return result
 
 
-def form(item: files.Item, min_text: int) -> Checked | BadInput:
+def check_form(item: files.Item, min_text: int) -> CheckedDocument | BadInput:
     """What every document must be: readable, and not empty."""
     if isinstance(item, BadInput):
         return item
@@ -101,21 +101,21 @@ def form(item: files.Item, min_text: int) -> Checked | BadInput:
     if problem := _unreadable(document):
         return problem
     if not document.segments:
-        return Checked(document, Dropped("empty"))
+        return CheckedDocument(document, Dropped("empty"))
     if document.is_conversation and all(s.role != "assistant" for s in document.segments):
-        return Checked(document, Dropped("conversation without an answer"))
+        return CheckedDocument(document, Dropped("conversation without an answer"))
     if not document.images and not document.is_conversation and len(document.text.strip()) < min_text:
-        return Checked(document, Dropped(f"shorter than {min_text} characters"))
-    return Checked(document)
+        return CheckedDocument(document, Dropped(f"shorter than {min_text} characters"))
+    return CheckedDocument(document)
 
 
-def ordered(document: Document, seed: int, image_first: float) -> Document:
+def order_pair(document: Document, seed: int, image_first: float) -> Document:
     """A pair (one image with a caption) as image then caption, or caption then image in the other 1 - `image_first` of
     the cases; its content decides, so a rerun decides alike. Other documents keep their order (paper section 2.2)."""
     if not is_pair(document) or not (image := document.images[0]).caption:
         return document
     caption = Text(image.caption)
-    first = share(seed, [image.caption.encode(), image_bytes(image)]) < image_first
+    first = hash_fraction(seed, [image.caption.encode(), image_bytes(image)]) < image_first
     return replace(document, segments=(image, caption) if first else (caption, image))
 
 

@@ -20,14 +20,14 @@ from calumma.platform import storage
 from calumma.platform.curation.specification import Decontamination
 from calumma.platform.curation.steps.filters import Dropped, Rule
 from calumma.platform.curation.steps.signatures import image_hash
-from calumma.platform.curation.steps.words import Hashes, hashes, ngrams, spoken, words
+from calumma.platform.curation.steps.words import Hashes, all_text, hashes, ngrams, words
 from calumma.platform.specification import SpecificationError
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 Index = dict[str, Hashes]  # "evaluation set/words in a run", or "evaluation set/images" -> sorted
 
 
-def build(task: dict[str, Any]) -> dict[str, Any]:
+def build_index(task: dict[str, Any]) -> dict[str, Any]:
     """Index the evaluation sets and write the index. Raises SpecificationError and StorageError.
 
     `task`: "rules", "against" (URIs), "index" (where to write it). Returns {"runs": how many}.
@@ -35,35 +35,34 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
     rules = Decontamination.model_validate(task["rules"])
     index: Index = {}
     for number, uri in enumerate(task["against"]):
-        found: dict[str, list[Hashes]] = {}
-        for text, document in _evaluation(uri):
+        hashes_of_length: dict[str, list[Hashes]] = {}
+        for text, document in _evaluation_texts(uri):
             hashed = hashes(words(text))
             length = min(rules.ngram, len(hashed))
             if length >= min(rules.shortest, rules.ngram):
-                found.setdefault(str(length), []).append(ngrams(hashed, length))
+                hashes_of_length.setdefault(str(length), []).append(ngrams(hashed, length))
             if document is not None and document.images and rules.image_distance is not None:
                 pictures = [image_hash(image.open()) for image in document.images]
-                found.setdefault("images", []).append(np.array(pictures, np.uint64))
-        if not found:
+                hashes_of_length.setdefault("images", []).append(np.array(pictures, np.uint64))
+        if not hashes_of_length:
             raise SpecificationError(
                 f"decontaminate.against: {uri} holds no text of {rules.shortest} words or more; see `shortest`"
             )
-        index |= {f"{number}/{kind}": np.unique(np.concatenate(parts)) for kind, parts in found.items()}
+        index |= {f"{number}/{kind}": np.unique(np.concatenate(parts)) for kind, parts in hashes_of_length.items()}
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **index)
     storage.write_bytes(task["index"], buffer.getvalue())
     return {"runs": sum(map(len, index.values()))}
 
 
-def _evaluation(uri: str) -> Iterator[tuple[str, Document | None]]:
+def _evaluation_texts(uri: str) -> Iterator[tuple[str, Document | None]]:
     """Texts of an evaluation set; of a curated directory with their documents."""
     from calumma.platform.shards import documents as document_shards
     from calumma.platform.storage.manifest import Manifest
 
     manifest = Manifest.find(uri) if PurePosixPath(uri).suffix.lower() not in SUFFIXES else None
     if manifest is not None:
-        for shard in document_shards.shard_uris(uri, document_shards.curated(uri)):
-            yield from ((spoken(document), document) for document in document_shards.read_shard(shard))
+        yield from ((all_text(document), document) for document in document_shards.read_documents(uri))
         return
     files = [file for file in storage.list_files(uri) if PurePosixPath(file).suffix.lower() in SUFFIXES]
     if not files:
@@ -107,12 +106,12 @@ def _strings(value: Any) -> Iterator[str]:
 # -- one document ------------------------------------------------------------------------------------------------------
 
 
-def overlap(rules: Decontamination, names: list[str], index_uri: str) -> Rule:
+def overlap_rule(rules: Decontamination, names: list[str], index_uri: str) -> Rule:
     """Drops documents that share something with an evaluation set; `names` are how the sets are called."""
-    index = _read(index_uri)
+    index = _read_index(index_uri)
 
     def rule(document: Document) -> Document | Dropped:
-        hashed = hashes(words(spoken(document)))
+        hashed = hashes(words(all_text(document)))
         runs: dict[int, Hashes] = {}
         pictures: Hashes | None = None
         for key, known in index.items():
@@ -127,19 +126,19 @@ def overlap(rules: Decontamination, names: list[str], index_uri: str) -> Rule:
             length = int(kind)
             if length not in runs:
                 runs[length] = ngrams(hashed, length)
-            if _shared(runs[length], known):
+            if _overlap(runs[length], known):
                 return Dropped(f"{length} words of {name}", "decontaminate")
         return document
 
     return rule
 
 
-def _shared(found: Hashes, known: Hashes) -> bool:
-    places = np.minimum(np.searchsorted(known, found), len(known) - 1)
-    return bool((known[places] == found).any())
+def _overlap(hashed: Hashes, known: Hashes) -> bool:
+    places = np.minimum(np.searchsorted(known, hashed), len(known) - 1)
+    return bool((known[places] == hashed).any())
 
 
 @functools.lru_cache(maxsize=2)
-def _read(uri: str) -> Index:
+def _read_index(uri: str) -> Index:
     with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}

@@ -17,10 +17,10 @@ from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.curation.specification import DuplicateRules
 from calumma.platform.curation.steps import staging
-from calumma.platform.curation.steps.signatures import KINDS, Rows, sign, similarity
+from calumma.platform.curation.steps.signatures import KINDS, SignatureRows, add_signatures, similarity
 
-ROWS_A_FILE = 200_000  # of signatures, which a task holds until it writes them
-ROWS_A_TASK = 1_000_000  # of signatures that are compared in one go; some 400 MB at the peak
+ROWS_PER_FILE = 200_000  # of signatures, which a task holds until it writes them
+ROWS_PER_TASK = 1_000_000  # of signatures that are compared in one go; some 400 MB at the peak
 _BLOCK = 1024  # image hashes compared with all others at a time
 
 Ids = NDArray[np.uint64]
@@ -30,19 +30,19 @@ Pairs = tuple[Ids, Ids]  # documents to drop, and beside each the earlier one it
 # -- signatures, from the tasks that read documents --------------------------------------------------------------------
 
 
-class Spool:
+class SignatureWriter:
     """Collects signatures of one task and writes them in files of bounded size. Raises StorageError."""
 
     def __init__(self, root: str, stem: str) -> None:
         self._root, self._stem = root, stem
-        self.rows = {kind: Rows() for kind in KINDS}
+        self.rows = {kind: SignatureRows() for kind in KINDS}
         self.written = dict.fromkeys(KINDS, 0)
         self._files = 0
 
-    def sign(self, document: Document, identity: int, rules: DuplicateRules) -> None:
+    def add(self, document: Document, identity: int, rules: DuplicateRules) -> None:
         """Add a document's signatures."""
-        sign(document, identity, rules, self.rows)
-        self.flush(above=ROWS_A_FILE)
+        add_signatures(document, identity, rules, self.rows)
+        self.flush(above=ROWS_PER_FILE)
 
     def flush(self, above: int = 0) -> None:
         """Write what has more rows than that."""
@@ -52,19 +52,19 @@ class Spool:
                 staging.write_table(uri, {"key": rows.keys, "id": rows.ids, "value": rows.values})
                 self.written[kind] += len(rows)
                 self._files += 1
-                self.rows[kind] = Rows()
+                self.rows[kind] = SignatureRows()
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
-def tasks(root: str, output: str, rules: DuplicateRules, rows: Mapping[str, int]) -> list[dict[str, Any]]:
+def comparison_tasks(root: str, output: str, rules: DuplicateRules, rows: Mapping[str, int]) -> list[dict[str, Any]]:
     """Tasks for `find`, by the number of rows of every kind."""
-    made = []
+    tasks = []
     for kind in KINDS:
-        count = -(-rows.get(kind, 0) // ROWS_A_TASK)
+        count = -(-rows.get(kind, 0) // ROWS_PER_TASK)
         edges = [(n << 64) // count for n in range(count + 1)] if count else []
-        made += [
+        tasks += [
             {
                 "kind": kind,
                 "number": number,
@@ -76,10 +76,10 @@ def tasks(root: str, output: str, rules: DuplicateRules, rows: Mapping[str, int]
             }
             for number in range(count)
         ]
-    return made
+    return tasks
 
 
-def find(task: dict[str, Any]) -> dict[str, Any]:
+def find_duplicates(task: dict[str, Any]) -> dict[str, Any]:
     """Compare the signatures of one kind in one range of keys and write what is to go. Raises StorageError.
 
     `task`: as `tasks` makes it. Returns {"pairs": how many were found}.
@@ -93,13 +93,13 @@ def find(task: dict[str, Any]) -> dict[str, Any]:
     order = np.lexsort((table["id"], table["key"]))
     keys, ids, values = (table[name][order] for name in ("key", "id", "value"))
     if kind == "exact":
-        dropped, of = _equal(keys, ids, values)
+        dropped, of = _equal_documents(keys, ids, values)
     elif kind == "near":
         assert rules.near is not None
-        dropped, of = _joined(_alike(ids[g], values[g], rules.near.similarity) for g in _groups(keys))
+        dropped, of = _concatenated(_similar_texts(ids[g], values[g], rules.near.similarity) for g in _groups(keys))
     else:
         assert rules.images is not None
-        dropped, of = _joined(_close(ids[g], values[g], rules.images.distance) for g in _groups(keys))
+        dropped, of = _concatenated(_similar_images(ids[g], values[g], rules.images.distance) for g in _groups(keys))
     if len(dropped):
         uri = storage.join(task["root"], staging.DROPS, f"{kind}-{task['number']:05d}.parquet")
         columns = {"id": dropped, "of": of, "kind": np.full(len(of), KINDS.index(kind), np.uint8)}
@@ -115,14 +115,14 @@ def _groups(keys: Ids) -> Iterator[slice]:
         yield slice(int(begin), int(end))
 
 
-def _joined(pairs: Iterator[Pairs]) -> Pairs:
+def _concatenated(pairs: Iterator[Pairs]) -> Pairs:
     found = list(pairs)
     if not found:
         return np.empty(0, np.uint64), np.empty(0, np.uint64)
     return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
 
 
-def _equal(keys: Ids, ids: Ids, values: Ids) -> Pairs:
+def _equal_documents(keys: Ids, ids: Ids, values: Ids) -> Pairs:
     """All but the first of equal (key, value)."""
     order = np.lexsort((ids, values, keys))
     keys, ids, values = keys[order], ids[order], values[order]
@@ -131,21 +131,21 @@ def _equal(keys: Ids, ids: Ids, values: Ids) -> Pairs:
     return ids[~first], ids[leader[~first]]
 
 
-def _alike(ids: Ids, sketches: NDArray[np.uint8], threshold: float) -> Pairs:
+def _similar_texts(ids: Ids, sketches: NDArray[np.uint8], threshold: float) -> Pairs:
     """Of one band's documents those that are like an earlier one which stays. The first leads, what is like it goes;
     of the rest the first leads, and so on."""
     dropped, of = [], []
     left = np.arange(len(ids))
     while len(left) > 1:
         leader, others = left[0], left[1:]
-        alike = similarity(sketches[leader], sketches[others]) >= threshold
-        dropped.append(ids[others[alike]])
-        of.append(np.full(int(alike.sum()), ids[leader], np.uint64))
-        left = others[~alike]
+        similar = similarity(sketches[leader], sketches[others]) >= threshold
+        dropped.append(ids[others[similar]])
+        of.append(np.full(int(similar.sum()), ids[leader], np.uint64))
+        left = others[~similar]
     return np.concatenate(dropped), np.concatenate(of)
 
 
-def _close(ids: Ids, values: Ids, distance: int) -> Pairs:
+def _similar_images(ids: Ids, values: Ids, distance: int) -> Pairs:
     """Of one key's images those that are close to any earlier one."""
     # Images of one hash are one: a picture that stands in a million documents is compared once.
     _, first, which = np.unique(values, return_index=True, return_inverse=True)
@@ -157,9 +157,9 @@ def _close(ids: Ids, values: Ids, distance: int) -> Pairs:
         block = hashed[begin : begin + _BLOCK]
         near = np.bitwise_count(block[:, None] ^ hashed[None, : begin + len(block)]) <= distance
         near &= np.arange(near.shape[1])[None, :] < (begin + np.arange(len(block)))[:, None]
-        found = near.any(axis=1)
-        dropped.append(owners[begin : begin + _BLOCK][found])
-        of.append(owners[near[found].argmax(axis=1)])
+        matched = near.any(axis=1)
+        dropped.append(owners[begin : begin + _BLOCK][matched])
+        of.append(owners[near[matched].argmax(axis=1)])
     return np.concatenate(dropped), np.concatenate(of)
 
 
@@ -178,7 +178,7 @@ class Duplicate:
         return {"exact": "exact duplicate", "near": "near duplicate", "images": "duplicate image"}[self.kind]
 
 
-def dropped(root: str, low: int, high: int) -> dict[int, Duplicate]:
+def read_duplicates(root: str, low: int, high: int) -> dict[int, Duplicate]:
     """Identity -> why it goes, of documents in [low, high): the first kind of reason. Raises StorageError."""
     table = staging.read_tables(storage.list_files(storage.join(root, staging.DROPS)), low, high)
     if not table:

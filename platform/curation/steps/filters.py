@@ -16,11 +16,11 @@ from PIL import Image as PILImage
 from calumma.model.document import Document, Image
 from calumma.platform import storage
 from calumma.platform.curation.specification import CaptionRules, ImageRules, NameRules, TextRules
-from calumma.platform.curation.steps.words import is_pair, spoken, words
+from calumma.platform.curation.steps.words import all_text, is_pair, words
 from calumma.platform.specification import SpecificationError
 
 LANGUAGE = "language"  # key of a document's metadata
-_JUDGED = 4000  # characters from which the language is told; more make it slower, no surer
+_LANGUAGE_SAMPLE = 4000  # characters from which the language is told; more make it slower, no surer
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,11 @@ def images(rules: ImageRules) -> Rule:
         return None
 
     def rule(document: Document) -> Document | Dropped:
-        found = {id(s): problem(s) for s in document.segments if isinstance(s, Image)}
-        first = next((reason for reason in found.values() if reason), None)
+        problems = {id(s): problem(s) for s in document.segments if isinstance(s, Image)}
+        first = next((reason for reason in problems.values() if reason), None)
         if first is None:
             return document
-        left = tuple(s for s in document.segments if not found.get(id(s)))
+        left = tuple(s for s in document.segments if not problems.get(id(s)))
         whole = rules.pages == "document" or is_pair(document) or document.is_conversation or not left
         return Dropped(first, "images") if whole else replace(document, segments=left)
 
@@ -154,17 +154,17 @@ def captions(rules: CaptionRules) -> Rule:
     patterns = [re.compile(pattern) for pattern in rules.patterns]
 
     def problem(caption: str) -> str | None:
-        found = words(caption)
-        if len(found) < rules.min_words:
-            return f"caption below {rules.min_words} words" if found else "no caption"
+        caption_words = words(caption)
+        if len(caption_words) < rules.min_words:
+            return f"caption below {rules.min_words} words" if caption_words else "no caption"
         if rules.boilerplate and _BOILERPLATE.fullmatch(caption.strip()):
             return "caption is boilerplate"
-        if rules.max_words is not None and len(found) > rules.max_words:
+        if rules.max_words is not None and len(caption_words) > rules.max_words:
             return f"caption above {rules.max_words} words"
         shown = [c for c in caption if not c.isspace()]
         if shown and sum(map(str.isalpha, shown)) < rules.min_letters * len(shown):
             return f"less than {rules.min_letters:.0%} of the caption letters"
-        if found and len(found) - len(set(found)) > rules.max_repetition * len(found):
+        if caption_words and len(caption_words) - len(set(caption_words)) > rules.max_repetition * len(caption_words):
             return f"more than {rules.max_repetition:.0%} of the caption repeated words"
         if matched := next((p for p in patterns if p.search(caption)), None):
             return f"caption has {matched.pattern}"
@@ -186,7 +186,7 @@ def texts(rules: TextRules) -> Rule:
     """Length and language; documents that say nothing pass. The language found is put into the metadata."""
 
     def rule(document: Document) -> Document | Dropped:
-        text = spoken(document)
+        text = all_text(document)
         if not text.strip():
             return document
         if not is_pair(document) and (reason := _length_problem(text, rules)):
@@ -221,7 +221,7 @@ def _length_problem(text: str, rules: TextRules) -> str | None:
 
 def language(text: str) -> tuple[str, float]:
     """The most probable language of a text (ISO 639-1) and its probability."""
-    name, probability = _identifier().classify(text[:_JUDGED])
+    name, probability = _identifier().classify(text[:_LANGUAGE_SAMPLE])
     return str(name), float(probability)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from calumma.model.document import Document
-from calumma.platform.curation.steps.words import spoken
+from calumma.platform.curation.steps.words import all_text
 
 ImageScorer = Callable[[list[PILImage.Image]], list[float]]
 DocumentScorer = Callable[[list[Document]], list[float]]
@@ -72,7 +72,7 @@ def compressibility() -> DocumentScorer:
     itself."""
 
     def one(document: Document) -> float:
-        data = spoken(document).encode("utf-8", "surrogatepass")
+        data = all_text(document).encode("utf-8", "surrogatepass")
         return len(data) / len(zlib.compress(data, 6)) if data else 0.0
 
     return lambda documents: [one(document) for document in documents]

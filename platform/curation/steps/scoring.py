@@ -11,9 +11,9 @@ from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.curation.specification import CurateSpecification, Scorer
 from calumma.platform.curation.steps import staging
-from calumma.platform.curation.steps.signatures import content
-from calumma.platform.curation.steps.words import share
-from calumma.platform.specification import named
+from calumma.platform.curation.steps.signatures import content_hash
+from calumma.platform.curation.steps.words import hash_fraction
+from calumma.platform.specification import import_function
 
 REDUCE = {"mean": lambda values: sum(values) / len(values), "min": min, "max": max}
 
@@ -22,14 +22,14 @@ class ScorerFailed(RuntimeError):
     """A scorer did not give a number for each of what it was given."""
 
 
-class Scoring:
+class ScoringActor:
     """An actor: scores the documents of one staged file at a time."""
 
     def __init__(self, specification: dict[str, Any], name: str) -> None:
         """Raises SpecificationError when there is no such factory, and what that raises."""
         self._spec = CurateSpecification.model_validate(specification).scorers[name]
         self._name = name
-        self._scorer = named(self._spec.factory, f"scorers.{name}.factory")(**self._spec.arguments)
+        self._scorer = import_function(self._spec.factory, f"scorers.{name}.factory")(**self._spec.arguments)
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """`task`: "file" (staged), "scores" (where to write).
@@ -63,35 +63,36 @@ class Scoring:
             yield current, reduce(values)
 
     def _call(self, batch: list[Any]) -> list[float]:
-        given = list(self._scorer(batch))
-        if len(given) != len(batch):
+        results = list(self._scorer(batch))
+        if len(results) != len(batch):
             raise ScorerFailed(
-                f"scorers.{self._name}: {self._spec.factory} gave {len(given)} scores for {len(batch)} {self._spec.of}"
+                f"scorers.{self._name}: {self._spec.factory} gave {len(results)} scores for {len(batch)} "
+                f"{self._spec.of}"
             )
-        scores = [float(score) for score in given]
+        scores = [float(score) for score in results]
         if bad := [score for score in scores if not math.isfinite(score)]:
             raise ScorerFailed(f"scorers.{self._name}: {self._spec.factory} gave the score {bad[0]}; it must be finite")
         return scores
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    from calumma.platform.cluster.tasks import chunks
+    from calumma.platform.cluster.tasks import batched
 
-    return chunks(items, size)
+    return batched(items, size)
 
 
-def place(root: str, name: str, stem: str) -> str:
+def scores_uri(root: str, name: str, stem: str) -> str:
     """Where the scores of a staged file are."""
     return storage.join(root, staging.SCORES, name, f"{stem}.parquet")
 
 
-def read(uri: str) -> dict[int, float]:
+def read_scores(uri: str) -> dict[int, float]:
     """Identity -> score. Raises StorageError."""
     table = staging.read_tables([uri])
     return dict(zip(table["id"].tolist(), table["score"].tolist(), strict=True)) if table else {}
 
 
-def unwanted(scorers: dict[str, Scorer], scores: dict[str, float]) -> str | None:
+def rejection(scorers: dict[str, Scorer], scores: dict[str, float]) -> str | None:
     """Why a document of these scores goes."""
     for name, score in scores.items():
         low, high = scorers[name].minimum, scorers[name].maximum
@@ -113,5 +114,5 @@ def copies(document: Document, seed: int, scorers: dict[str, Scorer], scores: di
     whole = math.floor(times)
     if times == whole:
         return whole
-    key = b"".join(part.to_bytes(8) for part in content(document))
-    return whole + (share(seed, [b"copies", key]) < times - whole)
+    key = b"".join(part.to_bytes(8) for part in content_hash(document))
+    return whole + (hash_fraction(seed, [b"copies", key]) < times - whole)

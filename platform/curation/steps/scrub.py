@@ -16,9 +16,9 @@ from typing import Any
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform.curation.specification import ScrubRules
-from calumma.platform.specification import SpecificationError, named
+from calumma.platform.specification import SpecificationError, import_function
 
-Found = Iterator[tuple[int, int]]  # where in a text something begins and ends
+Spans = Iterator[tuple[int, int]]  # where in a text something begins and ends
 
 # -- personal data -----------------------------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ _EMAIL = re.compile(
 _NO_DOMAIN = frozenset({"png", "jpg", "jpeg", "gif", "webp", "svg", "css", "js", "json", "html", "py", "txt"})
 
 
-def emails(text: str) -> Found:
+def emails(text: str) -> Spans:
     if "@" in text:
         for match in _EMAIL.finditer(text):
             if match.group().rpartition(".")[2].lower() not in _NO_DOMAIN:
@@ -53,7 +53,7 @@ _PHONE = re.compile(
 _DATE = re.compile(r"(?:19|20)\d\d[-./ ](?:0?[1-9]|1[0-2])[-./ ](?:0?[1-9]|[12]\d|3[01])\b")
 
 
-def phones(text: str) -> Found:
+def phones(text: str) -> Spans:
     for match in _PHONE.finditer(text):
         group = "labelled" if match.group("labelled") else 0
         digits = sum(map(str.isdigit, match.group(group)))
@@ -74,7 +74,7 @@ _VERSION_BEFORE = re.compile(
 )
 
 
-def addresses(text: str) -> Found:
+def addresses(text: str) -> Spans:
     """Public IP addresses. Four numbers look like a version, too: they count when eight digits long, or after a word
     such as `host`, and never after one such as `version`."""
     for match in _IPV4.finditer(text):
@@ -101,7 +101,7 @@ _CARD = re.compile(
 )
 
 
-def cards(text: str) -> Found:
+def cards(text: str) -> Spans:
     for match in _CARD.finditer(text):
         if luhn(match.group()):
             yield match.span()
@@ -129,7 +129,7 @@ _IBAN_LENGTHS = {
 _IBAN = re.compile(r"(?<![A-Za-z0-9])([A-Z]{2})\d{2}(?= ?[A-Z0-9])")
 
 
-def ibans(text: str) -> Found:
+def ibans(text: str) -> Spans:
     for match in _IBAN.finditer(text):
         length = _IBAN_LENGTHS.get(match.group(1))
         whole = length and re.compile(rf"[A-Z0-9](?: ?[A-Z0-9]){{{length - 1}}}(?![A-Za-z0-9])").match(
@@ -145,7 +145,7 @@ def _iban(iban: str) -> bool:
 
 
 # In this order: a longer form is taken before what could be a part of it.
-FINDERS: dict[str, tuple[str, Callable[[str], Found]]] = {
+PERSONAL_DATA: dict[str, tuple[str, Callable[[str], Spans]]] = {
     "email": ("<EMAIL>", emails),
     "iban": ("<IBAN>", ibans),
     "credit_card": ("<CREDIT_CARD>", cards),
@@ -171,7 +171,7 @@ _SHORTEST = 6  # characters; what a detector gives that is shorter is a part of 
 
 
 @functools.cache
-def detectors(names: tuple[str, ...]) -> list[Any]:
+def secret_detectors(names: tuple[str, ...]) -> list[Any]:
     """detect-secrets' plugins by class name; no names: all that know their secret's form.
 
     Raises SpecificationError when there is none of that name.
@@ -200,15 +200,15 @@ def without_secrets(text: str, plugins: list[Any], candidate: re.Pattern[str] | 
     for number, line in enumerate(lines):
         if candidate is not None and not candidate.search(line):
             continue
-        found = {s for plugin in plugins for s in plugin.analyze_string(line) if len(s) >= _SHORTEST}
-        for secret in sorted(found, key=lambda s: (-len(s), s)):
+        secrets = {s for plugin in plugins for s in plugin.analyze_string(line) if len(s) >= _SHORTEST}
+        for secret in sorted(secrets, key=lambda s: (-len(s), s)):
             count += secret in line
             line = line.replace(secret, SECRET)
         lines[number] = line
     return "\n".join(lines), count
 
 
-MARKS = (SECRET, *(mark for mark, _ in FINDERS.values()))
+MARKS = (SECRET, *(mark for mark, _ in PERSONAL_DATA.values()))
 
 # -- documents ---------------------------------------------------------------------------------------------------------
 
@@ -218,12 +218,12 @@ class Scrubber:
 
     def __init__(self, rules: ScrubRules) -> None:
         """Raises SpecificationError when a detector or hook cannot be found."""
-        self._finders = [FINDERS[kind] for kind in FINDERS if kind in rules.personal]
+        self._finders = [PERSONAL_DATA[kind] for kind in PERSONAL_DATA if kind in rules.personal]
         names = tuple(rules.secrets) if isinstance(rules.secrets, list) else ()
-        self._plugins = detectors(names) if rules.secrets else []
+        self._plugins = secret_detectors(names) if rules.secrets else []
         self._candidate = None if names else _CANDIDATE
-        self._hooks = [(path, named(path, "scrub.hooks")) for path in rules.hooks]
-        self.found: Counter[str] = Counter()
+        self._hooks = [(path, import_function(path, "scrub.hooks")) for path in rules.hooks]
+        self.counts: Counter[str] = Counter()
 
     def __call__(self, document: Document) -> Document:
         segments = [
@@ -239,28 +239,28 @@ class Scrubber:
     def text(self, text: str) -> str:
         """A text with marks in place of what was found."""
         if self._plugins or self._finders:
-            text = self._marked(text)
+            text = self._replaced(text)
         for path, hook in self._hooks:
             changed = hook(text)
             if not isinstance(changed, str):
                 raise SpecificationError(f"scrub.hooks: {path!r} must return a text, not {type(changed).__name__}")
             if changed != text:
-                self.found[path] += 1
+                self.counts[path] += 1
             text = changed
         return text
 
-    def _marked(self, text: str) -> str:
+    def _replaced(self, text: str) -> str:
         if self._plugins:
             text, count = without_secrets(text, self._plugins, self._candidate)
             if count:
-                self.found[SECRET] += count
+                self.counts[SECRET] += count
         for mark, find in self._finders:
             pieces, end = [], 0
             for begin, stop in find(text):
                 if begin >= end:
                     pieces += [text[end:begin], mark]
                     end = stop
-                    self.found[mark] += 1
+                    self.counts[mark] += 1
             if pieces:
                 text = "".join([*pieces, text[end:]])
         return text

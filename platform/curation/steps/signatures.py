@@ -20,23 +20,23 @@ from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform.curation.specification import DuplicateRules, NearDuplicates
-from calumma.platform.curation.steps.words import hashes, is_pair, mixed, ngrams, words
+from calumma.platform.curation.steps.words import hashes, is_pair, mix_bits, ngrams, words
 
 HASH_BITS = 64  # of a perceptual hash
-EXTRA = 2  # parts in which two similar image hashes agree at least
-_AT_ONCE = 4096  # runs of words that are permuted together, 4 bytes a permutation each
+EQUAL_PARTS = 2  # parts in which two similar image hashes agree at least
+_RUNS_PER_UPDATE = 4096  # runs of words that are permuted together, 4 bytes a permutation each
 
 # -- equal content -----------------------------------------------------------------------------------------------------
 
 
-def content(document: Document) -> tuple[int, int]:
+def content_hash(document: Document) -> tuple[int, int]:
     """128 bits that documents share which differ only in case, white space and Unicode's compatible forms."""
     digest = hashlib.blake2b(digest_size=16)
     for s in document.segments:
         if isinstance(s, Text):
-            parts = ["text", s.role or "", _plain(s.text)]
+            parts = ["text", s.role or "", _normalized(s.text)]
         else:
-            parts = ["image", s.role or "", hashlib.sha256(image_bytes(s)).hexdigest(), _plain(s.caption or "")]
+            parts = ["image", s.role or "", hashlib.sha256(image_bytes(s)).hexdigest(), _normalized(s.caption or "")]
         for part in parts:
             data = part.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8) + data)
@@ -48,7 +48,7 @@ def image_bytes(image: Image) -> bytes:
     return image.data if isinstance(image.data, bytes) else image.png()
 
 
-def _plain(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -56,7 +56,7 @@ def _plain(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Bands:
+class BandLayout:
     """How many bands of how many values a MinHash is cut into."""
 
     bands: int
@@ -64,12 +64,12 @@ class Bands:
 
 
 @functools.cache
-def bands_of(rules: NearDuplicates) -> Bands:
+def band_layout(rules: NearDuplicates) -> BandLayout:
     """The cut by which documents of the asked similarity are best told (datasketch's choice)."""
     from datasketch import MinHashLSH
 
     index = MinHashLSH(threshold=rules.similarity, num_perm=rules.permutations)
-    return Bands(index.b, index.r)
+    return BandLayout(index.b, index.r)
 
 
 def minhash(document: Document, rules: NearDuplicates) -> NDArray[np.uint32] | None:
@@ -83,14 +83,14 @@ def minhash(document: Document, rules: NearDuplicates) -> NDArray[np.uint32] | N
     from datasketch import MinHash
 
     signature = MinHash(
-        rules.permutations, hashfunc=_itself, permutations=_permutations(rules.permutations), scheme="affine32"
+        rules.permutations, hashfunc=_identity, permutations=_permutations(rules.permutations), scheme="affine32"
     )
-    for begin in range(0, len(runs), _AT_ONCE):
-        signature.update_batch(runs[begin : begin + _AT_ONCE].tolist())
+    for begin in range(0, len(runs), _RUNS_PER_UPDATE):
+        signature.update_batch(runs[begin : begin + _RUNS_PER_UPDATE].tolist())
     return signature.hashvalues
 
 
-def _itself(value: int) -> int:
+def _identity(value: int) -> int:
     return value
 
 
@@ -101,7 +101,7 @@ def _permutations(count: int) -> Any:
     return MinHash(count, seed=1, scheme="affine32").permutations
 
 
-def band_keys(signature: NDArray[np.uint32], cut: Bands) -> list[int]:
+def band_keys(signature: NDArray[np.uint32], cut: BandLayout) -> list[int]:
     """A key for each band: of two documents that share one, the band's values are equal."""
     keys = []
     for band in range(cut.bands):
@@ -135,19 +135,19 @@ def image_hash(image: PILImage.Image) -> int:
     return int(str(imagehash.phash(image)), 16)
 
 
-def part_keys(value: int, distance: int) -> list[int]:
+def image_keys(value: int, distance: int) -> list[int]:
     """Keys such that two hashes of at most this distance share one.
 
     The bits are cut into distance + 2 parts; at least 2 of them must be equal (pigeonhole), so every pair of parts is
     a key. Pairs are longer than single parts: fewer strangers share one.
     """
-    parts = distance + EXTRA
+    parts = distance + EQUAL_PARTS
     edges = [HASH_BITS * n // parts for n in range(parts + 1)]
     masks = [((1 << (end - begin)) - 1) << begin for begin, end in itertools.pairwise(edges)]
-    chosen = list(itertools.combinations(range(parts), EXTRA))
+    chosen = list(itertools.combinations(range(parts), EQUAL_PARTS))
     keys = np.array([value & sum(masks[part] for part in pair) for pair in chosen], np.uint64)
-    salts = mixed(np.arange(1, len(chosen) + 1, dtype=np.uint64))
-    return [int(key) for key in mixed(keys ^ salts)]
+    salts = mix_bits(np.arange(1, len(chosen) + 1, dtype=np.uint64))
+    return [int(key) for key in mix_bits(keys ^ salts)]
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ KINDS = ("exact", "near", "images")  # in this order reasons are given
 
 
 @dataclass
-class Rows:
+class SignatureRows:
     """Signatures of documents, column by column: `key`, `id`, and by kind what the comparison needs."""
 
     keys: list[int] = field(default_factory=list)
@@ -172,15 +172,15 @@ class Rows:
         return len(self.keys)
 
 
-def sign(document: Document, identity: int, rules: DuplicateRules, rows: dict[str, Rows]) -> None:
+def add_signatures(document: Document, identity: int, rules: DuplicateRules, rows: dict[str, SignatureRows]) -> None:
     """Add a document's rows, by kind. Pairs are compared by their image, other documents by their words: captions
     repeat for good reasons, and so do the images of pages and conversations."""
     if rules.exact:
-        first, second = content(document)
+        first, second = content_hash(document)
         rows["exact"].add([first], identity, second)
     if is_pair(document):
         if rules.images is not None:
             value = image_hash(document.images[0].open())
-            rows["images"].add(part_keys(value, rules.images.distance), identity, value)
+            rows["images"].add(image_keys(value, rules.images.distance), identity, value)
     elif rules.near is not None and (signature := minhash(document, rules.near)) is not None:
-        rows["near"].add(band_keys(signature, bands_of(rules.near)), identity, sketch(signature))
+        rows["near"].add(band_keys(signature, band_layout(rules.near)), identity, sketch(signature))

@@ -21,21 +21,21 @@ from calumma.platform import storage
 
 FOLDER = ".staged"
 DOCUMENTS, SIGNATURES, DROPS, SCORES = "documents", "signatures", "drops", "scores"  # folders in it
-DOCUMENTS_AT_ONCE = 64
+DOCUMENTS_PER_BATCH = 64
 _THREADS = 16  # tables read at a time: most of it is waiting for storage
-ROWS_A_GROUP = 4096  # of a table: what is read when a range touches it
+ROWS_PER_GROUP = 4096  # of a table: what is read when a range touches it
 
 # A document's identity is its place in the specification: its order is who came first.
 _TASK_BITS, _ROW_BITS = 20, 32
 
 
-def identity(source: int, task: int, row: int) -> int:
+def document_id(source: int, task: int, row: int) -> int:
     """64 bits that order documents by source, task and place in the task."""
     return ((source << _TASK_BITS) | task) << _ROW_BITS | row
 
 
 @contextmanager
-def folder(output: str, mark: str) -> Iterator[str]:
+def staging_folder(output: str, mark: str) -> Iterator[str]:
     """The URI of an empty folder, which goes at the end. What killed runs have left goes, too. Raises StorageError."""
     place = storage.join(output, FOLDER)
     storage.delete(place)
@@ -59,10 +59,10 @@ def write_documents(uri: str, documents: Sequence[tuple[int, Document]]) -> None
     buffer = io.BytesIO()
     schema = _schema()
     with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
-        for begin in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        for begin in range(0, len(documents), DOCUMENTS_PER_BATCH):
             rows = [
                 {"id": number, "metadata": json.dumps(document.metadata), **document.to_row()}
-                for number, document in documents[begin : begin + DOCUMENTS_AT_ONCE]
+                for number, document in documents[begin : begin + DOCUMENTS_PER_BATCH]
             ]
             writer.write_table(pa.Table.from_pylist(rows, schema))
     storage.write_bytes(uri, buffer.getvalue())
@@ -78,7 +78,7 @@ def read_documents(uri: str, numbers: frozenset[int] | None = None) -> Iterator[
         if numbers is not None:
             wanted = np.array(sorted(numbers), np.uint64)
             groups = [group for group in groups if _holds(file.metadata.row_group(group), 0, wanted)]
-        for batch in file.iter_batches(DOCUMENTS_AT_ONCE, row_groups=groups):
+        for batch in file.iter_batches(DOCUMENTS_PER_BATCH, row_groups=groups):
             for row in batch.to_pylist():
                 if numbers is None or row["id"] in numbers:
                     yield row["id"], replace(Document.from_row(row), metadata=json.loads(row["metadata"]))
@@ -111,7 +111,7 @@ def write_table(uri: str, columns: Mapping[str, Any]) -> None:
     order = np.argsort(np.asarray(next(iter(columns.values())), np.uint64), kind="stable")
     arrays = {name: _column(values).take(pa.array(order)) for name, values in columns.items()}
     buffer = io.BytesIO()
-    pq.write_table(pa.table(arrays), buffer, row_group_size=ROWS_A_GROUP, compression="zstd", use_dictionary=False)
+    pq.write_table(pa.table(arrays), buffer, row_group_size=ROWS_PER_GROUP, compression="zstd", use_dictionary=False)
     storage.write_bytes(uri, buffer.getvalue())
 
 

@@ -25,15 +25,15 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def spoken(document: Document) -> str:
+def all_text(document: Document) -> str:
     """All that a document says: its texts, and the captions of images that no text segment repeats."""
     texts = {s.text for s in document.segments if isinstance(s, Text)}
-    said = [
+    parts = [
         s.text if isinstance(s, Text) else s.caption
         for s in document.segments
         if isinstance(s, Text) or (isinstance(s, Image) and s.caption and s.caption not in texts)
     ]
-    return "\n".join(part for part in said if part)
+    return "\n".join(part for part in parts if part)
 
 
 def is_pair(document: Document) -> bool:
@@ -63,10 +63,10 @@ def ngrams(hashed: Hashes, length: int) -> Hashes:
     total = np.zeros(count, np.uint64)
     for offset in range(length):
         total = total * _BASE + hashed[offset : offset + count]
-    return mixed(total)
+    return mix_bits(total)
 
 
-def mixed(values: Hashes) -> Hashes:
+def mix_bits(values: Hashes) -> Hashes:
     """A bijection of 64 bits after which any of them can stand for all (the finalizer of MurmurHash3)."""
     values = values ^ (values >> np.uint64(33))
     values = values * np.uint64(0xFF51AFD7ED558CCD)
@@ -75,7 +75,7 @@ def mixed(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(33))
 
 
-def share(seed: int, parts: Sequence[bytes]) -> float:
+def hash_fraction(seed: int, parts: Sequence[bytes]) -> float:
     """A number in [0, 1) that content and seed decide."""
     digest = hashlib.sha256(f"{seed}\0".encode() + b"\0".join(parts)).digest()
     return int.from_bytes(digest[:8]) / 2**64

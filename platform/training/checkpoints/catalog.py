@@ -24,24 +24,26 @@ _NAME = re.compile(r"step-(\d+)/manifest\.json$")
 _FOLDER = re.compile(r"(step-(\d+))/")
 
 
-def folder(output: str) -> str:
+def checkpoints_folder(output: str) -> str:
     return storage.join(output, "checkpoints")
 
 
-def location(output: str, step: int) -> str:
-    return storage.join(folder(output), f"step-{step:08d}")
+def checkpoint_uri(output: str, step: int) -> str:
+    return storage.join(checkpoints_folder(output), f"step-{step:08d}")
 
 
-def published(output: str) -> list[int]:
+def published_steps(output: str) -> list[int]:
     """Steps of all checkpoints that have a manifest, newest first."""
-    return sorted({int(m[1]) for uri in storage.list_files(folder(output)) if (m := _NAME.search(uri))}, reverse=True)
+    return sorted(
+        {int(m[1]) for uri in storage.list_files(checkpoints_folder(output)) if (m := _NAME.search(uri))}, reverse=True
+    )
 
 
 def newest(output: str, accept: Callable[[Manifest], bool] = lambda manifest: True) -> Checkpoint | None:
     """The checkpoint with the most steps among those that `accept` takes and whose files are all there at their size;
     one that is not so is passed over with a warning."""
-    for step in published(output):
-        uri = location(output, step)
+    for step in published_steps(output):
+        uri = checkpoint_uri(output, step)
         try:
             manifest = Manifest.find(uri)
             if manifest is None or not accept(manifest):
@@ -54,7 +56,7 @@ def newest(output: str, accept: Callable[[Manifest], bool] = lambda manifest: Tr
     return None
 
 
-def damage(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> str:
+def find_damage(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> str:
     """What is wrong with the content of a checkpoint's files, by their checksums; empty when nothing is.
 
     `share` is (rank, world): each worker reads its part of the files.
@@ -69,17 +71,17 @@ def damage(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> str:
     return ""
 
 
-def set_aside(checkpoint: Checkpoint, why: str) -> None:
+def quarantine(checkpoint: Checkpoint, why: str) -> None:
     """Take a damaged checkpoint out of use: its manifest becomes `damaged.json`, its files stay to be looked at."""
-    told = {"why": why, "manifest": checkpoint.manifest.model_dump(mode="json")}
-    storage.write_bytes(storage.join(checkpoint.uri, DAMAGED), json.dumps(told).encode())
+    record = {"why": why, "manifest": checkpoint.manifest.model_dump(mode="json")}
+    storage.write_bytes(storage.join(checkpoint.uri, DAMAGED), json.dumps(record).encode())
     storage.delete(storage.join(checkpoint.uri, MANIFEST))
     logger.warning("the checkpoint after step %d is damaged and set aside: %s", checkpoint.step, why)
 
 
 def newest_step(output: str) -> int:
     """Steps that the newest published checkpoint has; -1 when there is none."""
-    return max(published(output), default=-1)
+    return max(published_steps(output), default=-1)
 
 
 def retain(output: str, retention: Retention) -> list[int]:
@@ -87,31 +89,31 @@ def retain(output: str, retention: Retention) -> list[int]:
 
     One worker calls it, when no upload is under way.
     """
-    steps = published(output)
+    steps = published_steps(output)
     kept = set(steps[: retention.last])
     if retention.every is not None:
         kept |= {step for step in steps if step % retention.every == 0}
     if retention.best:
         kept |= set(_best(output, steps)[: retention.best])
-    present = {int(m[2]) for uri in storage.list_files(folder(output)) if (m := _FOLDER.search(uri))}
+    present = {int(m[2]) for uri in storage.list_files(checkpoints_folder(output)) if (m := _FOLDER.search(uri))}
     for step in sorted(present - kept):
         if steps and step < steps[0]:
-            storage.delete(location(output, step))
+            storage.delete(checkpoint_uri(output, step))
     return sorted(kept)
 
 
 def _best(output: str, steps: Iterable[int]) -> list[int]:
     """Steps by the loss their checkpoint reports, held-out where there is one; those without a loss are left out."""
-    found: list[tuple[float, int]] = []
+    losses: list[tuple[float, int]] = []
     for step in steps:
-        manifest = Manifest.find(location(output, step))
+        manifest = Manifest.find(checkpoint_uri(output, step))
         loss = None if manifest is None else manifest.report.get("held_out_loss", manifest.report.get("loss"))
         if loss is not None:
-            found.append((float(loss), step))
-    return [step for _, step in sorted(found)]
+            losses.append((float(loss), step))
+    return [step for _, step in sorted(losses)]
 
 
-def entry(path: Path, base: str) -> FileEntry:
+def local_entry(path: Path, base: str) -> FileEntry:
     """The manifest's entry of a local file below `base`."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from torch import Tensor
 from calumma.platform import storage
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training.assignment import Checkpoint
-from calumma.platform.training.checkpoints.catalog import damage, newest, set_aside
+from calumma.platform.training.checkpoints.catalog import find_damage, newest, quarantine
 from calumma.platform.training.specification import Resumable, TrainSpecification
 
 if TYPE_CHECKING:
@@ -23,48 +23,48 @@ if TYPE_CHECKING:
 TAG = "state"  # folder of a checkpoint that holds what DeepSpeed writes
 
 # What may differ between two runs that continue each other: nothing here changes a step that was already taken.
-_MAY_CHANGE = {
+_FREE_TO_CHANGE = {
     "tracking", "resources", "run_name", "steps", "checkpoint_every", "log_every", "held_out", "samples",
     "register_as", "alias", "checkpoint_activations", "compile", "data", "max_epochs", "zero_stage", "offload",
     "held_out_every", "samples_every",
 }  # fmt: skip
 
 
-def resumption(output: str, spec: Resumable, inputs: dict[str, str]) -> Checkpoint | None:
+def agreed_checkpoint(output: str, spec: Resumable, inputs: dict[str, str]) -> Checkpoint | None:
     """The newest checkpoint to go on with whose content is what its manifest says; every worker calls it, reads its
     share, and gets the same answer. Damaged ones are set aside."""
-    accept = continues(spec, inputs)
+    accept = made_by(spec, inputs)
     alone = not dist.is_initialized()
     rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     while True:
-        given: list[Checkpoint | None] = [newest(output, accept) if rank == 0 else None]
+        choice: list[Checkpoint | None] = [newest(output, accept) if rank == 0 else None]
         if not alone:
-            dist.broadcast_object_list(given, src=0)
-        found = given[0]
-        if found is None:
+            dist.broadcast_object_list(choice, src=0)
+        checkpoint = choice[0]
+        if checkpoint is None:
             return None
-        wrong = [told for told in everyone(damage(found, (rank, world))) if told]
-        if not wrong:
-            return found
+        problems = [message for message in gather_messages(find_damage(checkpoint, (rank, world))) if message]
+        if not problems:
+            return checkpoint
         if rank == 0:
-            set_aside(found, wrong[0])
+            quarantine(checkpoint, problems[0])
 
 
-def everyone(mine: str) -> list[str]:
+def gather_messages(message: str) -> list[str]:
     """What each worker of the group has to say."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    told = [""] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return told
+        return [message]
+    messages = [""] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return messages
 
 
-def continues(spec: Resumable, inputs: dict[str, str]) -> Callable[[Manifest], bool]:
+def made_by(spec: Resumable, inputs: dict[str, str]) -> Callable[[Manifest], bool]:
     """Whether a checkpoint was made by the same training: equal settings that matter, on equal data."""
 
     def accept(manifest: Manifest) -> bool:
         return (
-            _settings(manifest, spec) == lasting(spec.model_dump(mode="json"))
+            _settings(manifest, spec) == resumable_settings(spec.model_dump(mode="json"))
             and manifest.inputs == inputs
             and int(manifest.report["step"]) <= spec.steps
         )
@@ -74,8 +74,8 @@ def continues(spec: Resumable, inputs: dict[str, str]) -> Callable[[Manifest], b
 
 def difference(checkpoint: Checkpoint, spec: Resumable, inputs: dict[str, str]) -> str:
     """Why a specification does not go on with a checkpoint that `continues` refuses."""
-    found = checkpoint.manifest
-    was, now = _settings(found, spec), lasting(spec.model_dump(mode="json"))
+    manifest = checkpoint.manifest
+    was, now = _settings(manifest, spec), resumable_settings(spec.model_dump(mode="json"))
     changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if changed == ["steps"]:
         return (
@@ -84,8 +84,8 @@ def difference(checkpoint: Checkpoint, spec: Resumable, inputs: dict[str, str]) 
         )
     if changed:
         return f"other settings ({', '.join(changed)})"
-    if found.inputs != inputs:
-        return f"other data or tokenizers ({', '.join(sorted(_unlike(found.inputs, inputs)))})"
+    if manifest.inputs != inputs:
+        return f"other data or tokenizers ({', '.join(sorted(_changed_inputs(manifest.inputs, inputs)))})"
     return f"it is to end after step {spec.steps}"
 
 
@@ -95,38 +95,38 @@ def _settings(manifest: Manifest, spec: Resumable) -> dict[str, Any]:
         made_with = type(spec).model_validate(manifest.specification).model_dump(mode="json")
     except ValidationError:
         made_with = manifest.specification
-    return lasting(made_with)
+    return resumable_settings(made_with)
 
 
-def _unlike(was: dict[str, str], now: dict[str, str]) -> set[str]:
+def _changed_inputs(was: dict[str, str], now: dict[str, str]) -> set[str]:
     return {uri for uri in was.keys() | now.keys() if was.get(uri) != now.get(uri)}
 
 
-def lasting(specification: dict[str, Any]) -> dict[str, Any]:
+def resumable_settings(specification: dict[str, Any]) -> dict[str, Any]:
     """The part of a training specification that two runs must share for one to go on with the other's checkpoint."""
-    kept = {key: value for key, value in specification.items() if key not in _MAY_CHANGE}
+    kept = {key: value for key, value in specification.items() if key not in _FREE_TO_CHANGE}
     kept = {key: value for key, value in kept.items() if value is not None}  # as before there was such a field
     if (kept.get("schedule") or {}).get("total_steps") is None:
         kept["steps"] = specification.get("steps")  # the decay was laid out over them
     return kept
 
 
-def alike(checkpoint: Checkpoint, spec: TrainSpecification, world: int) -> bool:
+def same_partitioning(checkpoint: Checkpoint, spec: TrainSpecification, world: int) -> bool:
     """Whether its optimizer state is partitioned as this group of workers needs it."""
-    return _partitioned(checkpoint, world, spec.zero_stage, spec.precision)
+    return _matches_partitioning(checkpoint, world, spec.zero_stage, spec.precision)
 
 
-def _partitioned(checkpoint: Checkpoint, world: int, zero_stage: int, precision: str) -> bool:
+def _matches_partitioning(checkpoint: Checkpoint, world: int, zero_stage: int, precision: str) -> bool:
     report = checkpoint.manifest.report
-    alike: bool = (report["zero_stage"], report["precision"]) == (zero_stage, precision)
-    return alike and (zero_stage == 0 or report["world_size"] == world)  # without ZeRO every worker has all of it
+    same: bool = (report["zero_stage"], report["precision"]) == (zero_stage, precision)
+    return same and (zero_stage == 0 or report["world_size"] == world)  # without ZeRO every worker has all of it
 
 
-def fits(checkpoint: Checkpoint, spec: TrainSpecification, world: int) -> bool:
+def can_restore_optimizer(checkpoint: Checkpoint, spec: TrainSpecification, world: int) -> bool:
     """Whether `load` can bring its optimizer state to this group: as it is, or through the universal format, which
     knows all stages of ZeRO but 0."""
     stages = (checkpoint.manifest.report["zero_stage"], spec.zero_stage)
-    return alike(checkpoint, spec, world) or min(stages) >= 1
+    return same_partitioning(checkpoint, spec, world) or min(stages) >= 1
 
 
 def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
@@ -134,16 +134,16 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     from calumma.platform.training.checkpoints import universal
 
     precision = "bfloat16" if engine.bfloat16_enabled() else "float32"
-    if not _partitioned(checkpoint, dist.get_world_size(), engine.zero_optimization_stage(), precision):
+    if not _matches_partitioning(checkpoint, dist.get_world_size(), engine.zero_optimization_stage(), precision):
         universal.load(engine, checkpoint)
         return
-    with universal.on_this_node(checkpoint.files) as path:
+    with universal.local_checkpoint(checkpoint.files) as path:
         loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
     if loaded is None:
         raise storage.StorageError(f"{checkpoint.uri}: DeepSpeed did not find its files in this checkpoint")
 
 
-def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights of a checkpoint of any partitioning, float32 on the CPU.
 
     From ZeRO 1 in bfloat16 they are the rounded ones: DeepSpeed does not put its optimizer's own copy together.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from calumma.platform import storage
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.training.checkpoints import catalog
-from calumma.platform.training.checkpoints.resumption import TAG, everyone
+from calumma.platform.training.checkpoints.resumption import TAG, gather_messages
 from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.specification import Resumable, TrainSpecification
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-Published = Callable[[str, dict[str, Any]], None]
-WHOLE = f"{TAG}/whole.pt"  # file of a checkpoint whose state is not partitioned
-_FAILURES = 3  # checkpoints in a row that could not be written; then training ends instead of going on unprotected
+OnPublished = Callable[[str, dict[str, Any]], None]
+REPLICATED_FILE = f"{TAG}/whole.pt"  # file of a checkpoint whose state is not partitioned
+_MOST_FAILURES = 3  # checkpoints in a row that could not be written; then training ends instead of going on unprotected
 _PART_POLL = 0.5  # seconds
 
 
@@ -60,7 +60,7 @@ class Saver:
         self,
         spec: Resumable,
         inputs: dict[str, str],
-        published: Published | None = None,
+        published: OnPublished | None = None,
         retain: Callable[[], object] | None = None,
     ) -> None:
         self._spec, self._inputs, self._published, self._retain = spec, inputs, published, retain
@@ -83,11 +83,11 @@ class Saver:
         """Copy the engine's state and start writing it to `uri`; every worker calls it. Raises TrainingFailed when
         several checkpoints in a row could not be written."""
         try:
-            self.settle()
+            self.wait_until_published()
         except storage.StorageError as error:
             self._failures += 1
             logger.warning("%s; training goes on with the one before it", error)
-            if self._failures >= _FAILURES:
+            if self._failures >= _MOST_FAILURES:
                 raise TrainingFailed(f"{self._failures} checkpoints in a row could not be written: {error}") from error
         name = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(name, src=0)
@@ -106,18 +106,18 @@ class Saver:
         if self._rank == 0:
             self._manifest = self._executor.submit(self._publish, uri, save, report, self._given_up)
 
-    def settle(self) -> None:
+    def wait_until_published(self) -> None:
         """Wait until the last checkpoint is published; every worker calls it. Raises StorageError on all of them when
         one could not write its part: then the checkpoint does not exist."""
         if self._written is None:
             return
-        failed = [told for told in everyone(_told(self._written)) if told]
+        failed = [message for message in gather_messages(_error_message(self._written)) if message]
         self._written = None
         if failed:
             self._given_up.set()
         if not failed and self._rank == 0 and self._manifest is not None:
-            failed = [told] if (told := _told(self._manifest)) else []
-        failed = [told for told in everyone(failed[0] if failed else "") if told]
+            failed = [message] if (message := _error_message(self._manifest)) else []
+        failed = [message for message in gather_messages(failed[0] if failed else "") if message]
         if failed:
             raise storage.StorageError(f"the checkpoint {self._uri} was not written: {failed[0]}")
         self._failures = 0
@@ -137,28 +137,28 @@ class Saver:
                     torch.save(state, file)
                     file.flush()
                     os.fsync(file.fileno())
-                entries.append(catalog.entry(path, str(path)[: -len(name)]))
+                entries.append(catalog.local_entry(path, str(path)[: -len(name)]))
                 if remote:
                     storage.upload(path, storage.join(save, name))
                     path.unlink()
             for path in sorted(path for path in Path(extra).rglob("*") if path.is_file()):
-                entries.append(catalog.entry(path, extra))
+                entries.append(catalog.local_entry(path, extra))
                 storage.upload(path, storage.join(save, entries[-1].path))
-        told = [entry.model_dump(mode="json") for entry in entries]
-        storage.write_bytes(_part(save, self._rank), json.dumps(told).encode())
+        listing = [entry.model_dump(mode="json") for entry in entries]
+        storage.write_bytes(_part_uri(save, self._rank), json.dumps(listing).encode())
 
     def _publish(self, uri: str, save: str, report: dict[str, Any], given_up: threading.Event) -> None:
         files: list[FileEntry] = []
         for rank in range(self._world):
-            while not storage.exists(_part(save, rank)):
+            while not storage.exists(_part_uri(save, rank)):
                 if given_up.wait(_PART_POLL):
                     return
-            told = json.loads(storage.read_bytes(_part(save, rank)))
-            files += [FileEntry.model_validate(entry) for entry in told]
-        named = [entry.model_copy(update={"path": f"{report['folder']}/{entry.path}"}) for entry in files]
+            listing = json.loads(storage.read_bytes(_part_uri(save, rank)))
+            files += [FileEntry.model_validate(entry) for entry in listing]
+        entries = [entry.model_copy(update={"path": f"{report['folder']}/{entry.path}"}) for entry in files]
         Manifest(
             kind=catalog.KIND,
-            files=named,
+            files=entries,
             specification=self._spec.model_dump(mode="json"),
             report=report,
             inputs=self._inputs,
@@ -188,7 +188,7 @@ class _HostMemory:
     def _whole(self, trained: Replicated) -> dict[str, Any]:
         """The first worker writes it for all."""
         state = trained.whole_state()
-        return {WHOLE: self._copied(state, WHOLE, [0])} if dist.get_rank() == 0 else {}
+        return {REPLICATED_FILE: self._copied(state, REPLICATED_FILE, [0])} if dist.get_rank() == 0 else {}
 
     def _partition(self, engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
         from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -230,11 +230,11 @@ class _HostMemory:
         return copy.deepcopy(value)
 
 
-def _part(save: str, rank: int) -> str:
+def _part_uri(save: str, rank: int) -> str:
     return storage.join(save, "parts", f"{rank:05d}.json")
 
 
-def _told(future: Future[None]) -> str:
+def _error_message(future: Future[None]) -> str:
     error = future.exception()
     return "" if error is None else f"{type(error).__name__}: {error}"
 
@@ -252,4 +252,4 @@ def save(
     """
     with Saver(spec, inputs) as saver:
         saver.save(engine, uri, report)
-        saver.settle()
+        saver.wait_until_published()

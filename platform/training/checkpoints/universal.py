@@ -47,8 +47,8 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
             f"{checkpoint.uri}: its optimizer state cannot be carried between ZeRO stage 0 and another stage; keep "
             "`zero_stage`, or start a stage from it with `initial`"
         )
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in _inner(engine).param_groups]
-    with on_this_node(checkpoint.files, converted=True) as path:
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in _wrapped_optimizer(engine).param_groups]
+    with local_checkpoint(checkpoint.files, converted=True) as path:
         _restore_frozen(engine, path)
         engine._config.load_universal_checkpoint = True  # what {"checkpoint": {"load_universal": true}} sets
         try:
@@ -58,16 +58,16 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     if loaded is None:
         raise storage.StorageError(f"{checkpoint.uri}: DeepSpeed did not find its files in the universal checkpoint")
     # ZeRO 3 gives all groups the settings of the first, and so the norms its weight decay.
-    for group, ours in zip(_inner(engine).param_groups, groups, strict=True):
+    for group, ours in zip(_wrapped_optimizer(engine).param_groups, groups, strict=True):
         group |= ours
     # It also gives all of them one and the same step count, which each then raises: Adam's bias correction runs away.
-    for state in _inner(engine).state.values():
+    for state in _wrapped_optimizer(engine).state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
 
 
 @contextmanager
-def on_this_node(uri: str, converted: bool = False) -> Iterator[Path]:
+def local_checkpoint(uri: str, converted: bool = False) -> Iterator[Path]:
     """The files of a checkpoint as a local folder, fetched (and `converted`) once a node by the first of its workers.
 
     All workers enter and leave together. A local folder is used where it is. An error of one is an error of all.
@@ -76,16 +76,16 @@ def on_this_node(uri: str, converted: bool = False) -> Iterator[Path]:
         yield storage.local_path(uri)
         return
     first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
-    token = _same_everywhere(uuid.uuid4().hex)
+    token = _broadcast(uuid.uuid4().hex)
     target = Path(tempfile.gettempdir(), f"calumma-checkpoint-{token}")
     try:
         error = None
         if first:
             try:
-                _fetch(uri, target, converted)
+                _download(uri, target, converted)
             except Exception as raised:
                 error = f"worker {dist.get_rank()} on {socket.gethostname()}: {raised}"
-        _agree(error, uri)
+        _raise_on_all(error, uri)
         yield target
         dist.barrier()
     finally:
@@ -93,12 +93,12 @@ def on_this_node(uri: str, converted: bool = False) -> Iterator[Path]:
             shutil.rmtree(target, ignore_errors=True)
 
 
-def convert(source: Path, target: Path) -> None:
+def convert_to_universal(source: Path, target: Path) -> None:
     """The DeepSpeed checkpoint in `source` (files of one tag) as a universal checkpoint that ZeRO 1, 2 and 3 read."""
     from deepspeed.checkpoint import ds_to_universal
 
     target.mkdir(parents=True, exist_ok=True)
-    given = Namespace(
+    arguments = Namespace(
         input_folder=str(source),
         output_folder=str(target),
         num_extract_workers=1,  # in this process: a worker must not fork under its threads
@@ -108,14 +108,14 @@ def convert(source: Path, target: Path) -> None:
         inject_missing_state=True,
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(given)
+        ds_to_universal.main(arguments)
     model = torch.load(_first_model_file(source), map_location="cpu", weights_only=False)
     shapes = {name: shape for group in _groups(model["param_shapes"]) for name, shape in group.items()}
     common = target / "zero" / "optimizer_state.pt"
     state = torch.load(common, map_location="cpu", weights_only=False)
     step = _step(state, source)
     for name, shape in shapes.items():
-        _complete(target / "zero" / name, shape, step)
+        _normalize_parameter(target / "zero" / name, shape, step)
     _write_frozen(model, shapes, source, target)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
     kept = {key: state[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad") if key in state}
@@ -128,15 +128,15 @@ def convert(source: Path, target: Path) -> None:
         path.unlink()
 
 
-def _fetch(uri: str, target: Path, converted: bool) -> None:
+def _download(uri: str, target: Path, converted: bool) -> None:
     if not converted:
         storage.download(uri, target)
         return
     with storage.local_copy(uri) as source:
-        convert(source / _TAG, target / _TAG)
+        convert_to_universal(source / _TAG, target / _TAG)
 
 
-def _complete(folder: Path, shape: Any, step: Any) -> None:
+def _normalize_parameter(folder: Path, shape: Any, step: Any) -> None:
     """One parameter's folder in the form that every stage reads: tensors in their shape, and the step count."""
     for name in _STATES:
         path = folder / f"{name}.pt"
@@ -179,7 +179,7 @@ def _restore_frozen(engine: DeepSpeedEngine, path: Path) -> None:
                 parameter.data.copy_(frozen[name])
 
 
-def _inner(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+def _wrapped_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The optimizer that ZeRO's wraps."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
@@ -206,15 +206,15 @@ def _step(state: dict[str, Any], source: Path) -> Any:
     return next(group["step"] for group in inner["param_groups"] if "step" in group)
 
 
-def _same_everywhere(value: str) -> str:
+def _broadcast(value: str) -> str:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def _agree(error: str | None, uri: str) -> None:
+def _raise_on_all(error: str | None, uri: str) -> None:
     """Raises StorageError on every worker when one of them met an error."""
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, error)
-    if failed := [told for told in everyone if told]:
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if failed := [message for message in errors if message]:
         raise storage.StorageError(f"{uri} cannot be read: {failed[0]}")

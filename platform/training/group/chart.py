@@ -23,19 +23,19 @@ def worker_range(spec: Resumable, number: int) -> int | tuple[int, int]:
     return (least, most) if least < most else number
 
 
-def groups_of(assignment: Assignment | ImageAssignment) -> list[dict[str, Any]]:
+def worker_groups(assignment: Assignment | ImageAssignment) -> list[dict[str, Any]]:
     """The groups of workers that had a part in a training; a picture of them is logged when there were several."""
-    found = catalog.newest(assignment.output, resumption.continues(assignment.spec, assignment.inputs))
+    found = catalog.newest(assignment.output, resumption.made_by(assignment.spec, assignment.inputs))
     groups: list[dict[str, Any]] = found.manifest.report.get("groups", []) if found else []
     if len(groups) > 1:
         try:
-            assignment.run.log_image(chart(groups, assignment.spec.steps), "workers.png")
+            assignment.run.log_image(group_sizes_chart(groups, assignment.spec.steps), "workers.png")
         except Exception as error:  # MLflow may be away
             logger.warning("the chart of workers over steps was not logged: %s", error)
     return groups
 
 
-def chart(groups: list[dict[str, Any]], steps: int) -> Image:
+def group_sizes_chart(groups: list[dict[str, Any]], steps: int) -> Image:
     """A picture of the number of workers over the steps of a stage; `groups` as `Supervisor` records them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

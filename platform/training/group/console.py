@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from calumma.platform.cluster.progress import Progress, spoken
+from calumma.platform.cluster.progress import Progress, format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -39,7 +39,7 @@ class Status:
     bad_steps: int = 0
 
     @classmethod
-    def of(cls, stage: str, steps: int, metrics: Mapping[str, float]) -> Status:
+    def from_metrics(cls, stage: str, steps: int, metrics: Mapping[str, float]) -> Status:
         """From the newest metrics that the training loop has logged."""
 
         def whole(name: str) -> int | None:
@@ -57,13 +57,13 @@ class Status:
             bad_steps=(whole("faults/skipped") or 0) + (whole("faults/rolled_back") or 0),
         )
 
-    def parts(self) -> list[tuple[str, str]]:
+    def fields(self) -> list[tuple[str, str]]:
         """Name and value of everything that is known, in words."""
         known: list[tuple[str, str | None]] = [
             ("step", f"{self.step:,} of {self.steps:,}"),
             ("loss", None if self.loss is None else f"{self.loss:.3f}"),
             ("tokens/s", None if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f}"),
-            ("time left", None if self.seconds_left is None else spoken(self.seconds_left)),
+            ("time left", None if self.seconds_left is None else format_duration(self.seconds_left)),
             ("workers", None if self.workers is None else str(self.workers)),
             ("last checkpoint", None if self.checkpoint is None else f"step {self.checkpoint:,}"),
             ("bad steps", str(self.bad_steps) if self.bad_steps else None),
@@ -71,20 +71,20 @@ class Status:
         return [(name, value) for name, value in known if value is not None]
 
     def line(self) -> str:
-        return f"{self.stage}: " + "  ".join(f"{name} {value}" for name, value in self.parts())
+        return f"{self.stage}: " + "  ".join(f"{name} {value}" for name, value in self.fields())
 
     def note(self) -> str:
         """What a progress bar does not show by itself."""
-        return "  ".join(f"{name} {value}" for name, value in self.parts() if name not in ("step", "time left"))
+        return "  ".join(f"{name} {value}" for name, value in self.fields() if name not in ("step", "time left"))
 
 
-class Source(Protocol):
+class MetricsSource(Protocol):
     """What has newest metrics: run.Run."""
 
     def latest(self) -> Mapping[str, float]: ...
 
 
-class Lines:
+class StatusLines:
     """Plain lines for a log: one every `interval` seconds at most, and the last."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Lines:
             print(status.line(), file=self._stream, flush=True)
 
 
-class Panel:
+class StatusPanel:
     """A panel that stays in its place and is drawn anew: a bar, and a row for each thing known."""
 
     def __init__(self, console: Console) -> None:
@@ -108,7 +108,7 @@ class Panel:
 
         self._live = Live(console=console, auto_refresh=False)
 
-    def __enter__(self) -> Panel:
+    def __enter__(self) -> StatusPanel:
         self._live.start()
         return self
 
@@ -116,38 +116,38 @@ class Panel:
         self._live.stop()
 
     def __call__(self, status: Status) -> None:
-        self._live.update(self.drawn(status), refresh=True)
+        self._live.update(self.render(status), refresh=True)
 
     @staticmethod
-    def drawn(status: Status) -> RenderableType:
+    def render(status: Status) -> RenderableType:
         from rich.console import Group
         from rich.panel import Panel as Frame
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
-        for name, value in status.parts():
+        for name, value in status.fields():
             table.add_row(f"[dim]{name}", value, style="red" if name == "bad steps" else None)
         bar = ProgressBar(total=max(status.steps, 1), completed=status.step, width=48)
         return Frame(Group(bar, table), title=status.stage, title_align="left", expand=False)
 
 
 @contextmanager
-def screen(console: Console | None = None, stream: TextIO | None = None) -> Iterator[Callable[[Status], None]]:
+def status_screen(console: Console | None = None, stream: TextIO | None = None) -> Iterator[Callable[[Status], None]]:
     """What shows a status: a panel where there is a terminal, else lines."""
     from rich.console import Console as RichConsole
 
     console = console or RichConsole(file=stream, stderr=stream is None)
     if not console.is_terminal:
-        yield Lines(stream=stream)
+        yield StatusLines(stream=stream)
         return
-    with Panel(console) as panel:
+    with StatusPanel(console) as panel:
         yield panel
 
 
 @contextmanager
-def following(
-    job_run: Source,
+def progress_from_metrics(
+    job_run: MetricsSource,
     stage: str,
     steps: int,
     progress: Progress,
@@ -158,9 +158,9 @@ def following(
     stop = threading.Event()
     progress(0, steps, "starting the workers")
 
-    def tell() -> Status | None:
+    def newest_status() -> Status | None:
         try:
-            status = Status.of(stage, steps, job_run.latest())
+            status = Status.from_metrics(stage, steps, job_run.latest())
         except Exception as error:  # MLflow is away: training goes on, and so does watching
             logger.debug("no news from MLflow: %s", error)
             return None
@@ -170,7 +170,7 @@ def following(
         shown: Status | None = None
         while True:
             last = stop.wait(poll)
-            status = tell()
+            status = newest_status()
             if status is not None and status.step and status != shown:
                 shown = status
                 progress(status.step, steps, status.note())
@@ -192,9 +192,9 @@ def watch(identifier: str, tracking_uri: str | None = None, poll: float = POLL) 
     """Show a run of MLflow until it ends: 0 when it ended well, 1 when it did not, 2 when there is no such run."""
     from calumma.platform.specification import Tracking
     from calumma.platform.tracking.run import Run
-    from calumma.platform.tracking.server import resolve
+    from calumma.platform.tracking.server import resolve_uri
 
-    run = Run(resolve(Tracking(uri=tracking_uri)), identifier)
+    run = Run(resolve_uri(Tracking(uri=tracking_uri)), identifier)
     try:
         recorded = run.client.get_run(run.id)
         stage, steps = str(recorded.info.run_name), int(recorded.data.params["steps"])
@@ -204,14 +204,14 @@ def watch(identifier: str, tracking_uri: str | None = None, poll: float = POLL) 
     except Exception as error:
         print(f"there is no run {run.id} to watch at {run.uri}: {error}", file=sys.stderr)
         return 2
-    with suppress(KeyboardInterrupt), screen() as show:
+    with suppress(KeyboardInterrupt), status_screen() as show:
         while True:
             try:
                 recorded = run.client.get_run(run.id)
             except Exception as error:  # away for a while
                 logger.debug("no news from MLflow: %s", error)
             else:
-                show(Status.of(stage, steps, recorded.data.metrics))
+                show(Status.from_metrics(stage, steps, recorded.data.metrics))
                 if recorded.info.status not in ("RUNNING", "SCHEDULED"):
                     return 0 if recorded.info.status == "FINISHED" else 1
             time.sleep(poll)

@@ -17,8 +17,13 @@ from calumma.platform.specification import Recovery, Resources
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group import console
-from calumma.platform.training.group.lifeline import Lifeline
-from calumma.platform.training.group.policies import checkpoint_before_resizing, failure_policy, scaling_policy, within
+from calumma.platform.training.group.control import WorkerControl
+from calumma.platform.training.group.policies import (
+    checkpoint_before_resizing,
+    failure_policy,
+    scaling_policy,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from ray.train import DataConfig
@@ -37,9 +42,9 @@ class Signals:
     """SIGINT and SIGTERM that the driver got while workers ran, and whether they still do."""
 
     received: list[int] = field(default_factory=list)
-    over: threading.Event = field(default_factory=threading.Event)
+    finished: threading.Event = field(default_factory=threading.Event)
 
-    def ending(self) -> BaseException:
+    def exit_exception(self) -> BaseException:
         """How the driver ends because of the first of them."""
         first = self.received[0]
         return KeyboardInterrupt() if first == signal.SIGINT else SystemExit(128 + first)
@@ -57,7 +62,7 @@ def fit(
     progress: Progress,
     data: DataConfig | None = None,
     datasets: dict[str, Any] | None = None,
-    lifeline: Lifeline | None = None,
+    control: WorkerControl | None = None,
 ) -> Any:
     """Run `loop(config)` on workers joined by torch.distributed; what the loop returned on rank 0.
 
@@ -78,7 +83,7 @@ def fit(
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="calumma-train-") as folder:  # our own checkpoints go to our own storage
-        trainer = _trainer_class(lifeline, resources.recovery, signals)(
+        trainer = _trainer_class(control, resources.recovery, signals)(
             loop,
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
@@ -91,15 +96,19 @@ def fit(
             run_config=RunConfig(
                 name=name,
                 storage_path=folder,
-                failure_config=FailureConfig(max_failures=resources.recovery.restarts if lifeline else 0),
-                callbacks=[checkpoint_before_resizing(lifeline, resources.recovery)] if lifeline and elastic else [],
+                failure_config=FailureConfig(max_failures=resources.recovery.restarts if control else 0),
+                callbacks=[checkpoint_before_resizing(control, resources.recovery)] if control and elastic else [],
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
             dataset_config=data,
             datasets=datasets,
         )
         patience = ELASTIC_START_TIMEOUT if elastic else START_TIMEOUT
-        with console.following(run, name, steps, progress), _interruptible(signals), _start_timeout(patience):
+        with (
+            console.progress_from_metrics(run, name, steps, progress),
+            _interruptible(signals),
+            _start_timeout_set(patience),
+        ):
             try:
                 result = trainer.fit()
             except TrainingFailedError as error:
@@ -107,17 +116,17 @@ def fit(
     if result.return_value is None:
         raise TrainingFailed("training ended before its last step, and its workers did not say why")
     if isinstance(result.return_value, dict) and "stopped" in result.return_value:
-        told = Stopped(result.return_value["stopped"])
+        stopped = Stopped(result.return_value["stopped"])
         if not signals.received:
-            raise told
-        logger.warning("%s", told)
+            raise stopped
+        logger.warning("%s", stopped)
     if signals.received:  # also where training was over before it could be stopped
-        raise signals.ending()
+        raise signals.exit_exception()
     return result.return_value
 
 
 @contextmanager
-def _start_timeout(seconds: str) -> Iterator[None]:
+def _start_timeout_set(seconds: str) -> Iterator[None]:
     """Ray Train's limit for the length of a block; what the user has set himself stays."""
     name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
     if name in os.environ:
@@ -130,7 +139,7 @@ def _start_timeout(seconds: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def _trainer_class(lifeline: Lifeline | None, recovery: Recovery, signals: Signals) -> Any:
+def _trainer_class(control: WorkerControl | None, recovery: Recovery, signals: Signals) -> Any:
     """Ray's TorchTrainer with our failure policy and signals, where there is a lifeline; and without the
     placement-group cleaner where there is no dashboard to ask.
 
@@ -148,39 +157,39 @@ def _trainer_class(lifeline: Lifeline | None, recovery: Recovery, signals: Signa
             callbacks = super()._create_default_callbacks()
             return [c for c in callbacks if cleaner or type(c).__name__ != "PlacementGroupCleanerCallback"]
 
-        def _initialize_and_run_controller(self, **given: Any) -> Any:
-            if lifeline is not None:
-                given["failure_policy"] = failure_policy(self.run_config.failure_config, lifeline.newest_step)
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            if control is not None:
+                arguments["failure_policy"] = failure_policy(self.run_config.failure_config, control.newest_step)
             if isinstance(self.scaling_config.num_workers, tuple):
-                given["scaling_policy"] = scaling_policy(self.scaling_config)
-            return super()._initialize_and_run_controller(**given)
+                arguments["scaling_policy"] = scaling_policy(self.scaling_config)
+            return super()._initialize_and_run_controller(**arguments)
 
         def _register_sigint_handler(self, controller: Any) -> None:
-            if lifeline is None:
+            if control is None:
                 super()._register_sigint_handler(controller)
             else:
-                _stop_on_signals(lifeline, recovery.stop_seconds, lambda: ray.kill(controller), signals)
+                _stop_on_signals(control, recovery.stop_seconds, lambda: ray.kill(controller), signals)
 
     return Trainer
 
 
-def _stop_on_signals(lifeline: Lifeline, grace: float, abort: Callable[[], None], signals: Signals) -> None:
+def _stop_on_signals(control: WorkerControl, grace: float, abort: Callable[[], None], signals: Signals) -> None:
     """The first Ctrl-C or SIGTERM asks the workers for a checkpoint and to end, the second ends them, and so does
     `grace` seconds without an answer. `_interruptible` restores the handlers."""
 
-    def act(number: int, frame: Any) -> None:
+    def on_signal(number: int, frame: Any) -> None:
         signals.received.append(number)
         if len(signals.received) > 1:
             abort()
-            raise signals.ending()
+            raise signals.exit_exception()
         name = signal.Signals(number).name
         logger.warning("%s: the workers write a checkpoint and end; again to end them without", name)
-        threading.Thread(target=ask, args=(name,), name="stop", daemon=True).start()
+        threading.Thread(target=request_checkpoint, args=(name,), name="stop", daemon=True).start()
 
-    def ask(name: str) -> None:
+    def request_checkpoint(name: str) -> None:
         try:
-            lifeline.notify("stop", name)
-            if not within(grace, lambda: signals.over.is_set() or lifeline.followed()):
+            control.notify("stop", name)
+            if not wait_until(grace, lambda: signals.finished.is_set() or control.acknowledged()):
                 logger.warning("the workers have not answered in %g s: they are ended without a checkpoint", grace)
                 abort()
         except OSError as error:
@@ -188,7 +197,7 @@ def _stop_on_signals(lifeline: Lifeline, grace: float, abort: Callable[[], None]
             abort()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, act)
+        signal.signal(number, on_signal)
 
 
 @contextmanager
@@ -203,12 +212,12 @@ def _interruptible(signals: Signals) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         if signals.received:
-            raise signals.ending() from error
+            raise signals.exit_exception() from error
         if isinstance(error, SystemExit) and error.code in (0, 1):
             raise KeyboardInterrupt from error
         raise
     finally:
-        signals.over.set()
+        signals.finished.set()
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from calumma.platform.specification import Recovery
 
 if TYPE_CHECKING:
-    from calumma.platform.training.group.lifeline import Lifeline
+    from calumma.platform.training.group.control import WorkerControl
 
 logger = logging.getLogger(__name__)
 _PAUSE = 0.5  # seconds between two looks for place; Ray Train's own loop has none
-_PROBE = 2.0  # seconds that a node gets to accept a connection
-_SILENCE = 60.0  # seconds; Ray declares a node that does not answer dead after 15, by default
+_PROBE_TIMEOUT = 2.0  # seconds that a node gets to accept a connection
+_UNREACHABLE_LIMIT = 60.0  # seconds; Ray declares a node that does not answer dead after 15, by default
 
 
 def failure_policy(config: Any, newest_step: Callable[[], int]) -> Any:
@@ -34,7 +34,7 @@ def failure_policy(config: Any, newest_step: Callable[[], int]) -> Any:
 
         def make_decision(self, training_failed_error: Any) -> Any:
             failures = getattr(training_failed_error, "worker_failures", {})
-            if any(_comes_again(error) for error in failures.values()):
+            if any(_not_retryable(error) for error in failures.values()):
                 return FailureDecision.RAISE
             try:
                 reached = newest_step()
@@ -48,12 +48,12 @@ def failure_policy(config: Any, newest_step: Callable[[], int]) -> Any:
     return SinceTheLastCheckpoint(config)
 
 
-def _comes_again(error: BaseException) -> bool:
+def _not_retryable(error: BaseException) -> bool:
     # by name: where the error was unpickled its class may be another one
     return type(getattr(error, "_base_exc", error)).__name__ in ("TrainingFailed", "SpecificationError")
 
 
-def checkpoint_before_resizing(lifeline: Lifeline, recovery: Recovery) -> Any:
+def checkpoint_before_resizing(control: WorkerControl, recovery: Recovery) -> Any:
     """A callback of Ray Train's controller: a group that is well checkpoints before another size takes its place, so
     that few steps are taken twice."""
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -72,8 +72,8 @@ def checkpoint_before_resizing(lifeline: Lifeline, recovery: Recovery) -> Any:
                 return
             self._well = False
             try:
-                lifeline.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
-                if not within(recovery.stop_seconds, lifeline.followed):
+                control.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
+                if not wait_until(recovery.stop_seconds, control.acknowledged):
                     logger.warning("no checkpoint before resizing within %g s", recovery.stop_seconds)
             except OSError as error:  # resizing goes on from an older checkpoint
                 logger.warning("no checkpoint before resizing: %s", error)
@@ -102,14 +102,14 @@ def scaling_policy(config: Any) -> Any:
 
         def _in_doubt(self) -> bool:
             """Whether a node is silent that Ray has not declared dead yet."""
-            lost = silent(node for node in ray.nodes() if node["Alive"])
+            lost = unreachable_nodes(node for node in ray.nodes() if node["Alive"])
             if not lost:
                 self._silent_since = None
                 return False
             if self._silent_since is None:
                 self._silent_since = time.monotonic()
                 logger.warning("no answer from %s: waiting until Ray knows whether it is lost", ", ".join(lost))
-            return time.monotonic() - self._silent_since < _SILENCE
+            return time.monotonic() - self._silent_since < _UNREACHABLE_LIMIT
 
         def _get_reserved_resources(self) -> Any:
             since = time.monotonic() - self._latest_reserved_resources_query_time
@@ -121,30 +121,30 @@ def scaling_policy(config: Any) -> Any:
     return ByTheNodesOfNow(config)
 
 
-def silent(nodes: Iterable[dict[str, Any]]) -> list[str]:
+def unreachable_nodes(nodes: Iterable[dict[str, Any]]) -> list[str]:
     """Addresses of those of Ray's nodes that do not accept connections any more."""
     addresses = [(node["NodeManagerAddress"], int(node["NodeManagerPort"])) for node in nodes]
     with ThreadPoolExecutor(16) as pool:
         return [
             f"{host}:{port}"
-            for (host, port), answers in zip(addresses, pool.map(_answers, addresses), strict=True)
+            for (host, port), answers in zip(addresses, pool.map(_accepts_connections, addresses), strict=True)
             if not answers
         ]
 
 
-def _answers(address: tuple[str, int]) -> bool:
+def _accepts_connections(address: tuple[str, int]) -> bool:
     try:
-        socket.create_connection(address, timeout=_PROBE).close()
+        socket.create_connection(address, timeout=_PROBE_TIMEOUT).close()
     except OSError:
         return False
     return True
 
 
-def within(seconds: float, happened: Callable[[], bool]) -> bool:
+def wait_until(seconds: float, condition: Callable[[], bool]) -> bool:
     """Whether it happened within that time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if happened():
+        if condition():
             return True
         time.sleep(1.0)
     return False

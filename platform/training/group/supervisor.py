@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from calumma.platform import storage
 from calumma.platform.training.checkpoints import catalog
-from calumma.platform.training.checkpoints.saver import Published, Replicated, Saver
+from calumma.platform.training.checkpoints.saver import OnPublished, Replicated, Saver
 from calumma.platform.training.errors import Stopped, TrainingFailed
-from calumma.platform.training.group.watchdog import Action, Notices, Watchdog
+from calumma.platform.training.group.notice import Action, NoticeWatcher
+from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker
 
 if TYPE_CHECKING:
@@ -38,11 +39,11 @@ class Supervisor:
         engine: DeepSpeedEngine | Replicated,
         assignment: Assignment | ImageAssignment,
         worker: Worker,
-        published: Published | None = None,
+        published: OnPublished | None = None,
     ) -> None:
         """`published(uri, report)` is called by the first worker, from a background thread, for each checkpoint."""
         self._engine, self._assignment, self._worker, spec = engine, assignment, worker, assignment.spec
-        self._checkpoints = catalog.folder(assignment.output)
+        self._checkpoints = catalog.checkpoints_folder(assignment.output)
         self._next = assignment.first_step
         self._preemption: Any = None
         earlier = assignment.resume.manifest.report.get("groups", []) if assignment.resume else []
@@ -56,8 +57,8 @@ class Supervisor:
             catalog.retain(assignment.output, spec.resources.keep)
 
         self._saver = Saver(spec, assignment.inputs, published, keep_few)
-        self._watchdog = Watchdog(spec.resources.recovery.hang_seconds, self._keep_stacks)
-        self._notices = Notices(self._checkpoints) if worker.leads else None
+        self._watchdog = Watchdog(spec.resources.recovery.hang_seconds, self._save_stacks)
+        self._notices = NoticeWatcher(self._checkpoints) if worker.is_main else None
 
     def __enter__(self) -> Self:
         return self
@@ -67,22 +68,22 @@ class Supervisor:
     ) -> None:
         try:
             if kind is None:
-                self.settle()
+                self.wait_until_published()
                 if self._notices is not None:  # training ended before it could be followed
-                    self._notices.done("stop")
+                    self._notices.acknowledge("stop")
         finally:
             if self._notices is not None:
                 self._notices.close()
             self._watchdog.close()
             self._saver.close()
 
-    def expect(self, step: int) -> None:
+    def check_step(self, step: int) -> None:
         """`step` is about to be taken on its data. Raises RuntimeError when that is not the one whose turn it is: data
         and weights were resumed from different checkpoints."""
         if step != self._next:
             raise RuntimeError(f"the data of step {step} were given to weights after step {self._next}")
 
-    def after(self, done: int, report: dict[str, Any], due: bool) -> None:
+    def after_step(self, done: int, report: dict[str, Any], due: bool) -> None:
         """`done` steps were taken. Every worker calls it after every step with the same arguments.
 
         A checkpoint is written when it is `due`, or asked for by a notice or a preemption: then it is published on
@@ -90,22 +91,22 @@ class Supervisor:
         """
         self._next = done
         self._watchdog.beat()
-        action, why = self._agreed()
+        action, why = self._agreed_action()
         if not due and action is None:
             return
         began = time.monotonic()
         self._saver.save(
-            self._engine, catalog.location(self._assignment.output, done), {**report, "groups": self.groups}
+            self._engine, catalog.checkpoint_uri(self._assignment.output, done), {**report, "groups": self.groups}
         )
         if action is not None:
-            self.settle()
+            self.wait_until_published()
             if self._notices is not None:
-                self._notices.done(action)
+                self._notices.acknowledge(action)
         self.seconds += time.monotonic() - began
         if action == "stop":
             raise Stopped(
                 f"stopped after step {done} ({why}); its checkpoint is "
-                f"{catalog.location(self._assignment.output, done)}, and the same command goes on from there"
+                f"{catalog.checkpoint_uri(self._assignment.output, done)}, and the same command goes on from there"
             )
         if action is not None:
             logger.warning("checkpoint after step %d: %s", done, why)
@@ -114,29 +115,29 @@ class Supervisor:
         """There is progress, outside of steps."""
         self._watchdog.beat()
 
-    def settle(self) -> None:
+    def wait_until_published(self) -> None:
         """Wait until the last checkpoint is published. Every worker calls it; raises TrainingFailed on all of them."""
         try:
-            self._saver.settle()
+            self._saver.wait_until_published()
         except storage.StorageError as error:
             raise TrainingFailed(str(error)) from error
 
-    def _agreed(self) -> tuple[Action | None, str]:
+    def _agreed_action(self) -> tuple[Action | None, str]:
         """What this group is to do now: the strongest that any of its workers was told, the same on all."""
-        mine: tuple[Action, str] | None = self._notices.found if self._notices is not None else None
+        own: tuple[Action, str] | None = self._notices.pending if self._notices is not None else None
         preemption = _preemption()
-        if mine is None and preemption is not None and preemption != self._preemption:
-            mine = ("checkpoint", "a node is about to be taken away")
+        if own is None and preemption is not None and preemption != self._preemption:
+            own = ("checkpoint", "a node is about to be taken away")
         self._preemption = preemption
         levels: dict[Action | None, int] = {None: 0, "checkpoint": 1, "stop": 2}
-        told = torch.tensor(levels[mine[0] if mine else None], device=self._engine.device)
+        strongest = torch.tensor(levels[own[0] if own else None], device=self._engine.device)
         if self._worker.world > 1:
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        level = int(told)
+            dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
+        level = int(strongest)
         action = next(name for name, number in levels.items() if number == level)
-        return action, mine[1] if mine else "another worker was told"
+        return action, own[1] if own else "another worker was told"
 
-    def _keep_stacks(self, text: str) -> None:
+    def _save_stacks(self, text: str) -> None:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         name = f"{now}-step-{self._next:08d}-worker-{self._worker.rank:05d}.txt"
         storage.write_bytes(storage.join(self._assignment.output, "stacks", name), text.encode())

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     import torch
 
 
-THREADS = "CALUMMA_THREADS"  # environment: threads of a worker on a CPU; default: its share of the node's cores
+THREADS_VARIABLE = (
+    "CALUMMA_THREADS"  # environment: threads of a worker on a CPU; default: its share of the node's cores
+)
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,11 @@ class Worker:
     device: torch.device
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
 
-def join() -> Worker:
+def set_up_worker() -> Worker:
     """To be called first in a worker's loop: settles libraries, threads and device."""
     import ray.train
     import ray.train.torch
@@ -40,8 +42,8 @@ def join() -> Worker:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one, and may find a driver without a device
-        given = int(os.environ.get(THREADS, 0))
-        torch.set_num_threads(given or max(1, _cores() // context.get_local_world_size()))
+        threads = int(os.environ.get(THREADS_VARIABLE, 0))
+        torch.set_num_threads(threads or max(1, _cores() // context.get_local_world_size()))
     return Worker(context.get_world_rank(), context.get_world_size(), device)
 
 

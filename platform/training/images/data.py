@@ -23,7 +23,7 @@ from torch import Tensor
 from calumma.model.document import Document
 from calumma.model.images import preprocess, to_image
 from calumma.platform.shards.documents import read_documents
-from calumma.platform.specification import SpecificationError, named
+from calumma.platform.specification import SpecificationError, import_function
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.specification import ImageTokenizerSpecification
 
@@ -61,12 +61,12 @@ def _images(documents: Iterable[Document]) -> Iterator[Any]:
         yield from document.images
 
 
-def read(spec: ImageTokenizerSpecification, uris: list[str], worker: Worker) -> Tensor:
+def read_pool(spec: ImageTokenizerSpecification, uris: list[str], worker: Worker) -> Tensor:
     """This worker's part of the images in curated documents. Raises SpecificationError when they have none at all."""
     documents = (document for uri in uris for document in read_documents(spec.locate(uri)))
     share = (worker.rank, worker.world)
     images = read_images(documents, spec.model.resolution, share, spec.seed, int(spec.memory_gib * (1 << 30)))
-    if not together(len(images), worker):
+    if not sum_over_workers(len(images), worker):
         raise SpecificationError(f"there are no images in {', '.join(spec.locate(uri) for uri in uris)}")
     return images
 
@@ -76,7 +76,7 @@ def as_floats(pixels_BCHW: Tensor) -> Tensor:
     return pixels_BCHW.float() / 127.5 - 1
 
 
-def together(number: int, worker: Worker) -> int:
+def sum_over_workers(number: int, worker: Worker) -> int:
     """The sum over all workers."""
     if worker.world == 1:
         return number
@@ -85,9 +85,9 @@ def together(number: int, worker: Worker) -> int:
     return int(total)
 
 
-def weight_function(spec: ImageTokenizerSpecification) -> Callable[[PILImage.Image], float] | None:
+def load_weight_function(spec: ImageTokenizerSpecification) -> Callable[[PILImage.Image], float] | None:
     """The function of `sampling_weight`. Raises SpecificationError."""
-    return None if spec.sampling_weight is None else named(spec.sampling_weight, "sampling_weight")
+    return None if spec.sampling_weight is None else import_function(spec.sampling_weight, "sampling_weight")
 
 
 def sampling_weights(
@@ -108,7 +108,7 @@ def sampling_weights(
     return weights_N
 
 
-def shares(batch: int, world: int) -> list[int]:
+def batch_shares(batch: int, world: int) -> list[int]:
     """How many images of a batch each worker takes, one after the other."""
     return [batch // world + (rank < batch % world) for rank in range(world)]
 
@@ -121,7 +121,7 @@ class Pool:
     ) -> None:
         """Raises SpecificationError when no image can be drawn."""
         self.images, self._worker = images_NCHW, worker
-        self.size = together(len(images_NCHW), worker)
+        self.size = sum_over_workers(len(images_NCHW), worker)
         self._weights_N: Tensor | None = None
         if weigh is None:
             return
@@ -129,9 +129,9 @@ class Pool:
         weights_N = torch.zeros(self.size, dtype=torch.double)
         weights_N[rank::world] = sampling_weights(images_NCHW, weigh, (rank, world))
         if world > 1:
-            everyones_N = weights_N.to(worker.device)
-            dist.all_reduce(everyones_N)
-            weights_N = everyones_N.cpu()
+            summed_N = weights_N.to(worker.device)
+            dist.all_reduce(summed_N)
+            weights_N = summed_N.cpu()
         if not weights_N.any():
             raise SpecificationError("sampling_weight: every image got the weight 0, so none can be drawn")
         self._weights_N = weights_N
@@ -147,7 +147,7 @@ class Pool:
         rank, world, device = self._worker.rank, self._worker.world, self._worker.device
         if world == 1:
             return self.images[drawn_B].to(device)
-        parts = drawn_B.split(shares(len(drawn_B), world))
+        parts = drawn_B.split(batch_shares(len(drawn_B), world))
         sent = [part[part % world == rank] // world for part in parts]
         holders = parts[rank] % world
         received = torch.empty(len(holders), *self.images.shape[1:], dtype=torch.uint8, device=device)

@@ -17,43 +17,45 @@ import torch
 from torch import Tensor
 
 from calumma.platform import storage
-from calumma.platform.storage.manifest import entries
-from calumma.platform.tokenizing.text_tokenizer import clear
+from calumma.platform.storage.manifest import file_entries
+from calumma.platform.tokenizing.text_tokenizer import delete_tokenizer
 from calumma.platform.tracking import provenance
 from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.training import publication
 from calumma.platform.training.assignment import Checkpoint, ImageAssignment
 from calumma.platform.training.checkpoints import catalog, resumption, universal
-from calumma.platform.training.checkpoints.saver import WHOLE
+from calumma.platform.training.checkpoints.saver import REPLICATED_FILE
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.supervisor import Supervisor
-from calumma.platform.training.group.worker import Worker, join
+from calumma.platform.training.group.worker import Worker, set_up_worker
 from calumma.platform.training.images import data
 from calumma.platform.training.images.data import Pool
-from calumma.platform.training.images.measure import Measured, comparison, measure
-from calumma.platform.training.images.objective import ImageTraining, Measures
+from calumma.platform.training.images.measure import ReconstructionErrors, comparison, measure_reconstruction
+from calumma.platform.training.images.objective import ImageTraining, StepMeasures
 from calumma.platform.training.specification import Schedule
 from calumma.platform.training.steps import faults, meters
 from calumma.platform.training.steps.schedule import learning_rate
 
 KIND = "image_tokenizer"
 _PERIODS = 50  # in which codes must be used, or are moved
-_RESTARTING = 0.7  # share of the steps in which unused codes are moved; then the codebook settles
-_MEASURED = 20_000  # training images, at most, that count the codes in use
-_SHOWN = 16  # images in the picture of reconstructions
-_KEPT = ("step", "schedule_step", "loss", "held_out_loss", "seconds", "faults", "incidents")
+_RESTART_SHARE = 0.7  # share of the steps in which unused codes are moved; then the codebook settles
+_MEASURED_IMAGES = 20_000  # training images, at most, that count the codes in use
+_PICTURED_IMAGES = 16  # images in the picture of reconstructions
+_RESUMED_FIELDS = ("step", "schedule_step", "loss", "held_out_loss", "seconds", "faults", "incidents")
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's loop, from the newest whole checkpoint that there is when this group starts; the report (on rank 0,
     elsewhere empty)."""
-    given: ImageAssignment = config["assignment"]
-    worker = join()
+    submitted: ImageAssignment = config["assignment"]
+    worker = set_up_worker()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
-    assignment = replace(given, resume=resumption.resumption(given.output, given.spec, given.inputs))
+    assignment = replace(
+        submitted, resume=resumption.agreed_checkpoint(submitted.output, submitted.spec, submitted.inputs)
+    )
     writer = None
-    if worker.leads:
-        writer = BackgroundWriter(assignment.run, parked=storage.join(assignment.output, "tracking"))
+    if worker.is_main:
+        writer = BackgroundWriter(assignment.run, backup=storage.join(assignment.output, "tracking"))
     try:
         if writer is not None:
             writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")
@@ -74,17 +76,17 @@ class Loop:
     def __init__(self, assignment: ImageAssignment, worker: Worker, writer: BackgroundWriter | None) -> None:
         self.assignment, self.worker, self.writer = assignment, worker, writer
         spec = self.spec = assignment.spec
-        self.pool = Pool(data.read(spec, spec.documents, worker), worker, data.weight_function(spec))
-        self.shown = data.read(spec, spec.held_out, worker) if spec.held_out else None
+        self.pool = Pool(data.read_pool(spec, spec.documents, worker), worker, data.load_weight_function(spec))
+        self.held_out = data.read_pool(spec, spec.held_out, worker) if spec.held_out else None
         self.training = ImageTraining(spec, worker)
         self.report: dict[str, Any] = {"step": 0, "schedule_step": 0, "seconds": 0.0}
         if assignment.resume is not None:
-            self.training.load(_state(assignment.resume))
-            self.report = {k: v for k, v in assignment.resume.manifest.report.items() if k in _KEPT}
-        self.bad = faults.Incidents(spec.faults, self.report, spec.steps)
+            self.training.load(_read_state(assignment.resume))
+            self.report = {k: v for k, v in assignment.resume.manifest.report.items() if k in _RESUMED_FIELDS}
+        self.faults = faults.FaultHandler(spec.faults, self.report, spec.steps)
         self.schedule = Schedule(kind="cosine", warmup_steps=min(100, spec.steps // 10), final=0.02)
         self.period = max(1, spec.steps // _PERIODS)
-        self.clock = meters.Clock()
+        self.clock = meters.ActivityClock()
         self.began = time.monotonic() - self.report["seconds"]
         self._new_interval(assignment.first_step)
 
@@ -97,8 +99,8 @@ class Loop:
             if spec.faults.action == "roll_back" and first == 0:
                 self._save(supervisor, 0, due=True)  # something to go back to
             for step in range(first, spec.steps):
-                supervisor.expect(step)
-                if step >= self.bad.left_out:
+                supervisor.check_step(step)
+                if step >= self.faults.resume_after:
                     self._step(supervisor, step)
                 self._save(supervisor, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps)
 
@@ -114,8 +116,8 @@ class Loop:
         self._picture("samples/reconstructions.png")
         with tempfile.TemporaryDirectory(prefix="calumma-image-tokenizer-") as folder:
             tokenizer.save(folder)
-            report["files"] = [entry.model_dump(mode="json") for entry in entries(folder)]
-            clear(spec.locate(spec.output), KIND)
+            report["files"] = [entry.model_dump(mode="json") for entry in file_entries(folder)]
+            delete_tokenizer(spec.locate(spec.output), KIND)
             storage.upload(folder, spec.locate(spec.output))
         return report
 
@@ -125,21 +127,21 @@ class Loop:
             x = data.as_floats(self.pool.take(self.pool.draw(spec.batch, training.generator)))
         rate = learning_rate(step, spec.learning_rate, self.schedule, spec.steps)
         with self.clock("compute"):
-            found = training.look(x, step)
+            measures = training.compute_gradients(x, step)
             # Judged by what is never below 0: the adversarial part of the whole may be.
-            loss = found.parts["reconstruction"] if math.isfinite(found.loss) else found.loss
-            cause = self.bad.guard.judge(loss) or (None if math.isfinite(found.norm) else "gradient")
+            loss = measures.parts["reconstruction"] if math.isfinite(measures.loss) else measures.loss
+            cause = self.faults.guard.judge(loss) or (None if math.isfinite(measures.norm) else "gradient")
             if cause is None:
-                self.bad.guard.good(loss)
-                training.move(rate)
+                self.faults.guard.record_good(loss)
+                training.take_step(rate)
         if cause is not None:
-            self._fault(supervisor, done, cause, loss)
+            self._handle_bad_step(supervisor, done, cause, loss)
         metrics: dict[str, float] = {}
         last = done == spec.steps
         if cause is None and (done % self.period == 0 or last):
             metrics |= self._end_period(done, x)
         if done % (spec.log_every or self.period) == 0 or last:
-            metrics |= self._metrics(done, rate, found if cause is None else None)
+            metrics |= self._metrics(done, rate, measures if cause is None else None)
         self._log(metrics, done)
         if spec.held_out_every is not None and done % spec.held_out_every == 0 and not last:
             self._evaluate(supervisor, done)
@@ -147,100 +149,108 @@ class Loop:
     def _end_period(self, done: int, x_BCHW: Tensor) -> dict[str, float]:
         """Count the codes in use, and move the others; every worker calls it."""
         metrics = {"codes_in_use": self.training.codes_in_use()}
-        if done < _RESTARTING * self.spec.steps:
+        if done < _RESTART_SHARE * self.spec.steps:
             self.training.restart(x_BCHW)
         self.training.begin_period()
         return metrics
 
-    def _metrics(self, done: int, rate: float, found: Measures | None) -> dict[str, float]:
+    def _metrics(self, done: int, rate: float, measures: StepMeasures | None) -> dict[str, float]:
         """Of the newest step, unless it was not taken, and since the last metrics."""
         metrics: dict[str, float] = {}
-        if found is not None:
-            self.report["loss"] = found.loss
-            metrics = {"loss": found.loss, **found.parts, "gradient_norm": found.norm}
+        if measures is not None:
+            self.report["loss"] = measures.loss
+            metrics = {"loss": measures.loss, **measures.parts, "gradient_norm": measures.norm}
         steps, whole = done - self._interval_step, time.monotonic() - self._interval_began
-        speed = steps * self.spec.batch / max(whole - self._elsewhere, 1e-9)
+        speed = steps * self.spec.batch / max(whole - self._paused, 1e-9)
         metrics |= {"learning_rate": rate, "images_per_second": speed, "step": done, "workers": self.worker.world}
-        metrics |= self.clock.read() | meters.memory(self.worker.device) | self.bad.guard.metrics()
+        metrics |= self.clock.read() | meters.peak_memory(self.worker.device) | self.faults.guard.metrics()
         metrics["seconds_left"] = whole / max(steps, 1) * (self.spec.steps - done)
         self._new_interval(done)
         return metrics
 
     def _new_interval(self, done: int) -> None:
-        self._interval_step, self._interval_began, self._elsewhere = done, time.monotonic(), 0.0
+        self._interval_step, self._interval_began, self._paused = done, time.monotonic(), 0.0
 
     def _evaluate(self, supervisor: Supervisor, done: int) -> None:
         """Reconstruction on the way: its errors and a picture."""
         began = time.monotonic()
         with self.clock("evaluation"):
-            found = self._measured(supervisor)
-            self._log({key: value for key, value in found.items() if isinstance(value, float)}, done)
+            metrics = self._measured(supervisor)
+            self._log({key: value for key, value in metrics.items() if isinstance(value, float)}, done)
             self._picture(f"samples/step-{done:08d}/reconstructions.png")
-        self._elsewhere += time.monotonic() - began
+        self._paused += time.monotonic() - began
 
     def _measured(self, supervisor: Supervisor | None = None) -> dict[str, Any]:
         """Reconstruction of held-out images (of training images where there are none), and the share of codes that
         these and training images use; every worker calls it."""
         beat = supervisor.beat if supervisor is not None else None
 
-        def over(images: Tensor) -> Measured:
-            return measure(self.training.tokenizer, images, total=self.training.total, beat=beat)
+        def measured(images: Tensor) -> ReconstructionErrors:
+            return measure_reconstruction(
+                self.training.tokenizer, images, all_reduce=self.training.all_reduce, beat=beat
+            )
 
-        trained = over(self.pool.images[: -(-_MEASURED // self.worker.world)])
-        held_out = trained if self.shown is None else over(self.shown)
+        trained = measured(self.pool.images[: -(-_MEASURED_IMAGES // self.worker.world)])
+        held_out = trained if self.held_out is None else measured(self.held_out)
         self.report["held_out_loss"] = held_out.squared
         return {
             "image_reconstruction_error": held_out.squared,
             "pixel_error": held_out.absolute,
-            "measured_on": "documents" if self.shown is None else "held_out",
+            "measured_on": "documents" if self.held_out is None else "held_out",
             "measured_images": held_out.images,
             "codebook_used": (trained.used_K | held_out.used_K).float().mean().item(),
         }
 
     def _picture(self, path: str) -> None:
-        images = self.pool.images if self.shown is None else self.shown
+        images = self.pool.images if self.held_out is None else self.held_out
         if self.writer is not None and len(images):
-            self.writer.log_image(comparison(self.training.tokenizer, images[:_SHOWN]), path)
+            self.writer.log_image(comparison(self.training.tokenizer, images[:_PICTURED_IMAGES]), path)
 
-    def _fault(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float) -> None:
-        place = catalog.folder(self.assignment.output)
+    def _handle_bad_step(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float) -> None:
+        place = catalog.checkpoints_folder(self.assignment.output)
 
         def roll_back() -> int:
             with self.clock("checkpoint"):
-                supervisor.settle()
-                found = resumption.resumption(self.assignment.output, self.spec, self.assignment.inputs)
-                if found is None:
+                supervisor.wait_until_published()
+                checkpoint = resumption.agreed_checkpoint(self.assignment.output, self.spec, self.assignment.inputs)
+                if checkpoint is None:
                     raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
-                self.training.load(_state(found), draws=False)  # other images than those that led here
-            return found.step
+                self.training.load(_read_state(checkpoint), draws=False)  # other images than those that led here
+            return checkpoint.step
 
-        def ending() -> str:
-            return faults.report(
-                done, self.bad.found, self.spec.faults, self.spec.learning_rate, place, "learning_rate", warmup=None
+        def failure_report() -> str:
+            return faults.divergence_report(
+                done,
+                self.faults.incidents,
+                self.spec.faults,
+                self.spec.learning_rate,
+                place,
+                "learning_rate",
+                warmup=None,
             )
 
-        self.bad.add(done, cause, loss, self.writer, roll_back, ending)
+        self.faults.handle(done, cause, loss, self.writer, roll_back, failure_report)
 
     def _save(self, supervisor: Supervisor, done: int, due: bool) -> None:
         """Whatever the end of a step asks for: a checkpoint, or to stop."""
         self.report |= {"step": done, "schedule_step": done, "seconds": time.monotonic() - self.began}
-        self.report |= self.bad.state(saved=due)
+        self.report |= self.faults.state(saved=due)
         before = supervisor.seconds
         with self.clock("checkpoint"):
-            supervisor.after(done, self.report, due)
-        self._elsewhere += supervisor.seconds - before
+            supervisor.after_step(done, self.report, due)
+        self._paused += supervisor.seconds - before
 
     def _published(self, uri: str, report: dict[str, Any]) -> None:
         if self.writer is not None:
-            publication.tell_checkpoint(self.writer, uri, report, ("loss", "held_out_loss"))
+            publication.log_checkpoint(self.writer, uri, report, ("loss", "held_out_loss"))
 
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.writer is not None and metrics:
             self.writer.log({key: value for key, value in metrics.items() if math.isfinite(value)}, done)
 
 
-def _state(found: Checkpoint) -> dict[str, Any]:
+def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `ImageTraining.whole_state` was; every worker calls it."""
-    with universal.on_this_node(found.files) as folder:
-        state: dict[str, Any] = torch.load(folder / WHOLE, map_location="cpu", weights_only=True)
+    with universal.local_checkpoint(checkpoint.files) as folder:
+        state: dict[str, Any] = torch.load(folder / REPLICATED_FILE, map_location="cpu", weights_only=True)
     return state

@@ -17,7 +17,7 @@ from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.platform.training.images.data import as_floats
 
 
-class Measured(NamedTuple):
+class ReconstructionErrors(NamedTuple):
     """How well images are reconstructed: mean squared error of values in [-1, 1], and mean absolute error a pixel and
     channel in 0..255; which codes they used (BoolTensor [K]); how many they were."""
 
@@ -28,13 +28,13 @@ class Measured(NamedTuple):
 
 
 @torch.inference_mode()
-def measure(
+def measure_reconstruction(
     tokenizer: ImageTokenizer,
     images_NCHW: Tensor,
     batch: int = 64,
-    total: Callable[[Tensor], object] | None = None,
+    all_reduce: Callable[[Tensor], object] | None = None,
     beat: Callable[[], None] | None = None,
-) -> Measured:
+) -> ReconstructionErrors:
     """Encode and decode every image (ByteTensor [N, 3, H, W]) as serving does: clamped to what a picture can hold.
 
     With `total`, which sums a tensor over all workers in place, it is measured over the images of all of them; every
@@ -52,13 +52,13 @@ def measure(
         absolute += difference.abs().sum().item() * 127.5
         if beat is not None:
             beat()
-    if total is not None:
+    if all_reduce is not None:
         sums = torch.tensor([squared, absolute, number, *used_K.tolist()], dtype=torch.float64, device=device)
-        total(sums)
+        all_reduce(sums)
         squared, absolute, number = float(sums[0]), float(sums[1]), int(sums[2])
         used_K = (sums[3:] > 0).cpu()
     values = max(1, number * 3 * tokenizer.config.resolution**2)
-    return Measured(squared / values, absolute / values, used_K, number)
+    return ReconstructionErrors(squared / values, absolute / values, used_K, number)
 
 
 def comparison(tokenizer: ImageTokenizer, images_NCHW: Tensor, enlarge: int = 2) -> PILImage.Image:

@@ -20,13 +20,13 @@ from calumma.model.tokenizers.image_losses import CodebookAverage, ImageObjectiv
 from calumma.platform import storage
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.group.worker import Worker
-from calumma.platform.training.images.data import shares
+from calumma.platform.training.images.data import batch_shares
 from calumma.platform.training.specification import ImageTokenizerSpecification
 
-_CLIP = 1.0  # norm of a gradient
+_GRADIENT_CLIP = 1.0  # norm of a gradient
 
 
-def perceptual_loss(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
+def load_perceptual_loss(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
     """The perceptual network, where its weights are given. Raises SpecificationError."""
     if spec.loss.perceptual_weights is None:
         return None
@@ -39,7 +39,7 @@ def perceptual_loss(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
         raise SpecificationError(f"loss.perceptual_weights: {uri}: {error}") from error
 
 
-class Measures(NamedTuple):
+class StepMeasures(NamedTuple):
     """Of one step, over all workers: the loss, its parts and the gradient's norm before clipping, the largest of both
     networks."""
 
@@ -57,19 +57,21 @@ class ImageTraining:
 
     def __init__(self, spec: ImageTokenizerSpecification, worker: Worker) -> None:
         self.spec, self.worker = spec, worker
-        sizes = shares(spec.batch, worker.world)
+        sizes = batch_shares(spec.batch, worker.world)
         self._first, self._batch = sum(sizes[: worker.rank]), sizes[worker.rank]
         alone = worker.world == 1
-        self.total = None if alone else dist.all_reduce
+        self.all_reduce = None if alone else dist.all_reduce
         torch.manual_seed(spec.seed)
         self.tokenizer = ImageTokenizer(spec.model).to(worker.device)
         mean = None if alone else self._mean
-        objective = ImageObjective(spec.loss, spec.commitment, perceptual_loss(spec), mean)
+        objective = ImageObjective(spec.loss, spec.commitment, load_perceptual_loss(spec), mean)
         self.objective = objective.to(worker.device)
         self.average: CodebookAverage | None = None
         if spec.loss.codebook == "ema":
             self.tokenizer.codebook.requires_grad_(False)
-            self.average = CodebookAverage(self.tokenizer.codebook.weight.detach(), spec.loss.ema_decay, self.total)
+            self.average = CodebookAverage(
+                self.tokenizer.codebook.weight.detach(), spec.loss.ema_decay, self.all_reduce
+            )
         self._networks = {"tokenizer": _Network(self.tokenizer, spec.learning_rate, (0.9, 0.99), alone)}
         if objective.discriminator is not None:
             peak = spec.loss.discriminator_learning_rate or spec.learning_rate
@@ -79,45 +81,48 @@ class ImageTraining:
         """Above 0: codes used in this period (see `begin_period`), at least by this worker's images."""
         self.started = False
         """Whether the codebook was moved onto latents of real images."""
-        self._found: Reconstruction | None = None
-        self._judged = False
+        self._reconstruction: Reconstruction | None = None
+        self._discriminated = False
 
     @property
     def device(self) -> torch.device:
         return self.worker.device
 
-    def look(self, x_BCHW: Tensor, step: int) -> Measures:
+    def compute_gradients(self, x_BCHW: Tensor, step: int) -> StepMeasures:
         """The gradients of a step (the first is 0) for this worker's images; nothing is moved but, before the first
         step, the codebook."""
         if not self.started:
             self.restart(x_BCHW)
             self.started = True
         main, critic = self._networks["tokenizer"], self._networks.get("discriminator")
-        found = main.model(x_BCHW)
-        losses = self.objective.tokenizer(found, x_BCHW, step, self.tokenizer.last_layer)
-        parts, norms = dict(losses.parts), [main.differentiate(losses.total * self._weight)]
-        self._found, self._judged = found, critic is not None and self.objective.discriminator_active(step)
-        if critic is not None and self._judged:
-            loss = discriminator_loss(critic.model, found, x_BCHW)
-            norms.append(critic.differentiate(loss * self._weight))
+        reconstruction = main.model(x_BCHW)
+        losses = self.objective.tokenizer(reconstruction, x_BCHW, step, self.tokenizer.last_layer)
+        parts, norms = dict(losses.parts), [main.backward(losses.total * self._weight)]
+        self._reconstruction, self._discriminated = (
+            reconstruction,
+            critic is not None and self.objective.discriminator_active(step),
+        )
+        if critic is not None and self._discriminated:
+            loss = discriminator_loss(critic.model, reconstruction, x_BCHW)
+            norms.append(critic.backward(loss * self._weight))
             parts["discriminator_loss"] = loss.detach()
         values = torch.stack([losses.total.detach(), *parts.values()])
         if self.worker.world > 1:
             self._mean(values)
         loss_, *rest = values.tolist()
-        return Measures(loss_, dict(zip(parts, rest, strict=True)), torch.stack(norms).max().item())
+        return StepMeasures(loss_, dict(zip(parts, rest, strict=True)), torch.stack(norms).max().item())
 
-    def move(self, rate: float) -> None:
+    def take_step(self, rate: float) -> None:
         """Take the step that was looked at; the discriminator's learning rate follows the tokenizer's."""
-        assert self._found is not None
-        self._networks["tokenizer"].move(rate)
-        if self._judged:
+        assert self._reconstruction is not None
+        self._networks["tokenizer"].step(rate)
+        if self._discriminated:
             critic = self._networks["discriminator"]
-            critic.move(rate / self.spec.learning_rate * critic.peak)
+            critic.step(rate / self.spec.learning_rate * critic.peak)
         if self.average is not None:
             weight_KE = self.tokenizer.codebook.weight.detach()
-            self.average.update(weight_KE, self._found.latents_BNE, self._found.codes_BN)
-        self.used_K[self._found.codes_BN.flatten()] = 1.0
+            self.average.update(weight_KE, self._reconstruction.latents_BNE, self._reconstruction.codes_BN)
+        self.used_K[self._reconstruction.codes_BN.flatten()] = 1.0
 
     def codes_in_use(self) -> float:
         """The share of codes that any worker has used in this period; every worker calls it."""
@@ -126,7 +131,7 @@ class ImageTraining:
     def restart(self, x_BCHW: Tensor) -> None:
         """Move codes that were unused in this period onto latents of the global batch, on every worker alike."""
         used_K = self._used_anywhere() > 0
-        self.tokenizer.restart_dead_codes(used_K, x_BCHW, self.generator, self._first, self.spec.batch, self.total)
+        self.tokenizer.restart_dead_codes(used_K, x_BCHW, self.generator, self._first, self.spec.batch, self.all_reduce)
         if self.average is not None and self.started:
             self.average.reset(~used_K)
 
@@ -163,8 +168,8 @@ class ImageTraining:
         self.started = state["started"]
 
     def _used_anywhere(self) -> Tensor:
-        if self.total is not None:
-            self.total(self.used_K)
+        if self.all_reduce is not None:
+            self.all_reduce(self.used_K)
         return self.used_K
 
     @property
@@ -186,13 +191,13 @@ class _Network:
         self.optimizer = torch.optim.AdamW(self._trained, lr=peak, betas=betas, weight_decay=1e-4)
         self.model: nn.Module = module if alone else DistributedDataParallel(module)
 
-    def differentiate(self, loss: Tensor) -> Tensor:
+    def backward(self, loss: Tensor) -> Tensor:
         """The gradient, clipped; its norm before."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        return torch.nn.utils.clip_grad_norm_(self._trained, _CLIP)
+        return torch.nn.utils.clip_grad_norm_(self._trained, _GRADIENT_CLIP)
 
-    def move(self, rate: float) -> None:
+    def step(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

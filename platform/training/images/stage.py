@@ -11,7 +11,7 @@ import logging
 from calumma.platform import specification, storage
 from calumma.platform.cluster import capacity
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.shards.documents import curated
+from calumma.platform.shards.documents import curated_manifest
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tokenizing.text_tokenizer import check_output
@@ -19,14 +19,14 @@ from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import ImageAssignment
 from calumma.platform.training.checkpoints import catalog, resumption
-from calumma.platform.training.group import watchdog
-from calumma.platform.training.group.chart import groups_of, worker_range
+from calumma.platform.training.group import notice
+from calumma.platform.training.group.chart import worker_groups, worker_range
+from calumma.platform.training.group.control import worker_control
 from calumma.platform.training.group.fit import fit
-from calumma.platform.training.group.lifeline import lifeline
 from calumma.platform.training.images import loop
-from calumma.platform.training.images.data import weight_function
+from calumma.platform.training.images.data import load_weight_function
 from calumma.platform.training.images.loop import KIND
-from calumma.platform.training.images.objective import perceptual_loss
+from calumma.platform.training.images.objective import load_perceptual_loss
 from calumma.platform.training.specification import ImageTokenizerSpecification
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,13 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
 
     Raises SpecificationError before anything starts, TrainingFailed, StorageError.
     """
-    given, spec = spec, specification.absolute(spec)
-    number = capacity.require(spec.resources)
+    original, spec = spec, specification.with_absolute_storage(spec)
+    number = capacity.require_workers(spec.resources)
     read_from = [spec.locate(uri) for uri in [*spec.documents, *spec.held_out]]
     for uri in read_from:
-        curated(uri)
-    weight_function(spec)
-    perceptual_loss(spec)
+        curated_manifest(uri)
+    load_weight_function(spec)
+    load_perceptual_loss(spec)
     output = spec.locate(spec.output)
     check_output(spec, output, read_from, KIND)
     assignment = prepare(spec, run)
@@ -56,14 +56,14 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
         run=run,
         steps=spec.steps,
         progress=progress,
-        lifeline=lifeline(assignment.output),
+        control=worker_control(assignment.output),
     )
     files = [FileEntry.model_validate(entry) for entry in report.pop("files")]
     manifest = Manifest(
         kind=KIND,
         files=files,
-        specification=given.model_dump(mode="json"),
-        report={**report, "groups": groups_of(assignment), "run": run.id},
+        specification=original.model_dump(mode="json"),
+        report={**report, "groups": worker_groups(assignment), "run": run.id},
         inputs=fingerprints(read_from),
     )
     manifest.write(output)
@@ -76,9 +76,9 @@ def prepare(spec: ImageTokenizerSpecification, run: Run) -> ImageAssignment:
     Raises SpecificationError where it did not.
     """
     place, inputs = spec.training, fingerprints([spec.locate(uri) for uri in spec.documents])
-    resume = catalog.newest(place, resumption.continues(spec, inputs))
+    resume = catalog.newest(place, resumption.made_by(spec, inputs))
     if resume is None and (other := catalog.newest(place)) is not None:
-        folder, last = catalog.folder(place), int(other.manifest.specification.get("steps", 0))
+        folder, last = catalog.checkpoints_folder(place), int(other.manifest.specification.get("steps", 0))
         why = resumption.difference(other, spec, inputs)
         if other.step < last:
             raise SpecificationError(
@@ -87,7 +87,7 @@ def prepare(spec: ImageTokenizerSpecification, run: Run) -> ImageAssignment:
                 "them"
             )
         logger.info("%s has the checkpoints of a finished training with %s: they are discarded", folder, why)
-    watchdog.withdraw(catalog.folder(place), watchdog.ACTIONS)
+    notice.delete_notices(catalog.checkpoints_folder(place), notice.ACTIONS)
     if resume is None:
-        storage.delete(catalog.folder(place))
+        storage.delete(catalog.checkpoints_folder(place))
     return ImageAssignment(spec, run, place, inputs, resume)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 # Elements of one gradient bucket (DeepSpeed's default); a smaller model gets a buffer of its own size.
-_BUCKET = 500_000_000
+_BUCKET_ELEMENTS = 500_000_000
 
 
 class Batch(Protocol):
@@ -57,7 +57,7 @@ class Counts(NamedTuple):
 
 
 # Settings that our own specification decides, with the field that does.
-_OURS = {
+_OWN_FIELDS = {
     "train_batch_size": "micro_batches",
     "train_micro_batch_size_per_gpu": "micro_batches",
     "gradient_accumulation_steps": "micro_batches",
@@ -68,12 +68,12 @@ _OURS = {
 }
 
 
-def settings(spec: TrainSpecification, world: int, parameters: int) -> dict[str, Any]:
+def deepspeed_config(spec: TrainSpecification, world: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` workers and a model of so many parameters; `spec.deepspeed` has the last
     word. https://www.deepspeed.ai/docs/config-json/"""
     accumulation = micro_batches_a_worker(spec, world)
     bfloat16 = spec.precision == "bfloat16"
-    bucket = min(_BUCKET, max(parameters, 1))
+    bucket = min(_BUCKET_ELEMENTS, max(parameters, 1))
     zero: dict[str, Any] = {
         "stage": spec.zero_stage,
         "reduce_bucket_size": bucket,
@@ -84,7 +84,7 @@ def settings(spec: TrainSpecification, world: int, parameters: int) -> dict[str,
             zero[name] = {"device": device, "pin_memory": spec.offload.pin_memory}
             if device == "nvme":
                 zero[name]["nvme_path"] = spec.offload.nvme_path
-    ours: dict[str, Any] = {
+    configuration: dict[str, Any] = {
         # DeepSpeed only multiplies these: what a micro-batch holds is the shards' business
         "train_batch_size": accumulation * world,
         "train_micro_batch_size_per_gpu": 1,
@@ -99,42 +99,42 @@ def settings(spec: TrainSpecification, world: int, parameters: int) -> dict[str,
         "checkpoint": {"tag_validation": "Ignore"},
     }
     if bfloat16 and spec.zero_stage:  # without ZeRO, DeepSpeed keeps float32 masters but adds up gradients in bfloat16
-        ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merged(ours, spec.deepspeed)
+        configuration["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(configuration, spec.deepspeed)
 
 
-def check(spec: TrainSpecification) -> None:
+def check_deepspeed_settings(spec: TrainSpecification) -> None:
     """Let DeepSpeed's own configuration class judge the raw `deepspeed` settings. Raises SpecificationError."""
     if not spec.deepspeed:
         return
-    for path, field in _OURS.items():
+    for path, field in _OWN_FIELDS.items():
         section, _, name = path.rpartition(".")
-        given = spec.deepspeed.get(section, {}) if section else spec.deepspeed
-        if isinstance(given, dict) and name in given:
+        settings = spec.deepspeed.get(section, {}) if section else spec.deepspeed
+        if isinstance(settings, dict) and name in settings:
             raise SpecificationError(f"deepspeed.{path}: this is decided by `{field}`; leave it away here and set that")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    asked = _Asked(settings(spec, world=1, parameters=1))
+    recording = _RecordingConfig(deepspeed_config(spec, world=1, parameters=1))
     try:
-        DeepSpeedConfig(asked)
+        DeepSpeedConfig(recording)
     except Exception as error:  # pydantic's, assertions, its own: it has no common class
-        raise SpecificationError(f"deepspeed: DeepSpeed refuses these settings: {_told(error)}") from error
-    for name in spec.deepspeed.keys() - asked.names:
-        near = difflib.get_close_matches(name, asked.names, n=1)
+        raise SpecificationError(f"deepspeed: DeepSpeed refuses these settings: {_error_text(error)}") from error
+    for name in spec.deepspeed.keys() - recording.names:
+        near = difflib.get_close_matches(name, recording.names, n=1)
         meant = f"; is {near[0]} meant?" if near else "; https://www.deepspeed.ai/docs/config-json/ lists them"
         raise SpecificationError(f"deepspeed.{name}: DeepSpeed knows no such setting{meant}")
 
 
-class _Asked(dict[str, Any]):
+class _RecordingConfig(dict[str, Any]):
     """A configuration that remembers which settings were looked for: DeepSpeed passes over names it does not know."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
         self.names: set[str] = set()
 
-    def __copy__(self) -> _Asked:
+    def __copy__(self) -> _RecordingConfig:
         return self
 
     def __contains__(self, name: object) -> bool:
@@ -150,7 +150,7 @@ class _Asked(dict[str, Any]):
         return super().__getitem__(name)
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """One line for each wrong field where pydantic tells them, else the message."""
     if not isinstance(error, ValidationError):
         return str(error) or type(error).__name__
@@ -183,23 +183,23 @@ def initialize(model: Transformer, spec: TrainSpecification, world: int) -> Deep
     if "nvme" in (spec.offload.optimizer, spec.offload.weights):
         _require_nvme(spec)
     parameters = sum(p.numel() for p in model.parameters())
-    configuration = settings(spec, world, parameters)
+    configuration = deepspeed_config(spec, world, parameters)
     optimizer = None if "optimizer" in configuration else _adamw(model, spec)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration, dist_init_required=False)
     engine.module.rebuild_rope(engine.device)  # DeepSpeed has rounded it to bfloat16 with the weights
     if engine.optimizer is engine.basic_optimizer:
-        engine.clip_fp32_gradients = lambda: _clip(engine)
+        engine.clip_fp32_gradients = lambda: _clip_gradients(engine)
     return engine
 
 
-def count(group: list[Any], image_mask_V: Tensor, device: torch.device) -> Counts:
+def count_tokens(group: list[Any], image_mask_V: Tensor, device: torch.device) -> Counts:
     """What all workers together train on in this step: one all_reduce, before any backward pass."""
     local = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in group:
         targets, mask = batch.tokens[:, 1:].to(device), batch.mask[:, 1:].to(device)
         image = (image_mask_V[targets] & mask).sum()
         local += torch.stack([mask.sum() - image, image, (batch.segments[:, 1:].to(device) >= 0).sum()])
-    return Counts(*everywhere(local).tolist())
+    return Counts(*sum_over_workers(local).tolist())
 
 
 def step(
@@ -230,15 +230,15 @@ def step(
         if dropout is not None:
             seed, number, rank = dropout
             torch.manual_seed(hash((seed, number, turn * world + rank)) % 2**63)
-        found = losses(engine, batch, image_mask_V, z_loss=z_loss, normalizer=normalizer, measure=measure and turn == 0)
+        loss = losses(engine, batch, image_mask_V, z_loss=z_loss, normalizer=normalizer, measure=measure and turn == 0)
         # A copy: handed the forward pass's own result, DeepSpeed divides the gradient by the number of micro-batches
         # after all, without ZeRO and at stage 1 in bfloat16 (0.19.8: where it does not scale the loss itself, its hooks
         # on the result run before the one that marks the loss as scaled).
-        engine.backward(found.total.clone(), scale_wrt_gas=False)
-        local += torch.stack([found.sums.text_nll, found.sums.image_nll, found.sums.z_sum]).double()
-        stability |= found.stability
-        if accept is not None and turn == len(group) - 1 and not accept(everywhere(local.clone())):
-            with _refused(engine):
+        engine.backward(loss.total.clone(), scale_wrt_gas=False)
+        local += torch.stack([loss.sums.text_nll, loss.sums.image_nll, loss.sums.z_sum]).double()
+        stability |= loss.stability
+        if accept is not None and turn == len(group) - 1 and not accept(sum_over_workers(local.clone())):
+            with _without_update(engine):
                 engine.step()
         else:
             engine.step()  # moves the weights after the last micro-batch of the step only
@@ -252,7 +252,7 @@ def gradient_norm(engine: DeepSpeedEngine) -> float:
 
 
 @contextmanager
-def _refused(engine: DeepSpeedEngine) -> Iterator[None]:
+def _without_update(engine: DeepSpeedEngine) -> Iterator[None]:
     """Within it a step ends as always, gradients cleared and counters raised, but for the optimizer's own step: every
     ZeRO stage calls that of the optimizer it wraps."""
     optimizer = engine.basic_optimizer
@@ -263,7 +263,7 @@ def _refused(engine: DeepSpeedEngine) -> Iterator[None]:
         del optimizer.step
 
 
-def _clip(engine: DeepSpeedEngine) -> None:
+def _clip_gradients(engine: DeepSpeedEngine) -> None:
     """Without ZeRO and in float32 DeepSpeed neither keeps the gradient's norm nor refuses one that is not finite."""
     from deepspeed.runtime.utils import clip_grad_norm_
 
@@ -273,16 +273,16 @@ def _clip(engine: DeepSpeedEngine) -> None:
         engine.module.zero_grad(set_to_none=True)  # the optimizer passes over weights without gradient
 
 
-def losses(engine: Any, batch: Any, image_mask_V: Tensor, **settings: Any) -> Loss:
-    """Forward pass over one micro-batch; an empty one costs two tokens and weighs nothing. `settings`: z_loss,
-    normalizer and measure of `Transformer.forward`."""
-    device = engine.device
+def losses(model: Any, batch: Batch, image_mask_V: Tensor, **settings: Any) -> Loss:
+    """Forward pass of a Transformer, under DeepSpeed or not, on the mask's device over one micro-batch; an empty one
+    costs two tokens and weighs nothing. `settings`: z_loss, normalizer and measure of `Transformer.forward`."""
+    device = image_mask_V.device
     tokens, mask, segments = batch.tokens, batch.mask, batch.segments
     if not tokens.shape[0]:
         tokens = torch.zeros(1, 3, dtype=torch.long)
         mask, segments = torch.zeros(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.long)
     tokens, mask, segments = tokens.to(device), mask.to(device), segments.to(device)
-    return engine(
+    found: Loss = model(
         tokens[:, :-1],
         segments[:, :-1],
         targets=tokens[:, 1:],
@@ -290,6 +290,7 @@ def losses(engine: Any, batch: Any, image_mask_V: Tensor, **settings: Any) -> Lo
         image_mask=image_mask_V,
         **settings,
     )
+    return found
 
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
@@ -310,7 +311,7 @@ def gathered_weights(engine: DeepSpeedEngine, keep: bool) -> dict[str, Tensor]:
     return weights
 
 
-def everywhere(local: Tensor) -> Tensor:
+def sum_over_workers(local: Tensor) -> Tensor:
     """The sum over all workers."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(local)

@@ -37,24 +37,24 @@ class Incident:
     """The last step whose data was left out."""
 
     @classmethod
-    def of(cls, plain: dict[str, Any]) -> Incident:
+    def from_json(cls, values: dict[str, Any]) -> Incident:
         """The inverse of `plain`."""
-        return cls(**{**plain, "loss": float(plain["loss"])})
+        return cls(**{**values, "loss": float(values["loss"])})
 
-    def told(self) -> str:
+    def describe(self) -> str:
         what = {"loss": f"loss {self.loss:g}", "gradient": "a gradient that is not finite"}.get(
             self.cause, f"loss {self.loss:g} at a running median of {self.median or 0:g}"
         )
         done = "skipped" if self.action == "skip" else f"back to step {self.back_to}, on after {self.resumed_after}"
         return f"step {self.step}: {what}; {done}"
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON, which knows no infinity."""
         return asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else str(self.loss)}
 
 
 @dataclass
-class Guard:
+class LossGuard:
     """Judges the steps in order. `recent` are the losses of good ones."""
 
     rules: Faults
@@ -79,7 +79,7 @@ class Guard:
         """Of the last `window` good losses; None before there are so many."""
         return statistics.median(self.recent) if len(self.recent) >= self.rules.window else None
 
-    def good(self, loss: float | None) -> None:
+    def record_good(self, loss: float | None) -> None:
         """A step was taken."""
         if loss is not None:
             self.recent.append(loss)
@@ -88,12 +88,12 @@ class Guard:
         if self.rules.action == "skip":
             self.in_a_row = 0
 
-    def saved(self) -> None:
+    def record_checkpoint(self) -> None:
         """A checkpoint was written: a roll-back will not come back to before it."""
         if self.rules.action == "roll_back":
             self.in_a_row = 0
 
-    def bad(self) -> None:
+    def record_bad(self) -> None:
         """A step was not taken, or undone."""
         self.in_a_row += 1
         if self.rules.action == "skip":
@@ -118,7 +118,7 @@ class Guard:
         }
 
     @classmethod
-    def of(cls, rules: Faults, state: dict[str, Any] | None) -> Guard:
+    def from_state(cls, rules: Faults, state: dict[str, Any] | None) -> LossGuard:
         """As it was when the checkpoint was written; a new one without it."""
         state = state or {}
         recent = deque(float(loss) for loss in state.get("recent", ()))
@@ -126,52 +126,54 @@ class Guard:
         return cls(rules, recent, **counts)
 
 
-class Incidents:
+class FaultHandler:
     """The bad steps of a run, as one worker of it keeps them."""
 
     def __init__(self, rules: Faults, report: dict[str, Any], steps: int) -> None:
         """`report` is that of the checkpoint that the run goes on from."""
         self._rules, self._steps = rules, steps
-        self.guard = Guard.of(rules, report.get("faults"))
-        self.found = [Incident.of(told) for told in report.get("incidents", [])]
-        self.left_out = max((incident.resumed_after or 0 for incident in self.found), default=0)
+        self.guard = LossGuard.from_state(rules, report.get("faults"))
+        self.incidents = [Incident.from_json(incident) for incident in report.get("incidents", [])]
+        self.resume_after = max((incident.resumed_after or 0 for incident in self.incidents), default=0)
         """The last step whose data a roll-back leaves out."""
 
-    def add(
+    def handle(
         self,
         step: int,
         cause: Cause,
         loss: float | None,
         writer: BackgroundWriter | None,
         roll_back: Callable[[], int],
-        ending: Callable[[], str],
+        failure_report: Callable[[], str],
     ) -> None:
         """A bad step, the same on all workers: it was not taken; go back if so specified, by `roll_back`, which returns
         to which step. Raises TrainingFailed, with the words of `ending`, when there were too many in a row."""
-        self.guard.bad()
+        self.guard.record_bad()
         incident = Incident(step, cause, math.nan if loss is None else loss, self.guard.median, self._rules.action)
         if self._rules.action == "roll_back":
             back = roll_back()
-            self.left_out = min(step + self._rules.around, self._steps)
-            incident = replace(incident, back_to=back, resumed_after=self.left_out)
-        self.found.append(incident)
+            self.resume_after = min(step + self._rules.around, self._steps)
+            incident = replace(incident, back_to=back, resumed_after=self.resume_after)
+        self.incidents.append(incident)
         if writer is not None:
             writer.log(self.guard.metrics(), step)
-            writer.log_dict(incident.plain(), f"faults/step-{step:08d}.json")
+            writer.log_dict(incident.to_json(), f"faults/step-{step:08d}.json")
         if self.guard.too_many:
-            told = ending()
+            text = failure_report()
             if writer is not None:
-                writer.log_dict({"report": told, "incidents": [i.plain() for i in self.found]}, "faults/report.json")
-            raise TrainingFailed(told)
+                writer.log_dict(
+                    {"report": text, "incidents": [i.to_json() for i in self.incidents]}, "faults/report.json"
+                )
+            raise TrainingFailed(text)
 
     def state(self, saved: bool) -> dict[str, Any]:
         """What a checkpoint's report keeps; `saved`: it is about to be written."""
         if saved:
-            self.guard.saved()
-        return {"incidents": [incident.plain() for incident in self.found], "faults": self.guard.state()}
+            self.guard.record_checkpoint()
+        return {"incidents": [incident.to_json() for incident in self.incidents], "faults": self.guard.state()}
 
 
-def report(
+def divergence_report(
     step: int,
     incidents: list[Incident],
     rules: Faults,
@@ -181,11 +183,11 @@ def report(
     warmup: str | None = "schedule.warmup_steps",
 ) -> str:
     """Why the run ends, for the person who decides how to go on. `field` and `warmup` name the specification's."""
-    told = "\n".join(f"  {incident.told()}" for incident in incidents[-(rules.in_a_row + 1) :])
+    listing = "\n".join(f"  {incident.describe()}" for incident in incidents[-(rules.in_a_row + 1) :])
     spike = " or raise faults.spike_factor if these losses are what this data has" if rules.spike_factor else ""
     return (
         f"training diverged before step {step}: more than {rules.in_a_row} bad steps in a row (faults.in_a_row)\n"
-        f"{told}\n"
+        f"{listing}\n"
         f"Lower {field} (now {rate:g}), {f'lengthen {warmup}, ' if warmup else ''}look at the data of these "
         f"steps,{spike or ' or'} start again from an earlier checkpoint; those up to here stay in {folder}"
     )

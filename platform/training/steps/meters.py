@@ -33,12 +33,12 @@ PEAKS: dict[str, tuple[float, float]] = {
     "RTX 3090": (71e12, 35.6e12),
     "MI300X": (1307e12, 163e12),
 }
-_MEASURED = 1024  # rows of the square matrices that measure a device without an entry
-_TURNS, _SECONDS = 5, 2.0  # products, or as many as there is time for
+_PROBE_SIZE = 1024  # rows of the square matrices that measure a device without an entry
+_PROBE_PRODUCTS, _PROBE_SECONDS = 5, 2.0  # products, or as many as there is time for
 ACTIVITIES = ("data", "compute", "checkpoint", "evaluation")
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that a device can reach: its data sheet's, or the fastest of a few matrix products, on the threads that
     this process has."""
     if device.type == "cuda":
@@ -46,17 +46,17 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
         for known, (half, single) in PEAKS.items():
             if known in name:
                 return half if dtype == torch.bfloat16 else single
-    turns = _TURNS
-    square = torch.randn(_MEASURED, _MEASURED, dtype=dtype, device=device, generator=torch.Generator(device))
-    best, over = math.inf, time.monotonic() + _SECONDS
+    turns = _PROBE_PRODUCTS
+    square = torch.randn(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype, device=device, generator=torch.Generator(device))
+    best, over = math.inf, time.monotonic() + _PROBE_SECONDS
     while best == math.inf or (turns > 0 and time.monotonic() < over):
         turns -= 1
-        _wait(device)
+        _synchronize(device)
         began = time.perf_counter()
         square @ square
-        _wait(device)
+        _synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return 2 * _MEASURED**3 / best
+    return 2 * _PROBE_SIZE**3 / best
 
 
 def flops_per_token(model: Transformer, context: int) -> float:
@@ -68,8 +68,8 @@ def flops_per_token(model: Transformer, context: int) -> float:
     config, total, below = model.config, 0.0, _any_trained(model.embedding)
     layers: list[nn.Module] = [*model.blocks, model.output]
     for layer in layers:
-        whole = sum(_size(p) for p in layer.parameters() if p.dim() > 1)
-        trained = sum(_size(p) for p in layer.parameters() if p.dim() > 1 and p.requires_grad)
+        whole = sum(_parameter_count(p) for p in layer.parameters() if p.dim() > 1)
+        trained = sum(_parameter_count(p) for p in layer.parameters() if p.dim() > 1 and p.requires_grad)
         attention = 0 if layer is model.output else 2 * config.heads * config.head_size * context
         below_or_within = below or _any_trained(layer)
         total += 2 * whole + 2 * attention
@@ -83,16 +83,16 @@ def _any_trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _size(parameter: nn.Parameter) -> int:
+def _parameter_count(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO 3 leaves an empty tensor behind
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-class Clock:
+class ActivityClock:
     """Seconds by activity since it was last read. What runs on a GPU counts where the host waits for it."""
 
     def __init__(self) -> None:
@@ -108,9 +108,9 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """`seconds/<activity>` of each, and start anew."""
-        found = {f"seconds/{name}": value for name, value in self._spent.items()}
+        seconds = {f"seconds/{name}": value for name, value in self._spent.items()}
         self._spent = dict.fromkeys(ACTIVITIES, 0.0)
-        return found
+        return seconds
 
 
 class Utilization:
@@ -124,7 +124,7 @@ class Utilization:
 
     def measure(self) -> None:
         """Find out the peak; by a few matrix products where the device has no entry."""
-        self._peak = peak(self._device, self._dtype)
+        self._peak = peak_flops(self._device, self._dtype)
 
     def metrics(self, tokens_per_second: float) -> dict[str, float]:
         """`mfu`, and the FLOP/s a worker that it is made of; none before `measure`."""
@@ -134,18 +134,18 @@ class Utilization:
         return {"mfu": flops / self._peak, "flops_per_second": flops, "peak_flops_per_second": self._peak}
 
 
-def memory(device: torch.device) -> dict[str, float]:
+def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak GiB of this process, and of its device since the last call."""
     unit = 1 if sys.platform == "darwin" else 1024
-    found = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    metrics = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     if device.type == "cuda":
-        found["memory/device_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        metrics["memory/device_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         torch.cuda.reset_peak_memory_stats(device)
-    return found
+    return metrics
 
 
 @dataclass
-class Interval:
+class LossInterval:
     """Sums since the last report: this worker's losses, everybody's counts."""
 
     device: torch.device
@@ -155,7 +155,7 @@ class Interval:
     image: float = 0.0
     tokens: float = 0.0
     first_step: int = 0
-    elsewhere: float = 0.0
+    paused: float = 0.0
     """Seconds that went into checkpoints and evaluation."""
 
     def __post_init__(self) -> None:
@@ -170,13 +170,13 @@ class Interval:
     def metrics(self, z_loss: float) -> dict[str, float]:
         """Means over the interval and all workers (every worker must call it): losses in nats a token without the
         z-loss, their perplexities; `z` is the mean of log(Z)^2 and `z_loss` what it adds to what is minimized."""
-        text_nll, image_nll, z_sum = engine.everywhere(self.local).tolist()
-        found = held_out.by_modality(text_nll, self.text, image_nll, self.image)
-        found |= {name.replace("loss", "perplexity"): exponential(loss) for name, loss in found.items()}
-        found["z"] = z_sum / max(self.text + self.image, 1.0)
-        found["z_loss"] = z_loss * found["z"]
-        found["tokens_per_second"] = self.tokens / max(time.monotonic() - self.began - self.elsewhere, 1e-9)
-        return found
+        text_nll, image_nll, z_sum = engine.sum_over_workers(self.local).tolist()
+        metrics = held_out.mean_losses(text_nll, self.text, image_nll, self.image)
+        metrics |= {name.replace("loss", "perplexity"): exponential(loss) for name, loss in metrics.items()}
+        metrics["z"] = z_sum / max(self.text + self.image, 1.0)
+        metrics["z_loss"] = z_loss * metrics["z"]
+        metrics["tokens_per_second"] = self.tokens / max(time.monotonic() - self.began - self.paused, 1e-9)
+        return metrics
 
 
 def exponential(value: float) -> float:

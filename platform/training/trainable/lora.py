@@ -39,7 +39,7 @@ class LoraLinear(nn.Linear):
         return F.linear(input, self.weight) + self.scale * low_rank
 
 
-def targets(model: nn.Module, lora: Lora) -> list[str]:
+def target_layers(model: nn.Module, lora: Lora) -> list[str]:
     """Names of the linear layers that `lora.targets` picks. Raises SpecificationError when a pattern picks none."""
     # The output projection is no plain linear layer: its loss is computed chunk by chunk (model/loss.py).
     layers = [name for name, module in model.named_modules() if type(module) in (nn.Linear, LoraLinear)]
@@ -47,22 +47,22 @@ def targets(model: nn.Module, lora: Lora) -> list[str]:
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise SpecificationError(
                 f"lora.targets: {pattern!r} is the name of no linear layer in the blocks; there are "
-                f"{', '.join(kinds(layers))}"
+                f"{', '.join(name_patterns(layers))}"
             )
     return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in lora.targets)]
 
 
-def add(model: nn.Module, lora: Lora, seed: int) -> None:
+def add_adapters(model: nn.Module, lora: Lora, seed: int) -> None:
     """Put adapters, a function of the seed, on the targets in place. Raises SpecificationError as `targets`."""
     generator = torch.Generator().manual_seed(seed)
-    for name in targets(model, lora):
+    for name in target_layers(model, lora):
         parent, _, own = name.rpartition(".")
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Linear)
         setattr(model.get_submodule(parent), own, LoraLinear(plain, lora.rank, lora.alpha / lora.rank, generator))
 
 
-def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+def merge_adapters(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Weights without adapters: each weight plus its adapter's product in float32, rounded once to its own dtype."""
     plain = {name: weight for name, weight in weights.items() if not name.endswith((f".{DOWN}", f".{UP}"))}
     for name in [name for name in weights if name.endswith(f".{DOWN}")]:
@@ -73,6 +73,6 @@ def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     return plain
 
 
-def kinds(names: list[str]) -> list[str]:
+def name_patterns(names: list[str]) -> list[str]:
     """Layer names with the block's number left out."""
     return sorted({".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names})

@@ -25,7 +25,7 @@ from calumma.platform.training.specification import TrainSpecification
 from calumma.platform.training.trainable import lora
 
 ALL, IMAGE_HEAD = "all", "image_head"
-_ROWS = "output.image_rows"
+_IMAGE_ROWS = "output.image_rows"
 
 
 class ImageHead(Output):
@@ -51,54 +51,54 @@ class ImageHead(Output):
         return *linear_loss(input, weight_VD, **loss), measured
 
 
-def prepare(model: Transformer, spec: TrainSpecification, vocabulary: Vocabulary) -> Transformer:
+def set_trainable(model: Transformer, spec: TrainSpecification, vocabulary: Vocabulary) -> Transformer:
     """Freeze what is not trained, in place; add adapters, the image rows. Raises SpecificationError as `check`."""
     if ALL in spec.trainable_names:
         return model
-    check(model, spec)
+    check_trainable(model, spec)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in _patterns(spec)))
     if spec.lora:
-        lora.add(model, spec.lora, spec.seed)
+        lora.add_adapters(model, spec.lora, spec.seed)
     if IMAGE_HEAD in spec.trainable_names:
         model.output = ImageHead(model.output, vocabulary.image_ids)
     return model
 
 
-def check(model: Transformer, spec: TrainSpecification) -> None:
+def check_trainable(model: Transformer, spec: TrainSpecification) -> None:
     """Whether `trainable` and `lora` fit a model, which may be on the meta device. Raises SpecificationError."""
     names = [name for name, _ in model.named_parameters()]
-    adapted = [f"{layer}.weight" for layer in lora.targets(model, spec.lora)] if spec.lora else []
+    adapted = [f"{layer}.weight" for layer in lora.target_layers(model, spec.lora)] if spec.lora else []
     for pattern in _patterns(spec):
-        found = [name for name in names if fnmatchcase(name, pattern)]
-        if not found:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
             raise SpecificationError(
                 f"trainable: {pattern!r} is neither `all` nor `image_head`, and no parameter is called so; there are "
-                f"{', '.join(lora.kinds(names))}"
+                f"{', '.join(lora.name_patterns(names))}"
             )
-        if both := sorted(set(found) & set(adapted)):
+        if both := sorted(set(matched) & set(adapted)):
             raise SpecificationError(
                 f"trainable: {pattern!r} trains {both[0]} as a whole, for which lora.targets asks for an adapter; "
                 "choose one of the two"
             )
-        if IMAGE_HEAD in spec.trainable_names and "output.weight" in found:
+        if IMAGE_HEAD in spec.trainable_names and "output.weight" in matched:
             raise SpecificationError(
                 f"trainable: {pattern!r} trains output.weight as a whole, of which `image_head` is a part; choose one"
             )
 
 
-def plain(weights: Mapping[str, Tensor], spec: TrainSpecification, vocabulary: Vocabulary) -> dict[str, Tensor]:
+def plain_weights(weights: Mapping[str, Tensor], spec: TrainSpecification, vocabulary: Vocabulary) -> dict[str, Tensor]:
     """The weights of an ordinary Transformer: adapters merged, image rows put back in their places."""
-    found = lora.merged(weights, spec.lora.alpha / spec.lora.rank) if spec.lora else dict(weights)
-    if (rows_KD := found.pop(_ROWS, None)) is not None:
+    merged = lora.merge_adapters(weights, spec.lora.alpha / spec.lora.rank) if spec.lora else dict(weights)
+    if (rows_KD := merged.pop(_IMAGE_ROWS, None)) is not None:
         ids_K = torch.tensor(vocabulary.image_ids, device=rows_KD.device)
-        found["output.weight"] = found["output.weight"].index_copy(0, ids_K, rows_KD)
-    return found
+        merged["output.weight"] = merged["output.weight"].index_copy(0, ids_K, rows_KD)
+    return merged
 
 
-def added(name: str) -> bool:
+def is_added(name: str) -> bool:
     """Whether a parameter of this name is one that a plain model has not."""
-    return name == _ROWS or name.rpartition(".")[2] in (lora.DOWN, lora.UP)
+    return name == _IMAGE_ROWS or name.rpartition(".")[2] in (lora.DOWN, lora.UP)
 
 
 def _patterns(spec: TrainSpecification) -> list[str]:

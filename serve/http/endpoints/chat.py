@@ -47,6 +47,8 @@ def add_chat(app: FastAPI, context: ServingContext) -> None:
         responses=event_stream("a chat.completion.chunk"),
     )
     async def chat(request: ChatRequest, response: Response) -> Any:
+        """An answer in words and pictures. `message.parts` has both in order, `message.content` the words alone and
+        `message.images` the pictures; a stream has them as chunks, in order."""
         response.headers.update(request.headers)
         model = context.model(request.model)
         metadata = new_metadata("chatcmpl", model.name)

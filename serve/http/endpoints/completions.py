@@ -41,6 +41,7 @@ from calumma.serve.protocol import (
 def add_completions(app: FastAPI, context: ServingContext) -> None:
     @app.post("/v1/completions", response_model=responses.Completion, responses=event_stream("a text_completion"))
     async def complete(request: CompletionRequest, response: Response) -> Any:
+        """Text that goes on from a prompt, of text or token ids."""
         response.headers.update(request.headers)
         model = context.model(request.model)
         context.require_choices(request.n * len(request.prompts), len(request.stops))

@@ -51,6 +51,7 @@ def add_images(app: FastAPI, context: ServingContext) -> None:
 
     @app.post("/v1/images/generations", **form)
     async def draw(request: ImageRequest, response: Response) -> Any:
+        """Pictures of a prompt."""
         response.headers.update(request.headers)
         model = context.model(request.model)
         metadata = new_metadata("img", model.name)

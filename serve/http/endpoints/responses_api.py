@@ -41,6 +41,8 @@ def add_responses(app: FastAPI, context: ServingContext) -> None:
         "/v1/responses", response_model=wire.ResponseObject, responses=event_stream("an event of the Responses API")
     )
     async def respond(request: wire.ResponsesRequest, response: Response) -> Any:
+        """An answer in words and pictures, as OpenAI's Responses API has them: `output` holds messages and
+        `image_generation_call` items in their order. Nothing is kept."""
         response.headers.update(request.headers)
         model = context.model(request.model)
         metadata = new_metadata("resp", model.name)

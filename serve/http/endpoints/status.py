@@ -28,10 +28,12 @@ def add_status(app: FastAPI, context: ServingContext) -> None:
 
     @app.get("/v1/models")
     async def models() -> responses.ModelList:
+        """The models of this endpoint."""
         return responses.ModelList(data=list(cards.values()))
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> responses.ModelCard:
+        """One of them."""
         return cards[context.model(name).name]
 
     async def describe(name: str) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def add_status(app: FastAPI, context: ServingContext) -> None:
 
     @app.get("/metrics")
     async def numbers() -> Response:
+        """Metrics of the endpoint and of every engine behind it, for Prometheus."""
         await _refresh_engine_statistics(context)
         return Response(metrics.page(), media_type=CONTENT_TYPE)
 

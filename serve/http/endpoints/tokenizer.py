@@ -16,10 +16,12 @@ from calumma.serve.protocol import BOS, EOS
 def add_tokenizer(app: FastAPI, context: ServingContext) -> None:
     @app.get("/tokenizer_info")
     async def info() -> dict[str, Any]:
+        """Names of the tokens that begin and end a sequence."""
         return {"tokenizer_class": "calumma", "bos_token": BOS, "eos_token": EOS, "pad_token": None}
 
     @app.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+        """Token ids of a text, as `tokens`, and their number, as `count`."""
         backend = context.backends[context.model(request.model).name]
         tokens = await backend.tokenize(prompts.well_formed(request.prompt, "prompt"))
         if request.add_special_tokens:
@@ -28,6 +30,7 @@ def add_tokenizer(app: FastAPI, context: ServingContext) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, Any]:
+        """The text of token ids, as `prompt`."""
         backend = context.backends[context.model(request.model).name]
         try:
             return {"prompt": await backend.detokenize(request.tokens)}

@@ -45,12 +45,14 @@ class StructuredOutputs(RequestModel):
 class ConstraintFields(RequestModel):
     """The fields of a request that ask for a grammar; at most one of them may."""
 
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = Field(None, min_length=1)
-    guided_grammar: str | None = None
+    response_format: ResponseFormat | None = Field(None, description="JSON, or JSON of a schema")
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="vLLM's form: one of `json`, `regex`, `choice`, `grammar`, `json_object`"
+    )
+    guided_json: Schema | str | None = Field(None, description="a JSON schema that the text keeps")
+    guided_regex: str | None = Field(None, description="a regular expression that the whole text matches")
+    guided_choice: list[str] | None = Field(None, min_length=1, description="texts, one of which is the answer")
+    guided_grammar: str | None = Field(None, description="a context-free grammar, as Lark or GBNF write it")
 
     @property
     def constraint(self) -> Constraint | None:

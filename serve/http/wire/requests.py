@@ -26,9 +26,15 @@ class Message(RequestModel):
     """`parts`, as this server's own answers carry them, stands for `content` when both are given. Clients that keep
     `content` and `images` of an answer, and lose their order, send back the text before the images."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[MessagePart] | None, BeforeValidator(_as_parts)] = None
-    parts: list[MessagePart] | None = None
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="whose turn it is; `developer` is read as `system`"
+    )
+    content: Annotated[list[MessagePart] | None, BeforeValidator(_as_parts)] = Field(
+        None, description="a text, or parts: texts and images"
+    )
+    parts: list[MessagePart] | None = Field(
+        None, description="the same as parts, in the order of an answer; stands for `content`"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -53,9 +59,9 @@ class Message(RequestModel):
 class StreamOptions(RequestModel):
     """`include_progress` adds chunks that say how far an image under way is; `partial_images` of them a picture."""
 
-    include_usage: bool = False
-    include_progress: bool = False
-    partial_images: int = Field(0, ge=0, le=8)
+    include_usage: bool = Field(False, description="a last chunk with the counts of tokens")
+    include_progress: bool = Field(False, description="chunks that say how far an image is")
+    partial_images: int = Field(0, ge=0, le=8, description="pictures of an image under way")
 
 
 def _unlimited(value: Any) -> Any:
@@ -75,20 +81,34 @@ class SamplingFields(RequestModel):
 
     model_config = ConfigDict(extra="allow")  # for the warning
 
-    model: str | None = None
-    seed: Seed | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: TopK | None = None
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    image_temperature: float | None = Field(None, ge=0, le=2)
-    image_top_p: float | None = Field(None, gt=0, le=1)
-    image_top_k: TopK | None = None
-    image_min_p: float | None = Field(None, ge=0, le=1)
-    guidance_text: float | None = Field(None, ge=0, le=100)
-    guidance_image: float | None = Field(None, ge=0, le=100)
-    max_images: int | None = Field(None, ge=1, le=64)
+    model: str | None = Field(None, description="one of `/v1/models`; none: the first")
+    seed: Seed | None = Field(
+        None,
+        description="makes the answer repeatable, whoever else asks: any integer of 64 bits; -1 is a random one, and "
+        "several answers have this one and those after it",
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="of text; 0: the likeliest token")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="of text: the likeliest tokens that have this share together"
+    )
+    top_k: TopK | None = Field(None, description="of text: so many of the likeliest; 0 or -1: all")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="of text: tokens of at least this share of the likeliest one's"
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, description="of text that the prompt or the answer has already; 1: none"
+    )
+    image_temperature: float | None = Field(None, ge=0, le=2, description="of image codes")
+    image_top_p: float | None = Field(None, gt=0, le=1, description="of image codes")
+    image_top_k: TopK | None = Field(None, description="of image codes; 0 or -1: all")
+    image_min_p: float | None = Field(None, ge=0, le=1, description="of image codes")
+    guidance_text: float | None = Field(
+        None, ge=0, le=100, description="how far an image follows the text before it; 1: no guidance"
+    )
+    guidance_image: float | None = Field(
+        None, ge=0, le=100, description="how far an image follows the images before it; 1: no guidance"
+    )
+    max_images: int | None = Field(None, ge=1, le=64, description="images in the answer")
 
     @model_validator(mode="before")
     @classmethod
@@ -115,19 +135,23 @@ class TextFields(ConstraintFields, SamplingFields):
     """What the endpoints have in common that answer with text. Token ids and the fields with vLLM's names mean what
     they do there."""
 
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1)
-    best_of: int | None = Field(None, ge=1)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_as_list)] = None
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field({})
-    min_tokens: int = Field(0, ge=0)
-    stop_token_ids: tuple[TokenId, ...] = ()
-    ignore_eos: bool = False
-    allowed_token_ids: tuple[TokenId, ...] | None = Field(None, min_length=1)
-    bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    stream: bool = Field(False, description="answer in server-sent events")
+    stream_options: StreamOptions | None = Field(None, description="what a stream tells besides")
+    n: int = Field(1, ge=1, description="answers to each prompt")
+    best_of: int | None = Field(None, ge=1, description="as many as `n`")
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_as_list)] = Field(
+        None, description="texts, or one, before which the answer ends"
+    )
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="of text that the answer has already")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time that it has it")
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        {}, description="token ids of text, and what is added to their logits"
+    )
+    min_tokens: int = Field(0, ge=0, description="the answer does not end before it has so many")
+    stop_token_ids: tuple[TokenId, ...] = Field((), description="token ids that end the answer")
+    ignore_eos: bool = Field(False, description="the model does not end the answer by itself")
+    allowed_token_ids: tuple[TokenId, ...] | None = Field(None, min_length=1, description="the only ids of its text")
+    bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="texts that it does not have")
 
     @property
     def options(self) -> StreamOptions:
@@ -156,13 +180,13 @@ class TextFields(ConstraintFields, SamplingFields):
 class ChatRequest(TextFields):
     """`begin_with`: an image stands first in the answer, whatever the model would do."""
 
-    messages: list[Message] = Field(min_length=1)
-    modalities: list[Modality] = Field(["text", "image"], min_length=1)
-    begin_with: Literal["image"] | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    messages: list[Message] = Field(min_length=1, description="the conversation so far")
+    modalities: list[Modality] = Field(["text", "image"], min_length=1, description="what the answer may hold")
+    begin_with: Literal["image"] | None = Field(None, description="an image stands first, whatever the model would do")
+    max_tokens: int | None = Field(None, ge=1, description="of the answer, image codes among them")
+    max_completion_tokens: int | None = Field(None, ge=1, description="the same; it wins")
+    logprobs: bool = Field(False, description="tell the log-probability of each token")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="and of so many of the likeliest in its place")
 
     @property
     def limit(self) -> int | None:
@@ -197,10 +221,14 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(TextFields):
     """`prompt`: a text or token ids, or a list of either; each gets n answers. `max_tokens` 0 looks at it only."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=0)
-    echo: bool = False
-    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    prompt: (
+        str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    ) = Field(description="a text or token ids, or a list of either; each gets `n` answers")
+    max_tokens: int | None = Field(None, ge=0, description="of the answer; 0 looks at the prompt only")
+    echo: bool = Field(False, description="the prompt stands before the answer")
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = Field(
+        None, description="log-probabilities of each token and of so many of the likeliest in its place"
+    )
 
     @property
     def prompts(self) -> list[str | tuple[int, ...]]:
@@ -223,22 +251,34 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 class ImageRequest(SamplingFields):
     """`size` may name only what the model draws. `response_format: url` gives data URLs."""
 
-    prompt: str = Field(min_length=1)
-    n: int = Field(1, ge=1, le=10)
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
-    response_format: Literal["b64_json", "url"] = "b64_json"
-    output_format: ImageFormat = "png"
+    prompt: str = Field(min_length=1, description="what to draw")
+    n: int = Field(1, ge=1, le=10, description="images")
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = Field(
+        None, description="may name only what the model draws"
+    )
+    response_format: Literal["b64_json", "url"] = Field("b64_json", description="`url` gives data URLs")
+    output_format: ImageFormat = Field("png", description="file format of the images")
     output_compression: int = Field(100, ge=0, le=100, description="quality of jpeg and webp, in percent")
-    stream: bool = False
-    partial_images: int = Field(0, ge=0, le=8)
+    stream: bool = Field(False, description="answer in server-sent events")
+    partial_images: int = Field(0, ge=0, le=8, description="pictures of an image under way, in a stream")
 
 
 class TokenizeRequest(RequestModel):
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool = True
+    model: str | None = Field(None, description="one of `/v1/models`; none: the first")
+    prompt: str = Field(description="the text")
+    add_special_tokens: bool = Field(True, description="begin with the token that begins a sequence")
 
 
 class DetokenizeRequest(RequestModel):
-    model: str | None = None
-    tokens: list[TokenId]
+    model: str | None = Field(None, description="one of `/v1/models`; none: the first")
+    tokens: list[TokenId] = Field(description="token ids")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="of text that the answer has already")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time that it has it")
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        {}, description="token ids of text, and what is added to their logits"
+    )
+    min_tokens: int = Field(0, ge=0, description="the answer does not end before it has so many")
+    stop_token_ids: tuple[TokenId, ...] = Field((), description="token ids that end the answer")
+    ignore_eos: bool = Field(False, description="the model does not end the answer by itself")
+    allowed_token_ids: tuple[TokenId, ...] | None = Field(None, min_length=1, description="the only ids of its text")
+    bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="texts that it does not have")

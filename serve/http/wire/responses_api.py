@@ -106,16 +106,18 @@ class ResponsesRequest(SamplingFields):
 
     input: Annotated[
         list[InputItem], Field(min_length=1), BeforeValidator(_as_items, json_schema_input_type=str | list[InputItem])
-    ]
-    instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
-    stream: bool = False
-    text: TextSettings = TextSettings()
-    tools: list[ImageTool] = Field([])
-    tool_choice: Literal["auto", "none"] | ImageToolChoice = "auto"
-    modalities: list[Modality] = Field(["text", "image"], min_length=1)
-    background: Literal[False] = False
-    metadata: dict[str, str] = Field({})
+    ] = Field(description="a text, or the conversation so far: messages, and images of earlier answers")
+    instructions: str | None = Field(None, description="a system message before the input")
+    max_output_tokens: int | None = Field(None, ge=1, description="of the answer, image codes among them")
+    stream: bool = Field(False, description="answer in server-sent events")
+    text: TextSettings = Field(TextSettings(), description="`format`: what the text must be, as JSON of a schema")
+    tools: list[ImageTool] = Field([], description="`image_generation`; the model draws without it, too")
+    tool_choice: Literal["auto", "none"] | ImageToolChoice = Field(
+        "auto", description="`image_generation`: an image stands first"
+    )
+    modalities: list[Modality] = Field(["text", "image"], min_length=1, description="what the answer may hold")
+    background: Literal[False] = Field(False, description="answers are not kept")
+    metadata: dict[str, str] = Field({}, description="comes back with the answer")
 
     @model_validator(mode="before")
     @classmethod

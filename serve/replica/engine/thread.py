@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from calumma.model.generation import Engine, Event, PromptTooLong, Request
+from calumma.model.tokenizers.grammar import GrammarCompiler
 from calumma.serve.protocol import Finished, GenerationRequest, RequestFailed
 from calumma.serve.replica.engine.client import Admitted, OnOutput, engine_ended
 from calumma.serve.replica.engine.detokenizer import Detokenizer, EngineModel
@@ -34,7 +35,12 @@ class EngineThread:
         self._model, self._after_step = model, after_step
         self._heartbeat = HEARTBEAT if options.get("shard") is not None else None
         self._engine = Engine(
-            model.transformer, model.vocabulary, model.image_length, max_sequences=max_sequences, **options
+            model.transformer,
+            model.vocabulary,
+            model.image_length,
+            max_sequences=max_sequences,
+            constraints=GrammarCompiler(model.text_tokenizer, model.vocabulary),
+            **options,
         )
         self._requests: dict[str, Detokenizer] = {}
         self._wake = threading.Condition()

@@ -198,7 +198,7 @@ class Agentless:
 
 
 def submitted(jobs: Agentless, curate: Path) -> str:
-    return job.send(jobs, entry.specification("curate", curate))  # type: ignore[arg-type]
+    return job.submit_job(jobs, entry.job_specification("curate", curate))  # type: ignore[arg-type]
 
 
 def test_a_submission_waits_for_the_job_agent(
@@ -233,7 +233,7 @@ def test_a_finished_job_names_the_input_it_skipped(
     bad = {"bad": 1, "bad_inputs": [{"name": "a.tar: 7.png", "reason": "not a readable image"}]}
     report = {"seconds": 2.0, "sources": {"pairs": bad, "text": {"bad": 0, "bad_inputs": []}}}
     manifest = Manifest(kind="documents", files=[], specification={}, report=report)
-    monkeypatch.setattr(job.runner, "run_alone", lambda *arguments: (manifest, False))
+    monkeypatch.setattr(job.runner, "run_on_own_cluster", lambda *arguments: (manifest, False))
     shown = cli.invoke(app, ["job", "run", "curate", "--config", str(curate)]).stdout
     assert "  source 'pairs': 1 unreadable, skipped:\n    a.tar: 7.png: not a readable image\n" in shown
     assert "'text'" not in shown
@@ -376,14 +376,16 @@ def test_versions_that_were_not_tested_are_told(tmp_path: Path) -> None:
 
 
 def test_little_of_something_is_told() -> None:
-    assert doctor.amount("disk", 2e9, 10e9, " free", "free some space").advice == "free some space (10 GB recommended)"
-    assert doctor.amount("disk", 20e9, 10e9, " free", "free some space").state is State.FOUND
+    assert (
+        doctor.quantity("disk", 2e9, 10e9, " free", "free some space").advice == "free some space (10 GB recommended)"
+    )
+    assert doctor.quantity("disk", 20e9, 10e9, " free", "free some space").state is State.FOUND
 
 
 def test_doctor_survives_a_missing_package() -> None:
     def look() -> doctor.Finding:
         raise ModuleNotFoundError("No module named 'boto3'")
 
-    found = doctor.tried("storage", look)
+    found = doctor.checked("storage", look)
     assert found.state is State.MISSING
     assert "boto3" in found.details

@@ -73,7 +73,7 @@ def test_a_scan_is_white_ink_on_black_at_32_pixels() -> None:
 
 def test_a_moved_scan_is_another_picture_of_the_same_ink() -> None:
     scan = digits.read_scans()[5]
-    moved = scan.moved(np.random.default_rng(0))
+    moved = scan.augmented(np.random.default_rng(0))
     assert (moved.number, moved.digit) == (scan.number, scan.digit)
     assert not np.array_equal(moved.ink_HW, scan.ink_HW)
     assert moved.ink_HW.min() >= 0
@@ -158,7 +158,7 @@ def test_questions_and_answers_agree(root: Path) -> None:
 
 
 def test_counts_stay_within_five_digits_and_the_article_fits() -> None:
-    spans = conversations.ranges()
+    spans = conversations.counting_ranges()
     assert (0, 1) in spans
     assert (5, 9) in spans
     assert all(1 <= last - first <= 4 and last <= 9 for first, last in spans)

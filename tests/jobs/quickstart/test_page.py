@@ -14,7 +14,7 @@ from rich.console import Console
 from calumma.jobs.quickstart import report
 from calumma.jobs.quickstart.measures import MEASURED, TARGETS
 from calumma.jobs.quickstart.page import Curve, Story, page
-from calumma.jobs.quickstart.questions import Answer, Part
+from calumma.jobs.quickstart.questions import Answer, AnswerPart
 
 PICTURE = "data:image/png;base64,iVBORw=="
 PLACE = f"/tmp/{'a-long-folder/' * 8}quickstart/storage/stages/finetuned/model"
@@ -33,7 +33,7 @@ def results() -> dict[str, Any]:
 
 
 def answer(kind: str, *parts: str, question: str = "Which <b>digit</b>?", picture: str | None = None) -> Answer:
-    made = [Part(kind="image" if part == PICTURE else "text", value=part) for part in parts]
+    made = [AnswerPart(kind="image" if part == PICTURE else "text", value=part) for part in parts]
     return Answer(
         kind=kind, question=question, picture=picture, shows="seven" if picture else None, parts=made, seconds=1
     )

@@ -65,8 +65,8 @@ def artifacts(mlflow: MlflowClient, run: str, folder: str | None = None) -> list
 
 def test_every_step_is_published(workdir: Path) -> None:
     for name in NAMES:
-        spec = steps.specification(name, Options(workdir, fast=True))
-        manifest = runner.standing(spec)
+        spec = steps.step_specification(name, Options(workdir, fast=True))
+        manifest = runner.reusable_result(spec)
         assert manifest is not None, name
         manifest.verify(runner.output_of(spec))
 

@@ -106,7 +106,7 @@ def test_questions_are_of_three_kinds_and_show_held_out_scans() -> None:
 
 def test_a_server_that_is_not_there_is_told() -> None:
     (question, *_) = questions.questions(split(read_scans(), seed=0)[1])
-    with pytest.raises(questions.AnswerMissing, match="did not answer 'Which digit is this"):
+    with pytest.raises(questions.NoAnswer, match="did not answer 'Which digit is this"):
         questions.ask("http://127.0.0.1:9", "m", question, seed=0)
 
 
@@ -152,7 +152,7 @@ def nothing_fails() -> Iterator[None]:
     failing.clear()
 
 
-def run(workdir: Path) -> steps.Outcome:
+def run(workdir: Path) -> steps.QuickstartResult:
     return steps.quickstart(Options(workdir, fast=True), Console(file=io.StringIO()))
 
 
@@ -172,8 +172,8 @@ def test_steps_run_once_in_one_cluster_and_are_skipped_after(tmp_path: Path, job
 def test_a_lost_step_and_all_after_it_run_again(tmp_path: Path, jobs: list[str]) -> None:
     run(tmp_path)
     jobs.clear()
-    spec = steps.specification("stage1", Options(tmp_path, fast=True))
-    runner.discard(spec)
+    spec = steps.step_specification("stage1", Options(tmp_path, fast=True))
+    runner.delete_result(spec)
     run(tmp_path)
     after = NAMES.index("stage1")
     assert jobs == ["cluster", *NAMES[after:], "cluster stopped"]
@@ -187,7 +187,7 @@ def test_ctrl_c_says_how_to_resume_and_the_next_call_does(
     done = CliRunner().invoke(app, ["--fast", "--workdir", str(work), "--port", "8005"])
     assert done.exit_code == entry.INTERRUPTED == 130
     assert f"calumma quickstart --workdir '{work}' --fast --port 8005" in done.output
-    assert runner.standing(steps.specification("tokenize", Options(work, fast=True))) is None
+    assert runner.reusable_result(steps.step_specification("tokenize", Options(work, fast=True))) is None
     failing.clear()
     jobs.clear()
     run(work)
@@ -211,8 +211,8 @@ def test_a_shared_storage_brings_its_model_into_a_new_registry(
     steps.quickstart(options, console)
     monkeypatch.undo()  # a registry that is asked for real
     other = Options(tmp_path / "two", storage=storage, fast=True)
-    spec = steps.specification("finetune", other)
-    assert steps._standing(spec) is not None
+    spec = steps.step_specification("finetune", other)
+    assert steps._reusable_result(spec) is not None
     from calumma.platform.tracking import registry
     from calumma.platform.tracking.job_run import job_run
 
@@ -220,8 +220,8 @@ def test_a_shared_storage_brings_its_model_into_a_new_registry(
     assert registry.model_source(champion, other.tracking) == model
     with job_run(spec) as current:
         registry.register(other.tracking, "calumma-quickstart", "/another/model", current.id, "champion")
-    assert steps._standing(spec) is not None
+    assert steps._reusable_result(spec) is not None
     assert registry.model_source(champion, other.tracking) == model, "the alias led elsewhere"
     versions = current.client.search_model_versions("name = 'calumma-quickstart'")
-    assert steps._standing(spec) is not None
+    assert steps._reusable_result(spec) is not None
     assert len(current.client.search_model_versions("name = 'calumma-quickstart'")) == len(versions) == 3

@@ -12,7 +12,7 @@ import yaml
 from calumma.jobs.quickstart import steps
 from calumma.jobs.quickstart.documents import FAST, FULL, DocumentsSpecification
 from calumma.jobs.quickstart.steps import Options
-from calumma.jobs.specifications.reading import read
+from calumma.jobs.specifications.reading import read_specification
 from calumma.jobs.specifications.table import JOBS
 from calumma.model.config import preset
 from calumma.platform.curation.specification import CurateSpecification
@@ -29,7 +29,7 @@ MICRO_BATCH = 2  # sequences; the recipes' head says so
 
 def shipped(file: Path) -> JobSpecification:
     values = yaml.safe_load(file.read_text())
-    return read(JOBS[values["job"]], file)
+    return read_specification(JOBS[values["job"]], file)
 
 
 def pretrain(model: str, stage: str) -> PretrainSpecification:
@@ -112,7 +112,7 @@ def options(request: pytest.FixtureRequest, tmp_path: Path) -> Options:
 
 def test_every_step_has_a_valid_specification_with_absolute_places(options: Options) -> None:
     for step in steps.STEPS:
-        spec = steps.specification(step.name, options)
+        spec = steps.step_specification(step.name, options)
         assert Path(spec.storage) == options.workdir / "storage"
         assert spec.tracking.uri == f"sqlite:///{options.workdir}/mlflow/mlflow.db"
         if step.name not in ("documents", "serve"):
@@ -122,18 +122,18 @@ def test_every_step_has_a_valid_specification_with_absolute_places(options: Opti
 def test_fast_changes_every_size_and_names_every_recipe() -> None:
     overrides: dict[str, Any] = yaml.safe_load((RECIPES / "quickstart" / steps.OVERRIDES).read_text())
     assert set(overrides) == {file.stem for file in FILES if file.parent.name == "quickstart"}
-    full, fast = (steps.specification("stage1", Options(Path("w"), fast=f)) for f in (False, True))
+    full, fast = (steps.step_specification("stage1", Options(Path("w"), fast=f)) for f in (False, True))
     assert isinstance(full, PretrainSpecification)
     assert isinstance(fast, PretrainSpecification)
     assert fast.steps < full.steps
-    written = steps.specification("documents", Options(Path("w"), fast=True))
+    written = steps.step_specification("documents", Options(Path("w"), fast=True))
     assert isinstance(written, DocumentsSpecification)
     assert (written.sizes, DocumentsSpecification(storage="w").sizes) == (FAST, FULL)
 
 
 def test_the_steps_fit_each_other(options: Options) -> None:
     """What a step reads is what an earlier one writes: names in recipes are typed by hand."""
-    spec = {step.name: steps.specification(step.name, options).model_dump() for step in steps.STEPS}
+    spec = {step.name: steps.step_specification(step.name, options).model_dump() for step in steps.STEPS}
     written = {f"documents/{name}/" for name in documents_written(options)}
     assert {source["location"] for source in spec["curate"]["sources"]} == written
     curated = {f"curated/{source['name']}" for source in spec["curate"]["sources"]}
@@ -155,16 +155,16 @@ def test_the_steps_fit_each_other(options: Options) -> None:
 def documents_written(options: Options) -> list[str]:
     from calumma.jobs.quickstart import documents
 
-    spec = steps.specification("documents", options)
+    spec = steps.step_specification("documents", options)
     assert isinstance(spec, DocumentsSpecification)
-    return list(documents._makers(spec))
+    return list(documents._file_makers(spec))
 
 
 def test_nothing_that_trains_reads_held_out_documents(options: Options) -> None:
     trained: list[str] = []
     for name in ("train_text_tokenizer", "train_image_tokenizer"):
-        trained += steps.specification(name, options).model_dump()["documents"]
+        trained += steps.step_specification(name, options).model_dump()["documents"]
     for name in ("stage1", "stage2", "finetune"):
-        trained += steps.specification(name, options).model_dump()["mixture"]
-    trained.append(steps.specification("evaluate", options).model_dump()["judge_training"])
+        trained += steps.step_specification(name, options).model_dump()["mixture"]
+    trained.append(steps.step_specification("evaluate", options).model_dump()["judge_training"])
     assert not [uri for uri in trained if "held_out" in uri or "ask_" in uri]

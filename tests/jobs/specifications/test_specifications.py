@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.jobs.specifications.reading import read
+from calumma.jobs.specifications.reading import read_specification
 from calumma.jobs.specifications.table import JOBS
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.specification import Resources, SpecificationError, WorkerRange, validate
@@ -43,7 +43,7 @@ def complaint(values: dict[str, Any], kind: Any = CurateSpecification) -> str:
 
 
 def test_a_file_becomes_a_specification(tmp_path: Path) -> None:
-    spec = read(CurateSpecification, written(tmp_path, CURATE))
+    spec = read_specification(CurateSpecification, written(tmp_path, CURATE))
     assert spec.sources[0].location == "raw/text"
     assert spec.locate(spec.output) == "/data/curated"
 
@@ -58,7 +58,7 @@ def test_locations_are_below_storage_unless_absolute(location: str, found: str) 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecificationError, match=r"there is no specification file .*absent\.yaml"):
-        read(CurateSpecification, tmp_path / "absent.yaml")
+        read_specification(CurateSpecification, tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, said: str) -> None:
     with pytest.raises(SpecificationError, match=said):
-        read(CurateSpecification, written(tmp_path, content))
+        read_specification(CurateSpecification, written(tmp_path, content))
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_bytes("storage: /größe".encode("latin-1"))
     with pytest.raises(SpecificationError, match=r"job\.yaml is not UTF-8 text \(byte 12"):
-        read(CurateSpecification, tmp_path / "job.yaml")
+        read_specification(CurateSpecification, tmp_path / "job.yaml")
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pyte
     file = written(tmp_path, CURATE)
     monkeypatch.setattr(Path, "read_text", refuse)  # the tests may run as root, who may read everything
     with pytest.raises(SpecificationError, match=r"job\.yaml cannot be read: Permission denied"):
-        read(CurateSpecification, file)
+        read_specification(CurateSpecification, file)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pyte
 )
 def test_what_yaml_would_read_otherwise_than_it_looks_is_refused(tmp_path: Path, content: str, said: str) -> None:
     with pytest.raises(SpecificationError, match=said):
-        read(CurateSpecification, written(tmp_path, content))
+        read_specification(CurateSpecification, written(tmp_path, content))
 
 
 def test_merged_mappings_and_a_mark_at_the_beginning_are_read(tmp_path: Path) -> None:
     content = "\ufeffstorage: /data\nsources:\n  - &a {name: a, format: jsonl, location: x}\n  - {<<: *a, name: b}\n"
-    spec = read(CurateSpecification, written(tmp_path, content))
+    spec = read_specification(CurateSpecification, written(tmp_path, content))
     assert [(source.name, source.location) for source in spec.sources] == [("a", "x"), ("b", "x")]
 
 
@@ -125,7 +125,7 @@ image_first: 0.5
 texts: {languages: [en, no]}
 """
     with pytest.raises(SpecificationError) as raised:
-        read(CurateSpecification, written(tmp_path, content), ["image_first=2", "captions.min_word=3"])
+        read_specification(CurateSpecification, written(tmp_path, content), ["image_first=2", "captions.min_word=3"])
     said = str(raised.value)
     assert "\n  line 5: sources.0.location: Input should be a valid string (given 5)" in said
     assert "\n  --set image_first=2: image_first: Input should be less than or equal to 1 (given 2)" in said
@@ -135,7 +135,9 @@ texts: {languages: [en, no]}
 
 def test_a_missing_field_is_told_with_the_line_of_what_lacks_it(tmp_path: Path) -> None:
     with pytest.raises(SpecificationError, match=r"\n  line 3: sources\.0\.format: required, and not given"):
-        read(CurateSpecification, written(tmp_path, "storage: /x\nsources:\n  - {name: a, location: y}\n"))
+        read_specification(
+            CurateSpecification, written(tmp_path, "storage: /x\nsources:\n  - {name: a, location: y}\n")
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -221,7 +223,7 @@ def test_documents_whose_tokens_would_share_a_directory_are_refused() -> None:
 
 def test_overrides_reach_into_sections_and_are_yaml(tmp_path: Path) -> None:
     overrides = ["steps=20", "schedule.warmup_steps=3", "resources.workers={min: 1, max: 2}", "run_name=null"]
-    spec = read(PretrainSpecification, written(tmp_path, PRETRAIN), overrides)
+    spec = read_specification(PretrainSpecification, written(tmp_path, PRETRAIN), overrides)
     assert (spec.steps, spec.schedule.warmup_steps) == (20, 3)
     assert spec.resources.workers == WorkerRange(min=1, max=2)
     assert spec.run_name is None
@@ -240,7 +242,7 @@ def test_overrides_reach_into_sections_and_are_yaml(tmp_path: Path) -> None:
 )
 def test_a_wrong_override_is_told(tmp_path: Path, override: str, said: str) -> None:
     with pytest.raises(SpecificationError, match=said):
-        read(PretrainSpecification, written(tmp_path, PRETRAIN), [override])
+        read_specification(PretrainSpecification, written(tmp_path, PRETRAIN), [override])
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +258,9 @@ def test_an_override_means_what_the_same_value_in_the_file_means(
 ) -> None:
     overrides = [f"micro_batch={micro_batch}", f"output={json.dumps(output)}"]  # JSON strings are YAML strings
     values = yaml.safe_load(tokenize_file.read_text()) | {"micro_batch": micro_batch, "output": output}
-    assert read(TokenizeSpecification, tokenize_file, overrides) == validate(TokenizeSpecification, values, "x")
+    assert read_specification(TokenizeSpecification, tokenize_file, overrides) == validate(
+        TokenizeSpecification, values, "x"
+    )
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -278,7 +282,7 @@ def recipes() -> list[Path]:
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: f"{recipe.parent.name}-{recipe.stem}")
 def test_every_recipe_that_ships_is_valid(recipe: Path) -> None:
     job = yaml.safe_load(recipe.read_text())["job"]
-    assert read(JOBS[job], recipe).job == job
+    assert read_specification(JOBS[job], recipe).job == job
 
 
 def test_there_are_recipes() -> None:

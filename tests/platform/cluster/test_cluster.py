@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calumma.platform.cluster import capacity, connection
-from calumma.platform.cluster.capacity import Available, ClusterError
+from calumma.platform.cluster.capacity import Capacity, ClusterError
 from calumma.platform.specification import Resources, SpecificationError, WorkerRange
 
-SMALL = Available(cpus=4, gpus=0, place="this machine (2 cores, used as 4 logical CPUs)")
-NODE = Available(cpus=64, gpus=8, place="the cluster")
+SMALL = Capacity(cpus=4, gpus=0, description="this machine (2 cores, used as 4 logical CPUs)")
+NODE = Capacity(cpus=64, gpus=8, description="the cluster")
 
 
 # --- what fits -----------------------------------------------------------------------------------------------------
@@ -32,20 +32,20 @@ def test_small_machines_are_oversubscribed_and_large_ones_are_not(machine: int, 
 
 @pytest.mark.parametrize("machine", range(1, 9))
 def test_two_workers_and_a_worker_for_every_core_run_on_any_machine(machine: int) -> None:
-    there = Available(capacity.logical_cpus(machine), 0, "this machine")
-    assert capacity.fit(Resources(workers=2), there) == 2
-    assert capacity.fit(Resources(workers=machine), there) == machine
+    there = Capacity(capacity.logical_cpus(machine), 0, "this machine")
+    assert capacity.workers_that_fit(Resources(workers=2), there) == 2
+    assert capacity.workers_that_fit(Resources(workers=machine), there) == machine
 
 
 def test_a_range_adapts_to_what_there_is() -> None:
-    assert capacity.fit(Resources(workers=WorkerRange(min=1, max=64)), SMALL) == 3
-    assert capacity.fit(Resources(workers=WorkerRange(min=1, max=64), gpus_per_worker=1), NODE) == 8
-    assert capacity.fit(Resources(workers=WorkerRange(min=1, max=2)), NODE) == 2
+    assert capacity.workers_that_fit(Resources(workers=WorkerRange(min=1, max=64)), SMALL) == 3
+    assert capacity.workers_that_fit(Resources(workers=WorkerRange(min=1, max=64), gpus_per_worker=1), NODE) == 8
+    assert capacity.workers_that_fit(Resources(workers=WorkerRange(min=1, max=2)), NODE) == 2
 
 
 def test_too_many_workers_are_refused_with_what_exists() -> None:
     with pytest.raises(SpecificationError) as raised:
-        capacity.fit(Resources(workers=8), SMALL)
+        capacity.workers_that_fit(Resources(workers=8), SMALL)
     said = str(raised.value)
     assert said.startswith("resources.workers: asked for 8 with 1 CPU each")
     assert "2 cores" in said
@@ -54,12 +54,12 @@ def test_too_many_workers_are_refused_with_what_exists() -> None:
 
 def test_gpus_that_do_not_exist_are_refused() -> None:
     with pytest.raises(SpecificationError, match=r"1 CPU and 1 GPU each.*0 GPUs, enough for 0: ask for less"):
-        capacity.fit(Resources(workers=2, gpus_per_worker=1), SMALL)
+        capacity.workers_that_fit(Resources(workers=2, gpus_per_worker=1), SMALL)
 
 
 def test_a_range_whose_least_does_not_fit_is_refused() -> None:
     with pytest.raises(SpecificationError, match="asked for at least 9 "):
-        capacity.fit(Resources(workers=WorkerRange(min=9, max=20), gpus_per_worker=1), NODE)
+        capacity.workers_that_fit(Resources(workers=WorkerRange(min=9, max=20), gpus_per_worker=1), NODE)
 
 
 @given(
@@ -80,7 +80,7 @@ def test_what_is_started_fits_and_nothing_that_fits_is_refused(
         return number * cpus_per_worker <= cpus - 1 + 1e-6 and number * gpus_per_worker <= gpus + 1e-6
 
     try:
-        started = capacity.fit(asked, Available(cpus, gpus, "the cluster"))
+        started = capacity.workers_that_fit(asked, Capacity(cpus, gpus, "the cluster"))
     except SpecificationError:
         assert not fits(least)
     else:
@@ -90,9 +90,9 @@ def test_what_is_started_fits_and_nothing_that_fits_is_refused(
 
 
 def test_without_a_cluster_the_machine_is_what_there_is() -> None:
-    there = capacity.available()
+    there = capacity.cluster_capacity()
     assert there.cpus == capacity.logical_cpus(capacity.cores())
-    assert capacity.require(Resources(workers=2)) == 2
+    assert capacity.require_workers(Resources(workers=2)) == 2
 
 
 # --- starting and ending -------------------------------------------------------------------------------------------
@@ -117,10 +117,10 @@ def stubborn() -> Iterator[psutil.Process]:
 
 
 def test_processes_that_do_not_end_are_ended(stubborn: psutil.Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "PATIENCE", 0.2)
-    family = connection._family([stubborn])
+    monkeypatch.setattr(connection, "SHUTDOWN_TIMEOUT", 0.2)
+    family = connection._process_tree([stubborn])
     assert len(family) == 2
-    connection.end(family)
+    connection.terminate(family)
     assert not any(alive(process) for process in family)
 
 
@@ -134,8 +134,8 @@ def test_a_start_that_fails_is_tried_twice_and_leaves_no_process(monkeypatch: py
         raise RuntimeError("the node did not appear within 30 s")
 
     monkeypatch.setattr(ray, "init", half_a_start)
-    monkeypatch.setattr(connection, "PATIENCE", 0.2)
-    monkeypatch.setattr(connection, "PATIENCE", 0.2)
+    monkeypatch.setattr(connection, "SHUTDOWN_TIMEOUT", 0.2)
+    monkeypatch.setattr(connection, "SHUTDOWN_TIMEOUT", 0.2)
     with (
         pytest.raises(ClusterError, match=r"did not start in 2 attempts \(the node did not appear"),
         connection.embedded(),
@@ -155,7 +155,7 @@ def test_an_interrupted_start_is_not_tried_again_and_leaves_no_process(monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ray, "init", interrupted)
-    monkeypatch.setattr(connection, "PATIENCE", 0.2)
+    monkeypatch.setattr(connection, "SHUTDOWN_TIMEOUT", 0.2)
     with pytest.raises(KeyboardInterrupt), connection.embedded():
         pass
     assert len(started) == 1
@@ -198,12 +198,12 @@ def test_a_cluster_that_does_not_answer_is_explained(monkeypatch: pytest.MonkeyP
 def test_an_embedded_cluster_offers_what_was_promised(ray_cluster: None) -> None:
     import ray
 
-    assert capacity.available().cpus == capacity.logical_cpus(capacity.cores())
+    assert capacity.cluster_capacity().cpus == capacity.logical_cpus(capacity.cores())
     with connection.embedded():  # inside a running one: the same
         assert ray.get(ray.remote(lambda: os.getpid()).options(num_cpus=0.1).remote()) != os.getpid()
     assert ray.is_initialized()
     with pytest.raises(SpecificationError, match="the cluster has"):
-        capacity.require(Resources(workers=1000))
+        capacity.require_workers(Resources(workers=1000))
 
 
 @pytest.mark.cluster

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from calumma.platform.cluster.progress import Display, LogLines, remaining, spoken
+from calumma.platform.cluster.progress import Display, LogLines, format_duration, remaining
 
 
 class Clock:
@@ -52,7 +52,7 @@ def test_no_time_left_is_told_without_something_to_judge_by() -> None:
 
 @pytest.mark.parametrize(("seconds", "words"), [(42.2, "42 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")])
 def test_durations_are_spoken(seconds: float, words: str) -> None:
-    assert spoken(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def test_the_display_names_steps_notes_and_how_they_ended() -> None:

@@ -42,7 +42,9 @@ class Count:
         place, content = spec.locate(spec.output), str(spec.number).encode()
         storage.write_bytes(storage.join(place, "number.txt"), content)
         manifest = Manifest(
-            kind="count", files=[FileEntry.of("number.txt", content)], specification=spec.model_dump(mode="json")
+            kind="count",
+            files=[FileEntry.from_bytes("number.txt", content)],
+            specification=spec.model_dump(mode="json"),
         )
         manifest.write(place)
         return manifest
@@ -89,7 +91,7 @@ def test_a_job_is_run_and_tracked_and_its_manifest_returned(count: Count, spec: 
 
 def test_a_result_of_an_equal_specification_is_kept(count: Count, spec: CountSpecification) -> None:
     first, _ = runner.run_job(spec, count.run)
-    again, skipped = runner.run_alone(
+    again, skipped = runner.run_on_own_cluster(
         spec.model_copy(update={"run_name": "again", "resources": Resources(workers=2)}), count.run
     )
     assert skipped
@@ -111,7 +113,7 @@ def test_a_result_whose_files_are_gone_or_cut_short_is_made_again(
     runner.run_job(spec, count.run)
     file = Path(spec.output_uri, "number.txt")
     harm(file)
-    assert runner.standing(spec) is None
+    assert runner.reusable_result(spec) is None
     assert runner.run_job(spec, count.run)[1] is False
     assert file.read_bytes() == b"7"
     assert runner.run_job(spec, count.run)[1] is True
@@ -143,7 +145,7 @@ def test_a_job_without_workers_needs_no_cluster(
 
     monkeypatch.setattr(runner.connection, "embedded", started)
     monkeypatch.setattr(specification, "IN_PROCESS", ("count",))
-    _, skipped = runner.run_alone(spec.model_copy(update={"resources": Resources(workers=0)}), count.run)
+    _, skipped = runner.run_on_own_cluster(spec.model_copy(update={"resources": Resources(workers=0)}), count.run)
     assert not skipped
     assert count.ran == [7]
 
@@ -154,11 +156,11 @@ def test_a_job_that_asks_for_too_much_is_refused_before_anything_happens(
     runner.run_job(spec, count.run)
     before = statuses(spec.tracking)
     greedy = spec.model_copy(update={"resources": Resources(workers=10_000), "number": 9})
-    for run in (runner.run_job, runner.run_alone):
+    for run in (runner.run_job, runner.run_on_own_cluster):
         with pytest.raises(SpecificationError, match="asked for 10000"):
             run(greedy, count.run, force=True)
     assert statuses(spec.tracking) == before
-    assert runner.standing(spec) is not None
+    assert runner.reusable_result(spec) is not None
     assert count.ran == [7]
 
 
@@ -170,14 +172,14 @@ def test_a_job_that_fails_is_marked_and_publishes_nothing(
     with pytest.raises(type(error)):
         runner.run_job(spec, count.run)
     assert statuses(spec.tracking)[0] == status
-    assert runner.standing(spec) is None
+    assert runner.reusable_result(spec) is None
     count.error = None
     assert runner.run_job(spec, count.run)[1] is False
 
 
 def test_an_unknown_job_is_told_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SpecificationError, match=r"no job 'tokenise'; jobs are: curate, .*tokenize"):
-        entry.specification("tokenise", tmp_path / "x.yaml")
+        entry.job_specification("tokenise", tmp_path / "x.yaml")
 
 
 # --- what the user is told -----------------------------------------------------------------------------------------
@@ -190,7 +192,7 @@ def told(error: BaseException) -> tuple[int, str]:
     def act() -> None:
         raise error
 
-    code = entry.guarded(act, "calumma job run count", words.append)
+    code = entry.exit_code_of(act, "calumma job run count", words.append)
     return code, "\n".join(words)
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Segment, Text
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.curation import curate
 from calumma.platform.curation.curate import TooMuchBadInput
 from calumma.platform.curation.specification import CurateSpecification
-from calumma.platform.curation.steps.chain import Chain, ordered
+from calumma.platform.curation.steps.chain import StepChain, order_pair
 from calumma.platform.curation.steps.filters import Dropped
 from calumma.platform.shards.documents import read_documents
 from calumma.platform.sources.files import BadInput
@@ -61,7 +61,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             worked.append(Path(task["output"]).name)
             yield json.loads(json.dumps(function(json.loads(json.dumps(task)))))
 
-    monkeypatch.setattr(curate, "in_order", in_order)
+    monkeypatch.setattr(curate, "map_in_order", in_order)
     return worked
 
 
@@ -112,7 +112,7 @@ def curation(root: Path, **fields: Any) -> CurateSpecification:
 
 def run_curate(spec: CurateSpecification) -> tuple[Manifest, Recorder]:
     recorder = Recorder()
-    return curate.run(spec, recorder, silent), recorder  # type: ignore[arg-type]
+    return curate.run(spec, recorder, no_progress), recorder  # type: ignore[arg-type]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -124,22 +124,22 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 def test_a_pair_is_turned_by_its_content_and_keeps_its_caption() -> None:
     image = Image(png(1), "seven")
-    assert ordered(Document((image,)), 0, 1.0).segments == (image, Text("seven"))
-    assert ordered(Document((image,)), 0, 0.0).segments == (Text("seven"), image)
+    assert order_pair(Document((image,)), 0, 1.0).segments == (image, Text("seven"))
+    assert order_pair(Document((image,)), 0, 0.0).segments == (Text("seven"), image)
 
 
 def prepare(document: Document, spec: CurateSpecification) -> Document | Dropped | BadInput:
-    result = Chain(spec, "text")(document)
+    result = StepChain(spec, "text")(document)
     if isinstance(result, BadInput):
         return result
-    return result.dropped or ordered(result.document, spec.seed, spec.image_first)
+    return result.dropped or order_pair(result.document, spec.seed, spec.image_first)
 
 
 @given(st.integers(0, 1000), st.floats(0.2, 0.8))
 def test_image_first_is_a_share_of_the_pairs(seed: int, share: float) -> None:
     documents = [Document((Image(b"image %d" % n, "x"),)) for n in range(400)]
-    turned = [ordered(document, seed, share) for document in documents]
-    assert turned == [ordered(document, seed, share) for document in documents]
+    turned = [order_pair(document, seed, share) for document in documents]
+    assert turned == [order_pair(document, seed, share) for document in documents]
     first = sum(isinstance(document.segments[0], Image) for document in turned) / 400
     assert abs(first - share) < 0.13  # five standard deviations
 
@@ -270,10 +270,10 @@ def test_bad_input_is_skipped_counted_and_named(
 
 def test_a_message_about_bad_input_names_the_first_of_it() -> None:
     report = {"bad": 300, "bad_inputs": [{"name": f"a.tar: {n}.png", "reason": "torn"} for n in range(200)]}
-    told = curate.unreadable("pairs", report)
+    told = curate.describe_bad_input("pairs", report)
     assert told is not None
     assert told.splitlines()[5:] == ["  a.tar: 4.png: torn", "  and 295 more (see bad_inputs in the source's manifest)"]
-    assert curate.unreadable("pairs", {"bad": 0, "bad_inputs": []}) is None
+    assert curate.describe_bad_input("pairs", {"bad": 0, "bad_inputs": []}) is None
 
 
 def test_too_much_bad_input_publishes_nothing_of_that_source(tmp_path: Path, here: list[str]) -> None:

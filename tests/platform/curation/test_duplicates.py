@@ -63,14 +63,14 @@ def found(
     checked = DuplicateRules.model_validate(rules)
     rows: dict[str, int] = {}
     for part in range(files):
-        spool = duplicates.Spool(str(root), f"part{part}")
+        spool = duplicates.SignatureWriter(str(root), f"part{part}")
         for number in range(part, len(documents), files):
-            spool.sign(documents[number], number, checked)
+            spool.add(documents[number], number, checked)
         spool.flush()
         rows = {kind: rows.get(kind, 0) + count for kind, count in spool.written.items()}
-    for task in duplicates.tasks(str(root), str(root), checked, rows):
-        duplicates.find(json.loads(json.dumps(task)))
-    return {n: (d.kind, d.of) for n, d in duplicates.dropped(str(root), 0, len(documents)).items()}
+    for task in duplicates.comparison_tasks(str(root), str(root), checked, rows):
+        duplicates.find_duplicates(json.loads(json.dumps(task)))
+    return {n: (d.kind, d.of) for n, d in duplicates.read_duplicates(str(root), 0, len(documents)).items()}
 
 
 # -- equal -------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_images_of_pages_and_conversations_may_repeat(tmp_path: Path) -> None:
 def test_hashes_within_the_distance_always_share_a_key(value: int, distance: int, data: st.DataObject) -> None:
     flips = data.draw(st.sets(st.integers(0, 63), max_size=distance))
     other = value ^ sum(1 << bit for bit in flips)
-    assert set(signatures.part_keys(value, distance)) & set(signatures.part_keys(other, distance))
+    assert set(signatures.image_keys(value, distance)) & set(signatures.image_keys(other, distance))
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3)), min_size=1, max_size=40), st.integers(0, 3))
@@ -188,12 +188,12 @@ def test_images_close_to_any_earlier_one_go(drawn: list[tuple[int, int]], distan
     chosen = random.Random(7)
     centres = [chosen.getrandbits(64) for _ in range(8)]
     values = [centres[c] ^ ((1 << flips) - 1) for c, flips in drawn]
-    rows = [(key, n, value) for n, value in enumerate(values) for key in signatures.part_keys(value, distance)]
+    rows = [(key, n, value) for n, value in enumerate(values) for key in signatures.image_keys(value, distance)]
     rows.sort()
     keys, ids, column = (np.array(part, np.uint64) for part in zip(*rows, strict=True))
     gone = set()
     for group in duplicates._groups(keys):
-        dropped, of = duplicates._close(ids[group], column[group], distance)
+        dropped, of = duplicates._similar_images(ids[group], column[group], distance)
         assert all(earlier < later for earlier, later in zip(of, dropped, strict=True))
         gone |= {int(number) for number in dropped}
     expected = {
@@ -218,8 +218,8 @@ def test_the_same_documents_go_however_the_work_is_divided(tmp_path: Path, monke
     whole = found(tmp_path / "one", documents, rules)
     assert {kind for kind, _ in whole.values()} == {"exact", "near", "images"}
     for files, rows_a_task, rows_a_file in ((4, 100, 50), (3, 37, 10**9)):
-        monkeypatch.setattr(duplicates, "ROWS_A_TASK", rows_a_task)
-        monkeypatch.setattr(duplicates, "ROWS_A_FILE", rows_a_file)
+        monkeypatch.setattr(duplicates, "ROWS_PER_TASK", rows_a_task)
+        monkeypatch.setattr(duplicates, "ROWS_PER_FILE", rows_a_file)
         assert found(tmp_path / f"{files}", documents, rules, files) == whole
 
 
@@ -245,9 +245,9 @@ QUESTION = "Which of these rivers flows through the largest number of capital ci
 def overlap(tmp_path: Path, against: str, document: Document, **fields: Any) -> str | None:
     rules = Decontamination.model_validate({"against": [against], **fields})
     index = f"{tmp_path}/index.npz"
-    decontaminate.build({"rules": rules.model_dump(mode="json"), "against": [against], "index": index})
-    decontaminate._read.cache_clear()
-    result = decontaminate.overlap(rules, ["the test"], index)(document)
+    decontaminate.build_index({"rules": rules.model_dump(mode="json"), "against": [against], "index": index})
+    decontaminate._read_index.cache_clear()
+    result = decontaminate.overlap_rule(rules, ["the test"], index)(document)
     return result.reason if isinstance(result, Dropped) else None
 
 
@@ -277,7 +277,7 @@ def test_curated_evaluation_sets_count_with_their_images(tmp_path: Path) -> None
     data = document_shards.to_parquet([Document((picture, Text(QUESTION))), text("x")])
     (tmp_path / "set").mkdir()
     (tmp_path / "set/documents.parquet").write_bytes(data)
-    Manifest(kind=document_shards.CURATED, files=[FileEntry.of("documents.parquet", data, rows=2)]).write(
+    Manifest(kind=document_shards.CURATED, files=[FileEntry.from_bytes("documents.parquet", data, rows=2)]).write(
         f"{tmp_path}/set"
     )
     copy = Document((Image(encoded(drawing(5).resize((150, 150)), "JPEG")), Text("something else")))

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from calumma.model.document import Document, Image, Text
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.curation.steps import chain
-from calumma.platform.curation.steps.chain import Chain
+from calumma.platform.curation.steps.chain import StepChain
 from calumma.platform.curation.steps.filters import size_of
 from calumma.platform.sources.files import BadInput
 from calumma.platform.specification import SpecificationError, validate
@@ -32,7 +32,7 @@ def specification(**fields: Any) -> CurateSpecification:
 
 def reason(document: Document, **fields: Any) -> str | None:
     """Why a document is dropped, as `step: reason`."""
-    checked = Chain(specification(**fields), "a")(document)
+    checked = StepChain(specification(**fields), "a")(document)
     assert not isinstance(checked, BadInput)
     return f"{checked.dropped.step}: {checked.dropped.reason}" if checked.dropped else None
 
@@ -113,7 +113,7 @@ def test_a_small_image_leaves_its_page_and_takes_a_conversation_along() -> None:
     small, large = Image(picture(8, 8)), Image(picture(80, 80))
     rules = {"min_side": 64}
     page = Document((Text("before"), small, Text("after"), large))
-    checked = Chain(specification(images=rules), "a")(page)
+    checked = StepChain(specification(images=rules), "a")(page)
     assert not isinstance(checked, BadInput)
     assert checked.document.segments == (Text("before"), Text("after"), large)
     assert checked.images_removed == 1
@@ -204,7 +204,7 @@ def test_languages_are_told_and_noted() -> None:
     english = "The ship left the harbour early in the morning, before anyone was awake."
     german = "Das Schiff verließ den Hafen früh am Morgen, bevor jemand wach war."
     rules = {"languages": ["en"]}
-    checked = Chain(specification(texts=rules), "a")(text(english))
+    checked = StepChain(specification(texts=rules), "a")(text(english))
     assert not isinstance(checked, BadInput)
     assert checked.document.metadata["language"] == "en"
     assert reason(text(german), texts=rules) == "texts: language de"
@@ -235,7 +235,7 @@ def test_a_step_applies_to_the_sources_it_names() -> None:
     spec = specification(sources=sources, texts={"min_words": 9, "sources": ["b"]})
     dropped = []
     for name in ("a", "b"):
-        checked = Chain(spec, name)(text("few words"))
+        checked = StepChain(spec, name)(text("few words"))
         assert not isinstance(checked, BadInput)
         dropped.append(checked.dropped is not None)
     assert dropped == [False, True]
@@ -273,4 +273,4 @@ def test_rules_that_cannot_be_are_told_at_once(fields: dict[str, Any], said: str
 )
 def test_names_that_lead_nowhere_are_told_before_any_work(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecificationError, match=said):
-        chain.check(specification(**fields))
+        chain.check_names(specification(**fields))

@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 from calumma.model.document import Document
 from calumma.platform import storage
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.curation import curate, tasks
 from calumma.platform.curation.curate import TooMuchBadInput
 from calumma.platform.curation.specification import CurateSpecification
@@ -104,7 +104,7 @@ def two_sources(root: Path | str, **fields: Any) -> CurateSpecification:
 
 def run(spec: CurateSpecification) -> tuple[Manifest, Recorder]:
     recorder = Recorder()
-    return curate.run(spec, recorder, silent), recorder  # type: ignore[arg-type]
+    return curate.run(spec, recorder, no_progress), recorder  # type: ignore[arg-type]
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:
@@ -179,7 +179,7 @@ def test_sources_that_are_compared_are_made_again_together(tmp_path: Path, monke
 
 
 def test_bad_input_fails_before_anything_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "find", None)
+    monkeypatch.setattr(duplicates, "find_duplicates", None)
     write_lines(tmp_path / "raw/first/a.jsonl", ["one"])
     (tmp_path / "raw/second").mkdir()
     (tmp_path / "raw/second/a.jsonl").write_text('{"text": \n{"text": "x"}\n')

@@ -14,8 +14,8 @@ from calumma.platform.curation.report.findings import (
     SAMPLES,
     SAMPLES_A_REASON,
     Findings,
+    bin_middle,
     bin_of,
-    middle_of,
 )
 from calumma.platform.curation.report.page import BAD_SHOWN, Part, page
 from calumma.platform.curation.steps.filters import Dropped
@@ -51,7 +51,7 @@ def test_findings_add_up_whatever_the_tasks(reasons: list[Dropped | None], tasks
 
 @given(st.floats(-1e12, 1e12))
 def test_a_bin_is_two_percent_wide(value: float) -> None:
-    middle = middle_of(bin_of(value))
+    middle = bin_middle(bin_of(value))
     assert abs(middle - value) <= 0.0101 * abs(value) + 1e-6
 
 

@@ -106,7 +106,7 @@ def test_texts_and_captions_are_scrubbed_and_counted() -> None:
         Text("none", "assistant"),
     )
     assert clean.license == chat.license
-    assert scrubber.found == {"<EMAIL>": 3}
+    assert scrubber.counts == {"<EMAIL>": 3}
 
 
 def shout(text: str) -> str:
@@ -120,7 +120,7 @@ def test_hooks_of_ones_own_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "hooks_of_the_test", __import__("sys").modules[__name__])
     scrubber = Scrubber(ScrubRules(hooks=["hooks_of_the_test:shout"]))
     assert scrubber.text("calumma: a@b.org") == "<NAME>: <EMAIL>"
-    assert scrubber.found["hooks_of_the_test:shout"] == 1
+    assert scrubber.counts["hooks_of_the_test:shout"] == 1
     with pytest.raises(SpecificationError, match="must return a text, not NoneType"):
         Scrubber(ScrubRules(hooks=["hooks_of_the_test:silence"])).text("x")
 

@@ -17,8 +17,8 @@ from PIL import Image as PILImage
 from calumma.jobs.quickstart import digits
 from calumma.model.document import Document, Image, Role, Segment, Text
 from calumma.platform.cluster import runner
-from calumma.platform.cluster.progress import silent
-from calumma.platform.evaluation import benchmark, judge, tasks
+from calumma.platform.cluster.progress import no_progress
+from calumma.platform.evaluation import evaluate, judge, tasks
 from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
 from calumma.platform.evaluation.tasks import Case, Kind
 from calumma.platform.storage.manifest import Manifest
@@ -44,7 +44,7 @@ def asked(kind: Kind, *words: str) -> Case:
     answer: list[Segment] = [Text(words[0], "assistant")]
     if kind != "recognition":
         answer = [s for word in words for s in (Text(word, "assistant"), image(word, "assistant"))]
-    return tasks.case(kind, Document((Text("What?", "user"), *answer)))
+    return tasks.make_case(kind, Document((Text("What?", "user"), *answer)))
 
 
 def answer(*pieces: str | Image) -> Document:
@@ -56,7 +56,7 @@ def answer(*pieces: str | Image) -> Document:
 
 def test_a_case_is_the_prompt_without_its_last_answer() -> None:
     turns = (Text("Hello.", "user"), Text("Hi.", "assistant"), Text("Which digit? ", "user"), image("six", "user"))
-    case = tasks.case("recognition", Document((*turns, Text(" Six. ", "assistant"))))
+    case = tasks.make_case("recognition", Document((*turns, Text(" Six. ", "assistant"))))
     assert case.prompt.segments == turns
     assert case.words == ("six",)
 
@@ -66,15 +66,15 @@ def test_a_case_is_the_prompt_without_its_last_answer() -> None:
     [(), (Text("page"),), (Text("only a question", "user"),), (Text("a", "assistant"), Text("b", "user"))],
 )
 def test_what_is_no_question_and_answer_is_refused(segments: tuple[Segment, ...]) -> None:
-    with pytest.raises(tasks.NotACase, match="must end with a user's and an assistant's turn"):
-        tasks.case("recognition", Document(segments))
+    with pytest.raises(tasks.InvalidCase, match="must end with a user's and an assistant's turn"):
+        tasks.make_case("recognition", Document(segments))
 
 
 @pytest.mark.parametrize("kind", ["generation", "interleaved"])
 def test_pictures_that_say_not_what_they_show_are_refused(kind: Kind) -> None:
     unlabelled = Document((Text("Draw.", "user"), Image(picture("one"), None, "assistant")))
-    with pytest.raises(tasks.NotACase, match="each with a caption"):
-        tasks.case(kind, unlabelled)
+    with pytest.raises(tasks.InvalidCase, match="each with a caption"):
+        tasks.make_case(kind, unlabelled)
 
 
 # -- marks
@@ -85,28 +85,28 @@ def test_pictures_that_say_not_what_they_show_are_refused(kind: Kind) -> None:
     [("seven", True), (" Seven.\n", True), ("seventeen", False), ("", False), ("seven eight", False), ("eight", False)],
 )
 def test_recognition_wants_the_exact_word(said: str, right: bool) -> None:
-    assert tasks.mark(asked("recognition", "seven"), answer(said), see).right is right
+    assert tasks.grade(asked("recognition", "seven"), answer(said), see).right is right
 
 
 def test_recognition_with_a_picture_in_the_answer_is_wrong() -> None:
-    assert not tasks.mark(asked("recognition", "seven"), answer("seven", image("seven")), see).right
+    assert not tasks.grade(asked("recognition", "seven"), answer("seven", image("seven")), see).right
 
 
 def test_generation_is_the_judges_verdict_on_one_picture() -> None:
     case = asked("generation", "four")
-    assert tasks.mark(case, answer(image("four")), see).right
-    assert not tasks.mark(case, answer(image("nine")), see).right
-    assert not tasks.mark(case, answer(), see).right
-    assert not tasks.mark(case, answer(image("four"), image("four")), see).right
+    assert tasks.grade(case, answer(image("four")), see).right
+    assert not tasks.grade(case, answer(image("nine")), see).right
+    assert not tasks.grade(case, answer(), see).right
+    assert not tasks.grade(case, answer(image("four"), image("four")), see).right
 
 
 def test_interleaved_marks_alternation_words_and_digits_apart() -> None:
     case = asked("interleaved", "two", "three")
-    perfect = tasks.mark(case, answer("two ", image("two"), " three ", image("three")), see)
+    perfect = tasks.grade(case, answer("two ", image("two"), " three ", image("three")), see)
     assert (perfect.right, perfect.words, perfect.digits) == (True, True, (True, True))
-    wrong_digit = tasks.mark(case, answer("two", image("two"), "three", image("eight")), see)
+    wrong_digit = tasks.grade(case, answer("two", image("two"), "three", image("eight")), see)
     assert (wrong_digit.right, wrong_digit.words, wrong_digit.digits) == (True, True, (True, False))
-    wrong_word = tasks.mark(case, answer("two", image("two"), "four", image("three")), see)
+    wrong_word = tasks.grade(case, answer("two", image("two"), "four", image("three")), see)
     assert (wrong_word.right, wrong_word.words, wrong_word.digits) == (True, False, (True, True))
 
 
@@ -123,11 +123,11 @@ def test_interleaved_marks_alternation_words_and_digits_apart() -> None:
     ],
 )
 def test_interleaved_answers_out_of_turn_are_not_valid(pieces: tuple[str | Image, ...]) -> None:
-    assert not tasks.mark(asked("interleaved", "two", "three"), answer(*pieces), see).right
+    assert not tasks.grade(asked("interleaved", "two", "three"), answer(*pieces), see).right
 
 
 def test_a_missing_picture_counts_as_a_wrong_digit() -> None:
-    found = tasks.mark(asked("interleaved", "two", "three"), answer("two", image("two")), see)
+    found = tasks.grade(asked("interleaved", "two", "three"), answer("two", image("two")), see)
     assert found.digits == (True, False)
     assert tasks.summary("interleaved", [found]) == {"valid": 0.0, "words": 0.0, "digits": 0.5}
 
@@ -137,14 +137,14 @@ pieces = st.lists(st.one_of(st.sampled_from(["two", " ", "", "three "]), st.samp
 
 @given(pieces)
 def test_pieces_never_have_empty_or_neighbouring_texts(given: list[str | Image]) -> None:
-    found = tasks.pieces_of(answer(*given))
+    found = tasks.texts_and_images(answer(*given))
     assert all(not (isinstance(a, Text) and isinstance(b, Text)) for a, b in pairwise(found))
     assert all(p.text.strip() for p in found if isinstance(p, Text))
     assert [p for p in found if isinstance(p, Image)] == [p for p in given if isinstance(p, Image)]
 
 
 def test_shares_are_means_and_an_empty_task_has_none() -> None:
-    marks = [tasks.Mark(True, "one"), tasks.Mark(False, "two"), tasks.Mark(True, "six"), tasks.Mark(True, "six")]
+    marks = [tasks.Grade(True, "one"), tasks.Grade(False, "two"), tasks.Grade(True, "six"), tasks.Grade(True, "six")]
     assert tasks.summary("recognition", marks) == {"accuracy": 0.75}
     with pytest.raises(ValueError, match="without cases"):
         tasks.summary("generation", [])
@@ -174,8 +174,8 @@ def test_the_judge_gives_a_verdict_on_pictures_of_any_size_and_mode(
 ) -> None:
     scan = scans[0][0]
     large = scan.picture().convert("RGB").resize((64, 64), PILImage.Resampling.NEAREST)
-    assert trained.verdicts([scan.picture(), large]) == [scan.word, scan.word]
-    assert trained.verdicts([]) == []
+    assert trained.classify([scan.picture(), large]) == [scan.word, scan.word]
+    assert trained.classify([]) == []
 
 
 def test_the_judge_is_not_fooled_by_wrong_labels(
@@ -195,10 +195,10 @@ def test_features_are_the_mean_grey_of_boxes() -> None:
 
 
 def test_a_judge_without_labels_says_what_to_check() -> None:
-    with pytest.raises(judge.NothingToLearn, match="judge_training"):
+    with pytest.raises(judge.JudgeDataError, match="judge_training"):
         judge.Judge.train([(picture("one"), "one"), (picture("one"), "one")])
     able = judge.Judge.train([(picture("one"), "one"), (picture("nine"), "nine")])
-    with pytest.raises(judge.NothingToLearn, match="judge_held_out"):
+    with pytest.raises(judge.JudgeDataError, match="judge_held_out"):
         able.accuracy([])
 
 
@@ -206,11 +206,11 @@ def test_a_judge_without_labels_says_what_to_check() -> None:
 
 
 def test_words_are_taken_greedily_and_room_is_left_for_one_picture_too_many() -> None:
-    reading = benchmark.sampling(asked("recognition", "one"), seed=3, image_length=16, expected_tokens=4)
+    reading = evaluate.sampling_params(asked("recognition", "one"), seed=3, image_length=16, expected_tokens=4)
     assert (reading.mode, reading.text.temperature, reading.seed) == ("text", 0.0, 3)
-    drawing = benchmark.sampling(asked("generation", "one"), 0, 16, 18)
+    drawing = evaluate.sampling_params(asked("generation", "one"), 0, 16, 18)
     assert drawing.mode == "image"
-    counting = benchmark.sampling(asked("interleaved", "one", "two"), 0, 16, 42)
+    counting = evaluate.sampling_params(asked("interleaved", "one", "two"), 0, 16, 42)
     assert (counting.mode, counting.max_images) == ("interleaved", 3)
     assert counting.max_tokens >= 42 + 18
 
@@ -223,9 +223,9 @@ def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
         Manifest(kind="model").write(str(tmp_path / name))
     labelled = [(picture("one"), "one"), (picture("nine"), "nine")]
     monkeypatch.setattr("calumma.platform.tracking.registry.model_source", lambda uri, tracking: champion[0])
-    monkeypatch.setattr(benchmark, "_labelled", lambda uri: labelled)
-    monkeypatch.setattr(benchmark, "_cases", lambda task, spec: [asked("recognition", "six")])
-    monkeypatch.setattr(benchmark, "_answers", lambda spec, cases, progress: iter([answer("six")]))
+    monkeypatch.setattr(evaluate, "_labelled", lambda uri: labelled)
+    monkeypatch.setattr(evaluate, "_cases", lambda task, spec: [asked("recognition", "six")])
+    monkeypatch.setattr(evaluate, "_answers", lambda spec, cases, progress: iter([answer("six")]))
     spec = EvaluateSpecification(
         storage=str(tmp_path),
         model="models:/m@champion",
@@ -233,14 +233,14 @@ def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
         judge_training="training",
         judge_held_out="held-out",
     )
-    manifest = benchmark.evaluate(spec, MagicMock(id="run"), silent)
+    manifest = evaluate.evaluate(spec, MagicMock(id="run"), no_progress)
     assert manifest.report["words_accuracy"] == 1.0
-    assert runner.standing(spec) == manifest
+    assert runner.reusable_result(spec) == manifest
     champion[0] = str(tmp_path / "two")
-    assert runner.standing(spec) is None
+    assert runner.reusable_result(spec) is None
 
 
 def test_answers_are_kept_with_what_was_expected() -> None:
     case = asked("generation", "four")
-    (line,) = benchmark._lines([case], [tasks.mark(case, answer(image("nine")), see)]).splitlines()
+    (line,) = evaluate._lines([case], [tasks.grade(case, answer(image("nine")), see)]).splitlines()
     assert json.loads(line) == {"question": "What?", "expected": "four", "said": "nine", "right": False}

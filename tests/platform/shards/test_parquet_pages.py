@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from calumma.platform.shards import parquet_pages, row_groups
 from calumma.platform.shards import tokens as token_shards
-from calumma.platform.shards.row_groups import MicroBatch, RowGroup, RowGroupReader, ShardError, _Footer
+from calumma.platform.shards.row_groups import MicroBatch, RowGroup, RowGroupReader, ShardError, _ShardFooter
 from calumma.platform.shards.tokens import PackedRow
 
 
 @pytest.fixture(autouse=True)
 def no_footers_of_other_tests() -> None:
-    row_groups._footers.cache_clear()
+    row_groups._footer_cache.cache_clear()
 
 
 def packed(random: np.random.Generator, length: int, masked: bool) -> PackedRow:
@@ -47,8 +47,8 @@ def written(path: Path, content: pa.Table, micro_batch: int, **changes: Any) -> 
             begin = buffer.tell()
             writer.write_table(content.slice(first, micro_batch), row_group_size=micro_batch)
             data = buffer.getvalue()[begin:]
-            groups.append((begin, len(data), token_shards.digest(data)))
-        writer.add_key_value_metadata({token_shards.ROW_GROUPS.decode(): json.dumps(groups)})
+            groups.append((begin, len(data), token_shards.row_group_digest(data)))
+        writer.add_key_value_metadata({token_shards.ROW_GROUPS_KEY.decode(): json.dumps(groups)})
     return published(
         path, buffer.getvalue(), [len(content.slice(n * micro_batch, micro_batch)) for n in range(len(groups))]
     )
@@ -56,7 +56,7 @@ def written(path: Path, content: pa.Table, micro_batch: int, **changes: Any) -> 
 
 def published(path: Path, data: bytes, sequences: list[int]) -> list[MicroBatch]:
     path.write_bytes(data)
-    found = token_shards.footer(data)
+    found = token_shards.footer_digest(data)
     known = (len(data), found.bytes, bytes.fromhex(found.sha256))
     return [MicroBatch("source", str(path), number, rows, *known) for number, rows in enumerate(sequences)]
 
@@ -64,15 +64,15 @@ def published(path: Path, data: bytes, sequences: list[int]) -> list[MicroBatch]
 def read(micro_batch: MicroBatch, context: int | None) -> tuple[RowGroup, bool]:
     """A row group, and whether it was decoded without pyarrow."""
     taken: list[bool] = []
-    original = _Footer.plain
+    original = _ShardFooter.decode_own_layout
 
-    def watched(footer: _Footer, *given: Any) -> RowGroup | None:
+    def watched(footer: _ShardFooter, *given: Any) -> RowGroup | None:
         found = original(footer, *given)
         taken.append(found is not None)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Footer, "plain", watched)
+        patch.setattr(_ShardFooter, "decode_own_layout", watched)
         return RowGroupReader(context).read(micro_batch), taken == [True]
 
 
@@ -126,7 +126,7 @@ def test_what_the_writer_writes_is_read_without_pyarrow(
 
 def test_masks_that_are_all_null_take_no_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
-    monkeypatch.delattr(_Footer, "decode")
+    monkeypatch.delattr(_ShardFooter, "decode")
     for one in written(tmp_path / "x", table([packed(random, 9, False) for _ in range(6)]), 3):
         assert read(one, 8)[1]
 
@@ -184,7 +184,7 @@ def test_wrong_contents_are_errors_as_before(tmp_path: Path, content: pa.Table, 
 
 def test_only_what_has_its_digest_is_decoded_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = written(tmp_path / "x", lists(), 2)
-    monkeypatch.setattr(parquet_pages, "equal_rows", None)
+    monkeypatch.setattr(parquet_pages, "decode_equal_lists", None)
     assert RowGroupReader(2, verify=False).read(one).tokens.tolist() == ROWS
     path = tmp_path / "without"
     pq.write_table(lists(), path, compression="zstd", use_dictionary=False, write_statistics=False)
@@ -198,25 +198,28 @@ def test_damaged_pages_are_never_more_than_an_error(place: float, value: int, cu
     """Even with a digest that agrees: it is for pyarrow then, and to say what is wrong."""
     random = np.random.default_rng(1)
     data = token_shards.to_parquet([packed(random, 50, False) for _ in range(4)], 4)
-    chunk = parquet_pages.chunks(pq.read_metadata(io.BytesIO(data)), 0)[1 if masks else 0]
+    chunk = parquet_pages.column_chunks(pq.read_metadata(io.BytesIO(data)), 0)[1 if masks else 0]
     part = bytearray(data[chunk.begin : chunk.end])
     at = int(place * len(part))
     part[at] = value
     try:
         if masks:
-            parquet_pages.no_lists(bytes(part[:at] if cut else part), 4)
+            parquet_pages.all_null(bytes(part[:at] if cut else part), 4)
         else:
-            assert parquet_pages.equal_rows(memoryview(part[:at] if cut else part), chunk.values, 4).shape == (4, 50)
-    except (parquet_pages.OtherLayout, pa.ArrowException, OSError):
+            assert parquet_pages.decode_equal_lists(memoryview(part[:at] if cut else part), chunk.values, 4).shape == (
+                4,
+                50,
+            )
+    except (parquet_pages.UnknownLayout, pa.ArrowException, OSError):
         pass
 
 
 def test_a_row_group_that_is_damaged_under_its_digest_is_told(tmp_path: Path) -> None:
     (one,) = written(tmp_path / "x", lists(), 2)
     data = (tmp_path / "x").read_bytes()
-    (begin, length, was), *_ = json.loads(pq.read_metadata(tmp_path / "x").metadata[token_shards.ROW_GROUPS])
+    (begin, length, was), *_ = json.loads(pq.read_metadata(tmp_path / "x").metadata[token_shards.ROW_GROUPS_KEY])
     broken = data[:begin] + bytes(length) + data[begin + length :]
-    broken = broken.replace(was.encode(), token_shards.digest(bytes(length)).encode())
+    broken = broken.replace(was.encode(), token_shards.row_group_digest(bytes(length)).encode())
     sha256 = hashlib.sha256(broken[-one.footer_bytes :]).digest()
     (tmp_path / "x").write_bytes(broken)
     with pytest.raises(ShardError, match="row group 0 cannot be read"):

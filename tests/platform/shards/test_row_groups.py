@@ -19,7 +19,7 @@ from calumma.platform.shards import row_groups
 from calumma.platform.shards import tokens as token_shards
 from calumma.platform.shards.row_groups import MicroBatch, RowGroupReader, ShardError
 from calumma.platform.shards.tokens import PackedRow
-from calumma.platform.storage.manifest import Footer
+from calumma.platform.storage.manifest import FooterDigest
 
 CONTEXT, ROWS, GROUPS = 20, 3, 4
 
@@ -49,12 +49,12 @@ def shard(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def no_footers_of_other_tests() -> None:
-    row_groups._footers.cache_clear()
+    row_groups._footer_cache.cache_clear()
 
 
 def micro_batch(shard: str, row_group: int = 0, digests: bool = True, **changes: Any) -> MicroBatch:
     data = Path(shard).read_bytes()
-    found = token_shards.footer(data)
+    found = token_shards.footer_digest(data)
     known = (found.bytes, bytes.fromhex(found.sha256)) if digests else (0, b"")
     sequences = ROWS if row_group < GROUPS - 1 else 1
     return MicroBatch("source", shard, row_group, sequences, len(data), *known)._replace(**changes)
@@ -86,7 +86,7 @@ def test_no_damage_goes_unnoticed(shard: str, place: float, bit: int, cut: bool)
     whole = path.read_bytes()
     known = [micro_batch(shard, group) for group in range(GROUPS)]
     wanted = [RowGroupReader(CONTEXT).read(found) for found in known]
-    row_groups._footers.cache_clear()
+    row_groups._footer_cache.cache_clear()
     damaged = bytearray(whole)
     at = int(place * len(whole))
     damaged[at] ^= 1 << bit
@@ -105,7 +105,7 @@ def test_no_damage_goes_unnoticed(shard: str, place: float, bit: int, cut: bool)
         assert all(shard in said for said in errors)
     finally:
         path.write_bytes(whole)
-        row_groups._footers.cache_clear()
+        row_groups._footer_cache.cache_clear()
 
 
 def test_damage_is_told_by_shard_and_row_group(shard: str) -> None:
@@ -121,9 +121,11 @@ def test_damage_is_told_by_shard_and_row_group(shard: str) -> None:
 def test_another_shard_under_the_same_name_is_noticed(shard: str) -> None:
     found = micro_batch(shard)
     whole = Path(shard).read_bytes()
-    (offset, length, was), *_ = json.loads(pq.read_metadata(shard).metadata[token_shards.ROW_GROUPS])
+    (offset, length, was), *_ = json.loads(pq.read_metadata(shard).metadata[token_shards.ROW_GROUPS_KEY])
     other = whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :]
-    Path(shard).write_bytes(other.replace(was.encode(), token_shards.digest(other[offset : offset + length]).encode()))
+    Path(shard).write_bytes(
+        other.replace(was.encode(), token_shards.row_group_digest(other[offset : offset + length]).encode())
+    )
     with pytest.raises(ShardError, match=f"{shard}: the footer has checksum"):
         RowGroupReader(CONTEXT).read(found)
 
@@ -155,7 +157,7 @@ def test_shards_of_before_there_were_checksums_are_named_when_they_are_damaged(s
     path.write_bytes(content[:4] + bytes(200) + content[204:])
     with pytest.raises(ShardError, match=f"{shard}: row group 0 cannot be read"):
         RowGroupReader(CONTEXT).read(found)
-    row_groups._footers.cache_clear()
+    row_groups._footer_cache.cache_clear()
     path.write_bytes(content[:-1])
     with pytest.raises(ShardError, match="bytes, where its manifest says"):
         RowGroupReader(CONTEXT).read(found)
@@ -168,7 +170,7 @@ def test_shards_of_before_there_were_checksums_are_named_when_they_are_damaged(s
 def test_long_footers_and_shards_of_other_writers_are_read(
     tmp_path: Path, dictionary: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_groups, "_TAIL", 100)
+    monkeypatch.setattr(row_groups, "_TAIL_BYTES", 100)
     path = tmp_path / "other.parquet"
     table = pa.Table.from_pylist(
         [{"tokens": [n] * 5, "loss_mask": None, "segments": [0] * 5} for n in range(40)],
@@ -203,8 +205,8 @@ def test_a_footer_is_read_once(shard: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_footers_are_kept_up_to_a_size(shard: str) -> None:
-    kept = row_groups._Footers(100)
-    footer: Any = Footer(bytes=12, sha256="0" * 64)
+    kept = row_groups._FooterCache(100)
+    footer: Any = FooterDigest(bytes=12, sha256="0" * 64)
     for key in range(5):
         kept.put(key, footer, 40)
         assert kept.get(0) is (footer if key < 5 else None), "the one used last stays"

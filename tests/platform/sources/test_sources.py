@@ -21,7 +21,7 @@ from calumma.platform import storage
 from calumma.platform.sources import formats, reading, registry
 from calumma.platform.sources.files import BadInput, Draft, File, Malformed, Reference
 from calumma.platform.sources.reading import list_source, name_of, read_file
-from calumma.platform.sources.references import AHEAD, fetch, path_of, resolved
+from calumma.platform.sources.references import PREFETCH, fetch, path_of, resolve_references
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.client import s3_client
@@ -91,7 +91,9 @@ def test_a_reference_to_anything_else_says_why_it_is_none(images: str, target: s
 def test_an_encoded_path_is_not_decoded_into_one_that_leads_out(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "secret.png").write_bytes(png())
-    (document,) = resolved([Draft((Reference("%2e%2e/secret.png"),), "d")], "source", f"file://{tmp_path}/data")
+    (document,) = resolve_references(
+        [Draft((Reference("%2e%2e/secret.png"),), "d")], "source", f"file://{tmp_path}/data"
+    )
     assert isinstance(document, BadInput)
 
 
@@ -126,9 +128,9 @@ def test_images_are_fetched_ahead_in_order_and_not_without_bound(tmp_path: Path,
             yield Draft((Text(str(number)), Reference(f"{number}.png")) if number % 3 else (Text(str(number)),), "d")
 
     monkeypatch.setattr(storage, "read_bytes", read_bytes)
-    items = resolved(drafts(), "source", str(tmp_path))
+    items = resolve_references(drafts(), "source", str(tmp_path))
     first = [next(items) for _ in range(5)]
-    assert len(asked) <= AHEAD + 5 + 1
+    assert len(asked) <= PREFETCH + 5 + 1
     documents = [*first, *items]
     assert [document.text for document in documents if isinstance(document, Document)] == [str(n) for n in range(500)]
     assert [d.images[0].data for d in good(documents) if d.images] == [
@@ -140,7 +142,7 @@ def test_an_image_that_cannot_be_had_spoils_its_document_or_is_left_out(tmp_path
     (tmp_path / "1.png").write_bytes(png(1))
     parts = (Text("a"), Reference("1.png", "one"), Reference("2.png"), Text("b"))
     optional = (Text("a"), Reference("1.png", "one"), Reference("2.png", optional=True), Text("b"))
-    items = list(resolved([Draft(parts, "x"), Draft(optional, "y")], "source", str(tmp_path)))
+    items = list(resolve_references([Draft(parts, "x"), Draft(optional, "y")], "source", str(tmp_path)))
     assert items == [
         BadInput("x", f"there is no image '2.png' in {tmp_path}"),
         Document((Text("a"), Image(png(1), "one"), Text("b")), "source"),
@@ -153,7 +155,7 @@ def test_a_storage_that_fails_is_not_bad_data(tmp_path: Path, monkeypatch: Any) 
 
     monkeypatch.setattr(storage, "read_bytes", read_bytes)
     with pytest.raises(storage.StorageError, match="does not answer"):
-        list(resolved([Draft((Reference("1.png"),), "x")], "source", str(tmp_path)))
+        list(resolve_references([Draft((Reference("1.png"),), "x")], "source", str(tmp_path)))
 
 
 # -- formats by name, and readers of one's own
@@ -247,17 +249,17 @@ def test_a_specification_names_a_known_format_and_its_options(
     if said is None:  # only the cluster may have the module
         assert Source.model_validate(values).format == format
         with pytest.raises(SpecificationError, match="no_such_module cannot be imported"):
-            formats.find(format)
+            formats.find_format(format)
     else:
         with pytest.raises(ValueError, match=said):
             Source.model_validate(values)
 
 
 def test_a_name_is_given_once_and_a_function_that_is_not_there_is_told(own: str) -> None:
-    with pytest.raises(ValueError, match=r"'text' is taken by calumma\.platform\.sources\.text:text"):
+    with pytest.raises(ValueError, match=r"'text' is taken by calumma\.platform\.sources\.formats\.text:text"):
         registry.reader("text", (".x",))(lambda file: iter(()))
     with pytest.raises(SpecificationError, match="readers_of_my_own has no function nothing"):
-        formats.find(f"{own}:nothing")
+        formats.find_format(f"{own}:nothing")
     with pytest.raises(SpecificationError, match="has no option 'most'"):
         list(read_file(f"{own}:words", "source", "/nowhere", options={"most": 1}))
 
@@ -308,4 +310,4 @@ def test_a_file_knows_its_place_and_what_is_left_of_it(tmp_path: Path) -> None:
         file = File(f"{tmp_path}/a.JSON.gz", raw, str(tmp_path))
         assert file.plain_name.endswith("/a.json")
         raw.read(4)
-        assert (file.size, file.left, file.at("line 1")) == (10, 6, f"{tmp_path}/a.JSON.gz: line 1")
+        assert (file.size, file.bytes_left, file.at("line 1")) == (10, 6, f"{tmp_path}/a.JSON.gz: line 1")

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from calumma.platform import storage
-from calumma.platform.storage.manifest import MANIFEST, FileEntry, Manifest, ManifestError, entries
+from calumma.platform.storage.manifest import MANIFEST, FileEntry, Manifest, ManifestError, file_entries
 from calumma.platform.tokenizing.specification import TokenizeSpecification
-from calumma.platform.tracking.fingerprints import fingerprints, finished
+from calumma.platform.tracking.fingerprints import fingerprints, unchanged_result
 from calumma.platform.training.specification import TrainSpecification
 
 
@@ -26,7 +26,7 @@ def specification(**changes: Any) -> TokenizeSpecification:
 
 
 @st.composite
-def file_entries(draw: st.DrawFn, path: str) -> FileEntry:
+def valid_entries(draw: st.DrawFn, path: str) -> FileEntry:
     groups = draw(st.integers(0, 5))
     size = draw(st.integers(1, 7))
     rows = (groups - 1) * size + draw(st.integers(1, size)) if groups else 0
@@ -35,7 +35,7 @@ def file_entries(draw: st.DrawFn, path: str) -> FileEntry:
     data = draw(st.binary(max_size=20))
     digest = draw(st.binary(min_size=32, max_size=32)).hex()
     footer = draw(st.none() | st.fixed_dictionaries({"bytes": st.integers(12, 10**6), "sha256": st.just(digest)}))
-    return FileEntry.of(
+    return FileEntry.from_bytes(
         path, data, rows=rows, row_groups=groups, tokens=tokens, sequences_per_row_group=given_size, footer=footer
     )
 
@@ -53,7 +53,7 @@ values = st.recursive(
 
 @given(
     files=st.lists(st.integers(0, 99), unique=True, max_size=5).flatmap(
-        lambda numbers: st.tuples(*(file_entries(f"part/{n}.parquet") for n in numbers))
+        lambda numbers: st.tuples(*(valid_entries(f"part/{n}.parquet") for n in numbers))
     ),
     report=st.dictionaries(st.text(), values, max_size=4),
 )
@@ -70,7 +70,7 @@ def test_what_is_written_is_read(files: tuple[FileEntry, ...], report: dict[str,
 
 
 def test_an_entry_knows_its_content() -> None:
-    entry = FileEntry.of("x", b"hello")
+    entry = FileEntry.from_bytes("x", b"hello")
     assert (entry.bytes, entry.sha256) == (5, hashlib.sha256(b"hello").hexdigest())
     assert entry.tokens == {"text": 0, "image": 0}
 
@@ -93,7 +93,7 @@ def test_impossible_entries_are_refused(fields: dict[str, Any], said: str) -> No
 
 
 def test_row_groups_that_the_entry_does_not_describe() -> None:
-    entry = FileEntry.of("x", b"", rows=9, row_groups=4)  # 3 3 3 0? 2 2 2 3? it does not say
+    entry = FileEntry.from_bytes("x", b"", rows=9, row_groups=4)  # 3 3 3 0? 2 2 2 3? it does not say
     with pytest.raises(ManifestError, match="does not say"):
         entry.sequences(0)
     with pytest.raises(ManifestError, match="no number 4"):
@@ -102,7 +102,7 @@ def test_row_groups_that_the_entry_does_not_describe() -> None:
 
 def test_a_manifest_names_a_file_once() -> None:
     with pytest.raises(ValidationError, match="named twice: x"):
-        Manifest(kind="k", files=[FileEntry.of("x", b"a"), FileEntry.of("x", b"b")])
+        Manifest(kind="k", files=[FileEntry.from_bytes("x", b"a"), FileEntry.from_bytes("x", b"b")])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"kind": 3}', b'{"kind": "k", "surprise": 1}', b"\xff"])
@@ -130,9 +130,9 @@ def test_reading_leaves_garbage_collection_as_it_was(tmp_path: Path) -> None:
 def test_files_are_verified(tmp_path: Path) -> None:
     for name, data in (("a", b"one"), ("below/b", b"two")):
         storage.write_bytes(str(tmp_path / name), data)
-    manifest = Manifest(kind="k", files=entries(str(tmp_path)))
+    manifest = Manifest(kind="k", files=file_entries(str(tmp_path)))
     manifest.write(str(tmp_path))
-    assert [entry.path for entry in entries(str(tmp_path))] == ["a", "below/b"], "a manifest does not name itself"
+    assert [entry.path for entry in file_entries(str(tmp_path))] == ["a", "below/b"], "a manifest does not name itself"
     manifest.verify(str(tmp_path), content=True)
     (tmp_path / "a").write_bytes(b"onE")
     manifest.verify(str(tmp_path))
@@ -148,27 +148,27 @@ def test_files_are_verified(tmp_path: Path) -> None:
 
 def test_a_finished_job_is_recognized_by_its_specification(tmp_path: Path) -> None:
     folder, made_by = str(tmp_path), specification(context=512)
-    assert finished(folder, made_by) is None
+    assert unchanged_result(folder, made_by) is None
     Manifest(kind="tokens", specification=made_by.model_dump(mode="json")).write(folder)
-    assert finished(folder, made_by) is not None
+    assert unchanged_result(folder, made_by) is not None
     elsewhere = {
         "tracking": {"uri": "sqlite:///x"},
         "resources": {"workers": {"min": 1, "max": 9}},
         "run_name": "again",
     }
-    assert finished(folder, specification(context=512, **elsewhere)) is not None
-    assert finished(folder, specification(context=513)) is None
-    assert finished(folder, specification(context=512, seed=1)) is None
+    assert unchanged_result(folder, specification(context=512, **elsewhere)) is not None
+    assert unchanged_result(folder, specification(context=513)) is None
+    assert unchanged_result(folder, specification(context=512, seed=1)) is None
     other = TrainSpecification.model_construct(job="pretrain")
-    assert finished(folder, other) is None, "another kind of job made it"
+    assert unchanged_result(folder, other) is None, "another kind of job made it"
 
 
 def test_a_specification_of_before_a_field_was_added_still_counts(tmp_path: Path) -> None:
     old = specification().model_dump(mode="json")
     del old["micro_batches_per_shard"]
     Manifest(kind="tokens", specification=old).write(str(tmp_path))
-    assert finished(str(tmp_path), specification()) is not None
-    assert finished(str(tmp_path), specification(micro_batches_per_shard=7)) is None
+    assert unchanged_result(str(tmp_path), specification()) is not None
+    assert unchanged_result(str(tmp_path), specification(micro_batches_per_shard=7)) is None
 
 
 def test_a_job_is_not_finished_when_its_inputs_changed(tmp_path: Path) -> None:
@@ -176,11 +176,20 @@ def test_a_job_is_not_finished_when_its_inputs_changed(tmp_path: Path) -> None:
     Manifest(kind="raw", report={"version": 1}).write(raw)
     dumped = specification().model_dump(mode="json")
     Manifest(kind="tokens", specification=dumped, inputs=fingerprints([raw])).write(made)
-    assert finished(made, specification()) is not None
+    assert unchanged_result(made, specification()) is not None
     Manifest(kind="raw", report={"version": 2}).write(raw)
-    assert finished(made, specification()) is None
+    assert unchanged_result(made, specification()) is None
     Path(raw, MANIFEST).unlink()
-    assert finished(made, specification()) is None
+    assert unchanged_result(made, specification()) is None
+
+
+def test_a_relative_folder_is_the_same_as_its_absolute_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two jobs one may name it so, one otherwise: say an imported model, which has no manifest."""
+    storage.write_bytes(str(tmp_path / "models" / "imported" / "config.json"), b"{}")
+    monkeypatch.chdir(tmp_path)
+    [relative] = fingerprints(["models/imported"]).values()
+    [absolute] = fingerprints([str(tmp_path / "models" / "imported")]).values()
+    assert relative == absolute != ""
 
 
 def test_files_without_a_manifest_are_told_apart_by_their_listing(tmp_path: Path) -> None:
@@ -223,20 +232,20 @@ def test_a_registered_model_is_another_input_when_its_alias_moves(
     inputs = fingerprints([uri], spec.tracking)
     assert list(inputs) == [uri]
     Manifest(kind="evaluation", specification=spec.model_dump(mode="json"), inputs=inputs).write(made)
-    assert finished(made, spec) is not None
+    assert unchanged_result(made, spec) is not None
     leads_to["http://registry"] = two
-    assert finished(made, spec) is None, "equal files, but another directory"
+    assert unchanged_result(made, spec) is None, "equal files, but another directory"
     leads_to["http://other"] = one
-    assert finished(made, specification(tracking={"uri": "http://other"})) is not None
+    assert unchanged_result(made, specification(tracking={"uri": "http://other"})) is not None
     leads_to["http://registry"] = one
     Manifest(kind="model", report={"trained": "again"}).write(one)
-    assert finished(made, spec) is None
+    assert unchanged_result(made, spec) is None
     leads_to["http://registry"] = "mlflow-artifacts:/1/model"
     assert fingerprints([uri], spec.tracking) != inputs
 
 
 def test_manifests_are_json_for_people(tmp_path: Path) -> None:
-    Manifest(kind="tokens", files=[FileEntry.of("x", b"")]).write(str(tmp_path))
+    Manifest(kind="tokens", files=[FileEntry.from_bytes("x", b"")]).write(str(tmp_path))
     text = (tmp_path / MANIFEST).read_text()
     assert json.loads(text)["files"][0]["path"] == "x"
     assert len(text.splitlines()) > 5

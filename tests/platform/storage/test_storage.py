@@ -232,7 +232,7 @@ def test_a_missing_bucket_is_said_to_be_missing(s3: str, tmp_path: Path) -> None
         lambda: storage.list_files(uri),
         lambda: storage.exists(uri),
         lambda: storage.upload(tmp_path, uri),
-        lambda: storage.check(uri),
+        lambda: storage.check_writable(uri),
     ]
     for action in actions:
         with pytest.raises(storage.StorageError, match="bucket 'no-such-bucket' does not exist; create it") as caught:
@@ -254,7 +254,7 @@ def test_an_endpoint_that_does_not_answer_is_named(s3: str, monkeypatch: pytest.
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         with pytest.raises(storage.StorageError, match="check AWS_ENDPOINT_URL") as caught:
-            storage.check(s3)
+            storage.check_writable(s3)
     assert endpoint in str(caught.value)
 
 
@@ -271,7 +271,7 @@ def test_a_file_where_a_folder_is_wanted(tmp_path: Path) -> None:
 
 
 def test_checking_leaves_nothing_behind(root: str) -> None:
-    storage.check(root)
+    storage.check_writable(root)
     assert storage.list_files(root) == []
     assert storage.is_remote(root) or not Path(root).exists()
 

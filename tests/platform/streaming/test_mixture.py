@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.streaming.mixture import check_epochs, resolved
+from calumma.platform.streaming.mixture import check_epochs, resolve_mixture
 from calumma.platform.streaming.plan import Plan
 from calumma.platform.training.checkpoints import resumption
 from calumma.platform.training.specification import PretrainSpecification
@@ -45,7 +45,7 @@ def shares(spec: PretrainSpecification) -> dict[str, float]:
 def test_stage_2_is_the_papers(tmp_path: Path) -> None:
     publish(stage(str(tmp_path)))
     new = {"tokens/quality": 3.0, "tokens/instructions": 1.0}
-    found = resolved(stage(str(tmp_path), mixture=new, mixture_of={"stage": "stages/one", "share": 0.5}))
+    found = resolve_mixture(stage(str(tmp_path), mixture=new, mixture_of={"stage": "stages/one", "share": 0.5}))
     assert found.mixture_of is None
     assert shares(found) == pytest.approx(
         {uri: weight / 4.8 / 2 for uri, weight in STAGE1.items()}
@@ -56,13 +56,13 @@ def test_stage_2_is_the_papers(tmp_path: Path) -> None:
 
 def test_without_an_earlier_stage_nothing_changes(tmp_path: Path) -> None:
     spec = stage(str(tmp_path))
-    assert resolved(spec) is spec
+    assert resolve_mixture(spec) is spec
 
 
 def test_a_source_of_both_gets_both_weights(tmp_path: Path) -> None:
     publish(stage(str(tmp_path), mixture={"tokens/a": 1.0, "tokens/b": 1.0}))
     spec = stage(str(tmp_path), mixture={"tokens/b": 5.0}, mixture_of={"stage": "stages/one", "share": 0.4})
-    assert shares(resolved(spec)) == pytest.approx({"tokens/a": 0.2, "tokens/b": 0.8})
+    assert shares(resolve_mixture(spec)) == pytest.approx({"tokens/a": 0.2, "tokens/b": 0.8})
 
 
 def test_stages_build_on_each_other(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_stages_build_on_each_other(tmp_path: Path) -> None:
     publish(stage(root, mixture={"tokens/a": 1.0}))
     publish(stage(root, output="stages/two", mixture={"tokens/b": 1}, mixture_of={"stage": "stages/one", "share": 0.5}))
     spec = stage(root, mixture={}, mixture_of={"stage": "stages/two", "share": 1.0})
-    assert shares(resolved(spec)) == {"tokens/a": 0.5, "tokens/b": 0.5}
+    assert shares(resolve_mixture(spec)) == {"tokens/a": 0.5, "tokens/b": 0.5}
 
 
 @given(
@@ -83,7 +83,7 @@ def test_the_share_goes_to_the_earlier_stage_and_the_rest_to_the_new_sources(
 ) -> None:
     root = str(tmp_path_factory.mktemp("stage"))
     publish(stage(root, mixture=old))
-    found = shares(resolved(stage(root, mixture=new, mixture_of={"stage": "stages/one", "share": share})))
+    found = shares(resolve_mixture(stage(root, mixture=new, mixture_of={"stage": "stages/one", "share": share})))
     for uri in old.keys() | new.keys():
         wanted = share * old.get(uri, 0) / sum(old.values()) + (1 - share) * new.get(uri, 0) / sum(new.values())
         assert found[uri] == pytest.approx(wanted)
@@ -96,19 +96,19 @@ def test_the_earlier_stage_may_have_moved_and_lie_elsewhere(tmp_path: Path) -> N
         mixture={"tokens/a": 1.0},
         mixture_of={"stage": str(tmp_path / "other/stages/one"), "share": 0.5},
     )
-    assert set(resolved(spec).mixture) == {str(tmp_path / "other/tokens/a"), "/data/b", "tokens/a"}
+    assert set(resolve_mixture(spec).mixture) == {str(tmp_path / "other/tokens/a"), "/data/b", "tokens/a"}
 
 
 def test_a_stage_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
     spec = stage(str(tmp_path), mixture={}, mixture_of={"stage": "stages/one", "share": 1})
     with pytest.raises(SpecificationError, match=f"no finished stage is published at {tmp_path}/stages/one"):
-        resolved(spec)
+        resolve_mixture(spec)
     Manifest(kind="curated").write(str(tmp_path / "stages/one"))
     with pytest.raises(SpecificationError, match="stages/one holds 'curated', which records no mixture"):
-        resolved(spec)
+        resolve_mixture(spec)
     publish(spec)
     with pytest.raises(SpecificationError, match="in a circle"):
-        resolved(spec)
+        resolve_mixture(spec)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,9 @@ def test_mixtures_that_make_no_sense_are_refused(fields: dict[str, Any], said: s
 
 def plan_of(spec: PretrainSpecification) -> Plan:
     manifests = {
-        spec.locate(uri): Manifest(kind="tokens", files=[FileEntry.of("x", uri.encode(), rows=10, row_groups=10)])
+        spec.locate(uri): Manifest(
+            kind="tokens", files=[FileEntry.from_bytes("x", uri.encode(), rows=10, row_groups=10)]
+        )
         for uri in spec.mixture
     }
     weights = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
@@ -170,7 +172,7 @@ def test_checkpoints_of_before_these_fields_are_gone_on_with() -> None:
     old = spec.model_dump(mode="json")
     for added in ("mixture_of", "max_epochs", "data"):
         del old[added]
-    accept = resumption.continues(spec, {})
+    accept = resumption.made_by(spec, {})
     assert accept(Manifest(kind="checkpoint", specification=old, report={"step": 3}))
     old["mixture"] = {"tokens/text": 1.0}
     assert not accept(Manifest(kind="checkpoint", specification=old, report={"step": 3}))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from calumma.platform.shards.row_groups import MicroBatch
+from calumma.platform.shards.row_groups import MicroBatch, all_micro_batches
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.streaming.plan import MAX_PERIOD, ROUNDS, Plan, PlanError, permuted
 
@@ -24,7 +24,7 @@ seeds = st.integers(0, 2**64)
 def token_shards(name: str, groups: list[int], rows: int = 2, **specification: Any) -> Manifest:
     """Shards with these numbers of row groups, `rows` sequences each but one in the last."""
     files = [
-        FileEntry.of(
+        FileEntry.from_bytes(
             f"{number}.parquet",
             f"{name} {number}".encode(),
             rows=(count - 1) * rows + 1,
@@ -51,7 +51,7 @@ def all_of(manifest: Manifest, uri: str) -> list[tuple[str, int]]:
 def first_micro_batches(plan: Plan, start: int, count: int) -> list[MicroBatch]:
     """Micro-batches by their number among all ever."""
     m = plan.micro_batches
-    return plan.named(plan.steps(start // m, (start + count) // m + 1))[start % m :][:count]
+    return plan.to_micro_batches(plan.steps(start // m, (start + count) // m + 1))[start % m :][:count]
 
 
 @given(plans(), st.integers(0, 10**7), st.integers(1, 16))
@@ -89,7 +89,7 @@ def test_no_sequence_of_resizes_and_resumptions_skips_or_repeats_anything(
 
 @given(plans(), st.integers(0, 10**6), st.integers(0, 5), st.integers(0, 5))
 def test_many_steps_at_once_are_those_steps(plan: Plan, first: int, before: int, after: int) -> None:
-    every = plan.named(plan.steps(first, first + before + after))
+    every = plan.to_micro_batches(plan.steps(first, first + before + after))
     assert every == [found for n in range(first, first + before + after) for found in plan.step(n)]
     shared = plan.share(first, first + before + after, 0, 2)
     assert [found for _, found in shared] == [
@@ -100,7 +100,7 @@ def test_many_steps_at_once_are_those_steps(plan: Plan, first: int, before: int,
 @given(plans(), st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 5)), max_size=8))
 def test_a_step_is_the_same_whatever_was_asked_for_before(plan: Plan, runs: list[tuple[int, int]]) -> None:
     asked = [first + n for first, steps in runs for n in range(steps)]
-    assert [plan.step(n) for n in asked] == [plan.named(plan.steps(n, n + 1)) for n in asked]
+    assert [plan.step(n) for n in asked] == [plan.to_micro_batches(plan.steps(n, n + 1)) for n in asked]
 
 
 @given(st.data())
@@ -131,7 +131,7 @@ def test_of_a_mixture_too_every_source_passes_through_its_micro_batches_in_turn(
 def test_shares_follow_the_weights_in_every_prefix_and_window(plan: Plan, start: int, length: int) -> None:
     period, count = len(plan.choice), len(plan.sources)
     prefix = 1 - Fraction(1, 2 * count - 2) if count > 1 else Fraction(0)
-    share = {uri: Fraction(int(part), period) for uri, part in zip(plan.sources, plan.parts, strict=True)}
+    share = {uri: Fraction(int(part), period) for uri, part in zip(plan.sources, plan.period_counts, strict=True)}
     counts: Counter[str] = Counter()
     for number, found in enumerate(first_micro_batches(plan, 0, min(length, 3 * period)), 1):
         counts[found.source] += 1
@@ -146,7 +146,7 @@ def test_no_window_is_further_off_than_the_bound(parts: list[int]) -> None:
     plan = Plan(0, dict(zip(names, parts, strict=True)), {name: token_shards(name, [1]) for name in names}, 1)
     period = len(plan.choice)
     bound = 2 - Fraction(1, len(parts) - 1)  # one micro-batch for two sources
-    for number, part in enumerate(plan.parts):
+    for number, part in enumerate(plan.period_counts):
         ahead = np.cumsum(period * (plan.choice == number) - part)  # of its share, in units of 1 / period
         assert ahead[-1] == 0, "so the windows that go around the period are no different"
         assert Fraction(int(ahead.max() - ahead.min()), period) <= bound
@@ -160,7 +160,7 @@ def test_shares_are_the_weights_that_were_written(given_weights: list[float]) ->
     plan = Plan(0, dict(zip(names, given_weights, strict=True)), manifests, 1)
     period = len(plan.choice)
     exact = [Fraction(str(weight)) for weight in given_weights]
-    for part, weight in zip(plan.parts.tolist(), exact, strict=True):
+    for part, weight in zip(plan.period_counts.tolist(), exact, strict=True):
         error = abs(Fraction(part, period) - weight / sum(exact))
         assert error == 0 if period < MAX_PERIOD else error <= Fraction(len(exact), MAX_PERIOD)
 
@@ -259,11 +259,13 @@ def test_the_order_does_not_depend_on_where_the_shards_are_nor_how_they_are_list
 def test_footers_of_the_manifest_are_known_to_the_micro_batches() -> None:
     digests = ["00" * 31 + "ab", "ab" + "00" * 31]
     files = [
-        FileEntry.of(f"{n}", b"%d" % n, rows=1, row_groups=1, footer={"bytes": 12 + n, "sha256": digest})
+        FileEntry.from_bytes(f"{n}", b"%d" % n, rows=1, row_groups=1, footer={"bytes": 12 + n, "sha256": digest})
         for n, digest in enumerate(digests)
     ]
-    files.append(FileEntry.of("old", b"old", rows=1, row_groups=1))
-    plan = Plan(0, {"x": 1.0}, {"x": Manifest(kind="tokens", files=files)}, 3)
+    files.append(FileEntry.from_bytes("old", b"old", rows=1, row_groups=1))
+    manifest = Manifest(kind="tokens", files=files)
+    plan = Plan(0, {"x": 1.0}, {"x": manifest}, 3)
+    assert sorted(plan.step(0)) == sorted(all_micro_batches("x", manifest))  # what held-out losses are read by
     found = {batch.shard: (batch.footer_bytes, batch.footer_sha256.hex()) for batch in plan.step(0)}
     assert found == {"x/0": (12, digests[0]), "x/1": (13, digests[1]), "x/old": (0, "00" * 32)}
 

@@ -41,13 +41,13 @@ def write_shards(uri: str, counts: list[int], seed: int, rows: int = 3) -> Manif
     for number, groups in enumerate(counts):
         table = [packed(random, row % 2 == 1) for row in range((groups - 1) * rows + 1)]  # the last has one row
         data = token_shards.to_parquet(table, rows)
-        entry = FileEntry.of(
+        entry = FileEntry.from_bytes(
             f"part-{number}.parquet",
             data,
             rows=len(table),
             row_groups=groups,
             sequences_per_row_group=rows,
-            footer=token_shards.footer(data),
+            footer=token_shards.footer_digest(data),
         )
         storage.write_bytes(storage.join(uri, entry.path), data)
         files.append(entry)
@@ -167,7 +167,7 @@ class Blocks:
 
     def __init__(self, data: PlanDataConfig, first: int, last: int, rank: int, world: int) -> None:
         items = pa.table({"first": [first], "last": [last]})
-        self.blocks = list(tensors._read(items, data.plan, data.reader, rank, world))
+        self.blocks = list(tensors._read_blocks(items, data.plan, data.reader, rank, world))
 
     def iter_batches(self, **settings: Any) -> list[pa.Table]:
         return self.blocks
@@ -186,7 +186,7 @@ def test_shards_are_read_from_s3(s3: str) -> None:
 def test_blocks_grow_from_one_step_to_their_limit(
     shards: dict[str, Manifest], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "_BLOCK", limit)
+    monkeypatch.setattr(tensors, "_BLOCK_BYTES", limit)
     data = config(shards, micro_batches=2)
     blocks: Any = Blocks(data, 0, 40, 0, 1)
     sizes = [len(table["steps"][0]) for table in blocks.blocks]
@@ -235,7 +235,7 @@ def test_shards_without_checksums_are_read_and_pointed_out(
 
 
 def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest], monkeypatch: Any) -> None:
-    monkeypatch.setattr(tensors, "_BLOCK", 500)
+    monkeypatch.setattr(tensors, "_BLOCK_BYTES", 500)
     begun: list[MicroBatch] = []
 
     def read(self: RowGroupReader, micro_batch: MicroBatch) -> Any:
@@ -245,7 +245,7 @@ def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest
     original = RowGroupReader.read
     monkeypatch.setattr(RowGroupReader, "read", read)
     data = config(shards, micro_batches=1)
-    blocks = tensors._read(pa.table({"first": [0], "last": [10_000]}), data.plan, data.reader, 0, 1)
+    blocks = tensors._read_blocks(pa.table({"first": [0], "last": [10_000]}), data.plan, data.reader, 0, 1)
     taken = [next(blocks) for _ in range(5)]
     blocks.close()
     assert len(begun) <= sum(len(table["steps"][0]) for table in taken) + 5, "the taken ones and the next"

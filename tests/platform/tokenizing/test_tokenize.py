@@ -6,6 +6,7 @@ All but the last test run without a cluster (`resources.workers: 0`).
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from itertools import pairwise
@@ -21,22 +22,22 @@ from PIL import Image as PILImage
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image, Segment, Text
-from calumma.model.encoding import DocumentEncoder
+from calumma.model.encoding import DocumentEncoder, EncodedArrays
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import tokens as token_shards
 from calumma.platform.shards.documents import read_documents
 from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.tokenizing import tokenize, tokenizer
+from calumma.platform.tokenizing import actor, tokenize
+from calumma.platform.tokenizing.actor import UnusableDocuments
 from calumma.platform.tokenizing.packing import pack
 from calumma.platform.tokenizing.specification import TokenizeSpecification
-from calumma.platform.tokenizing.tokenizer import DocumentsUnusable
 
 CODES = 8  # entries of the tests' codebook; an image is 4x4 of them
 IMAGE_LENGTH = 16 + 2
@@ -71,7 +72,7 @@ def publish(uri: str, documents: list[Document], a_shard: int = 1000) -> None:
         data = document_shards.to_parquet(part := documents[number : number + a_shard])
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
-        entries.append(FileEntry.of(path, data, rows=len(part)))
+        entries.append(FileEntry.from_bytes(path, data, rows=len(part)))
     images = sum(len(document.images) for document in documents)
     Manifest(kind=document_shards.CURATED, files=entries, report={"images": images}).write(uri)
 
@@ -109,13 +110,13 @@ def encoder(tokenizers: Path) -> DocumentEncoder:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the directories that windows were made of, one for each window."""
     names: list[str] = []
-    work = tokenizer.Tokenizer.__call__
+    work = actor.TokenizingActor.__call__
 
-    def noted(self: tokenizer.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
+    def noted(self: actor.TokenizingActor, task: dict[str, Any]) -> dict[str, Any]:
         names.append(Path(task["output"]).name)
         return work(self, task)
 
-    monkeypatch.setattr(tokenizer.Tokenizer, "__call__", noted)
+    monkeypatch.setattr(actor.TokenizingActor, "__call__", noted)
     return names
 
 
@@ -137,7 +138,7 @@ def tokenization(root: Path | str, tokenizers: Path, **fields: Any) -> TokenizeS
 
 def run(spec: TokenizeSpecification) -> tuple[Manifest, Recorder]:
     recorder = Recorder()
-    return tokenize.run(spec, recorder, silent), recorder  # type: ignore[arg-type]
+    return tokenize.run(spec, recorder, no_progress), recorder  # type: ignore[arg-type]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -206,18 +207,18 @@ def test_every_byte_of_a_shard_that_a_reader_of_row_groups_fetches_has_a_checksu
     uri = f"{tmp_path}/tokens/pairs"
     for entry in Manifest.read(uri).files:
         data = Path(uri, entry.path).read_bytes()
-        footer = token_shards.footer(data)
+        footer = token_shards.footer_digest(data)
         assert entry.footer == footer
         metadata = pq.ParquetFile(io.BytesIO(data)).metadata
         assert footer.bytes == metadata.serialized_size + 8
-        groups = json.loads(metadata.metadata[token_shards.ROW_GROUPS])
+        groups = json.loads(metadata.metadata[token_shards.ROW_GROUPS_KEY])
         assert len(groups) == entry.row_groups == metadata.num_row_groups
         end = len(b"PAR1")
         for number, (offset, length, digest) in enumerate(groups):
             columns = [metadata.row_group(number).column(c) for c in range(3)]
             assert (offset, length) == (columns[0].data_page_offset, sum(c.total_compressed_size for c in columns))
             assert offset == end
-            assert digest == token_shards.digest(data[offset : offset + length])
+            assert digest == token_shards.row_group_digest(data[offset : offset + length])
             end = offset + length
         assert end + footer.bytes == len(data)
 
@@ -239,15 +240,15 @@ def test_shards_of_documents_hold_few_images_and_many_texts_in_a_row_group(
     for begin, end in pairwise(ends):
         group = documents[begin:end]
         assert len(group) <= 64 or not any(d.images for d in group[:-1])
-        assert sum(len(d.text) for d in group[:-1]) <= document_shards.ROW_GROUP or len(group) <= 64
-    if sum(len(d.text) for d in documents) < document_shards.ROW_GROUP and not any(with_image):
+        assert sum(len(d.text) for d in group[:-1]) <= document_shards.ROW_GROUP_CHARACTERS or len(group) <= 64
+    if sum(len(d.text) for d in documents) < document_shards.ROW_GROUP_CHARACTERS and not any(with_image):
         assert len(groups) == (1 if documents else 0)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.booleans(), st.integers(1, 5))
 def test_rows_survive_the_file(sizes: list[int], trained: bool, micro_batch: int) -> None:
-    def tokens(size: int) -> tokenizer.Tokens:
-        return tokenizer.Tokens(np.arange(size, dtype=np.int32), np.full(size, trained))
+    def tokens(size: int) -> EncodedArrays:
+        return EncodedArrays(np.arange(size, dtype=np.int32), np.full(size, trained))
 
     rows = pack([tokens(size) for size in sizes], 40, 1)
     table = pq.read_table(io.BytesIO(token_shards.to_parquet(rows, micro_batch))).to_pylist()
@@ -309,8 +310,10 @@ def test_documents_meet_their_own_texts_and_images_again(
     )
     documents = [Document(tuple(segments)) for segments in given]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
-    storage.write_bytes(uri, document_shards.to_parquet(documents))
-    found = list(tokenizer.encoded(encoder, [uri, uri], batch, threads))
+    data = document_shards.to_parquet(documents)
+    storage.write_bytes(uri, data)
+    shard = uri, hashlib.sha256(data).hexdigest()
+    found = list(actor.encode_documents(encoder, [shard, shard], batch, threads))
     assert [document for document, _ in found] == documents * 2
     expected = [encoder.encode(document) for document in documents] * 2
     assert [(tokens.ids.tolist(), tokens.trained.tolist()) for _, tokens in found] == expected
@@ -319,14 +322,14 @@ def test_documents_meet_their_own_texts_and_images_again(
 @given(st.lists(st.integers(1, 20_000) | st.none(), max_size=300))
 def test_few_images_and_many_short_texts_are_encoded_together(lengths: list[int | None]) -> None:
     documents = [Document((Text("a" * n) if n else Image(b"an image"),)) for n in lengths]
-    chunks = list(tokenizer._chunks(iter(documents)))
+    chunks = list(actor._batches(iter(documents)))
     assert [document for chunk in chunks for document in chunk] == documents
-    assert all(len(chunk) >= tokenizer.CHUNK for chunk in chunks[:-1])
+    assert all(len(chunk) >= actor.LEAST_DOCUMENTS for chunk in chunks[:-1])
     for chunk in chunks:
         before = chunk[:-1]
-        if len(before) >= tokenizer.CHUNK:
+        if len(before) >= actor.LEAST_DOCUMENTS:
             assert not any(document.images for document in before)
-            assert sum(len(document.text) for document in before) < tokenizer.CHARACTERS
+            assert sum(len(document.text) for document in before) < actor.LEAST_CHARACTERS
 
 
 # -- the job -----------------------------------------------------------------------------------------------------------
@@ -406,7 +409,7 @@ def test_tokens_are_not_taken_for_documents(tmp_path: Path, tokenizers: Path) ->
 def test_documents_that_all_are_too_long_are_an_error(tmp_path: Path, tokenizers: Path) -> None:
     endless = Document((Text("number 1", "user"), Text("more words " * 90, "assistant")))
     publish(f"{tmp_path}/curated/a", [endless])
-    with pytest.raises(DocumentsUnusable, match="1 conversation longer than the context"):
+    with pytest.raises(UnusableDocuments, match="1 conversation longer than the context"):
         run(tokenization(tmp_path, tokenizers, documents=["curated/a"]))
     assert Manifest.find(f"{tmp_path}/tokens/a") is None
 
@@ -414,7 +417,7 @@ def test_documents_that_all_are_too_long_are_an_error(tmp_path: Path, tokenizers
 def test_documents_that_cannot_be_encoded_are_named_by_their_shard(tmp_path: Path, tokenizers: Path) -> None:
     publish(f"{tmp_path}/curated/a", [pair(1), Document((Image(b"no image"),))])
     with pytest.raises(
-        DocumentsUnusable, match=r"a/documents-0000\.parquet: .* not a readable image.*; curate it again"
+        UnusableDocuments, match=r"a/documents-0000\.parquet: .* not a readable image.*; curate it again"
     ):
         run(tokenization(tmp_path, tokenizers, documents=["curated/a"]))
 
@@ -472,7 +475,7 @@ def test_the_cluster_makes_what_this_process_makes(ray_cluster: None, tmp_path: 
     broken = Document((Image(b"no image", "x"), Text("x")))
     publish(f"{tmp_path}/curated/broken", [broken])
     with pytest.raises(
-        DocumentsUnusable, match=r"curated/broken/documents-0000\.parquet: a document cannot be encoded"
+        UnusableDocuments, match=r"curated/broken/documents-0000\.parquet: a document cannot be encoded"
     ):
         run(tokenization(tmp_path, tokenizers, documents=["curated/broken"], resources={"workers": 1}))
 

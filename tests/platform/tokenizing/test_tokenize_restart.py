@@ -24,12 +24,12 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.platform import storage
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import receipts
 from calumma.platform.storage import publishing
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.tokenizing import tokenize, tokenizer
+from calumma.platform.tokenizing import actor, tokenize
 from calumma.platform.tokenizing.specification import TokenizeSpecification
 
 WINDOWS = 9  # 6 of pairs, 3 of text
@@ -58,7 +58,7 @@ def publish(uri: str, documents: list[Document]) -> None:
         data = document_shards.to_parquet(part)
         path = f"documents-{number:04d}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
-        entries.append(FileEntry.of(path, data, rows=len(part)))
+        entries.append(FileEntry.from_bytes(path, data, rows=len(part)))
     Manifest(kind=document_shards.CURATED, files=entries).write(uri)
 
 
@@ -119,20 +119,20 @@ def root(prepared: Path) -> Path:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stems of the windows that were made."""
     stems: list[str] = []
-    work = tokenizer.Tokenizer.__call__
+    work = actor.TokenizingActor.__call__
 
-    def noted(self: tokenizer.Tokenizer, task: dict[str, Any]) -> dict[str, Any]:
+    def noted(self: actor.TokenizingActor, task: dict[str, Any]) -> dict[str, Any]:
         made = work(self, task)
-        stems.append(task["stem"])
+        stems.append(task["shard_prefix"])
         return made
 
-    monkeypatch.setattr(tokenizer.Tokenizer, "__call__", noted)
+    monkeypatch.setattr(actor.TokenizingActor, "__call__", noted)
     return stems
 
 
 def run(spec: TokenizeSpecification) -> tuple[Manifest, dict[str, float]]:
     recorder = Recorder()
-    return tokenize.run(spec, recorder, silent), recorder.metrics  # type: ignore[arg-type]
+    return tokenize.run(spec, recorder, no_progress), recorder.metrics  # type: ignore[arg-type]
 
 
 def run_until(spec: TokenizeSpecification, windows_done: int) -> None:
@@ -298,8 +298,8 @@ def test_a_job_killed_between_its_manifest_and_the_end_is_tidied_up(
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(publishing, "tidy", stop)
-        patched.setattr(receipts, "resume", lambda *_: {})
+        patched.setattr(publishing, "delete_stale_shards", stop)
+        patched.setattr(receipts, "finished_receipts", lambda *_: {})
         with pytest.raises(Stopped):
             run(spec)
     assert Manifest.find(f"{root}/tokens/pairs")

@@ -26,7 +26,7 @@ from calumma.platform.tracking import outbox
 from calumma.platform.tracking.job_run import job_run
 from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.tracking.run import Run
-from calumma.platform.tracking.server import resolve
+from calumma.platform.tracking.server import resolve_uri
 from calumma.platform.training.specification import PretrainSpecification
 
 
@@ -47,7 +47,7 @@ def boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return resolve(Tracking(uri=str(tmp_path_factory.mktemp("mlflow"))))
+    return resolve_uri(Tracking(uri=str(tmp_path_factory.mktemp("mlflow"))))
 
 
 @pytest.fixture
@@ -100,17 +100,17 @@ def test_a_server_that_is_stopped_and_started_gets_everything_in_the_end(server:
         run = recording.__enter__()
         writer = BackgroundWriter(run)
         writer.log({"loss": 10.0}, 0)
-        assert writer.settle(60)
+        assert writer.flush(60)
     for step in range(1, 6):  # nobody answers
         writer.log({"loss": 10.0 - step}, step)
     writer.log_dict({"a": 1}, "notes/a.json")
     writer.log_image(Image.new("RGB", (4, 4), "red"), "samples/0.png")
     writer.log_checkpoint("step-5", "s3://somewhere/step-5", 5, {"loss": 5.0}, {})
     writer.log_tags({"calumma.note": "away"})
-    assert not writer.settle(0.3)
+    assert not writer.flush(0.3)
     assert len(list(boxes.glob("*/*/[0-9]*.json"))) == 9
     with server.up():
-        assert writer.settle(60)
+        assert writer.flush(60)
         writer.log({"loss": 4.0}, 6)
         assert writer.close() == 0
         assert losses(run) == [(step, 10.0 - step) for step in range(7)]
@@ -142,7 +142,7 @@ def test_metrics_that_are_not_taken_are_sent_again_in_order(run: Run, monkeypatc
     writer = BackgroundWriter(run)
     for step in range(5):
         writer.log({"loss": 5.0 - step}, step)
-    assert not writer.settle(0.2)
+    assert not writer.flush(0.2)
     broken = False
     writer.log({"loss": 0.0}, 5)
     assert writer.close() == 0
@@ -156,7 +156,7 @@ def test_what_a_server_that_stays_away_has_not_taken_is_counted_and_waits(
         raise ConnectionError("away")
 
     monkeypatch.setattr(run.client, "log_batch", refuse)
-    writer = BackgroundWriter(run, patience=0.2)
+    writer = BackgroundWriter(run, close_timeout=0.2)
     writer.log({"loss": 1.0, "z": 2.0}, 1)
     writer.log_dict({"a": 1}, "a.json")
     assert writer.close() == 3
@@ -182,7 +182,7 @@ def test_what_a_killed_writer_leaves_is_sent_by_the_next_and_a_living_ones_is_le
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "written\n"
-    assert outbox.send_left(run.uri) == 0
+    assert outbox.send_pending(run.uri) == 0
     assert losses(run) == []
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
@@ -195,7 +195,7 @@ def test_what_is_parked_in_storage_is_sent_from_another_machine(
 ) -> None:
     parked = str(tmp_path / "stage/tracking")
     monkeypatch.setattr(run.client, "log_batch", lambda *a, **f: (_ for _ in ()).throw(ConnectionError("away")))
-    writer = BackgroundWriter(run, parked, patience=0.2)
+    writer = BackgroundWriter(run, parked, close_timeout=0.2)
     writer.log({"loss": 1.0}, 1)
     writer.close()
     monkeypatch.setenv("CALUMMA_OUTBOX", str(tmp_path / "another machine"))

@@ -19,7 +19,7 @@ from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tracking import provenance, registry
 from calumma.platform.tracking.job_run import job_run
 from calumma.platform.tracking.run import Run, flatten
-from calumma.platform.tracking.server import TrackingError, resolve
+from calumma.platform.tracking.server import TrackingError, resolve_uri
 from calumma.platform.training.specification import PretrainSpecification
 
 
@@ -59,17 +59,17 @@ def test_without_a_uri_runs_go_to_the_environments_server_or_below_the_working_f
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert resolve(Tracking()) == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
+    assert resolve_uri(Tracking()) == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
     assert (tmp_path / "mlflow").is_dir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert resolve(Tracking()) == "http://server:5000"
-    assert resolve(Tracking(uri="sqlite:///own.db")) == f"sqlite:///{tmp_path}/own.db"
+    assert resolve_uri(Tracking()) == "http://server:5000"
+    assert resolve_uri(Tracking(uri="sqlite:///own.db")) == f"sqlite:///{tmp_path}/own.db"
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrackingError, match="cannot create the folder"):
-        resolve(Tracking(uri=str(tmp_path / "file" / "mlflow")))
+        resolve_uri(Tracking(uri=str(tmp_path / "file" / "mlflow")))
 
 
 def test_a_run_holds_parameters_metrics_and_pictures_and_ends_as_finished(server: Tracking) -> None:
@@ -153,7 +153,7 @@ def test_a_registered_version_outlives_the_next_training_of_its_folder(
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in {"config.json": b"{}", "model.safetensors": weights}.items():
             (folder / name).write_bytes(data)
-        Manifest(kind="model", files=[FileEntry.of("model.safetensors", weights)]).write(str(folder))
+        Manifest(kind="model", files=[FileEntry.from_bytes("model.safetensors", weights)]).write(str(folder))
         return str(folder)
 
     for weights in (b"first", b"second", b"second"):

@@ -88,7 +88,7 @@ def name_champion(registry: str, model_directory: Path) -> None:
     """The directory is the registered model's next version, and its champion from now on."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(server.resolve(Tracking(uri=registry)))
+    client = MlflowClient(server.resolve_uri(Tracking(uri=registry)))
     if not client.search_registered_models("name = 'tiny'"):
         client.create_registered_model("tiny")
     version = client.create_model_version("tiny", str(model_directory), await_creation_for=0)

@@ -17,7 +17,7 @@ from calumma.serve.protocol import (
 )
 
 
-def job(*parts: str | bytes, role: Role = "user") -> GenerationRequest:
+def request(*parts: str | bytes, role: Role = "user") -> GenerationRequest:
     return GenerationRequest(
         "id",
         Document(tuple(Text(p, role) if isinstance(p, str) else Image(p, role=role) for p in parts)),
@@ -27,10 +27,10 @@ def job(*parts: str | bytes, role: Role = "user") -> GenerationRequest:
 
 def test_prompts_that_begin_alike_have_the_same_key() -> None:
     system = "You are a patient teacher. " * 30
-    assert prefix_key(job(system + "one")) == prefix_key(job(system + "two"))
-    assert prefix_key(job("short one")) != prefix_key(job("short two"))
-    assert prefix_key(job(b"picture", "what is it?")) == prefix_key(job(b"picture", "what is it?"))
-    assert prefix_key(job(b"picture", "what is it?")) != prefix_key(job(b"other", "what is it?"))
+    assert prefix_key(request(system + "one")) == prefix_key(request(system + "two"))
+    assert prefix_key(request("short one")) != prefix_key(request("short two"))
+    assert prefix_key(request(b"picture", "what is it?")) == prefix_key(request(b"picture", "what is it?"))
+    assert prefix_key(request(b"picture", "what is it?")) != prefix_key(request(b"other", "what is it?"))
     ids = tuple(range(1000))
     assert prefix_key(GenerationRequest("", ids, SamplingParams())) == prefix_key(
         GenerationRequest("", (*ids, 7), SamplingParams())
@@ -51,17 +51,17 @@ def test_keys_spread_over_the_replicas() -> None:
     assert min(counts) > 60
 
 
-def routed(job_: Any, lengths: dict[str, int]) -> list[list[str]]:
+def routed(argument: Any, lengths: dict[str, int]) -> list[list[str]]:
     router = PrefixRouter.__new__(PrefixRouter)
     router._replica_queue_len_cache = SimpleNamespace(get=lambda replica: lengths.get(replica.unique_id))
     replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in lengths]
-    pending: Any = SimpleNamespace(args=[job_])
+    pending: Any = SimpleNamespace(args=[argument])
     ranks = asyncio.run(router.choose_replicas(replicas, pending))  # type: ignore[arg-type]
     return [[replica.replica_id.unique_id for replica in rank] for rank in ranks]
 
 
 def test_the_preferred_replica_comes_first_unless_it_is_clearly_busier() -> None:
-    asked = job("hello")
+    asked = request("hello")
     first = preferred_replica(prefix_key(asked), ["a", "b", "c"])
     others = sorted({"a", "b", "c"} - {first})
     assert routed(asked, {"a": 0, "b": 0, "c": 0}) == [[first], others]
@@ -73,4 +73,4 @@ def test_the_preferred_replica_comes_first_unless_it_is_clearly_busier() -> None
 def test_other_calls_go_to_whoever_is_least_busy() -> None:
     [rank] = routed("tokenize this", {"a": 0, "b": 0})
     assert rank == ["a", "b"]
-    assert routed(job("x"), {}) == []
+    assert routed(request("x"), {}) == []

@@ -36,13 +36,13 @@ def publish(uri: str, shards: int = 3, groups: int = 8) -> Manifest:
         path = f"{number}.parquet"
         storage.write_bytes(storage.join(uri, path), data)
         files.append(
-            FileEntry.of(
+            FileEntry.from_bytes(
                 path,
                 data,
                 rows=len(rows),
                 row_groups=groups,
                 sequences_per_row_group=2,
-                footer=token_shards.footer(data),
+                footer=token_shards.footer_digest(data),
             )
         )
     manifest = Manifest(kind="tokens", files=files, specification={"context": CONTEXT})
@@ -53,9 +53,9 @@ def publish(uri: str, shards: int = 3, groups: int = 8) -> Manifest:
 def everything(uri: str, manifest: Manifest, cache: ShardCache | None = None) -> list[Any]:
     """All that a worker of one is handed in an epoch, as plain values; a fresh process knows no footers."""
     steps = 8
-    row_groups._footers.cache_clear()
+    row_groups._footer_cache.cache_clear()
     data = PlanDataConfig(3, {uri: 1.0}, {uri: manifest}, 3, 0, steps, cache=cache)
-    tables = tensors._read(pa.table({"first": [0], "last": [steps]}), data.plan, data.reader, 0, 1)
+    tables = tensors._read_blocks(pa.table({"first": [0], "last": [steps]}), data.plan, data.reader, 0, 1)
     return [table.to_pylist() for table in tables]
 
 
@@ -104,7 +104,7 @@ def test_a_fault_that_stays_is_an_error_that_names_the_object(
     assert proxy.faults[kind] == 3, "the last attempt is the third"
     if kind == "corrupt":
         assert f"row group {second.row_group} has checksum" in str(caught.value)
-    row_groups._footers.cache_clear()
+    row_groups._footer_cache.cache_clear()
     proxy.disturb(kind, share=1.0, most=10**6)
     with pytest.raises((storage.StorageError, ShardError), match=second.shard):
         reader.read(second)

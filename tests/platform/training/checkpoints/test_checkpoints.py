@@ -70,7 +70,7 @@ def join(rank: int, world: int, meeting: str) -> None:
 def started(spec: PretrainSpecification, world: int, seed: int = 0) -> Any:
     assert spec.model is not None
     shape = spec.model.model_copy(update={"vocabulary_size": SHAPE.vocabulary_size})
-    model = parameters.prepare(Transformer(shape).initialize(seed), spec, VOCABULARY)
+    model = parameters.set_trainable(Transformer(shape).initialize(seed), spec, VOCABULARY)
     return engine.initialize(model, spec, world)
 
 
@@ -83,9 +83,9 @@ def steps(run: Any, spec: PretrainSpecification, world: int, rank: int, first: i
         group = [rows(step, number) for number in range(rank, MICRO_BATCHES, world)]
         group += [empty] * (engine.micro_batches_a_worker(spec, world) - len(group))
         engine.set_learning_rate(run, RATES[step])
-        counts = engine.count(group, image_mask_V, run.device)
+        counts = engine.count_tokens(group, image_mask_V, run.device)
         local, _ = engine.step(run, group, counts, image_mask_V, 1e-4, world, (0, step, rank))
-        text, image, _ = engine.everywhere(local).tolist()[:3]
+        text, image, _ = engine.sum_over_workers(local).tolist()[:3]
         seen.append([step, (text + image) / counts.trained, float(run.get_global_grad_norm())])
     return seen
 
@@ -96,15 +96,15 @@ def part_of_a_run(
     """One group of workers: from the newest checkpoint on, and a checkpoint at the end. Losses go to a file."""
     join(rank, world, f"{notes}-meeting-{first}-{last}")
     spec = specification(output, zero_stage=stage, **fields)
-    found = resumption.resumption(output, spec, {})
+    found = resumption.agreed_checkpoint(output, spec, {})
     assert (found.step if found else 0) == first
     run = started(spec, world, seed=first)  # nothing of a later group's own start may be left
     if found:
-        assert resumption.fits(found, spec, world)
+        assert resumption.can_restore_optimizer(found, spec, world)
         resumption.load(run, found)
     seen = steps(run, spec, world, rank, first, last)
     report = {"step": last, "schedule_step": last, "tokens": {}, "loss": seen[-1][1]}
-    saver.save(run, catalog.location(output, last), spec, {}, report)
+    saver.save(run, catalog.checkpoint_uri(output, last), spec, {}, report)
     if rank == 0:
         Path(f"{notes}-{first}.json").write_text(json.dumps(seen))
 
@@ -186,7 +186,7 @@ def rolled_back(rank: int, world: int, stage: int, output: str, notes: str) -> N
     run = started(spec, world, seed=1)
     seen = []
     for first in (2, 4):
-        found = resumption.resumption(output, spec, {})
+        found = resumption.agreed_checkpoint(output, spec, {})
         assert found is not None
         assert found.step == first
         resumption.load(run, found)
@@ -194,7 +194,7 @@ def rolled_back(rank: int, world: int, stage: int, output: str, notes: str) -> N
         refused(run, spec, world, rank, first + 2)
         resumption.load(run, found)
         seen.append(steps(run, spec, world, rank, first, first + 2))
-        saver.save(run, catalog.location(output, first + 2), spec, {}, report(first + 2))
+        saver.save(run, catalog.checkpoint_uri(output, first + 2), spec, {}, report(first + 2))
     if rank == 0:
         Path(f"{notes}.json").write_text(json.dumps(seen))
 
@@ -203,7 +203,7 @@ def refused(run: Any, spec: PretrainSpecification, world: int, rank: int, step: 
     """A step whose loss is found bad after its backward passes."""
     image_mask_V = torch.arange(50) >= 40
     group = [rows(step, number) for number in range(rank, MICRO_BATCHES, world)]
-    counts = engine.count(group, image_mask_V, run.device)
+    counts = engine.count_tokens(group, image_mask_V, run.device)
     engine.step(run, group, counts, image_mask_V, 1e-4, world, accept=lambda sums: False)
 
 
@@ -213,7 +213,7 @@ def test_a_roll_back_brings_back_weights_and_optimizer(tmp_path: Path, straight:
     trained(output, [(1, 1, 2)])
     for stage in (2, 3):
         for later in (4, 6):
-            storage.delete(catalog.location(output, later))
+            storage.delete(catalog.checkpoint_uri(output, later))
         in_a_group(rolled_back, 2, stage, output, f"{output}-{stage}")
         first, again, second, once_more = json.loads(Path(f"{output}-{stage}.json").read_text())
         assert again == [pytest.approx(values, rel=1e-6) for values in first]
@@ -253,7 +253,7 @@ def group_under_fire(
     join(rank, world, f"{notes}-meeting-{attempt}")
     chance = random.Random(f"{attempt} {rank}")
     spec = specification(output, resources={"keep": {"last": 2}}, **fields)
-    found = resumption.resumption(output, spec, {})
+    found = resumption.agreed_checkpoint(output, spec, {})
     first = found.step if found else 0
     run = started(spec, world)
     if found:
@@ -272,7 +272,7 @@ def group_under_fire(
                 with Path(f"{notes}.jsonl").open("a") as file:
                     file.write(json.dumps([attempt, first, *seen]) + "\n")
             if (step + 1) % EVERY == 0:
-                saver.save(run, catalog.location(output, step + 1), report(step + 1))
+                saver.save(run, catalog.checkpoint_uri(output, step + 1), report(step + 1))
     if rank == 0:
         Path(f"{notes}-done").touch()
 
@@ -288,8 +288,10 @@ def survives(tmp_path: Path, output: str, kills: int, **fields: Any) -> None:
             killed += ended.signal_name == "SIGKILL"
         except torch.multiprocessing.ProcessRaisedException:  # the other worker saw it first, or storage failed
             pass
-        for step in catalog.published(output):  # whatever is published is whole
-            Manifest.read(catalog.location(output, step)).verify(catalog.location(output, step), content=True)
+        for step in catalog.published_steps(output):  # whatever is published is whole
+            Manifest.read(catalog.checkpoint_uri(output, step)).verify(
+                catalog.checkpoint_uri(output, step), content=True
+            )
         attempt += 1
         assert attempt < 5 * kills + 10
     seen = [json.loads(line) for line in Path(f"{notes}.jsonl").read_text().splitlines()]

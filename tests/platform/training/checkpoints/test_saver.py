@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +42,18 @@ class Engine:
 
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "mp_rank_00") -> None:
         self.checkpoint_engine: Any = None
-        self.state = torch.zeros(1000)
+        self.state, self.name = torch.zeros(1000), name
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         Path(folder, tag).mkdir()
-        Path(folder, "zero_to_fp32.py").write_text("print()")
-        self.checkpoint_engine.save({"weights": [self.state], "step": 1}, f"{folder}/{tag}/mp_rank_00_model_states.pt")
+        if torch.distributed.get_rank() == 0:
+            Path(folder, "zero_to_fp32.py").write_text("print()")
+        self.checkpoint_engine.save({"weights": [self.state], "step": 1}, f"{folder}/{tag}/{self.name}_model_states.pt")
 
     def zero_optimization_stage(self) -> int:
         return 1
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    """A torch.distributed group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def report(step: int, **fields: Any) -> dict[str, Any]:
@@ -70,22 +63,22 @@ def report(step: int, **fields: Any) -> dict[str, Any]:
 def saved(run: Engine, output: str, step: int, **fields: Any) -> str:
     """The URI of a published checkpoint whose weights are `step` everywhere."""
     run.state.fill_(step)
-    uri = catalog.location(output, step)
+    uri = catalog.checkpoint_uri(output, step)
     saver.save(run, uri, specification(output), {}, report(step, **fields))  # type: ignore[arg-type]
     return uri
 
 
 def content(output: str, step: int) -> float:
-    manifest = Manifest.read(catalog.location(output, step))
-    manifest.verify(catalog.location(output, step), content=True)
+    manifest = Manifest.read(catalog.checkpoint_uri(output, step))
+    manifest.verify(catalog.checkpoint_uri(output, step), content=True)
     (path,) = [entry.path for entry in manifest.files if entry.path.endswith("model_states.pt")]
-    weights = torch.load(Path(catalog.location(output, step), path))["weights"][0]
+    weights = torch.load(Path(catalog.checkpoint_uri(output, step), path))["weights"][0]
     assert len(weights.unique()) == 1
     return float(weights[0])
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
-    group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written is the state of when it was saved, and nothing is published before all of it is there."""
     output, run, write, may_write = str(tmp_path / "stage"), Engine(), torch.save, threading.Event()
@@ -100,18 +93,54 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         for step in (1, 2):
             run.state.fill_(step)
             may_write.clear()
-            saver.save(run, catalog.location(output, step), report(step))  # type: ignore[arg-type]
+            saver.save(run, catalog.checkpoint_uri(output, step), report(step))  # type: ignore[arg-type]
             run.state.fill_(99)  # the next optimizer step
             assert catalog.newest_step(output) == step - 1 or step == 1
-            assert not storage.exists(f"{catalog.location(output, step)}/manifest.json")
+            assert not storage.exists(f"{catalog.checkpoint_uri(output, step)}/manifest.json")
             may_write.set()
-            saver.settle()
+            saver.wait_until_published()
     assert [content(output, step) for step in (1, 2)] == [1.0, 2.0]
-    assert told == [catalog.location(output, step) for step in (1, 2)]
+    assert told == [catalog.checkpoint_uri(output, step) for step in (1, 2)]
+
+
+def slow_and_quick(rank: int, world: int, output: str) -> None:
+    """Two workers: the first publishes, the second is told when it may write."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{output}.meeting", rank=rank, world_size=world)
+    uri, may_write = catalog.checkpoint_uri(output, 1), Path(f"{output}.may-write")
+    if rank == 1:
+        write = torch.save
+
+        def slow(*given: Any, **named: Any) -> None:
+            while not may_write.exists():
+                time.sleep(0.01)
+            write(*given, **named)
+
+        torch.save = slow
+    run = Engine(f"rank_{rank}")
+    with Saver(specification(output), {}) as saving:
+        saving.save(run, uri, report(1))  # type: ignore[arg-type]
+        if rank == 0:
+            while not [file for file in storage.list_files(uri) if file.endswith("parts/00000.json")]:
+                time.sleep(0.01)
+            time.sleep(3 * saver._PART_POLL)  # it has looked for the other's part by then
+            early = Manifest.find(uri)
+            Path(f"{output}.early").write_text(str(early))
+            may_write.touch()
+        saving.wait_until_published()
+
+
+def test_a_checkpoint_exists_when_every_worker_has_written_its_part_and_not_before(tmp_path: Path) -> None:
+    output = str(tmp_path / "stage")
+    torch.multiprocessing.start_processes(slow_and_quick, (2, output), nprocs=2, start_method="fork")
+    assert Path(f"{output}.early").read_text() == "None", "published while a worker was still writing"
+    manifest = Manifest.read(catalog.checkpoint_uri(output, 1))
+    manifest.verify(catalog.checkpoint_uri(output, 1), content=True)
+    names = sorted(Path(entry.path).name for entry in manifest.files)
+    assert [name for name in names if name.startswith("rank")] == ["rank_0_model_states.pt", "rank_1_model_states.pt"]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
-    group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     output, run = str(tmp_path / "stage"), Engine()
     saved(run, output, 1)
@@ -131,14 +160,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
 def save_without_waiting(run: Engine, output: str, steps: range) -> None:
     with Saver(specification(output), {}) as saver:
         for step in steps:
-            saver.save(run, catalog.location(output, step), report(step))  # type: ignore[arg-type]
+            saver.save(run, catalog.checkpoint_uri(output, step), report(step))  # type: ignore[arg-type]
 
 
 def failing(*given: Any, **named: Any) -> None:
     raise OSError("disk full")
 
 
-def test_a_checkpoint_in_s3_is_whole(group: None, s3: str) -> None:
+def test_a_checkpoint_in_s3_is_whole(group_of_one: None, s3: str) -> None:
     uri = saved(Engine(), f"{s3}/stage", 3)
     manifest = Manifest.read(uri)
     manifest.verify(uri, content=True)
@@ -146,7 +175,7 @@ def test_a_checkpoint_in_s3_is_whole(group: None, s3: str) -> None:
 
 
 def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_good_leaves_no_checkpoint(
-    group: None, s3: str, monkeypatch: pytest.MonkeyPatch
+    group_of_one: None, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, run = f"{s3}/stage", Engine()
     run.state = torch.zeros(6_000_000)  # 24 MB: three parts
@@ -159,14 +188,14 @@ def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_goo
 
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     s3_client().meta.events.register("before-send.s3.UploadPart", send)
-    Manifest.read(saved(run, output, 1)).verify(catalog.location(output, 1), content=True)
+    Manifest.read(saved(run, output, 1)).verify(catalog.checkpoint_uri(output, 1), content=True)
     assert len(sent) == 4
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3_client().meta.events.register("before-send.s3.UploadPart", send)
     with pytest.raises(storage.StorageError, match=r"step-00000002 was not written: .*mp_rank_00_model_states"):
         saved(run, output, 2)
-    assert storage.sizes(catalog.location(output, 2)).keys() == set()
-    found = resumption.resumption(output, specification(output), {})
+    assert storage.sizes(catalog.checkpoint_uri(output, 2)).keys() == set()
+    found = resumption.agreed_checkpoint(output, specification(output), {})
     assert found is not None
     assert found.step == 1
 
@@ -175,18 +204,18 @@ def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_goo
 
 
 def test_one_that_is_not_whole_is_passed_over_and_a_damaged_one_is_set_aside(
-    group: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    group_of_one: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output, run = str(tmp_path / "stage"), Engine()
     places = [Path(saved(run, output, step)) for step in (1, 2, 3, 4)]
-    storage.write_bytes(f"{catalog.location(output, 5)}/abc/state/part.pt", b"killed before its manifest")
+    storage.write_bytes(f"{catalog.checkpoint_uri(output, 5)}/abc/state/part.pt", b"killed before its manifest")
     cut, changed = (next(place.rglob("*model_states.pt")) for place in (places[3], places[2]))
     cut.write_bytes(cut.read_bytes()[:-1])
     data = bytearray(changed.read_bytes())
     data[len(data) // 2] ^= 1  # one bit, same size
     changed.write_bytes(data)
 
-    found = resumption.resumption(output, specification(output), {})
+    found = resumption.agreed_checkpoint(output, specification(output), {})
     assert found is not None
     assert found.step == 2
     assert "the checkpoint after step 4 is not whole" in caplog.text
@@ -197,14 +226,14 @@ def test_one_that_is_not_whole_is_passed_over_and_a_damaged_one_is_set_aside(
     assert newest.step == 2  # whoever looks from now on agrees, without reading contents
 
 
-def test_late_writers_of_a_group_that_was_given_up_do_no_harm(group: None, tmp_path: Path) -> None:
+def test_late_writers_of_a_group_that_was_given_up_do_no_harm(group_of_one: None, tmp_path: Path) -> None:
     output, run = str(tmp_path / "stage"), Engine()
     spec = specification(output)
     with Saver(spec, {}) as old:
         run.state.fill_(7.5)
-        old.save(run, catalog.location(output, 7), report(7))  # type: ignore[arg-type]
+        old.save(run, catalog.checkpoint_uri(output, 7), report(7))  # type: ignore[arg-type]
         saved(run, output, 7)
-        old.settle()
+        old.wait_until_published()
     assert content(output, 7) in (7.0, 7.5)
 
 
@@ -221,13 +250,15 @@ def test_retention_keeps_the_last_every_nth_and_the_best(tmp_path: Path, keep: d
     output = str(tmp_path)
     losses = [9.0, 1.0, 8.0, 7.0, 2.0, 6.0, 5.0, 4.0]
     for step, loss in enumerate(losses, start=1):
-        storage.write_bytes(f"{catalog.location(output, step)}/abc/state/part.pt", b"x")
-        files = [FileEntry.of("abc/state/part.pt", b"x")]
-        Manifest(kind="checkpoint", files=files, report=report(step, loss=loss)).write(catalog.location(output, step))
-    storage.delete(f"{catalog.location(output, 4)}/manifest.json")  # killed while it was written, long ago
-    storage.write_bytes(f"{catalog.location(output, 9)}/abc/state/part.pt", b"being written")
+        storage.write_bytes(f"{catalog.checkpoint_uri(output, step)}/abc/state/part.pt", b"x")
+        files = [FileEntry.from_bytes("abc/state/part.pt", b"x")]
+        Manifest(kind="checkpoint", files=files, report=report(step, loss=loss)).write(
+            catalog.checkpoint_uri(output, step)
+        )
+    storage.delete(f"{catalog.checkpoint_uri(output, 4)}/manifest.json")  # killed while it was written, long ago
+    storage.write_bytes(f"{catalog.checkpoint_uri(output, 9)}/abc/state/part.pt", b"being written")
     assert set(catalog.retain(output, Retention.model_validate(keep))) == left - {4}
-    there = {int(path.name.removeprefix("step-")) for path in Path(catalog.folder(output)).iterdir()}
+    there = {int(path.name.removeprefix("step-")) for path in Path(catalog.checkpoints_folder(output)).iterdir()}
     assert there == left - {4} | {9}
 
 
@@ -236,5 +267,5 @@ def test_fields_that_a_checkpoint_is_older_than_do_not_make_it_another_training(
     older = spec.model_dump(mode="json")
     del older["resources"], older["z_loss"]
     manifest = Manifest(kind="checkpoint", specification=older, report=report(4))
-    assert resumption.continues(spec, {})(manifest)
-    assert not resumption.continues(spec.model_copy(update={"z_loss": 0.5}), {})(manifest)
+    assert resumption.made_by(spec, {})(manifest)
+    assert not resumption.made_by(spec.model_copy(update={"z_loss": 0.5}), {})(manifest)

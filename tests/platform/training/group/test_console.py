@@ -13,7 +13,7 @@ from rich.console import Console
 from calumma.platform.specification import Tracking
 from calumma.platform.tracking.job_run import job_run
 from calumma.platform.training.group import console
-from calumma.platform.training.group.console import Lines, Status
+from calumma.platform.training.group.console import Status, StatusLines
 from calumma.platform.training.specification import PretrainSpecification
 
 METRICS = {
@@ -29,17 +29,17 @@ METRICS = {
 
 
 def test_a_status_says_everything_that_is_known() -> None:
-    line = Status.of("pretrain", 5000, METRICS).line()
+    line = Status.from_metrics("pretrain", 5000, METRICS).line()
     assert line == (
         "pretrain: step 1,200 of 5,000  loss 2.346  tokens/s 81,234  time left 2 h 2 min  workers 4  "
         "last checkpoint step 1,000  bad steps 3"
     )
-    assert Status.of("pretrain", 5000, {"step": 1.0}).line() == "pretrain: step 1 of 5,000"
+    assert Status.from_metrics("pretrain", 5000, {"step": 1.0}).line() == "pretrain: step 1 of 5,000"
 
 
 def test_where_there_is_no_terminal_lines_come_now_and_then_and_at_the_end() -> None:
     now, out = [0.0], io.StringIO()
-    show = Lines(interval=10, stream=out, clock=lambda: now[0])
+    show = StatusLines(interval=10, stream=out, clock=lambda: now[0])
     for second, step in ((0, 1), (5, 2), (11, 3), (12, 4), (13, 5)):
         now[0] = second
         show(Status("pretrain", step, 5))
@@ -47,15 +47,15 @@ def test_where_there_is_no_terminal_lines_come_now_and_then_and_at_the_end() -> 
 
 
 def test_a_terminal_gets_a_panel_and_a_log_gets_lines() -> None:
-    status = Status.of("stage 1", 5000, METRICS)
+    status = Status.from_metrics("stage 1", 5000, METRICS)
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
-    with console.screen(terminal) as show:
+    with console.status_screen(terminal) as show:
         show(status)
     drawn = terminal.file.getvalue()  # type: ignore[attr-defined]
     for word in ("stage 1", "1,200 of 5,000", "2.346", "81,234", "2 h 2 min", "step 1,000", "━", "╭"):
         assert word in drawn, word
     log = io.StringIO()
-    with console.screen(stream=log) as show:
+    with console.status_screen(stream=log) as show:
         show(status)
     assert log.getvalue() == status.line() + "\n"
 
@@ -77,7 +77,7 @@ class Away:
 
 def test_following_goes_on_when_mlflow_is_away_and_tells_each_step_once() -> None:
     run, told, shown = Away(), list[tuple[float, float, str]](), list[Status]()
-    with console.following(
+    with console.progress_from_metrics(
         run, "pretrain", 9, lambda d, t, note="": told.append((d, t, note)), shown.append, poll=0.01
     ):
         assert run.last.wait(60)
@@ -92,7 +92,7 @@ def test_following_goes_on_when_mlflow_is_away_and_tells_each_step_once() -> Non
 def test_what_goes_wrong_in_the_stage_goes_on_to_the_caller() -> None:
     with (
         pytest.raises(ValueError, match="diverged"),
-        console.following(Away(), "pretrain", 9, lambda d, t, note="": None, poll=0.01),
+        console.progress_from_metrics(Away(), "pretrain", 9, lambda d, t, note="": None, poll=0.01),
     ):
         raise ValueError("diverged")
 
@@ -105,7 +105,7 @@ def test_a_run_is_watched_from_anywhere_until_it_ends(tmp_path: Path, capsys: py
     with job_run(spec) as run:
         run.log_metrics(METRICS)
     assert console.watch(run.id, run.uri, poll=0.01) == 0
-    assert capsys.readouterr().err == Status.of("stage 1", 5000, METRICS).line() + "\n"
+    assert capsys.readouterr().err == Status.from_metrics("stage 1", 5000, METRICS).line() + "\n"
     assert console.watch("no-such-run", run.uri) == 2
     assert f"there is no run no-such-run to watch at {run.uri}" in capsys.readouterr().err
 

@@ -27,12 +27,12 @@ from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import ImageAssignment
 from calumma.platform.training.checkpoints import catalog, resumption, saver
 from calumma.platform.training.errors import Stopped, TrainingFailed
-from calumma.platform.training.group import lifeline, supervisor, watchdog
+from calumma.platform.training.group import control, notice, supervisor
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.images import data
 from calumma.platform.training.images import loop as image_loop
 from calumma.platform.training.images.loop import Loop
-from calumma.platform.training.images.objective import ImageTraining, Measures
+from calumma.platform.training.images.objective import ImageTraining, StepMeasures
 from calumma.platform.training.specification import ImageTokenizerSpecification
 
 IMAGES, HELD_OUT, BATCH, STEPS = 23, 5, 7, 16  # three workers have unequal parts of all of them
@@ -67,7 +67,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("curated", IMAGES), ("held-out", HELD_OUT)):
         content = document_shards.to_parquet([Document((Image(to_image(data.as_floats(p))),)) for p in bars(count)])
         storage.write_bytes(f"{root}/{name}/documents.parquet", content)
-        Manifest(kind="curated", files=[FileEntry.of("documents.parquet", content, rows=count)]).write(f"{root}/{name}")
+        Manifest(kind="curated", files=[FileEntry.from_bytes("documents.parquet", content, rows=count)]).write(
+            f"{root}/{name}"
+        )
     return root
 
 
@@ -126,7 +128,7 @@ class Log:
 
     def log_data(self, *given: Any) -> None: ...
 
-    def park(self) -> None: ...
+    def back_up(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -147,7 +149,7 @@ def train(
 ) -> tuple[Loop, Log]:
     """Train as a group does that starts now; `at` is called before each step."""
     log = Log()
-    resume = resumption.resumption(str(folder), spec, {})
+    resume = resumption.agreed_checkpoint(str(folder), spec, {})
     loop = Loop(ImageAssignment(spec, Run("unused", "0"), str(folder), {}, resume), worker, log)  # type: ignore[arg-type]
     usual = loop._step
 
@@ -163,7 +165,7 @@ def train(
 def dying(when: int) -> Callable[[Loop, supervisor.Supervisor, int], None]:
     def at(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step == when:
-            keeper.settle()
+            keeper.wait_until_published()
             raise Died
 
     return at
@@ -209,34 +211,34 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(alone: None, root:
     spec = specification(root)
     with pytest.raises(Died):
         train(spec, tmp_path, at=dying(13))
-    (file,) = (tmp_path / "checkpoints/step-00000010").glob(f"*/{saver.WHOLE}")
+    (file,) = (tmp_path / "checkpoints/step-00000010").glob(f"*/{saver.REPLICATED_FILE}")
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    found = resumption.resumption(str(tmp_path), spec, {})
+    found = resumption.agreed_checkpoint(str(tmp_path), spec, {})
     assert found is not None
     assert found.step == 5
 
 
 def test_as_many_checkpoints_stay_as_are_to_be_kept(alone: None, root: Path, tmp_path: Path) -> None:
     train(specification(root, resources={"keep": {"last": 2, "every": 10}}), tmp_path)
-    assert catalog.published(str(tmp_path)) == [16, 15, 10]
+    assert catalog.published_steps(str(tmp_path)) == [16, 15, 10]
 
 
 def test_a_notice_ends_it_with_a_checkpoint_and_the_same_command_goes_on_to_the_same_end(
     alone: None, root: Path, straight: tuple[Loop, Log], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog, "_POLL", 0.02)
-    spec, line = specification(root, checkpoint_every=100), lifeline.lifeline(str(tmp_path))
+    monkeypatch.setattr(notice, "_POLL", 0.02)
+    spec, line = specification(root, checkpoint_every=100), control.worker_control(str(tmp_path))
 
     def told(loop: Loop, keeper: supervisor.Supervisor, step: int) -> None:
         if step == 6:
             line.notify("stop", "SIGTERM")
-            while keeper._notices is None or keeper._notices.found is None:
+            while keeper._notices is None or keeper._notices.pending is None:
                 threading.Event().wait(0.01)
 
     with pytest.raises(Stopped, match=r"stopped after step 7 \(SIGTERM\).*the same command goes on"):
         train(spec, tmp_path, at=told)
-    assert line.followed()
+    assert line.acknowledged()
     loop, _ = train(spec, tmp_path)
     assert equal(loop.training.whole_state(), straight[0].training.whole_state())
 
@@ -244,14 +246,16 @@ def test_a_notice_ends_it_with_a_checkpoint_and_the_same_command_goes_on_to_the_
 # -- bad steps --
 
 
-def broken(steps: dict[int, float], usual: Callable[..., Measures], norm: float = 1.0) -> Callable[..., Measures]:
+def broken(
+    steps: dict[int, float], usual: Callable[..., StepMeasures], norm: float = 1.0
+) -> Callable[..., StepMeasures]:
     """`ImageTraining.look`, whose loss is another one at some steps (from 0)."""
 
-    def look(training: ImageTraining, x: torch.Tensor, step: int) -> Measures:
+    def look(training: ImageTraining, x: torch.Tensor, step: int) -> StepMeasures:
         found = usual(training, x, step)
         loss = steps.get(step, found.loss)
         changed = found.parts if step not in steps else found.parts | {"reconstruction": loss}
-        return Measures(loss, changed, norm if step in steps and math.isfinite(loss) else found.norm)
+        return StepMeasures(loss, changed, norm if step in steps and math.isfinite(loss) else found.norm)
 
     return look
 
@@ -269,7 +273,7 @@ def test_a_bad_step_is_passed_over(
             networks = {name: loop.training.whole_state()[name] for name in ("tokenizer", "discriminator", "average")}
             states[step] = copy.deepcopy(networks)
 
-    monkeypatch.setattr(ImageTraining, "look", broken({9: loss}, ImageTraining.look, norm))
+    monkeypatch.setattr(ImageTraining, "compute_gradients", broken({9: loss}, ImageTraining.compute_gradients, norm))
     faults = {"spike_factor": 5.0, "window": 4}
     loop, log = train(specification(root, faults=faults, steps=13, held_out=[]), tmp_path, at=keep)
     assert equal(states[9], states[10])
@@ -281,7 +285,9 @@ def test_a_bad_step_is_passed_over(
 def test_too_many_bad_steps_end_it_with_advice(
     alone: None, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImageTraining, "look", broken(dict.fromkeys((3, 4, 5), math.nan), ImageTraining.look))
+    monkeypatch.setattr(
+        ImageTraining, "compute_gradients", broken(dict.fromkeys((3, 4, 5), math.nan), ImageTraining.compute_gradients)
+    )
     with pytest.raises(
         TrainingFailed, match=r"before step 6: more than 2 bad steps.*\n.*\n.*\n.*\nLower learning_rate \("
     ):
@@ -297,14 +303,14 @@ def test_a_roll_back_returns_to_the_last_checkpoint_and_goes_on_with_other_image
         if step == 14:
             after.append(copy.deepcopy(loop.training.whole_state()))
 
-    monkeypatch.setattr(ImageTraining, "look", broken({12: math.nan}, ImageTraining.look))
+    monkeypatch.setattr(ImageTraining, "compute_gradients", broken({12: math.nan}, ImageTraining.compute_gradients))
     faults = {"action": "roll_back", "around": 1}
     loop, log = train(specification(root, faults=faults), tmp_path, at=keep)
     (incident,) = loop.report["incidents"]
     assert (incident["step"], incident["back_to"], incident["resumed_after"]) == (13, 10, 14)
     found = catalog.newest(str(tmp_path), lambda manifest: manifest.report["step"] == 10)
     assert found is not None
-    kept = image_loop._state(found)
+    kept = image_loop._read_state(found)
     assert all(equal(after[0][name], kept[name]) for name in ("tokenizer", "discriminator", "average", "used"))
     assert not equal(after[0]["generator"], kept["generator"])
     assert 14 not in log.losses
@@ -326,7 +332,7 @@ def test_metrics_pictures_and_checkpoints_are_told(root: Path, straight: tuple[L
     assert pictures == [f"samples/step-{step:08d}/reconstructions.png" for step in (6, 12)]
     assert list(log.checkpoints) == [f"step-{step:08d}" for step in (5, 10, 15, 16)]
     uri, step, metrics, _ = log.checkpoints["step-00000010"]
-    assert (uri, step) == (catalog.location(loop.assignment.output, 10), 10)
+    assert (uri, step) == (catalog.checkpoint_uri(loop.assignment.output, 10), 10)
     assert metrics == {"loss": log.losses[10], "held_out_loss": log.metrics[6]["image_reconstruction_error"]}
 
 
@@ -339,7 +345,7 @@ def work(rank: int, world: int, root: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     worker = Worker(rank, world, torch.device("cpu"))
     spec = specification(root, sampling_weight=f"{__name__}:area", steps=10)  # rounding grows from step to step
-    pool = data.Pool(data.read(spec, spec.documents, worker), worker)
+    pool = data.Pool(data.read_pool(spec, spec.documents, worker), worker)
     taken = [pool.take(drawn) for drawn in draws()]
     told = {}
     for name in ("together", "half"):
@@ -369,7 +375,7 @@ def test_three_workers_take_the_steps_of_one_and_go_on_with_its_checkpoint(root:
     torch.multiprocessing.start_processes(work, (3, str(root), str(tmp_path)), nprocs=3, start_method="fork")
     workers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
 
-    images = data.read(spec, spec.documents, ALONE)
+    images = data.read_pool(spec, spec.documents, ALONE)
     for turn, drawn in enumerate(draws()):
         assert torch.equal(torch.cat([worker["taken"][turn] for worker in workers]), images[drawn])
 

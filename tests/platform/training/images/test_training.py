@@ -1,5 +1,5 @@
 """The image tokenizer's training: what is learned, published and drawn. How it goes on after an interruption is
-test_image_tokenizer_resume.py."""
+test_resume.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.image_losses import PerceptualLoss
 from calumma.platform import storage
 from calumma.platform.cluster import runner
-from calumma.platform.cluster.progress import silent
+from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.storage.manifest import FileEntry, Manifest
@@ -81,7 +81,7 @@ class Log:
 
     def log_data(self, *given: Any) -> None: ...
 
-    def park(self) -> None: ...
+    def back_up(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -93,7 +93,7 @@ def train(
     log = Log()
     assignment = ImageAssignment(spec, Run("unused", "0"), str(folder), {}, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "read", lambda *given: images)
+        patch.setattr(data, "read_pool", lambda *given: images)
         steps = loop.Loop(assignment, Worker(0, 1, torch.device("cpu")), log)  # type: ignore[arg-type]
         steps.run()
     return steps.training.tokenizer.eval(), [metrics for metrics in log.metrics if "loss" in metrics]
@@ -128,7 +128,7 @@ def test_every_objective_learns_to_reconstruct(loss: dict[str, Any], tmp_path: P
     images = bars()
     tokenizer, metrics = train(specification(loss=ImageLossConfig(**loss)), images, tmp_path)
     assert metrics[-1]["reconstruction"] < 0.6 * metrics[0]["reconstruction"]
-    assert measure.measure(tokenizer, images).used_K.sum() > 3
+    assert measure.measure_reconstruction(tokenizer, images).used_K.sum() > 3
     judged = [m["step"] for m in metrics if "discriminator_loss" in m]
     assert judged == ([m["step"] for m in metrics if m["step"] > 30] if "adversarial" in loss else [])
 
@@ -165,7 +165,7 @@ def test_perceptual_weights_are_read_from_storage(tmp_path: Path) -> None:
 def publish_images(uri: str, images: torch.Tensor) -> None:
     content = document_shards.to_parquet([Document((Image(to_image(data.as_floats(pixels))),)) for pixels in images])
     storage.write_bytes(f"{uri}/documents.parquet", content)
-    Manifest(kind="curated", files=[FileEntry.of("documents.parquet", content, rows=len(images))]).write(uri)
+    Manifest(kind="curated", files=[FileEntry.from_bytes("documents.parquet", content, rows=len(images))]).write(uri)
 
 
 @pytest.fixture
@@ -175,18 +175,18 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     publish_images(f"{tmp_path}/curated", bars())
     publish_images(f"{tmp_path}/held-out", bars(6))
     storage.write_bytes(f"{tmp_path}/made/old.safetensors", b"old")
-    Manifest(kind="image_tokenizer", files=[FileEntry.of("old.safetensors", b"old")]).write(f"{tmp_path}/made")
+    Manifest(kind="image_tokenizer", files=[FileEntry.from_bytes("old.safetensors", b"old")]).write(f"{tmp_path}/made")
     (tmp_path / "made/notes.txt").write_text("mine")
-    monkeypatch.setattr(stage.capacity, "require", lambda resources: 1)
+    monkeypatch.setattr(stage.capacity, "require_workers", lambda resources: 1)
     monkeypatch.setattr(stage, "fit", lambda loop, config, **named: loop(config))
-    monkeypatch.setattr(loop, "join", lambda: Worker(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(loop, "set_up_worker", lambda: Worker(0, 1, torch.device("cpu")))
     monkeypatch.setattr(loop, "BackgroundWriter", Log)
     return tmp_path
 
 
 def run_job(spec: ImageTokenizerSpecification) -> Manifest:
     run = Run("unused", "0")
-    return stage.train_image_tokenizer(spec, run, silent)
+    return stage.train_image_tokenizer(spec, run, no_progress)
 
 
 def test_a_failed_training_keeps_the_tokenizer_and_a_finished_one_replaces_its_files_alone(
@@ -221,18 +221,18 @@ def test_checkpoints_of_a_finished_training_make_way_for_another_and_those_of_a_
     run_job(spec)
     changed = spec.model_copy(update={"learning_rate": 1e-4})
     run_job(changed)
-    assert catalog.published(spec.training) == [4]
+    assert catalog.published_steps(spec.training) == [4]
     found = catalog.newest(spec.training)
     assert found is not None
     assert found.manifest.specification["learning_rate"] == 1e-4
     report = found.manifest.report | {"step": 2}
-    found.manifest.model_copy(update={"report": report}).write(catalog.location(spec.training, 4))
+    found.manifest.model_copy(update={"report": report}).write(catalog.checkpoint_uri(spec.training, 4))
     with pytest.raises(
         SpecificationError, match=r"stopped after step 2 of 4.*other settings \(learning_rate\).*--force"
     ):
         run_job(spec)
-    runner.discard(spec)
-    assert catalog.published(spec.training) == []
+    runner.delete_result(spec)
+    assert catalog.published_steps(spec.training) == []
     assert not Manifest.find(f"{published}/made")
     run_job(spec)
 
@@ -255,7 +255,10 @@ def test_weights_decide_which_images_are_drawn(tmp_path: Path) -> None:
     assert weights.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
     spec = specification(steps=80, sampling_weight=f"{__name__}:redness")
     tokenizer, _ = train(spec, images, tmp_path)
-    red, black = measure.measure(tokenizer, images[3:4]), measure.measure(tokenizer, images[:1])
+    red, black = (
+        measure.measure_reconstruction(tokenizer, images[3:4]),
+        measure.measure_reconstruction(tokenizer, images[:1]),
+    )
     assert red.squared < 0.05 < black.squared  # it has seen nothing but red
 
 

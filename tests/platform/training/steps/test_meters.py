@@ -28,7 +28,7 @@ def model(**fields: Any) -> Transformer:
         | {"micro_batches": 1}
         | fields
     )
-    return parameters.prepare(Transformer(SHAPE), spec, VOCABULARY)
+    return parameters.set_trainable(Transformer(SHAPE), spec, VOCABULARY)
 
 
 BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64  # query and output, key and value, feed-forward
@@ -79,14 +79,14 @@ def test_a_device_in_the_table_has_its_data_sheets_peak(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, expected: float
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert meters.peak(torch.device("cuda"), dtype) == expected
+    assert meters.peak_flops(torch.device("cuda"), dtype) == expected
 
 
 def test_a_device_without_an_entry_is_measured_and_no_random_number_is_taken_from_training() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    assert 1e8 < meters.peak(torch.device("cpu"), torch.float32) < 1e15
+    assert 1e8 < meters.peak_flops(torch.device("cpu"), torch.float32) < 1e15
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -99,7 +99,7 @@ def test_the_utilization_is_of_all_workers() -> None:
 
 
 def test_the_clock_tells_activities_apart_and_starts_anew() -> None:
-    clock = meters.Clock()
+    clock = meters.ActivityClock()
     with clock("compute"):
         time.sleep(0.02)
     with pytest.raises(ValueError, match="no"), clock("data"):
@@ -111,7 +111,7 @@ def test_the_clock_tells_activities_apart_and_starts_anew() -> None:
 
 
 def test_an_interval_has_means_over_its_tokens() -> None:
-    interval = meters.Interval(torch.device("cpu"))
+    interval = meters.LossInterval(torch.device("cpu"))
     interval.add(torch.tensor([6.0, 8.0, 100.0]), Counts(3, 2, 10))
     interval.add(torch.tensor([2.0, 0.0, 20.0]), Counts(1, 0, 2))
     found = interval.metrics(0.5)

@@ -60,35 +60,35 @@ def engine_of(replica: EngineReplica) -> EngineProcess:
     return replica.engine
 
 
-async def answer(replica: EngineReplica, job: GenerationRequest) -> list[OutputEvent]:
-    async with aclosing(replica.generate(job)) as pieces:
-        return [piece async for piece in pieces]
+async def output_of(replica: EngineReplica, request: GenerationRequest) -> list[OutputEvent]:
+    async with aclosing(replica.generate(request)) as events:
+        return [event async for event in events]
 
 
-def run(replica: EngineReplica, *jobs: GenerationRequest) -> list[list[OutputEvent]]:
+def run(replica: EngineReplica, *requests: GenerationRequest) -> list[list[OutputEvent]]:
     async def together() -> list[list[OutputEvent]]:
-        return await asyncio.wait_for(asyncio.gather(*(answer(replica, job) for job in jobs)), PATIENCE)
+        return await asyncio.wait_for(asyncio.gather(*(output_of(replica, request) for request in requests)), PATIENCE)
 
     return asyncio.run(together())
 
 
-def content(pieces: list[OutputEvent]) -> tuple[str, list[bytes], OutputEvent]:
-    text = "".join(piece.text for piece in pieces if isinstance(piece, TextDelta))
-    return text, [piece.png for piece in pieces if isinstance(piece, ImageOutput)], pieces[-1]
+def content(events: list[OutputEvent]) -> tuple[str, list[bytes], OutputEvent]:
+    text = "".join(event.text for event in events if isinstance(event, TextDelta))
+    return text, [event.png for event in events if isinstance(event, ImageOutput)], events[-1]
 
 
 def test_it_answers_as_an_engine_on_a_thread(apart: EngineReplica, replica: EngineReplica) -> None:
-    jobs = [
+    requests = [
         GenerationRequest("text", PROMPT, SamplingParams(40, "text", seed=1), logprobs=2, echo=True),
         GenerationRequest("image", PROMPT, SamplingParams(mode="image", seed=2), progress=True),
         GenerationRequest(
             "both", PROMPT, SamplingParams(60, "interleaved", seed=3), begin_with_image=True, max_tokens=60
         ),
     ]
-    here, there = run(replica, *jobs), run(apart, *jobs)
-    assert [content(pieces) for pieces in there] == [content(pieces) for pieces in here]
-    assert [pieces[0] for pieces in there] == [pieces[0] for pieces in here], "prompts, and their echo with scores"
-    tokens = [[token for piece in pieces if isinstance(piece, TextDelta) for token in piece.tokens] for pieces in there]
+    here, there = run(replica, *requests), run(apart, *requests)
+    assert [content(events) for events in there] == [content(events) for events in here]
+    assert [events[0] for events in there] == [events[0] for events in here], "prompts, and their echo with scores"
+    tokens = [[token for event in events if isinstance(event, TextDelta) for token in event.tokens] for events in there]
     assert [len(each) > 0 for each in tokens] == [True, False, False]
 
 
@@ -103,11 +103,11 @@ def test_a_request_it_cannot_take_is_refused_and_disturbs_nobody(apart: EngineRe
 
 def test_what_nobody_waits_for_is_given_up_and_the_numbers_say_so(apart: EngineReplica) -> None:
     async def leave() -> None:
-        async with aclosing(apart.generate(GenerationRequest("left", PROMPT, LONG))) as pieces:
-            assert isinstance(await anext(pieces), Started)
+        async with aclosing(apart.generate(GenerationRequest("left", PROMPT, LONG))) as events:
+            assert isinstance(await anext(events), Started)
         assert apart.engine.running == 0
-        held = ("requests_running", "requests_waiting", "queued_tokens", "cache_used_ratio")
-        while any(apart.engine.statistics()[name] for name in held):
+        gauges = ("requests_running", "requests_waiting", "queued_tokens", "cache_used_ratio")
+        while any(apart.engine.statistics()[name] for name in gauges):
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(leave(), PATIENCE))
@@ -126,7 +126,7 @@ def end_of(replica: EngineReplica, end: Callable[[], object]) -> list[OutputEven
     os.kill(engine_of(replica).pid, signal.SIGSTOP)
 
     async def stream() -> list[OutputEvent]:
-        found = asyncio.create_task(answer(replica, GenerationRequest("a", PROMPT, LONG)))
+        found = asyncio.create_task(output_of(replica, GenerationRequest("a", PROMPT, LONG)))
         while not replica.engine.running:
             await asyncio.sleep(0)
         await asyncio.to_thread(end)

@@ -1,0 +1,1 @@
+"""The documentation: written pages, a generated reference, and what builds and checks the site."""

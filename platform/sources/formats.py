@@ -1,6 +1,0 @@
-"""All formats that calumma reads: importing this registers them. `registry` says how one is added."""
-
-from calumma.platform.sources import conversations, interleaved, pages, text, webdataset  # noqa: F401
-from calumma.platform.sources.registry import FORMATS, check, find
-
-__all__ = ["FORMATS", "check", "find"]

@@ -1,0 +1,48 @@
+"""Plain text and code, one document a record: JSON lines or arrays (also .gz and .zst) and Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from calumma.model.document import Text
+from calumma.platform.sources.files import LICENSES, DraftSegment, File, Malformed, field_names, json_type
+from calumma.platform.sources.formats.rows import drafts, json_lines, json_rows, parquet_rows
+from calumma.platform.sources.registry import ReaderItem, reader
+
+FIELDS = ("text", "content")
+SUFFIXES = tuple(f"{form}{packed}" for form in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst"))
+
+
+@reader("text", (*SUFFIXES, ".parquet"))
+def text(file: File, *, field: str | None = None) -> Iterator[ReaderItem]:
+    """{"text": …, "license": …, "url": …} a record; `field` names the text if it is neither `text` nor `content`."""
+    fields = FIELDS if field is None else (field,)
+
+    def columns(present: list[str]) -> Sequence[str]:
+        _field(dict.fromkeys(present), fields)
+        return [name for name in (*fields, *LICENSES, "url", "metadata", "meta") if name in present]
+
+    parquet = file.plain_name.endswith(".parquet")
+    yield from drafts(parquet_rows(file, columns) if parquet else json_rows(file), lambda row: _text(row, fields))
+
+
+@reader("jsonl", (".jsonl",))
+def jsonl(file: File) -> Iterator[ReaderItem]:
+    """{"text": …, "license": …, "url": …} a line."""
+    yield from drafts(json_lines(file), lambda row: _text(row, FIELDS[:1]))
+
+
+def _field(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+    for field in fields:
+        if field in row:
+            return field
+    wanted = " or ".join(f"`{field}`" for field in fields)
+    raise Malformed(f"has no {wanted}; it has {field_names(row)}; the source's options may name the field")
+
+
+def _text(row: Mapping[str, Any], fields: Sequence[str]) -> Sequence[DraftSegment]:
+    field = _field(row, fields)
+    if not isinstance(row[field], str):
+        raise Malformed(f"`{field}` is {json_type(row[field])}, not a string")
+    return (Text(row[field]),)
