@@ -7,17 +7,18 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check docs docs-check reference clean
+.PHONY: help install quickstart test test-clients check docs docs-check reference clean
 
 help:
 	@echo 'make quickstart   install into $(VENV), then train, evaluate and serve a small model (ARGS="--workdir DIR …")'
 	@echo 'make install      install the pinned packages and calumma into $(VENV); does nothing when nothing changed'
 	@echo 'make test         all tests, with coverage (ARGS="tests/model -k name" picks some)'
+	@echo 'make test-clients clients that others made (LangChain, LiteLLM, llm, lm-evaluation-harness, schemathesis) against it'
 	@echo 'make check        formatting, lint, types, and what imports what'
 	@echo 'make docs         the documentation as a site in build/docs/site, with the reference made from the code'
 	@echo 'make docs-check   do what the guides say, command by command (ARGS="serving --workdir DIR" picks some)'
 	@echo 'make reference    write the JSON schemas of specifications anew'
-	@echo 'make clean        remove $(VENV) and everything built; results in quickstart/ and mlflow/ stay'
+	@echo 'make clean        remove the environments and everything built; results in quickstart/ and mlflow/ stay'
 
 install: $(INSTALLED)
 
@@ -34,6 +35,16 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+# The clients have an environment of their own: calumma needs none of their packages, and some would change its pins.
+CLIENTS := .venv-clients
+CLIENT_PINS := tests/serve/clients/constraints.txt
+$(CLIENTS)/.installed: $(CLIENT_PINS) infra/install.py $(INSTALLED)
+	@$(BIN)/python infra/install.py $(CLIENTS) --pins $(CLIENT_PINS)
+	@touch $@
+
+test-clients: $(INSTALLED) $(CLIENTS)/.installed
+	$(BIN)/python -m pytest tests/serve/clients $(ARGS)
 
 # mypy and import-linter do not follow setuptools' package-dir: they get a folder of links that looks as calumma is
 # imported.
@@ -55,5 +66,5 @@ reference: $(INSTALLED)
 	@$(BIN)/python -m docs.reference
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -37,10 +37,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("environment", type=Path, help="the folder of the virtual environment; made if it is not there")
     parser.add_argument("--only-pins", action="store_true", help="the packages without calumma (a layer of the image)")
+    parser.add_argument("--pins", type=Path, help="packages of this file instead, and nothing else")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="which build of PyTorch")
     given = parser.parse_args()
     try:
-        install(given.environment.absolute(), given.device, given.only_pins)
+        if given.pins:
+            install_pins(given.environment.absolute(), given.pins.absolute())
+        else:
+            install(given.environment.absolute(), given.device, given.only_pins)
     except InstallationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -48,6 +52,15 @@ def main() -> int:
         print(f"error: {' '.join(map(str, error.cmd[:6]))} … ended with code {error.returncode}", file=sys.stderr)
         return 1
     return 0
+
+
+def install_pins(environment: Path, pins: Path) -> None:
+    """An environment of a file's packages alone."""
+    variables = os.environ | uv_variables(pip_settings())
+    uv = find_uv(variables)
+    if not usable(environment):
+        run([uv, "venv", "--clear", "--python", sys.executable, str(environment)], variables)
+    run([uv, "pip", "install", "--python", str(environment), "--no-deps", "-r", str(pins)], variables)
 
 
 def install(environment: Path, device: str, only_pins: bool = False) -> None:

@@ -33,6 +33,7 @@ class GenerationRequest:
     progress: how far an image is, from time to time. previews: so many decoded previews of each unfinished image.
     begin_with_image: the output's first part is an image. echo: Started brings the prompt's text.
     continuation: another replica has begun the answer, and this one goes on with it.
+    bad_words: texts that the output's text does not get.
     """
 
     id: str
@@ -46,6 +47,7 @@ class GenerationRequest:
     begin_with_image: bool = False
     echo: bool = False
     continuation: Continuation | None = None
+    bad_words: tuple[str, ...] = ()
 
     @property
     def param(self) -> str:

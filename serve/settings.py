@@ -13,13 +13,15 @@ NAME = r"^[A-Za-z0-9._-]+$"
 
 
 class SamplingDefaults(Section):
-    """Used for whatever a request leaves open; the values are the public release's."""
+    """Used for whatever a request leaves open; but for the repetition penalty the values are the public release's."""
 
     temperature: float = Field(0.7, ge=0, le=2, description="of text; 0: the likeliest token")
     top_p: float = Field(0.9, gt=0, le=1, description="of text: the likeliest tokens that have this share together")
     top_k: int = Field(0, ge=0, description="0: all")
     min_p: float = Field(0.0, ge=0, le=1, description="of text: tokens of at least this share of the likeliest one's")
-    repetition_penalty: float = Field(1.2, gt=0, description="of text that the answer has already; 1: none")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="of text that there is already; 1: none; the public release generates with 1.2"
+    )
     image_temperature: float = Field(0.7, ge=0, le=2, description="of image codes")
     image_top_p: float = Field(0.9, gt=0, le=1, description="of image codes")
     image_top_k: int = Field(0, ge=0, description="of image codes; 0: all")

@@ -132,7 +132,7 @@ def test_our_platform_is_never_imported_by_its_bare_name() -> None:
 
 
 def requirements() -> list[Requirement]:
-    extras = PROJECT["project"]["optional-dependencies"].values()
+    extras = [more for name, more in PROJECT["project"]["optional-dependencies"].items() if name != "clients"]
     return [
         Requirement(text) for text in [*PROJECT["project"]["dependencies"], *(one for more in extras for one in more)]
     ]
@@ -142,6 +142,14 @@ def requirements() -> list[Requirement]:
 def test_the_pins_satisfy_what_the_project_asks(requirement: Requirement) -> None:
     pinned = PINS.get(canonicalize_name(requirement.name))
     assert pinned is not None, f"{requirement.name} is missing in constraints.txt"
+    assert requirement.specifier.contains(Version(pinned), prereleases=True)
+
+
+@pytest.mark.parametrize("text", PROJECT["project"]["optional-dependencies"]["clients"])
+def test_the_clients_have_pins_of_their_own(text: str) -> None:
+    requirement = Requirement(text)
+    lines = (ROOT / "tests/serve/clients/constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)[requirement.name]
     assert requirement.specifier.contains(Version(pinned), prereleases=True)
 
 

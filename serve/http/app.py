@@ -11,9 +11,11 @@ from calumma.serve.http.context import ServingContext
 from calumma.serve.http.endpoints.chat import add_chat
 from calumma.serve.http.endpoints.completions import add_completions
 from calumma.serve.http.endpoints.images import add_images
+from calumma.serve.http.endpoints.responses_api import add_responses
 from calumma.serve.http.endpoints.status import add_status
 from calumma.serve.http.endpoints.tokenizer import add_tokenizer
 from calumma.serve.http.error_handlers import add_error_handlers
+from calumma.serve.http.openapi import complete_openapi
 from calumma.serve.protocol import Backend
 from calumma.serve.settings import ServeSettings
 
@@ -31,5 +33,7 @@ def create_app(backends: Backend | Mapping[str, Backend], settings: ServeSetting
     add_chat(app, context)
     add_completions(app, context)
     add_images(app, context)
+    add_responses(app, context)
     add_tokenizer(app, context)
+    complete_openapi(app)
     return app

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from calumma.model.document import Document, Image, Role, Segment, Text, without_layout
 from calumma.model.generation import PhaseSampling, SamplingParams
+from calumma.model.generation.request import RANDOM_SEED, nth_seed
 from calumma.serve.http.image_loader import ImageLoader
 from calumma.serve.http.wire.content import ImagePart
 from calumma.serve.http.wire.errors import APIError
-from calumma.serve.http.wire.requests import ChatRequest, Message, SamplingFields
+from calumma.serve.http.wire.requests import ChatRequest, Message, SamplingFields, TextFields
 from calumma.serve.protocol import GenerationRequest
 from calumma.serve.settings import Limits, RemoteImages, SamplingDefaults
 
@@ -20,27 +21,38 @@ DATA_URLS_ONLY = ImageLoader(Limits(), RemoteImages())
 
 
 def chat_prompt(request: ChatRequest, loader: ImageLoader = DATA_URLS_ONLY) -> Document:
-    """The conversation so far. System text becomes the head of the user's turn it stands before. Decodes every image.
+    """The conversation so far. System text becomes the head of the user's turn it stands before. Turns alternate: an
+    empty answer, as clients send it back after one that was only an image, keeps its place, and before an answer that
+    stands first there is an empty question. Decodes every image.
 
     Blocks when images are fetched. Raises APIError that names the message and part.
     """
-    segments: list[Segment] = []
     number = sum(isinstance(part, ImagePart) for message in request.messages for part in message.body)
     loader.require_count(number, "messages")
+    turns: list[tuple[Role, list[Segment]]] = []
     for index, message in enumerate(request.messages):
-        where = f"messages[{index}]"
         role: Role = "assistant" if message.role == "assistant" else "user"
-        if role == "assistant" and not segments:
-            raise APIError("the conversation must begin with a user message", param=f"{where}.role")
-        new = _segments(message, role, where, loader)
-        if not new:
-            raise APIError("the message is empty", param=f"{where}.content")
-        if segments and segments[-1].role == role and isinstance(new[0], Text):
+        new = _segments(message, role, f"messages[{index}]", loader)
+        if not turns and role == "assistant":
+            turns.append(("user", []))
+        if not turns or turns[-1][0] != role:
+            turns.append((role, new))
+            continue
+        said = turns[-1][1]
+        if said and new and isinstance(new[0], Text):
             new[0] = Text(SEPARATOR + new[0].text, role)
-        segments += new
-    if request.messages[-1].role != "user":
+        said += new
+    while turns and turns[-1] == ("assistant", []):  # it is where the answer is to begin
+        turns.pop()
+    if not turns or not turns[-1][1]:
+        raise APIError("the message is empty", param=f"messages[{len(request.messages) - 1}].content")
+    if turns[-1][0] != "user":
         raise APIError("the last message must be a user's: it is what gets answered", param="messages")
-    return Document(without_layout(_joined(segments)))
+    return Document(tuple(segment for role, said in turns for segment in _turn(role, said)))
+
+
+def _turn(role: Role, said: list[Segment]) -> tuple[Segment, ...]:
+    return without_layout(_joined(said)) or (Text("", role),)
 
 
 def _segments(message: Message, role: Role, where: str, loader: ImageLoader) -> list[Segment]:
@@ -89,18 +101,25 @@ def well_formed(text: str, param: str) -> str:
 
 def sampling_params(request: SamplingFields, modalities: Collection[str], defaults: SamplingDefaults) -> SamplingParams:
     """["text"]: text, ["image"]: one image, both: text and images in any order. The replica sets `max_tokens`, and
-    what needs its token ids."""
+    what needs its tokenizer."""
 
     def value(field: str) -> float:
         given = getattr(request, field)
         return getattr(defaults, field) if given is None else given
 
     wanted = set(modalities)
+    text = request if isinstance(request, TextFields) else TextFields()
     return SamplingParams(
         mode="interleaved" if len(wanted) == 2 else "image" if "image" in wanted else "text",
         max_images=int(value("max_images")),
         text=PhaseSampling(
-            value("temperature"), value("top_p"), value("repetition_penalty"), int(value("top_k")), value("min_p")
+            value("temperature"),
+            value("top_p"),
+            value("repetition_penalty"),
+            int(value("top_k")),
+            value("min_p"),
+            text.presence_penalty,
+            text.frequency_penalty,
         ),
         image=PhaseSampling(
             value("image_temperature"),
@@ -110,14 +129,19 @@ def sampling_params(request: SamplingFields, modalities: Collection[str], defaul
         ),
         guidance_text=value("guidance_text"),
         guidance_image=value("guidance_image"),
-        seed=request.seed,
+        seed=None if request.seed == RANDOM_SEED else request.seed,
+        stop_ids=text.stop_token_ids,
+        min_tokens=text.min_tokens,
+        ignore_eos=text.ignore_eos,
+        allowed_ids=text.allowed_token_ids,
+        logit_bias=tuple(text.logit_bias.items()),
+        constraint=text.constraint,
     )
 
 
 def expand_choices(request: GenerationRequest, n: int) -> list[GenerationRequest]:
-    """`n` requests of equal prompts, each with an id of its own and, where there is a seed, the next one."""
-    choices = [replace(request, id=f"{request.id}-{k}") for k in range(n)]
-    seed = request.params.seed
-    if seed is None:
-        return choices
-    return [replace(one, params=replace(one.params, seed=seed + k)) for k, one in enumerate(choices)]
+    """`n` requests of equal prompts, each with an id of its own and, where there is a seed, the next one of 64 bits."""
+    return [
+        replace(request, id=f"{request.id}-{k}", params=replace(request.params, seed=nth_seed(request.params.seed, k)))
+        for k in range(n)
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -214,9 +214,14 @@ def sum_tokens(counts: list[TokenCount]) -> TokenCount:
 
 
 async def sse_stream(
-    streams: list[OutputStream], first: list[bytes], write: EventWriter, write_end: EndWriter
+    streams: list[OutputStream],
+    first: list[bytes],
+    write: EventWriter,
+    write_end: EndWriter,
+    last: bytes = sse.END,
 ) -> AsyncIterator[bytes]:
-    """Several outputs as server-sent events: `first`, what `write` makes of each output event, then `write_end`.
+    """Several outputs as server-sent events: `first`, what `write` makes of each output event, then `write_end`, and
+    `last`.
 
     An error after the response has begun is an event, for its status is sent already. It ends the stream.
     """
@@ -227,14 +232,14 @@ async def sse_stream(
         async for index, event in events:
             if isinstance(event, RequestFailed):
                 error = APIError(event.message, status=event.status, param=event.param, code=event.code)
-                yield sse.error_event(error.body) + sse.END
+                yield sse.error_event(error.body) + last
                 return
             if isinstance(event, Finished | ContentFiltered):
                 counts.append(event.completion)
             if written := write(index, event):
                 yield b"".join(written)
-        yield b"".join([*write_end(sum_tokens(counts)), sse.END])
+        yield b"".join([*write_end(sum_tokens(counts)), last])
 
 
-def streaming_response(events: AsyncIterator[bytes]) -> StreamingResponse:
-    return StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED)
+def streaming_response(events: AsyncIterator[bytes], headers: Mapping[str, str]) -> StreamingResponse:
+    return StreamingResponse(events, media_type="text/event-stream", headers={**UNBUFFERED, **headers})

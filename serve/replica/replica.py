@@ -164,7 +164,11 @@ class EngineReplica:
             yield EventBatch(events, tuple(tokens), count)
 
     def _params(self, request: GenerationRequest, params: SamplingParams) -> SamplingParams:
-        """Sampling parameters of the request as the engine takes them."""
+        """Sampling parameters of the request as the engine takes them. Raises ValueError on ids that are none."""
+        size = self.model.vocabulary.size
+        named = (*params.stop_ids, *(params.allowed_ids or ()), *(token for token, _ in params.logit_bias))
+        if named and max(named) >= size:
+            raise ValueError(f"token ids must lie in 0..{size - 1}; found {max(named)}")
         prefix = request.continuation.tokens if request.continuation else ()
         if not prefix and request.begin_with_image and params.mode == "interleaved":
             prefix = (self.model.vocabulary.begin_image,)
@@ -174,7 +178,14 @@ class EngineReplica:
             prefix=prefix,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
+            bad_words=self._bad_words(request.bad_words),
         )
+
+    def _bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Their ids at the beginning of a word and, where they are others, within one (as vLLM does)."""
+        encode = self.model.text_tokenizer.encode
+        found = (tuple(encode(spelled)) for word in words for spelled in (word, " " + word.lstrip()))
+        return tuple(dict.fromkeys(ids for ids in found if ids))
 
     async def describe(self) -> dict[str, Any]:
         """Facts for /health and the playground. Raises when the engine has failed."""
@@ -201,6 +212,9 @@ class EngineReplica:
         return [special[text]] if text in special else self.model.text_tokenizer.encode(text)
 
     async def detokenize(self, ids: list[int]) -> str:
+        """Raises LookupError on an id beyond the vocabulary, which tokenizers leave out or stumble over."""
+        if ids and max(ids) >= self.model.vocabulary.size:
+            raise LookupError(f"id {max(ids)} is none of the {self.model.vocabulary.size} of the vocabulary")
         return self.model.text_tokenizer.decode(ids)
 
     def check_health(self) -> None:

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import IMAGE_TOKENIZER
 from calumma.model.generation import Engine, Shard
+from calumma.model.tokenizers.grammar import GrammarCompiler
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.serve.replica.model_loading import read_own_shard
 from calumma.serve.replica.processes import STOPPED, EngineLost, process_state
@@ -93,8 +95,10 @@ class TensorParallelWorker:
             transformer = read_own_shard(directory, shard, settings)
             codes = ImageTokenizerConfig.read(Path(directory) / IMAGE_TOKENIZER).codes_per_image
             vocabulary = Vocabulary.read(directory)
+            grammars = GrammarCompiler(TextTokenizer.read(directory), vocabulary)
             barrier(shard)
-            Engine(transformer, vocabulary, codes, shard=shard, **settings.engine_options).follow()
+            options = settings.engine_options
+            Engine(transformer, vocabulary, codes, shard=shard, constraints=grammars, **options).follow()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()  # closes the connections: the others notice at once

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from calumma.serve.http.context import ServingContext
+from calumma.serve.http.openapi import event_stream
 from calumma.serve.http.prompts import chat_prompt, expand_choices, sampling_params
 from calumma.serve.http.streams import (
     EndWriter,
@@ -40,32 +41,43 @@ from calumma.serve.protocol import (
 
 
 def add_chat(app: FastAPI, context: ServingContext) -> None:
-    @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
-    async def chat(request: ChatRequest) -> Any:
+    @app.post(
+        "/v1/chat/completions",
+        response_model=responses.ChatCompletion,
+        responses=event_stream("a chat.completion.chunk"),
+    )
+    async def chat(request: ChatRequest, response: Response) -> Any:
         """An answer in words and pictures. `message.parts` has both in order, `message.content` the words alone and
         `message.images` the pictures; a stream has them as chunks, in order."""
+        response.headers.update(request.headers)
         model = context.model(request.model)
-        context.require_choices(request.n, len(request.stops))
         metadata = new_metadata("chatcmpl", model.name)
-        one = GenerationRequest(
-            metadata.id,
-            await asyncio.to_thread(chat_prompt, request, context.image_loader),
-            sampling_params(request, request.modalities, model.sampling),
-            context.max_tokens(
-                request.limit, "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
-            ),
-            progress=True,
-            previews=request.options.partial_images if request.stream else 0,
-            stop=request.stops,
-            logprobs=request.alternatives,
-            begin_with_image=request.begin_with == "image",
-        )
+        one = await chat_generation(context, request, metadata.id)
         choices = expand_choices(one, request.n)
         if not request.stream:
             return chat_response(metadata, await context.generate_all(choices, model.name), request.logprobs)
         streams = [context.generate(choice, model.name) for choice in choices]
         started = await wait_all_started(streams)
-        return streaming_response(sse_stream(streams, *chat_chunks(metadata, started, request)))
+        return streaming_response(sse_stream(streams, *chat_chunks(metadata, started, request)), request.headers)
+
+
+async def chat_generation(context: ServingContext, request: ChatRequest, id: str) -> GenerationRequest:
+    """What the engine is asked. Raises APIError."""
+    model = context.model(request.model)
+    context.require_choices(request.n, len(request.stops))
+    limit = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+    return GenerationRequest(
+        id,
+        await asyncio.to_thread(chat_prompt, request, context.image_loader),
+        sampling_params(request, request.modalities, model.sampling),
+        context.max_tokens(request.limit, limit),
+        progress=True,
+        previews=request.options.partial_images if request.stream else 0,
+        stop=request.stops,
+        logprobs=request.alternatives,
+        begin_with_image=request.begin_with == "image",
+        bad_words=request.bad_words,
+    )
 
 
 def chat_response(
@@ -103,6 +115,7 @@ def chat_chunks(
     """chat.completion.chunk events: the first of each choice, those of its output events, the last of all. The order
     of chunks is the order of text and images."""
     options = request.options
+    drawn = [0] * len(started)  # images of each choice so far
 
     def chunk(
         index: int,
@@ -121,7 +134,9 @@ def chat_chunks(
                 logprobs = chat_logprobs(list(tokens)) if request.logprobs else None
                 return [chunk(index, responses.Delta(content=text), logprobs=logprobs)]
             case ImageOutput(png):
-                return [chunk(index, responses.Delta(images=[image_part(png)]))]
+                drawn[index] += 1
+                image = responses.IndexedImage(index=drawn[index] - 1, **image_part(png).model_dump())
+                return [chunk(index, responses.Delta(images=[image]))]
             case ImageProgress(done, of, preview) if options.include_progress or preview:
                 shown = data_url(preview) if preview else None
                 progress = responses.Progress(done=done, total=of, preview=shown)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from calumma.serve.http.context import ServingContext
+from calumma.serve.http.openapi import event_stream
 from calumma.serve.http.prompts import expand_choices, plain_prompt, sampling_params
 from calumma.serve.http.streams import (
     EndWriter,
@@ -38,9 +39,10 @@ from calumma.serve.protocol import (
 
 
 def add_completions(app: FastAPI, context: ServingContext) -> None:
-    @app.post("/v1/completions", response_model=responses.Completion)
-    async def complete(request: CompletionRequest) -> Any:
+    @app.post("/v1/completions", response_model=responses.Completion, responses=event_stream("a text_completion"))
+    async def complete(request: CompletionRequest, response: Response) -> Any:
         """Text that goes on from a prompt, of text or token ids."""
+        response.headers.update(request.headers)
         model = context.model(request.model)
         context.require_choices(request.n * len(request.prompts), len(request.stops))
         metadata = new_metadata("cmpl", model.name)
@@ -57,6 +59,7 @@ def add_completions(app: FastAPI, context: ServingContext) -> None:
                 stop=request.stops,
                 logprobs=request.logprobs,
                 echo=request.echo,
+                bad_words=request.bad_words,
             )
             choices += expand_choices(one, request.n)
         if not request.stream:
@@ -64,7 +67,7 @@ def add_completions(app: FastAPI, context: ServingContext) -> None:
             return completion_response(metadata, outputs, request.n, request.logprobs is not None)
         streams = [context.generate(choice, model.name) for choice in choices]
         started = await wait_all_started(streams)
-        return streaming_response(sse_stream(streams, *completion_chunks(metadata, started, request)))
+        return streaming_response(sse_stream(streams, *completion_chunks(metadata, started, request)), request.headers)
 
 
 def completion_response(

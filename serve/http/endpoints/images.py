@@ -1,15 +1,18 @@
-"""/v1/images/generations: the endpoint, its response and the events of its stream."""
+"""/v1/images/generations and /v1/images/edits: the endpoints, their response and the events of their streams."""
 
 from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from PIL import Image as PILImage
 
 from calumma.serve.http.context import ServingContext
+from calumma.serve.http.endpoints.chat import chat_generation
+from calumma.serve.http.openapi import event_stream
 from calumma.serve.http.prompts import expand_choices, image_prompt, sampling_params
 from calumma.serve.http.streams import (
     EventWriter,
@@ -23,8 +26,11 @@ from calumma.serve.http.streams import (
     wait_all_started,
 )
 from calumma.serve.http.wire import responses, sse
+from calumma.serve.http.wire.content import TextPart, image_part
 from calumma.serve.http.wire.errors import APIError
-from calumma.serve.http.wire.requests import ImageRequest
+from calumma.serve.http.wire.forms import form_body, read_form, validated
+from calumma.serve.http.wire.requests import ChatRequest, ImageRequest, Message, SamplingFields
+from calumma.serve.http.wire.responses import EventKind
 from calumma.serve.protocol import (
     ContentFiltered,
     Finished,
@@ -37,16 +43,18 @@ from calumma.serve.protocol import (
 
 
 def add_images(app: FastAPI, context: ServingContext) -> None:
-    @app.post("/v1/images/generations", response_model=responses.Images, response_model_exclude_none=True)
-    async def draw(request: ImageRequest) -> Any:
+    form: dict[str, Any] = {
+        "response_model": responses.Images,
+        "response_model_exclude_none": True,
+        "responses": event_stream("an image_generation event"),
+    }
+
+    @app.post("/v1/images/generations", **form)
+    async def draw(request: ImageRequest, response: Response) -> Any:
         """Pictures of a prompt."""
+        response.headers.update(request.headers)
         model = context.model(request.model)
         metadata = new_metadata("img", model.name)
-        side = 0
-        if request.stream or request.size not in (None, "auto"):
-            side = int((await context.backends[model.name].describe())["image_size"])
-            if request.size not in (None, "auto", f"{side}x{side}"):
-                raise APIError(f"this model draws {side}x{side}; found size {request.size}", param="size")
         one = GenerationRequest(
             metadata.id,
             image_prompt(request.prompt),
@@ -54,13 +62,57 @@ def add_images(app: FastAPI, context: ServingContext) -> None:
             progress=True,
             previews=request.partial_images if request.stream else 0,
         )
-        choices = expand_choices(one, request.n)
-        if not request.stream:
-            return images_response(metadata, await context.generate_all(choices, model.name), request)
-        streams = [context.generate(choice, model.name) for choice in choices]
-        started = await wait_all_started(streams)
-        write = image_events(metadata, started, request, side)
-        return streaming_response(sse_stream(streams, [], write, lambda completion: []))
+        return await _draw(context, request, one, metadata, "image_generation")
+
+    @app.post("/v1/images/edits", openapi_extra=form_body("ImageRequest", {"image": True}), **form)
+    async def edit(asked: Request, response: Response) -> Any:
+        """As generations, after the images of the form."""
+        values, files = await read_form(asked, ("image", "mask"))
+        request = validated(ImageRequest, values)
+        if "mask" in files:
+            raise APIError("this server has no `mask`; leave it out", param="mask", code="unsupported")
+        if not files.get("image"):
+            raise APIError("image: is required", param="image", code="invalid_value")
+        response.headers.update(request.headers)
+        model = context.model(request.model)
+        metadata = new_metadata("img", model.name)
+        parts = [image_part(data) for data in files["image"]]
+        message = Message(role="user", content=[*parts, TextPart(text=request.prompt)])
+        own = request.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
+        try:
+            one = await chat_generation(
+                context, ChatRequest(messages=[message], modalities=["image"], **own), metadata.id
+            )
+        except APIError as error:
+            raise _of_edit(error) from error
+        one = replace(one, previews=request.partial_images if request.stream else 0)
+        return await _draw(context, request, one, metadata, "image_edit")
+
+
+async def _draw(
+    context: ServingContext, request: ImageRequest, one: GenerationRequest, metadata: ResponseMetadata, kind: EventKind
+) -> Any:
+    """The answer to both: `n` images, whole or as events."""
+    side = 0
+    if request.stream or request.size not in (None, "auto"):
+        side = int((await context.backends[metadata.model].describe())["image_size"])
+        if request.size not in (None, "auto", f"{side}x{side}"):
+            raise APIError(f"this model draws {side}x{side}; found size {request.size}", param="size")
+    choices = expand_choices(one, request.n)
+    if not request.stream:
+        return images_response(metadata, await context.generate_all(choices, metadata.model), request)
+    streams = [context.generate(choice, metadata.model) for choice in choices]
+    started = await wait_all_started(streams)
+    write = image_events(metadata, started, request, side, kind)
+    return streaming_response(sse_stream(streams, [], write, lambda completion: []), request.headers)
+
+
+def _of_edit(error: APIError) -> APIError:
+    """An error of the chat that an edit becomes, naming the form's field."""
+    param = error.body["error"]["param"]
+    if param is not None and param.startswith("messages"):
+        error.body["error"]["param"] = "image" if "image_url" in param else "prompt"
+    return error
 
 
 def encode_image(png: bytes, form: str, quality: int) -> str:
@@ -96,8 +148,10 @@ def images_response(
     )
 
 
-def image_events(metadata: ResponseMetadata, started: list[Started], request: ImageRequest, side: int) -> EventWriter:
-    """image_generation events: partial images while one is drawn, then the image. side: of it, in pixels."""
+def image_events(
+    metadata: ResponseMetadata, started: list[Started], request: ImageRequest, side: int, kind: EventKind
+) -> EventWriter:
+    """Events of that kind: partial images while one is drawn, then the image. side: of it, in pixels."""
     form = request.output_format
     partial = [0] * len(started)  # sent so far
     images: dict[int, bytes] = {}
@@ -110,7 +164,7 @@ def image_events(metadata: ResponseMetadata, started: list[Started], request: Im
             case ImageProgress(preview=bytes(png)):
                 partial[index] += 1
                 chunk = responses.ImageEvent(
-                    type="image_generation.partial_image",
+                    type=f"{kind}.partial_image",
                     b64_json=encoded(png),
                     created_at=metadata.created,
                     size=f"{side}x{side}",
@@ -123,7 +177,7 @@ def image_events(metadata: ResponseMetadata, started: list[Started], request: Im
             case Finished(_, completion):
                 counted = usage(started[index].prompt, completion)
                 chunk = responses.ImageEvent(
-                    type="image_generation.completed",
+                    type=f"{kind}.completed",
                     b64_json=encoded(images[index]),
                     created_at=metadata.created,
                     size=f"{side}x{side}",

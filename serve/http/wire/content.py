@@ -5,14 +5,28 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class WireModel(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-class ImageURL(WireModel):
+class RequestModel(WireModel):
+    """null in an optional field is the same as leaving it out: clients send every field that they know."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optional = {
+            key for name, field in cls.model_fields.items() if not field.is_required() for key in (name, field.alias)
+        }
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
+
+
+class ImageURL(RequestModel):
     url: str
 
 
@@ -20,22 +34,37 @@ def _as_image_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
-class TextPart(WireModel):
+class TextPart(RequestModel):
     type: Literal["text"] = "text"
     text: str
 
 
-class ImagePart(WireModel):
+class ImagePart(RequestModel):
     type: Literal["image_url"] = "image_url"
     image_url: Annotated[ImageURL, BeforeValidator(_as_image_url)]
 
 
+class RefusalPart(RequestModel):
+    """What an earlier answer was declined with."""
+
+    type: Literal["refusal"] = "refusal"
+    refusal: str
+
+
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-CONTENT_PART_TYPES = ("text", "image_url")
+MessagePart = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
+# The tags that choose among parts of a message and items of an input: pydantic names them where it names a place.
+PART_TYPES = ("text", "image_url", "refusal", "input_text", "output_text", "input_image")
+ITEM_TYPES = ("message", "image_generation_call", "reasoning")
 
 
 def data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return data_url_of("png", base64.b64encode(png).decode())
+
+
+def data_url_of(form: str, encoded: str) -> str:
+    """Of base64."""
+    return f"data:image/{form};base64,{encoded}"
 
 
 def image_part(png: bytes) -> ImagePart:

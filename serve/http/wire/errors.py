@@ -5,7 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calumma.serve.http.wire.content import CONTENT_PART_TYPES
+from calumma.serve.http.wire.content import ITEM_TYPES, PART_TYPES, WireModel
+
+
+class ErrorDetail(WireModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(WireModel):
+    """The body of every answer with an error status."""
+
+    error: ErrorDetail
+
+
+LONGEST_MESSAGE, LONGEST_PARAM = 4000, 400  # characters: both may hold what the client sent
+
+
+def _sendable(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """Without halves of surrogate pairs, which JSON may carry and UTF-8 cannot."""
+    shown = text if len(text) <= longest else text[: longest - 1] + "…"
+    return shown.encode(errors="backslashreplace").decode()
 
 
 class APIError(Exception):
@@ -23,7 +45,8 @@ class APIError(Exception):
         super().__init__(message)
         self.status = status
         self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
-        self.body = {"error": {"message": message, "type": self.kind, "param": param, "code": code}}
+        named = None if param is None else _sendable(param, LONGEST_PARAM)
+        self.body = {"error": {"message": _sendable(message), "type": self.kind, "param": named, "code": code}}
 
 
 def describe_errors(errors: Sequence[Any]) -> tuple[str, str | None]:
@@ -46,6 +69,6 @@ def _param(location: Sequence[str | int]) -> str | None:
     for before, part in zip([None, *parts], parts, strict=False):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif not (isinstance(before, int) and part in CONTENT_PART_TYPES):  # the tag that chose among content parts
+        elif not (isinstance(before, int) and part in (*PART_TYPES, *ITEM_TYPES)):
             text += f".{part}" if text else str(part)
     return text or None

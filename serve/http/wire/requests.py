@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from calumma.serve.http.wire.content import ContentPart, ImagePart, TextPart, WireModel
+from calumma.serve.http.wire.constraints import ConstraintFields
+from calumma.serve.http.wire.content import ImagePart, MessagePart, RefusalPart, RequestModel, TextPart
 from calumma.serve.http.wire.errors import APIError
+from calumma.serve.http.wire.support import require_supported, warning_headers
 
 Modality = Literal["text", "image"]
 
@@ -20,18 +22,28 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class Message(WireModel):
-    """`parts`, as this server's own answers carry them, stands for `content` when both are given."""
+class Message(RequestModel):
+    """`parts`, as this server's own answers carry them, stands for `content` when both are given. Clients that keep
+    `content` and `images` of an answer, and lose their order, send back the text before the images."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
         description="whose turn it is; `developer` is read as `system`"
     )
-    content: Annotated[list[ContentPart] | None, BeforeValidator(_as_parts)] = Field(
+    content: Annotated[list[MessagePart] | None, BeforeValidator(_as_parts)] = Field(
         None, description="a text, or parts: texts and images"
     )
-    parts: list[ContentPart] | None = Field(
+    parts: list[MessagePart] | None = Field(
         None, description="the same as parts, in the order of an answer; stands for `content`"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_images(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("parts") and isinstance(images := values.get("images"), list):
+            content = _as_parts(values.get("content") or [])
+            if images and isinstance(content, list):
+                return values | {"parts": [*content, *images]}
+        return values
 
     @property
     def field(self) -> Literal["parts", "content"]:
@@ -39,29 +51,12 @@ class Message(WireModel):
 
     @property
     def body(self) -> list[TextPart | ImagePart]:
-        return self.parts or self.content or []
+        """A refusal is the text that it was told in."""
+        parts = self.parts or self.content or []
+        return [TextPart(text=part.refusal) if isinstance(part, RefusalPart) else part for part in parts]
 
 
-# Fields of OpenAI's that would change the answer and that this server does not have: field -> values without effect.
-UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "stop": ([],),
-    "tools": ([],),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "audio": (),
-    "quality": ("auto", "standard"),
-    "style": ("natural", "vivid"),
-    "background": ("auto", "opaque"),
-}
-
-
-class StreamOptions(WireModel):
+class StreamOptions(RequestModel):
     """`include_progress` adds chunks that say how far an image under way is; `partial_images` of them a picture."""
 
     include_usage: bool = Field(False, description="a last chunk with the counts of tokens")
@@ -77,11 +72,21 @@ def _unlimited(value: Any) -> Any:
 TopK = Annotated[int, BeforeValidator(_unlimited), Field(ge=0)]
 
 
-class SamplingFields(WireModel):
+# Signed or not: -2 and 2**64 - 2 are one. -1 is a random one, as in vLLM and llama.cpp.
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+
+
+class SamplingFields(RequestModel):
     """Sampling fields that all endpoints take. What is left out comes from the server's settings."""
 
+    model_config = ConfigDict(extra="allow")  # for the warning
+
     model: str | None = Field(None, description="one of `/v1/models`; none: the first")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="makes the answer repeatable, whoever else asks")
+    seed: Seed | None = Field(
+        None,
+        description="makes the answer repeatable, whoever else asks: any integer of 64 bits; -1 is a random one, and "
+        "several answers have this one and those after it",
+    )
     temperature: float | None = Field(None, ge=0, le=2, description="of text; 0: the likeliest token")
     top_p: float | None = Field(
         None, gt=0, le=1, description="of text: the likeliest tokens that have this share together"
@@ -91,7 +96,7 @@ class SamplingFields(WireModel):
         None, ge=0, le=1, description="of text: tokens of at least this share of the likeliest one's"
     )
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="of text that the answer has already; 1: none"
+        None, gt=0, le=10, description="of text that the prompt or the answer has already; 1: none"
     )
     image_temperature: float | None = Field(None, ge=0, le=2, description="of image codes")
     image_top_p: float | None = Field(None, gt=0, le=1, description="of image codes")
@@ -109,27 +114,44 @@ class SamplingFields(WireModel):
     @classmethod
     def _supported(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for field, harmless in UNSUPPORTED_FIELDS.items():
-                given = values.get(field)
-                if field in cls.model_fields or given is None or given in harmless:
-                    continue
-                raise APIError(f"this server has no `{field}`; leave it out", param=field, code="unsupported")
+            require_supported(values, cls.model_fields)
         return values
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the answer: a warning where the request has fields that nobody knows."""
+        return warning_headers(self.model_extra or ())
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    """One string, or several; an empty one is none, as several clients send it."""
+    return ([value] if value else None) if isinstance(value, str) else value
 
 
-class _TextFields(SamplingFields):
-    """What the endpoints have in common that answer with text."""
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class TextFields(ConstraintFields, SamplingFields):
+    """What the endpoints have in common that answer with text. Token ids and the fields with vLLM's names mean what
+    they do there."""
 
     stream: bool = Field(False, description="answer in server-sent events")
     stream_options: StreamOptions | None = Field(None, description="what a stream tells besides")
     n: int = Field(1, ge=1, description="answers to each prompt")
+    best_of: int | None = Field(None, ge=1, description="as many as `n`")
     stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_as_list)] = Field(
         None, description="texts, or one, before which the answer ends"
     )
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="of text that the answer has already")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time that it has it")
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        {}, description="token ids of text, and what is added to their logits"
+    )
+    min_tokens: int = Field(0, ge=0, description="the answer does not end before it has so many")
+    stop_token_ids: tuple[TokenId, ...] = Field((), description="token ids that end the answer")
+    ignore_eos: bool = Field(False, description="the model does not end the answer by itself")
+    allowed_token_ids: tuple[TokenId, ...] | None = Field(None, min_length=1, description="the only ids of its text")
+    bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="texts that it does not have")
 
     @property
     def options(self) -> StreamOptions:
@@ -139,8 +161,23 @@ class _TextFields(SamplingFields):
     def stops(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
 
+    def _require_lengths(self, most: int | None) -> None:
+        """most: tokens of the answer. Raises APIError."""
+        if self.best_of is not None and self.best_of != self.n:
+            raise APIError(
+                f"the server makes as many answers as it gives: best_of must be {self.n}, as n, or left out",
+                param="best_of",
+                code="unsupported",
+            )
+        if most is not None and self.min_tokens > most:
+            raise APIError(
+                f"min_tokens {self.min_tokens} are more than the {most} that the answer may have",
+                param="min_tokens",
+                code="invalid_value",
+            )
 
-class ChatRequest(_TextFields):
+
+class ChatRequest(TextFields):
     """`begin_with`: an image stands first in the answer, whatever the model would do."""
 
     messages: list[Message] = Field(min_length=1, description="the conversation so far")
@@ -162,6 +199,13 @@ class ChatRequest(_TextFields):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._require_lengths(self.limit)
+        if self.constraint and "text" not in self.modalities:
+            raise APIError(
+                'a grammar holds for text: it needs "text" among the modalities',
+                param="modalities",
+                code="invalid_value",
+            )
         if self.top_logprobs and not self.logprobs:
             raise APIError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
         if self.begin_with and "image" not in self.modalities:
@@ -171,10 +215,10 @@ class ChatRequest(_TextFields):
         return self
 
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class CompletionRequest(_TextFields):
+class CompletionRequest(TextFields):
     """`prompt`: a text or token ids, or a list of either; each gets n answers. `max_tokens` 0 looks at it only."""
 
     prompt: (
@@ -193,6 +237,12 @@ class CompletionRequest(_TextFields):
         if isinstance(self.prompt[0], int):
             return [tuple(self.prompt)]
         return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self._require_lengths(self.max_tokens)
+        _ = self.constraint  # refused now, not when the answer is wanted
+        return self
 
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -213,12 +263,22 @@ class ImageRequest(SamplingFields):
     partial_images: int = Field(0, ge=0, le=8, description="pictures of an image under way, in a stream")
 
 
-class TokenizeRequest(WireModel):
+class TokenizeRequest(RequestModel):
     model: str | None = Field(None, description="one of `/v1/models`; none: the first")
     prompt: str = Field(description="the text")
     add_special_tokens: bool = Field(True, description="begin with the token that begins a sequence")
 
 
-class DetokenizeRequest(WireModel):
+class DetokenizeRequest(RequestModel):
     model: str | None = Field(None, description="one of `/v1/models`; none: the first")
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(description="token ids")
+    tokens: list[TokenId] = Field(description="token ids")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="of text that the answer has already")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time that it has it")
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        {}, description="token ids of text, and what is added to their logits"
+    )
+    min_tokens: int = Field(0, ge=0, description="the answer does not end before it has so many")
+    stop_token_ids: tuple[TokenId, ...] = Field((), description="token ids that end the answer")
+    ignore_eos: bool = Field(False, description="the model does not end the answer by itself")
+    allowed_token_ids: tuple[TokenId, ...] | None = Field(None, min_length=1, description="the only ids of its text")
+    bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="texts that it does not have")

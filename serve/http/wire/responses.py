@@ -74,11 +74,17 @@ class Progress(WireModel):
     preview: str | None = None
 
 
+class IndexedImage(ImagePart):
+    """index: its number among the answer's images; OpenAI's client puts streams together by it."""
+
+    index: int
+
+
 class Delta(WireModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: str | None = None
-    images: list[ImagePart] | None = None
+    images: list[IndexedImage] | None = None
     drawing: Progress | None = None
 
 
@@ -142,8 +148,16 @@ class ImageUsage(WireModel):
     input_tokens_details: TokenDetails
 
 
+EventKind = Literal["image_generation", "image_edit"]
+
+
 class ImageEvent(WireModel):
-    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    type: Literal[
+        "image_generation.partial_image",
+        "image_generation.completed",
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
     b64_json: str
     created_at: int
     size: str

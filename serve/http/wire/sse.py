@@ -28,8 +28,12 @@ def event(chunk: BaseModel) -> bytes:
 
 
 def image_event(chunk: ImageEvent) -> bytes:
-    """An event of image generation, which carries its type as the event's name too."""
-    return f"event: {chunk.type}\n".encode() + _event(chunk.model_dump(mode="json", exclude_none=True))
+    return typed_event(chunk.model_dump(mode="json", exclude_none=True))
+
+
+def typed_event(values: dict[str, Any]) -> bytes:
+    """An event that carries its type as the event's name too."""
+    return f"event: {values['type']}\n".encode() + _event(values)
 
 
 def error_event(body: dict[str, Any]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from calumma.model.generation import Event
+from calumma.model.generation import Event, Logprob
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
@@ -111,8 +111,8 @@ class Detokenizer:
             return [*outputs, *self._flush_text(), RequestFailed(status, failure.message, code=code)]
         if event.finish is not None:
             outputs += self._flush_text()
-            if event.finish == "stop" and event.phase == "text" and self.request.logprobs is not None:
-                outputs.append(self._stop_token(event))
+            if event.stop_id is not None and self.request.logprobs is not None and not self._stream.stopped:
+                outputs.append(self._stop_token(event.stop_id, event.stop_logprob))
             outputs.append(self._finished("stop" if self._stream.stopped else event.finish))
         return outputs
 
@@ -154,10 +154,10 @@ class Detokenizer:
             outputs.append(ImageCodes(list(self._codes), self._length, self._began))
         return outputs
 
-    def _stop_token(self, event: Event) -> TextDelta:
+    def _stop_token(self, token: int, score: Logprob | None) -> TextDelta:
         """The stop id, which has no text, as the token that ends the log-probabilities (as in vLLM)."""
-        logprob = event.logprobs[-1] if len(event.logprobs) > len(event.tokens) else None
-        return TextDelta("", (Token(self._vocabulary.eos, b"", self._stream.length, logprob),))
+        top = tuple((id, self._tokenizer.surface(id), value) for id, value in score.top) if score else ()
+        return TextDelta("", (Token(token, b"", self._stream.length, score.value if score else None, top),))
 
     def _finished(self, reason: str) -> Finished:
         count = TokenCount(self.text_tokens, self.image_tokens)

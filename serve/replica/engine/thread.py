@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from calumma.model.generation import Engine, Event, PromptTooLong, Request
+from calumma.model.tokenizers.grammar import GrammarCompiler
 from calumma.serve.protocol import Finished, GenerationRequest, RequestFailed
 from calumma.serve.replica.engine.client import Admitted, OnOutput, engine_ended
 from calumma.serve.replica.engine.detokenizer import Detokenizer, EngineModel
@@ -35,7 +36,12 @@ class EngineThread:
         self._heartbeat = HEARTBEAT if options.get("shard") is not None else None
         self._drafts = bool(options.get("jacobi_window"))  # an image's codes then depend on where its drafts begin
         self._engine = Engine(
-            model.transformer, model.vocabulary, model.image_length, max_sequences=max_sequences, **options
+            model.transformer,
+            model.vocabulary,
+            model.image_length,
+            max_sequences=max_sequences,
+            constraints=GrammarCompiler(model.text_tokenizer, model.vocabulary),
+            **options,
         )
         self._requests: dict[str, Detokenizer] = {}
         self._wake = threading.Condition()

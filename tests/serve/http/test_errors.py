@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -54,6 +55,25 @@ def test_bodies_that_are_no_json(client: TestClient, content: bytes, headers: di
     response = client.post(CHAT, content=content, headers=headers)
     assert response.status_code == 400
     assert re.search(says, error_of(response)["message"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ask(**{"logit_bias": {"\ud800": 1}}),
+        ask(model="\ud800"),
+        ask(modalities=["\ud800"]),
+        ask(size="\ud800", **{"tools": ["\ud800"]}),
+        ask(stop=["\ud800" * 10_000, 5]),
+        {"messages": [{"role": "\ud800" * 10_000, "content": "x"}]},
+        ask(logit_bias={"x" * 100_000: 1}),
+    ],
+)
+def test_what_is_no_unicode_or_endless_is_told_all_the_same(client: TestClient, body: Any) -> None:
+    response = client.post(CHAT, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code in (400, 404)
+    assert len(response.content) < 10_000
+    error_of(response)
 
 
 def test_other_errors_have_the_same_form(client: TestClient) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from calumma.model.document import Image, Text
-from calumma.serve.http.prompts import chat_prompt, image_prompt, plain_prompt, sampling_params
+from calumma.model.generation.constraint import Constraint
+from calumma.serve.http.prompts import chat_prompt, expand_choices, image_prompt, plain_prompt, sampling_params
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.http.wire.requests import ChatRequest
+from calumma.serve.protocol import GenerationRequest
 from calumma.serve.settings import SamplingDefaults
 
 
@@ -68,13 +70,69 @@ def test_an_answer_of_ours_can_be_sent_back_as_it_is(data_url: str, png: bytes) 
     assert prompt.segments[1:3] == (Text("two", "assistant"), Image(png, role="assistant"))
 
 
+def turns(*messages: dict[str, Any]) -> list[tuple[str | None, str]]:
+    return [(turn.role, "".join(s.text for s in turn.segments if isinstance(s, Text)))
+            for turn in chat_prompt(request(*messages)).turns()]  # fmt: skip
+
+
+EMPTY_ANSWERS: list[dict[str, Any]] = [
+    {"role": "assistant", "content": ""},
+    {"role": "assistant", "content": None},
+    {"role": "assistant"},
+    {"role": "assistant", "content": []},
+    {"role": "assistant", "content": [{"type": "text", "text": ""}]},
+    {"role": "assistant", "content": "", "parts": [], "images": [], "refusal": None, "tool_calls": None, "audio": None},
+]
+
+
+@pytest.mark.parametrize("empty", EMPTY_ANSWERS)
+def test_an_empty_answer_keeps_its_turn(empty: dict[str, Any]) -> None:
+    assert turns(user("Draw a seven."), empty, user("Which digit?")) == [
+        ("user", "Draw a seven."), ("assistant", ""), ("user", "Which digit?")
+    ]  # fmt: skip
+    assert turns(user("Draw a seven."), empty) == [("user", "Draw a seven.")], "it is where the answer begins"
+
+
+@pytest.mark.parametrize("empty", ["", None, [], [{"type": "text", "text": ""}]])
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_an_empty_system_message_is_none(role: str, empty: Any) -> None:
+    assert turns({"role": role, "content": empty}, user("Hi")) == [("user", "Hi")]
+
+
+def test_an_answer_may_stand_first() -> None:
+    hello = {"role": "assistant", "content": "Hello"}
+    assert turns(hello, user("Hi")) == [("user", ""), ("assistant", "Hello"), ("user", "Hi")]
+    assert turns({"role": "system", "content": "Be brief."}, hello, user("Hi")) == [
+        ("user", "Be brief."), ("assistant", "Hello"), ("user", "Hi")
+    ]  # fmt: skip
+
+
+def test_an_empty_question_between_answers_keeps_its_turn() -> None:
+    answer = {"role": "assistant", "content": "y"}
+    assert turns(user("x"), answer, user(""), answer, user("z"))[2] == ("user", "")
+
+
+def test_images_without_their_places_follow_the_text(data_url: str, png: bytes) -> None:
+    """As clients send an answer back that know OpenRouter's `images` and not our `parts`."""
+    for content in ("two", [{"type": "text", "text": "two"}]):
+        answer = {"role": "assistant", "content": content, "images": [image(data_url) | {"index": 0}]}
+        prompt = chat_prompt(request(user("Draw a two."), answer, user("And a three.")))
+        assert prompt.segments[1:3] == (Text("two", "assistant"), Image(png, role="assistant"))
+
+
+def test_a_refusal_is_sent_back_as_its_text() -> None:
+    declined = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    assert turns(user("x"), declined, user("y"))[1] == ("assistant", "No.")
+
+
 @pytest.mark.parametrize(
     ("messages", "param", "says"),
     [
         ([user("")], "messages[0].content", "empty"),
         ([user([])], "messages[0].content", "empty"),
         ([{"role": "user"}], "messages[0].content", "empty"),
-        ([{"role": "assistant", "content": "Hi"}, user("x")], "messages[0].role", "begin with a user"),
+        ([{"role": "system", "content": ""}], "messages[0].content", "empty"),
+        ([user("x"), {"role": "assistant", "content": "y"}, user("")], "messages[2].content", "empty"),
         ([user("x"), {"role": "assistant", "content": "y"}], "messages", "last message must be a user's"),
         ([user("x"), user("\ud800")], "messages[1].content[0].text", "Unicode"),
     ],
@@ -138,6 +196,43 @@ def test_what_a_request_leaves_open_comes_from_the_settings() -> None:
     params = sampling_params(request(user("x")), ["text", "image"], defaults)
     assert (params.text.temperature, params.image.top_p, params.guidance_text, params.max_images) == (0.3, 0.5, 2.0, 3)
     assert params.seed is None
+
+
+@pytest.mark.parametrize("seed", [None, -1])
+def test_no_seed_and_minus_one_are_random(seed: int | None) -> None:
+    params = sampling_params(request(user("x"), seed=seed), ["text"], SamplingDefaults())
+    assert params.seed is None
+    one = GenerationRequest("a", plain_prompt("x"), params)
+    assert [choice.params.seed for choice in expand_choices(one, 2)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [
+        (5, [5, 6, 7]),
+        (2**63 - 1, [2**63 - 1, 2**63, 2**63 + 1]),
+        (2**64 - 1, [2**64 - 1, 0, 1]),
+        (-2, [2**64 - 2, 2**64 - 1, 0]),
+        (-(2**63), [2**63, 2**63 + 1, 2**63 + 2]),
+    ],
+)
+def test_seeds_of_several_answers_follow_each_other_and_wrap(seed: int, seeds: list[int]) -> None:
+    params = sampling_params(request(user("x"), seed=seed), ["text"], SamplingDefaults())
+    choices = expand_choices(GenerationRequest("a", plain_prompt("x"), params), 3)
+    assert [choice.params.seed for choice in choices] == seeds
+
+
+def test_fields_of_the_text_reach_the_engine() -> None:
+    asked = request(
+        user("x"), presence_penalty=0.5, frequency_penalty=-1, logit_bias={"5": -100, "7": 2}, min_tokens=2,
+        stop_token_ids=[9], ignore_eos=True, allowed_token_ids=[5, 7], guided_regex="[0-9]+",
+    )  # fmt: skip
+    params = sampling_params(asked, asked.modalities, SamplingDefaults())
+    assert (params.text.presence_penalty, params.text.frequency_penalty) == (0.5, -1)
+    assert (params.image.presence_penalty, params.image.frequency_penalty) == (0, 0)
+    assert params.logit_bias == ((5, -100), (7, 2))
+    assert (params.min_tokens, params.stop_ids, params.ignore_eos, params.allowed_ids) == (2, (9,), True, (5, 7))
+    assert params.constraint == Constraint("regex", "[0-9]+")
 
 
 def test_a_request_overrides_the_settings() -> None:

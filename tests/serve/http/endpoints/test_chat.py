@@ -60,7 +60,9 @@ def test_a_stream_brings_the_same_answer_as_a_whole_one(client: TestClient) -> N
             if not parts or parts[-1]["type"] != "text":
                 parts.append({"type": "text", "text": ""})
             parts[-1]["text"] += delta["content"]
-        parts += delta.get("images", [])
+        for image in delta.get("images", []):
+            assert image.pop("index") == sum(part["type"] == "image_url" for part in parts)
+            parts.append(image)
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert parts == whole["choices"][0]["message"]["parts"]
     assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]] == [None] * (len(chunks) - 1)

@@ -110,10 +110,16 @@ def test_log_probabilities_come_with_their_tokens_and_the_end_has_one(
     scores = [Logprob(-3.0)]
     outputs = request.process(event([token], logprobs=[-1.0], top_logprobs=[((token, -1.0),)], prompt_logprobs=scores))
     assert outputs[0] == PromptLogprobs(scores)
-    outputs += request.process(event([], finish="stop", logprobs=[-0.5]))
+    stop = model.vocabulary.end_turn
+    outputs += request.process(event([], finish="stop", stop_id=stop, stop_logprob=Logprob(-0.5, ((token, -0.25),))))
     tokens = [token for output in outputs if isinstance(output, TextDelta) for token in output.tokens]
     surface = model.text_tokenizer.surface(token)
     assert [(one.id, one.logprob, one.top) for one in tokens] == [
         (token, -1.0, ((token, surface, -1.0),)),
-        (model.vocabulary.eos, -0.5, ()),
+        (stop, -0.5, ((token, surface, -0.25),)),
     ]
+
+
+def test_an_answer_that_no_id_ended_has_no_stop_token(detokenizer: Make) -> None:
+    assert detokenizer(logprobs=1).process(event([], finish="length")) == [Finished("length", TokenCount())]
+    assert detokenizer(logprobs=1).process(Event("a", [], "image", "stop")) == [Finished("stop", TokenCount())]
