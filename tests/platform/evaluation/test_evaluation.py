@@ -223,7 +223,7 @@ def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
         Manifest(kind="model").write(str(tmp_path / name))
     labelled = [(picture("one"), "one"), (picture("nine"), "nine")]
     monkeypatch.setattr("calumma.platform.tracking.registry.model_source", lambda uri, tracking: champion[0])
-    monkeypatch.setattr(evaluate, "_labelled", lambda uri: labelled)
+    monkeypatch.setattr(evaluate, "_labelled_images", lambda uri: labelled)
     monkeypatch.setattr(evaluate, "_cases", lambda task, spec: [asked("recognition", "six")])
     monkeypatch.setattr(evaluate, "_answers", lambda spec, cases, progress: iter([answer("six")]))
     spec = EvaluateSpecification(
