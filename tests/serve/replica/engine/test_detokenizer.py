@@ -12,16 +12,23 @@ from calumma.model.document import Document
 from calumma.model.generation import Event, SamplingParams
 from calumma.model.generation.request import Logprob
 from calumma.serve.protocol import Finished, GenerationRequest, ImageProgress, TextDelta, TokenCount
-from calumma.serve.replica.engine.client import EngineOutput, ImageCodes, PromptLogprobs
+from calumma.serve.replica.engine.client import Answered, EngineOutput, ImageCodes, PromptLogprobs
 from calumma.serve.replica.engine.detokenizer import PROGRESS_STEPS, Detokenizer
 
 Make = Callable[..., Detokenizer]
 
 
+class Shown(Detokenizer):
+    """What clients get of it; the ids that another replica could go on from are test_continuation's."""
+
+    def process(self, event: Event) -> list[EngineOutput]:
+        return [output for output in super().process(event) if not isinstance(output, Answered)]
+
+
 @pytest.fixture
 def detokenizer(model: MixedModalModel) -> Make:
     def make(**fields: Any) -> Detokenizer:
-        return Detokenizer(model, GenerationRequest("a", Document(()), SamplingParams(), **fields), lambda output: None)
+        return Shown(model, GenerationRequest("a", Document(()), SamplingParams(), **fields), lambda output: None)
 
     return make
 
