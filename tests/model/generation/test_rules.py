@@ -263,6 +263,7 @@ def test_ids_that_no_text_has_are_refused(params: dict[str, Any], message: str) 
         ({"logit_bias": ((15, 101.0),)}, "logit_bias 101.0 of id 15"),
         ({"logit_bias": ((15, float("nan")),)}, "logit_bias nan"),
         ({"logit_bias": ((15, 1.0), (15, 2.0))}, "names an id twice"),
+        ({"logit_bias": tuple((token, 1.0) for token in range(1025))}, "1025 ids; 1024"),
         ({"text": {"presence_penalty": 2.1}}, "presence_penalty 2.1 must lie in -2..2"),
         ({"text": {"frequency_penalty": float("nan")}}, "frequency_penalty nan"),
         ({"image": {"presence_penalty": 1.0}}, "presence_penalty applies to text"),
