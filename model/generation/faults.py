@@ -13,7 +13,7 @@ import torch
 
 from calumma.model.generation.passes.output import RunnerOutput
 from calumma.model.generation.passes.runner import ModelRunner
-from calumma.model.generation.request import Failure
+from calumma.model.generation.request import Failure, FailureKind
 from calumma.model.generation.scheduler import ScheduledRequest
 
 log = logging.getLogger(__name__)
@@ -54,31 +54,33 @@ class FaultContainment:
             if self._runner.decoder.shard.count > 1:
                 raise StepFailed(_ids(scheduled), fault) from fault
             if not out_of_memory(fault):
-                return outputs + self._isolate(left, steps, fault)
+                isolated = self._isolate(left, steps, fault)
+                if isolated is None:
+                    raise StepFailed(_ids(scheduled), fault) from fault
+                return outputs + isolated
             if not forgot:
                 self._runner.forget_room()
                 forgot = True
                 continue
             newest = max(left, key=lambda item: item.state.arrival)
-            left.remove(newest)
-            log.warning("out of memory: gave up %s, the newest of %d requests", newest.state.request.id, len(left) + 1)
-            message = (
-                f"out of memory in a step of {len(left) + 1} requests: the newest was given up ({described(fault)})"
-            )
+            log.warning("out of memory: gave up %s, the newest of %d requests", newest.state.request.id, len(left))
+            message = f"out of memory in a step of {len(left)} requests: the newest was given up ({described(fault)})"
             outputs.append(RunnerOutput(newest.state, [], [], Failure("out of memory", message)))
+            left.remove(newest)
         return outputs
 
-    def _isolate(self, scheduled: list[ScheduledRequest], steps: int, fault: Exception) -> list[RunnerOutput]:
-        """Find who is at fault, by halves, and run the others."""
+    def _isolate(self, scheduled: list[ScheduledRequest], steps: int, fault: Exception) -> list[RunnerOutput] | None:
+        """Find who is at fault, by halves, and run the others; None where it is nobody but the engine."""
         outputs: list[RunnerOutput] = []
         parts, succeeded = [(scheduled, fault)], False
         while parts:
             part, fault = parts.pop()
             if lost(fault):
-                raise StepFailed(_ids(scheduled), fault) from fault
+                return None
             if len(part) == 1:
                 log.warning("request %s failed alone: %s", part[0].state.request.id, described(fault))
-                outputs.append(RunnerOutput(part[0].state, [], [], Failure("error", described(fault))))
+                kind: FailureKind = "out of memory" if out_of_memory(fault) else "error"
+                outputs.append(RunnerOutput(part[0].state, [], [], Failure(kind, described(fault))))
                 continue
             for half in (part[: len(part) // 2], part[len(part) // 2 :]):
                 try:
@@ -87,9 +89,8 @@ class FaultContainment:
                 except Exception as error:
                     parts.append((half, error.with_traceback(None)))
         self._in_a_row = 0 if succeeded else self._in_a_row + 1
-        if not succeeded and (len(scheduled) > 1 or self._in_a_row >= MOST_IN_A_ROW):
-            raise StepFailed(_ids(scheduled), fault) from fault
-        return outputs
+        engines = not succeeded and (len(scheduled) > 1 or self._in_a_row >= MOST_IN_A_ROW)
+        return None if engines else outputs
 
 
 def out_of_memory(error: BaseException) -> bool:

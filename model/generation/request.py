@@ -16,6 +16,7 @@ MODES: tuple[Mode, ...] = ("text", "image", "interleaved")
 MOST_LOGPROBS = 64
 MOST_PENALTY = 2.0  # OpenAI's range of presence and frequency penalties
 MOST_BIAS = 100.0  # and of logit biases
+MOST_BIASES = 1024
 RANDOM_SEED = -1
 
 
@@ -146,6 +147,8 @@ class SamplingParams:
             raise ValueError("allowed_ids names no id: nothing could be answered")
         if any(not word for word in self.bad_words):
             raise ValueError("bad_words has a sequence without ids")
+        if len(self.logit_bias) > MOST_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} ids; {MOST_BIASES} are taken at most")
         for token, value in self.logit_bias:
             if not -MOST_BIAS <= value <= MOST_BIAS:
                 raise ValueError(f"logit_bias {value} of id {token} must lie in {-MOST_BIAS:g}..{MOST_BIAS:g}")

@@ -33,8 +33,8 @@ class JacobiDraft:
         self._q_WC = torch.empty(0, 0)
 
     def verify(self, p_XC: Tensor, left: int) -> list[int]:
-        """p_XC: FloatTensor [W + 1, C], for each drafted code and the one after them, or the first of these; left:
-        codes the image lacks. The codes that are accepted, and one more; the next are drafted."""
+        """p_XC: FloatTensor [W + 1, C], for each drafted code, or the first of them, and the one after; left: codes the
+        image lacks. The codes that are accepted, and one more; the next are drafted."""
         numbers = uniform(self.seed, self._passes, 1, 3 * (self.window + 1), stream=1 + self.place)
         accept, replace, propose = numbers.view(3, -1).to(p_XC.device)
         self._passes += 1

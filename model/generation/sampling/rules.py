@@ -35,7 +35,10 @@ class TextRules:
         self._begin_image = vocabulary.begin_image
         self._ends = (vocabulary.eos, vocabulary.end_turn)
         self._stops = (*self._ends, *(token for token in params.stop_ids if 0 <= token < vocabulary.size))
-        self._phrases = [word for word in params.bad_words if len(word) > 1]
+        self._phrases: dict[int, list[tuple[int, ...]]] = {}  # bad words of several ids, by the last but one
+        for word in params.bad_words:
+            if len(word) > 1:
+                self._phrases.setdefault(word[-2], []).append(word)
         may_V = vocabulary.text_mask.numpy().copy()
         may_V[[*self._ends, vocabulary.begin_image]] = True
         if constraint is not None:
@@ -71,7 +74,8 @@ class TextRules:
         if self.constraint is not None:
             self.constraint.fill_mask(mask_W.view(np.int32))
             mask_W &= self._fixed
-        clear(mask_W, [word[-1] for word in self._phrases if _ends_with(answer, word[:-1])])
+        begun = self._phrases.get(answer[-1], ()) if answer else ()
+        clear(mask_W, [word[-1] for word in begun if _ends_with(answer, word[:-1])])
         if not may_begin_image:
             clear(mask_W, [self._begin_image])
         held_back = self._held_back(len(answer))

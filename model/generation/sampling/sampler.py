@@ -136,10 +136,6 @@ class Sampler:
             )
             top_R1, token_R1 = largest(logits_RC)
         sound_R1 = (normalizer_R1 + top_R1).isfinite()
-        if not logits_RC.is_cuda and not bool(sound_R1.all()):
-            # here a filter looks places up by the values; on a device none does, and nobody waits to know
-            logits_RC.masked_fill_(~sound_R1, 0)
-            top_R1 = torch.where(sound_R1, top_R1, 0)
         if metadata.random:
             settings_R4 = self.settings_SP4[seats_R, phase]
             temperature_R1 = settings_R4[:, :1]

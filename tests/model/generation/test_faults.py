@@ -251,20 +251,22 @@ def test_who_is_filled_up_in_a_pass_reads_nobody_elses_blocks(monkeypatch: pytes
     if not copied:
         monkeypatch.setattr(contiguous, "CONTIGUOUS_BYTES", 0)
     greedy = {"text": PhaseSampling(0.0), "max_tokens": 9}
-    long = Request("long", [V.bos, *range(15, 26)], SamplingParams(**greedy, allowed_ids=(POISON,)))
-    short = Request("short", [V.bos, 20], SamplingParams(**greedy, ignore_eos=True, bad_words=((POISON,),)))
-    single = Engine(tiny(), V, N)
-    single.add(short)
-    engine = Engine(tiny(True), V, N, block_size=4)
-    engine.add(long)
-    engine.add(short)
-    first = engine.step()
-    assert 0 in engine._scheduler.running[0].full.blocks
-    found = run(engine)
-    assert told(found["long"]) == ([], "failed", "not finite")
-    assert told([event for event in first if event.request_id == "short"] + found["short"]) == told(
-        run(single)["short"]
-    )
+    bad = Request("bad", [V.bos], SamplingParams(**greedy, allowed_ids=(POISON,)))
+    others = [
+        Request(f"{len(prompt)}", prompt, SamplingParams(**greedy, ignore_eos=True, bad_words=((POISON,),)))
+        for prompt in ([V.bos, 20], [V.bos, *range(15, 26)])
+    ]
+    engine, single = Engine(tiny(True), V, N, block_size=4), Engine(tiny(), V, N)
+    engine.add(bad)
+    for request in others:
+        engine.add(request)
+        single.add(request)
+    found: dict[str, list[Event]] = {event.request_id: [event] for event in engine.step()}
+    assert engine._scheduler.running[0].full.blocks == [0]
+    for id, events in run(engine).items():
+        found[id] += events
+    assert told(found.pop("bad")) == ([POISON], "failed", "not finite")
+    assert {id: told(events) for id, events in found.items()} == {id: told(each) for id, each in run(single).items()}
 
 
 def test_what_fills_up_a_fixed_shape_is_cleared_too(monkeypatch: pytest.MonkeyPatch) -> None:
