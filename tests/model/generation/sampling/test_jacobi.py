@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Statistics
+from calumma.model.generation.sampling import jacobi
 from calumma.model.generation.sampling.jacobi import JacobiDraft
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
@@ -105,7 +106,7 @@ def outcomes(draft: JacobiDraft, p_XC: Tensor, left: int) -> Iterator[tuple[floa
         uniform[2, :proposed] = torch.tensor(values[drafted + 1 :])
         after = copy.copy(draft)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "rand", lambda *shape, uniform=uniform, **_: uniform)
+            patch.setattr(jacobi, "uniform", lambda *_, uniform=uniform, **__: uniform)
             codes = after.verify(p_XC, left)
         yield math.prod(chance for _, chance in numbers), codes, after
 
@@ -114,7 +115,7 @@ def outcomes(draft: JacobiDraft, p_XC: Tensor, left: int) -> Iterator[tuple[floa
 def test_drafted_images_have_exactly_the_models_distribution(window: int, length: int) -> None:
     """Every way that the random numbers can lead, with its chance: passes verify drafts until the image is whole."""
     found: defaultdict[tuple[int, ...], float] = defaultdict(float)
-    states: dict[Any, tuple[float, tuple[int, ...], JacobiDraft]] = {"": (1.0, (), JacobiDraft(0, window))}
+    states: dict[Any, tuple[float, tuple[int, ...], JacobiDraft]] = {"": (1.0, (), JacobiDraft(0, 0, window))}
     while states:
         reached: dict[Any, tuple[float, tuple[int, ...], JacobiDraft]] = {}
         for chance, image, draft in states.values():
