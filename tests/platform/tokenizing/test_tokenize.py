@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image, Segment, Text
-from calumma.model.encoding import DocumentEncoder
+from calumma.model.encoding import DocumentEncoder, EncodedArrays
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
@@ -246,8 +246,8 @@ def test_shards_of_documents_hold_few_images_and_many_texts_in_a_row_group(
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.booleans(), st.integers(1, 5))
 def test_rows_survive_the_file(sizes: list[int], trained: bool, micro_batch: int) -> None:
-    def tokens(size: int) -> actor.Tokens:
-        return actor.Tokens(np.arange(size, dtype=np.int32), np.full(size, trained))
+    def tokens(size: int) -> EncodedArrays:
+        return EncodedArrays(np.arange(size, dtype=np.int32), np.full(size, trained))
 
     rows = pack([tokens(size) for size in sizes], 40, 1)
     table = pq.read_table(io.BytesIO(token_shards.to_parquet(rows, micro_batch))).to_pylist()
