@@ -70,7 +70,7 @@ def row_groups(uri: str) -> list[tuple[str, int]]:
 
 
 def read_row_group(shard: str, row_group: int) -> HeldOutBatch:
-    """One row group of a token shard (columns as in design.md, "Token shards")."""
+    """One row group of a token shard (its columns: shards/tokens.py)."""
     import pyarrow.parquet as pq
 
     with storage.open_read(shard) as file:

@@ -1,5 +1,5 @@
 """The image tokenizer's training: what is learned, published and drawn. How it goes on after an interruption is
-test_image_tokenizer_resume.py."""
+test_resume.py."""
 
 from __future__ import annotations
 
