@@ -13,6 +13,7 @@ waits for a GPU or a disk.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import os
 import pydoc_data.topics
@@ -133,12 +134,13 @@ def prepare(text: str, resolution: int, folder: Path) -> None:
 
 def job(corpus: Corpus, folder: Path, batch: int, cores: int, device: str) -> Callable[[], dict[str, Any]]:
     """What one task of the job does, as the actor that holds the tokenizers does it."""
-    uris = []
+    shards = []
     for number in range(0, len(corpus.documents), A_SHARD):
         uri = folder / "curated" / corpus.name / f"{number:06d}.parquet"
         uri.parent.mkdir(parents=True, exist_ok=True)
-        uri.write_bytes(document_shards.to_parquet(corpus.documents[number : number + A_SHARD]))
-        uris.append(str(uri))
+        data = document_shards.to_parquet(corpus.documents[number : number + A_SHARD])
+        uri.write_bytes(data)
+        shards.append((str(uri), hashlib.sha256(data).hexdigest()))
     values = {
         "storage": str(folder),
         "documents": ["curated"],
@@ -148,7 +150,7 @@ def job(corpus: Corpus, folder: Path, batch: int, cores: int, device: str) -> Ca
     }
     worker = TokenizingActor(TokenizeSpecification.model_validate(values).model_dump(mode="json"))
     task = {
-        "shards": uris,
+        "shards": shards,
         "seed": 0,
         "output": str(folder / "tokens"),
         "stem": "tokens",

@@ -72,7 +72,7 @@ def corpus(root: str, context: int, micro_batch: int) -> None:
     tokenize = TokenizeSpecification(storage=root, documents=["curated/text"], context=context, micro_batch=micro_batch)
     made = TokenizingActor(tokenize.model_dump(mode="json"))(
         {
-            "shards": document_shards.shard_uris(f"{root}/curated/text"),
+            "shards": document_shards.shards(f"{root}/curated/text"),
             "seed": 0,
             "output": f"{root}/tokens/text",
             "stem": "tokens",

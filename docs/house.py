@@ -16,7 +16,7 @@ from calumma.jobs.commands.main import app
 from calumma.jobs.specifications.table import JOBS
 from calumma.model.config import PRESETS, ImageLossConfig, ImageTokenizerConfig, ModelConfig
 from calumma.model.ops.stability import BLOCK, OUTPUT
-from calumma.platform.sources import FORMATS, Format
+from calumma.platform.sources.registry import FORMATS, Format
 from calumma.platform.specification import JobSpecification, SpecificationError, Tracking, validate
 from calumma.platform.training.steps.meters import ACTIVITIES
 from calumma.serve.http.app import create_app

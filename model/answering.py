@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from calumma.model.document import Document
 from calumma.model.generation.engine import Engine
 from calumma.model.generation.request import Request, SamplingParams
+from calumma.model.tokenizers.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
     from calumma.model.directory import MixedModalModel
@@ -37,7 +38,8 @@ def generate(
 
     An answer to a conversation has the role "assistant". progress(done, total) counts finished answers. The
     transformer's training mode is as before when it returns. Raises ValueError (PromptTooLong for one) that names the
-    prompt by its number, from 1, before anything is computed; MissingDecoder as `drawable` does.
+    prompt by its number, from 1, before anything is computed; MissingDecoder as `drawable` does; FloatingPointError
+    where the model's logits are no numbers, RuntimeError on another failure (see Failure).
     """
     each = params if isinstance(params, list) else [params] * len(prompts)
     if len(each) != len(prompts):
@@ -45,7 +47,8 @@ def generate(
     each = [supported_params(own, model) for own in each]
     encoded = model.encoder.encode_many(prompts, complete=False)
     trained = model.transformer.training
-    engine = Engine(model.transformer, model.vocabulary, model.image_length, max_sequences)
+    compiler = GrammarCompiler(model.text_tokenizer, model.vocabulary)
+    engine = Engine(model.transformer, model.vocabulary, model.image_length, max_sequences, constraints=compiler)
     try:
         for number, (prompt, own) in enumerate(zip(encoded, each, strict=True), start=1):
             try:
@@ -57,6 +60,9 @@ def generate(
         while engine.has_work:
             for event in engine.step():
                 answers[event.request_id] += event.tokens
+                if event.failure is not None:
+                    wrong = FloatingPointError if event.failure.kind == "not finite" else RuntimeError
+                    raise wrong(f"prompt {event.request_id} of {len(prompts)}: {event.failure.message}")
                 if event.finish:
                     done += 1
                     if progress is not None:

@@ -60,6 +60,11 @@ class Vocabulary(BaseModel):
         return [i for i in range(self.size) if i not in taken]
 
     @cached_property
+    def text_mask(self) -> torch.Tensor:
+        """BoolTensor [V], true at `text_ids`."""
+        return self.mask(self.text_ids)
+
+    @cached_property
     def code_of(self) -> dict[int, int]:
         """Token id -> image code."""
         return {token: code for code, token in enumerate(self.image_codes)}

@@ -14,6 +14,16 @@ BOS, EOS = "<s>", "</s>"
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """How far an answer is. tokens: ids it begins with, which are not drawn again. events: so many of those that the
+    whole answer gives have been sent, and are not sent again; they may stand for more tokens than `tokens`, or fewer.
+    """
+
+    tokens: tuple[int, ...] = ()
+    events: int = 0
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One generation: a prompt, which is a document, or token ids as a client of /v1/completions gives them.
 
@@ -22,6 +32,7 @@ class GenerationRequest:
     logprobs: log-probabilities of text tokens with so many alternatives each; None is none.
     progress: how far an image is, from time to time. previews: so many decoded previews of each unfinished image.
     begin_with_image: the output's first part is an image. echo: Started brings the prompt's text.
+    continuation: another replica has begun the answer, and this one goes on with it.
     """
 
     id: str
@@ -34,6 +45,7 @@ class GenerationRequest:
     logprobs: int | None = None
     begin_with_image: bool = False
     echo: bool = False
+    continuation: Continuation | None = None
 
     @property
     def param(self) -> str:
@@ -114,7 +126,12 @@ class ContentFiltered:
 
 @dataclass(frozen=True)
 class RequestFailed:
-    """The request is not answered (first event) or failed half-way (last event): HTTP status, OpenAI's error fields."""
+    """The request is not answered (first event) or failed half-way (last event): HTTP status, OpenAI's error fields.
+
+    With UNAVAILABLE from a replica the request has no part in it, and another replica can go on with it. All else is
+    final: it would fail anywhere, or, having been in a step that failed, might do to the next replica what it did to
+    this one.
+    """
 
     status: int
     message: str
@@ -125,7 +142,20 @@ class RequestFailed:
 OutputEvent = Started | TextDelta | ImageProgress | ImageOutput | Finished | ContentFiltered | RequestFailed
 OutputStream = AsyncGenerator[OutputEvent, None]
 FINAL_EVENTS = (Finished, ContentFiltered, RequestFailed)
-ENGINE_FAILED = "engine_failed"  # RequestFailed.code
+# Values of RequestFailed.code
+ENGINE_FAILED, REQUEST_FAILED, UNAVAILABLE, OVERLOADED = "engine_failed", "request_failed", "unavailable", "overloaded"
+
+
+@dataclass(frozen=True)
+class EventBatch:
+    """Events that a replica sends together. tokens: further ids that the answer can be continued from; together with
+    those of the batches before, they are its beginning. count: events that these were merged from, neither Started nor
+    a last one among them.
+    """
+
+    events: list[OutputEvent]
+    tokens: tuple[int, ...] = ()
+    count: int = 0
 
 
 class Backend(Protocol):

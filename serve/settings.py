@@ -112,6 +112,12 @@ class ModelSettings(Section):
     )
     image_coder_gpus: float = Field(0.0, ge=0, description="GPUs of a replica that codes images")
     drain_seconds: float = Field(600.0, ge=0, description="answers in flight get so long when a replica is to end")
+    stall_seconds: float | None = Field(
+        120.0,
+        gt=0,
+        description="an engine with work that finishes no step for so long is ended, and its replica replaced; more "
+        "than the longest step needs (a large model on CPUs); none: never",
+    )
     sampling: SamplingDefaults = SamplingDefaults()
 
     @field_validator("model")

@@ -9,17 +9,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from calumma.model.generation.request import Event, Logprob, PhaseSampling, PromptTooLong, Request, SamplingParams
+from calumma.model.generation.constraint import Constraint, ConstraintCompiler, TokenConstraint
+from calumma.model.generation.request import (
+    Event,
+    Failure,
+    Logprob,
+    PhaseSampling,
+    PromptTooLong,
+    Request,
+    SamplingParams,
+    nth_seed,
+)
 
 if TYPE_CHECKING:
     from calumma.model.generation.engine import Engine
+    from calumma.model.generation.faults import StepFailed
     from calumma.model.generation.statistics import Counters, Statistics
     from calumma.model.generation.tensor_parallel import Shard, read_shard
 
 __all__ = [
+    "Constraint",
+    "ConstraintCompiler",
     "Counters",
     "Engine",
     "Event",
+    "Failure",
     "Logprob",
     "PhaseSampling",
     "PromptTooLong",
@@ -27,12 +41,16 @@ __all__ = [
     "SamplingParams",
     "Shard",
     "Statistics",
+    "StepFailed",
+    "TokenConstraint",
+    "nth_seed",
     "read_shard",
 ]
 
 _MODULES = {
     "Counters": "statistics",
     "Engine": "engine",
+    "StepFailed": "faults",
     "Shard": "tensor_parallel",
     "Statistics": "statistics",
     "read_shard": "tensor_parallel",

@@ -48,7 +48,7 @@ class RequestLimits:
         elif params.max_tokens == 0:
             room, what = 0, "none"
         else:
-            room = len(params.prefix) + 1
+            room = max(1, len(params.prefix))
             what = f"the {room} of a begun answer" if params.prefix else "1 for an answer"
         if len(prompt) + room > context:
             raise PromptTooLong(
@@ -59,6 +59,7 @@ class RequestLimits:
         else:
             tokens = min(params.max_tokens, context - len(prompt))
             images = min(params.max_images, tokens // image_room) if params.mode == "interleaved" else 0
+        _check_ids(params, vocabulary)
         _check_prefix(params, vocabulary, image_length, tokens, images)
         # The last image is drawn beside the longest contexts: all of the answer, all images before it, none.
         branches = [GuidanceWeights.of(params, before > 0)] if images else []
@@ -75,13 +76,30 @@ class RequestLimits:
         return sum(-(-length // size) for length in self.lengths)
 
 
+def _check_ids(params: SamplingParams, vocabulary: Vocabulary) -> None:
+    """Whether the ids that the parameters name are such as could have an effect."""
+    named = {
+        "allowed_ids": params.allowed_ids or (),
+        "bad_words": [token for word in params.bad_words for token in word],
+        "logit_bias": [token for token, _ in params.logit_bias],
+    }
+    for name, ids in named.items():
+        for token in ids:
+            if not 0 <= token < vocabulary.size:
+                raise ValueError(f"{name} names id {token}: ids lie in 0..{vocabulary.size - 1}")
+            if token in vocabulary.code_of:
+                raise ValueError(f"{name} names id {token}, an image code: it holds for text")
+    if params.min_tokens > params.max_tokens:
+        raise ValueError(f"min_tokens {params.min_tokens} must be {params.max_tokens} or less, max_tokens")
+
+
 def _check_prefix(params: SamplingParams, vocabulary: Vocabulary, image_length: int, tokens: int, images: int) -> None:
-    """Whether the engine could have drawn the prefix, and something is left to draw."""
+    """Whether the engine could have drawn the prefix."""
     prefix = params.prefix
     if not prefix:
         return
-    if len(prefix) >= tokens:
-        raise ValueError(f"the prefix has {len(prefix)} tokens: the answer may have {tokens}, and one is left to draw")
+    if len(prefix) > tokens:
+        raise ValueError(f"the prefix has {len(prefix)} tokens: the answer may have {tokens}")
     text, codes = set(vocabulary.text_ids), vocabulary.code_of
     position = 0
     while position < len(prefix):
@@ -99,8 +117,6 @@ def _check_prefix(params: SamplingParams, vocabulary: Vocabulary, image_length: 
                 (vocabulary.end_image,),
             ):
                 raise ValueError(f"{where} begins an image that is not: {image_length} codes, then end_image")
-            if len(image) == image_length:
-                raise ValueError(f"{where} begins an image that lacks only its end_image: add it")
             position += image_length + 2
         elif token in text and params.mode != "image":
             position += 1

@@ -7,6 +7,7 @@ release, which batches one modality at a time and computes the whole prompt anew
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import deque
 from dataclasses import replace
@@ -15,15 +16,19 @@ import torch
 
 from calumma.model.generation.admission import RequestLimits
 from calumma.model.generation.cache.block_manager import BlockManager
+from calumma.model.generation.constraint import ConstraintCompiler, TokenConstraint
+from calumma.model.generation.faults import FaultContainment, described
 from calumma.model.generation.passes.output import RunnerOutput
 from calumma.model.generation.passes.runner import ModelRunner
-from calumma.model.generation.request import Event, Request
+from calumma.model.generation.request import Event, Failure, Request
 from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.scheduler import Scheduler
 from calumma.model.generation.statistics import Counters, Statistics
 from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 Command = tuple[str, tuple[Request, RequestLimits] | None]  # a request by its id; None is an abort
 
@@ -42,6 +47,8 @@ class Engine:
     a pass. Codes come from the same distribution, but a seed gives others than without it.
     cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so on a GPU. On
     a CPU, or in a group, they run unrecorded. A shape is recorded when it first occurs, which takes a moment.
+    constraints: compiles the grammars that requests ask for (`calumma.model.tokenizers.grammar.GrammarCompiler`), in
+    every process of a group alike; without it they are refused.
     shard: this process's shard in a group that shares the model (tensor parallelism): all make the same engine; the
     first is used as ever and closed in the end, the others `follow` it. The transformer is whole, or what `read_shard`
     gives.
@@ -64,6 +71,7 @@ class Engine:
         prefix_cache: bool = True,
         jacobi_window: int = 0,
         cuda_graphs: bool | None = None,
+        constraints: ConstraintCompiler | None = None,
         shard: Shard | None = None,
     ) -> None:
         longest = transformer.config.context
@@ -100,8 +108,11 @@ class Engine:
             jacobi_window,
             transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs,
         )
-        self._blocks = BlockManager(count, block_size, self._runner.cache.copy, share=prefix_cache)
+        cache = self._runner.cache
+        self._blocks = BlockManager(count, block_size, cache.copy, cache.clear, share=prefix_cache)
         self._scheduler = Scheduler(self._blocks, max_sequences, prefill_tokens)
+        self._containment = FaultContainment(self._runner)
+        self._constraints = constraints
         self._shard = self._runner.decoder.shard
         self._counters = Counters()
         self._known: set[str] = set()
@@ -110,7 +121,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Put a request in line. Nothing else is disturbed when it is refused: PromptTooLong, or ValueError on a prompt
-        that is no prompt, on an id in use, and on a request that could outgrow the cache alone."""
+        that is no prompt, on an id in use, on a grammar that is none or that the prefix contradicts, and on a request
+        that could outgrow the cache alone."""
         if request.id in self._known:
             raise ValueError(f"a request with the id {request.id!r} is being answered")
         limits = RequestLimits.of(request, self.vocabulary, self.image_length, self.context)
@@ -122,8 +134,10 @@ class Engine:
                 f"the request may need {blocks * size} positions of the cache{guided}; it has "
                 f"{self._blocks.count * size}. Fewer max_tokens, a shorter prompt or more cache_tokens would do"
             )
-        if request.params.seed is None:
-            request = replace(request, params=replace(request.params, seed=secrets.randbits(63)))
+        if request.params.random:
+            request = replace(request, params=replace(request.params, seed=secrets.randbits(64)))
+        if request.params.constraint is not None:
+            self._state(request, limits)  # which raises
         self._known.add(request.id)
         self._inbox.append((request.id, (request, limits)))
 
@@ -183,7 +197,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Carry out additions and aborts, then one forward pass: the next chunk of prompts, and the next token (or
         several image codes) of every request that is ready. Events of each request that moved or ended; an empty list
-        while only prompts are taken in."""
+        while only prompts are taken in. What goes wrong ends the requests it is about, "failed". Raises StepFailed
+        where it is the engine that is broken; it is of no use then."""
         return self._step(self._shard.broadcast_object([self._inbox.popleft() for _ in range(len(self._inbox))]))
 
     def follow(self) -> None:
@@ -200,14 +215,18 @@ class Engine:
     def _step(self, commands: list[Command]) -> list[Event]:
         events = self._apply(commands)
         scheduled = self._scheduler.schedule()
+        for item in scheduled:
+            try:
+                self._seat(item.state)
+            except Exception as error:
+                self._scheduler.faults.append((item.state, error))
+        while self._scheduler.faults:
+            state, fault = self._scheduler.faults.pop()
+            scheduled = [item for item in scheduled if item.state is not state]
+            events += self._fail(state, Failure("error", described(fault)))
         if not scheduled:
             return events
-        for item in scheduled:
-            state = item.state
-            if state.seated != state.seat:
-                self._runner.sampler.seat(state.seat, state.params, state.seed, state.answer)
-                state.seated = state.seat
-        outputs = self._runner.run(scheduled, self._scheduler.steps(scheduled, self.image_burst))
+        outputs = self._containment.run(scheduled, self._scheduler.steps(scheduled, self.image_burst))
         self._counters.steps += 1
         for output in outputs:
             events += self._accept(output)
@@ -216,22 +235,60 @@ class Engine:
                 self._blocks.cache_full_blocks(sequence)
         return events
 
+    def _seat(self, state: RequestState) -> None:
+        if state.seated != state.seat:
+            seen = state.penalized_ids if state.params.text.penalized else []
+            self._runner.sampler.seat(state.seat, state.params, state.seed, seen, state.answered, state.longest)
+            state.seated = state.seat
+
     def _accept(self, output: RunnerOutput) -> list[Event]:
         state = output.state
-        events = state.accept(output.tokens, output.logprobs)
+        if state.finish:  # another pass has told of its failure
+            return []
+        if output.failure is not None:
+            return self._fail(state, output.failure, output)
+        try:
+            events = state.accept(output.tokens, output.logprobs)
+            if not state.finish:
+                self._scheduler.attach(state)
+        except Exception as error:
+            return self._fail(state, Failure("error", described(error)))
+        self._count(events)
+        if state.finish:
+            self._scheduler.finish(state)
+            self._known.discard(state.request.id)
+            self._counters.finished += 1
+        return events
+
+    def _fail(self, state: RequestState, failure: Failure, output: RunnerOutput | None = None) -> list[Event]:
+        """End a request that something went wrong with. What was drawn for it before stands."""
+        try:
+            events = state.fail(failure, output.tokens if output else (), output.logprobs if output else ())
+        except Exception:  # even that: it is ended all the same
+            log.exception("request %s failed, and could not say what it had", state.request.id)
+            events = [Event(state.request.id, [], state.phase, "failed", failure=failure)]
+        self._scheduler.finish(state, failed=True)
+        self._known.discard(state.request.id)
+        self._counters.failed += 1
+        self._count(events)
+        return events
+
+    def _count(self, events: list[Event]) -> None:
         for event in events:
             if event.phase == "image":
                 self._counters.image_tokens += len(event.tokens)
                 self._counters.images += event.tokens.count(self.vocabulary.end_image)
             else:
                 self._counters.text_tokens += len(event.tokens)
-        if state.finish:
-            self._scheduler.finish(state)
-            self._known.discard(state.request.id)
-            self._counters.finished += 1
-        else:
-            self._scheduler.attach(state)
-        return events
+
+    def _state(self, request: Request, limits: RequestLimits) -> RequestState:
+        """Raises ValueError on a grammar that is none, and on a prefix that it does not allow."""
+        constraint: TokenConstraint | None = None
+        if request.params.constraint is not None:
+            if self._constraints is None:
+                raise ValueError("this engine compiles no grammars")
+            constraint = self._constraints(request.params.constraint)
+        return RequestState(request, limits, self._arrivals, self.vocabulary, self.image_length, constraint)
 
     def _apply(self, commands: list[Command]) -> list[Event]:
         events = []
@@ -241,9 +298,13 @@ class Engine:
                 self._known.add(request_id)
                 self._arrivals += 1
                 self._counters.prompt_tokens += len(request.tokens)
-                self._scheduler.waiting.append(
-                    RequestState(request, limits, self._arrivals, self.vocabulary, self.image_length)
-                )
+                try:
+                    self._scheduler.waiting.append(self._state(request, limits))
+                except Exception as error:
+                    self._known.discard(request_id)
+                    self._counters.failed += 1
+                    failure = Failure("error", described(error))
+                    events.append(Event(request_id, [], "text", "failed", failure=failure))
             elif request_id in self._known:
                 state = self._scheduler.find(request_id)
                 assert state is not None, "what is known runs or waits"

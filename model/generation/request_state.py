@@ -7,14 +7,18 @@ drawn: only then do they take blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+
+import torch
 
 from calumma.model.generation.admission import RequestLimits, whole_images
 from calumma.model.generation.cache.sequence import Sequence
+from calumma.model.generation.constraint import TokenConstraint
 from calumma.model.generation.guidance import GuidanceWeights
-from calumma.model.generation.request import Event, Finish, Logprob, Phase, Request
+from calumma.model.generation.request import Event, Failure, Finish, Logprob, Phase, Request
 from calumma.model.generation.sampling.jacobi import JacobiDraft
+from calumma.model.generation.sampling.rules import TextRules
 from calumma.model.vocabulary import Vocabulary
 
 
@@ -34,37 +38,51 @@ class RequestState:
     """Preempted, it keeps all but its blocks and its seat.
 
     arrival: its number in the order of requests. seat: its row of the sampler's tables, -1 is none. seated: the row
-    that holds its settings.
+    that holds its settings. constraint: its grammar, at the beginning. Raises ValueError on a prefix that the grammar
+    does not allow.
     """
 
     def __init__(
-        self, request: Request, limits: RequestLimits, arrival: int, vocabulary: Vocabulary, image_length: int
+        self,
+        request: Request,
+        limits: RequestLimits,
+        arrival: int,
+        vocabulary: Vocabulary,
+        image_length: int,
+        constraint: TokenConstraint | None = None,
     ) -> None:
         self.request, self.params, self.arrival = request, request.params, arrival
         self.vocabulary, self.image_length = vocabulary, image_length
         self.seat = self.seated = -1
-        self.seed = request.params.seed or 0  # the engine has given one to those without
+        self.seed = request.params.seed or 0  # the engine has drawn it where it is random
         self.full = Sequence(list(request.tokens))
         self.branches: list[tuple[Sequence, float]] = []  # of the image that is being drawn, with their weights
         self.retired: list[Sequence] = []  # branches that have no further use: their blocks are to be released
         self.weight = 1.0  # of the full context's logits
         self.phase: Phase = "text"
-        self.answered = 0  # ids of the answer; the next one takes the random number of this index
-        self.tokens_left, self.images_left = limits.tokens, limits.images
+        self.answered = 0  # ids of the answer; the next one takes the random numbers of this index
+        self.longest = self.tokens_left = limits.tokens
+        self.images_left = limits.images
         self.codes_left = 0
         self.images_done = 0
         self.finish: Finish | None = None
+        self.failure: Failure | None = None
         self.prompt_logprobs: list[Logprob] = []
         self.drafts: JacobiDraft | None = None  # of the image that is being drawn, where codes are drafted
+        self.rules = TextRules.of(self.params, vocabulary, constraint)
+        self.penalized_prompt = self._penalized_prompt()
         self._images = whole_images(request.tokens, vocabulary, image_length)
         self._unreported: list[_Token] = []
         self._stops = {vocabulary.eos, vocabulary.end_turn, *request.params.stop_ids}
+        self._stop: _Token | None = None  # that ended the answer
         self._prompt_reported = False
         prefix = self.params.prefix if limits.tokens else ()
         if self.params.mode == "image" and limits.tokens and not prefix:
             prefix = (vocabulary.begin_image,)
         for token in prefix:
             self._append(token, FORCED)
+        if self.drawing and not self.codes_left:
+            self._append(vocabulary.end_image, FORCED)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -85,12 +103,27 @@ class RequestState:
         """The ids of the answer so far."""
         return self.full.tokens[len(self.request.tokens) :]
 
+    @property
+    def penalized_ids(self) -> list[int]:
+        """The ids that count for penalties: of the prompt each once, then the answer's, `pad` for what is no text."""
+        is_text_V, pad = self.vocabulary.text_mask, self.vocabulary.pad
+        answer = torch.tensor(self.answer, dtype=torch.long)
+        return [*self.penalized_prompt, *torch.where(is_text_V[answer], answer, pad).tolist()]
+
+    def fail(self, failure: Failure, tokens: Ids[int] = (), logprobs: Ids[Logprob] = ()) -> list[Event]:
+        """End it after these tokens; what it has not reported yet is reported."""
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            self._append(token, logprob)
+        self.finish, self.failure = "failed", failure
+        return self._report()
+
     def accept(self, tokens: Ids[int], logprobs: Ids[Logprob]) -> list[Event]:
         """Take what a pass sampled: one token, or several codes of one image. The last is not in the cache yet."""
-        if not tokens:  # nothing was to be sampled: only the prompt's log-probabilities were asked for
-            self.finish = "length"
+        if not tokens:  # nothing was to be sampled: the prompt's log-probabilities alone, or the prefix is all of it
+            self.finish = "stop" if self.params.mode == "image" and self.images_done else "length"
         elif self.phase == "text" and tokens[0] in self._stops:
             self.finish = "stop"
+            self._stop = _Token(tokens[0], self.phase, logprobs[0])
         else:
             for token, logprob in zip(tokens, logprobs, strict=True):
                 self._append(token, logprob)
@@ -111,16 +144,30 @@ class RequestState:
         if self.finish and not events:
             events.append((self.phase, [], [], []))
         made = []
-        for number, (phase, ids, values, top) in enumerate(events):
+        for phase, ids, values, top in events:
             prompt = None
             if self.params.prompt_logprobs is not None and not self._prompt_reported:
                 prompt, self._prompt_reported = self.prompt_logprobs, True
-            finish = self.finish if number == len(events) - 1 else None
-            made.append(Event(self.request.id, ids, phase, finish, values, top, prompt))
+            made.append(Event(self.request.id, ids, phase, None, values, top, prompt))
+        if self.finish:
+            stop = self._stop
+            made[-1] = replace(
+                made[-1],
+                finish=self.finish,
+                stop_id=None if stop is None else stop.id,
+                stop_logprob=None if stop is None else stop.logprob,
+                failure=self.failure,
+            )
         return made
 
     def _append(self, token: int, logprob: Logprob) -> None:
         vocabulary = self.vocabulary
+        if (
+            self.rules is not None
+            and self.phase == "text"
+            and token not in (vocabulary.begin_image, vocabulary.end_image)
+        ):
+            self.rules.advance(token)
         self.full.tokens.append(token)
         self.tokens_left -= 1
         self.answered += 1
@@ -141,6 +188,13 @@ class RequestState:
                 self._retire_branches()
                 if logprob is not FORCED:  # the end of a drawn image is no choice, so no pass is spent on it
                     self._append(vocabulary.end_image, FORCED)
+
+    def _penalized_prompt(self) -> list[int]:
+        """The prompt's text ids, each once, where they count."""
+        if self.params.text.repetition_penalty == 1:
+            return []
+        prompt = torch.tensor(self.request.tokens)
+        return prompt[self.vocabulary.text_mask[prompt]].unique().tolist()
 
     def _begin_image(self) -> None:
         self.phase, self.codes_left = "image", self.image_length

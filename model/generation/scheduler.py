@@ -1,7 +1,8 @@
 """Who takes part in the next pass: requests in order of arrival, as far as blocks and the budget of tokens go.
 
 An older request takes the blocks it lacks from the youngest, which is preempted: it gives back its blocks and seat and
-waits to be computed again. So the oldest always moves, and everybody becomes the oldest in the end.
+waits to be computed again. So the oldest always moves, and everybody becomes the oldest in the end. What goes wrong
+with one request is told of that one (`faults`), and the others are scheduled.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Scheduler:
         self.waiting: deque[RequestState] = deque()  # in order of arrival, the preempted first
         self.running: list[RequestState] = []  # in order of arrival
         self.preemptions = 0
+        self.faults: list[tuple[RequestState, Exception]] = []  # to be ended by who asks for the schedule
         self._seats = list(reversed(range(seats)))
 
     def schedule(self) -> list[ScheduledRequest]:
@@ -46,10 +48,10 @@ class Scheduler:
         scheduled: list[ScheduledRequest] = []
         budget, preemptions = self.budget, self.preemptions
         for state in list(self.running):
-            budget = self._plan(state, budget, scheduled)
+            budget = self._plan_alone(state, budget, scheduled)
         if self.preemptions == preemptions:
             for state in self._admit():
-                budget = self._plan(state, budget, scheduled)
+                budget = self._plan_alone(state, budget, scheduled)
         return scheduled
 
     def steps(self, scheduled: list[ScheduledRequest], most: int) -> int:
@@ -67,17 +69,24 @@ class Scheduler:
             self.blocks.grow(sequence, sequence.cached + steps)
         return steps
 
-    def finish(self, state: RequestState) -> None:
-        """A request is done, or aborted: its blocks and seat are free."""
+    def finish(self, state: RequestState, failed: bool = False) -> None:
+        """A request is done, aborted or failed: its blocks and seat are free."""
         if state.seat >= 0:
-            self._release(state)
+            self._release(state, failed)
             self.running.remove(state)
-        else:
+        elif state in self.waiting:
             self.waiting.remove(state)
 
     def find(self, request_id: str) -> RequestState | None:
         every = (*self.running, *self.waiting)
         return next((state for state in every if state.request.id == request_id), None)
+
+    def _plan_alone(self, state: RequestState, budget: int, scheduled: list[ScheduledRequest]) -> int:
+        try:
+            return self._plan(state, budget, scheduled)
+        except Exception as error:
+            self.faults.append((state, error))
+            return budget
 
     def _plan(self, state: RequestState, budget: int, scheduled: list[ScheduledRequest]) -> int:
         """Add a request's share, unless it must stay behind, and say what is left of the budget. Takes blocks from the
@@ -130,12 +139,18 @@ class Scheduler:
             if blocks > self.blocks.available:
                 break
             self.waiting.popleft()
-            for sequence in state.sequences:
-                self._attach(state, sequence)
-                if not self.blocks.grow(sequence, len(sequence.tokens)):
-                    raise AssertionError("admission counted too few blocks")
-                if sequence.pending > FREE_TOKENS:
-                    writing.add(self.blocks.next_block(sequence))
+            try:
+                for sequence in state.sequences:
+                    self._attach(state, sequence)
+                    if not self.blocks.grow(sequence, len(sequence.tokens)):
+                        raise AssertionError("admission counted too few blocks")
+                    if sequence.pending > FREE_TOKENS:
+                        writing.add(self.blocks.next_block(sequence))
+            except Exception as error:
+                for sequence in state.sequences:
+                    self.blocks.release(sequence, failed=True)
+                self.faults.append((state, error))
+                continue
             state.seat = self._seats.pop()
             started.append(state)
         self.waiting.extendleft(reversed(behind))
@@ -166,9 +181,9 @@ class Scheduler:
         self.waiting.appendleft(state)
         self.preemptions += 1
 
-    def _release(self, state: RequestState) -> None:
+    def _release(self, state: RequestState, failed: bool = False) -> None:
         for sequence in (*state.retired, *state.sequences):
-            self.blocks.release(sequence)
+            self.blocks.release(sequence, failed)
         state.retired = []
         self._seats.append(state.seat)
         state.seat = state.seated = -1

@@ -11,7 +11,8 @@ class Counters:
 
     text_tokens, image_tokens: of answers, forced ones included. prompt_tokens: of prompts taken in. computed_tokens:
     that went through the model, those of guidance branches, recomputed and rejected ones included. steps: forward
-    passes. preemptions: requests that gave their blocks back to older ones. drafted, accepted: image codes that
+    passes. failed: requests that went wrong (see Failure). preemptions: requests that gave their blocks back to older
+    ones. drafted, accepted: image codes that
     speculative decoding proposed, and those it kept.
     """
 
@@ -24,6 +25,7 @@ class Counters:
     preemptions: int = 0
     finished: int = 0
     aborted: int = 0
+    failed: int = 0
     drafted: int = 0
     accepted: int = 0
 

@@ -63,6 +63,10 @@ class TextTokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone: no bos, never a special or image id."""
 
+    def encode_further(self, text: str) -> list[int]:
+        """Token ids of a text that goes on another: without the space that is put before a text that begins."""
+        return self.encode(text)
+
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """`encode` of every text."""
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
@@ -223,10 +227,10 @@ class HuggingFaceTokenizer(TextTokenizer):
         return self._vocabulary.size
 
     def encode(self, text: str) -> list[int]:
+        return self.encode_further(" " + text if text and self.leading_space else text)
+
+    def encode_further(self, text: str) -> list[int]:
         require_unicode(text)
-        if not text:
-            return []
-        text = " " + text if self.leading_space else text
         ids: list[int] = []
         for index, part in enumerate(text.split(SPACE) if self._spaced and self._marker else [text]):
             if index:

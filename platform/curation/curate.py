@@ -79,7 +79,7 @@ class _SourceJob:
 
     def add_result(self, result: dict[str, Any]) -> None:
         """Add what a task returned."""
-        self.counts.add(DocumentCounts.model_validate(result["tally"]))
+        self.counts.add(DocumentCounts.model_validate(result["counts"]))
         self.findings.add(Findings.model_validate(result["findings"]))
         self.entries += [FileEntry.model_validate(entry) for entry in result.get("files", ())]
 
@@ -166,7 +166,7 @@ def _plan(spec: CurateSpecification) -> list[_SourceJob]:
                 "place": [number, place],
                 "files": files[begin : begin + size],
                 "output": output,
-                "stem": publishing.shard_prefix("documents", fingerprint, place),
+                "shard_prefix": publishing.shard_prefix("documents", fingerprint, place),
             }
             for place, begin in enumerate(range(0, len(files), size))
         ]

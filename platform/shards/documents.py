@@ -5,18 +5,25 @@ Reading needs no cluster: training jobs and the evaluation iterate `read_documen
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from calumma.model.document import Document
 from calumma.platform import storage
+from calumma.platform.shards.partial import PartialFile, extent
+from calumma.platform.shards.row_groups import ShardError
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import Manifest
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import FileMetaData, ParquetFile
 
 CURATED = "curated"  # Manifest.kind
 IMAGE_DOCUMENTS_A_ROW_GROUP = 64
 ROW_GROUP_CHARACTERS, ROW_GROUP_DOCUMENTS = 1 << 20, 4096  # characters and documents of a row group of texts, about
+_ADVICE = "if that is no passing failure, curate its documents again"
 READ_BATCH = 256  # documents read at once: what is read stays in the processor's cache until it is used
 
 
@@ -58,35 +65,99 @@ def _row_groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def read_shard(uri: str) -> Iterator[Document]:
-    """Documents of one shard, in order. Raises StorageError."""
+def read_shard(uri: str, sha256: str | None = None) -> Iterator[Document]:
+    """Documents of one shard, in order.
+
+    Raises StorageError, ShardError where a row group cannot be read, and ShardError at the end where the whole file is
+    not that of this checksum: damage that can still be read as documents is told to whoever takes all of them.
+    """
     import pyarrow.parquet as pq
 
-    with storage.open_read(uri) as file:
-        table = pq.ParquetFile(cast(Any, file))
-        for group in range(table.num_row_groups):
-            for batch in table.iter_batches(READ_BATCH, [group], use_threads=False):
-                for row in batch.to_pylist():
-                    yield Document.from_row(row)
+    with storage.open_read(uri) as raw:
+        metadata, extents = _footer(uri, raw)
+        file, part = _Sequential(raw), PartialFile(raw.seek(0, io.SEEK_END))
+        raw.seek(0)
+        table = pq.ParquetFile(part, metadata=metadata)
+        for number, (begin, end) in enumerate(extents):
+            file.read(begin)
+            part.set_bytes(file.read(end), begin)
+            yield from _documents(table, number, f"{uri}: row group {number}")
+        file.read(None)
+    found = file.checksum.hexdigest()
+    if sha256 is not None and found != sha256:
+        said = f"has checksum {found[:16]}…, where its manifest says {sha256[:16]}…"
+        raise ShardError(f"{uri} {said}; {_ADVICE}")
+
+
+def _footer(uri: str, file: io.BufferedIOBase) -> tuple[FileMetaData, list[tuple[int, int]]]:
+    """The metadata of a shard, and where its row groups begin and end."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.ParquetFile(cast(Any, file)).metadata
+        extents = [extent(metadata, number) for number in range(metadata.num_row_groups)]
+        places = [place for begin_end in extents for place in begin_end]
+        if places != sorted(places) or (places and places[0] < 0):
+            raise ValueError("its row groups overlap")
+    except storage.StorageError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(f"{uri}: its footer", error) from error
+    return metadata, extents
+
+
+def _documents(table: ParquetFile, row_group: int, where: str) -> Iterator[Document]:
+    import pyarrow as pa
+
+    try:
+        for batch in table.iter_batches(READ_BATCH, [row_group], use_threads=False):
+            yield from map(Document.from_row, batch.to_pylist())
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(what: str, error: Exception) -> ShardError:
+    told = " ".join(f"{error}".split())  # pyarrow's have several lines
+    return ShardError(f"{what} cannot be read ({told}); {_ADVICE}")
+
+
+class _Sequential:
+    """A file that is read from its begin to its end, with the checksum of what was read."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file, self._place = file, 0
+        self.checksum = hashlib.sha256()
+
+    def read(self, end: int | None) -> bytes:
+        """From where the last reading ended up to this byte, or to the last of all."""
+        data = self._file.read(-1 if end is None else end - self._place)
+        self.checksum.update(data)
+        self._place += len(data)
+        return data
 
 
 def read_documents(uri_dir: str) -> Iterator[Document]:
     """All documents of a published directory, in the order of its manifest.
 
-    Raises StorageError (NotFound when nothing is published there) and SpecificationError when it holds no documents.
+    Raises StorageError (NotFound when nothing is published there), SpecificationError when it holds no documents, and
+    ShardError for a shard that is damaged.
     """
-    for uri in shard_uris(uri_dir):
-        yield from read_shard(uri)
+    for shard in shards(uri_dir):
+        yield from read_shard(*shard)
 
 
-def shard_uris(uri_dir: str, manifest: Manifest | None = None) -> list[str]:
-    """URIs of a curated directory's shards, in order. Raises as `read_documents`."""
+def shards(uri_dir: str, manifest: Manifest | None = None) -> list[tuple[str, str]]:
+    """(URI, sha256) of a curated directory's shards, in order: what `read_shard` takes. Raises as `curated`."""
     manifest = manifest or curated_manifest(uri_dir)
-    return [storage.join(uri_dir, entry.path) for entry in manifest.files]
+    return [(storage.join(uri_dir, entry.path), entry.sha256) for entry in manifest.files]
 
 
 def curated_manifest(uri_dir: str) -> Manifest:
-    """The manifest of a directory of curated documents. Raises as `read_documents`."""
+    """The manifest of a directory of curated documents.
+
+    Raises StorageError (NotFound when nothing is published there) and SpecificationError when it holds no documents.
+    """
     manifest = Manifest.find(uri_dir)
     if manifest is None:
         raise SpecificationError(f"{uri_dir}: no documents are published there; run the job curate for them first")

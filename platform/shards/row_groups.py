@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,11 +21,14 @@ import numpy as np
 from calumma.platform import storage
 from calumma.platform.shards import parquet_pages
 from calumma.platform.shards.cache import ShardCache
+from calumma.platform.shards.partial import PartialFile, extent
 from calumma.platform.shards.tokens import ROW_GROUPS_KEY, row_group_digest
 
 if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import FileMetaData, ParquetFile
+
+    from calumma.platform.storage.manifest import Manifest
 
 
 _COLUMNS = ["tokens", "loss_mask", "segments"]
@@ -48,7 +50,30 @@ class MicroBatch(NamedTuple):
 
 
 class ShardError(ValueError):
-    """A token shard is missing, damaged, or not what its manifest says; the message names it."""
+    """A shard is missing, damaged, or not what its manifest says; the message names it."""
+
+
+def all_micro_batches(uri: str, manifest: Manifest) -> list[MicroBatch]:
+    """Every row group of the token shards at `uri`, in the order of their manifest. Raises ManifestError where it does
+    not say how many sequences one holds."""
+    return [
+        MicroBatch(
+            uri,
+            storage.join(uri, file.path),
+            row_group,
+            file.sequences(row_group),
+            file.bytes,
+            *((file.footer.bytes, bytes.fromhex(file.footer.sha256)) if file.footer else (0, bytes(32))),
+        )
+        for file in manifest.files
+        for row_group in range(file.row_groups)
+    ]
+
+
+def context_of(manifest: Manifest) -> int | None:
+    """Tokens that a sequence of these token shards predicts (rows hold one more), where their manifest says."""
+    context = manifest.specification.get("context")
+    return context if isinstance(context, int) else None
 
 
 @dataclass(frozen=True)
@@ -188,7 +213,7 @@ class _ShardFooter:
     """Offset, length and digest of each row group, in shards that have them."""
     own_layout: bool = False
     """Whether the file may be laid out as `decode_own_layout` needs it."""
-    idle_files: list[tuple[_PartialFile, ParquetFile]] = field(default_factory=list)
+    idle_files: list[tuple[PartialFile, ParquetFile]] = field(default_factory=list)
     """Files that no thread reads now: opening one costs a third of decoding a row group of 32,000 tokens."""
 
     def decode_own_layout(
@@ -222,7 +247,7 @@ class _ShardFooter:
         try:
             part, file = self.idle_files.pop()
         except IndexError:
-            part = _PartialFile(micro_batch.shard_bytes)
+            part = PartialFile(micro_batch.shard_bytes)
             file = pq.ParquetFile(part, metadata=self.metadata)
         part.set_bytes(data, offset)
         try:
@@ -249,11 +274,8 @@ class _ShardFooter:
         if self.ranges is not None:
             offset, length, expected = self.ranges[number]
             return offset, length, expected
-        group = self.metadata.row_group(number)
-        columns = [group.column(n) for n in range(group.num_columns)]
-        begins = [min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns]
-        end = max(begin + c.total_compressed_size for begin, c in zip(begins, columns, strict=True))
-        return min(begins), end - min(begins), ""
+        begin, end = extent(self.metadata, number)
+        return begin, end - begin, ""
 
 
 class _FooterCache:
@@ -286,48 +308,6 @@ class _FooterCache:
 def _footer_cache() -> _FooterCache:
     """Of this process: reading tasks come and go, and read the same shards."""
     return _FooterCache(_FOOTER_CACHE_BYTES)
-
-
-class _PartialFile:
-    """A Parquet file of which only some bytes are at hand, as pyarrow wants to read it."""
-
-    closed = False
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._place = 0
-        self.set_bytes(b"", 0)
-
-    def set_bytes(self, data: bytes, offset: int) -> None:
-        """Have these bytes at hand, and no others."""
-        self._data, self._offset = memoryview(data), offset
-
-    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        self._place = place + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def read(self, length: int = -1) -> memoryview:
-        begin = self._place - self._offset
-        if begin < 0:
-            raise ValueError(f"bytes before {self._offset} are not at hand")
-        data = self._data[begin : begin + length]
-        self._place += len(data)
-        return data
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
 
 
 def _sha256(data: bytes) -> str:

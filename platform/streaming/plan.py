@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from calumma.platform.shards.row_groups import MicroBatch
+from calumma.platform.shards.row_groups import MicroBatch, context_of
 from calumma.platform.storage.manifest import FileEntry, Manifest
 
 # Weights are kept exact while their common period is no longer than this; beyond it they are rounded to 1/65536.
@@ -73,11 +73,11 @@ class Plan:
                 raise PlanError(f"{uri}: no manifest was given for these token shards")
         self.micro_batches = micro_batches
         self.sources = sorted(mixture)
-        contexts = {uri: manifests[uri].specification.get("context") for uri in self.sources}
-        contexts = {uri: context for uri, context in contexts.items() if isinstance(context, int)}
+        listing = {uri: context_of(manifests[uri]) for uri in self.sources}
+        contexts = {uri: context for uri, context in listing.items() if context is not None}
         if len(set(contexts.values())) > 1:
-            listing = ", ".join(f"{uri}: {context}" for uri, context in contexts.items())
-            raise PlanError(f"token shards of different contexts cannot be mixed ({listing})")
+            told = ", ".join(f"{uri}: {context}" for uri, context in contexts.items())
+            raise PlanError(f"token shards of different contexts cannot be mixed ({told})")
         self.context: int | None = next(iter(contexts.values()), None)
         """Tokens a sequence predicts (rows hold one more), or None when no manifest says."""
 

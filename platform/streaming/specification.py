@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
 from calumma.platform.specification import JobSpecification, Section, repeated
+
+if TYPE_CHECKING:
+    from calumma.platform.shards.row_groups import RowGroupReader
 
 
 class MixtureOf(Section):
@@ -30,6 +33,14 @@ class ReadingSettings(Section):
 
     verify: bool = Field(True, description="check every row group that is read against its digest")
     cache: ShardCacheSettings | None = Field(None, description="keep copies of whole shards; none: read parts of them")
+
+    def reader(self) -> RowGroupReader:
+        """Of token shards, as these settings say."""
+        from calumma.platform.shards.cache import ShardCache
+        from calumma.platform.shards.row_groups import RowGroupReader
+
+        cache = ShardCache(self.cache.directory, int(self.cache.gigabytes * 1e9)) if self.cache else None
+        return RowGroupReader(None, self.verify, cache)
 
 
 class MixtureSpecification(JobSpecification):

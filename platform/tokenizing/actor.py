@@ -84,10 +84,10 @@ class TokenizingActor:
         self._is_image[vocabulary.image_ids] = True
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Encode, pack and write the documents of some shards. Raises UnusableDocuments and StorageError.
+        """Encode, pack and write the documents of some shards. Raises UnusableDocuments, ShardError, StorageError.
 
-        `task`: "shards" (URIs), "seed" (of its order), "output" (URI), "shard_prefix", "receipt" (URI).
-        Returns a Receipt, written to storage, too.
+        `task`: "shards" (URI and sha256 of each), "seed" (of its order), "output" (URI), "shard_prefix", "receipt"
+        (URI). Returns a Receipt, written to storage, too.
         """
         import torch
 
@@ -153,10 +153,10 @@ class TokenizingActor:
 
 
 def encode_documents(
-    encoder: DocumentEncoder, uris: Sequence[str], image_batch: int, threads: int
+    encoder: DocumentEncoder, shards: Sequence[tuple[str, str]], image_batch: int, threads: int
 ) -> Iterator[tuple[Document, EncodedArrays]]:
     """Every document of some shards with its tokens, in order; the images of all documents are coded in batches of
-    `image_batch` (the last one smaller). Raises UnusableDocuments and StorageError."""
+    `image_batch` (the last one smaller). Raises UnusableDocuments, ShardError and StorageError."""
     chunks: deque[_DocumentBatch] = deque()
     waiting: deque[tuple[_DocumentBatch, Image]] = deque()
     opened: deque[tuple[_DocumentBatch, Future[torch.Tensor]]] = deque()
@@ -182,8 +182,8 @@ def encode_documents(
         yield from zip(chunk.documents, tokens, strict=True)
 
     try:
-        for uri in uris:
-            for documents in _batches(document_shards.read_shard(uri)):
+        for uri, sha256 in shards:
+            for documents in _batches(document_shards.read_shard(uri, sha256)):
                 chunk = _DocumentBatch(uri, documents, texts.submit(encoder.text_ids, documents))
                 chunks.append(chunk)
                 images = [s for document in documents for s in document.segments if isinstance(s, Image)]

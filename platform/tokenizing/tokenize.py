@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from calumma.platform.tracking.run import Run
 
 TOKENS = "tokens"  # Manifest.kind
+T = TypeVar("T")
 
 
 @dataclass
@@ -62,7 +63,7 @@ class _Directory:
 
 def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
     """Tokenize all documents that no equal specification has published, from inputs that are still the same, and of
-    those only what a killed job has not done. Raises SpecificationError, UnusableDocuments and StorageError.
+    those only what a killed job has not done. Raises SpecificationError, UnusableDocuments, ShardError, StorageError.
     """
     directories = _plan(spec)
     published: dict[str, Manifest] = {}
@@ -126,8 +127,8 @@ def _plan(spec: TokenizeSpecification) -> list[_Directory]:
         output = storage.join(spec.locate(spec.output), name)
         folder = storage.join(spec.locate(spec.output), receipts.FOLDER, name)
         tasks = []
-        uris = document_shards.shard_uris(documents, manifest)
-        for number, window in enumerate(windows(uris, manifest.rows, spec.window, spec.seed)):
+        shards = document_shards.shards(documents, manifest)
+        for number, window in enumerate(windows(shards, manifest.rows, spec.window, spec.seed)):
             shard_prefix = publishing.shard_prefix("tokens", fingerprint, number)
             tasks.append(
                 {
@@ -168,11 +169,11 @@ def _image_count(manifest: Manifest) -> int:
     return sum(report.get("images", 0) for report in reports.values())
 
 
-def windows(uris: Sequence[str], documents: int, size: int, seed: int) -> list[list[str]]:
+def windows(shards: Sequence[T], documents: int, size: int, seed: int) -> list[list[T]]:
     """Shards dealt to windows of about `size` documents, in an order that the seed decides."""
-    order = np.random.default_rng(seed).permutation(len(uris))
-    count = min(len(uris), max(1, documents // size))
-    return [[uris[i] for i in order[number::count]] for number in range(count)]
+    order = np.random.default_rng(seed).permutation(len(shards))
+    count = min(len(shards), max(1, documents // size))
+    return [[shards[i] for i in order[number::count]] for number in range(count)]
 
 
 def _window_seed(seed: int, name: str, window: int) -> list[int]:

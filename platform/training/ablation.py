@@ -11,17 +11,17 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from calumma.model import vocabulary as model_vocabulary
 from calumma.model.config import ModelConfig
-from calumma.model.ops.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
+from calumma.platform.shards.row_groups import RowGroupReader, all_micro_batches
 from calumma.platform.specification import SpecificationError, with_absolute_storage
 from calumma.platform.storage.manifest import Manifest, file_entries
 from calumma.platform.tracking.fingerprints import fingerprints
@@ -93,7 +93,7 @@ def train_variant(spec: AblateSpecification, name: str, rate: float) -> Points:
     """One training: a point every `log_every` steps, until the end or the first loss that is not finite.
 
     Its loss is the mean since the last point; all else is measured, without dropout, on the same micro-batch of each
-    source again and again: how text and images take turns does not show.
+    source again and again: how text and images take turns does not show. Raises ShardError and StorageError.
     """
     from calumma.platform.streaming.plan import Plan
 
@@ -102,14 +102,18 @@ def train_variant(spec: AblateSpecification, name: str, rate: float) -> Points:
         storage.read_bytes(storage.join(spec.locate(spec.text_tokenizer), model_vocabulary.FILE))
     )
     mixture = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
-    plan = Plan(spec.seed, mixture, {uri: Manifest.read(uri) for uri in mixture}, spec.micro_batches)
+    manifests = {uri: Manifest.read(uri) for uri in mixture}
+    plan = Plan(spec.seed, mixture, manifests, spec.micro_batches)
     device = torch.device("cuda" if spec.resources.gpus_per_worker else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
     image_mask_V = vocabulary.mask(vocabulary.image_ids).to(device)
     shape = config.model_copy(update={"vocabulary_size": vocabulary.size})
-    probes = [held_out.read_row_group(*held_out.row_groups(uri)[0]) for uri in mixture]
-    return _train(spec, shape, z_loss, rate, plan, image_mask_V, probes)
+    reader = RowGroupReader(plan.context)
+    probes = [
+        held_out.read_row_group(reader, all_micro_batches(uri, manifest)[0]) for uri, manifest in manifests.items()
+    ]
+    return _train(spec, shape, z_loss, rate, plan, reader, image_mask_V, probes)
 
 
 def _train(
@@ -118,6 +122,7 @@ def _train(
     z_loss: float,
     rate: float,
     plan: Plan,
+    reader: RowGroupReader,
     image_mask_V: torch.Tensor,
     probes: list[held_out.HeldOutBatch],
 ) -> Points:
@@ -130,10 +135,10 @@ def _train(
     for step in range(spec.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, rate, spec.schedule, spec.steps)
-        batches = [held_out.read_row_group(found.shard, found.row_group) for found in plan.step(step)]
+        batches = [held_out.read_row_group(reader, found) for found in plan.step(step)]
         targets = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
         for batch in batches:
-            found = _forward(transformer, batch, image_mask_V, z_loss=z_loss, normalizer=max(targets, 1))
+            found = engine.losses(transformer, batch, image_mask_V, z_loss=z_loss, normalizer=max(targets, 1))
             found.total.backward()
             nll += float(found.sums.text_nll + found.sums.image_nll)
         trained += targets
@@ -150,18 +155,6 @@ def _train(
     return points
 
 
-def _forward(transformer: Transformer, batch: held_out.HeldOutBatch, image_mask_V: torch.Tensor, **given: Any) -> Loss:
-    tokens, mask, segments = (x.to(image_mask_V.device) for x in (batch.tokens, batch.mask, batch.segments))
-    return transformer(
-        tokens[:, :-1],
-        segments[:, :-1],
-        targets=tokens[:, 1:],
-        mask=mask[:, 1:],
-        image_mask=image_mask_V,
-        **given,
-    )
-
-
 @torch.no_grad()
 def _norms(
     transformer: Transformer, probes: list[held_out.HeldOutBatch], image_mask_V: torch.Tensor
@@ -169,7 +162,7 @@ def _norms(
     """Of the instruments of all layers (model/ops/stability.py) the ones that are drawn: means over the probes, of the
     attention logit the maximum."""
     transformer.eval()
-    each = [_largest(_forward(transformer, batch, image_mask_V, measure=True).stability) for batch in probes]
+    each = [_largest(engine.losses(transformer, batch, image_mask_V, measure=True).stability) for batch in probes]
     transformer.train()
     means = {name: sum(values[name] for values in each) / len(each) for name in each[0]}
     return means | {"attention_logit_max": max(values["attention_logit_max"] for values in each)}

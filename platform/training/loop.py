@@ -158,9 +158,14 @@ class _Stage:
         losses_of = {}
         for name, uri in self.spec.held_out.items():
             place = self.spec.locate(uri)
-            beat = supervisor.beat if supervisor is not None else None
             losses_of[name] = held_out.measure(
-                self.engine, place, self.image_mask_V, self.worker.rank, self.worker.world, beat
+                self.engine,
+                place,
+                self.image_mask_V,
+                self.worker.rank,
+                self.worker.world,
+                supervisor.beat if supervisor is not None else None,
+                self.spec.data.reader(),
             )
         means = [values["loss"] for values in losses_of.values() if "loss" in values]
         if means:

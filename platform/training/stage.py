@@ -39,7 +39,6 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
 
     Raises SpecificationError before anything starts, TrainingFailed, StorageError, TrackingError.
     """
-    from calumma.platform.shards.cache import ShardCache
     from calumma.platform.streaming.plan import PlanError
     from calumma.platform.streaming.tensors import PlanDataConfig
 
@@ -50,7 +49,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     warn_of_fresh_optimizer(assignment, number)
     weights = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
     manifests = {uri: Manifest.read(uri) for uri in weights}
-    cache = ShardCache(spec.data.cache.directory, int(spec.data.cache.gigabytes * 1e9)) if spec.data.cache else None
+    reader = spec.data.reader()
     try:
         data = PlanDataConfig(
             spec.seed,
@@ -59,8 +58,8 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
             spec.micro_batches,
             assignment.first_step,
             spec.steps,
-            verify=spec.data.verify,
-            cache=cache,
+            verify=reader.verify,
+            cache=reader.cache,
         )
     except PlanError as error:
         raise SpecificationError(f"mixture: {error}") from error

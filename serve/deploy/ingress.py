@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from dataclasses import replace
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from calumma.serve.deploy.continuation import ReplicaLost, ReplicasBusy, unbroken
 from calumma.serve.deploy.naming import ENGINE, WATCHER
-from calumma.serve.protocol import ENGINE_FAILED, FINAL_EVENTS, GenerationRequest, OutputStream, RequestFailed, Started
+from calumma.serve.protocol import (
+    FINAL_EVENTS,
+    REQUEST_FAILED,
+    EventBatch,
+    GenerationRequest,
+    OutputStream,
+    RequestFailed,
+)
 from calumma.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -18,13 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # at a request, while the replicas that get it are lost before they have output
-REPLICA_GONE_SECONDS = 2.0  # until Ray Serve knows that a replica is lost, or has failed
 SCRAPE_SECONDS = 3.0  # replicas that take longer to send their statistics are left out
-
-
-class _EngineFailedError(Exception):
-    """A replica's engine has failed, as the message says; the replica is about to end."""
 
 
 class RayBackend:
@@ -32,6 +35,7 @@ class RayBackend:
 
     def __init__(self, application: str) -> None:
         self.application = application
+        self.streams: Counter[str] = Counter()  # under way, by the application that they are at
         self._handle = self._find()
 
     def switch(self, application: str) -> None:
@@ -45,48 +49,58 @@ class RayBackend:
         return serve.get_deployment_handle(ENGINE, self.application)
 
     async def generate(self, request: GenerationRequest) -> OutputStream:
-        """As `Backend.generate`. While there is no output, a request whose replica is lost goes to another replica;
-        later, or after ATTEMPTS, it fails."""
-        from ray.serve.exceptions import BackPressureError
+        """As `Backend.generate`. When the replica is lost that answers, another one goes on with it: of the same
+        application, for what is begun stays with its version of the model."""
+        application, handle = self.application, self._handle
+        self.streams[application] += 1
 
-        started = begun = False
-        for attempt in range(1, ATTEMPTS + 1):
-            retry = replace(request, id=f"{request.id}-{attempt}")  # a replica may still work on the last attempt
-            stream: Any = self._handle.options(stream=True).generate_batches.remote(retry)
-            ended = False
-            try:
-                async for events in stream:
-                    for event in events:
-                        if isinstance(event, Started) and started:
-                            continue
-                        last_attempt = begun or attempt == ATTEMPTS
-                        if isinstance(event, RequestFailed) and event.code == ENGINE_FAILED and not last_attempt:
-                            raise _EngineFailedError(event.message)
-                        started, begun = True, begun or not isinstance(event, Started)
-                        ended = isinstance(event, FINAL_EVENTS)
-                        yield event
-                ended = True
+        def ask(asked: GenerationRequest) -> AsyncGenerator[EventBatch, None]:
+            nonlocal application, handle
+            if asked.continuation is None and application != self.application:
+                self.streams[application] -= 1
+                application, handle = self.application, self._handle
+                self.streams[application] += 1
+            return self._ask(handle, asked)
+
+        try:
+            async with aclosing(unbroken(request, ask)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.streams[application] -= 1
+
+    async def _ask(self, handle: DeploymentHandle, request: GenerationRequest) -> AsyncGenerator[EventBatch, None]:
+        """What a replica makes of a request. Raises ReplicaLost, ReplicasBusy."""
+        from ray.exceptions import RayActorError, RayTaskError
+        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+        stream: Any = handle.options(stream=True).generate_batches.remote(request)
+        ended = False
+        try:
+            async for batch in stream:
+                ended = any(isinstance(event, FINAL_EVENTS) for event in batch.events)
+                yield batch
+            ended = True
+        except BackPressureError as error:
+            ended = True
+            raise ReplicasBusy from error
+        except DeploymentUnavailableError as error:
+            ended = True
+            if request.continuation is None:  # a new version takes over
+                raise ReplicaLost(str(error)) from error
+            message = "the model's version that was answering is gone, and another one cannot go on with its answer"
+            yield EventBatch([RequestFailed(503, message, code="version_gone")])
+        except Exception as error:  # of Ray, of gRPC, or the replica's own
+            ended = True
+            if isinstance(error, RayTaskError) and not isinstance(error.cause, RayActorError):
+                log.exception("a replica failed to answer %s", request.id)
+                message = f"the replica failed to answer ({type(error.cause or error).__name__})"
+                yield EventBatch([RequestFailed(500, message, code=REQUEST_FAILED)])
                 return
-            except BackPressureError:
-                ended = True
-                yield RequestFailed(
-                    429, "all replicas are busy and the queue is full; try again shortly", code="overloaded"
-                )
-                return
-            except Exception as error:  # of Ray, of gRPC, or the replica's own
-                ended = True
-                log.warning("lost a replica of %s: %s: %s", self.application, type(error).__name__, error)
-                if begun or attempt == ATTEMPTS:
-                    yield RequestFailed(
-                        503,
-                        f"the replica was lost while answering ({type(error).__name__}); try again",
-                        code="unavailable",
-                    )
-                    return
-                await asyncio.sleep(REPLICA_GONE_SECONDS)
-            finally:
-                if not ended:
-                    stream.cancel()
+            raise ReplicaLost(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+        finally:
+            if not ended:
+                stream.cancel()
 
     async def describe(self) -> dict[str, Any]:
         facts: dict[str, Any] = await self._handle.describe.remote()
@@ -129,6 +143,10 @@ class Ingress:
         for name, application in table.items():
             if self._backends[name].application != application:
                 self._backends[name].switch(application)
+
+    def streams(self, application: str) -> int:
+        """How many outputs an application is at work on for this ingress."""
+        return sum(backend.streams[application] for backend in self._backends.values())
 
     def _catch_up(self, watch: str | None) -> None:
         """An ingress that replaces a lost one asks where the models are by now."""

@@ -1,5 +1,5 @@
 """Rollout of new model versions: models:/name@alias is resolved again and again, and a new version takes over when it
-answers. The old one drains, so no request is dropped; both need room for that time."""
+answers. The old one ends when its last stream has, so no request is dropped; both need room for that time."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+STREAMS_SECONDS = 1.0  # between looks at an old version's streams
 SETTLE_SECONDS = 2.0  # requests that were sent to the old version reach it within so long
 
 
@@ -79,6 +80,19 @@ class RolloutController:
                 return
 
 
+def await_last_stream(streams: Callable[[], int], seconds: float) -> None:
+    """Wait until an old version has no streams, which go on there even when one of its replicas is lost; at most for
+    so many seconds, after which no answer is under way."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if not streams():
+                return
+        except Exception as error:
+            log.warning("an ingress does not tell its streams: %s", error)
+        time.sleep(STREAMS_SECONDS)
+
+
 def follows_alias(model: str) -> bool:
     return model.startswith("models:/") and "@" in model
 
@@ -94,13 +108,21 @@ class AliasWatcher:
         def announce(table: dict[str, str]) -> None:
             serve.get_deployment_handle(INGRESS, ingress).broadcast("switch", table).results(timeout_s=60)
 
+        def streams(application: str) -> int:
+            found = serve.get_deployment_handle(INGRESS, ingress).broadcast("streams", application)
+            return sum(found.results(timeout_s=60))
+
+        def remove(application: str) -> None:
+            await_last_stream(lambda: streams(application), settings.limits.seconds)
+            serve.delete(application, _blocking=False)
+
         self._controller = RolloutController(
             settings.models,
             applications,
             locate_servable,
             lambda model, source: start_model(model, source, settings.name),
             announce,
-            lambda application: serve.delete(application, _blocking=False),
+            remove,
         )
         self._seconds = seconds
         threading.Thread(target=self._run, name="watcher", daemon=True).start()

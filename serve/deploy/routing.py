@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
-from ray.serve.request_router import LocalityMixin, MultiplexMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import (
+    FIFOMixin,
+    LocalityMixin,
+    MultiplexMixin,
+    PendingRequest,
+    RequestRouter,
+    RunningReplica,
+)
 
 from calumma.model.document import Document, Text
 from calumma.serve.protocol import GenerationRequest
@@ -38,13 +46,20 @@ def preferred_replica(key: bytes, replicas: list[str]) -> str:
     return max(replicas, key=lambda name: hashlib.sha256(key + name.encode()).digest())
 
 
-class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
+class PrefixRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
     """Prompts that begin alike go to the same replica, whose cache has what they share, unless it is clearly busier
-    than another; then, and for all other calls, the least busy one is taken."""
+    than another; then, and for all other calls, the least busy one is taken.
+
+    A replica that is found goes to the call it was found for, or, where calls wait for room, to the one that has waited
+    longest. Ray's default takes the call by the id of the HTTP request instead, which all its calls share (n answers
+    are n calls): the others would look for a replica for ever, and let nobody else run meanwhile.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        if pending_request is not None:  # where none of them has room, look again later instead of at once
+            pending_request.routing_context.should_backoff = True
         if not candidate_replicas:
             return []
         request = pending_request.args[0] if pending_request and pending_request.args else None
@@ -54,6 +69,16 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         first = by_name[preferred_replica(prefix_key(request), list(by_name))]
         others = [replica for replica in candidate_replicas if replica is not first]
         return [candidate_replicas] if self._busy(first, others) else [[first], others]
+
+    def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
+        """FIFOMixin's hook: who gets a replica that was found for the call with this metadata; None is the first in
+        line. The metadata is of one call alone."""
+        if self.num_routing_tasks_in_backoff:
+            return None
+        for pending in self._pending_requests_to_fulfill:
+            if pending.metadata is request_metadata and not pending.future.done():
+                return pending
+        return None
 
     def _busy(self, first: RunningReplica, others: list[RunningReplica]) -> bool:
         """By the known queue lengths; an unknown one counts as empty."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from calumma.model import load
-from calumma.serve.protocol import GenerationRequest, OutputEvent
+from calumma.serve.protocol import EventBatch, GenerationRequest
 from calumma.serve.replica.engine.process import EngineProcess
 from calumma.serve.replica.model_loading import device_and_dtype, without_weights
 from calumma.serve.replica.replica import EngineReplica
@@ -44,7 +44,8 @@ class EngineDeployment(EngineReplica):
                 engine = EngineProcess(settings, directory, threads)
             else:
                 self._workers = WorkerGroup(settings, directory, threads)
-                engine = EngineProcess(settings, directory, threads, self._workers.rendezvous, self._workers.explain)
+                group = self._workers
+                engine = EngineProcess(settings, directory, threads, group.rendezvous, group.explain, group.stopped)
                 self._workers.watch(engine.fail)
             try:
                 model = load(directory, device_and_dtype(settings)[0], read=without_weights)
@@ -61,7 +62,7 @@ class EngineDeployment(EngineReplica):
         self._streams = 0
         threading.Thread(target=self._exit_after, args=(engine,), daemon=True).start()
 
-    async def generate_batches(self, request: GenerationRequest) -> AsyncGenerator[list[OutputEvent], None]:
+    async def generate_batches(self, request: GenerationRequest) -> AsyncGenerator[EventBatch, None]:
         self._streams += 1
         try:
             async with aclosing(super().generate_batches(request)) as batches:

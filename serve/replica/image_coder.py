@@ -10,7 +10,7 @@ import asyncio
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 LARGEST_BATCH = 16  # images of one prompt coded together
+ATTEMPTS = 3  # at a call, while replicas of the deployment are lost
 
 
 class ImageCoder(Protocol):
@@ -96,18 +97,29 @@ class LocalImageCoder:
 
 
 class RemoteImageCoder:
-    """Codes on the replicas of an image-coding deployment."""
+    """Codes on the replicas of an image-coding deployment; where one is lost, on another."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
     async def encode(self, images: Sequence[Image]) -> list[list[int]]:
-        found: list[list[int]] = await self._handle.encode.remote(list(images)) if images else []
+        found: list[list[int]] = await self._call("encode", list(images)) if images else []
         return found
 
     async def decode(self, codes: Sequence[int]) -> bytes:
-        png: bytes = await self._handle.decode.remote(list(codes))
+        png: bytes = await self._call("decode", list(codes))
         return png
+
+    async def _call(self, method: str, argument: Any) -> Any:
+        from ray.exceptions import RayActorError
+
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await getattr(self._handle, method).remote(argument)
+            except RayActorError:
+                if attempt == ATTEMPTS:
+                    raise
+                await asyncio.sleep(attempt)
 
 
 class ImageCoderDeployment(LocalImageCoder):

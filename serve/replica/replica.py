@@ -22,6 +22,9 @@ from calumma.model.tokenizers.image import MissingDecoder
 from calumma.serve.protocol import (
     BOS,
     EOS,
+    FINAL_EVENTS,
+    OVERLOADED,
+    EventBatch,
     Finished,
     GenerationRequest,
     ImageOutput,
@@ -33,7 +36,15 @@ from calumma.serve.protocol import (
     TextDelta,
     TokenCount,
 )
-from calumma.serve.replica.engine.client import Admitted, EngineClient, EngineOutput, ImageCodes, PromptLogprobs
+from calumma.serve.replica.engine.client import (
+    NOT_URGENT,
+    Admitted,
+    Answered,
+    EngineClient,
+    EngineOutput,
+    ImageCodes,
+    PromptLogprobs,
+)
 from calumma.serve.replica.engine.thread import EngineThread
 from calumma.serve.replica.image_coder import ImageCoder, LocalImageCoder, PromptEncoder
 from calumma.serve.replica.mailbox import Mailbox
@@ -72,31 +83,32 @@ class EngineReplica:
     async def generate(self, request: GenerationRequest) -> OutputStream:
         """The output as it comes; Started or RequestFailed is the first event. Closing the generator aborts it."""
         async with aclosing(self.generate_batches(request)) as batches:
-            async for events in batches:
-                for event in events:
+            async for batch in batches:
+                for event in batch.events:
                     yield event
 
-    async def generate_batches(self, request: GenerationRequest) -> AsyncGenerator[list[OutputEvent], None]:
-        """`generate`, with the events that are there at a time together."""
-        if self.engine.waiting >= self.max_queued:
+    async def generate_batches(self, request: GenerationRequest) -> AsyncGenerator[EventBatch, None]:
+        """`generate`, with the events that are there at a time together, and the ids from which another replica could
+        continue the answer."""
+        if self.engine.waiting >= self.max_queued and request.continuation is None:
             message = f"{self.max_queued} requests are in line already; try again shortly"
-            yield [RequestFailed(429, message, code="overloaded")]
+            yield EventBatch([RequestFailed(429, message, code=OVERLOADED)])
             return
         try:
             params = supported_params(request.params, self.model)
         except MissingDecoder as error:
-            yield [RequestFailed(400, str(error), code="no_image_output")]
+            yield EventBatch([RequestFailed(400, str(error), code="no_image_output")])
             return
-        mailbox: Mailbox[EngineOutput] = Mailbox((TextDelta, ImageProgress))
+        mailbox: Mailbox[EngineOutput] = Mailbox(NOT_URGENT)
         try:
             tokens = await self._encode(request.prompt)
             if request.max_tokens == 0 and not (request.echo and request.logprobs is not None):
                 started = Started(self._count(tokens), self._echo(request, tokens, None))
-                yield [started, Finished("length", TokenCount())]
+                yield EventBatch([started, Finished("length", TokenCount())])
                 return
             engine_request = Request(request.id, tokens, self._params(request, params))
         except ValueError as error:
-            yield [RequestFailed(400, str(error), param=request.param)]
+            yield EventBatch([RequestFailed(400, str(error), param=request.param)])
             return
         ended = False
         try:
@@ -111,39 +123,55 @@ class EngineReplica:
                     raise AssertionError(f"{type(first).__name__} came before the prompt's scores")
             if isinstance(first, RequestFailed):
                 ended = True
-                yield [dataclasses.replace(first, param=request.param) if first.status == 400 else first]
+                yield EventBatch([dataclasses.replace(first, param=request.param) if first.status == 400 else first])
                 return
-            yield [Started(self._count(tokens), self._echo(request, tokens, scores))]
+            yield EventBatch([Started(self._count(tokens), self._echo(request, tokens, scores))])
             clock = asyncio.get_running_loop()
             due = 0.0
             while not ended:
                 outputs = outputs or await mailbox.take(due)
                 due = clock.time() + min(MAX_INTERVAL, max(MIN_INTERVAL, self.engine.running / MESSAGES_PER_SECOND))
                 ended = isinstance(outputs[-1], Finished | RequestFailed)
-                async for events in self._decoded(_merge_outputs(outputs)):
-                    yield events
+                async for batch in self._batches(outputs):
+                    yield batch
                 outputs = []
         finally:
             if not ended:
                 self.engine.abort(request.id)
 
-    async def _decoded(self, outputs: list[EngineOutput]) -> AsyncGenerator[list[OutputEvent], None]:
-        """The outputs with images decoded; what stands before an image does not wait for it."""
-        ready: list[OutputEvent] = []
+    async def _batches(self, outputs: list[EngineOutput]) -> AsyncGenerator[EventBatch, None]:
+        """The outputs as events: images decoded, adjacent texts as one, and of adjacent reports of an image's progress
+        the last. What stands before an image does not wait for it."""
+        events: list[OutputEvent] = []
+        tokens: list[int] = []
+        count = 0
         for output in outputs:
-            if isinstance(output, ImageCodes) and ready:
-                yield ready
-                ready = []
-            ready.append(await self._event(output))
-        yield ready
+            if isinstance(output, Answered):
+                tokens += output.tokens
+                continue
+            if isinstance(output, ImageCodes) and events:
+                yield EventBatch(events, tuple(tokens), count)
+                events, tokens, count = [], [], 0
+            event, last = await self._event(output), events[-1] if events else None
+            count += not isinstance(event, FINAL_EVENTS)
+            if isinstance(event, TextDelta) and isinstance(last, TextDelta):
+                events[-1] = TextDelta(last.text + event.text, last.tokens + event.tokens)
+            elif isinstance(output, ImageProgress) and isinstance(last, ImageProgress) and last.preview is None:
+                events[-1] = output
+            else:
+                events.append(event)
+        if events or tokens:
+            yield EventBatch(events, tuple(tokens), count)
 
     def _params(self, request: GenerationRequest, params: SamplingParams) -> SamplingParams:
         """Sampling parameters of the request as the engine takes them."""
-        begin_image = request.begin_with_image and params.mode == "interleaved"
+        prefix = request.continuation.tokens if request.continuation else ()
+        if not prefix and request.begin_with_image and params.mode == "interleaved":
+            prefix = (self.model.vocabulary.begin_image,)
         return dataclasses.replace(
             params,
             max_tokens=self.model.config.context if request.max_tokens is None else request.max_tokens,
-            prefix=(self.model.vocabulary.begin_image,) if begin_image else (),
+            prefix=prefix,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
         )
@@ -217,7 +245,7 @@ class EngineReplica:
 
     async def _event(self, output: EngineOutput) -> OutputEvent:
         """The output, with an image's codes decoded."""
-        if isinstance(output, Admitted | PromptLogprobs):
+        if isinstance(output, Admitted | PromptLogprobs | Answered):
             raise AssertionError(f"{type(output).__name__} comes before the output")
         if not isinstance(output, ImageCodes):
             return output
@@ -233,17 +261,3 @@ class EngineReplica:
         vocabulary = self.model.vocabulary
         image = sum(t in vocabulary.code_of or t in (vocabulary.begin_image, vocabulary.end_image) for t in tokens)
         return TokenCount(len(tokens) - image, image)
-
-
-def _merge_outputs(outputs: list[EngineOutput]) -> list[EngineOutput]:
-    """Adjacent texts as one, and of adjacent reports of an image's progress the last."""
-    merged: list[EngineOutput] = []
-    for output in outputs:
-        last = merged[-1] if merged else None
-        if isinstance(output, TextDelta) and isinstance(last, TextDelta):
-            merged[-1] = TextDelta(last.text + output.text, last.tokens + output.tokens)
-        elif isinstance(output, ImageProgress) and isinstance(last, ImageProgress):
-            merged[-1] = output
-        else:
-            merged.append(output)
-    return merged

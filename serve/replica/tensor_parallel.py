@@ -9,6 +9,7 @@ owner); the replica ends rank 0 when an actor is lost, even while they still mee
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from calumma.model.directory import IMAGE_TOKENIZER
 from calumma.model.generation import Engine, Shard
 from calumma.model.vocabulary import Vocabulary
 from calumma.serve.replica.model_loading import read_own_shard
+from calumma.serve.replica.processes import STOPPED, EngineLost, process_state
 from calumma.serve.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -80,6 +82,9 @@ def barrier(shard: Shard) -> None:
 class TensorParallelWorker:
     """The actor of a rank other than 0."""
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def run(self, settings: ModelSettings, directory: str, threads: int, rank: int, rendezvous: Rendezvous) -> None:
         """Run the forward passes of a shard until rank 0 closes its engine."""
         torch.set_num_threads(threads)
@@ -130,6 +135,7 @@ class WorkerGroup:
             ).remote()
             for rank in range(1, settings.tensor_parallel)
         ]
+        self._pids: list[Any] = [actor.pid.remote() for actor in self._actors]
         self._runs: list[Any] = [
             actor.run.remote(settings, str(directory), threads, rank, self.rendezvous)
             for rank, actor in enumerate(self._actors, 1)
@@ -169,10 +175,22 @@ class WorkerGroup:
                 rank = self._runs.index(run) + 1
                 why = getattr(error, "cause", None) or error
                 first = str(why).strip().splitlines()[0] if str(why).strip() else ""
-                return RuntimeError(
+                kind = EngineLost if isinstance(error, ray.exceptions.RayActorError) else RuntimeError
+                return kind(
                     f"process {rank + 1} of the {self._world_size} that hold the model was lost: "
                     f"{type(why).__name__}: {first}"
                 )
+        return None
+
+    def stopped(self) -> str | None:
+        """Says which of the processes, all on this node, a signal has stopped."""
+        import ray
+
+        for rank, pid in enumerate(self._pids, 1):
+            told, _ = ray.wait([pid], timeout=0)
+            if told and (state := process_state(ray.get(pid))) in STOPPED:
+                of = f"process {rank + 1} of the {self._world_size} that hold the model"
+                return f"{of} was stopped by a signal ({state})"
         return None
 
     def close(self) -> None:

@@ -71,6 +71,11 @@ class TextStream:
         """Characters decoded so far."""
         return self._decoded
 
+    @property
+    def pending(self) -> int:
+        """Tokens that no delta has named yet."""
+        return len(self._pending)
+
     def push(self, token: int, surface: bytes, logprob: float | None = None, top: TopLogprobs = ()) -> TextDelta | None:
         """The text that may be sent after one more token."""
         if self.stopped:

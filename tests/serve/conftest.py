@@ -6,7 +6,7 @@ import base64
 import io
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,12 @@ class StubBackend:
     ) -> None:
         fixed = steps or answered(TextDelta("seven"))
         self._script = script or (lambda request: fixed)
-        self._facts = {"context": CONTEXT} if facts is None else facts
+        self._facts = {"context": CONTEXT, "image_size": IMAGE_SIZE} if facts is None else facts
         self.healthy = True
         self.requests: list[GenerationRequest] = []
         self.endings: list[str] = []  # "whole" or "stopped", of each request
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputEvent, None]:
         self.requests.append(request)
         ending = "stopped"
         try:

@@ -4,6 +4,9 @@ A block is free, referenced by one or more sequences, or idle: referenced by nob
 its room is needed, the longest unused first. What a block holds is found by content: the chain of digests of the full
 blocks before it, and its own tokens. Sequences share full blocks; of a block that agrees only in part, or that is not
 full, a sequence takes a copy, because it will write the rest itself.
+
+Only what is verified, to be numbers, can be found by others. What is not is cleared when its blocks are given back:
+attention multiplies what it masks by 0, and 0 times NaN is NaN.
 """
 
 from __future__ import annotations
@@ -21,17 +24,24 @@ BlockContent = tuple[tuple[int, ...], int]  # the tokens of a block and its numb
 
 
 class BlockManager:
-    """`count` blocks of `size` positions. copy(source, target) copies what a block holds.
+    """`count` blocks of `size` positions. copy(source, target) copies what a block holds, clear(blocks) sets it to 0.
 
     share: whether what is written can be found by others (prefix caching).
     """
 
-    def __init__(self, count: int, size: int, copy: Callable[[int, int], None], share: bool = True) -> None:
+    def __init__(
+        self,
+        count: int,
+        size: int,
+        copy: Callable[[int, int], None],
+        clear: Callable[[list[int]], None],
+        share: bool = True,
+    ) -> None:
         self.count, self.size, self.share = count, size, share
         self.references = [0] * count
         self.hit_tokens = 0  # found instead of computed
         self.evictions = 0
-        self._copy = copy
+        self._copy, self._clear = copy, clear
         self._free = list(reversed(range(count)))
         self._idle: OrderedDict[int, None] = OrderedDict()  # the longest unused first
         self._content: dict[int, tuple[bytes, tuple[int, ...]]] = {}  # of a block: the chain before it, its tokens
@@ -85,6 +95,7 @@ class BlockManager:
                 sequence.cached += length
             if not self.references[source]:
                 self._idle[source] = None
+        sequence.verified = sequence.cached
         self.hit_tokens += sequence.cached
 
     def lookup(self, tokens: list[int]) -> tuple[int, int, tuple[bytes, tuple[int, ...]] | None]:
@@ -103,19 +114,25 @@ class BlockManager:
         return (sequence.chain[-1] if sequence.chain else ROOT), tuple(sequence.tokens[begin : begin + self.size])
 
     def cache_full_blocks(self, sequence: Sequence) -> None:
-        """Let others find the blocks that a sequence has filled."""
-        while (len(sequence.chain) + 1) * self.size <= sequence.cached:
+        """Let others find the blocks that a sequence has filled, as far as they are verified."""
+        while (len(sequence.chain) + 1) * self.size <= sequence.verified:
             before, tokens = self.next_block(sequence)
             self._register(sequence.blocks[len(sequence.chain)], before, tokens)
             sequence.chain.append(_digest(before, tokens))
 
-    def release(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks back. What they hold stays to be found until their room is needed."""
+    def release(self, sequence: Sequence, failed: bool = False) -> None:
+        """Take a sequence's blocks back. What they hold stays to be found until their room is needed, but for what is
+        not verified; failed: a pass that wrote to them went wrong."""
         self.cache_full_blocks(sequence)
-        before, tokens = self.next_block(sequence)
-        tokens = tokens[: sequence.cached - len(sequence.chain) * self.size]
-        if tokens:
-            self._register(sequence.blocks[len(sequence.chain)], before, tokens)
+        whole = len(sequence.chain)
+        if failed or sequence.verified < sequence.cached:
+            if whole < len(sequence.blocks):
+                self._clear(sequence.blocks[whole:])
+        else:
+            before, tokens = self.next_block(sequence)
+            tokens = tokens[: sequence.cached - whole * self.size]
+            if tokens:
+                self._register(sequence.blocks[whole], before, tokens)
         for block in reversed(sequence.blocks):  # a block is of no use without those before it: it goes first
             self.references[block] -= 1
             if not self.references[block]:
@@ -123,7 +140,9 @@ class BlockManager:
                     self._idle[block] = None
                 else:
                     self._free.append(block)
-        sequence.blocks, sequence.chain, sequence.cached, sequence.attached = [], [], 0, False
+        sequence.blocks, sequence.chain, sequence.attached = [], [], False
+        sequence.cached = sequence.verified = 0
+        sequence.lives += 1
 
     def _match(self, tokens: list[int]) -> tuple[list[int], list[bytes], tuple[int, int] | None]:
         """Full blocks that hold the front of a context, their chain, and (block, length) of one that agrees in part."""

@@ -73,7 +73,8 @@ class ContiguousCache:
             room = M + max(1, M // 4)
             if self._bytes(len(sequences) * room) > CONTIGUOUS_BYTES:
                 return None
-            tables = [block for s in sequences for block in (s.blocks + [0] * room)[:room]]
+            # filled up with its own: what another sequence's block holds may not be numbers
+            tables = [block for s in sequences for block in (s.blocks + s.blocks[-1:] * room)[:room]]
             copy = ContiguousKV(self.cache, torch.tensor(tables), len(sequences))
         assert copy is not None
         self._copies[key] = (copy, [(s, start + 1) for s, start in zip(sequences, starts, strict=True)])
@@ -84,6 +85,10 @@ class ContiguousCache:
         """Copies that the last pass did not read are dropped."""
         self._copies = {key: self._copies[key] for key in self._used}
         self._used = set()
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._copies, self._used = {}, set()
 
     def _bytes(self, blocks: int) -> int:
         """Of the copies that this pass reads, and of so many blocks more."""

@@ -38,6 +38,14 @@ class PagedCache:
         """Make one block what another is, in every layer."""
         self.store[:, :, target] = self.store[:, :, source]
 
+    def clear(self, blocks: list[int]) -> None:
+        """Set what some blocks hold to 0, in every layer."""
+        self.store[:, :, blocks] = 0
+
+    def forget_room(self) -> None:
+        """Give the memory of `gather_buffer` back."""
+        self._gathered = self.store.new_empty(2, 0)
+
     def gather_buffer(self, blocks: int) -> Tensor:
         """Room for so many blocks of keys and of values, [2, blocks, block_size, K, H]; the next call re-uses it."""
         size = blocks * self.store[0, 0, 0].numel()

@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Sequence:
-    """A context in the cache: its tokens, the first `cached` of which are written in its blocks."""
+    """A context in the cache: its tokens, the first `cached` of which are written in its blocks.
+
+    verified: the first so many of them are known to be numbers. lives: how often its blocks were taken from it.
+    """
 
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
     chain: list[bytes] = field(default_factory=list)  # digests of its full, written blocks, in order
     attached: bool = False  # whether it has been looked up in what the cache holds
+    verified: int = 0
+    lives: int = 0
 
     @property
     def pending(self) -> int:

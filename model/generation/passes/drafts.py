@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calumma.model.generation.cache.sequence import Sequence
 from calumma.model.generation.passes.image_batch import ImageBatch
 from calumma.model.generation.passes.layout import BatchLayout
-from calumma.model.generation.passes.output import BROKEN, RunnerOutput, id_logprob_pairs, possible
+from calumma.model.generation.passes.output import NOT_FINITE, RunnerOutput, id_logprob_pairs, possible
 from calumma.model.generation.request import Logprob
 from calumma.model.generation.scheduler import ScheduledRequest
 
@@ -19,30 +20,37 @@ from calumma.model.generation.scheduler import ScheduledRequest
 def lay_out(scheduled: list[ScheduledRequest], block_size: int, first_code: int) -> BatchLayout:
     """Where the scheduled tokens stand, and after them their drafts. first_code: the id of column 0 of images."""
     pairs = []
-    for item in scheduled:
-        codes = item.state.drafts.codes if item.draft and item.state.drafts else []
-        drafts = [code + first_code for code in codes]
-        for sequence, count in zip(item.state.sequences, item.counts, strict=True):
-            if count:
-                pairs.append((sequence, count + len(drafts)))
-                sequence.tokens += drafts
-    layout = BatchLayout(pairs, block_size)
-    for item in scheduled:
-        for sequence in item.state.sequences if item.draft else []:
-            del sequence.tokens[-item.draft :]
-    return layout
+    drafted: list[tuple[Sequence, int]] = []
+    try:
+        for item in scheduled:
+            codes = item.state.drafts.codes if item.draft and item.state.drafts else []
+            for sequence, count in zip(item.state.sequences, item.counts, strict=True):
+                if count:
+                    pairs.append((sequence, count + len(codes)))
+                    if codes:
+                        drafted.append((sequence, len(sequence.tokens)))
+                        sequence.tokens += [code + first_code for code in codes]
+        return BatchLayout(pairs, block_size)
+    finally:
+        for sequence, length in drafted:
+            del sequence.tokens[length:]
 
 
 def verify_drafts(batch: ImageBatch, p_RC: Tensor, logprobs_RC: Tensor, first_code: int) -> list[RunnerOutput]:
     """The accepted codes of each request's draft, and one code more. p: what each draw's code is distributed as;
-    logprobs: what is reported. Raises FloatingPointError where the model's logits are no numbers."""
-    if not bool(p_RC.isfinite().all()):
-        raise FloatingPointError(BROKEN)
+    logprobs: what is reported. A request whose logits are no numbers fails; a draft after which they are none is not
+    looked at."""
+    finite = p_RC.isfinite().all(-1).tolist()
     outputs, begin = [], 0
     for state in batch.states:
         assert state.drafts is not None
         end = begin + 1 + len(state.drafts.codes)
-        accepted = state.drafts.verify(p_RC[begin:end], state.codes_left)
+        sound = finite[begin:end].index(False) if not all(finite[begin:end]) else end - begin
+        if not sound:
+            outputs.append(RunnerOutput(state, [], [], NOT_FINITE))
+            begin = end
+            continue
+        accepted = state.drafts.verify(p_RC[begin : begin + sound], state.codes_left)
         rows_RC = logprobs_RC[begin : begin + len(accepted)]
         columns_R1 = torch.tensor(accepted, device=rows_RC.device)[:, None]
         values = rows_RC.gather(1, columns_R1)[:, 0].tolist()

@@ -34,7 +34,12 @@ class CudaGraphs:
         most = (1 << max(0, longest - 1).bit_length()).bit_length()
         self.blocks = sorted({min(1 << power, longest) for power in range(most)})
         self.passes: dict[tuple[int, int], FixedShapePass] = {}
+        self.recording = True
         self._pool: Any = None
+
+    def clear(self) -> None:
+        """Drop what is recorded, and its memory."""
+        self.passes, self._pool = {}, None
 
     def hidden(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor | None:
         """What `Decoder.hidden` gives for a layout's pass, to be read before the next; None where its shape is not to
@@ -54,8 +59,10 @@ class CudaGraphs:
         slots = [s.blocks[p // size] * size + p % size for (s, _), p in zip(pairs, positions, strict=True)]
         tables = [(s.blocks + [spare] * M)[:M] for s, _ in pairs] + [[spare] * M] * missing
         fixed.fill(tokens_T, positions + [0] * missing, slots + [spare * size] * missing, tables)
-        if tokens_T.is_cuda and fixed.graph is None and self.decoder.shard.count == 1:
+        if tokens_T.is_cuda and fixed.graph is None and self.decoder.shard.count == 1 and self.recording:
+            self.recording = False  # where it fails, for lack of memory, it is not tried again
             self._pool = fixed.record(self._pool)
+            self.recording = True
         return fixed.run()[: len(pairs)]
 
 

@@ -86,5 +86,6 @@ class BatchLayout:
             copy = contiguous.find(sequences, positions, M)
             if copy is not None:
                 return AttentionGroup(B, T, copy, bias_B1TL, copy.slots(positions_T))
-        tables = [block for s in sequences for block in (s.blocks + [0] * M)[:M]]
+        # filled up with its own: what another sequence's block holds may not be numbers
+        tables = [block for s in sequences for block in (s.blocks + s.blocks[-1:] * M)[:M]]
         return AttentionGroup(B, T, torch.tensor(tables).to(device, non_blocking=True), bias_B1TL)

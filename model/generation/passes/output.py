@@ -11,39 +11,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calumma.model.generation.request import Logprob
+from calumma.model.generation.request import Failure, Logprob
 from calumma.model.generation.request_state import RequestState
-from calumma.model.generation.sampling.sampler import SamplerOutput
+from calumma.model.generation.sampling.sampler import BROKEN, SamplerOutput
 
-BROKEN = "the model's logits are not numbers: its weights are broken, or overflow their dtype"
+NOT_FINITE = Failure(
+    "not finite", "the model's logits for this request are not numbers: its weights are broken, or overflow their dtype"
+)
 
 
 @dataclass
 class RunnerOutput:
-    """What a pass drew for a request; no tokens where only its prompt was asked about."""
+    """What a pass drew for a request; no tokens where only its prompt was asked about. failure: it went wrong after
+    these tokens."""
 
     state: RequestState
     tokens: list[int]
     logprobs: list[Logprob]
+    failure: Failure | None = None
 
 
 def read_samples(states: list[RequestState], samples: list[SamplerOutput], top: int) -> list[RunnerOutput]:
-    """The samples of one or several passes, read from the device at once. top: most likely ids that were asked for.
-
-    Raises FloatingPointError where the model's logits are no numbers.
-    """
+    """The samples of one or several passes, read from the device at once. top: most likely ids that were asked for. A
+    request fails at the first of its ids that is BROKEN."""
     tokens_RS = torch.stack([sample.token_R for sample in samples], dim=1).tolist()
     values_RS = torch.stack([sample.logprob_R for sample in samples], dim=1).tolist()
-    if any(math.isnan(value) for row in values_RS for value in row):
-        raise FloatingPointError(BROKEN)
     tops = [id_logprob_pairs(sample.top_ids_RK, sample.top_logprobs_RK) for sample in samples] if top else []
     outputs = []
     for row, (state, tokens, values) in enumerate(zip(states, tokens_RS, values_RS, strict=True)):
-        most = state.params.logprobs or 0
+        most, failure = state.params.logprobs or 0, None
+        if BROKEN in tokens:
+            failure, tokens = NOT_FINITE, tokens[: tokens.index(BROKEN)]
         logprobs = [
-            Logprob(value, possible(tops[step][row][:most]) if most else ()) for step, value in enumerate(values)
+            Logprob(value, possible(tops[step][row][:most]) if most else ())
+            for step, value in enumerate(values[: len(tokens)])
         ]
-        outputs.append(RunnerOutput(state, tokens, logprobs))
+        outputs.append(RunnerOutput(state, tokens, logprobs, failure))
     return outputs
 
 

@@ -1,26 +1,34 @@
 """Forward passes: all requests' next tokens side by side, then one draw for all texts and one for all images.
 
+A pass that raises has changed nothing: what it wrote to the cache lies behind what sequences count as cached, and what
+it drew is drawn again.
+
 Shape suffixes: T tokens of a pass, D width, B sequences that draw (the R requests' full contexts first, then branches),
 R requests, C columns of the vocabulary.
 """
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
 from calumma.model.generation.cache.contiguous import ContiguousCache
 from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.cache.verification import Note, Verification, Written
 from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.passes.drafts import lay_out, verify_drafts
 from calumma.model.generation.passes.graphs import CudaGraphs
 from calumma.model.generation.passes.image_batch import ImageBatch
 from calumma.model.generation.passes.layout import BatchLayout
-from calumma.model.generation.passes.output import RunnerOutput, read_samples
+from calumma.model.generation.passes.output import NOT_FINITE, RunnerOutput, read_samples
 from calumma.model.generation.passes.prompt_scores import score_prompt
+from calumma.model.generation.request import Failure
 from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.sampling.jacobi import JacobiDraft
-from calumma.model.generation.sampling.sampler import IMAGE, TEXT, Sampler, SamplerOutput, SamplingMetadata
+from calumma.model.generation.sampling.rules import masks_of
+from calumma.model.generation.sampling.sampler import IMAGE, TEXT, Sampler, SamplerOutput, SamplingMetadata, TextRows
 from calumma.model.generation.scheduler import ScheduledRequest
 from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.transformer import Transformer
@@ -58,26 +66,52 @@ class ModelRunner:
         self.sampler = Sampler(vocabulary, transformer.config.vocabulary_size, seats, context, weight.device)
         self.contiguous = ContiguousCache(self.cache) if self.device.type == "cpu" else None
         self.graphs = CudaGraphs(self.decoder, self.cache, -(-context // block_size)) if graphs else None
-        self.window = window
+        self.vocabulary, self.window = vocabulary, window
+        self.verification: Verification[RequestState] = Verification()
         self.computed = self.drafted = self.accepted = 0
 
     def run(self, scheduled: list[ScheduledRequest], steps: int) -> list[RunnerOutput]:
         """Write the scheduled tokens into the cache and draw the next token of those that get to their end; or `steps`
         codes of each, when all are images at their end: then nothing depends on what is drawn, and the host reads the
-        device once for all of them."""
+        device once for all of them. Requests whose logits are no numbers, or whose rules leave no id, fail alone."""
+        drafts = [(item.state, copy(item.state.drafts)) for item in scheduled] if self.window else []
+        try:
+            return self._run(scheduled, steps)
+        except BaseException:
+            for state, draft in drafts:
+                state.drafts = draft
+            if self.contiguous is not None:
+                self.contiguous.clear()
+            raise
+
+    def forget_room(self) -> None:
+        """Give back the memory that is held only to be fast."""
+        self.cache.forget_room()
+        self.sampler.forget_room()
+        if self.contiguous is not None:
+            self.contiguous.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(self, scheduled: list[ScheduledRequest], steps: int) -> list[RunnerOutput]:
         for item in scheduled:
             state = item.state
             if self.window and item.samples and state.drawing and state.drafts is None:
-                state.drafts = JacobiDraft(state.seed + state.answered, self.window)
+                state.drafts = JacobiDraft(state.seed, state.answered, self.window)
         layout = lay_out(scheduled, self.cache.block_size, self._first_code)
         ready = [item.state for item in scheduled if item.samples]
         texts = [state for state in ready if not state.drawing and state.tokens_left]
+        undrawn = [item for item in scheduled if not (item.samples and item.state.tokens_left)]
         images = ImageBatch([state for state in ready if state.drawing], layout)
         text_rows = self._tensor([layout.last[id(s.full)] for s in texts]) if texts else None
         image_rows = self._tensor(images.rows) if images.rows else None
         text_metadata, image_metadata = sampling_metadata(texts, TEXT), sampling_metadata(images.states, IMAGE)
-        text_inputs = self._tensor([[s.seat, s.answered, s.may_begin_image] for s in texts]).T if texts else None
-        image_inputs = None
+        text_inputs = image_inputs = note = None
+        if texts:
+            known = [[s.seat, s.answered, len(s.penalized_prompt) + s.answered, s.may_begin_image] for s in texts]
+            text_inputs = self._tensor(known).T
         if image_rows is not None:
             image_inputs = self._tensor([[s.seat, s.answered] for s, _ in images.draws]).T
             images.to(self.device)
@@ -88,6 +122,8 @@ class ModelRunner:
         for step in range(steps):
             x_TD = self._hidden(tokens_T, layout, step)
             self.computed += len(layout.tokens)
+            if undrawn:
+                note = self._check(undrawn, layout, x_TD)
             if image_rows is None or image_inputs is None:
                 continue
             logits_RC = images.guide(self.decoder.logits(x_TD[image_rows], self.sampler.columns[IMAGE]))
@@ -98,20 +134,27 @@ class ModelRunner:
             samples.append(self.sampler.sample(logits_RC, IMAGE, seats_R, number_R + step, None, image_metadata))
             self.decoder.shard.broadcast(samples[-1].token_R)
             if step + 1 < steps:
-                tokens_T = tokens_T.index_copy(0, image_rows, images.repeat_for_branches(samples[-1].token_R))
+                drawn_B = images.repeat_for_branches(samples[-1].token_R.clamp(min=0))  # BROKEN is no id
+                tokens_T = tokens_T.index_copy(0, image_rows, drawn_B)
         if samples:
             outputs = read_samples(images.states, samples, image_metadata.top)
         if text_rows is not None and text_inputs is not None:
             logits_RV = self.decoder.logits(x_TD[text_rows])
-            seats_R, number_R, begins_R = text_inputs
-            sample = self.sampler.sample(logits_RV, TEXT, seats_R, number_R, begins_R.bool(), text_metadata)
+            mask_RW, refused = self._masks(texts)
+            seats_R, number_R, seen_R, begins_R = text_inputs
+            rows = TextRows(seen_R, begins_R.bool(), mask_RW)
+            sample = self.sampler.sample(logits_RV, TEXT, seats_R, number_R, rows, text_metadata)
             self.decoder.shard.broadcast(sample.token_R)
-            outputs += read_samples(texts, [sample], text_metadata.top)
+            drawn = read_samples(texts, [sample], text_metadata.top)
+            for row, failure in refused.items():
+                drawn[row] = RunnerOutput(texts[row], [], [], failure)
+            outputs += drawn
         for item in scheduled:
             score_prompt(item, layout, x_TD, self.decoder)
-            if item.samples and not item.state.tokens_left:
-                outputs.append(RunnerOutput(item.state, [], []))
         self._count_cached(scheduled, outputs, steps)
+        outputs += self._verified(undrawn, note, waited=bool(outputs) or self.device.type == "cpu")
+        if self.graphs is not None and any(output.failure is not None for output in outputs):
+            self.cache.clear([self.cache.blocks - 1])  # with which sequences are filled up
         return outputs
 
     def _hidden(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor:
@@ -119,6 +162,40 @@ class ModelRunner:
         if x_TD is not None:
             return x_TD
         return self.decoder.hidden(tokens_T, layout.step(self.cache, step, self.device, self.contiguous))
+
+    def _masks(self, texts: list[RequestState]) -> tuple[Tensor | None, dict[int, Failure]]:
+        """Bits of the ids that may come in each text, None where nobody asks for less than all; and the rows for which
+        that cannot be told. On a GPU, made while it computes the pass."""
+        if not any(state.rules is not None and state.rules.holds(state.answered) for state in texts):
+            return None, {}
+        rows = [(s.rules, s.answer if s.rules is not None else (), s.may_begin_image) for s in texts]
+        masks_RW, refused = masks_of(rows, self.vocabulary.size)
+        return masks_RW.to(self.device, non_blocking=True), refused
+
+    def _check(self, undrawn: list[ScheduledRequest], layout: BatchLayout, x_TD: Tensor) -> Note[RequestState]:
+        """What the last states tell of sequences that nothing is drawn from."""
+        written = [
+            Written(item.state, sequence, sequence.cached + count, sequence.lives)
+            for item in undrawn
+            for sequence, count in zip(item.state.sequences, item.counts, strict=True)
+            if count
+        ]
+        rows_B = self._tensor([layout.last[id(each.sequence)] for each in written])
+        finite_B = x_TD[rows_B].isfinite().all(-1)
+        return Note.of(self.decoder.shard.broadcast(finite_B.byte()), written)
+
+    def _verified(
+        self, undrawn: list[ScheduledRequest], note: Note[RequestState] | None, waited: bool
+    ) -> list[RunnerOutput]:
+        """What there is to say of requests that nothing was drawn for: that they failed, or are through."""
+        if note is not None:
+            self.verification.add(note)
+        broken = self.verification.read(keep=0 if waited or note is None else 1)
+        outputs = [RunnerOutput(state, [], [], NOT_FINITE) for state in broken]
+        for item in undrawn:
+            if item.samples and item.state not in broken:
+                outputs.append(RunnerOutput(item.state, [], []))
+        return outputs
 
     def _verify(
         self, images: ImageBatch, logits_RC: Tensor, seats_R: Tensor, metadata: SamplingMetadata
@@ -134,10 +211,12 @@ class ModelRunner:
         for item in scheduled:
             for sequence, count in zip(item.state.sequences, item.counts, strict=True):
                 sequence.cached += count + (steps - 1)
-        if self.window:  # of a draft, the accepted codes are in the cache but for the last
-            for output in outputs:
-                for sequence in output.state.sequences:
+        for output in outputs:
+            for sequence in output.state.sequences:
+                if self.window:  # of a draft, the accepted codes are in the cache but for the last
                     sequence.cached += max(0, len(output.tokens) - 1)
+                if output.failure is None:
+                    sequence.verified = sequence.cached
 
     @property
     def _first_code(self) -> int:
@@ -151,10 +230,13 @@ class ModelRunner:
 def sampling_metadata(states: list[RequestState], phase: int) -> SamplingMetadata:
     """What some of the requests ask of the sampler."""
     sampling = [s.params.image if phase == IMAGE else s.params.text for s in states]
-    penalized = [s.answered for s, each in zip(states, sampling, strict=True) if each.repetition_penalty != 1]
+    penalized = [s for s, each in zip(states, sampling, strict=True) if each.penalized]
     return SamplingMetadata(
         random=any(each.temperature > 0 for each in sampling),
         filtered=any(each.filtered for each in sampling),
-        penalized=max(penalized, default=0),
+        penalized=bool(penalized),
+        seen=max((len(s.penalized_prompt) + s.answered for s in penalized), default=0),
+        counted=any(s.params.text.counted for s in penalized),
+        biased=0 if phase == IMAGE else max((len(s.params.logit_bias) for s in states), default=0),
         top=max((s.params.logprobs or 0 for s in states), default=0),
     )

@@ -15,29 +15,33 @@ import torch
 from torch import Tensor
 
 from calumma.model.generation.sampling.categorical import draw
+from calumma.model.generation.sampling.randomness import uniform
 
 
 class JacobiDraft:
     """A request's draft: `codes`, drawn from q_WC row by row.
 
-    All numbers come from its own generator, a fixed count a pass, so its codes depend on its seed alone.
+    All numbers come from a stream of the seed for the image that begins at a `place` of the answer, a fixed count a
+    pass, so its codes depend on its seed alone. `verify` replaces what it holds and changes nothing in place: a copy
+    taken before is what it was.
     """
 
-    def __init__(self, seed: int, window: int) -> None:
-        self.window = window
+    def __init__(self, seed: int, place: int, window: int) -> None:
+        self.seed, self.place, self.window = seed, place, window
         self.codes: list[int] = []  # columns, not ids
+        self._passes = 0
         self._q_WC = torch.empty(0, 0)
-        self._generator = torch.Generator().manual_seed(seed ^ 0x5A)
 
     def verify(self, p_XC: Tensor, left: int) -> list[int]:
-        """p_XC: FloatTensor [W + 1, C], for each drafted code and the one after them; left: codes the image lacks. The
-        codes that are accepted, and one more; the next are drafted."""
-        uniform = torch.rand(3, self.window + 1, generator=self._generator)
-        accept, replace, propose = uniform.to(p_XC.device)
-        W = len(self.codes)
+        """p_XC: FloatTensor [W + 1, C], for each drafted code and the one after them, or the first of these; left:
+        codes the image lacks. The codes that are accepted, and one more; the next are drafted."""
+        numbers = uniform(self.seed, self._passes, 1, 3 * (self.window + 1), stream=1 + self.place)
+        accept, replace, propose = numbers.view(3, -1).to(p_XC.device)
+        self._passes += 1
+        W = len(p_XC) - 1
         accepted = 0
         if W:
-            place_W, code_W = torch.arange(W, device=p_XC.device), torch.tensor(self.codes, device=p_XC.device)
+            place_W, code_W = torch.arange(W, device=p_XC.device), torch.tensor(self.codes[:W], device=p_XC.device)
             accepted_W = accept[:W] * self._q_WC[place_W, code_W] < p_XC[place_W, code_W]
             accepted = int(accepted_W.long().cumprod(0).sum())
         target_C = p_XC[accepted]

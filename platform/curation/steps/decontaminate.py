@@ -62,8 +62,7 @@ def _evaluation_texts(uri: str) -> Iterator[tuple[str, Document | None]]:
 
     manifest = Manifest.find(uri) if PurePosixPath(uri).suffix.lower() not in SUFFIXES else None
     if manifest is not None:
-        for shard in document_shards.shard_uris(uri, document_shards.curated_manifest(uri)):
-            yield from ((all_text(document), document) for document in document_shards.read_shard(shard))
+        yield from ((all_text(document), document) for document in document_shards.read_documents(uri))
         return
     files = [file for file in storage.list_files(uri) if PurePosixPath(file).suffix.lower() in SUFFIXES]
     if not files:

@@ -273,16 +273,16 @@ def _clip_gradients(engine: DeepSpeedEngine) -> None:
         engine.module.zero_grad(set_to_none=True)  # the optimizer passes over weights without gradient
 
 
-def losses(engine: Any, batch: Any, image_mask_V: Tensor, **settings: Any) -> Loss:
-    """Forward pass over one micro-batch; an empty one costs two tokens and weighs nothing. `settings`: z_loss,
-    normalizer and measure of `Transformer.forward`."""
-    device = engine.device
+def losses(model: Any, batch: Batch, image_mask_V: Tensor, **settings: Any) -> Loss:
+    """Forward pass of a Transformer, under DeepSpeed or not, on the mask's device over one micro-batch; an empty one
+    costs two tokens and weighs nothing. `settings`: z_loss, normalizer and measure of `Transformer.forward`."""
+    device = image_mask_V.device
     tokens, mask, segments = batch.tokens, batch.mask, batch.segments
     if not tokens.shape[0]:
         tokens = torch.zeros(1, 3, dtype=torch.long)
         mask, segments = torch.zeros(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.long)
     tokens, mask, segments = tokens.to(device), mask.to(device), segments.to(device)
-    return engine(
+    found: Loss = model(
         tokens[:, :-1],
         segments[:, :-1],
         targets=tokens[:, 1:],
@@ -290,6 +290,7 @@ def losses(engine: Any, batch: Any, image_mask_V: Tensor, **settings: Any) -> Lo
         image_mask=image_mask_V,
         **settings,
     )
+    return found
 
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calumma.platform import storage
+from calumma.platform.shards.row_groups import MicroBatch, RowGroupReader, all_micro_batches, context_of
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training.steps.engine import losses, sum_over_workers
 
@@ -26,18 +26,25 @@ class HeldOutBatch:
 
 
 def measure(
-    engine: Any, uri: str, image_mask_V: Tensor, rank: int, world: int, beat: Callable[[], None] | None = None
+    engine: Any,
+    uri: str,
+    image_mask_V: Tensor,
+    rank: int,
+    world: int,
+    beat: Callable[[], None] | None = None,
+    reader: RowGroupReader = RowGroupReader(),
 ) -> dict[str, float]:
     """Mean loss (nats a token) over the trained tokens below `uri`: `loss`, and `loss_text`, `loss_image` where there
     are such tokens. Every worker calls it, runs as many forward passes and gets the same answer. `beat` is called after
-    each of them."""
-    groups = row_groups(uri)
+    each of them. Raises StorageError, ManifestError, and ShardError for what is not as its manifest says."""
+    manifest = Manifest.read(uri)
+    micro_batches, reader = all_micro_batches(uri, manifest), replace(reader, context=context_of(manifest))
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
     engine.eval()
     with torch.no_grad():
-        for turn in range(-(-len(groups) // world)):
+        for turn in range(-(-len(micro_batches) // world)):
             index = turn * world + rank
-            batch = read_row_group(*groups[index]) if index < len(groups) else _EMPTY
+            batch = read_row_group(reader, micro_batches[index]) if index < len(micro_batches) else _EMPTY
             loss_sums = losses(engine, batch, image_mask_V).sums
             sums += torch.stack(
                 [loss_sums.text_nll, loss_sums.text_count, loss_sums.image_nll, loss_sums.image_count]
@@ -63,23 +70,11 @@ def finite(values: dict[str, float]) -> bool:
     return all(math.isfinite(value) for value in values.values())
 
 
-def row_groups(uri: str) -> list[tuple[str, int]]:
-    """(shard URI, row group) of published token shards. Raises StorageError when nothing is published there."""
-    manifest = Manifest.read(uri)
-    return [(storage.join(uri, f.path), group) for f in manifest.files for group in range(f.row_groups)]
-
-
-def read_row_group(shard: str, row_group: int) -> HeldOutBatch:
-    """One row group of a token shard (its columns: shards/tokens.py)."""
-    import pyarrow.parquet as pq
-
-    with storage.open_read(shard) as file:
-        table = pq.ParquetFile(cast(BinaryIO, file)).read_row_group(row_group)
-    tokens = torch.from_numpy(np.array(table["tokens"].to_pylist(), dtype=np.int64))
-    segments = torch.from_numpy(np.array(table["segments"].to_pylist(), dtype=np.int64))
-    masks = [[True] * tokens.shape[1] if row is None else row for row in table["loss_mask"].to_pylist()]
-    mask = torch.from_numpy(np.array(masks, dtype=bool)) & (segments >= 0)
-    return HeldOutBatch(tokens, mask, segments)
+def read_row_group(reader: RowGroupReader, micro_batch: MicroBatch) -> HeldOutBatch:
+    """One row group of a token shard as tensors. Raises ShardError and StorageError."""
+    group = reader.read(micro_batch)
+    tokens, segments = (torch.from_numpy(values.astype(np.int64)) for values in (group.tokens, group.segments))
+    return HeldOutBatch(tokens, torch.from_numpy(group.mask), segments)
 
 
 _NONE = torch.zeros(0, 3, dtype=torch.long)

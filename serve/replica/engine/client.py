@@ -8,7 +8,16 @@ from typing import Protocol
 
 from calumma.model.generation import Request
 from calumma.model.generation.request import Logprob
-from calumma.serve.protocol import ENGINE_FAILED, Finished, GenerationRequest, ImageProgress, RequestFailed, TextDelta
+from calumma.serve.protocol import (
+    ENGINE_FAILED,
+    UNAVAILABLE,
+    Finished,
+    GenerationRequest,
+    ImageProgress,
+    RequestFailed,
+    TextDelta,
+)
+from calumma.serve.replica.processes import EngineLost
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,15 @@ class PromptLogprobs:
     values: list[Logprob]
 
 
-EngineOutput = Admitted | TextDelta | ImageProgress | ImageCodes | PromptLogprobs | Finished | RequestFailed
+@dataclass(frozen=True)
+class Answered:
+    """Further ids of the answer that it can be continued from. They follow the outputs that they gave."""
+
+    tokens: tuple[int, ...]
+
+
+EngineOutput = Admitted | TextDelta | ImageProgress | ImageCodes | PromptLogprobs | Answered | Finished | RequestFailed
+NOT_URGENT = (TextDelta, ImageProgress, Answered)
 OnOutput = Callable[[EngineOutput], None]
 
 
@@ -69,8 +86,10 @@ class EngineClient(Protocol):
         ...
 
 
-def engine_ended(failure: Exception | None) -> RequestFailed:
-    """What a request gets from an engine that has ended."""
-    if failure is not None:
-        return RequestFailed(500, f"the engine stopped: {failure}", code=ENGINE_FAILED)
-    return RequestFailed(503, "this replica is shutting down; try again", code="unavailable")
+def engine_ended(failure: Exception | None, in_step: bool = True) -> RequestFailed:
+    """What a request gets from an engine that has ended. in_step: it may have been in the last step."""
+    if failure is None:
+        return RequestFailed(503, "this replica is shutting down; try again", code=UNAVAILABLE)
+    if isinstance(failure, EngineLost) or not in_step:
+        return RequestFailed(503, f"the engine was lost: {failure}", code=UNAVAILABLE)
+    return RequestFailed(500, f"the engine stopped: {failure}", code=ENGINE_FAILED)

@@ -9,11 +9,23 @@ from calumma.model.generation import Event
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.serve.protocol import Finished, GenerationRequest, ImageProgress, TextDelta, Token, TokenCount
-from calumma.serve.replica.engine.client import EngineOutput, ImageCodes, OnOutput, PromptLogprobs
+from calumma.serve.protocol import (
+    REQUEST_FAILED,
+    Continuation,
+    Finished,
+    GenerationRequest,
+    ImageProgress,
+    RequestFailed,
+    TextDelta,
+    Token,
+    TokenCount,
+)
+from calumma.serve.replica.engine.client import Answered, EngineOutput, ImageCodes, OnOutput, PromptLogprobs
 from calumma.serve.replica.text_stream import TextStream, TopLogprobs
 
-PROGRESS_STEPS = 16  # reports of one image's progress
+PROGRESS_STEPS = 16  # reports of one image's progress, and of its codes
+# Kinds of failure (generation.Failure) that are not the server's, by the status and code that tell a client.
+STATUS = {"no token": (400, "no_token"), "out of memory": (503, "out_of_memory")}
 
 
 class EngineModel(Protocol):
@@ -31,9 +43,16 @@ class EngineModel(Protocol):
 
 class Detokenizer:
     """Turns one request's tokens into text, without broken characters and up to a stop string, and into codes of
-    images."""
+    images.
 
-    def __init__(self, model: EngineModel, request: GenerationRequest, on_output: OnOutput) -> None:
+    The outputs are a function of the tokens, whatever steps these come in. So an answer that is continued passes
+    through here from its beginning, and what has been sent of it is left out.
+    """
+
+    def __init__(
+        self, model: EngineModel, request: GenerationRequest, on_output: OnOutput, whole_images: bool = False
+    ) -> None:
+        """whole_images: an image cannot be continued, it is to be drawn again from its begin."""
         self.request, self.on_output = request, on_output
         self.text_tokens = 0
         self.image_tokens = 0
@@ -43,18 +62,53 @@ class Detokenizer:
         self._stream = self._new_stream()
         self._codes: list[int] | None = None
         self._began = 0.0
-        self._report_every = max(1, model.image_length // PROGRESS_STEPS) if request.progress else 0
+        self._checkpoint = max(1, model.image_length // PROGRESS_STEPS)
+        self._report_every = self._checkpoint if request.progress else 0
         self._preview_at = {(k + 1) * self._length // (request.previews + 1) for k in range(request.previews)}
+        self._whole_images = whole_images
+        continuation = request.continuation or Continuation()
+        self._sent, self._known = continuation.events, len(continuation.tokens)  # left to be left out
+        self._untold: list[int] = []  # ids that no Answered has had
 
     def process(self, event: Event) -> list[EngineOutput]:
         """The outputs of an event of the engine; a stop string ends them early with Finished."""
-        outputs: list[EngineOutput] = [] if event.prompt_logprobs is None else [PromptLogprobs(event.prompt_logprobs)]
+        scores: list[EngineOutput] = [] if event.prompt_logprobs is None else [PromptLogprobs(event.prompt_logprobs)]
+        outputs = self._outputs(event)
+        new = outputs[self._sent :]
+        self._sent -= len(outputs) - len(new)
+        if outputs and isinstance(outputs[-1], Finished | RequestFailed):
+            return [*scores, *(new or outputs[-1:])]
+        return [*scores, *new, *self._answered(bool(new))]
+
+    def _answered(self, news: bool) -> list[EngineOutput]:
+        """The ids that another replica can go on from, where they are worth a message: with other outputs, or after
+        some codes of an image."""
+        ready = len(self._untold)
+        if self._codes is not None and self._whole_images:
+            ready -= len(self._codes)
+        if self.request.logprobs is not None:  # an id that is given is not scored again
+            ready -= self._stream.pending
+        if ready <= 0 or not (news or ready >= self._checkpoint):
+            return []
+        told, self._untold = self._untold[:ready], self._untold[ready:]
+        return [Answered(tuple(told))]
+
+    def _outputs(self, event: Event) -> list[EngineOutput]:
+        outputs: list[EngineOutput] = []
         for i, token in enumerate(event.tokens):
+            if self._known:
+                self._known -= 1
+            else:
+                self._untold.append(token)
             logprob = event.logprobs[i] if i < len(event.logprobs) else None
             top = event.top_logprobs[i] if i < len(event.top_logprobs) else ()
             outputs += self._push(token, logprob, tuple((id, self._tokenizer.surface(id), value) for id, value in top))
             if self._stream.stopped:
                 return [*outputs, self._finished("stop")]
+        failure = getattr(event, "failure", None)
+        if failure is not None:
+            status, code = STATUS.get(failure.kind, (500, REQUEST_FAILED))
+            return [*outputs, *self._flush_text(), RequestFailed(status, failure.message, code=code)]
         if event.finish is not None:
             outputs += self._flush_text()
             if event.finish == "stop" and event.phase == "text" and self.request.logprobs is not None:

@@ -1,8 +1,10 @@
-"""The engine's process: `python -m calumma.serve.replica.engine.main DESCRIPTOR`, started by process.py."""
+"""The engine's process: `python -m calumma.serve.replica.engine.main SOCKET STEPS STACKS`, three descriptors, started
+by process.py."""
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import select
@@ -23,10 +25,11 @@ from calumma.model.generation import Request
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.serve.protocol import GenerationRequest, ImageProgress, RequestFailed, TextDelta
-from calumma.serve.replica.engine.client import EngineOutput, OnOutput
+from calumma.serve.protocol import GenerationRequest, RequestFailed
+from calumma.serve.replica.engine.client import NOT_URGENT, EngineOutput, OnOutput
 from calumma.serve.replica.engine.messages import Abort, Close, EngineFailed, Outputs, Ready, Start, Submit
-from calumma.serve.replica.engine.thread import EngineThread
+from calumma.serve.replica.engine.thread import EngineThread, requests_in_step
+from calumma.serve.replica.engine.watchdog import StepCounter
 from calumma.serve.replica.model_loading import device_and_dtype, read_own_shard
 from calumma.serve.replica.tensor_parallel import barrier, join_process_group
 
@@ -64,7 +67,7 @@ class OutputBatcher:
         def on_output(output: EngineOutput) -> None:
             with self._lock:
                 self._outputs.append((request_id, output))
-                if not isinstance(output, TextDelta | ImageProgress):
+                if not isinstance(output, NOT_URGENT):
                     self._urgent = True
                 elif request_id not in self._begun:
                     self._urgent = True
@@ -72,11 +75,13 @@ class OutputBatcher:
 
         return on_output
 
-    def flush(self, statistics: Callable[[], dict[str, float]], idle: bool) -> None:
-        """Send what is due. idle: the engine has no work, so nothing waits for a later step."""
+    def flush(self, statistics: Callable[[], dict[str, float]], idle: bool, now: bool = False) -> None:
+        """Send what is due; or all `now`, that the replica hears something. idle: the engine has no work, so nothing
+        waits for a later step."""
         with self._lock:
             since = time.monotonic() - self._sent
-            if self._urgent or idle or since > STATISTICS_SECONDS or (self._outputs and since > BATCH_SECONDS):
+            due = self._urgent or since > STATISTICS_SECONDS or (self._outputs and since > BATCH_SECONDS)
+            if due or idle or now:
                 outputs, self._outputs, self._urgent = self._outputs, [], False
                 self._sent += since
                 self._connection.send(Outputs(outputs, statistics()))
@@ -103,7 +108,7 @@ def load_model(start: Start) -> tuple[LoadedModel, dict[str, object]]:
     return LoadedModel(transformer, vocabulary, tokenizer, images.codes_per_image), options
 
 
-def run(connection: Connection, batcher: OutputBatcher) -> None:
+def run(connection: Connection, batcher: OutputBatcher, steps: StepCounter) -> None:
     """From the first message to the last."""
     start: Start = connection.recv()
     torch.set_num_threads(start.threads)
@@ -111,7 +116,7 @@ def run(connection: Connection, batcher: OutputBatcher) -> None:
 
     def after_step() -> None:
         if engine.failure is not None:  # the replica finds out why, and fails its running requests
-            batcher.send(failure(engine.failure))
+            batcher.send(failure(engine.failure, requests_in_step(engine.failure)))
             os._exit(1)
         batcher.flush(engine.statistics, engine.idle)
 
@@ -124,7 +129,12 @@ def run(connection: Connection, batcher: OutputBatcher) -> None:
             on_output(RequestFailed(500, f"the request could not be taken in: {type(error).__name__}"))
         after_step()  # whether it is admitted is sent at once, however long a step lasts
 
-    engine = EngineThread(model, after_step=after_step, **options)  # type: ignore[arg-type]
+    def after_every_step() -> None:
+        if engine.failure is None:
+            steps.add()
+        after_step()
+
+    engine = EngineThread(model, after_step=after_every_step, **options)  # type: ignore[arg-type]
     batcher.flush(engine.statistics, True)
     batcher.send(Ready())
     while True:
@@ -133,13 +143,14 @@ def run(connection: Connection, batcher: OutputBatcher) -> None:
                 submit(engine_request, request)
             case Abort(request_id):
                 engine.abort(request_id)
+                batcher.flush(engine.statistics, engine.idle, now=True)
             case Close():
                 engine.close()
                 return
 
 
-def failure(error: Exception) -> EngineFailed:
-    return EngineFailed(f"{type(error).__name__}: {error}")
+def failure(error: Exception, request_ids: tuple[str, ...] | None = None) -> EngineFailed:
+    return EngineFailed(f"{type(error).__name__}: {error}", request_ids)
 
 
 def exit_with_replica(descriptor: int) -> None:
@@ -150,15 +161,16 @@ def exit_with_replica(descriptor: int) -> None:
     os._exit(1)
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, steps: int, stacks: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the replica to handle
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     threading.Thread(target=exit_with_replica, args=(descriptor,), daemon=True).start()
     connection = Connection(descriptor)
     batcher = OutputBatcher(connection)
     code = 0
     try:
-        run(connection, batcher)
+        run(connection, batcher, StepCounter(steps))
     except Exception as error:
         log.exception("the engine's process ends")
         with contextlib.suppress(OSError):
@@ -169,4 +181,4 @@ def main(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

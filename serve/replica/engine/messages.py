@@ -53,6 +53,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class EngineFailed:
-    """The engine cannot start, or go on."""
+    """The engine cannot start, or go on. request_ids: who was in the step that failed; None: that is not known."""
 
     reason: str
+    request_ids: tuple[str, ...] | None = None

@@ -33,6 +33,7 @@ class EngineThread:
         further ones of the engine."""
         self._model, self._after_step = model, after_step
         self._heartbeat = HEARTBEAT if options.get("shard") is not None else None
+        self._drafts = bool(options.get("jacobi_window"))  # an image's codes then depend on where its drafts begin
         self._engine = Engine(
             model.transformer, model.vocabulary, model.image_length, max_sequences=max_sequences, **options
         )
@@ -76,7 +77,7 @@ class EngineThread:
     def submit(self, engine_request: Request, request: GenerationRequest, on_output: OnOutput) -> None:
         with self._wake:
             if self._closed:
-                on_output(engine_ended(self.failure))
+                on_output(engine_ended(self.failure, in_step=False))
                 return
             try:
                 self._engine.add(engine_request)
@@ -85,7 +86,7 @@ class EngineThread:
                 on_output(RequestFailed(400, str(error), code=code))
                 return
             on_output(Admitted())
-            self._requests[engine_request.id] = Detokenizer(self._model, request, on_output)
+            self._requests[engine_request.id] = Detokenizer(self._model, request, on_output, self._drafts)
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
@@ -114,9 +115,10 @@ class EngineThread:
             self.failure = error
         with self._wake:
             self._closed = True
-            left, self._requests = list(self._requests.values()), {}
-        for request in left:
-            request.on_output(engine_ended(self.failure))
+            left, self._requests = self._requests, {}
+        in_step = None if self.failure is None else requests_in_step(self.failure)
+        for request_id, request in left.items():
+            request.on_output(engine_ended(self.failure, in_step is None or request_id in in_step))
         self._after_step()
         if self.failure is None:
             self._engine.close()
@@ -135,10 +137,16 @@ class EngineThread:
             if request is None or event.request_id not in self._requests:
                 continue
             outputs = request.process(event)
-            if outputs and isinstance(outputs[-1], Finished):
+            if outputs and isinstance(outputs[-1], Finished | RequestFailed):
                 with self._wake:
                     self._requests.pop(event.request_id, None)
                     if event.finish is None:  # a stop string
                         self._engine.abort(event.request_id)
             for output in outputs:
                 request.on_output(output)
+
+
+def requests_in_step(error: Exception) -> tuple[str, ...] | None:
+    """Who was in the step that raised (generation.StepFailed says so); None: anybody."""
+    found: tuple[str, ...] | None = getattr(error, "request_ids", None)
+    return found

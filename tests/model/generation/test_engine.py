@@ -196,10 +196,11 @@ def test_the_oldest_takes_blocks_from_the_youngest(transformer: Transformer) -> 
 def test_a_broken_model_says_so(transformer: Transformer) -> None:
     with torch.no_grad():
         transformer.norm.weight.fill_(float("nan"))
-    engine = engine_of(transformer)
-    engine.add(Request("r", [V.bos], SamplingParams()))
-    with pytest.raises(FloatingPointError, match="not numbers"):
-        engine.step()
+    (event,) = run(engine_of(transformer), Request("r", [V.bos], SamplingParams()))
+    assert (event.finish, event.tokens) == ("failed", [])
+    assert event.failure is not None
+    assert event.failure.kind == "not finite"
+    assert "not numbers" in event.failure.message
 
 
 def test_more_requests_than_seats_all_finish(transformer: Transformer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -119,9 +120,10 @@ def test_the_mixes_do_preempt_and_share(seed: int) -> None:
     """What the test above would be worth little without."""
     engine = Engine(tiny(), V, N, block_size=4, cache_tokens=184)
     generator = torch.Generator().manual_seed(seed)
-    for number in range(12):
+    for number in range(30):
         prompt = int(torch.randint(2, len(PROMPTS), (), generator=generator))
-        engine.add(asked(str(number), prompt, "interleaved", 25, 1.3, 3.0))
+        request = asked(str(number), prompt, "interleaved", 25, 1.3, 3.0)
+        engine.add(replace(request, params=replace(request.params, seed=number)))
     while engine.has_work:
         engine.step()
     statistics = engine.statistics

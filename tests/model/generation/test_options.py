@@ -126,9 +126,7 @@ def test_an_answer_goes_on_from_its_forced_beginning_as_from_its_own(transformer
     params = {"mode": mode, "max_images": 3, "text": hot, "image": PhaseSampling(1.0), "seed": 4}
     whole = tokens_of(events_of(transformer, PROMPT, SamplingParams(30, **params)))
     assert len(whole) > 3
-    for cut in range(1, len(whole)):
-        if whole[cut] == V.end_image:
-            continue  # lacks but its end, which is refused
+    for cut in range(1, len(whole) + 1):
         prefix = tuple(whole[:cut])
         events = events_of(transformer, PROMPT, SamplingParams(30, **params, prefix=prefix))
         assert tokens_of(events) == whole
@@ -141,10 +139,9 @@ def test_an_answer_goes_on_from_its_forced_beginning_as_from_its_own(transformer
         ("text", (V.begin_image,), "begins an image that mode 'text'"),
         ("text", (15, V.eos), "token 1 of the prefix, id 2, cannot stand"),
         ("image", (15,), "cannot stand in an answer of mode 'image'"),
-        ("image", tuple(IMAGE), "one is left to draw"),
-        ("interleaved", (15, *IMAGE[:-1]), "lacks only its end_image"),
+        ("image", (*IMAGE, 15), "7 tokens: the answer may have 6"),
         ("interleaved", (V.begin_image, 15), "begins an image that is not: 4 codes"),
-        ("interleaved", tuple([15] * 20), "20 tokens: the answer may have 20"),
+        ("interleaved", tuple([15] * 21), "21 tokens: the answer may have 20"),
         ("interleaved", (*[15] * 15, V.begin_image), "does not allow"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,7 +111,9 @@ def reference(
     def logits(context: list[int]) -> Tensor:
         return transformer(torch.tensor([context]))[0, -1]
 
-    numbers = torch.rand(CONTEXT, TRIES + 1, generator=torch.Generator().manual_seed(params.seed or 0)).tolist()
+    # 24 bits of each 32 that a counter gives; NumPy counts before it gives
+    words = np.random.Philox(key=params.seed or 0, counter=2**256 - 1).random_raw(4 * CONTEXT).astype("<u8").view("<u4")
+    numbers = (words.reshape(CONTEXT, 8)[:, : TRIES + 1] // 256 / 2**24).tolist()
     generated: list[int] = []
     logprobs: list[float] = []
     limit = N + 2 if params.mode == "image" else min(params.max_tokens, CONTEXT - len(prompt))
@@ -136,7 +139,7 @@ def reference(
         masked_V[allowed] = f_V[allowed]
         chosen_V = masked_V.clone()
         if codes is None:
-            for token in {t for t in generated if t in V.text_ids}:
+            for token in {t for t in context if t in V.text_ids}:
                 penalty = params.text.repetition_penalty
                 chosen_V[token] = chosen_V[token] / penalty if chosen_V[token] > 0 else chosen_V[token] * penalty
         forced = params.mode == "image" and not generated  # begin_image is not drawn

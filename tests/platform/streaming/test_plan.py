@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from calumma.platform.shards.row_groups import MicroBatch
+from calumma.platform.shards.row_groups import MicroBatch, all_micro_batches
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.streaming.plan import MAX_PERIOD, ROUNDS, Plan, PlanError, permuted
 
@@ -263,7 +263,9 @@ def test_footers_of_the_manifest_are_known_to_the_micro_batches() -> None:
         for n, digest in enumerate(digests)
     ]
     files.append(FileEntry.from_bytes("old", b"old", rows=1, row_groups=1))
-    plan = Plan(0, {"x": 1.0}, {"x": Manifest(kind="tokens", files=files)}, 3)
+    manifest = Manifest(kind="tokens", files=files)
+    plan = Plan(0, {"x": 1.0}, {"x": manifest}, 3)
+    assert sorted(plan.step(0)) == sorted(all_micro_batches("x", manifest))  # what held-out losses are read by
     found = {batch.shard: (batch.footer_bytes, batch.footer_sha256.hex()) for batch in plan.step(0)}
     assert found == {"x/0": (12, digests[0]), "x/1": (13, digests[1]), "x/old": (0, "00" * 32)}
 

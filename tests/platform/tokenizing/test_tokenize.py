@@ -6,6 +6,7 @@ All but the last test run without a cluster (`resources.workers: 0`).
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from itertools import pairwise
@@ -309,8 +310,10 @@ def test_documents_meet_their_own_texts_and_images_again(
     )
     documents = [Document(tuple(segments)) for segments in given]
     uri = str(tmp_path_factory.mktemp("documents") / "a.parquet")
-    storage.write_bytes(uri, document_shards.to_parquet(documents))
-    found = list(actor.encode_documents(encoder, [uri, uri], batch, threads))
+    data = document_shards.to_parquet(documents)
+    storage.write_bytes(uri, data)
+    shard = uri, hashlib.sha256(data).hexdigest()
+    found = list(actor.encode_documents(encoder, [shard, shard], batch, threads))
     assert [document for document, _ in found] == documents * 2
     expected = [encoder.encode(document) for document in documents] * 2
     assert [(tokens.ids.tolist(), tokens.trained.tolist()) for _, tokens in found] == expected

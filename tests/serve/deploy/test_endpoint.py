@@ -48,6 +48,8 @@ from ..conftest import free_port
 
 CHAT = "/v1/chat/completions"
 PATIENCE = 300.0  # seconds; a starved machine needs minutes to start a process
+SOON = 60.0  # seconds; what would never come is known by then
+COLD = 11.0  # seconds; Ray Serve forgets the lengths of queues after ten
 LONG = 700  # tokens: seconds of streaming
 
 
@@ -212,6 +214,30 @@ def kill(application: str, replica: str) -> None:
     import ray
 
     ray.kill(ray.get_actor(f"SERVE_REPLICA::{application}#{ENGINE}#{replica}", namespace="serve"))
+
+
+@pytest.mark.cluster
+def test_several_answers_to_one_request_come_after_a_silence_and_disturb_nobody(url: str) -> None:
+    """Ray Serve's router has forgotten by then how busy the replicas are, so all calls are routed at once."""
+    time.sleep(COLD)
+
+    def ask(**fields: Any) -> list[str]:
+        reply = requests.post(url + CHAT, json=body(max_tokens=4, **fields), timeout=SOON)
+        assert reply.status_code == 200, reply.text
+        return [choice["message"]["content"] for choice in reply.json()["choices"]]
+
+    with ThreadPoolExecutor(4) as pool:
+        several = pool.submit(ask, n=3)
+        streamed = pool.submit(lambda: [listen(url, "hi", n=2, max_tokens=4).error for _ in range(3)])
+        others = pool.submit(lambda: [ask(text=f"other {number}") for number in range(5)])
+        well = pool.submit(lambda: [requests.get(url + "/health", timeout=SOON).status_code for _ in range(5)])
+        assert several.result() == ["ssss"] * 3
+        assert streamed.result() == [None] * 3
+        assert others.result() == [["ssss"]] * 5
+        assert well.result() == [200] * 5
+    prompts = {"prompt": ["a", "b", "c"], "temperature": 0, "max_tokens": 2, "repetition_penalty": 1}
+    reply = requests.post(f"{url}/v1/completions", json=prompts, timeout=SOON)
+    assert [choice["text"] for choice in reply.json()["choices"]] == ["ss"] * 3
 
 
 @pytest.mark.cluster

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from calumma.serve.deploy import rollout
 from calumma.serve.deploy.applications import ModelApplication
-from calumma.serve.deploy.rollout import RolloutController
+from calumma.serve.deploy.rollout import RolloutController, await_last_stream
 from calumma.serve.settings import ModelSettings
 
 
@@ -83,3 +84,24 @@ def test_what_is_no_alias_is_not_followed(model: str) -> None:
     registry = Registry("models:/b@live")
     registry.rollouts.models = (ModelSettings(model=model, name="a"),)
     assert registry.rollouts.reconcile() == []
+
+
+def test_an_old_version_stays_while_it_has_streams_though_an_ingress_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rollout, "STREAMS_SECONDS", 0.0)
+    told = iter([2, ConnectionError("gone"), 1, 0])
+
+    def streams() -> int:
+        found = next(told)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    await_last_stream(streams, 300)
+    assert next(told, None) is None
+
+
+def test_an_old_version_does_not_stay_beyond_the_longest_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "STREAMS_SECONDS", 0.0)
+    await_last_stream(lambda: 1, 0.05)

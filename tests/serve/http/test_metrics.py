@@ -110,12 +110,20 @@ def test_no_number_is_both_a_counter_and_a_gauge() -> None:
 
 def test_metrics_count_requests_and_tokens(client: TestClient) -> None:
     client.post(CHAT, json=ask(modalities=["image"]))
+    usage = client.post(CHAT, json=ask(modalities=["text"], max_tokens=4)).json()["usage"]
     client.post(CHAT, json=ask(model="other"))
     client.get("/nowhere/in/particular")
-    assert metric(client, f'calumma_requests_total{{endpoint="{CHAT}",status="200"}}') == 1
+    assert metric(client, f'calumma_requests_total{{endpoint="{CHAT}",status="200"}}') == 2
     assert metric(client, f'calumma_requests_total{{endpoint="{CHAT}",status="404"}}') == 1
     assert metric(client, 'calumma_requests_total{endpoint="other",status="404"}') == 1
     assert metric(client, 'calumma_tokens_total{direction="answer",modality="image",model="tiny"}') == IMAGE_TOKENS
+    assert metric(client, 'calumma_tokens_total{direction="prompt",modality="text",model="tiny"}') == (
+        2 * usage["prompt_tokens"]
+    )
+    assert (
+        metric(client, 'calumma_tokens_total{direction="answer",modality="text",model="tiny"}')
+        == (usage["completion_tokens"])
+    )
     assert metric(client, 'calumma_images_total{model="tiny"}') == 1
     assert metric(client, 'calumma_requests_running{model="tiny"}') == 0
-    assert metric(client, f'calumma_request_seconds_count{{endpoint="{CHAT}"}}') == 2
+    assert metric(client, f'calumma_request_seconds_count{{endpoint="{CHAT}"}}') == 3

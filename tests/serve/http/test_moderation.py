@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from calumma.model.document import Document, Image, Text
 from calumma.serve.http.app import create_app
-from calumma.serve.protocol import ImageOutput, ImageProgress, OutputEvent, TextDelta
+from calumma.serve.protocol import ImageOutput, ImageProgress, OutputEvent, TextDelta, Token
 from calumma.serve.safety import Policy, PolicyInput, keywords
 from calumma.serve.settings import Safety
 
@@ -55,10 +55,13 @@ def test_a_word_within_another_is_another_word(text: str) -> None:
 
 def test_an_answer_is_declined_before_the_word_is_sent() -> None:
     pieces = [TextDelta(text) for text in ("Take some ", "dyna", "mite", ", light ", "it.")]
-    with client(saying(*pieces)) as http:
+    backend = saying(*pieces)
+    with client(backend) as http:
         chunks = sse_events(http.post(CHAT, json=ask(stream=True)).text)
         assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks) == "Take some "
         assert chunks[-1]["choices"][0]["finish_reason"] == "content_filter"
+        assert sum("refusal" in c["choices"][0]["delta"] for c in chunks) == 1
+        assert backend.endings == ["stopped"], "nothing more is generated"
         whole = http.post(CHAT, json=ask()).json()["choices"][0]
         assert (whole["message"]["content"], whole["message"]["refusal"]) == ("Take some ", "no")
 
@@ -73,6 +76,52 @@ def test_whatever_the_pieces_no_declined_word_is_sent_and_else_nothing_is_lost(t
     sent = choice["message"]["content"]
     assert policy(PolicyInput("answer", Document((Text(sent),)))) is None
     assert "".join(texts).startswith(sent) if declined else sent == "".join(texts)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT, ask()), ("/v1/completions", {"prompt": "hi"}), ("/v1/completions", {"prompt": ["hi", "you"], "n": 2})],
+    ids=["chat", "completion", "completions"],
+)
+def test_no_endpoint_sends_what_the_policy_declines(path: str, body: dict[str, Any], stream: bool) -> None:
+    with client(saying(*map(TextDelta, ["Take some ", "dyna", "mite", " now"]))) as http:
+        reply = http.post(path, json=body | {"stream": stream})
+    assert reply.status_code == 200
+    assert "mite" not in reply.text
+    assert '"content_filter"' in reply.text
+    assert '"stop"' not in reply.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_image_is_not_drawn_for_a_declined_prompt(stream: bool) -> None:
+    backend = saying(TextDelta("sure"))
+    with client(backend) as http:
+        reply = http.post("/v1/images/generations", json={"prompt": "dynamite", "stream": stream})
+    assert "content_policy_violation" in reply.text
+    assert backend.requests == []
+
+
+def test_a_word_is_declined_that_a_space_lets_out_in_two_parts() -> None:
+    with client(saying(TextDelta("an ünsafe "), TextDelta("word "), TextDelta("more"))) as http:
+        choice = http.post(CHAT, json=ask()).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("an ünsafe ", "content_filter")
+
+
+def test_log_probabilities_tell_nothing_of_text_that_is_held_back() -> None:
+    def deltas(*texts: str) -> list[TextDelta]:
+        return [TextDelta(text, (Token(k, text.encode(), 0, -1.0),)) for k, text in enumerate(texts)]
+
+    with client(saying(*deltas("some ", "more dyna", "mite ", "now"))) as http:
+        streamed = sse_events(http.post(CHAT, json=ask(stream=True, logprobs=True)).text)
+        whole = http.post(CHAT, json=ask(logprobs=True)).json()["choices"][0]
+    tokens = [token for chunk in streamed for token in (chunk["choices"][0].get("logprobs") or {}).get("content", [])]
+    assert [token["token"] for token in tokens] == ["some "]
+    assert [token["token"] for token in whole["logprobs"]["content"]] == ["some "]
+    harmless = ["some ", "more dyna", "mo ", "now"]
+    with client(saying(*deltas(*harmless))) as http:
+        whole = http.post(CHAT, json=ask(logprobs=True)).json()["choices"][0]
+    assert [token["token"] for token in whole["logprobs"]["content"]] == harmless, "what is sent has them all"
 
 
 def no_pictures() -> Policy:
@@ -94,6 +143,7 @@ def test_a_policy_sees_pictures_and_their_previews_are_not_sent(png: bytes) -> N
     assert "Look:" in text
     assert "nice" not in text
     assert "no pictures" in text
+    assert backend.requests[0].previews == 0, "none is made that nobody would see"
 
 
 def test_a_prompt_of_token_ids_is_shown_as_text(replica: Any) -> None:
@@ -105,6 +155,8 @@ def test_a_prompt_of_token_ids_is_shown_as_text(replica: Any) -> None:
         choice = http.post("/v1/completions", json={"prompt": fine, "max_tokens": 2}).json()["choices"][0]
         assert choice["finish_reason"] != "content_filter"
         assert "say" not in choice["text"], "what the policy was shown is not echoed"
+        echoed = http.post("/v1/completions", json={"prompt": fine, "max_tokens": 2, "echo": True}).json()["choices"][0]
+        assert echoed["text"].startswith("say seven")
 
 
 def test_the_openai_client_reads_a_refusal() -> None:

@@ -14,9 +14,10 @@ from PIL import Image as PILImage
 from calumma.model import MixedModalModel, generate
 from calumma.model.document import Document, Image, Text
 from calumma.model.encoding import DocumentEncoder
-from calumma.model.generation import Engine, PhaseSampling, SamplingParams
+from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.serve.protocol import (
+    EventBatch,
     Finished,
     GenerationRequest,
     ImageOutput,
@@ -25,13 +26,20 @@ from calumma.serve.protocol import (
     RequestFailed,
     Started,
     TextDelta,
+    Token,
     TokenCount,
 )
-from calumma.serve.replica.engine.client import Admitted, ImageCodes
+from calumma.serve.replica.engine.client import Admitted, Answered, ImageCodes
+from calumma.serve.replica.engine.thread import EngineThread
 from calumma.serve.replica.replica import EngineReplica
+
+from ..conftest import CONTEXT
 
 T = TypeVar("T")
 PROMPT = Document((Text("Draw a three.", "user"),))
+
+
+A, THREE = Token(5, b"a ", 0, -1.0), Token(6, b"three: ", 2, -2.0)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -43,22 +51,22 @@ def params(seed: int, mode: Any = "interleaved", **fields: Any) -> SamplingParam
     return SamplingParams(mode=mode, seed=seed, text=free, image=free, **fields)
 
 
-async def pieces_of(replica: EngineReplica, job: GenerationRequest) -> list[OutputEvent]:
-    async with aclosing(replica.generate(job)) as pieces:
-        return [piece async for piece in pieces]
+async def output_of(replica: EngineReplica, request: GenerationRequest) -> list[OutputEvent]:
+    async with aclosing(replica.generate(request)) as events:
+        return [event async for event in events]
 
 
-def parts(pieces: list[OutputEvent]) -> list[str | tuple[int, ...]]:
+def parts(output: list[OutputEvent]) -> list[str | tuple[int, ...]]:
     """Text, and images as pixels, with adjacent texts joined."""
     found: list[Any] = []
-    for piece in pieces:
-        if isinstance(piece, ImageOutput):
-            found.append(tuple(PILImage.open(io.BytesIO(piece.png)).convert("RGB").tobytes()))
-        elif isinstance(piece, TextDelta):
+    for event in output:
+        if isinstance(event, ImageOutput):
+            found.append(tuple(PILImage.open(io.BytesIO(event.png)).convert("RGB").tobytes()))
+        elif isinstance(event, TextDelta):
             if found and isinstance(found[-1], str):
-                found[-1] += piece.text
+                found[-1] += event.text
             else:
-                found.append(piece.text)
+                found.append(event.text)
     return found
 
 
@@ -67,10 +75,10 @@ def test_what_is_streamed_is_what_the_engine_generates(replica: EngineReplica, m
     each = [params(seed, max_tokens=60) for seed in range(len(prompts))]
 
     async def all_at_once() -> list[list[OutputEvent]]:
-        jobs = [
+        requests = [
             GenerationRequest(str(k), p, s, max_tokens=60) for k, (p, s) in enumerate(zip(prompts, each, strict=True))
         ]
-        return await asyncio.gather(*(pieces_of(replica, job) for job in jobs))
+        return await asyncio.gather(*(output_of(replica, request) for request in requests))
 
     answers = run(all_at_once())
     expected = generate(model, prompts, each)
@@ -86,10 +94,10 @@ def test_what_is_streamed_is_what_the_engine_generates(replica: EngineReplica, m
 
 
 def test_progress_is_told_when_asked(replica: EngineReplica) -> None:
-    told = run(pieces_of(replica, GenerationRequest("p", PROMPT, params(1, "image"), progress=True)))
-    assert any(isinstance(piece, ImageProgress) for piece in told)
-    silent = run(pieces_of(replica, GenerationRequest("q", PROMPT, params(1, "image"))))
-    assert not any(isinstance(piece, ImageProgress) for piece in silent)
+    told = run(output_of(replica, GenerationRequest("p", PROMPT, params(1, "image"), progress=True)))
+    assert any(isinstance(event, ImageProgress) for event in told)
+    silent = run(output_of(replica, GenerationRequest("q", PROMPT, params(1, "image"))))
+    assert not any(isinstance(event, ImageProgress) for event in silent)
 
 
 def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_image_after_it(
@@ -106,14 +114,17 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
             await self.may.wait()
             return b"png"
 
-    async def read() -> list[list[OutputEvent]]:
+    async def read() -> list[EventBatch]:
         replica = EngineReplica(model, coder=(coder := Coder()))
         said = [
             Admitted(),
-            TextDelta("a "),
-            TextDelta("three: "),
+            TextDelta("a ", (A,)),
+            Answered((5,)),
+            TextDelta("three: ", (THREE,)),
+            Answered((6, 7)),
             ImageCodes([1], 1, 0.0),
             TextDelta("."),
+            Answered((8,)),
             Finished("stop", TokenCount()),
         ]
         monkeypatch.setattr(
@@ -122,26 +133,28 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
         found = []
         try:
             async with aclosing(replica.generate_batches(GenerationRequest("a", PROMPT, params(0)))) as batches:
-                async for pieces in batches:
-                    found.append(pieces)
+                async for batch in batches:
+                    found.append(batch)
                     if len(found) == 2:
                         coder.may.set()
         finally:
             replica.close()
         return found
 
-    [started], before, (image, *after) = run(read())
-    assert isinstance(started, Started)
-    assert before == [TextDelta("a three: ")]
+    started, before, after = run(read())
+    assert isinstance(started.events[0], Started)
+    assert before == EventBatch([TextDelta("a three: ", (A, THREE))], (5, 6, 7), 2)
+    image, *rest = after.events
     assert isinstance(image, ImageOutput)
-    assert after == [TextDelta("."), Finished("stop", TokenCount())]
+    assert rest == [TextDelta("."), Finished("stop", TokenCount())]
+    assert (after.tokens, after.count) == ((8,), 2)
 
 
 def test_a_prompt_too_long_is_refused_and_disturbs_nobody(replica: EngineReplica) -> None:
     async def both() -> tuple[list[OutputEvent], list[OutputEvent]]:
         long = Document((Text("x" * 500, "user"),))
-        good = pieces_of(replica, GenerationRequest("good", PROMPT, params(3, "image")))
-        return tuple(await asyncio.gather(good, pieces_of(replica, GenerationRequest("long", long, params(3)))))  # type: ignore[return-value]
+        good = output_of(replica, GenerationRequest("good", PROMPT, params(3, "image")))
+        return tuple(await asyncio.gather(good, output_of(replica, GenerationRequest("long", long, params(3)))))  # type: ignore[return-value]
 
     good, long = run(both())
     assert isinstance(good[-1], Finished)
@@ -151,7 +164,7 @@ def test_a_prompt_too_long_is_refused_and_disturbs_nobody(replica: EngineReplica
 
 
 def test_an_unreadable_image_is_refused(replica: EngineReplica) -> None:
-    (refused,) = run(pieces_of(replica, GenerationRequest("bad", Document((Image(b"no", role="user"),)), params(0))))
+    (refused,) = run(output_of(replica, GenerationRequest("bad", Document((Image(b"no", role="user"),)), params(0))))
     assert isinstance(refused, RequestFailed)
     assert refused.status == 400
 
@@ -162,12 +175,12 @@ def test_who_leaves_is_forgotten(model: MixedModalModel) -> None:
     async def leave_then_ask() -> list[OutputEvent]:
         async with aclosing(
             replica.generate(GenerationRequest("left", PROMPT, params(0, "image"), progress=True))
-        ) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, ImageProgress):
+        ) as events:
+            async for event in events:
+                if isinstance(event, ImageProgress):
                     break
         # The leaver had the only seat: this one is answered only if it was given back.
-        return await pieces_of(replica, GenerationRequest("next", PROMPT, params(1, "image")))
+        return await output_of(replica, GenerationRequest("next", PROMPT, params(1, "image")))
 
     try:
         assert isinstance(run(leave_then_ask())[-1], Finished)
@@ -186,21 +199,21 @@ def test_a_broken_engine_fails_its_requests_and_its_health(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(Engine, "step", step)
-    pieces = run(pieces_of(replica, GenerationRequest("a", PROMPT, params(0))))
-    assert isinstance(pieces[-1], RequestFailed)
-    assert (pieces[-1].status, pieces[-1].code) == (500, "engine_failed")
+    events = run(output_of(replica, GenerationRequest("a", PROMPT, params(0))))
+    assert isinstance(events[-1], RequestFailed)
+    assert (events[-1].status, events[-1].code) == (500, "engine_failed")
     with pytest.raises(RuntimeError, match="out of memory"):
         replica.check_health()
     with pytest.raises(RuntimeError, match="out of memory"):
         run(replica.describe())
-    later = run(pieces_of(replica, GenerationRequest("b", PROMPT, params(0))))
+    later = run(output_of(replica, GenerationRequest("b", PROMPT, params(0))))
     assert isinstance(later[-1], RequestFailed), "nobody waits for an engine that has ended"
 
 
 def test_a_replica_that_shuts_down_says_so(model: MixedModalModel) -> None:
     replica = EngineReplica(model)
     replica.close()
-    last = run(pieces_of(replica, GenerationRequest("a", PROMPT, params(0))))[-1]
+    last = run(output_of(replica, GenerationRequest("a", PROMPT, params(0))))[-1]
     assert isinstance(last, RequestFailed)
     assert (last.status, last.code) == (503, "unavailable")
 
@@ -211,10 +224,10 @@ def test_a_model_without_image_decoder_answers_in_text_and_says_why(model: Mixed
     encoder = DocumentEncoder(model.vocabulary, model.text_tokenizer, ImageTokenizer(shape).eval())
     replica = EngineReplica(MixedModalModel(model.transformer, encoder), max_sequences=4)
     try:
-        pieces = run(pieces_of(replica, GenerationRequest("free", PROMPT, params(3, max_tokens=40), max_tokens=40)))
-        assert isinstance(pieces[-1], Finished)
-        assert pieces[-1].completion.image == 0
-        [refused] = run(pieces_of(replica, GenerationRequest("image", PROMPT, params(3, "image"))))
+        events = run(output_of(replica, GenerationRequest("free", PROMPT, params(3, max_tokens=40), max_tokens=40)))
+        assert isinstance(events[-1], Finished)
+        assert events[-1].completion.image == 0
+        [refused] = run(output_of(replica, GenerationRequest("image", PROMPT, params(3, "image"))))
         assert isinstance(refused, RequestFailed)
         assert (refused.status, refused.code) == (400, "no_image_output")
         assert "no decoder" in refused.message
@@ -222,3 +235,52 @@ def test_a_model_without_image_decoder_answers_in_text_and_says_why(model: Mixed
         replica.check_health()
     finally:
         replica.close()
+
+
+@pytest.mark.parametrize(("beyond", "accepted"), [(0, False), (-1, True)])
+def test_ids_of_a_prompt_are_those_of_the_vocabulary(replica: EngineReplica, beyond: int, accepted: bool) -> None:
+    token = replica.model.vocabulary.size + beyond
+    [first, *_] = run(output_of(replica, GenerationRequest("ids", (token,), params(0, "text"), max_tokens=1)))
+    assert isinstance(first, Started) == accepted
+    if isinstance(first, RequestFailed):
+        assert (first.status, first.param) == (400, "prompt")
+        assert f"must lie in 0..{token - 1}; found {token}" in first.message
+
+
+def test_as_many_requests_may_wait_as_the_settings_say(model: MixedModalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = EngineReplica(model, max_queued=2)
+    try:
+        for waiting, status in ((1, None), (2, 429)):
+            monkeypatch.setattr(EngineThread, "waiting", property(lambda engine, waiting=waiting: waiting))
+            [first, *_] = run(output_of(replica, GenerationRequest(f"{waiting}", PROMPT, params(0, "text"), 1)))
+            assert getattr(first, "status", None) == status
+    finally:
+        replica.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"max_tokens": CONTEXT, "prefix": 0, "logprobs": None, "prompt_logprobs": None}),
+        ({"max_tokens": 7, "logprobs": 2}, {"max_tokens": 7, "logprobs": 2, "prompt_logprobs": None}),
+        ({"logprobs": 2, "echo": True}, {"logprobs": 2, "prompt_logprobs": 2}),
+        ({"begin_with_image": True}, {"prefix": 1}),
+    ],
+)
+def test_what_is_asked_for_reaches_the_engine(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    submitted: list[Request] = []
+
+    def submit(engine_request: Request, request: GenerationRequest, on_output: Any) -> None:
+        submitted.append(engine_request)
+        on_output(RequestFailed(503, "not now"))
+
+    monkeypatch.setattr(replica.engine, "submit", submit)
+    run(output_of(replica, GenerationRequest("a", PROMPT, params(1), **fields)))
+    [asked] = [request.params for request in submitted]
+    found = {name: getattr(asked, name) for name in expected}
+    if "prefix" in found:
+        assert set(asked.prefix) <= {replica.model.vocabulary.begin_image}
+        found["prefix"] = len(asked.prefix)
+    assert found == expected

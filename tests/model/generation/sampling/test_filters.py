@@ -15,6 +15,8 @@ def plainly(row: list[float], top_p: float, min_p: float, top_k: int) -> float:
     """The least probability kept, by the letter of PhaseSampling."""
     ranked = sorted(row, reverse=True)
     ranked = [p for p in ranked[: top_k or None] if p >= min_p * ranked[0]]
+    if top_p >= 1:
+        return ranked[-1]
     mass, kept = sum(ranked), ranked[:1]
     while sum(kept) < top_p * mass - 1e-9 and len(kept) < len(ranked):
         kept.append(ranked[len(kept)])

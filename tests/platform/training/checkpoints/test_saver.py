@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +42,18 @@ class Engine:
 
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "mp_rank_00") -> None:
         self.checkpoint_engine: Any = None
-        self.state = torch.zeros(1000)
+        self.state, self.name = torch.zeros(1000), name
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         Path(folder, tag).mkdir()
-        Path(folder, "zero_to_fp32.py").write_text("print()")
-        self.checkpoint_engine.save({"weights": [self.state], "step": 1}, f"{folder}/{tag}/mp_rank_00_model_states.pt")
+        if torch.distributed.get_rank() == 0:
+            Path(folder, "zero_to_fp32.py").write_text("print()")
+        self.checkpoint_engine.save({"weights": [self.state], "step": 1}, f"{folder}/{tag}/{self.name}_model_states.pt")
 
     def zero_optimization_stage(self) -> int:
         return 1
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    """A torch.distributed group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def report(step: int, **fields: Any) -> dict[str, Any]:
@@ -85,7 +78,7 @@ def content(output: str, step: int) -> float:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
-    group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written is the state of when it was saved, and nothing is published before all of it is there."""
     output, run, write, may_write = str(tmp_path / "stage"), Engine(), torch.save, threading.Event()
@@ -110,8 +103,44 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert told == [catalog.checkpoint_uri(output, step) for step in (1, 2)]
 
 
+def slow_and_quick(rank: int, world: int, output: str) -> None:
+    """Two workers: the first publishes, the second is told when it may write."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{output}.meeting", rank=rank, world_size=world)
+    uri, may_write = catalog.checkpoint_uri(output, 1), Path(f"{output}.may-write")
+    if rank == 1:
+        write = torch.save
+
+        def slow(*given: Any, **named: Any) -> None:
+            while not may_write.exists():
+                time.sleep(0.01)
+            write(*given, **named)
+
+        torch.save = slow
+    run = Engine(f"rank_{rank}")
+    with Saver(specification(output), {}) as saving:
+        saving.save(run, uri, report(1))  # type: ignore[arg-type]
+        if rank == 0:
+            while not [file for file in storage.list_files(uri) if file.endswith("parts/00000.json")]:
+                time.sleep(0.01)
+            time.sleep(3 * saver._PART_POLL)  # it has looked for the other's part by then
+            early = Manifest.find(uri)
+            Path(f"{output}.early").write_text(str(early))
+            may_write.touch()
+        saving.wait_until_published()
+
+
+def test_a_checkpoint_exists_when_every_worker_has_written_its_part_and_not_before(tmp_path: Path) -> None:
+    output = str(tmp_path / "stage")
+    torch.multiprocessing.start_processes(slow_and_quick, (2, output), nprocs=2, start_method="fork")
+    assert Path(f"{output}.early").read_text() == "None", "published while a worker was still writing"
+    manifest = Manifest.read(catalog.checkpoint_uri(output, 1))
+    manifest.verify(catalog.checkpoint_uri(output, 1), content=True)
+    names = sorted(Path(entry.path).name for entry in manifest.files)
+    assert [name for name in names if name.startswith("rank")] == ["rank_0_model_states.pt", "rank_1_model_states.pt"]
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
-    group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     output, run = str(tmp_path / "stage"), Engine()
     saved(run, output, 1)
@@ -138,7 +167,7 @@ def failing(*given: Any, **named: Any) -> None:
     raise OSError("disk full")
 
 
-def test_a_checkpoint_in_s3_is_whole(group: None, s3: str) -> None:
+def test_a_checkpoint_in_s3_is_whole(group_of_one: None, s3: str) -> None:
     uri = saved(Engine(), f"{s3}/stage", 3)
     manifest = Manifest.read(uri)
     manifest.verify(uri, content=True)
@@ -146,7 +175,7 @@ def test_a_checkpoint_in_s3_is_whole(group: None, s3: str) -> None:
 
 
 def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_good_leaves_no_checkpoint(
-    group: None, s3: str, monkeypatch: pytest.MonkeyPatch
+    group_of_one: None, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, run = f"{s3}/stage", Engine()
     run.state = torch.zeros(6_000_000)  # 24 MB: three parts
@@ -175,7 +204,7 @@ def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_goo
 
 
 def test_one_that_is_not_whole_is_passed_over_and_a_damaged_one_is_set_aside(
-    group: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    group_of_one: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output, run = str(tmp_path / "stage"), Engine()
     places = [Path(saved(run, output, step)) for step in (1, 2, 3, 4)]
@@ -197,7 +226,7 @@ def test_one_that_is_not_whole_is_passed_over_and_a_damaged_one_is_set_aside(
     assert newest.step == 2  # whoever looks from now on agrees, without reading contents
 
 
-def test_late_writers_of_a_group_that_was_given_up_do_no_harm(group: None, tmp_path: Path) -> None:
+def test_late_writers_of_a_group_that_was_given_up_do_no_harm(group_of_one: None, tmp_path: Path) -> None:
     output, run = str(tmp_path / "stage"), Engine()
     spec = specification(output)
     with Saver(spec, {}) as old:

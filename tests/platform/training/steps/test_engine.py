@@ -19,10 +19,10 @@ from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
-from calumma.platform.training.trainable import lora, parameters
+from calumma.platform.training.trainable import parameters
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, context=32, vocabulary_size=50)
-IMAGE_IDS = list(range(40, 48))
+IMAGE_IDS, Z_LOSS = list(range(40, 48)), 0.02
 VOCABULARY = Vocabulary(
     size=50, pad=0, bos=1, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=IMAGE_IDS
 )
@@ -36,13 +36,34 @@ def specification(**fields: Any) -> PretrainSpecification:
         "model": SHAPE.model_dump(exclude={"vocabulary_size"}),
         "steps": 10,
         "micro_batches": 3,
-        "optimizer": {"learning_rate": 0.01, "eps": 1e-4, "weight_decay": 0.5},
+        # nothing is torch's default: what is not handed on shows
+        "optimizer": {
+            "learning_rate": 0.01,
+            "beta1": 0.7,
+            "beta2": 0.8,
+            "eps": 1e-4,
+            "weight_decay": 0.5,
+            "gradient_clip": 0.5,
+        },
         "precision": "float32",
     }
     return PretrainSpecification.model_validate(values | fields)
 
 
 # -- settings --
+
+
+def test_settings_become_deepspeeds_and_raw_ones_have_the_last_word() -> None:
+    spec = specification(deepspeed={"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
+    made = engine.deepspeed_config(spec, world=2, parameters=1000)
+    assert made["gradient_accumulation_steps"] == 2  # three micro-batches on two workers
+    assert made["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 1000,
+        "allgather_bucket_size": 1000,
+        "offload_optimizer": {"device": "cpu"},
+    }
+    assert made["gradient_clipping"] == spec.optimizer.gradient_clip
 
 
 def test_offloading_becomes_deepspeeds_sections() -> None:
@@ -99,66 +120,17 @@ def test_raw_settings_that_deepspeed_knows_are_taken() -> None:
     )
 
 
-# -- what is trained --
+# -- the optimizer --
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"trainable": "blocks.9.*"}, r"trainable: 'blocks\.9\.\*' .* there are blocks\.\*\.attention\.key\.weight"),
-        ({"trainable": ["image_head", "output.*"]}, "trains output.weight as a whole, of which `image_head` is a part"),
-        ({"lora": {"targets": ["output"]}}, r"lora\.targets: 'output' .* there are blocks\.\*\.attention\.key"),
-        ({"lora": {}, "trainable": "blocks.0.*"}, "as a whole, for which lora.targets asks for an adapter"),
-    ],
-)
-def test_names_that_fit_nothing_are_refused_with_those_there_are(fields: dict[str, Any], said: str) -> None:
-    with torch.device("meta"):
-        transformer = Transformer(SHAPE)
-    with pytest.raises(SpecificationError, match=said):
-        parameters.check_trainable(transformer, specification(**fields))
-
-
-@pytest.mark.parametrize("fields", [{"lora": {}}, {"trainable": "image_head"}, {"lora": {}, "trainable": "image_head"}])
-def test_what_is_added_changes_nothing_before_it_is_trained(fields: dict[str, Any]) -> None:
-    plain = Transformer(SHAPE).initialize(0)
-    expected, tokens = plain.state_dict(), torch.arange(20)[None]
-    logits = plain(tokens)
-    spec = specification(**fields)
-    prepared = parameters.set_trainable(plain, spec, VOCABULARY)
-    assert torch.equal(prepared(tokens), logits)
-    found = parameters.plain_weights(prepared.state_dict(), spec, VOCABULARY)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-
-
-def test_merged_adapters_say_what_the_adapted_model_says() -> None:
-    spec = specification(lora={"rank": 3, "alpha": 7, "targets": ["*.query", "*.down"]}, trainable="image_head")
-    adapted = parameters.set_trainable(Transformer(SHAPE).initialize(0), spec, VOCABULARY)
-    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 2 * 2 + 1
-    assert all(parameters.is_added(name) for name in trained)
-    for name, parameter in adapted.named_parameters():
-        if name in trained:
-            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
-    merged = Transformer(SHAPE)
-    merged.load_state_dict(parameters.plain_weights(adapted.state_dict(), spec, VOCABULARY))
-    tokens = torch.arange(30)[None]
-    torch.testing.assert_close(merged(tokens), adapted(tokens), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(merged(tokens), Transformer(SHAPE).initialize(0)(tokens), atol=0.1)
-
-
-def test_adapters_are_a_function_of_the_seed_and_as_large_as_their_rank() -> None:
-    def adapters(seed: int) -> dict[str, torch.Tensor]:
-        model = Transformer(SHAPE).initialize(0)
-        lora.add_adapters(model, specification(lora={"rank": 5}).lora, seed)  # type: ignore[arg-type]
-        return {name: p for name, p in model.named_parameters() if parameters.is_added(name)}
-
-    one, same, other = adapters(1), adapters(1), adapters(2)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    down = "blocks.1.feed_forward.up.lora_down"
-    assert not torch.equal(one[down], other[down])
-    assert one[down].shape == (5, 32)
-    assert len(one) == 2 * 2 * 7  # two matrices for each of seven layers of two blocks
+def test_norms_do_not_decay_and_every_weight_is_in_one_group() -> None:
+    transformer = Transformer(SHAPE)
+    decayed, kept = engine.parameter_groups(transformer, 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in transformer.named_parameters()}
+    assert sorted(names[id(p)] for group in (decayed, kept) for p in group["params"]) == sorted(names.values())
+    assert all("norm" in names[id(p)] for p in kept["params"])
+    assert not any("norm" in names[id(p)] for p in decayed["params"])
 
 
 # -- steps of two workers at every stage of ZeRO --
@@ -195,7 +167,7 @@ def taken(spec: PretrainSpecification, rank: int, world: int, plan: list[tuple[i
         counts = engine.count_tokens(group, mask_V, run.device)
         if what == "broken" and rank == 1:
             engine.losses = lambda *given, **named: _broken(usual(*given, **named))
-        engine.step(run, group, counts, mask_V, 1e-3, world, accept=lambda sums, what=what: what != "refused")
+        engine.step(run, group, counts, mask_V, Z_LOSS, world, accept=lambda sums, what=what: what != "refused")
         engine.losses = usual
         norms.append(engine.gradient_norm(run))
     assert [bool(torch.isfinite(torch.tensor(norm))) for norm in norms] == [what != "broken" for _, what in plan]
@@ -273,11 +245,36 @@ def test_the_gradient_is_that_of_plain_pytorch(found: dict[str, Any], name: str)
             targets=targets,
             mask=mask,
             image_mask=mask_V,
-            z_loss=1e-3,
+            z_loss=Z_LOSS,
             normalizer=trained,
         ).total.backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
     assert found[name]["norm"] == pytest.approx(float(expected), rel=1e-5 if "float32" in name else 0.02)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_are_those_of_plain_pytorch(found: dict[str, Any], stage: int) -> None:
+    """Two workers at any stage of ZeRO: AdamW with its betas and its decay, the gradient clipped."""
+    plain, o = Transformer(SHAPE).initialize(0), specification().optimizer
+    named = list(plain.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if "norm" not in name], "weight_decay": o.weight_decay},
+        {"params": [p for name, p in named if "norm" in name], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps)
+    for step in (0, 1, 3):  # of the plan "without"
+        batches = [rows(step, number) for number in range(3)]
+        trained = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
+        for batch in batches:
+            tokens, targets, mask = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.mask[:, 1:]
+            logits = plain(tokens)[mask]
+            nll = torch.nn.functional.cross_entropy(logits, targets[mask], reduction="sum")
+            ((nll + Z_LOSS * (torch.logsumexp(logits, dim=-1) ** 2).sum()) / trained).backward()
+        assert torch.nn.utils.clip_grad_norm_(plain.parameters(), o.gradient_clip) > o.gradient_clip
+        optimizer.step()
+        optimizer.zero_grad()
+    for weight, value in plain.state_dict().items():
+        torch.testing.assert_close(found[f"float32, ZeRO {stage}"]["without"][weight], value, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

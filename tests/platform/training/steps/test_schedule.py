@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,3 +54,37 @@ def test_two_stages_of_one_schedule_are_one_curve() -> None:
     first = [learning_rate(step, PEAK, schedule, 30) for step in range(20)]
     second = [learning_rate(20 + step, PEAK, schedule, 30) for step in range(10)]
     assert first + second == straight
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine"])
+def test_rates_are_those_of_transformers(kind: str) -> None:
+    """But for the first step: where ours takes the first part of the warm-up, transformers' takes a rate of 0."""
+    import transformers
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], PEAK)
+    if kind == "constant":
+        reference = transformers.get_constant_schedule_with_warmup(optimizer, num_warmup_steps=7)
+    else:
+        reference = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, num_warmup_steps=7, num_training_steps=40, min_lr_rate=0.2
+        )
+    theirs = rates_of(reference, 40)
+    schedule = Schedule(kind=kind, warmup_steps=7, final=0.2)  # type: ignore[arg-type]
+    ours = [learning_rate(step, PEAK, schedule, 40) for step in range(40)]
+    assert ours == pytest.approx(theirs[1:8] + theirs[7:], rel=1e-9)
+
+
+def test_an_exponential_decay_is_that_of_pytorch() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], PEAK)
+    theirs = rates_of(torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.05 ** (1 / 30)), 30)
+    schedule = Schedule(kind="exponential", warmup_steps=0, final=0.05)
+    assert [learning_rate(step, PEAK, schedule, 30) for step in range(30)] == pytest.approx(theirs, rel=1e-9)
+
+
+def rates_of(schedule: Any, steps: int) -> list[float]:
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    return rates

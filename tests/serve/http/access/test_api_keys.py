@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
@@ -42,11 +44,19 @@ def test_who_has_a_key_is_answered(locked: TestClient, secret: str) -> None:
 
 
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer sk-wrong"}, {"Authorization": "Basic eDp5"}])
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/images/generations", "/tokenize"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/images/generations", "/tokenize", "/detokenize"])
 def test_who_has_none_is_not(locked: TestClient, header: dict[str, str], path: str) -> None:
     response = locked.post(path, json=ask(prompt="x"), headers=header)
     assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
     assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("scheme", ["Bearer {hash}", "Bearer  {hash} ", "{key}", "Basic {key}", "Bearer {name}"])
+def test_only_the_key_itself_opens(locked: TestClient, secret: str, scheme: str) -> None:
+    """Its hash stands in files, its name in logs: who reads them has no key."""
+    header = scheme.format(key=secret, hash=hash_key(secret), name="alice")
+    response = locked.post(CHAT, json=ask(), headers={"Authorization": header})
+    assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
 
 
 def test_a_body_is_not_even_read_for_who_has_no_key(locked: TestClient) -> None:
@@ -57,7 +67,8 @@ def test_pages_and_probes_need_no_key_and_tell_no_paths(locked: TestClient) -> N
     for path in ("/", "/health", "/ready", "/metrics"):
         assert locked.get(path).status_code == 200
     assert "/models/tiny" not in locked.get("/health").text
-    assert locked.get("/v1/models").status_code == 401
+    for path in ("/v1/models", "/v1/models/tiny", "/tokenizer_info"):
+        assert locked.get(path).status_code == 401
 
 
 def test_the_openai_client_sees_an_authentication_error(secret: str) -> None:
@@ -100,7 +111,7 @@ def test_a_file_without_keys_opens_no_server(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans()), max_size=40))
 def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, bool]]) -> None:
     known = {name: APIKey(name=name, sha256=hash_key(name), running=2) for name in ("a", "b")}
-    door = AccessControl(tuple(known.values()), running=3, running_per_key=9)
+    access = AccessControl(tuple(known.values()), running=3, running_per_key=9)
     inside: list[tuple[str | None, Any]] = []
     for name, enter in steps:
         mine = [entry for entry in inside if entry[0] == name]
@@ -109,7 +120,7 @@ def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, boo
                 inside.remove(mine[0])
                 mine[0][1].__exit__(None, None, None)
             continue
-        visit = door.slot(known.get(name) if name else None)
+        visit = access.slot(known.get(name) if name else None)
         if len(inside) >= 3 or (name and len(mine) >= 2):
             with pytest.raises(APIError) as error:
                 visit.__enter__()
@@ -117,6 +128,47 @@ def test_requests_under_way_are_counted_by_key(steps: list[tuple[str | None, boo
         else:
             visit.__enter__()
             inside.append((name, visit))
+
+
+def test_a_key_without_a_limit_of_its_own_has_that_of_all_keys() -> None:
+    key = APIKey(name="a", sha256=hash_key("a"))
+    access = AccessControl((key,), running=9, running_per_key=1)
+    with access.slot(key), pytest.raises(APIError, match="1 requests under way"), access.slot(key):
+        pass
+    own = key.model_copy(update={"running": 2})
+    with access.slot(own), access.slot(own):
+        pass
+
+
+def test_a_request_that_fails_gives_its_slot_back() -> None:
+    access = AccessControl((), running=1, running_per_key=1)
+    with pytest.raises(RuntimeError), access.slot(None):
+        raise RuntimeError
+    with access.slot(None):
+        pass
+
+
+def test_a_server_that_works_on_enough_gets_no_more_and_its_pages_go_on() -> None:
+    waiting, let = threading.Event(), threading.Event()
+
+    async def wait() -> None:
+        waiting.set()
+        while not let.is_set():
+            await asyncio.sleep(0.01)
+
+    started, *rest = answered(TextDelta("seven"))
+    full = stub_settings(limits={"running": 1})
+    with listening(create_app(StubBackend(started, wait, *rest), full)) as url, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(requests.post, url + CHAT, json=ask(), timeout=300)
+        try:
+            assert waiting.wait(300)
+            refused = requests.post(url + CHAT, json=ask(), timeout=300)
+            assert (refused.status_code, error_of(refused)["code"]) == (429, "overloaded")
+            assert requests.get(f"{url}/v1/models", timeout=300).status_code == 200
+        finally:
+            let.set()
+        assert first.result().status_code == 200
+        assert requests.post(url + CHAT, json=ask(), timeout=300).status_code == 200
 
 
 def test_a_key_that_has_enough_under_way_gets_429_and_others_do_not() -> None:

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -16,11 +16,11 @@ from PIL import Image as PILImage
 from starlette.testclient import TestClient
 
 from calumma.serve.http.app import create_app
-from calumma.serve.protocol import Started, TokenCount
+from calumma.serve.protocol import Started, TextDelta, TokenCount
 from calumma.serve.replica.replica import EngineReplica
 from calumma.serve.settings import Limits
 
-from ...conftest import StubBackend, listening
+from ...conftest import StubBackend, answered, listening
 from ..conftest import CHAT, ask, error_of, stub_settings
 
 
@@ -56,6 +56,31 @@ def test_what_goes_beyond_a_limit_is_told_the_limit(body: dict[str, Any], says: 
         assert says in error_of(response)["message"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [ask(max_tokens=8), ask(n=3), ask(stop=["a", "b"]), with_images(png(2, 2), png(2, 2)), with_images(png(10, 10))],
+)
+def test_what_a_limit_allows_is_answered(body: dict[str, Any]) -> None:
+    limits = Limits(tokens=8, choices=3, stops=2, images=2, pixels=100)
+    with TestClient(create_app(StubBackend(), stub_settings(limits=limits))) as client:
+        assert client.post(CHAT, json=body).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT, ask()), ("/v1/completions", {"prompt": "hi"})])
+def test_who_asks_for_no_number_of_tokens_gets_no_more_than_the_limit(path: str, body: dict[str, Any]) -> None:
+    backend = StubBackend()
+    with TestClient(create_app(backend, stub_settings(limits=Limits(tokens=8)))) as client:
+        assert client.post(path, json=body | {"max_tokens": 9}).status_code == 400
+        assert client.post(path, json=body | {"max_tokens": 5}).status_code == 200
+        assert client.post(path, json=body).status_code == 200
+    assert [request.max_tokens for request in backend.requests] == [5, 8]
+
+
+def test_stop_strings_of_a_completion_are_counted_too() -> None:
+    with TestClient(create_app(StubBackend(), stub_settings(limits=Limits(stops=1)))) as client:
+        assert client.post("/v1/completions", json={"prompt": "a", "stop": ["a", "b"]}).status_code == 400
+
+
 def test_several_prompts_count_as_choices() -> None:
     with TestClient(create_app(StubBackend(), stub_settings(limits=Limits(choices=3)))) as client:
         assert client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2}).status_code == 400
@@ -76,6 +101,16 @@ def test_an_answer_that_is_late_ends_with_an_error(stream: bool) -> None:
             error = error_of(response)
         assert error["code"] == "deadline_exceeded"
         assert "0.2 s" in error["message"]
+
+
+def test_an_answer_that_never_stops_coming_ends_with_an_error_too() -> None:
+    async def moment() -> None:
+        await asyncio.sleep(0.05)
+
+    drip = [step for number in range(60) for step in (TextDelta(f"{number} "), moment)]
+    with TestClient(create_app(StubBackend(*answered(*drip)), stub_settings(limits=Limits(seconds=0.3)))) as client:  # type: ignore[arg-type]
+        response = client.post(CHAT, json=ask())
+    assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
 
 
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
@@ -107,16 +142,22 @@ def test_a_replica_whose_line_is_full_says_so(model: Any) -> None:
         replica.close()
 
 
+LIMIT = 2**18  # of a body, 0.25 MiB
+
+
 def chunked(size: int) -> Iterator[bytes]:
-    for _ in range(0, size, 10_000):
-        yield b" " * 10_000
+    for begin in range(0, size, 10_000):
+        yield b" " * min(10_000, size - begin)
 
 
-@pytest.mark.parametrize("content", [b" " * 300_000, "chunks"])
-def test_a_body_above_the_limit(client: TestClient, content: Any) -> None:
-    response = client.post(
-        CHAT, content=chunked(300_000) if content == "chunks" else content, headers={"content-type": "application/json"}
-    )
+@pytest.mark.parametrize("send", [lambda size: b" " * size, chunked], ids=["length", "chunks"])
+def test_a_body_above_the_limit_is_refused_and_one_of_just_that_size_is_read(
+    client: TestClient, send: Callable[[int], Any]
+) -> None:
+    json_body = {"content-type": "application/json"}
+    response = client.post(CHAT, content=send(LIMIT + 1), headers=json_body)
     error = error_of(response)
     assert (response.status_code, error["code"]) == (413, "request_too_large")
     assert "0.25 MiB" in error["message"]
+    read = client.post(CHAT, content=send(LIMIT), headers=json_body)
+    assert (read.status_code, "JSON" in error_of(read)["message"]) == (400, True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,6 +32,7 @@ from calumma.serve.protocol import (
 )
 from calumma.serve.replica.engine.process import EngineProcess
 from calumma.serve.replica.model_loading import without_weights
+from calumma.serve.replica.processes import EngineLost
 from calumma.serve.replica.replica import EngineReplica
 from calumma.serve.settings import ModelSettings
 
@@ -39,8 +41,12 @@ PROMPT = Document((Text("Draw a three.", "user"),))
 LONG = SamplingParams(100, "text", text=PhaseSampling(0.0))
 
 
-def served(directory: Path, explain: Callable[[Exception], Exception] = lambda error: error) -> EngineReplica:
-    engine = EngineProcess(ModelSettings(model=str(directory), max_sequences=4), directory, 1, explain=explain)
+def served(
+    directory: Path, explain: Callable[[Exception], Exception] = lambda error: error, **fields: Any
+) -> EngineReplica:
+    engine = EngineProcess(
+        ModelSettings(model=str(directory), max_sequences=4, **fields), directory, 1, explain=explain
+    )
     engine.wait_ready()
     return EngineReplica(load(directory, read=without_weights), 4, engine=engine, device="cpu")
 
@@ -60,35 +66,35 @@ def engine_of(replica: EngineReplica) -> EngineProcess:
     return replica.engine
 
 
-async def answer(replica: EngineReplica, job: GenerationRequest) -> list[OutputEvent]:
-    async with aclosing(replica.generate(job)) as pieces:
-        return [piece async for piece in pieces]
+async def output_of(replica: EngineReplica, request: GenerationRequest) -> list[OutputEvent]:
+    async with aclosing(replica.generate(request)) as events:
+        return [event async for event in events]
 
 
-def run(replica: EngineReplica, *jobs: GenerationRequest) -> list[list[OutputEvent]]:
+def run(replica: EngineReplica, *requests: GenerationRequest) -> list[list[OutputEvent]]:
     async def together() -> list[list[OutputEvent]]:
-        return await asyncio.wait_for(asyncio.gather(*(answer(replica, job) for job in jobs)), PATIENCE)
+        return await asyncio.wait_for(asyncio.gather(*(output_of(replica, request) for request in requests)), PATIENCE)
 
     return asyncio.run(together())
 
 
-def content(pieces: list[OutputEvent]) -> tuple[str, list[bytes], OutputEvent]:
-    text = "".join(piece.text for piece in pieces if isinstance(piece, TextDelta))
-    return text, [piece.png for piece in pieces if isinstance(piece, ImageOutput)], pieces[-1]
+def content(events: list[OutputEvent]) -> tuple[str, list[bytes], OutputEvent]:
+    text = "".join(event.text for event in events if isinstance(event, TextDelta))
+    return text, [event.png for event in events if isinstance(event, ImageOutput)], events[-1]
 
 
 def test_it_answers_as_an_engine_on_a_thread(apart: EngineReplica, replica: EngineReplica) -> None:
-    jobs = [
+    requests = [
         GenerationRequest("text", PROMPT, SamplingParams(40, "text", seed=1), logprobs=2, echo=True),
         GenerationRequest("image", PROMPT, SamplingParams(mode="image", seed=2), progress=True),
         GenerationRequest(
             "both", PROMPT, SamplingParams(60, "interleaved", seed=3), begin_with_image=True, max_tokens=60
         ),
     ]
-    here, there = run(replica, *jobs), run(apart, *jobs)
-    assert [content(pieces) for pieces in there] == [content(pieces) for pieces in here]
-    assert [pieces[0] for pieces in there] == [pieces[0] for pieces in here], "prompts, and their echo with scores"
-    tokens = [[token for piece in pieces if isinstance(piece, TextDelta) for token in piece.tokens] for pieces in there]
+    here, there = run(replica, *requests), run(apart, *requests)
+    assert [content(events) for events in there] == [content(events) for events in here]
+    assert [events[0] for events in there] == [events[0] for events in here], "prompts, and their echo with scores"
+    tokens = [[token for event in events if isinstance(event, TextDelta) for token in event.tokens] for events in there]
     assert [len(each) > 0 for each in tokens] == [True, False, False]
 
 
@@ -103,11 +109,11 @@ def test_a_request_it_cannot_take_is_refused_and_disturbs_nobody(apart: EngineRe
 
 def test_what_nobody_waits_for_is_given_up_and_the_numbers_say_so(apart: EngineReplica) -> None:
     async def leave() -> None:
-        async with aclosing(apart.generate(GenerationRequest("left", PROMPT, LONG))) as pieces:
-            assert isinstance(await anext(pieces), Started)
+        async with aclosing(apart.generate(GenerationRequest("left", PROMPT, LONG))) as events:
+            assert isinstance(await anext(events), Started)
         assert apart.engine.running == 0
-        held = ("requests_running", "requests_waiting", "queued_tokens", "cache_used_ratio")
-        while any(apart.engine.statistics()[name] for name in held):
+        gauges = ("requests_running", "requests_waiting", "queued_tokens", "cache_used_ratio")
+        while any(apart.engine.statistics()[name] for name in gauges):
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(leave(), PATIENCE))
@@ -126,7 +132,7 @@ def end_of(replica: EngineReplica, end: Callable[[], object]) -> list[OutputEven
     os.kill(engine_of(replica).pid, signal.SIGSTOP)
 
     async def stream() -> list[OutputEvent]:
-        found = asyncio.create_task(answer(replica, GenerationRequest("a", PROMPT, LONG)))
+        found = asyncio.create_task(output_of(replica, GenerationRequest("a", PROMPT, LONG)))
         while not replica.engine.running:
             await asyncio.sleep(0)
         await asyncio.to_thread(end)
@@ -137,9 +143,9 @@ def end_of(replica: EngineReplica, end: Callable[[], object]) -> list[OutputEven
 
 def test_its_loss_ends_its_streams_with_the_cause_though_it_hangs(model_directory: Path) -> None:
     replica = served(model_directory)
-    lost = RuntimeError("process 2 of 2 was lost")
+    lost = EngineLost("process 2 of 2 was lost")
     try:
-        refused = RequestFailed(500, "the engine stopped: process 2 of 2 was lost", code="engine_failed")
+        refused = RequestFailed(503, "the engine was lost: process 2 of 2 was lost", code="unavailable")
         assert end_of(replica, lambda: engine_of(replica).fail(lost)) == [refused]
         with pytest.raises(RuntimeError, match="process 2 of 2 was lost"):
             replica.check_health()
@@ -148,7 +154,29 @@ def test_its_loss_ends_its_streams_with_the_cause_though_it_hangs(model_director
         replica.close()
 
 
-def test_a_killed_one_is_told_as_such_or_by_who_knows_better(model_directory: Path) -> None:
+def test_an_error_in_a_step_is_told_to_those_who_may_have_been_in_it(model_directory: Path) -> None:
+    replica = served(model_directory)
+    try:
+        refused = RequestFailed(500, "the engine stopped: CUDA error", code="engine_failed")
+        assert end_of(replica, lambda: engine_of(replica).fail(RuntimeError("CUDA error"))) == [refused]
+        later = RequestFailed(503, "the engine was lost: CUDA error", code="unavailable")
+        assert run(replica, GenerationRequest("b", PROMPT, LONG)) == [[later]], "it has no part in that"
+    finally:
+        replica.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_one_is_no_fault_of_its_requests(model_directory: Path, number: signal.Signals) -> None:
+    replica = served(model_directory, explain=lambda error: pytest.fail("there is nothing to explain"))
+    try:
+        killed = end_of(replica, lambda: [os.kill(engine_of(replica).pid, each) for each in (number, signal.SIGCONT)])
+        cause = f"the engine was lost: its process was ended by {number.name}"
+        assert killed == [RequestFailed(503, cause, code="unavailable")]
+    finally:
+        replica.close()
+
+
+def test_one_that_crashes_is_told_as_such_or_by_who_knows_better(model_directory: Path) -> None:
     asked: list[str] = []
 
     def explain(error: Exception) -> Exception:
@@ -158,9 +186,10 @@ def test_a_killed_one_is_told_as_such_or_by_who_knows_better(model_directory: Pa
     replica = served(model_directory, explain)
     try:
         cause = "the engine stopped: the other process ran out of memory"
-        killed = end_of(replica, lambda: os.kill(engine_of(replica).pid, signal.SIGKILL))
-        assert killed == [RequestFailed(500, cause, code="engine_failed")]
-        assert asked == ["its process ended with code -9"]
+        crash = [signal.SIGSEGV, signal.SIGCONT]
+        crashed = end_of(replica, lambda: [os.kill(engine_of(replica).pid, each) for each in crash])
+        assert crashed == [RequestFailed(500, cause, code="engine_failed")]
+        assert asked == ["its process ended with code -11"]
     finally:
         replica.close()
 

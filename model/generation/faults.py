@@ -1,0 +1,113 @@
+"""What a pass that goes wrong costs: the requests at fault, or the newest where memory is short, and nobody else.
+
+A pass that raises has changed nothing (ModelRunner), so it can be tried again with fewer requests, whose tokens are
+what they would have been. Of several requests those are at fault whose passes raise by themselves. Where none succeeds
+it is the engine that is broken: StepFailed names who was in the step. A group of processes cannot agree on less.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from calumma.model.generation.passes.output import RunnerOutput
+from calumma.model.generation.passes.runner import ModelRunner
+from calumma.model.generation.request import Failure
+from calumma.model.generation.scheduler import ScheduledRequest
+
+log = logging.getLogger(__name__)
+
+# Steps of one request each that may raise, one after the other, before it is put down to the engine.
+MOST_IN_A_ROW = 3
+# In messages of PyTorch's allocators, cuBLAS and cuDNN.
+MEMORY_WORDS = ("out of memory", "not enough memory", "t allocate memory", "cannot allocate memory", "alloc_failed")
+
+
+class StepFailed(RuntimeError):
+    """The engine is broken. request_ids: who was in its last step; they are never to be tried again elsewhere, others
+    may be."""
+
+    def __init__(self, request_ids: tuple[str, ...], cause: BaseException) -> None:
+        super().__init__(f"a step of {len(request_ids)} requests failed: {described(cause)}")
+        self.request_ids = request_ids
+
+
+class FaultContainment:
+    """Runs passes."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._in_a_row = 0
+
+    def run(self, scheduled: list[ScheduledRequest], steps: int) -> list[RunnerOutput]:
+        """`ModelRunner.run`; with a Failure for requests that cannot be computed. Raises StepFailed."""
+        outputs: list[RunnerOutput] = []
+        left, forgot = list(scheduled), False
+        while left:
+            try:
+                outputs += self._runner.run(left, steps)
+                self._in_a_row = 0
+                return outputs
+            except Exception as error:
+                fault = error.with_traceback(None)  # which would keep the pass's memory
+            if self._runner.decoder.shard.count > 1:
+                raise StepFailed(_ids(scheduled), fault) from fault
+            if not out_of_memory(fault):
+                return outputs + self._isolate(left, steps, fault)
+            if not forgot:
+                self._runner.forget_room()
+                forgot = True
+                continue
+            newest = max(left, key=lambda item: item.state.arrival)
+            left.remove(newest)
+            log.warning("out of memory: gave up %s, the newest of %d requests", newest.state.request.id, len(left) + 1)
+            message = (
+                f"out of memory in a step of {len(left) + 1} requests: the newest was given up ({described(fault)})"
+            )
+            outputs.append(RunnerOutput(newest.state, [], [], Failure("out of memory", message)))
+        return outputs
+
+    def _isolate(self, scheduled: list[ScheduledRequest], steps: int, fault: Exception) -> list[RunnerOutput]:
+        """Find who is at fault, by halves, and run the others."""
+        outputs: list[RunnerOutput] = []
+        parts, succeeded = [(scheduled, fault)], False
+        while parts:
+            part, fault = parts.pop()
+            if lost(fault):
+                raise StepFailed(_ids(scheduled), fault) from fault
+            if len(part) == 1:
+                log.warning("request %s failed alone: %s", part[0].state.request.id, described(fault))
+                outputs.append(RunnerOutput(part[0].state, [], [], Failure("error", described(fault))))
+                continue
+            for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+                try:
+                    outputs += self._runner.run(half, steps)
+                    succeeded = True
+                except Exception as error:
+                    parts.append((half, error.with_traceback(None)))
+        self._in_a_row = 0 if succeeded else self._in_a_row + 1
+        if not succeeded and (len(scheduled) > 1 or self._in_a_row >= MOST_IN_A_ROW):
+            raise StepFailed(_ids(scheduled), fault) from fault
+        return outputs
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, the device's or the host's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_WORDS)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether a device will compute nothing more (https://docs.nvidia.com/cuda: sticky errors)."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def described(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _ids(scheduled: list[ScheduledRequest]) -> tuple[str, ...]:
+    return tuple(item.state.request.id for item in scheduled)

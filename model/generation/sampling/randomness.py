@@ -1,0 +1,30 @@
+"""Random numbers by counter: those of the n-th draw are a function of the seed and n alone.
+
+Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), NumPy's
+(https://numpy.org/doc/stable/reference/random/bit_generators/philox.html): all 64 bits of a seed are its key, where
+torch's generators keep 32; and a draw is found without those before it, so that an answer goes on from any id of it.
+
+Shape suffixes: N draws, X numbers of a draw.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.random import Philox
+from torch import Tensor
+
+BLOCK = 8  # words of 32 bits that a counter gives
+BITS = 24  # of a float32 in 0..1
+
+
+def uniform(seed: int, first: int, count: int, width: int, stream: int = 0) -> Tensor:
+    """FloatTensor [N, X] on the CPU, multiples of 2^-24 in 0..1, 1 not among them: the numbers of draws `first` to
+    `first + count - 1`, `width` each. Seeds are equal modulo 2^64. Streams of a seed have nothing in common."""
+    blocks = -(-width // BLOCK)
+    counter = (stream << 64) + first * blocks
+    generator = Philox(key=seed % 2**64, counter=(counter - 1) % 2**256)  # it counts before it gives
+    words_N = generator.random_raw(count * blocks * BLOCK // 2)
+    halves_N2 = np.stack([words_N & 0xFFFFFFFF, words_N >> 32], axis=-1)
+    numbers_NX = (halves_N2 >> (32 - BITS)).astype(np.float32).reshape(count, -1)[:, :width]
+    return torch.from_numpy(numbers_NX * np.float32(2.0**-BITS))
