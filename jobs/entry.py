@@ -1,4 +1,4 @@
-"""How a job is entered: by `python -m calumma.jobs.NAME`, and what a command says of how it ended."""
+"""Entry points of jobs, `python -m calumma.jobs.NAME`; exit codes and error messages of commands."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def _error_chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def exit_code_of(body: Callable[[], None], resume_command: str, show: Callable[[str], None]) -> int:
-    """Run a command's body and turn how it ended into an exit code, telling the user what went wrong.
+    """Run a command's body; its exit code. What went wrong is shown to the user.
 
-    0 when all went well, 1 after an error, 130 after Ctrl-C. `again` is the command that resumes it.
+    0 when all went well, 1 after an error, 130 after Ctrl-C. `resume_command` is told to the user after Ctrl-C.
     """
     try:
         body()

@@ -1,0 +1,1 @@
+"""The command `calumma`: one module a subcommand, put together in `main`."""

@@ -76,7 +76,7 @@ def examine(storage: str, tracking_uri: str | None, address: str | None) -> Iter
 
 
 def checked(subject: str, look: Callable[[], Finding]) -> Finding:
-    """A finding, also when a package it looks with is not installed."""
+    """The finding of `look`; missing where a package that it needs is not installed."""
     try:
         return look()
     except ImportError as error:

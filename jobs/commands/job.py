@@ -268,7 +268,7 @@ def submit_job(jobs: JobSubmissionClient, spec: JobSpecification, force: bool = 
 
 @contextlib.contextmanager
 def client(address: str) -> Iterator[JobSubmissionClient]:
-    """A client of a cluster's job API; its errors are told in the user's terms. Raises ClusterError."""
+    """A client of a cluster's job API; its errors are in the user's terms. Raises ClusterError."""
     import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

@@ -2,7 +2,7 @@
 
 Digit scans (scikit-learn) as image-caption pairs in WebDataset tars, Python's reference and standard library as JSON
 lines, interleaved pages as Parquet, conversations as JSON lines. Scans are split into train and held-out first;
-only training scans are turned and shifted a little for further pictures (`Scan.moved`).
+only training scans are turned and shifted a little for further pictures (`Scan.augmented`).
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def questions(held_out: list[Scan]) -> list[Question]:
 
 
 def ask(url: str, model: str, question: Question, seed: int) -> Answer:
-    """One question over HTTP. Raises AnswerMissing."""
+    """One question over HTTP. Raises NoAnswer."""
     import time
 
     import requests

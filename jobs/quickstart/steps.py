@@ -178,9 +178,8 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
             for later in STEPS[number + 1 :]:  # what they made came from what is about to be replaced
                 runner.delete_result(specs[later.name])
             if isinstance(spec, TrainSpecification) and _is_published(spec):
-                runner.delete_result(
-                    spec
-                )  # a finished training by another recipe: its checkpoints are not to be continued
+                # A finished training by another recipe: its checkpoints are not to be continued.
+                runner.delete_result(spec)
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)
             step_times.record(step.name, board.seconds(step.name))

@@ -1,6 +1,6 @@
 """Specifications from YAML files and `a.b=value` overrides. Everything is checked here, before Ray starts.
 
-What is wrong is told with the line it stands on; a key given twice is an error, where YAML libraries let the last win.
+Errors name the line; a key given twice is an error, where YAML libraries let the last win.
 """
 
 from __future__ import annotations

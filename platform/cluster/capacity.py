@@ -71,7 +71,7 @@ def require_workers(resources: Resources) -> int:
 
 
 def workers_that_fit(resources: Resources, capacity: Capacity) -> int:
-    """`require` against given means."""
+    """`require_workers` against a known capacity."""
     workers = math.floor((capacity.cpus - 1) / resources.cpus_per_worker + 1e-9)
     if resources.gpus_per_worker:
         workers = min(workers, math.floor(capacity.gpus / resources.gpus_per_worker + 1e-9))

@@ -1,6 +1,6 @@
 """A Ray head on this machine that outlives the command which starts it: what `calumma serve start` serves from.
 
-It has its own ports, temporary folder and authentication token, so it meddles with no other Ray cluster, and a record
+It has its own ports, temporary folder and authentication token, so it touches no other Ray cluster, and a record
 in the user's cache folder says what to end. Only one at a time.
 """
 
@@ -41,7 +41,7 @@ def folder() -> Path:
 
 @dataclass(frozen=True)
 class Service:
-    """What serves. Without an `address` of a cluster elsewhere, `pid` (born at `born`) is our own Ray head.
+    """The running service, as recorded: on a cluster elsewhere or, with `pid` (created at `born`), on our own Ray head.
 
     started: seconds since the epoch. temporary: the head's folder of sockets and session files.
     """
@@ -107,7 +107,7 @@ class RayHead:
 def start_head(cpus: int, gpus: int) -> RayHead:
     """Start a Ray head in a session of its own and wait until it is up. Leaves nothing behind when that fails.
 
-    Raises ClusterError with what Ray said.
+    Raises ClusterError with Ray's own message.
     """
     import psutil
 
@@ -154,7 +154,7 @@ def authentication() -> dict[str, str]:
 
 @contextlib.contextmanager
 def connected(address: str, ours: bool) -> Iterator[None]:
-    """Be a driver, silent on the terminal, of our head or of a cluster elsewhere for the length of the block.
+    """Connect as a driver, quiet on the terminal, to our head or to a cluster elsewhere for the length of the block.
 
     For our own, Ray must not have been imported before: it reads the authentication settings when it is.
     Raises ClusterError.

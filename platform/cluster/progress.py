@@ -1,4 +1,4 @@
-"""How a job tells how far it is: a function of (done, total, note), and three listeners: nobody, a log, a terminal.
+"""How a job reports its progress: a function of (done, total, note), and three listeners: nobody, a log, a terminal.
 
 A job calls it as often as it likes; listeners decide what to show. Nothing here starts a thread before it is used.
 """
@@ -24,7 +24,7 @@ class Progress(Protocol):
 
 
 def no_progress(done: float, total: float, note: str = "") -> None:
-    """Nobody listens."""
+    """Progress that nobody listens to."""
 
 
 class LogLines:

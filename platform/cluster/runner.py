@@ -1,7 +1,7 @@
-"""Runs one job: skip it when its result stands, check what it asks for, track it, call it.
+"""Runs one job: skip it when its result is reusable, check what it asks for, track it, call it.
 
 A job is a function of its specification, its MLflow run and a progress listener that returns the manifest of what it
-made. Which function a name stands for is told in calumma.jobs.
+made. Which function a name stands for is calumma.jobs' to know.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Job = Callable[[Any, "Run", Progress], "Manifest"]
 def reusable_result(spec: JobSpecification) -> Manifest | None:
     """The manifest of an equal specification's finished result, if there is one with its files all there.
 
-    One listing tells; contents are not read. Raises as `finished`.
+    Sizes are compared with one listing, contents are not read. Raises TrackingError, StorageError.
     """
     from calumma.platform.tracking import fingerprints
 
@@ -34,7 +34,7 @@ def reusable_result(spec: JobSpecification) -> Manifest | None:
 
 
 def delete_result(spec: JobSpecification) -> None:
-    """Take away what a job has made so far (its manifest, the files that names, its checkpoints) and nothing else."""
+    """Delete what a job has made so far: its manifest, the files named in it, its checkpoints; nothing else."""
     from calumma.platform import storage
     from calumma.platform.shards import receipts
     from calumma.platform.storage.manifest import MANIFEST, Manifest
@@ -52,8 +52,8 @@ def run_job(
 ) -> tuple[Manifest, bool]:
     """Run a job on the cluster this process is connected to (see calumma.platform.cluster).
 
-    Returns its manifest, and whether it was skipped because an equal specification's result stands already; `force`
-    first discards that result and any checkpoints to resume from. Raises SpecificationError, before anything is
+    Returns its manifest, and whether it was skipped because an equal specification's result is reusable; `force`
+    first deletes that result and any checkpoints to resume from. Raises SpecificationError, before anything is
     tracked, when the cluster lacks what the job asks for. An exception of the job marks its MLflow run as failed and
     goes on to the caller.
     """
@@ -79,7 +79,7 @@ def run_on_own_cluster(
 ) -> tuple[Manifest, bool]:
     """`run_job` with a cluster for it alone: embedded in this process, or the one at `address`; none for 0 workers.
 
-    What needs no cluster to find out (result stands, machine too small) is found out before one is started.
+    What needs no cluster to find out (a reusable result, a machine too small) is found out before one is started.
     """
     if not force and (done := reusable_result(spec)) is not None:
         return done, True

@@ -54,7 +54,7 @@ class DocumentCounts(BaseModel):
             self.examples.append(BadExample(name=bad.name, reason=bad.reason))
 
     def add(self, other: DocumentCounts) -> None:
-        """Count in what another task counted."""
+        """Add the counts of another task."""
         for name in ("kept", "copies", "bad", "bytes_lost", "images", "characters", "image_first"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, count in other.dropped.items():

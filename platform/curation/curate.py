@@ -6,7 +6,7 @@ which then publishes nothing.
 
 Where every step looks at one document alone, a task reads, checks and writes in one go. Scores and duplicates take
 phases (see calumma.platform.curation.tasks). Of duplicates the earlier stays, by the order of sources, files and
-places; they are looked for last, so that no document goes for one which itself is not wanted.
+places; they are looked for last, so that no document is dropped for one that is itself dropped.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ StagedFile = tuple[str, int, int]  # path, first identity, documents
 
 @dataclass
 class _SourceJob:
-    """One source: what is to do, and what has come back."""
+    """One source: its tasks, and their results so far."""
 
     source: Source
     number: int  # in the specification
@@ -78,7 +78,7 @@ class _SourceJob:
     staged: list[list[StagedFile]] = field(default_factory=list)  # of every task
 
     def add_result(self, result: dict[str, Any]) -> None:
-        """Count in what a task returned."""
+        """Add what a task returned."""
         self.counts.add(DocumentCounts.model_validate(result["counts"]))
         self.findings.add(Findings.model_validate(result["findings"]))
         self.entries += [FileEntry.model_validate(entry) for entry in result.get("files", ())]
@@ -135,7 +135,7 @@ def _require_workers(spec: CurateSpecification, resources: Resources) -> None:
         capacity.require_workers(resources)
 
 
-# -- what is to do -----------------------------------------------------------------------------------------------------
+# -- planning ---------------------------------------------------------------------------------------------------------
 
 
 def _plan(spec: CurateSpecification) -> list[_SourceJob]:
@@ -215,7 +215,7 @@ def _build_index(spec: CurateSpecification, root: str) -> str | None:
     return str(task["index"])
 
 
-# -- doing it ----------------------------------------------------------------------------------------------------------
+# -- running -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -223,7 +223,7 @@ class _Curation:
     spec: CurateSpecification
     run: Run
     progress: Progress
-    root: str  # where work is staged
+    root: str  # of what is staged
     index: str | None
     phase: int = 0
     phases: int = 1
@@ -268,7 +268,7 @@ class _Curation:
         return published
 
     def _run_and_publish(self, jobs: list[_SourceJob], pairs: _SourceTasks, work: Any) -> dict[str, Manifest]:
-        """Do the tasks that write shards. Raises TooMuchBadInput when all good sources are published."""
+        """Run the tasks that write shards. Raises TooMuchBadInput when all good sources are published."""
         published: dict[str, Manifest] = {}
         failures: list[str] = []
         for w, task, result in self._run_file_tasks(pairs, work, len(jobs)):
@@ -343,7 +343,7 @@ def _failure(spec: CurateSpecification, w: _SourceJob, kept: int) -> str | None:
 
 
 def describe_bad_input(source: str, report: dict[str, Any]) -> str | None:
-    """What of a source was bad and skipped, in words, by the source's part of the manifest's report."""
+    """A message on what of a source was bad and skipped, from its part of the manifest's report; None for nothing."""
     bad, examples = report.get("bad", 0), report.get("bad_inputs", [])[:SHOWN]
     if not bad:
         return None
@@ -389,7 +389,7 @@ def sample_sheet(documents: Iterable[Document]) -> PILImage.Image:
 
 
 def _step_seconds(jobs: list[_SourceJob]) -> dict[str, float]:
-    """That each step took of each source. No part of the manifest: equal curations have equal ones."""
+    """Seconds of each step of each source. Not in the manifest: equal curations have equal manifests."""
     return {f"{w.source.name}/seconds_{step}": seconds for w in jobs for step, seconds in w.findings.seconds.items()}
 
 

@@ -143,8 +143,11 @@ def stage_files(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def sign_files(task: dict[str, Any]) -> dict[str, Any]:
-    """After scoring: signatures of the documents whose scores are wanted. What goes by its score keeps no other from
-    staying. `task`: as of `finish_files`. Returns {"rows": {kind: signatures}, "seconds"}. Raises StorageError."""
+    """After scoring: signatures of the documents whose scores are wanted. A document dropped by its score makes no
+    other a duplicate. Raises StorageError.
+
+    `task`: as of `finish_files`. Returns {"rows": {kind: signatures}, "seconds"}.
+    """
     spec = CurateSpecification.model_validate(task["specification"])
     assert spec.duplicates is not None
     begin = time.perf_counter()

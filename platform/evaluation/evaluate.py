@@ -1,4 +1,4 @@
-"""Evaluation of a model directory: Ray actors answer the cases of every task, the judge marks the answers.
+"""Evaluation of a model directory: Ray actors answer the cases of every task, the judge grades the answers.
 
 Each actor holds the model and generates in batches; an actor lost with its node is started again and repeats its share.
 """
@@ -36,7 +36,7 @@ SPARE_TOKENS = 16  # ids an answer may be longer than the expected one
 def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manifest:
     """Run all tasks; metrics and contact sheets go to the run, answers and sheets to `spec.output`.
 
-    Raises NothingToLearn, NotACase, StorageError, TrackingError, SpecificationError.
+    Raises JudgeDataError, InvalidCase, StorageError, TrackingError, SpecificationError.
     """
     from calumma.platform import storage
     from calumma.platform.storage.manifest import FileEntry, Manifest

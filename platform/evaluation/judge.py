@@ -37,7 +37,7 @@ class Judge:
 
     @classmethod
     def train(cls, labelled: Sequence[tuple[PILImage.Image, str]]) -> Judge:
-        """A radial-basis SVC (C=10, gamma "scale"). Raises NothingToLearn."""
+        """A radial-basis SVC (C=10, gamma "scale"). Raises JudgeDataError."""
         from sklearn.svm import SVC
 
         labels = [label for _, label in labelled]
@@ -54,7 +54,7 @@ class Judge:
         return [str(label) for label in self._classifier.predict(features(pictures))]
 
     def accuracy(self, labelled: Sequence[tuple[PILImage.Image, str]]) -> float:
-        """Share of labelled pictures judged rightly. Raises NothingToLearn when there are none."""
+        """Share of labelled pictures judged rightly. Raises JudgeDataError when there are none."""
         if not labelled:
             raise JudgeDataError("there are no held-out images with captions; check `judge_held_out`")
         predicted = self.classify([picture for picture, _ in labelled])

@@ -1,4 +1,4 @@
-"""What an evaluation asks and how an answer is marked. Pure functions of documents: no model, no cluster.
+"""What an evaluation asks and how an answer is graded. Pure functions of documents: no model, no cluster.
 
 A case is a conversation whose last assistant turn is the expected answer and whose earlier turns are the prompt.
 """
@@ -43,7 +43,7 @@ class Grade:
 
 
 def make_case(kind: Kind, document: Document) -> Case:
-    """Split a conversation into prompt and expected answer. Raises NotACase."""
+    """Split a conversation into prompt and expected answer. Raises InvalidCase."""
     turns = list(document.turns())
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
         roles = [turn.role for turn in turns]

@@ -1,9 +1,9 @@
 """The pages of token shards, straight to numpy: what pyarrow takes two thirds of its time for is to build the lists'
 levels, which in our shards always say the same.
 
-Only the one layout that `token_shards.to_parquet` writes: lists, zstd, PLAIN values, data pages of version 1 without a
-checksum or statistics. Everything else is OtherLayout, for pyarrow to read. The format, with Thrift's compact protocol
-for the headers: https://parquet.apache.org/docs/file-format/data-pages/ and, in its repository,
+Only the one layout that `tokens.to_parquet` writes: lists, zstd, PLAIN values, data pages of version 1 without a
+checksum or statistics. Everything else is UnknownLayout, for pyarrow to read. The format, with Thrift's compact
+protocol for the headers: https://parquet.apache.org/docs/file-format/data-pages/ and, in its repository,
 src/main/thrift/parquet.thrift (PageHeader), Encodings.md (PLAIN), and rle-bitpacked.md (levels).
 """
 
@@ -64,7 +64,7 @@ def is_token_shard(metadata: FileMetaData) -> bool:
 
 
 def column_chunks(metadata: FileMetaData, row_group: int) -> list[ColumnChunk]:
-    """The columns tokens, loss_mask, segments of a file that does `fit`. Raises OtherLayout."""
+    """The columns tokens, loss_mask, segments of a file that is a token shard. Raises UnknownLayout."""
     group = metadata.row_group(row_group)
     chunks = []
     for number in range(len(_TYPES)):
@@ -80,7 +80,7 @@ def column_chunks(metadata: FileMetaData, row_group: int) -> list[ColumnChunk]:
 def decode_equal_lists(chunk: memoryview, values: int, rows: int) -> NDArray[np.int32]:
     """[rows, length], of int32 lists that are all of one length and without nulls; it may not be aligned, nor writable.
 
-    Raises OtherLayout, and what pyarrow does of data that is no zstd.
+    Raises UnknownLayout, and what pyarrow does of data that is no zstd.
     """
     pages = list(_pages(chunk))
     parts = []
@@ -98,7 +98,7 @@ def decode_equal_lists(chunk: memoryview, values: int, rows: int) -> NDArray[np.
 def all_null(chunk: bytes, rows: int) -> bool:
     """Whether every list of a column is null: that is a few bytes, the same in row groups of as many rows.
 
-    Raises OtherLayout, and what pyarrow does of data that is no zstd.
+    Raises UnknownLayout, and what pyarrow does of data that is no zstd.
     """
     pages = list(_pages(memoryview(chunk)))
     return sum(page.levels for page in pages) == rows and not any(
@@ -167,7 +167,7 @@ def _list_count(pages: tuple[tuple[int, bytes], ...]) -> int:
 
 
 def _levels(data: bytes, width: int, count: int) -> NDArray[np.uint8]:
-    """[count] levels of some bits: runs of a repeated one, and of eights that are packed. Raises OtherLayout."""
+    """[count] levels of some bits: runs of a repeated one, and of eights that are packed. Raises UnknownLayout."""
     runs, decoded, place = [np.zeros(0, np.uint8)], 0, 0
     try:
         while decoded < count:

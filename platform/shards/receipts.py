@@ -1,7 +1,7 @@
 """Receipts: what the finished tasks of an unfinished directory have made, so that a killed job goes on from there.
 
 A task writes its receipt after the shards that the receipt names. One counts while those are in storage at their size
-and its name carries the mark (`pipeline.fingerprint`) of what is asked for now: equal specification, equal inputs.
+and its name carries the fingerprint (publishing.py) of what is asked for now: equal specification, equal inputs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ class Receipt(BaseModel):
 
 
 def receipt_uri(folder: str, shard_prefix: str) -> str:
-    """Where the receipt of the task with this stem of shard names is."""
+    """Where the receipt of the task with this prefix of shard names is."""
     return storage.join(folder, shard_prefix + _SUFFIX)
 
 
 def finished_receipts(output: str, folder: str, shard_prefixes: set[str]) -> dict[str, Receipt]:
-    """The receipts, by stem, of the tasks that need not be done again. Deletes everything else that earlier attempts
-    left, receipts and shards, but nothing that a manifest in `output` names. Raises StorageError, ManifestError."""
+    """The receipts of the tasks that need not be done again, by prefix of shard names.
+
+    Deletes everything else that earlier attempts left, receipts and shards, but nothing that a manifest in `output`
+    names. Raises StorageError, ManifestError.
+    """
     sizes = {storage.relative(file, output): size for file, size in storage.sizes(output).items()}
     files = {storage.relative(file, folder): file for file in storage.list_files(folder)}
     own = {

@@ -1,8 +1,8 @@
 """Single row groups of token shards, fetched by their byte range and checked before they are decoded.
 
 The manifest has the digest of a shard's footer, and the footer those of its row groups (tokens.py). Footers are kept,
-so that a row group costs one request. Shards of before there were digests are read unchecked. What has its digest is
-what our writer wrote, and decoded without pyarrow (parquet_pages.py) where that is all it may be.
+so that a row group costs one request. Shards written before there were digests are read unchecked. What has its
+digest is what our writer wrote, and is decoded without pyarrow (parquet_pages.py) where the layout allows.
 """
 
 from __future__ import annotations
@@ -194,8 +194,10 @@ def _single_array(column: Any) -> Any:
 
 
 def _row_group(tokens: np.ndarray, masks: Any, segments: np.ndarray, shape: tuple[int, int]) -> RowGroup:
-    """From the columns' values, and the list column of masks unless they are all null. Raises ValueError when they do
-    not have this shape."""
+    """From the columns' values, and the list column of masks, None where they are all null.
+
+    Raises ValueError when they do not have this shape.
+    """
     segments = segments.reshape(shape)
     mask = segments >= 0  # padding is never trained
     if masks is not None and masks.null_count < shape[0]:
@@ -210,14 +212,14 @@ class _ShardFooter:
     ranges: list[tuple[int, int, str]] | None
     """Offset, length and digest of each row group, in shards that have them."""
     own_layout: bool = False
-    """Whether it may be what `plain` reads."""
+    """Whether the file may be laid out as `decode_own_layout` needs it."""
     idle_files: list[tuple[PartialFile, ParquetFile]] = field(default_factory=list)
     """Files that no thread reads now: opening one costs a third of decoding a row group of 32,000 tokens."""
 
     def decode_own_layout(
         self, micro_batch: MicroBatch, data: bytes, offset: int, context: int | None
     ) -> RowGroup | None:
-        """A row group of which the digest was compared, if it is laid out and of the shape as it should be."""
+        """A row group whose digest was compared, without pyarrow; None where its layout or shape is another."""
         import pyarrow as pa
 
         rows, content = micro_batch.sequences, memoryview(data)

@@ -1,7 +1,8 @@
 """Sources: files in the formats people have, read into documents.
 
-`registry` says how a format is added, `reading` reads a file, `dataset` reads a source with Ray Data for pipelines of
-one's own. What a reader of one's own needs can be imported from here: `from calumma.platform.sources import reader`.
+`formats/` holds a module a format, and `registry` says how one is added; `reading` reads a file, `dataset` a source
+with Ray Data for pipelines of one's own. What a reader of one's own needs can be imported from here:
+`from calumma.platform.sources import reader`.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def field_names(row: Mapping[str, Any]) -> str:
 
 
 def json_type(value: Any) -> str:
-    """What a JSON value is, in the words of its reader."""
+    """The type of a JSON value, for a message."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 

@@ -4,7 +4,7 @@ A reader is a generator function. It takes an opened `File` (and keyword-only op
 and yields a `Draft` for each document and a `BadInput` for whatever is none:
 
     @reader("lines", (".txt",))
-    def lines(file: File, *, shortest: int = 1) -> Iterator[Found]:
+    def lines(file: File, *, shortest: int = 1) -> Iterator[ReaderItem]:
         for number, line in enumerate(file.content, start=1):
             if len(line) >= shortest:
                 yield Draft((Text(line.decode()),), file.at(f"line {number}"))
@@ -52,9 +52,8 @@ def reader(
 
     def register(read: Reader) -> Reader:
         known = FORMATS.get(name)
-        if known is not None and _qualified_name(known.read) != _qualified_name(
-            read
-        ):  # a notebook may define its reader again
+        # Compared by name: a notebook may define its reader again.
+        if known is not None and _qualified_name(known.read) != _qualified_name(read):
             raise ValueError(f"the format {name!r} is taken by {_qualified_name(known.read)}; choose another name")
         FORMATS[name] = Format(tuple(suffix.lower() for suffix in suffixes), read, references)
         return read

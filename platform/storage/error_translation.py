@@ -1,4 +1,4 @@
-"""Whatever goes wrong in storage as a StorageError that says what to do."""
+"""Exceptions of boto3 and of the file system, translated into a StorageError that says what to do."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def local_sizes(path: Path) -> Iterator[tuple[str, int]]:
         return
     for folder, _, names in os.walk(path):
         for name in names:
-            if not (name.startswith(".") and name.endswith(".tmp")):  # see _replace
+            if not (name.startswith(".") and name.endswith(".tmp")):  # see replace_file
                 file = Path(folder, name)
                 with suppress(FileNotFoundError):  # deleted since it was listed
                     yield str(file), file.stat().st_size

@@ -28,7 +28,7 @@ def fingerprint(specification: JobSpecification, inputs: Mapping[str, Any]) -> s
 
 
 def shard_prefix(kind: str, fingerprint: str, task: int) -> str:
-    """How the names of a task's shards begin; `mark` is a fingerprint."""
+    """How the names of a task's shards begin; `fingerprint` as of the function of that name."""
     return f"{kind}-{fingerprint}-{task:05d}"
 
 
@@ -38,7 +38,7 @@ def shard_name(prefix: str, number: int) -> str:
 
 
 def combined_manifest(kind: str, specification: JobSpecification, parts: Mapping[str, Manifest]) -> Manifest:
-    """One manifest over published subdirectories (name -> manifest), so that they can be read as one, too."""
+    """One manifest over published subdirectories (name -> manifest): they can be read as one directory, too."""
     files = [
         entry.model_copy(update={"path": f"{name}/{entry.path}"}) for name, m in parts.items() for entry in m.files
     ]

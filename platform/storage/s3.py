@@ -10,8 +10,8 @@ from calumma.platform.storage.client import endpoint, s3_client
 from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.uri import BrokenRead, bucket_and_key
 
-# What passes, of the codes of errors. Ranges are tried again by urllib3's Retry: botocore's own attempts end where a
-# body begins, and after a hundred in one process.
+# Codes of errors that pass. Ranges are tried again by urllib3's Retry: botocore's own attempts end where a body begins,
+# and after a hundred in one process.
 _TRANSIENT = {"429", "500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 
 
@@ -35,7 +35,7 @@ def remote_sizes(uri: str) -> Iterator[tuple[str, int]]:
 
 
 def remote_range(uri: str, offset: int, length: int) -> bytes:
-    """One attempt. Raises _Broken, and StorageError for what no other attempt would change."""
+    """One attempt. Raises BrokenRead, and StorageError for what no other attempt would change."""
     from botocore import exceptions as e
 
     bucket, key = bucket_and_key(uri)

@@ -43,7 +43,7 @@ def resolve_mixture(spec: Spec) -> Spec:
 
 
 def _weights(spec: MixtureSpecification, stages: tuple[str, ...]) -> dict[str, Fraction]:
-    """URI of token shards -> its share of all; the shares add up to 1. `within`: the stages that led here."""
+    """URI of token shards -> its share of all; the shares add up to 1. `stages`: those that led here."""
     new = _normalized({spec.locate(uri): Fraction(str(weight)) for uri, weight in spec.mixture.items()})
     if spec.mixture_of is None:
         return new

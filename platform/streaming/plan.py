@@ -40,7 +40,7 @@ class PlanError(ValueError):
 
 
 class MicroBatchColumns(NamedTuple):
-    """Micro-batches as columns of one shape; `Plan.named` gives them their names."""
+    """Micro-batches as columns of one shape; `Plan.to_micro_batches` resolves them."""
 
     source: Integers  # index into Plan.sources
     file: Integers  # index into all files of the plan

@@ -335,7 +335,7 @@ def _finished_block(pending: _PendingBlock, plan: Plan, rank: int, world: int) -
 
 @dataclass(frozen=True)
 class _BlockRow:
-    """A row that `_block` made; the values share its memory."""
+    """A row that `_finished_block` made; the values share its memory."""
 
     rank: int
     world: int

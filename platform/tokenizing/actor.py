@@ -1,4 +1,4 @@
-"""One task of the tokenizing job, a window: documents of some shards -> encoded, shuffled, packed, written, receipt.
+"""The actor of the tokenizing job. A task is a window: documents of some shards are encoded, shuffled, packed, written.
 
 Texts and pictures are prepared by threads while the image tokenizer works on its device; both of their libraries let
 other threads run. What comes out depends on the window alone, not on how these meet.
@@ -45,7 +45,7 @@ class UnusableDocuments(ValueError):
 
 @dataclass
 class _DocumentBatch:
-    """Some documents on their way, in order."""
+    """Documents that are being encoded, in order."""
 
     uri: str
     documents: list[Document]
@@ -55,7 +55,7 @@ class _DocumentBatch:
 
 
 class _InlineExecutor(Executor):
-    """Does what it is given while the caller waits: two threads on one core only drive each other's data out of its
+    """Runs a call at once, in the caller's thread: two threads on one core only drive each other's data out of its
     cache, which costs a tenth of the time of short texts."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -84,10 +84,10 @@ class TokenizingActor:
         self._is_image[vocabulary.image_ids] = True
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Encode, pack and write the documents of some shards. Raises DocumentsUnusable, ShardError, StorageError.
+        """Encode, pack and write the documents of some shards. Raises UnusableDocuments, ShardError, StorageError.
 
-        `task`: "shards" (URI and sha256 of each), "seed" (of its order), "output" (URI), "stem" (of shard names),
-        "receipt" (URI). Returns a Receipt, written to storage, too.
+        `task`: "shards" (URI and sha256 of each), "seed" (of its order), "output" (URI), "shard_prefix", "receipt"
+        (URI). Returns a Receipt, written to storage, too.
         """
         import torch
 
@@ -156,7 +156,7 @@ def encode_documents(
     encoder: DocumentEncoder, shards: Sequence[tuple[str, str]], image_batch: int, threads: int
 ) -> Iterator[tuple[Document, EncodedArrays]]:
     """Every document of some shards with its tokens, in order; the images of all documents are coded in batches of
-    `image_batch` (the last one smaller). Raises DocumentsUnusable, ShardError and StorageError."""
+    `image_batch` (the last one smaller). Raises UnusableDocuments, ShardError and StorageError."""
     chunks: deque[_DocumentBatch] = deque()
     waiting: deque[tuple[_DocumentBatch, Image]] = deque()
     opened: deque[tuple[_DocumentBatch, Future[torch.Tensor]]] = deque()

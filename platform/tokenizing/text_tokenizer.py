@@ -89,7 +89,7 @@ def _path_parts(uri: str) -> tuple[str, ...]:
 
 
 def delete_tokenizer(output: str, kind: str) -> None:
-    """Take away the tokenizer that a new one is about to replace, and no file that its manifest does not name."""
+    """Delete the tokenizer that a new one is about to replace, and no file that its manifest does not name."""
     manifest = Manifest.find(output)
     if manifest is not None and manifest.kind == kind:
         for path in (MANIFEST, *(entry.path for entry in manifest.files)):

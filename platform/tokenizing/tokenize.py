@@ -1,6 +1,6 @@
 """Tokenization: curated documents -> packed token shards, one published directory for each directory of documents.
 
-A task is a window (windows.py): shards with about `window` documents, drawn from the whole directory by the seed. Its
+A task is a window (actor.py): shards with about `window` documents, drawn from the whole directory by the seed. Its
 documents are encoded, shuffled, packed into rows of context + 1 tokens, and written as shards whose row groups are
 micro-batches. What a window becomes depends on the window and the seed alone, so a job that was killed leaves its
 finished windows, with their receipts, to the next one.
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Directory:
-    """One entry of `documents`, and what has come back of it."""
+    """One entry of `documents`: its tasks, and their receipts so far."""
 
     location: str
     documents: str
@@ -50,7 +50,7 @@ class _Directory:
     rows: int
     inputs: dict[str, str]
     tasks: list[dict[str, Any]]
-    finished: dict[str, Receipt] = field(default_factory=dict)  # by the task's stem
+    finished: dict[str, Receipt] = field(default_factory=dict)  # by the task's prefix of shard names
 
     @property
     def complete(self) -> bool:
@@ -63,7 +63,7 @@ class _Directory:
 
 def run(spec: TokenizeSpecification, run: Run, progress: Progress) -> Manifest:
     """Tokenize all documents that no equal specification has published, from inputs that are still the same, and of
-    those only what a killed job has not done. Raises SpecificationError, DocumentsUnusable, ShardError, StorageError.
+    those only what a killed job has not done. Raises SpecificationError, UnusableDocuments, ShardError, StorageError.
     """
     directories = _plan(spec)
     published: dict[str, Manifest] = {}

@@ -146,7 +146,7 @@ class BackgroundWriter:
     """Writes to a run through an outbox, from a thread, so that training never waits for MLflow and loses nothing."""
 
     def __init__(self, run: Run, backup: str | None = None, close_timeout: float = _CLOSE_TIMEOUT) -> None:
-        """`parked`: where in storage copies of what waits are kept (see `park`)."""
+        """`backup`: where in storage copies of what waits are kept (see `back_up`)."""
         self._run, self._backup, self._close_timeout = run, backup, close_timeout
         self._outbox = Outbox.new(run.uri, run.id)
         self._wake, self._flush_now, self._closing = threading.Event(), threading.Event(), threading.Event()

@@ -159,7 +159,7 @@ def _train(
 def _norms(
     transformer: Transformer, probes: list[held_out.HeldOutBatch], image_mask_V: torch.Tensor
 ) -> dict[str, float]:
-    """Of the instruments of all layers (model/stability.py) the ones that are drawn: means over the probes, of the
+    """Of the instruments of all layers (model/ops/stability.py) the ones that are drawn: means over the probes, of the
     attention logit the maximum."""
     transformer.eval()
     each = [_largest(engine.losses(transformer, batch, image_mask_V, measure=True).stability) for batch in probes]

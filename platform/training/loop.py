@@ -1,4 +1,4 @@
-"""What every training worker runs: the same optimizer steps on any number of workers, and what is told about them.
+"""What every training worker runs: the same optimizer steps on any number of workers, metrics, checkpoints.
 
 The driver's side is `stage.py`; what keeps a group of workers alive is `group/`; what follows the last step is
 `publication.py`. Nothing here decides what to train on: the plan does (platform/streaming/plan.py).

@@ -1,4 +1,4 @@
-"""What follows training: the model directory in storage, and sample answers; and what MLflow is told of a checkpoint.
+"""What follows training: the model directory in storage, and sample answers; and a checkpoint as a model in MLflow.
 
 One worker does it, with all weights in its host's memory.
 """

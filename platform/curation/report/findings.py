@@ -88,7 +88,7 @@ class Findings(BaseModel):
         like: int | None = None,
         redactor: Redactor | None = None,
     ) -> None:
-        """`like`: the identity of what it duplicates. `veil`: takes out what a report must not show."""
+        """`like`: the identity of what it duplicates. `redactor`: takes out what a report must not show."""
         reasons = self.steps.setdefault(why.step, {})
         reasons[why.reason] = reasons.get(why.reason, 0) + 1
         self._measure(document, DROPPED, scores or {})
@@ -99,7 +99,7 @@ class Findings(BaseModel):
         self._sample(SCRUBBED, document, around="<")
 
     def add(self, other: Findings) -> None:
-        """Count in what another task found."""
+        """Add the findings of another task."""
         for step, reasons in other.steps.items():
             _add(self.steps.setdefault(step, {}), reasons)
         for what, outcomes in other.measures.items():

@@ -1,4 +1,4 @@
-"""The steps that look at one document alone, in their order; a document's first reason to go is the one that counts."""
+"""The steps that look at one document alone, in their order; the first reason to drop a document is what counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from calumma.platform.specification import import_function
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-# That drop documents, in the order in which these meet them. Scrubbing stands before the last two.
+# The steps that drop documents, in their order. Scrubbing stands before the last two.
 STEPS = ("form", "licenses", "domains", "images", "captions", "texts", "decontaminate", "scorers", "duplicates")
 
 
@@ -40,7 +40,7 @@ def check_names(spec: CurateSpecification) -> None:
 
 @dataclass(frozen=True)
 class CheckedDocument:
-    """A document as far as the steps took it (not yet `ordered`), and why it goes no further, if so."""
+    """A document as far as the steps took it (its pair not yet in order), and why it is dropped, if it is."""
 
     document: Document
     dropped: Dropped | None = None
@@ -56,7 +56,7 @@ class StepChain:
         self._spec = spec
         self.seconds: dict[str, float] = {}  # that each step has taken
         self.scrubber = scrub.Scrubber(spec.scrub) if spec.scrub is not None and applies(spec.scrub, source) else None
-        # Of the samples that a report shows of documents dropped before: marks there are no part of the count.
+        # For samples in the report of documents dropped earlier: what it replaces is not counted.
         self.redactor = scrub.Scrubber(spec.scrub) if spec.scrub is not None and self.scrubber is not None else None
         self._rules: list[tuple[str, Rule]] = []
         for step, make in (("licenses", filters.licenses), ("domains", filters.domains)):

@@ -107,7 +107,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def overlap_rule(rules: Decontamination, names: list[str], index_uri: str) -> Rule:
-    """Drops documents that share something with an evaluation set; `names` are how the sets are called."""
+    """Drops documents that share something with an evaluation set; `names` are the sets' names, for the reason."""
     index = _read_index(index_uri)
 
     def rule(document: Document) -> Document | Dropped:

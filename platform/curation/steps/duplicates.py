@@ -1,7 +1,7 @@
 """Duplicates across all sources: tasks that each compare the documents whose keys are in one range.
 
-Which documents go depends on the documents alone: rows of one key meet in one task however many tasks there are, and
-are taken in the order of the documents' identities.
+Which documents are dropped depends on the documents alone: rows of one key meet in one task however many tasks there
+are, and are taken in the order of the documents' identities.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SignatureWriter:
 
 
 def comparison_tasks(root: str, output: str, rules: DuplicateRules, rows: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Tasks for `find`, by the number of rows of every kind."""
+    """Tasks for `find_duplicates`, by the number of rows of every kind."""
     tasks = []
     for kind in KINDS:
         count = -(-rows.get(kind, 0) // ROWS_PER_TASK)
@@ -80,9 +80,9 @@ def comparison_tasks(root: str, output: str, rules: DuplicateRules, rows: Mappin
 
 
 def find_duplicates(task: dict[str, Any]) -> dict[str, Any]:
-    """Compare the signatures of one kind in one range of keys and write what is to go. Raises StorageError.
+    """Compare the signatures of one kind in one range of keys and write which documents go. Raises StorageError.
 
-    `task`: as `tasks` makes it. Returns {"pairs": how many were found}.
+    `task`: as `comparison_tasks` makes it. Returns {"pairs": how many were found}.
     """
     kind = task["kind"]
     rules = DuplicateRules.model_validate(task["rules"])
@@ -132,8 +132,8 @@ def _equal_documents(keys: Ids, ids: Ids, values: Ids) -> Pairs:
 
 
 def _similar_texts(ids: Ids, sketches: NDArray[np.uint8], threshold: float) -> Pairs:
-    """Of one band's documents those that are like an earlier one which stays. The first leads, what is like it goes;
-    of the rest the first leads, and so on."""
+    """Of one band's documents those that are similar to an earlier one which stays: the first stays and what is similar
+    to it goes; then the first of the rest, and so on."""
     dropped, of = [], []
     left = np.arange(len(ids))
     while len(left) > 1:
@@ -163,12 +163,12 @@ def _similar_images(ids: Ids, values: Ids, distance: int) -> Pairs:
     return np.concatenate(dropped), np.concatenate(of)
 
 
-# -- what was found ----------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Why a document goes: the kind of likeness, and the identity of an earlier document."""
+    """Why a document is dropped: the kind of likeness, and the identity of an earlier document."""
 
     kind: str
     of: int
@@ -179,7 +179,7 @@ class Duplicate:
 
 
 def read_duplicates(root: str, low: int, high: int) -> dict[int, Duplicate]:
-    """Identity -> why it goes, of documents in [low, high): the first kind of reason. Raises StorageError."""
+    """Identity -> why it is dropped, of documents in [low, high): the first kind of reason. Raises StorageError."""
     table = staging.read_tables(storage.list_files(storage.join(root, staging.DROPS)), low, high)
     if not table:
         return {}

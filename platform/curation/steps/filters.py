@@ -20,7 +20,7 @@ from calumma.platform.curation.steps.words import all_text, is_pair, words
 from calumma.platform.specification import SpecificationError
 
 LANGUAGE = "language"  # key of a document's metadata
-_LANGUAGE_SAMPLE = 4000  # characters from which the language is told; more make it slower, no surer
+_LANGUAGE_SAMPLE = 4000  # characters by which the language is identified; more make it slower, no surer
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def language(text: str) -> tuple[str, float]:
 
 
 def check_languages(codes: list[str]) -> None:
-    """Raises SpecificationError when one of them is never told."""
+    """Raises SpecificationError when one of them is never identified."""
     known = sorted(_identifier().labels)
     if unknown := sorted(set(codes) - set(known)):
         raise SpecificationError(f"texts.languages: {', '.join(unknown)} cannot be told; these can: {', '.join(known)}")

@@ -93,7 +93,7 @@ def read_scores(uri: str) -> dict[int, float]:
 
 
 def rejection(scorers: dict[str, Scorer], scores: dict[str, float]) -> str | None:
-    """Why a document of these scores goes."""
+    """Why a document with these scores is dropped; None where it stays."""
     for name, score in scores.items():
         low, high = scorers[name].minimum, scorers[name].maximum
         if low is not None and score < low:

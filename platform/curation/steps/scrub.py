@@ -1,7 +1,7 @@
 """Personal data and secrets in texts and captions, replaced by marks such as <EMAIL>.
 
-Every kind is told by more than its digits: a card by its check digit and issuer, an IBAN by its country's length and
-checksum, an address by being public and standing where no version number does. What is doubtful stays.
+Every kind is recognized by more than its digits: a card by its check digit and issuer, an IBAN by its country's length
+and checksum, an address by being public and standing where no version number does. What is doubtful stays.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ MARKS = (SECRET, *(mark for mark, _ in PERSONAL_DATA.values()))
 
 
 class Scrubber:
-    """Scrubs a document's texts and captions; `document.metadata` gains nothing, `found` counts marks by kind."""
+    """Scrubs a document's texts and captions; `counts`: marks by kind."""
 
     def __init__(self, rules: ScrubRules) -> None:
         """Raises SpecificationError when a detector or hook cannot be found."""

@@ -65,7 +65,7 @@ class BandLayout:
 
 @functools.cache
 def band_layout(rules: NearDuplicates) -> BandLayout:
-    """The cut by which documents of the asked similarity are best told (datasketch's choice)."""
+    """The layout that separates best at the asked similarity (datasketch's choice)."""
     from datasketch import MinHashLSH
 
     index = MinHashLSH(threshold=rules.similarity, num_perm=rules.permutations)

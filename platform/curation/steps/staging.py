@@ -25,7 +25,7 @@ DOCUMENTS_PER_BATCH = 64
 _THREADS = 16  # tables read at a time: most of it is waiting for storage
 ROWS_PER_GROUP = 4096  # of a table: what is read when a range touches it
 
-# A document's identity is its place in the specification: its order is who came first.
+# A document's id is its place in the order of the specification: of duplicates the lowest stays.
 _TASK_BITS, _ROW_BITS = 20, 32
 
 
@@ -36,7 +36,7 @@ def document_id(source: int, task: int, row: int) -> int:
 
 @contextmanager
 def staging_folder(output: str, mark: str) -> Iterator[str]:
-    """The URI of an empty folder, which goes at the end. What killed runs have left goes, too. Raises StorageError."""
+    """The URI of an empty folder, deleted at the end, as is what killed runs have left. Raises StorageError."""
     place = storage.join(output, FOLDER)
     storage.delete(place)
     try:

@@ -1,4 +1,4 @@
-"""All formats that calumma reads: importing this registers them. `registry` says how one is added."""
+"""All formats that calumma reads, a module each; importing this registers them. `rows` and `html` are shared."""
 
 from calumma.platform.sources.formats import conversations, interleaved, pages, text, webdataset  # noqa: F401
 from calumma.platform.sources.registry import FORMATS, check_format, find_format

@@ -1,6 +1,6 @@
 """A folder of Markdown and HTML pages with local images: each page is one interleaved document.
 
-Markdown becomes HTML first, so there is one way to read a page (markup.py).
+Markdown becomes HTML first, so there is one way to read a page (html.py).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _image_path(link: str, folder: str) -> str:
 
 
 def _decode_text(data: bytes, declared: str | None) -> str:
-    """Raises Malformed for what is no text in the encoding that its mark or the page declares, by default UTF-8."""
+    """Text in the encoding that its byte order mark or the page declares, by default UTF-8. Raises Malformed."""
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), declared or "utf-8")
     try:
         return data.decode(encoding)

@@ -124,7 +124,7 @@ def json_array(file: File) -> Iterator[Row | BadInput]:
 
 
 class _ChunkReader:
-    """A file's content for ijson. `left` counts the bytes of the newest chunk and of all behind it."""
+    """A file's content for ijson. `bytes_left`: of the newest chunk and all behind it."""
 
     def __init__(self, file: File) -> None:
         self._file = file

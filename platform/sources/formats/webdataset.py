@@ -52,7 +52,7 @@ class _DamagedArchive(ValueError):
 
 
 def _members(file: File) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files of a tar archive. Raises _Damaged where it breaks.
+    """(name, content) of the regular files of a tar archive. Raises _DamagedArchive where it breaks.
 
     Python's tarfile ends silently on a broken or missing header after the first; the archive's end mark tells.
     """

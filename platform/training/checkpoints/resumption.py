@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from, and its state into the engine of this group."""
+"""Which checkpoint a training resumes from, and loading its state into the engine of this group."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FREE_TO_CHANGE = {
 
 def agreed_checkpoint(output: str, spec: Resumable, inputs: dict[str, str]) -> Checkpoint | None:
     """The newest checkpoint to go on with whose content is what its manifest says; every worker calls it, reads its
-    share, and gets the same answer. Damaged ones are set aside."""
+    share, and gets the same checkpoint. Damaged ones are quarantined."""
     accept = made_by(spec, inputs)
     alone = not dist.is_initialized()
     rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
@@ -51,7 +51,7 @@ def agreed_checkpoint(output: str, spec: Resumable, inputs: dict[str, str]) -> C
 
 
 def gather_messages(message: str) -> list[str]:
-    """What each worker of the group has to say."""
+    """The messages of all workers, by rank; every worker calls it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [message]
     messages = [""] * dist.get_world_size()
@@ -73,7 +73,7 @@ def made_by(spec: Resumable, inputs: dict[str, str]) -> Callable[[Manifest], boo
 
 
 def difference(checkpoint: Checkpoint, spec: Resumable, inputs: dict[str, str]) -> str:
-    """Why a specification does not go on with a checkpoint that `continues` refuses."""
+    """Why a specification does not go on with a checkpoint that `made_by` refuses."""
     manifest = checkpoint.manifest
     was, now = _settings(manifest, spec), resumable_settings(spec.model_dump(mode="json"))
     changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
@@ -130,7 +130,7 @@ def can_restore_optimizer(checkpoint: Checkpoint, spec: TrainSpecification, worl
 
 
 def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
-    """Weights, optimizer and counters into an engine that it `fits`; every worker calls it."""
+    """Weights, optimizer and counters into an engine that `can_restore_optimizer`; every worker calls it."""
     from calumma.platform.training.checkpoints import universal
 
     precision = "bfloat16" if engine.bfloat16_enabled() else "float32"

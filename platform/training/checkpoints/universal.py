@@ -2,7 +2,7 @@
 
 https://www.deepspeed.ai/tutorials/universal-checkpointing/ (arXiv 2406.18820). DeepSpeed converts; what it writes from
 ZeRO 3 its ZeRO 1 and 2 cannot read, and the other way round (0.19.8: shapes, step counts and the optimizer's global
-state stand in other places). `convert` writes one form that all of them read.
+state stand in other places). `convert_to_universal` writes one form that all of them read.
 """
 
 from __future__ import annotations

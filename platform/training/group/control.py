@@ -13,14 +13,14 @@ from calumma.platform.training.specification import TrainSpecification
 
 @dataclass(frozen=True)
 class WorkerControl:
-    """What a loop that can resume offers for that. All are called elsewhere, too: they must be picklable."""
+    """What a loop that can resume lets others ask of it. All are called in other processes: they must be picklable."""
 
     newest_step: Callable[[], int]
     """Steps of its newest checkpoint."""
     notify: Callable[[Action, str], None]
-    """Ask it to checkpoint, or to checkpoint and stop, with the reason."""
+    """Ask for a checkpoint, or for one and to stop, with the reason."""
     acknowledged: Callable[[], bool]
-    """Whether it has done so."""
+    """Whether nothing that was asked for is left to do."""
 
 
 class FirstStep:

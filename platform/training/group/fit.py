@@ -39,13 +39,13 @@ START_TIMEOUT, ELASTIC_START_TIMEOUT = "900", "30"  # seconds
 
 @dataclass
 class Signals:
-    """SIGINT and SIGTERM that the driver got while workers ran, and whether they still do."""
+    """SIGINT and SIGTERM that the driver received while workers ran. `finished`: the workers have ended."""
 
     received: list[int] = field(default_factory=list)
     finished: threading.Event = field(default_factory=threading.Event)
 
     def exit_exception(self) -> BaseException:
-        """How the driver ends because of the first of them."""
+        """The exception that the driver ends with, by the first signal."""
         first = self.received[0]
         return KeyboardInterrupt() if first == signal.SIGINT else SystemExit(128 + first)
 
@@ -66,7 +66,7 @@ def fit(
 ) -> Any:
     """Run `loop(config)` on workers joined by torch.distributed; what the loop returned on rank 0.
 
-    `workers` is their number or a range, in which it follows the size of the cluster. With a `lifeline`, workers that
+    `workers` is their number or a range, in which it follows the size of the cluster. With a `control`, workers that
     fail are started again, and Ctrl-C and SIGTERM let them write a checkpoint first.
     Progress follows the run's metrics `step` and `loss`. Raises TrainingFailed, KeyboardInterrupt on Ctrl-C and
     SystemExit on SIGTERM, and in all cases leaves no worker behind.
@@ -140,7 +140,7 @@ def _start_timeout_set(seconds: str) -> Iterator[None]:
 
 
 def _trainer_class(control: WorkerControl | None, recovery: Recovery, signals: Signals) -> Any:
-    """Ray's TorchTrainer with our failure policy and signals, where there is a lifeline; and without the
+    """Ray's TorchTrainer with our failure policy and signals, where there is a control; and without the
     placement-group cleaner where there is no dashboard to ask.
 
     The cleaner is a process that asks the dashboard's state API every second whether the controller lives, and warns

@@ -37,7 +37,7 @@ def none_pending(checkpoints: str) -> bool:
 
 
 def delete_notices(checkpoints: str, actions: Iterable[Action]) -> None:
-    """Take notices away; whoever waits until they are followed sees it by that. Raises StorageError."""
+    """Delete notices, by which whoever waits for them sees that they were followed. Raises StorageError."""
     for action in actions:
         storage.delete(notice_file(checkpoints, action))
 

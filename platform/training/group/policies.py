@@ -1,4 +1,4 @@
-"""What Ray Train's controller decides otherwise with us: after failures, before a resize, and by which nodes it counts.
+"""Our policies for Ray Train's controller: after failures, before a resize, and which nodes count.
 
 Its policies are classes of its own code, without a public interface (ray/train/v2/_internal/execution, Ray 2.60).
 """
@@ -29,7 +29,7 @@ def failure_policy(config: Any, newest_step: Callable[[], int]) -> Any:
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 
-    class SinceTheLastCheckpoint(DefaultFailurePolicy):
+    class FailuresSinceCheckpoint(DefaultFailurePolicy):
         _reached = -1
 
         def make_decision(self, training_failed_error: Any) -> Any:
@@ -45,7 +45,7 @@ def failure_policy(config: Any, newest_step: Callable[[], int]) -> Any:
             self._reached = reached
             return super().make_decision(training_failed_error)
 
-    return SinceTheLastCheckpoint(config)
+    return FailuresSinceCheckpoint(config)
 
 
 def _not_retryable(error: BaseException) -> bool:
@@ -58,19 +58,19 @@ def checkpoint_before_resizing(control: WorkerControl, recovery: Recovery) -> An
     that few steps are taken twice."""
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-    class BeforeResizing(ControllerCallback, WorkerGroupCallback):
-        _well = False
+    class CheckpointBeforeResizing(ControllerCallback, WorkerGroupCallback):
+        _healthy = False
 
         def after_worker_group_training_start(self, worker_group: Any) -> None:
-            self._well = True
+            self._healthy = True
 
         def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-            self._well = not worker_group_status.errors and not worker_group_status.finished
+            self._healthy = not worker_group_status.errors and not worker_group_status.finished
 
         def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-            if not self._well:
+            if not self._healthy:
                 return
-            self._well = False
+            self._healthy = False
             try:
                 control.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
                 if not wait_until(recovery.stop_seconds, control.acknowledged):
@@ -78,7 +78,7 @@ def checkpoint_before_resizing(control: WorkerControl, recovery: Recovery) -> An
             except OSError as error:  # resizing goes on from an older checkpoint
                 logger.warning("no checkpoint before resizing: %s", error)
 
-    return BeforeResizing()
+    return CheckpointBeforeResizing()
 
 
 def scaling_policy(config: Any) -> Any:
@@ -91,8 +91,8 @@ def scaling_policy(config: Any) -> Any:
     from ray.train.v2._internal.execution.scaling_policy import NoopDecision
     from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
-    class ByTheNodesOfNow(ElasticScalingPolicy):
-        _silent_since: float | None = None
+    class ReachableNodes(ElasticScalingPolicy):
+        _unreachable_since: float | None = None
 
         def make_decision_for_non_running_worker_group(self) -> Any:
             decision = NoopDecision() if self._in_doubt() else super().make_decision_for_non_running_worker_group()
@@ -101,15 +101,15 @@ def scaling_policy(config: Any) -> Any:
             return decision
 
         def _in_doubt(self) -> bool:
-            """Whether a node is silent that Ray has not declared dead yet."""
+            """Whether a node is unreachable that Ray has not declared dead yet."""
             lost = unreachable_nodes(node for node in ray.nodes() if node["Alive"])
             if not lost:
-                self._silent_since = None
+                self._unreachable_since = None
                 return False
-            if self._silent_since is None:
-                self._silent_since = time.monotonic()
+            if self._unreachable_since is None:
+                self._unreachable_since = time.monotonic()
                 logger.warning("no answer from %s: waiting until Ray knows whether it is lost", ", ".join(lost))
-            return time.monotonic() - self._silent_since < _UNREACHABLE_LIMIT
+            return time.monotonic() - self._unreachable_since < _UNREACHABLE_LIMIT
 
         def _get_reserved_resources(self) -> Any:
             since = time.monotonic() - self._latest_reserved_resources_query_time
@@ -118,7 +118,7 @@ def scaling_policy(config: Any) -> Any:
                 self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
             return super()._get_reserved_resources()
 
-    return ByTheNodesOfNow(config)
+    return ReachableNodes(config)
 
 
 def unreachable_nodes(nodes: Iterable[dict[str, Any]]) -> list[str]:
@@ -141,7 +141,7 @@ def _accepts_connections(address: tuple[str, int]) -> bool:
 
 
 def wait_until(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Whether it happened within that time."""
+    """Whether the condition held within that time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():

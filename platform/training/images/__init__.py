@@ -1,0 +1,1 @@
+"""Training of the VQ image tokenizer. Start reading at `stage`; one step is `objective`."""

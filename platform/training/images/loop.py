@@ -1,7 +1,7 @@
-"""What every worker of an image tokenizer's training runs: the steps, what is told about them, checkpoints.
+"""What every worker of an image tokenizer's training runs: the steps, their metrics, checkpoints.
 
-The driver's side is `image_tokenizer.py`, one step is `image_training.py`. As with a stage, `elastic.py` keeps the
-group of workers alive, and a group goes on from the newest whole checkpoint, on any number of workers.
+The driver's side is `stage.py`, one step is `objective.py`. As with a stage of the model, `group/` keeps the workers
+alive, and a group goes on from the newest whole checkpoint, on any number of workers.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""An image tokenizer in training: the losses of `model/image_losses.py`, AdamW, and restarts of unused codes (VQ-VAE,
-arXiv 1711.00937; Jukebox, arXiv 2005.00341, section 3.2; paper 2.1), with all the state that the next step depends on.
+"""An image tokenizer in training: the losses of `model/tokenizers/image_losses.py`, AdamW, and restarts of unused
+codes (VQ-VAE, arXiv 1711.00937; Jukebox, arXiv 2005.00341, section 3.2; paper 2.1), with all the state that the next
+step depends on.
 
 Shape suffixes: B a batch of images, C channels, H height, W width, K codebook.
 """
@@ -51,7 +52,7 @@ class StepMeasures(NamedTuple):
 class ImageTraining:
     """The image tokenizer and, where the losses ask for one, its discriminator, with their optimizers.
 
-    A step is `look`, which finds gradients, and then `move`, unless they are to be passed over. Every worker has the
+    A step is `compute_gradients` and then `take_step`, unless the gradients are to be passed over. Every worker has the
     same state, and calls everything with its share of the same global batch.
     """
 
@@ -113,7 +114,7 @@ class ImageTraining:
         return StepMeasures(loss_, dict(zip(parts, rest, strict=True)), torch.stack(norms).max().item())
 
     def take_step(self, rate: float) -> None:
-        """Take the step that was looked at; the discriminator's learning rate follows the tokenizer's."""
+        """Apply the gradients just computed; the discriminator's learning rate follows the tokenizer's."""
         assert self._reconstruction is not None
         self._networks["tokenizer"].step(rate)
         if self._discriminated:
@@ -139,7 +140,7 @@ class ImageTraining:
         """Forget which codes were used."""
         self.used_K.zero_()
 
-    # -- what a checkpoint holds (saver.Replicated) --
+    # -- what a checkpoint holds (checkpoints/saver.py, Replicated) --
 
     def zero_optimization_stage(self) -> int:
         return 0

@@ -1,7 +1,7 @@
 """Training of the VQ image tokenizer from the driver: check, start the workers, publish.
 
 OUTPUT/config.json, model.safetensors, manifest.json (last)
-OUTPUT.training/checkpoints/...   as those of a stage (checkpoint.py), one file each: every worker has the whole state
+OUTPUT.training/checkpoints/...   as those of a stage (checkpoints/), one file each: every worker has the whole state
 """
 
 from __future__ import annotations

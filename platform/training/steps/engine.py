@@ -151,7 +151,7 @@ class _RecordingConfig(dict[str, Any]):
 
 
 def _error_text(error: Exception) -> str:
-    """One line for each wrong field where pydantic tells them, else the message."""
+    """One line for each wrong field of a pydantic error, else the message."""
     if not isinstance(error, ValidationError):
         return str(error) or type(error).__name__
     return "; ".join(
@@ -220,7 +220,7 @@ def step(
     by its number in the global batch. `accept` is given the sums over all workers before the weights move; when it
     returns False, weights and optimizer stay as they are. They do so as well when the gradient is not finite.
     Returns this worker's float64 Tensor [3]: summed text and image losses (nats) and log(Z)^2; and, with `measure`, the
-    stability instruments of its first micro-batch (model/stability.py).
+    stability instruments of its first micro-batch (model/ops/stability.py).
     """
     local = torch.zeros(3, dtype=torch.float64, device=engine.device)
     stability: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """Bad steps: a loss or gradient that is not finite, a loss that spikes; what becomes of them, when they are too many.
 
-Every worker judges the same sums over all workers by the same history, so all come to the same verdict without a word.
+Every worker judges the same sums over all workers by the same history, so all come to the same verdict without asking.
 The history is part of each checkpoint's report: a run that resumes judges as one that never stopped.
 A step that was skipped or undone keeps its number: a number is a global batch of the plan, and a step of the schedule.
 PaLM went around loss spikes in this way (arXiv 2204.02311, section 5.1): back to a checkpoint, on behind the bad data.
@@ -38,7 +38,7 @@ class Incident:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Incident:
-        """The inverse of `plain`."""
+        """The inverse of `to_json`."""
         return cls(**{**values, "loss": float(values["loss"])})
 
     def describe(self) -> str:
@@ -147,7 +147,7 @@ class FaultHandler:
         failure_report: Callable[[], str],
     ) -> None:
         """A bad step, the same on all workers: it was not taken; go back if so specified, by `roll_back`, which returns
-        to which step. Raises TrainingFailed, with the words of `ending`, when there were too many in a row."""
+        to which step. Raises TrainingFailed, with `failure_report()`, when there were too many in a row."""
         self.guard.record_bad()
         incident = Incident(step, cause, math.nan if loss is None else loss, self.guard.median, self._rules.action)
         if self._rules.action == "roll_back":

@@ -146,7 +146,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 @dataclass
 class LossInterval:
-    """Sums since the last report: this worker's losses, everybody's counts."""
+    """Sums since the last report: this worker's losses, all workers' counts."""
 
     device: torch.device
     began: float = field(default_factory=time.monotonic)

@@ -1,7 +1,7 @@
 """Low-rank adapters on linear layers (LoRA, arXiv 2106.09685), in names that the plain model's weights keep.
 
 A layer `blocks.0.attention.query` still holds its `weight`, now frozen, and gets `lora_down` and `lora_up` beside it,
-so that ZeRO 3 gathers all three together. `merged` turns them into the plain weight again.
+so that ZeRO 3 gathers all three together. `merge_adapters` turns them into the plain weight again.
 
 Shape suffixes: I inputs, O outputs, R rank.
 """
@@ -41,7 +41,7 @@ class LoraLinear(nn.Linear):
 
 def target_layers(model: nn.Module, lora: Lora) -> list[str]:
     """Names of the linear layers that `lora.targets` picks. Raises SpecificationError when a pattern picks none."""
-    # The output projection is no plain linear layer: its loss is computed chunk by chunk (model/loss.py).
+    # The output projection is no plain linear layer: its loss is computed chunk by chunk (model/ops/loss.py).
     layers = [name for name, module in model.named_modules() if type(module) in (nn.Linear, LoraLinear)]
     for pattern in lora.targets:
         if not any(fnmatchcase(name, pattern) for name in layers):
@@ -53,7 +53,7 @@ def target_layers(model: nn.Module, lora: Lora) -> list[str]:
 
 
 def add_adapters(model: nn.Module, lora: Lora, seed: int) -> None:
-    """Put adapters, a function of the seed, on the targets in place. Raises SpecificationError as `targets`."""
+    """Put adapters, a function of the seed, on the targets in place. Raises SpecificationError as `target_layers`."""
     generator = torch.Generator().manual_seed(seed)
     for name in target_layers(model, lora):
         parent, _, own = name.rpartition(".")

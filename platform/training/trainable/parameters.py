@@ -1,7 +1,7 @@
 """What of a model is trained: everything, names by pattern, the image rows of the output, low-rank adapters.
 
-Whatever was trained, `plain` gives back the weights of an ordinary Transformer: for checkpoints to be exported, model
-directories and later stages.
+Whatever was trained, `plain_weights` gives back the weights of an ordinary Transformer: for checkpoints to be
+exported, model directories and later stages.
 
 Shape suffixes: V vocabulary, D width, K image ids.
 """
@@ -52,7 +52,7 @@ class ImageHead(Output):
 
 
 def set_trainable(model: Transformer, spec: TrainSpecification, vocabulary: Vocabulary) -> Transformer:
-    """Freeze what is not trained, in place; add adapters, the image rows. Raises SpecificationError as `check`."""
+    """Freeze what is not trained, in place; add adapters and image rows. Raises as `check_trainable`."""
     if ALL in spec.trainable_names:
         return model
     check_trainable(model, spec)

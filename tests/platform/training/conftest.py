@@ -41,7 +41,7 @@ def publish_tokens(root: str, name: str) -> None:
             "shards": document_shards.shards(f"{root}/curated/{name}"),
             "seed": 0,
             "output": output,
-            "stem": "tokens",
+            "shard_prefix": "tokens",
             "receipt": storage.join(root, "receipt.json"),
         },
     )
