@@ -146,7 +146,7 @@ class RequestState:
         made = []
         for phase, ids, values, top in events:
             prompt = None
-            if self.params.prompt_logprobs is not None and not self._prompt_reported:
+            if self.params.prompt_logprobs is not None and not self._prompt_reported and self.failure is None:
                 prompt, self._prompt_reported = self.prompt_logprobs, True
             made.append(Event(self.request.id, ids, phase, None, values, top, prompt))
         if self.finish:

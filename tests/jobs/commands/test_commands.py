@@ -244,8 +244,8 @@ def dashboard() -> Iterator[str]:
     """The address of a whole cluster in a process of its own: the session's has no dashboard."""
     script = """
         import sys
-        from calumma.platform import cluster
-        with cluster.embedded():
+        from calumma.platform.cluster import connection
+        with connection.embedded():
             import ray
             print(ray.get_runtime_context().gcs_address, ray._private.worker.get_dashboard_url(), flush=True)
             sys.stdin.read()

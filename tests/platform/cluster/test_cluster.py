@@ -214,7 +214,7 @@ def test_a_signal_ends_the_cluster_with_all_its_processes(tmp_path: Path, number
         from pathlib import Path
         import psutil
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        from calumma.platform import cluster
+        from calumma.platform.cluster import connection
         with connection.embedded(lean=True, logs=Path(sys.argv[1])):
             import ray
             ray.get(ray.remote(lambda: print("a worker was here")).remote())
