@@ -153,7 +153,7 @@ def job(corpus: Corpus, folder: Path, batch: int, cores: int, device: str) -> Ca
         "shards": shards,
         "seed": 0,
         "output": str(folder / "tokens"),
-        "stem": "tokens",
+        "shard_prefix": "tokens",
         "receipt": f"{folder}/receipt",
     }
     return lambda: worker(task)

@@ -75,7 +75,7 @@ def corpus(root: str, context: int, micro_batch: int) -> None:
             "shards": document_shards.shards(f"{root}/curated/text"),
             "seed": 0,
             "output": f"{root}/tokens/text",
-            "stem": "tokens",
+            "shard_prefix": "tokens",
             "receipt": f"{root}/receipt.json",
         },
     )

@@ -13,7 +13,7 @@ import torch
 
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.errors import Stopped
-from calumma.platform.training.group import control, supervisor, watchdog
+from calumma.platform.training.group import control, notice, supervisor, watchdog
 from calumma.platform.training.group.chart import group_sizes_chart
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.specification import PretrainSpecification
@@ -93,7 +93,7 @@ def test_the_watchdog_hears_of_every_step_and_of_progress_beside_them(
 def test_a_notice_to_stop_brings_a_checkpoint_and_says_how_to_go_on(
     group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_for: WaitFor
 ) -> None:
-    monkeypatch.setattr(watchdog, "_POLL", 0.05)
+    monkeypatch.setattr(notice, "_POLL", 0.05)
     output = str(tmp_path)
     line = pickle.loads(pickle.dumps(control.worker_control(output)))  # it goes to Ray Train's controller
     assert line.acknowledged()

@@ -98,7 +98,7 @@ def test_one_that_was_kept_and_restored_judges_as_before(losses: list[float], mo
 def test_incidents_survive_json_and_say_what_happened(loss: float) -> None:
     incident = Incident(7, "spike" if loss == 3.5 else "loss", loss, 1.5, "roll_back", back_to=4, resumed_after=9)
     again = Incident.from_json(json.loads(json.dumps(incident.to_json(), allow_nan=False)))
-    assert again.told() == incident.describe()
+    assert again.describe() == incident.describe()
     assert "back to step 4, on after 9" in incident.describe()
 
 
