@@ -319,7 +319,7 @@ def test_a_replica_of_two_processes_answers_as_one_and_is_replaced_when_it_loses
         begun.wait(PATIENCE)
         ray.kill(ray.get_actor(lost, namespace="serve"))
         heard = stream.result()
-    assert heard.error == "engine_failed"
+    assert heard.error is None, "it goes on at the replacement"
     known = min(len(heard.text), len(document.text) - 4)  # the last character may be cut
     assert heard.text
     assert heard.text[:known] == document.text[:known]
@@ -343,7 +343,7 @@ def test_a_replica_whose_engine_is_lost_is_replaced_and_no_request_with_it(url: 
 
 
 @pytest.mark.cluster
-def test_prompts_that_begin_alike_share_a_replica_and_its_death_ends_only_its_streams(url: str) -> None:
+def test_prompts_that_begin_alike_share_a_replica_and_its_death_ends_no_stream(url: str) -> None:
     until(lambda: len(replicas(url, "talkative")) == 2, "a second replica")
     names = sorted(replicas(url, "talkative"))
 
@@ -361,9 +361,8 @@ def test_prompts_that_begin_alike_share_a_replica_and_its_death_ends_only_its_st
         begun.wait(PATIENCE)  # all six have text by now
         kill(engine_application("talkative"), names[0])
         heard = [stream.result() for stream in streams]
-    assert [one.error for one in heard[:3]] == ["unavailable"] * 3
-    assert all(one.text for one in heard[:3]), "what there was has been sent"
-    assert [one.whole for one in heard[3:]] == [True] * 3
+    assert [one.error for one in heard] == [None] * 6
+    assert all(one.whole for one in heard), "those of the lost replica go on at the other"
     assert all(one.whole for one in ThreadPoolExecutor(6).map(lambda text: listen(url, text), texts[:6]))
     until(lambda: len(replicas(url, "talkative") - {names[0]}) == 2, "a replacement of the lost replica")
 
