@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from calumma.platform.cluster.restart_notice import NOTICE, STDERR, without_lines
+from calumma.platform.cluster.tasks import map_in_order
 from calumma.platform.specification import Resources
 
 
@@ -28,5 +29,5 @@ def test_lines_with_certain_words_are_left_out_and_no_others(capfd: pytest.Captu
 @pytest.mark.cluster
 def test_a_pool_of_actors_starts_without_a_word(ray_cluster: None, capfd: pytest.CaptureFixture[str]) -> None:
     tasks = [{"number": number} for number in range(3)]
-    assert list(tasks.in_order(tasks, Doubling, Resources(workers=1))) == [{"number": n} for n in (0, 2, 4)]
+    assert list(map_in_order(tasks, Doubling, Resources(workers=1))) == [{"number": n} for n in (0, 2, 4)]
     assert NOTICE.decode() not in capfd.readouterr().err
