@@ -1,13 +1,15 @@
-"""Counts of a curation: what was read, kept, dropped and bad, and by name the first things that were bad."""
+"""Counts of a curation: what was read, kept, dropped and bad, by name what was not read and the first things that were
+bad."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from calumma.model.document import Document, Image
 from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.notes import Notes
 
 MOST_EXAMPLES = 200  # bad inputs named in a report; all are counted
 
@@ -33,6 +35,7 @@ class DocumentCounts(BaseModel):
     characters: int = 0
     image_first: int = 0  # documents that begin with an image
     examples: list[BadExample] = []
+    notes: Notes = Field(default_factory=Notes)  # what was not read, and warnings
 
     @property
     def read(self) -> int:
@@ -60,6 +63,7 @@ class DocumentCounts(BaseModel):
         for reason, count in other.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
         self.examples += other.examples[: MOST_EXAMPLES - len(self.examples)]
+        self.notes.add(other.notes)
 
     def bad_share(self, bytes_total: int) -> float:
         """The share of the input that is bad: of the items or, if that is more, of the bytes (a file that cannot be
@@ -68,5 +72,6 @@ class DocumentCounts(BaseModel):
         return max(items, self.bytes_lost / max(1, bytes_total))
 
     def report(self) -> dict[str, Any]:
-        counts = self.model_dump(mode="json", exclude={"examples"})
-        return {"read": self.read, **counts, "bad_inputs": [bad.model_dump() for bad in self.examples]}
+        counts = self.model_dump(mode="json", exclude={"examples", "notes"})
+        notes = self.notes.report()
+        return {"read": self.read, **counts, **notes, "bad_inputs": [bad.model_dump() for bad in self.examples]}

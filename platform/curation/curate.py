@@ -35,7 +35,7 @@ from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.curation.steps import chain, decontaminate, duplicates, scoring, staging
 from calumma.platform.reports.contact_sheet import Cell, contact_sheet
 from calumma.platform.shards import documents as document_shards
-from calumma.platform.sources import reading
+from calumma.platform.sources import notes, reading
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import Resources
 from calumma.platform.storage import publishing
@@ -170,9 +170,10 @@ def _plan(spec: CurateSpecification) -> list[_SourceJob]:
             }
             for place, begin in enumerate(range(0, len(files), size))
         ]
-        jobs.append(
-            _SourceJob(source, number, output, specification, fingerprint, inputs, sizes, ignored, source_tasks)
-        )
+        job = _SourceJob(source, number, output, specification, fingerprint, inputs, sizes, ignored, source_tasks)
+        for uri in ignored:
+            job.counts.notes.skip("files", notes.suffix(uri))
+        jobs.append(job)
     return jobs
 
 
@@ -280,7 +281,7 @@ class _Curation:
                 publishing.delete_files(storage.join(w.output, entry.path) for entry in w.entries)
                 continue
             published[w.source.name] = manifest = _publish_source(w, self.run)
-            if skipped := describe_bad_input(w.source.name, manifest.report):
+            if skipped := describe_skipped(w.source.name, manifest.report):
                 logger.warning("%s", skipped)
         if failures:
             raise TooMuchBadInput("\n".join(failures))
@@ -338,19 +339,26 @@ def _failure(spec: CurateSpecification, w: _SourceJob, kept: int) -> str | None:
         )
     if not kept:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.dropped.items()))
-        return f"source {name!r}: no document is left of {counts.read:,} read" + (f" ({reasons})" if reasons else "")
+        unread = "".join(f"; {line}" for line in notes.sentences(counts.report()))
+        return f"source {name!r}: no document is left of {counts.read:,} read" + (
+            f" ({reasons}){unread}" if reasons else unread
+        )
     return None
 
 
-def describe_bad_input(source: str, report: dict[str, Any]) -> str | None:
-    """A message on what of a source was bad and skipped, from its part of the manifest's report; None for nothing."""
-    bad, examples = report.get("bad", 0), report.get("bad_inputs", [])[:SHOWN]
-    if not bad:
-        return None
-    lines = [f"{example['name']}: {example['reason']}" for example in examples]
-    if bad > len(lines):
-        lines.append(f"and {bad - len(lines):,} more (see bad_inputs in the source's manifest)")
-    return "\n  ".join([f"source {source!r}: {bad:,} unreadable, skipped:", *lines])
+def describe_skipped(source: str, report: dict[str, Any]) -> str | None:
+    """A message on what of a source was bad or not read, from its part of the manifest's report; None for nothing."""
+    told = []
+    for count, examples, title in (
+        (report.get("bad", 0), "bad_inputs", "unreadable, skipped"),
+        (report.get("warned", 0), "warnings", "read in spite of a fault"),
+    ):
+        named = [f"{example['name']}: {example['reason']}" for example in report.get(examples, [])[:SHOWN]]
+        if count > len(named):
+            named.append(f"and {count - len(named):,} more (see {examples} in the source's manifest)")
+        if count:
+            told.append("\n  ".join([f"{count:,} {title}:", *named]))
+    return "\n".join(f"source {source!r}: {what}" for what in told + notes.sentences(report)) or None
 
 
 def _publish_source(w: _SourceJob, run: Run) -> Manifest:

@@ -76,7 +76,7 @@ def _passing_documents(task: dict[str, Any], spec: CurateSpecification, outcome:
     source = next(s for s in spec.sources if s.name == task["source"])
     chain = StepChain(spec, source.name, task["index"])
     for uri in task["files"]:
-        for item in reading.read_source(source, uri, spec.locate):
+        for item in reading.read_source(source, uri, spec.locate, outcome.counts.notes):
             checked = chain(item)
             if isinstance(checked, BadInput):
                 outcome.counts.skip(checked)

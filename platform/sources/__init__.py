@@ -13,6 +13,7 @@ from typing import Any
 # Imported when it is used: specifications name sources, and reading needs Pillow and numpy.
 _PUBLIC = {
     **dict.fromkeys(("BadInput", "Draft", "File", "Item", "Malformed", "Reference"), "files"),
+    "Notes": "notes",
     **dict.fromkeys(("FORMATS", "Format", "ReaderItem", "reader"), "registry"),
     **dict.fromkeys(("check_format", "find_format"), "formats"),
     **dict.fromkeys(("list_source", "name_of", "read_file", "read_source", "require_files"), "reading"),

@@ -19,6 +19,7 @@ from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.notes import Notes, sentences
 from calumma.platform.sources.reading import name_of, read_source, require_files
 from calumma.platform.sources.specification import Source
 
@@ -95,8 +96,8 @@ def _blocks(source: Source, uri: str, bad: Literal["skip", "raise"], block: int)
     import pyarrow as pa
 
     rows: list[dict[str, Any]] = []
-    size = 0
-    for item in read_source(source, uri):
+    size, notes = 0, Notes()
+    for item in read_source(source, uri, notes=notes):
         if isinstance(item, BadInput):
             if bad == "raise":
                 raise UnreadableInput(f"{item.name}: {item.reason}")
@@ -107,6 +108,8 @@ def _blocks(source: Source, uri: str, bad: Literal["skip", "raise"], block: int)
             rows, size = [], 0
         rows.append({**item.to_row(), "name": name_of(item)})
         size += _content_bytes(item)
+    for line in [f"{place}: {what}" for place, what in notes.warnings] + sentences(notes.report()):
+        logger.warning("%s: %s", uri, line)
     yield pa.Table.from_pylist(rows, schema())  # also without rows: Ray Data wants a block of every task
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from calumma.model.document import Document, Image, Role, Text
+from calumma.platform.sources.notes import Notes
 from calumma.platform.storage import StorageError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # suffix -> name of the codec in Arrow
@@ -65,12 +66,14 @@ class Draft:
 
 
 class File:
-    """One opened file of a source. References in it are paths below `images`, a folder."""
+    """One opened file of a source. References in it are paths below `images`, a folder. What a reader leaves unread it
+    counts in `notes`."""
 
-    def __init__(self, uri: str, raw: io.BufferedIOBase, images: str) -> None:
+    def __init__(self, uri: str, raw: io.BufferedIOBase, images: str, notes: Notes | None = None) -> None:
         self.uri = uri
         self.raw = raw  # seekable, as it is stored
         self.images = images
+        self.notes = Notes() if notes is None else notes
 
     def at(self, place: str) -> str:
         """The name of a place in this file."""

@@ -10,6 +10,7 @@ from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, File, Item, Malformed
 from calumma.platform.sources.formats import find_format
+from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.references import resolve_references
 from calumma.platform.sources.registry import Reader, ReaderItem, checked_options
 from calumma.platform.sources.specification import Source
@@ -23,22 +24,26 @@ def read_file(
     images: str | None = None,
     options: Mapping[str, Any] | None = None,
     location: str | None = None,
+    notes: Notes | None = None,
 ) -> Iterator[Item]:
     """Items of one raw file, in its order; each document's metadata holds its `name`. `location` is the source that the
-    file belongs to. Damaged data never raises; StorageError is a fault of the storage, SpecificationError of the call.
+    file belongs to. What is left unread is counted in `notes`. Damaged data never raises; StorageError is a fault of
+    the storage, SpecificationError of the call.
     """
     form = find_format(format)
     arguments = checked_options(format, form.read, options or {})
     base = images or _folder(uri, location if form.references == "location" else None)
     with storage.open_read(uri) as raw:
-        file = File(uri, raw, base)
+        file = File(uri, raw, base, notes)
         yield from resolve_references(_reader_items(form.read, file, arguments), source, base)
 
 
-def read_source(source: Source, uri: str, locate: Callable[[str], str] = str) -> Iterator[Item]:
+def read_source(
+    source: Source, uri: str, locate: Callable[[str], str] = str, notes: Notes | None = None
+) -> Iterator[Item]:
     """`read_file` for one file of a source; `locate` makes its locations absolute, as JobSpecification.locate does."""
     images = locate(source.images) if source.images else None
-    return read_file(source.format, source.name, uri, images, source.options, locate(source.location))
+    return read_file(source.format, source.name, uri, images, source.options, locate(source.location), notes)
 
 
 def list_source(format: str, location: str) -> tuple[dict[str, int], list[str]]:

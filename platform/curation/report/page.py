@@ -19,6 +19,7 @@ from calumma.platform.curation.steps.chain import STEPS
 from calumma.platform.curation.steps.scrub import MARKS
 from calumma.platform.reports.charts import Histogram, histogram
 from calumma.platform.reports.templates import render
+from calumma.platform.sources.notes import sentences
 
 TEMPLATE = "platform/curation/report/report.html.j2"
 TITLES = {
@@ -102,6 +103,8 @@ class _Source:
     samples: list[_Card]
     dropped: list[tuple[str, int, list[_Card]]]
     unreadable: list[dict[str, str]]
+    warnings: list[dict[str, str]]
+    unread: list[str]
 
 
 def page(parts: Sequence[Part]) -> str:
@@ -252,6 +255,8 @@ def _source(part: Part) -> _Source:
         samples=_cards(samples.get(KEPT, [])),
         dropped=dropped,
         unreadable=part.report["bad_inputs"][:BAD_SHOWN],
+        warnings=part.report.get("warnings", [])[:BAD_SHOWN],
+        unread=sentences(part.report),
     )
 
 

@@ -24,6 +24,7 @@ from calumma.platform.curation.steps.chain import StepChain, order_pair
 from calumma.platform.curation.steps.filters import Dropped
 from calumma.platform.shards.documents import read_documents
 from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.notes import Notes
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import MANIFEST, Manifest
 
@@ -270,10 +271,25 @@ def test_bad_input_is_skipped_counted_and_named(
 
 def test_a_message_about_bad_input_names_the_first_of_it() -> None:
     report = {"bad": 300, "bad_inputs": [{"name": f"a.tar: {n}.png", "reason": "torn"} for n in range(200)]}
-    told = curate.describe_bad_input("pairs", report)
+    told = curate.describe_skipped("pairs", report)
     assert told is not None
     assert told.splitlines()[5:] == ["  a.tar: 4.png: torn", "  and 295 more (see bad_inputs in the source's manifest)"]
-    assert curate.describe_bad_input("pairs", {"bad": 0, "bad_inputs": []}) is None
+    assert curate.describe_skipped("pairs", {"bad": 0, "bad_inputs": []}) is None
+
+
+def test_what_is_not_read_is_told_by_name() -> None:
+    notes = Notes()
+    notes.skip("members", ".cls", 2)
+    notes.lack("caption", 6)
+    notes.warn("a.jsonl.gz", "512 bytes of zeros after its end")
+    told = curate.describe_skipped("pairs", {"read": 7, "bad": 0, **notes.report()})
+    assert told is not None
+    assert told.splitlines() == [
+        "source 'pairs': 1 read in spite of a fault:",
+        "  a.jsonl.gz: 512 bytes of zeros after its end",
+        "source 'pairs': members not read: .cls (2)",
+        "source 'pairs': 6 of 7 documents have no caption",
+    ]
 
 
 def test_too_much_bad_input_publishes_nothing_of_that_source(tmp_path: Path, here: list[str]) -> None:
