@@ -21,11 +21,9 @@ import torch
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.directory import IMAGE_TOKENIZER, read_transformer
-from calumma.model.generation import Request
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.serve.protocol import GenerationRequest, RequestFailed
 from calumma.serve.replica.engine.client import NOT_URGENT, EngineOutput, OnOutput
 from calumma.serve.replica.engine.messages import Abort, Close, EngineFailed, Outputs, Ready, Start, Submit
 from calumma.serve.replica.engine.thread import EngineThread, requests_in_step
@@ -120,27 +118,19 @@ def run(connection: Connection, batcher: OutputBatcher, steps: StepCounter) -> N
             os._exit(1)
         batcher.flush(engine.statistics, engine.idle)
 
-    def submit(engine_request: Request, request: GenerationRequest) -> None:
-        on_output = batcher.callback(engine_request.id)
-        try:
-            engine.submit(engine_request, request, on_output)
-        except Exception as error:
-            log.exception("a request could not be taken in")
-            on_output(RequestFailed(500, f"the request could not be taken in: {type(error).__name__}"))
-        after_step()  # whether it is admitted is sent at once, however long a step lasts
-
     def after_every_step() -> None:
         if engine.failure is None:
             steps.add()
         after_step()
 
-    engine = EngineThread(model, after_step=after_every_step, **options)  # type: ignore[arg-type]
+    # whether a request is admitted is sent at once, however long a step lasts
+    engine = EngineThread(model, after_step=after_every_step, after_submit=after_step, **options)  # type: ignore[arg-type]
     batcher.flush(engine.statistics, True)
     batcher.send(Ready())
     while True:
         match connection.recv():
             case Submit(engine_request, request):
-                submit(engine_request, request)
+                engine.submit(engine_request, request, batcher.callback(engine_request.id))
             case Abort(request_id):
                 engine.abort(request_id)
                 batcher.flush(engine.statistics, engine.idle, now=True)

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -22,28 +23,38 @@ log = logging.getLogger(__name__)
 # Seconds after which an engine without work steps once for the processes that share its model: they wait in a
 # collective operation that would time out.
 HEARTBEAT = 30.0
+# Grammars that are compiled at once. It takes up to seconds, without the interpreter's lock; GrammarCompiler bounds it.
+COMPILERS = 2
 
 
 class EngineThread:
     """An `EngineClient` with the engine on a thread of this process."""
 
     def __init__(
-        self, model: EngineModel, max_sequences: int, after_step: Callable[[], None] = lambda: None, **options: Any
+        self,
+        model: EngineModel,
+        max_sequences: int,
+        after_step: Callable[[], None] = lambda: None,
+        after_submit: Callable[[], None] = lambda: None,
+        **options: Any,
     ) -> None:
-        """after_step: called on the engine's thread when a step's outputs are reported, and at the end. options:
-        further ones of the engine."""
-        self._model, self._after_step = model, after_step
+        """after_step: called on the engine's thread when a step's outputs are reported, and at the end. after_submit:
+        called on any thread when a request is taken in or refused. options: further ones of the engine."""
+        self._model, self._after_step, self._after_submit = model, after_step, after_submit
         self._heartbeat = HEARTBEAT if options.get("shard") is not None else None
         self._drafts = bool(options.get("jacobi_window"))  # an image's codes then depend on where its drafts begin
+        self._compiler = GrammarCompiler(model.text_tokenizer, model.vocabulary)
         self._engine = Engine(
             model.transformer,
             model.vocabulary,
             model.image_length,
             max_sequences=max_sequences,
-            constraints=GrammarCompiler(model.text_tokenizer, model.vocabulary),
+            constraints=self._compiler,
             **options,
         )
         self._requests: dict[str, Detokenizer] = {}
+        self._compiling: dict[str, OnOutput] = {}  # requests whose grammar is not compiled yet
+        self._compilers = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammars")
         self._wake = threading.Condition()
         self._closed = False
         self._step_seconds = 0.0
@@ -53,7 +64,7 @@ class EngineThread:
 
     @property
     def running(self) -> int:
-        return len(self._requests)
+        return len(self._requests) + len(self._compiling)
 
     @property
     def waiting(self) -> int:
@@ -81,22 +92,59 @@ class EngineThread:
         }
 
     def submit(self, engine_request: Request, request: GenerationRequest, on_output: OnOutput) -> None:
+        """Returns at once. A request with a grammar is added when that is compiled; until then it holds up nobody."""
         with self._wake:
-            if self._closed:
-                on_output(engine_ended(self.failure, in_step=False))
+            if engine_request.params.constraint is None or self._closed or engine_request.id in self._compiling:
+                self._add(engine_request, request, on_output)
+            else:
+                self._compiling[engine_request.id] = on_output
+                self._compilers.submit(self._compile_and_add, engine_request, request, on_output)
                 return
-            try:
-                self._engine.add(engine_request)
-            except ValueError as error:
-                code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
-                on_output(RequestFailed(400, str(error), code=code))
+        self._after_submit()
+
+    def _compile_and_add(self, engine_request: Request, request: GenerationRequest, on_output: OnOutput) -> None:
+        refused: RequestFailed | None = None
+        try:
+            assert engine_request.params.constraint is not None
+            self._compiler(engine_request.params.constraint)  # which keeps it for the engine
+        except ValueError as error:
+            refused = RequestFailed(400, str(error))
+        except Exception as error:
+            log.exception("a grammar could not be compiled")
+            refused = RequestFailed(500, f"the grammar could not be compiled: {type(error).__name__}")
+        with self._wake:
+            if self._compiling.pop(engine_request.id, None) is None:  # aborted, or the engine has ended
                 return
+            if refused is None:
+                self._add(engine_request, request, on_output)
+            else:
+                on_output(refused)
+        self._after_submit()
+
+    def _add(self, engine_request: Request, request: GenerationRequest, on_output: OnOutput) -> None:
+        """With the lock."""
+        if self._closed:
+            on_output(engine_ended(self.failure, in_step=False))
+            return
+        if engine_request.id in self._compiling:
+            on_output(_in_use(engine_request.id))
+            return
+        try:
+            self._engine.add(engine_request)
+        except ValueError as error:
+            code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+            on_output(RequestFailed(400, str(error), code=code))
+        except Exception as error:
+            log.exception("a request could not be taken in")
+            on_output(RequestFailed(500, f"the request could not be taken in: {type(error).__name__}"))
+        else:
             on_output(Admitted())
             self._requests[engine_request.id] = Detokenizer(self._model, request, on_output, self._drafts)
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
         with self._wake:
+            self._compiling.pop(request_id, None)
             if self._requests.pop(request_id, None) is not None:
                 self._engine.abort(request_id)
                 self._wake.notify()
@@ -106,6 +154,7 @@ class EngineThread:
             self._closed = True
             self._wake.notify()
         self._thread.join()
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -122,6 +171,9 @@ class EngineThread:
         with self._wake:
             self._closed = True
             left, self._requests = self._requests, {}
+            compiling, self._compiling = self._compiling, {}
+        for on_output in compiling.values():
+            on_output(engine_ended(self.failure, in_step=False))
         in_step = None if self.failure is None else requests_in_step(self.failure)
         for request_id, request in left.items():
             request.on_output(engine_ended(self.failure, in_step is None or request_id in in_step))
@@ -150,6 +202,10 @@ class EngineThread:
                         self._engine.abort(event.request_id)
             for output in outputs:
                 request.on_output(output)
+
+
+def _in_use(request_id: str) -> RequestFailed:
+    return RequestFailed(400, f"a request with the id {request_id!r} is being answered")
 
 
 def requests_in_step(error: Exception) -> tuple[str, ...] | None:
