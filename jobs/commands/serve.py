@@ -97,9 +97,11 @@ def start(
         values["keys"] = [*values.get("keys", []), *_read_keys(keys)]
         _require_none_running()
         service = _start_on_cluster(values, address, console) if address else _start_on_own_head(values, console)
+        asked = _on_signal() if block else None
         _print_endpoints(service)
-        if block:
-            _await_signal()
+        if asked is not None:
+            while not asked.wait(3600):
+                pass
             _stop(service, console)
             typer.echo(f"stopped {service.name}")
 
@@ -165,27 +167,29 @@ def stop(
 
 
 def _stop(service: Service, console: Console, now: bool = False) -> None:
-    """Let answers in flight finish, where somebody answers; then end what is ours."""
+    """Let answers in flight finish, where the head lives; then end what is ours."""
+    from rich.markup import escape
+
     try:
         with console.status("stopping: waiting for answers in flight"):
-            if service.pid is None or (not now and _is_answering(service)):
+            if service.pid is None or (not now and service.listens):
                 from calumma.serve.deploy.endpoint import undeploy
 
                 with ray_head.connected(service.address, ours=service.pid is not None):
-                    undeploy(service.name)
-    except ClusterError:
+                    _ignore_sigterm()
+                    undeploy(service.name, service.drain_seconds)
+    except Exception as error:  # whatever it is, our head is not left running
         if service.pid is None:
             raise
+        console.print(f"[yellow]not drained: {escape(str(error))}", highlight=False, soft_wrap=True)
     service.end()
 
 
-def _is_answering(service: Service) -> bool:
-    """Whether there is anybody who may have answers in flight."""
-    import requests
-
-    with contextlib.suppress(requests.RequestException):
-        return service.alive and requests.get(f"{service.url}/health", timeout=10).ok
-    return False
+def _ignore_sigterm() -> None:
+    """Whoever sends it again gets what they asked for already; the handler that Ray has just installed would end this
+    command before the answers have."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _interrupt_on_sigterm() -> None:
@@ -198,13 +202,12 @@ def _interrupt_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, interrupt)
 
 
-def _await_signal() -> None:
-    """Until this process is asked to end."""
-    ended = threading.Event()
+def _on_signal() -> threading.Event:
+    """Set when this process is asked to end."""
+    asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    while not ended.wait(3600):
-        pass
+        signal.signal(number, lambda *_: asked.set())
+    return asked
 
 
 def _read_yaml(config: Path | None) -> dict[str, Any]:
@@ -263,11 +266,14 @@ def health(service: Service) -> tuple[str, dict[str, Any]]:
     if not service.alive:
         return "ended unexpectedly (`calumma serve stop` clears it away)", {}
     try:
-        response = requests.get(f"{service.url}/health", timeout=30)
-        facts = response.json()
+        facts = requests.get(f"{service.url}/health", timeout=30).json()
+        ready = requests.get(f"{service.url}/ready", timeout=30).json()
     except (requests.RequestException, json.JSONDecodeError) as error:
         return f"not answering: {error}", {}
-    return ("answering", facts) if response.ok else (f"unwell: {facts.get('reason', response.status_code)}", {})
+    if ready.get("draining"):
+        return "stopping: answers in flight finish", facts
+    wrong = "; ".join(f"{name}: {reason}" for name, reason in ready.get("unavailable", {}).items())
+    return (f"unwell: {wrong}", facts) if wrong else ("answering", facts)
 
 
 def _require_none_running() -> None:
@@ -322,6 +328,7 @@ def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
         pid=head.process.pid,
         born=head.process.create_time(),
         temporary=str(head.temporary),
+        drain_seconds=_drain_seconds(settings),
     )
     try:
         service.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
@@ -341,9 +348,20 @@ def _start_on_cluster(values: dict[str, Any], address: str, console: Console) ->
         from calumma.serve.deploy.endpoint import deploy
 
         url = deploy(settings, wait=False)
-    service = Service(url=url, model=settings.model, name=settings.name, started=time.time(), address=address)
+    service = Service(
+        url=url,
+        model=settings.model,
+        name=settings.name,
+        started=time.time(),
+        address=address,
+        drain_seconds=_drain_seconds(settings),
+    )
     service.write()
     return service
+
+
+def _drain_seconds(settings: ServeSettings) -> float:
+    return max(model.drain_seconds for model in settings.models)
 
 
 def _print_endpoints(service: Service) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 READY_MESSAGE = "Ray runtime started"  # what `ray start` prints when the head is up
 START_ATTEMPTS = 2
+CONNECT_TIMEOUT = 10.0  # seconds; the kernel answers for a process that is busy
 SHUTDOWN_TIMEOUT = 3.0  # seconds that processes get to end by themselves; the head has nothing to finish
 START_TIMEOUT = 180.0  # seconds; a busy two-core machine needed up to 100
 
@@ -43,7 +44,8 @@ def folder() -> Path:
 class Service:
     """The running service, as recorded: on a cluster elsewhere or, with `pid` (created at `born`), on our own Ray head.
 
-    started: seconds since the epoch. temporary: the head's folder of sockets and session files.
+    started: seconds since the epoch. temporary: the head's folder of sockets and session files. drain_seconds: answers
+    in flight get so long when it is to end.
     """
 
     url: str
@@ -54,6 +56,7 @@ class Service:
     pid: int | None = None
     born: float | None = None
     temporary: str | None = None
+    drain_seconds: float = 600.0
 
     def write(self) -> None:
         file = folder() / "serve.json"
@@ -81,6 +84,16 @@ class Service:
     def alive(self) -> bool:
         """Whether our head still runs; true for a service on a cluster elsewhere, which we cannot see."""
         return self.pid is None or _process(self.pid, self.born) is not None
+
+    @property
+    def listens(self) -> bool:
+        """Whether our head lives and takes connections: then it may have answers in flight, however busy it is."""
+        host, _, port = self.address.rpartition(":")
+        if not self.alive:
+            return False
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), CONNECT_TIMEOUT):
+            return True
+        return False
 
     def end(self) -> None:
         """End our head with all its processes, and only those; forget the record and remove the temporary folder."""

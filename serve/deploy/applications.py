@@ -16,6 +16,9 @@ from calumma.serve.settings import ModelSettings, ServeSettings
 if TYPE_CHECKING:
     from ray.serve import Application
 
+UNLIMITED = 1 << 20
+NEVER = 1e9  # seconds
+
 
 @dataclass(frozen=True)
 class ModelApplication:
@@ -80,7 +83,10 @@ def build_model(model: ModelSettings, source: str) -> Application:
                 },
             ),
         ),
-        request_router_config={"request_router_class": "calumma.serve.deploy.routing.PrefixRouter"},
+        request_router_config={
+            "request_router_class": "calumma.serve.deploy.routing.PrefixRouter",
+            "request_routing_stats_period_s": NEVER,  # the ingress asks by itself (control.py)
+        },
         max_constructor_retry_count=2,
         health_check_period_s=2,  # a replica is replaced after three failed checks
         health_check_timeout_s=120,
@@ -115,7 +121,7 @@ def build_ingress(settings: ServeSettings, table: dict[str, str]) -> Application
         name=INGRESS,
         num_replicas=1,
         ray_actor_options={"num_cpus": settings.ingress_cpus},
-        max_ongoing_requests=2 * settings.limits.running,  # the HTTP application enforces the limit, with status 429
+        max_ongoing_requests=UNLIMITED,  # the HTTP application enforces limits, and probes and control have none
         health_check_timeout_s=120,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=1.0,

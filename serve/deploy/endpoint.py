@@ -12,12 +12,18 @@ import logging
 import time
 
 from calumma.serve.deploy.applications import ModelApplication, build_ingress, failure_reason, start_model
-from calumma.serve.deploy.naming import APPLICATION_PREFIX, WATCHER, watcher_application
+from calumma.serve.deploy.naming import APPLICATION_PREFIX, INGRESS, WATCHER, watcher_application
 from calumma.serve.deploy.preparation import ServeError, locate_servable, require_port
 from calumma.serve.deploy.rollout import AliasWatcher
 from calumma.serve.safety import load_policy
 from calumma.serve.settings import ServeSettings
 
+log = logging.getLogger(__name__)
+
+DRAIN_LEASE = 20.0  # seconds that an ingress refuses requests for, unless it is told so again
+LOOK_SECONDS = 0.5  # between looks at what is under way
+SETTLE_SECONDS = 10.0  # what is under way gets so long to be told that it is ended
+UNHEARD_SECONDS = 60.0  # until an ingress that tells nothing is taken down with what it may have under way
 PATIENCE = 300.0  # seconds; a deployed endpoint answers after one or two
 
 
@@ -61,36 +67,58 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
 
 
 def await_health(url: str, patience: float = PATIENCE) -> None:
-    """Wait until a server answers as healthy. Raises ServeError with the last reply after `patience` seconds."""
+    """Wait until every model of a server answers. Raises ServeError with the last reply after `patience` seconds."""
     import requests
 
     end = time.monotonic() + patience
     while True:
         try:
-            answer = requests.get(f"{url}/health", timeout=30)
+            answer = requests.get(f"{url}/ready", timeout=30)
             if answer.ok:
                 return
             last = f"status {answer.status_code}: {answer.text[:300]}"
         except requests.RequestException as error:
             last = str(error)
         if time.monotonic() > end:
-            raise ServeError(f"{url}/health is not well after {patience:.0f} s ({last})")
+            raise ServeError(f"{url}/ready is not well after {patience:.0f} s ({last})")
         time.sleep(0.5)
 
 
-def undeploy(name: str = "calumma", patience: float = PATIENCE) -> None:
+def undeploy(name: str = "calumma", seconds: float = PATIENCE) -> None:
     """Take the endpoint down, and Ray Serve with it when nothing else runs there. New requests are turned away at once;
-    answers in flight get up to `patience` seconds."""
+    answers in flight get up to `seconds`."""
     from ray import serve
 
     _quiet_logs()
     _drop_stale_client()
     endpoint = APPLICATION_PREFIX + name
+    end = time.monotonic() + seconds
+    if endpoint in serve.status().applications:
+        _drain(endpoint, end)
     _delete([watcher_application(name)])
-    _delete([endpoint], patience)  # its streams need the models until they end
+    _delete([endpoint], max(SETTLE_SECONDS, end - time.monotonic()))  # its streams need the models until they end
     _delete([application for application in serve.status().applications if application.startswith(f"{endpoint}:")])
     if not serve.status().applications:
         serve.shutdown()
+
+
+def _drain(endpoint: str, end: float) -> None:
+    """Let the ingress refuse new requests with status 503, and wait until those under way have ended, at most until
+    `end`, and as long as an ingress tells of them."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle(INGRESS, endpoint)
+    heard = time.monotonic()
+    while time.monotonic() < min(end, heard + UNHEARD_SECONDS):
+        try:
+            under_way = sum(handle.broadcast("drain", DRAIN_LEASE).results(timeout_s=DRAIN_LEASE / 2))
+        except Exception as error:  # one that was lost is replaced
+            log.warning("an ingress does not tell its requests: %s", error)
+        else:
+            heard = time.monotonic()
+            if not under_way:
+                return
+        time.sleep(LOOK_SECONDS)
 
 
 def _delete(applications: list[str], patience: float = PATIENCE) -> None:

@@ -9,7 +9,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from calumma.serve.deploy.continuation import ReplicaLost, ReplicasBusy, unbroken
+from calumma.serve.deploy.control import ask_replicas
 from calumma.serve.deploy.naming import ENGINE, WATCHER
+from calumma.serve.http.access.drain import Drain
 from calumma.serve.protocol import (
     FINAL_EVENTS,
     REQUEST_FAILED,
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-SCRAPE_SECONDS = 3.0  # replicas that take longer to send their statistics are left out
 
 
 class RayBackend:
@@ -103,15 +103,16 @@ class RayBackend:
                 stream.cancel()
 
     async def describe(self) -> dict[str, Any]:
-        facts: dict[str, Any] = await self._handle.describe.remote()
-        return facts
+        """Of a replica that is well. Raises LookupError where none is."""
+        reports, wrong = await ask_replicas(self.application, ENGINE)
+        if not reports:
+            raise LookupError(f"no replica answers ({'; '.join(sorted(set(wrong))) or 'there is none now'})")
+        return next(iter(reports.values()))["facts"]
 
     async def statistics(self) -> dict[str, dict[str, float]]:
-        """Of all replicas that answer in SCRAPE_SECONDS."""
-        found = await self._handle.broadcast("statistics").results_async(
-            timeout_s=SCRAPE_SECONDS, return_exceptions=True
-        )
-        return {name: numbers for one in found if isinstance(one, dict) for name, numbers in one.items()}
+        """Of all replicas that answer soon."""
+        reports, _ = await ask_replicas(self.application, ENGINE)
+        return {name: report["statistics"] for name, report in reports.items()}
 
     async def tokenize(self, text: str) -> list[int]:
         ids: list[int] = await self._handle.tokenize.remote(text)
@@ -130,13 +131,14 @@ class Ingress:
 
     def __init__(self, settings: ServeSettings, table: dict[str, str], watch: str | None = None) -> None:
         self._settings = settings
+        self._drain = Drain()
         self._backends = {name: RayBackend(application) for name, application in table.items()}
         self._catch_up(watch)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from calumma.serve.http.app import create_app
 
-        return create_app(self._backends, self._settings)
+        return create_app(self._backends, self._settings, self._drain)
 
     def switch(self, table: dict[str, str]) -> None:
         """Called by the watcher when a model has moved to another application."""
@@ -147,6 +149,10 @@ class Ingress:
     def streams(self, application: str) -> int:
         """How many outputs an application is at work on for this ingress."""
         return sum(backend.streams[application] for backend in self._backends.values())
+
+    async def drain(self, seconds: float) -> int:
+        """Take no new requests for so long; how many are under way."""
+        return self._drain.hold(seconds)
 
     def _catch_up(self, watch: str | None) -> None:
         """An ingress that replaces a lost one asks where the models are by now."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from fastapi import FastAPI
 
+from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.access.middleware import AccessMiddleware
 from calumma.serve.http.context import ServingContext
 from calumma.serve.http.endpoints.chat import add_chat
@@ -20,14 +21,18 @@ from calumma.serve.protocol import Backend
 from calumma.serve.settings import ServeSettings
 
 
-def create_app(backends: Backend | Mapping[str, Backend], settings: ServeSettings) -> FastAPI:
-    """The application over the backends, by the model's name; one alone is that of the settings' first model.
+def create_app(
+    backends: Backend | Mapping[str, Backend], settings: ServeSettings, drain: Drain | None = None
+) -> FastAPI:
+    """The application over the backends, by the model's name; one alone is that of the settings' first model. drain:
+    by which it is told to take no further requests.
 
     Raises ValueError when the settings name a safety policy that cannot be made.
     """
-    context = ServingContext(backends if isinstance(backends, Mapping) else {settings.name: backends}, settings)
-    app = FastAPI(title="calumma", docs_url=None, redoc_url=None)
-    app.add_middleware(AccessMiddleware, metrics=context.metrics, settings=settings)
+    by_name = backends if isinstance(backends, Mapping) else {settings.name: backends}
+    context = ServingContext(by_name, settings, drain or Drain())
+    app = FastAPI(title="calumma", docs_url=None, redoc_url=None, lifespan=lambda _: context.facts.refreshing())
+    app.add_middleware(AccessMiddleware, metrics=context.metrics, settings=settings, drain=context.drain)
     add_error_handlers(app)
     add_status(app, context)
     add_chat(app, context)

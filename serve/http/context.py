@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+from calumma.serve.http.access.drain import Drain
+from calumma.serve.http.facts import ModelFacts
 from calumma.serve.http.image_loader import ImageLoader
 from calumma.serve.http.metrics import Metrics
 from calumma.serve.http.moderation import moderated
@@ -18,10 +20,10 @@ from calumma.serve.settings import ModelSettings, ServeSettings
 class ServingContext:
     """The served models, and what every generation goes through: limits, the safety policy, metrics."""
 
-    def __init__(self, backends: Mapping[str, Backend], settings: ServeSettings) -> None:
+    def __init__(self, backends: Mapping[str, Backend], settings: ServeSettings, drain: Drain) -> None:
         """backends: by the model's name. Raises ValueError on a safety policy that cannot be made."""
-        self.settings, self.metrics = settings, Metrics()
-        self.backends = backends
+        self.settings, self.metrics, self.drain = settings, Metrics(), drain
+        self.backends, self.facts = backends, ModelFacts(backends)
         self.models = {model.name: model for model in settings.models}
         self.image_loader = ImageLoader(settings.limits, settings.remote_images)
         self._policy = load_policy(settings.safety)

@@ -94,8 +94,3 @@ class EngineDeployment(EngineReplica):
         """Called by Ray Serve when the replica has drained."""
         if hasattr(self, "engine"):
             self.close()
-
-    async def statistics(self) -> dict[str, dict[str, float]]:
-        from ray import serve
-
-        return {serve.get_replica_context().replica_id.unique_id: self.engine.statistics()}

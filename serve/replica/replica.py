@@ -222,6 +222,10 @@ class EngineReplica:
         if self.engine.failure is not None:
             raise RuntimeError(f"the engine stopped: {self.engine.failure}") from self.engine.failure
 
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called beside all requests, by Ray Serve and by deploy/control.py. Raises when the engine has failed."""
+        return {"facts": await self.describe(), "statistics": self.engine.statistics()}
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve for the autoscaling policy (deploy/scaling.py)."""
         return {"queued_tokens": self.engine.statistics().get("queued_tokens", 0)}

@@ -7,7 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -204,6 +207,43 @@ def test_stop_ends_the_whole_family_and_nothing_else(head: psutil.Process, tmp_p
         assert not temporary.exists()
         assert Service.read() is None
         bystander.kill()
+
+
+@pytest.mark.parametrize(("listens", "arguments"), [(True, []), (False, []), (True, ["--now"])])
+def test_stop_drains_whenever_the_head_lives_and_asks_nobody_else(
+    listens: bool, arguments: list[str], head: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drained: list[Any] = []
+    monkeypatch.setattr(ray_head, "connected", lambda address, ours: nullcontext())
+    monkeypatch.setattr("calumma.serve.deploy.endpoint.undeploy", lambda *given: drained.append(given))
+    with socket.socket() as gcs:  # takes connections, and answers nothing
+        gcs.bind(("127.0.0.1", 0))
+        if listens:
+            gcs.listen()
+        port = gcs.getsockname()[1]
+        nobody = "http://127.0.0.1:1"
+        replace(record(nobody, head), address=f"127.0.0.1:{port}", drain_seconds=77.0).write()
+        result = RUNNER.invoke(serve.app, ["stop", *arguments])
+    assert result.exit_code == 0, result.output
+    assert drained == ([("tiny", 77.0)] if listens and not arguments else [])
+    assert not running(head)
+    assert Service.read() is None
+
+
+def test_a_head_that_cannot_be_drained_is_ended_and_it_is_said(
+    head: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("the controller is gone")
+
+    monkeypatch.setattr(ray_head, "connected", lambda address, ours: nullcontext())
+    monkeypatch.setattr(Service, "listens", True)
+    monkeypatch.setattr("calumma.serve.deploy.endpoint.undeploy", lost)
+    record("http://127.0.0.1:1", head).write()
+    result = RUNNER.invoke(serve.app, ["stop"])
+    assert result.exit_code == 0
+    assert "not drained: the controller is gone" in result.output
+    assert not running(head)
 
 
 def test_a_process_that_got_the_number_later_is_not_ended() -> None:

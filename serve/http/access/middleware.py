@@ -1,5 +1,6 @@
 """The outermost layer of the HTTP application. It measures every request, and refuses bodies above the limit, requests
-without a valid API key where keys are needed, and more requests at once than are allowed."""
+without a valid API key where keys are needed, more requests at once than are allowed, and all new ones while the server
+is about to end."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from calumma.serve.http.access.api_keys import AccessControl
+from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.metrics import Metrics
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.settings import ServeSettings
@@ -41,8 +43,9 @@ def error_response(error: APIError) -> JSONResponse:
 class AccessMiddleware:
     """ASGI middleware. A body without a length is counted as it comes; then reading it fails with status 413."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, settings: ServeSettings) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: ServeSettings, drain: Drain) -> None:
         self._app = app
+        self._drain = drain
         self._metrics = metrics
         self._limit = settings.max_body_bytes
         self._body_seconds = settings.limits.body_seconds
@@ -75,7 +78,7 @@ class AccessMiddleware:
             await send(message)
 
         try:
-            with self._admit(scope):
+            with self._admit(scope), self._drain.request() if _generates(scope) else contextlib.nullcontext():
                 await self._app(scope, receive_limited, send_observed)
         except APIError as error:
             await error_response(error)(scope, receive, send_observed)
@@ -94,7 +97,11 @@ class AccessMiddleware:
         if not _is_api(scope["path"]):
             return contextlib.nullcontext()
         key = self._access.authenticate(headers.get("authorization", ""))
-        return self._access.slot(key) if scope["method"] == "POST" else contextlib.nullcontext()
+        return self._access.slot(key) if _generates(scope) else contextlib.nullcontext()
+
+
+def _generates(scope: Scope) -> bool:
+    return scope["method"] == "POST" and _is_api(scope["path"])
 
 
 def _is_api(path: str) -> bool:

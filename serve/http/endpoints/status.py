@@ -14,7 +14,6 @@ from calumma.serve.http.context import ServingContext
 from calumma.serve.http.metrics import CONTENT_TYPE
 from calumma.serve.http.playground.page import PAGE, PAGE_HEADERS
 from calumma.serve.http.wire import responses
-from calumma.serve.http.wire.errors import APIError
 
 log = logging.getLogger(__name__)
 
@@ -36,29 +35,23 @@ def add_status(app: FastAPI, context: ServingContext) -> None:
         """One of them."""
         return cards[context.model(name).name]
 
-    async def describe(name: str) -> dict[str, Any]:
-        found = await context.backends[name].describe()
-        source = {} if settings.keys else {"source": context.models[name].model}
-        return {"model": name, **source, "sampling": context.models[name].sampling.model_dump(), **found}
-
     @app.get("/health")
     async def health(model: str | None = None) -> Response:
-        """Facts about a model, and whether it answers."""
-        try:
-            about = await describe(context.model(model).name)
-        except APIError:
-            raise
-        except Exception as error:  # whatever keeps a replica from answering is what the caller wants to know
-            log.warning("not healthy: %s", error)
-            return JSONResponse({"status": "unavailable", "reason": str(error)}, 503)
-        return JSONResponse({"status": "ok", "models": list(cards), "keys": bool(settings.keys), **about})
+        """That the server lives, whatever it is busy with, and what a model has told about itself last."""
+        found = context.model(model)
+        source = {} if settings.keys else {"source": found.model}
+        about = {"model": found.name, **source, "sampling": found.sampling.model_dump()}
+        known = await context.facts.known(found.name)
+        return JSONResponse({"status": "ok", "models": list(cards), "keys": bool(settings.keys), **about, **known})
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether every model can answer now."""
-        found = await asyncio.gather(*(describe(name) for name in cards), return_exceptions=True)
-        wrong = {name: str(one) for name, one in zip(cards, found, strict=True) if isinstance(one, BaseException)}
-        return JSONResponse({"ready": not wrong, "unavailable": wrong}, 503 if wrong else 200)
+        """Whether every model answered when it was last asked, and new requests are taken."""
+        wrong = await context.facts.unavailable()
+        state: dict[str, Any] = {"ready": not wrong and not context.drain.active, "unavailable": wrong}
+        if context.drain.active:
+            state["draining"] = True
+        return JSONResponse(state, 200 if state["ready"] else 503)
 
     @app.get("/metrics")
     async def numbers() -> Response:

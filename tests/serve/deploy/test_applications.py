@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from calumma.serve.deploy.applications import build_ingress, build_model
+from calumma.serve.deploy.applications import UNLIMITED, build_ingress, build_model
 from calumma.serve.deploy.naming import CODER, ENGINE, INGRESS
 from calumma.serve.settings import Limits, ModelSettings, ServeSettings
 
@@ -51,11 +51,9 @@ def test_image_coders_are_a_deployment_of_their_own_where_they_are_asked_for() -
 
 
 @pytest.mark.parametrize(("seconds", "watcher"), [(None, None), (5.0, "calumma-tiny:watch")])
-def test_the_ingress_takes_more_requests_than_it_works_on_so_that_it_can_refuse_them(
-    seconds: float | None, watcher: str | None
-) -> None:
+def test_no_slot_of_the_ingress_keeps_a_probe_waiting(seconds: float | None, watcher: str | None) -> None:
     settings = ServeSettings(model="m", name="tiny", limits=Limits(running=8), watch_seconds=seconds)
     ingress = deployment(build_ingress(settings, {"tiny": "application"}))
     assert ingress.name == INGRESS
-    assert ingress._deployment_config.max_ongoing_requests == 16
+    assert ingress._deployment_config.max_ongoing_requests == UNLIMITED
     assert ingress.init_args == (settings, {"tiny": "application"}, watcher)

@@ -50,6 +50,7 @@ CHAT = "/v1/chat/completions"
 PATIENCE = 300.0  # seconds; a starved machine needs minutes to start a process
 SOON = 60.0  # seconds; what would never come is known by then
 COLD = 11.0  # seconds; Ray Serve forgets the lengths of queues after ten
+FULL = 3  # requests that a replica answers together
 LONG = 700  # tokens: seconds of streaming
 
 
@@ -109,6 +110,7 @@ def settings(model_directory: Path, talkative: Path, cut: Path, registry: str) -
         cpus_per_replica=0.25,
         min_replicas=2,
         max_replicas=2,
+        max_sequences=FULL,
         threads=1,
         also=(ModelSettings(**tiny, cpus_per_replica=0.25, threads=1), pair),
         watch_seconds=1.0,
@@ -201,6 +203,14 @@ def replicas(url: str, model: str) -> set[str]:
             if sample.name == "calumma_engine_requests_running" and sample.labels["model"] == model:
                 found.add(sample.labels["replica"])
     return found
+
+
+def being_answered(url: str, model: str) -> int:
+    """Requests that an ingress works on."""
+    for line in requests.get(f"{url}/metrics", timeout=PATIENCE).text.splitlines():
+        if line.startswith(f'calumma_requests_running{{model="{model}"}} '):
+            return int(float(line.split()[-1]))
+    return 0
 
 
 def until(found: Any, what: str) -> None:
@@ -398,17 +408,33 @@ def test_a_new_version_takes_over_without_a_lost_request(
 
 
 @pytest.mark.cluster
-def test_streams_in_flight_finish_when_the_command_is_told_to_end(
+def test_a_full_server_answers_probes_and_ends_every_stream_whole_when_the_command_is_told_to_end(
     url: str, settings: ServeSettings, command: subprocess.Popen[str]
 ) -> None:
+    """Streams wait at the engines and, for a request slot, in the ingress."""
     from ray import serve
 
-    begun = threading.Barrier(4)
-    with ThreadPoolExecutor(3) as pool:
-        streams = [pool.submit(listen, url, f"last {number}", begun) for number in range(3)]
+    lasting, brief = 2 * FULL, 6 * FULL
+    begun = threading.Barrier(lasting + 1)
+    with ThreadPoolExecutor(lasting + brief) as pool:
+        streams = [pool.submit(listen, url, f"last {number}", begun, max_tokens=2 * LONG) for number in range(lasting)]
         begun.wait(PATIENCE)
+        streams += [pool.submit(listen, url, f"then {number}", max_tokens=40) for number in range(brief)]
+        until(lambda: being_answered(url, "talkative") == lasting + brief, "a full server")
+        for path in ("/health", "/health?model=pair", "/ready"):
+            assert requests.get(url + path, timeout=SOON).status_code == 200
+        assert len(replicas(url, "talkative")) == 2, "a full replica tells its numbers"
+        assert not any(stream.done() for stream in streams[:lasting]), "answered before any of them has ended"
         command.send_signal(signal.SIGTERM)
-        assert [stream.result().whole for stream in streams] == [True] * 3
+        until(lambda: requests.get(f"{url}/ready", timeout=SOON).status_code == 503, "the drain")
+        refused = requests.post(url + CHAT, json=body(), timeout=SOON)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert not any(stream.done() for stream in streams[:lasting]), "refused while they go on"
+        command.send_signal(signal.SIGTERM)  # as some do that lose patience
+        heard = [stream.result() for stream in streams]
+    assert [(one.error, one.finish, len(one.text)) for one in heard] == [(None, "length", 2 * LONG)] * lasting + [
+        (None, "length", 40)
+    ] * brief
     assert command.wait(PATIENCE) == 0
     assert command.stdout is not None
     assert command.stdout.read().endswith("stopped talkative\n")

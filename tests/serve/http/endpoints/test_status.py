@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 from starlette.testclient import TestClient
 
+from calumma.serve.http import facts
 from calumma.serve.http.app import create_app
 from calumma.serve.settings import ServeSettings
 
@@ -23,10 +31,59 @@ def test_pages(client: TestClient) -> None:
     assert "https://" not in page.text
 
 
-def test_health_says_why_it_is_bad(settings: ServeSettings) -> None:
+def test_a_server_lives_and_says_why_it_is_not_ready(settings: ServeSettings) -> None:
     backend = StubBackend()
     backend.healthy = False
     with TestClient(create_app(backend, settings)) as client:
-        response = client.get("/health")
-    assert response.status_code == 503
-    assert response.json() == {"status": "unavailable", "reason": "no replica"}
+        live, ready = client.get("/health"), client.get("/ready")
+    assert (live.status_code, live.json()["status"]) == (200, "ok")
+    assert (ready.status_code, ready.json()) == (503, {"ready": False, "unavailable": {"tiny": "no replica"}})
+
+
+class Patient(StubBackend):
+    """Tells its facts when it is let; `asked` is set meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.told = threading.Event(), threading.Event()
+
+    async def describe(self) -> dict[str, Any]:
+        self.asked.set()
+        if not await asyncio.to_thread(self.told.wait, 60):
+            raise AssertionError("nobody let it tell")
+        return await super().describe()
+
+
+def test_probes_are_answered_while_a_model_tells_nothing(
+    settings: ServeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(facts, "RETRY_SECONDS", 0.0)
+    backend = Patient()
+    try:
+        with TestClient(create_app(backend, settings)) as client:
+            assert backend.asked.wait(60)
+            assert "context" not in client.get("/health").json()
+            assert client.get("/ready").json()["unavailable"] == {"tiny": "it has not told yet"}
+            backend.told.set()
+            until(lambda: client.get("/ready").status_code == 200)
+            backend.told.clear()
+            backend.asked.clear()
+            assert backend.asked.wait(60)
+            assert client.get("/health").json()["context"] == CONTEXT, "what it told last"
+            assert client.get("/ready").status_code == 200
+            monkeypatch.setattr(facts, "ANSWER_SECONDS", 0.01)
+            backend.told.set()
+            until(lambda: client.get("/ready").status_code == 200)
+            backend.told.clear()
+            until(lambda: client.get("/ready").status_code == 503)
+            assert client.get("/ready").json()["unavailable"] == {"tiny": "no answer in 0.01 s"}
+            assert client.get("/health").json()["context"] == CONTEXT
+    finally:
+        backend.told.set()
+
+
+def until(found: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not found():
+        assert time.monotonic() < end
