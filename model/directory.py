@@ -17,12 +17,13 @@ from calumma.model import config, vocabulary, weights
 from calumma.model.config import ModelConfig
 from calumma.model.document import Document
 from calumma.model.encoding import DocumentEncoder
+from calumma.model.loading import read_transformer
 from calumma.model.tokenizers import text
 from calumma.model.tokenizers.image import WEIGHTS, ImageTokenizer
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.model.weights import LazyTensor, open_weights, write_weights
+from calumma.model.weights import LazyTensor, write_weights
 
 IMAGE_TOKENIZER = "image_tokenizer"
 FILES = (
@@ -106,18 +107,6 @@ def load(
             f"{directory}: the Transformer has {transformer.config.vocabulary_size} ids, the vocabulary {ids.size}"
         )
     return MixedModalModel(transformer.eval(), encoder)
-
-
-def read_transformer(
-    directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Transformer:
-    """The Transformer of a model directory, with its weights."""
-    with torch.device("meta"):
-        transformer = Transformer(ModelConfig.read(directory))
-    state = {name: entry.read() for name, entry in open_weights(directory, device).items()}
-    transformer.load_state_dict(state, assign=True)
-    transformer.rebuild_rope(device)
-    return transformer if dtype is None else transformer.to(dtype)
 
 
 def save_model(

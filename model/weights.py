@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from torch import Tensor
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
+CHUNK_BYTES = 16 * 2**20  # most that a tensor takes besides while it is read in another dtype
 
 DTYPES = {
     "F64": torch.float64,
@@ -57,11 +58,47 @@ class LazyTensor:
     def bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    def load(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, where: tuple[slice, ...] = ()
+    ) -> Tensor:
+        """The tensor, or some of its rows, or rows and columns, in `dtype`, its own by default. What is converted or
+        cut is read by rows, of which CHUNK_BYTES are in memory; the rest stands in its file and is read when it is
+        used."""
+        dtype = dtype or self.dtype
+        if not where and dtype == self.dtype and torch.device(device).type == "cpu":
+            return self.read()
+        shape = self.sliced(where)
+        target = torch.empty(shape, dtype=dtype, device=device)
+        if not shape:
+            return target.copy_(self.read())
+        for rows, chunk in self.chunks(where, dtype.itemsize):
+            target[rows] = chunk  # converted on the CPU, before it is sent
+        return target
+
+    def sliced(self, where: tuple[slice, ...]) -> tuple[int, ...]:
+        """The shape of some of its rows, or rows and columns."""
+        ranges = [range(size)[own] for size, own in zip(self.shape, where, strict=False)]
+        return (*map(len, ranges), *self.shape[len(ranges) :])
+
+    def chunks(self, where: tuple[slice, ...], room: int) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows after the other, as stored, and where they stand among those of `where`; so many that they and
+        `room` bytes besides for each of their elements are CHUNK_BYTES."""
+        rows, columns = range(self.shape[0])[(where or (slice(None),))[0]], where[1:]
+        size = max(1, prod(self.shape[1:]) * (self.dtype.itemsize + room))
+        step = max(1, CHUNK_BYTES // size)
+        for begin in range(0, len(rows), step):
+            own = rows[begin : begin + step]
+            place = (slice(own.start, own.stop), *columns)
+            yield (
+                slice(begin, begin + len(own)),
+                self.read()[place] if self.read_slice is None else self.read_slice(place),
+            )
+
 
 Weights = Mapping[str, LazyTensor]
 
 
-def open_weights(directory: str | Path, device: torch.device | str = "cpu") -> dict[str, LazyTensor]:
+def open_weights(directory: str | Path) -> dict[str, LazyTensor]:
     """The weights of a directory that holds `model.safetensors`, or shards and their index.
 
     Raises FileNotFoundError that names what is missing, ValueError for files that are broken.
@@ -81,24 +118,28 @@ def open_weights(directory: str | Path, device: torch.device | str = "cpu") -> d
             raise FileNotFoundError(f"{directory} has neither {FILE} nor {INDEX}")
     found: dict[str, LazyTensor] = {}
     for name in files:
-        found |= _open_file(directory / name, device)
+        found |= _open_file(directory / name)
     if lost := sorted(placed.keys() - found.keys()):
         raise ValueError(f"{directory}: {INDEX} names tensors that no shard holds: {', '.join(lost[:20])}")
     return found
 
 
-def _open_file(path: Path, device: torch.device | str) -> dict[str, LazyTensor]:
+def _open_file(path: Path) -> dict[str, LazyTensor]:
+    """A file is opened anew for whatever is read of it: the pages of one that stays open count as memory in use."""
+
+    def opened() -> Any:
+        return safe_open(str(path), framework="pt", device="cpu")
+
     try:
-        file = safe_open(str(path), framework="pt", device=str(device))
-        entries = {}
+        file, entries = opened(), {}
         for name in file.keys():  # noqa: SIM118 (it is no mapping)
             stored = file.get_slice(name)
             shape, dtype = tuple(stored.get_shape()), DTYPES[stored.get_dtype()]
             entries[name] = LazyTensor(
                 shape,
                 dtype,
-                lambda name=name: file.get_tensor(name),  # type: ignore[misc]
-                lambda where, name=name: file.get_slice(name)[where],  # type: ignore[misc]
+                lambda name=name: opened().get_tensor(name),  # type: ignore[misc]
+                lambda where, name=name: opened().get_slice(name)[where],  # type: ignore[misc]
             )
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error

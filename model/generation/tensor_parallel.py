@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from calumma.model.config import FILE, ModelConfig
+from calumma.model.config import ModelConfig
+from calumma.model.loading import read_transformer
 from calumma.model.transformer import Transformer
-from calumma.model.weights import open_weights
 
 
 @dataclass(frozen=True)
@@ -101,26 +101,16 @@ class Shard:
 
 
 def read_shard(
-    directory: str | Path, shard: Shard, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: str | Path,
+    shard: Shard,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    int8: bool = False,
 ) -> Transformer:
     """The Transformer of a model directory with a shard of its weights alone, for an Engine of that shard: it
-    cannot compute by itself. No more is read, or in memory, than the shard. Raises what `open_weights` does, and
-    ValueError where the model cannot be cut so, or lacks weights."""
-    config = ModelConfig.read(directory)
-    with torch.device("meta"):
-        transformer = Transformer(config)
-    entries = open_weights(directory, device)
-    names = {name for name, _ in transformer.named_parameters()}
-    if names != entries.keys():
-        wrong = ", ".join(sorted(names ^ entries.keys())[:20])
-        raise ValueError(f"{directory} does not hold the weights its {FILE} describes: {wrong}")
-    for name, entry in entries.items():
-        where = shard.slices(name, config)
-        weight = entry.read_slice(where) if where and entry.read_slice is not None else entry.read()[where]
-        module, _, attribute = name.rpartition(".")
-        setattr(transformer.get_submodule(module), attribute, nn.Parameter(weight.to(dtype or weight.dtype), False))
-    transformer.rebuild_rope(device)
-    return transformer.eval()
+    cannot compute by itself. No more is read, or in memory, than the shard. Raises what `read_transformer` does, and
+    ValueError where the model cannot be cut so."""
+    return read_transformer(directory, device, dtype, int8, shard.slices).eval().requires_grad_(False)
 
 
 def _even(size: int, index: int, count: int) -> slice:

@@ -106,7 +106,7 @@ def build_transformer(assignment: Assignment, whole: bool) -> Transformer:
     )
     if whole and saved_weights is None:
         if assignment.initial:
-            from calumma.model.directory import read_transformer
+            from calumma.model.loading import read_transformer
 
             with storage.local_copy(assignment.initial) as path:
                 transformer.load_state_dict(read_transformer(path, dtype=torch.float32).state_dict())

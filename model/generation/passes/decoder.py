@@ -20,13 +20,14 @@ from torch import Tensor
 
 from calumma.model.generation.passes.attention import PagedAttention
 from calumma.model.generation.tensor_parallel import Shard
+from calumma.model.ops.int8 import Int8Matrix, Matrix, beside, linear
 from calumma.model.transformer import Transformer, TransformerBlock
 
 # Most bytes of projections that are copied to lie side by side.
 FUSED_BYTES = 1 << 28
 # Fewest bytes of an output projection that is packed on a CPU: the caches hold less, in whatever order it is read.
 PACKED_BYTES = 1 << 22
-FusedProjection = tuple[Tensor, ...]  # that read the same input; one, where they lie side by side
+FusedProjection = tuple[Matrix, ...]  # that read the same input; one, where they lie side by side
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class LayerWeights:
     feed_forward_norm: Tensor
     query_key_value: FusedProjection
     norm: tuple[Tensor, Tensor] | None  # weight and bias of queries and keys [Q, H]
-    output: Tensor
+    output: Matrix
     gate_up: FusedProjection
-    down: Tensor
+    down: Matrix
 
 
 class Decoder:
@@ -114,8 +115,8 @@ class Decoder:
 
     def _slice(self, name: str, weight: Tensor) -> Tensor:
         """This shard's slice of a weight, of which that may be all there is (`read_shard`)."""
-        where = self.shard.slices(name, self.transformer.config)
         own = weight.detach()
+        where = self.shard.slices(name, self.transformer.config)[: own.dim()]  # a scale has rows alone
         if self.shard.count == 1 or all(o.stop - o.start == size for o, size in zip(where, own.shape, strict=False)):
             return own
         return own[where].clone()
@@ -123,7 +124,7 @@ class Decoder:
     def _attention(
         self, x_TD: Tensor, rope_T1P: Tensor, number: int, layer: LayerWeights, paged: PagedAttention
     ) -> Tensor:
-        projected = [F.linear(x_TD, weight) for weight in layer.query_key_value]
+        projected = [linear(x_TD, weight) for weight in layer.query_key_value]
         Q = self.heads + self.kv_heads
         if len(projected) == 1:
             qkv_TXH = projected[0].view(len(x_TD), -1, self.head_size)
@@ -137,12 +138,12 @@ class Decoder:
         turned_TQP = torch.view_as_complex(qk_TQH.float().unflatten(-1, (-1, 2))) * rope_T1P
         qk_TQH = torch.view_as_real(turned_TQP).flatten(-2).type_as(x_TD)
         out_TX = paged.attend(number, qk_TQH[:, : self.heads], qk_TQH[:, self.heads :], v_TKH)
-        return self.shard.sum(F.linear(out_TX, layer.output))
+        return self.shard.sum(linear(out_TX, layer.output))
 
     def _feed_forward(self, x_TD: Tensor, layer: LayerWeights) -> Tensor:
-        projected = [F.linear(x_TD, weight) for weight in layer.gate_up]
+        projected = [linear(x_TD, weight) for weight in layer.gate_up]
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
-        return self.shard.sum(F.linear(F.silu(gate) * up, layer.down))
+        return self.shard.sum(linear(F.silu(gate) * up, layer.down))
 
     def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
         if x_TD.is_cuda or x_TD.dtype != torch.float32:
@@ -159,9 +160,14 @@ class Decoder:
                 torch.cat([own[f"{each}.weight"] for each in both]),
                 torch.cat([own[f"{each}.bias"] for each in both]),
             )
+
+        def matrix(name: str) -> Matrix:
+            scale = own.get(f"{name}.scale")
+            return own[f"{name}.weight"] if scale is None else Int8Matrix(own[f"{name}.weight"], scale)
+
         projections = (
-            [own[f"attention.{each}.weight"] for each in ("query", "key", "value")],
-            [own[f"feed_forward.{each}.weight"] for each in ("gate", "up")],
+            [matrix(f"attention.{each}") for each in ("query", "key", "value")],
+            [matrix(f"feed_forward.{each}") for each in ("gate", "up")],
         )
         query_key_value, gate_up = (self._beside(weights) for weights in projections)
         return LayerWeights(
@@ -169,16 +175,19 @@ class Decoder:
             own["feed_forward_norm.weight"],
             query_key_value,
             norm,
-            self._beside([own["attention.output.weight"]])[0],
+            self._beside([matrix("attention.output")])[0],
             gate_up,
-            self._beside([own["feed_forward.down.weight"]])[0],
+            self._beside([matrix("feed_forward.down")])[0],
         )
 
-    def _beside(self, weights: list[Tensor]) -> FusedProjection:
+    def _beside(self, weights: list[Matrix]) -> FusedProjection:
         """One weight, copied as its product with a few tokens reads it fastest; or what is too large to be copied."""
         if not self._copied:
             return tuple(weights)
-        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        if quantized := [weight for weight in weights if isinstance(weight, Int8Matrix)]:
+            return (beside(quantized),)
+        floats = [weight for weight in weights if isinstance(weight, Tensor)]
+        whole = torch.cat(floats) if len(floats) > 1 else floats[0]
         return (whole if whole.is_cuda else whole.t().contiguous().t(),)
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from calumma.model.config import ImageTokenizerConfig
-from calumma.model.directory import IMAGE_TOKENIZER, read_transformer
+from calumma.model.directory import IMAGE_TOKENIZER
+from calumma.model.loading import read_transformer
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
