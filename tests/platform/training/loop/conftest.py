@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,15 @@ def work(rank: int, world: int, root: str, folder: str, runs: dict[str, list[Run
     os.environ["CALUMMA_OUTBOX"] = f"{folder}/outbox"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    import ray.train.v2._internal.execution.context  # noqa: F401 -- in a worker it is there before any thread is
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world
+        "gloo",
+        init_method=f"file://{folder}/meet{world}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=5),  # a worker that fails alone fails the others
     )
     loop.set_up_worker = lambda: Worker(rank, world, torch.device("cpu"))
     beats, beat = list[int](), Watchdog.beat
