@@ -83,15 +83,18 @@ class Heard:
     left: bool = False
 
 
-def ask(url: str, body: dict[str, Any], leave: float = 1.0) -> Heard:
-    """Stream an answer; with `leave` below 1, leave after that share of its first ten events."""
+def ask(url: str, body: dict[str, Any], leave: float = 1.0, key: str = "none", pause: float = 0.0) -> Heard:
+    """Stream an answer; with `leave` below 1, leave after that share of its first ten events. pause: seconds before the
+    first of it is read."""
     heard, begin = Heard(), time.perf_counter()
     body = body | {"stream": True, "stream_options": {"include_usage": True}}
+    headers = {"Authorization": f"Bearer {key}"}
     try:
-        with requests.post(url + CHAT, json=body, stream=True, timeout=PATIENCE) as reply:
+        with requests.post(url + CHAT, json=body, stream=True, timeout=PATIENCE, headers=headers) as reply:
             if reply.status_code != 200:
                 heard.error = f"{reply.status_code}: {reply.text[:200]}"
                 return heard
+            time.sleep(pause)
             for number, chunk in enumerate(_chunks(reply)):
                 if leave < 1 and number >= leave * 10:
                     heard.left = True
