@@ -14,14 +14,11 @@ from typing import Any, Literal
 
 from PIL import Image as PILImage
 
-from calumma.model.images import rgb
+from calumma.model.images import UnreadableImage as UnreadableImage
+from calumma.model.images import decode, rgb
 
 Role = Literal["user", "assistant"]
 ROLES: tuple[Role, ...] = ("user", "assistant")
-
-
-class UnreadableImage(ValueError):
-    """The bytes are not an image that can be decoded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,14 @@ class Image:
     caption: str | None = None
     role: Role | None = None
 
-    def open(self) -> PILImage.Image:
-        """Decode to an upright RGB image (`images.rgb`). Raises UnreadableImage."""
+    def open(self, strict: bool = False) -> PILImage.Image:
+        """Decode to an upright sRGB image (`images.rgb`); of damage only what browsers forgive is forgiven, and nothing
+        when `strict`. Raises UnreadableImage."""
+        if isinstance(self.data, bytes):
+            return decode(self.data, strict).image
         try:
-            if isinstance(self.data, PILImage.Image):
-                return rgb(self.data)
-            with PILImage.open(io.BytesIO(self.data)) as opened:
-                return rgb(opened)
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            return rgb(self.data)
+        except Exception as error:
             raise UnreadableImage(f"not a readable image: {error}") from error
 
     def png(self) -> bytes:

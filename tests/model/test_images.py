@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from calumma.model import images
+from calumma.model.images import pixels
 from calumma.model.document import Image, UnreadableImage
 from calumma.model.images import preprocess, rgb, to_image
 
@@ -163,7 +163,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(side: int, monk
 
 
 def test_a_bomb_is_refused_as_a_picture_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 15)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 15)
     with pytest.raises(UnreadableImage, match="4x4 pixels are more than the 15 allowed"):
         Image(PILImage.new("RGB", (4, 4))).open()
 

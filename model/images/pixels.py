@@ -1,4 +1,4 @@
-"""Pictures of any kind to upright RGB, to the tokenizer's square of pixels, and back.
+"""Pictures of any mode to upright sRGB, to the tokenizer's square of pixels, and back.
 
 Shape suffixes: C channels, H height, W width.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
+
+from calumma.model.images.color import to_srgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,33 +21,70 @@ if TYPE_CHECKING:
 MAX_PIXELS = 64_000_000
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # modes of more than 8 bits, which Pillow's convert would clip
 _WHITE_POINTS = (1.0, 255.0, 65535.0)
+_WITH_PROFILE = ("L", "RGB", "CMYK", "LAB")  # modes that a profile applies to as they are
+_BITS_A_SAMPLE = 258  # the tag of TIFF
+_TURNS = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
 
 
 def rgb(image: PILImage.Image) -> PILImage.Image:
-    """Any picture as 8-bit RGB: upright by its EXIF orientation, transparency on white, more than 8 bits a channel
-    scaled down; of an animation the frame it stands at, which is the first where it was just opened.
+    """Any picture as 8-bit sRGB: upright by its EXIF orientation, colours by its ICC profile, transparency on white,
+    more than 8 bits a channel scaled down; of an animation the frame it stands at, which is the first where it was just
+    opened. Nothing is left to do it again by: the result has neither profile nor orientation.
 
     Raises ValueError above MAX_PIXELS, and what Pillow's decoders raise.
     """
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
-    of_16_bits = image.mode.startswith("I;16") or image.format == "PPM"
-    image = ImageOps.exif_transpose(image)
+    white = _white(image)
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    profile = image.info.get("icc_profile")
     if image.mode in _DEEP:
-        image = _to_8_bit(image, of_16_bits)
+        image = _to_8_bit(image, white)
     if image.has_transparency_data:
-        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        canvas = PILImage.new("RGBA", layer.size, "white")
-        image = PILImage.alpha_composite(canvas, layer)
-    return image.convert("RGB")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    elif image.mode not in _WITH_PROFILE:
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if isinstance(profile, bytes) or image.mode == "LAB":
+        image = to_srgb(image, profile)
+    if image.mode == "RGBA":
+        image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
+    image.info = {}
+    return image
 
 
-def _to_8_bit(image: PILImage.Image, of_16_bits: bool) -> PILImage.Image:
-    """Grey of 16 bits, 32 bits or floats -> 8 bits. White is 65535 where 16 bits are known, elsewhere the smallest
-    of 1 (floats), 255 and 65535 that no pixel is above, or else the brightest pixel."""
+def _orientation(image: PILImage.Image) -> object:
+    """The EXIF orientation, where there is one that can be read: other damage in EXIF does not matter."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # struct.error, SyntaxError, ValueError, ...: whatever the bytes of EXIF may hold
+        return None
+
+
+def _white(image: PILImage.Image) -> float | None:
+    """The value of white in a picture of more than 8 bits, where its file says it."""
+    if not image.mode.startswith("I;16") and image.format != "PPM":
+        return None
+    bits = image.tag_v2.get(_BITS_A_SAMPLE, (16,)) if isinstance(image, TiffImageFile) else (16,)
+    return 4095.0 if tuple(bits) == (12,) else 65535.0
+
+
+def _to_8_bit(image: PILImage.Image, white: float | None) -> PILImage.Image:
+    """Grey of 16 bits, 32 bits or floats -> 8 bits. Where white is not known it is the smallest of 1 (floats), 255 and
+    65535 that no pixel is above, or else the brightest pixel."""
     values_HW = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
-    white = 65535.0
-    if not of_16_bits:
+    if white is None:
         brightest = float(values_HW.max(initial=0.0))
         points = _WHITE_POINTS if image.mode == "F" else _WHITE_POINTS[1:]
         white = next((point for point in points if brightest <= point), brightest)
