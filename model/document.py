@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from PIL import Image as PILImage
 
+from calumma.model.images import DecodedImage, decode, rgb
 from calumma.model.images import UnreadableImage as UnreadableImage
-from calumma.model.images import decode, rgb
 
 Role = Literal["user", "assistant"]
 ROLES: tuple[Role, ...] = ("user", "assistant")
@@ -35,13 +35,16 @@ class Image:
     caption: str | None = None
     role: Role | None = None
 
-    def open(self, strict: bool = False) -> PILImage.Image:
-        """Decode to an upright sRGB image (`images.rgb`); of damage only what browsers forgive is forgiven, and nothing
-        when `strict`. Raises UnreadableImage."""
+    def open(self) -> PILImage.Image:
+        """Decode to an upright sRGB image (`images.rgb`). Raises UnreadableImage."""
+        return self.decode().image
+
+    def decode(self, strict: bool = False) -> DecodedImage:
+        """As `open`, with what of its file was damaged: what browsers forgive is forgiven, unless `strict`."""
         if isinstance(self.data, bytes):
-            return decode(self.data, strict).image
+            return decode(self.data, strict)
         try:
-            return rgb(self.data)
+            return DecodedImage(rgb(self.data))
         except Exception as error:
             raise UnreadableImage(f"not a readable image: {error}") from error
 

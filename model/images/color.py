@@ -48,7 +48,9 @@ def _transform_of(profile: bytes | None) -> tuple[str, ImageCmsTransform] | None
         mode = _SPACES.get(source.profile.xcolor_space.strip())
         if mode is None:
             return None
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        # Greys without lcms's table of a few points, which is out by six of 255 where a curve is steep.
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", flags=flags)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # what ImageCms raises for damaged profiles
         return None
     if mode in ("L", "RGB"):

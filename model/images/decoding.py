@@ -27,7 +27,17 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = frozenset(
     (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"sBIT", b"eXIf")
 )
-_DECODED = ("a JPEG p", "a PNG p", "a WebP p", "an AVIF p", "a GIF p", "a TIFF p", "a BMP p", "a JPEG 2000 p", "a PPM p")
+_DECODED = (
+    "a JPEG p",
+    "a PNG p",
+    "a WebP p",
+    "an AVIF p",
+    "a GIF p",
+    "a TIFF p",
+    "a BMP p",
+    "a JPEG 2000 p",
+    "a PPM p",
+)
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 
 
@@ -38,11 +48,12 @@ class UnreadableImage(ValueError):
 @dataclass(frozen=True)
 class DecodedImage:
     """An upright RGB picture. `mended`: what of its file was damaged and forgiven; `frames`: of an animation, or pages
-    of a TIFF, of which this is the first."""
+    of a TIFF, of which this is the first; `format`: as Pillow calls it."""
 
     image: PILImage.Image
     mended: str | None = None
     frames: int = 1
+    format: str = ""
 
 
 @functools.cache
@@ -92,7 +103,7 @@ def _decode(data: bytes, mended: str | None) -> DecodedImage:
             frames = int(getattr(opened, "n_frames", 1))
         except Exception:  # a later frame is damaged; the first is all that is asked for
             frames = 1
-    return DecodedImage(picture, mended, frames)
+    return DecodedImage(picture, mended, frames, opened.format or "")
 
 
 def _explained(data: bytes, error: Exception) -> str:
@@ -102,7 +113,7 @@ def _explained(data: bytes, error: Exception) -> str:
         reason = _ADDRESS.sub("the data", str(error)) or type(error).__name__
         return f"{kind} that cannot be decoded: {reason}"
     if kind.startswith(_DECODED):
-        return f"{kind} whose head is damaged or cut"
+        return f"{kind} that is damaged, cut or of a sort that is not decoded"
     if kind.endswith("picture") or kind.startswith(("a camera", "an SVG")):
         return f"{kind}, which is not decoded; convert it to {READ}"
     return f"{kind}, no image"
@@ -145,7 +156,7 @@ def _with_jpeg_end(data: bytes) -> tuple[bytes, str] | None:
 
 
 def _without_words(data: bytes) -> tuple[bytes, str] | None:
-    """A PNG without the chunks that do not say how it looks, and without damaged ones among those that may be missing."""
+    """A PNG without the chunks that do not say how it looks, and without damaged ones of those that may be missing."""
     from zlib import crc32
 
     parts, position, left_out = [PNG_SIGNATURE], len(PNG_SIGNATURE), False

@@ -22,7 +22,7 @@ MAX_PIXELS = 64_000_000
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # modes of more than 8 bits, which Pillow's convert would clip
 _WHITE_POINTS = (1.0, 255.0, 65535.0)
 _WITH_PROFILE = ("L", "RGB", "CMYK", "LAB")  # modes that a profile applies to as they are
-_BITS_A_SAMPLE = 258  # the tag of TIFF
+_BITS_A_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _TURNS = {
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
     3: PILImage.Transpose.ROTATE_180,
@@ -43,19 +43,21 @@ def rgb(image: PILImage.Image) -> PILImage.Image:
     """
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
-    white = _white(image)
+    white, inverted = _white(image)
     image.load()
-    turn = _TURNS.get(_orientation(image))
+    turn = _turn(image)
     profile = image.info.get("icc_profile")
     if image.mode in _DEEP:
-        image = _to_8_bit(image, white)
+        image = _to_8_bit(image, white, inverted)
     if image.has_transparency_data:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        grey = image.mode in ("L", "LA", "La")
+        image = image if image.mode == "LA" else image.convert("LA") if grey else image.convert("RGBA")
     elif image.mode not in _WITH_PROFILE:
         image = image.convert("L" if image.mode == "1" else "RGB")
     if isinstance(profile, bytes) or image.mode == "LAB":
         image = to_srgb(image, profile)
-    if image.mode == "RGBA":
+    if image.mode in ("LA", "RGBA"):
+        image = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if turn is not None:
@@ -64,23 +66,25 @@ def rgb(image: PILImage.Image) -> PILImage.Image:
     return image
 
 
-def _orientation(image: PILImage.Image) -> object:
-    """The EXIF orientation, where there is one that can be read: other damage in EXIF does not matter."""
+def _turn(image: PILImage.Image) -> PILImage.Transpose | None:
+    """What the EXIF orientation asks for, where it can be read: other damage in EXIF does not matter."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # struct.error, SyntaxError, ValueError, ...: whatever the bytes of EXIF may hold
         return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
-def _white(image: PILImage.Image) -> float | None:
-    """The value of white in a picture of more than 8 bits, where its file says it."""
+def _white(image: PILImage.Image) -> tuple[float | None, bool]:
+    """The value of white in a picture of more than 8 bits, where its file says it, and whether it is that of black."""
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    inverted = tags.get(_PHOTOMETRIC) == 0
     if not image.mode.startswith("I;16") and image.format != "PPM":
-        return None
-    bits = image.tag_v2.get(_BITS_A_SAMPLE, (16,)) if isinstance(image, TiffImageFile) else (16,)
-    return 4095.0 if tuple(bits) == (12,) else 65535.0
+        return None, inverted
+    return 4095.0 if tags.get(_BITS_A_SAMPLE) in (12, (12,)) else 65535.0, inverted
 
 
-def _to_8_bit(image: PILImage.Image, white: float | None) -> PILImage.Image:
+def _to_8_bit(image: PILImage.Image, white: float | None, inverted: bool) -> PILImage.Image:
     """Grey of 16 bits, 32 bits or floats -> 8 bits. Where white is not known it is the smallest of 1 (floats), 255 and
     65535 that no pixel is above, or else the brightest pixel."""
     values_HW = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
@@ -89,6 +93,8 @@ def _to_8_bit(image: PILImage.Image, white: float | None) -> PILImage.Image:
         points = _WHITE_POINTS if image.mode == "F" else _WHITE_POINTS[1:]
         white = next((point for point in points if brightest <= point), brightest)
     grey_HW = np.rint(values_HW.clip(0, white) * np.float32(255 / white)).astype(np.uint8)
+    if inverted:
+        grey_HW = 255 - grey_HW
     hidden = image.info.get("transparency")
     if not isinstance(hidden, int):
         return PILImage.fromarray(grey_HW)
