@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import ipaddress
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,6 +11,9 @@ from calumma.platform.specification import Section, Tracking
 
 MEBIBYTE = 2**20
 NAME = r"^[A-Za-z0-9._-]+$"
+_NAMES = r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
+HostName = Annotated[str, Field(pattern=rf"^(\*|(\*\.)?{_NAMES}|\[?[0-9A-Fa-f]*(:[0-9A-Fa-f.]*){{2,}}\]?)$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d+)?)$")]
 
 
 class SamplingDefaults(Section):
@@ -163,6 +167,15 @@ class ServeSettings(ModelSettings):
     also: tuple[ModelSettings, ...] = Field((), description="further models under the same endpoint")
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=1, le=65535, description="port to listen at")
+    open: bool = Field(False, description="let everybody who reaches it use a server without keys, from elsewhere too")
+    allowed_hosts: tuple[HostName, ...] = Field(
+        (),
+        description='names by which clients may call it besides those of this machine, say "example.org" or '
+        '"*.example.org"; none: no others at a loopback address, all elsewhere',
+    )
+    allowed_origins: tuple[Origin, ...] = Field(
+        (), description='whose web pages may use it from a browser (CORS), say "https://example.org"; "*": all'
+    )
     ingress_cpus: float = Field(0.1, ge=0, description="CPUs of the ingress, which checks and translates requests")
     max_body_mebibytes: float = Field(32.0, gt=0, description="largest request body")
     limits: Limits = Limits()
@@ -180,6 +193,20 @@ class ServeSettings(ModelSettings):
                 raise ValueError(f"{what}: the name {', '.join(twice)} is given more than once; names must differ")
         return self
 
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        if not (self.open or self.keys_needed or is_loopback(self.host)):
+            raise ValueError(
+                f"at {self.host} everybody who reaches this machine could use the server: give it keys (--keys FILE; "
+                "`calumma serve key` makes one), or say that it is meant to be open (--open)"
+            )
+        return self
+
+    @property
+    def keys_needed(self) -> bool:
+        """Whether a client needs a key."""
+        return bool(self.keys)
+
     @property
     def models(self) -> tuple[ModelSettings, ...]:
         """All models, the first one first."""
@@ -194,3 +221,14 @@ class ServeSettings(ModelSettings):
         """Where a client on this machine reaches it."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is one by which a machine calls itself."""
+    name = host.strip("[]").lower()
+    if name == "localhost" or name.endswith(".localhost"):  # RFC 6761
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

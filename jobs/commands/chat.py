@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from calumma.jobs.commands.terminal import TerminalText, terminal_text
 from calumma.platform.cluster.capacity import ClusterError
 from calumma.platform.cluster.head import Service
 
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 MODALITIES = {"both": ["text", "image"], "text": ["text"], "image": ["image"]}
+FORMATS = ("PNG", "JPEG", "WEBP")  # that pictures in answers may have
 MOST_COLUMNS = 48  # columns of a picture; two pixels share a character, one above the other
 HELP = "/image FILE adds a picture to your next message, /new begins a new conversation, /quit ends (as Ctrl-D does)"
 
 
 class ChatError(RuntimeError):
-    """No answer; the message says why. `code` is the server's, if it gave one."""
+    """No answer; the message says why, fit for a terminal. `code` is the server's, if it gave one."""
 
     def __init__(self, message: str, code: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(terminal_text(message))
         self.code = code
 
 
@@ -100,7 +102,7 @@ class ChatSession:
                 yield value
             else:
                 parts.append({"type": "image_url", "image_url": {"url": value}})
-                yield base64.b64decode(value.partition(",")[2])
+                yield _picture(value)
         self.messages += [question, {"role": "assistant", "content": parts or " "}]
 
     def _stream(self, question: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -133,7 +135,14 @@ class ChatSession:
 
 
 def _answer_parts(reply: Any) -> Iterator[tuple[str, str]]:
-    """("text", …) and ("image", data URL) of a stream of server-sent events."""
+    """("text", …) and ("image", data URL) of a stream of server-sent events. Raises ChatError."""
+    try:
+        yield from _chunk_parts(reply)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ChatError(f"{reply.url} does not answer as calumma does ({type(error).__name__}: {error})") from error
+
+
+def _chunk_parts(reply: Any) -> Iterator[tuple[str, str]]:
     finished = False
     for line in reply.iter_lines():
         if not line.startswith(b"data: ") or line == b"data: [DONE]":
@@ -152,6 +161,19 @@ def _answer_parts(reply: Any) -> Iterator[tuple[str, str]]:
             finished = finished or choice["finish_reason"] is not None
     if not finished:
         raise ChatError("the connection ended before the answer did")
+
+
+def _picture(url: str) -> bytes:
+    """The file in a data URL. Raises ChatError when it is no picture."""
+    from PIL import Image
+
+    try:
+        data = base64.b64decode(url.partition(",")[2], validate=True)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            opened.load()
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ChatError(f"the answer has a picture that is none ({type(error).__name__})") from error
+    return data
 
 
 def _error_of(reply: Any) -> ChatError:
@@ -183,19 +205,21 @@ def picture_part(path: Path) -> dict[str, Any]:
 
 
 def print_answer(answer: Iterator[str | bytes], console: Console, folder: Path) -> None:
-    """Print an answer as it comes; pictures are saved into `folder`, and drawn where there are colours."""
+    """Print an answer as it comes; pictures are saved into `folder`, and drawn where there are colours. Of its text a
+    terminal gets characters alone: what would steer it stays away."""
     from PIL import Image
 
-    at_line_start = True
+    at_line_start, text = True, TerminalText()
     for piece in answer:
         if isinstance(piece, str):
-            console.print(piece, end="", markup=False, soft_wrap=True)
-            at_line_start = piece.endswith("\n")
+            if shown := text.feed(piece):
+                console.print(shown, end="", markup=False, soft_wrap=True)
+                at_line_start = shown.endswith("\n")
             continue
         if not at_line_start:
             console.print()
         if console.color_system is not None:
-            with Image.open(io.BytesIO(piece)) as opened:
+            with Image.open(io.BytesIO(piece), formats=FORMATS) as opened:
                 console.print(half_blocks(opened, min(MOST_COLUMNS, console.width)))
         console.print(f"[{_save_picture(piece, folder)}]", style="dim", markup=False, soft_wrap=True)
         at_line_start = True

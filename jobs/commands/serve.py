@@ -14,6 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from calumma.jobs.commands.serve_options import (
+    additional_model,
+    read_keys,
+    read_settings,
+    read_yaml,
+    replica_range,
+    served_name,
+)
 from calumma.platform.cluster import capacity
 from calumma.platform.cluster import head as ray_head
 from calumma.platform.cluster.capacity import ClusterError
@@ -22,8 +30,6 @@ from calumma.platform.cluster.progress import format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from calumma.serve.settings import ServeSettings
 
 app = typer.Typer(help="Serve a model over HTTP.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -63,6 +69,15 @@ def start(
         Path | None,
         typer.Option(help="File with the API keys' hashes, one a line (see `serve key`); also $CALUMMA_API_KEYS."),
     ] = None,
+    open: Annotated[
+        bool, typer.Option("--open", help="Let everybody who reaches --host use the server without keys.")
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which clients may call the server, say example.org; repeats.")
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None, typer.Option(help="Whose web pages may use it, say https://example.org; repeats.")
+    ] = None,
     watch: Annotated[
         float, typer.Option(help="Seconds between looks for a new version of models:/NAME@ALIAS; 0: never.")
     ] = 30.0,
@@ -88,13 +103,16 @@ def start(
             "gpus_per_replica": gpus,
             "tensor_parallel": tensor_parallel,
             "max_sequences": max_sequences,
+            "open": open or None,
+            "allowed_hosts": allowed_host,
+            "allowed_origins": allowed_origin,
         }
-        values = _read_yaml(config) | {key: value for key, value in options.items() if value is not None}
+        values = read_yaml(config) | {key: value for key, value in options.items() if value is not None}
         if replicas is not None:
             values["min_replicas"], values["max_replicas"] = replica_range(replicas)
         values.setdefault("watch_seconds", watch or None)
-        values["also"] = [*values.get("also", []), *(_additional_model(text, tracking_uri) for text in also or [])]
-        values["keys"] = [*values.get("keys", []), *_read_keys(keys)]
+        values["also"] = [*values.get("also", []), *(additional_model(text, tracking_uri) for text in also or [])]
+        values["keys"] = [*values.get("keys", []), *read_keys(keys)]
         _require_none_running()
         service = _start_on_cluster(values, address, console) if address else _start_on_own_head(values, console)
         asked = _on_signal() if block else None
@@ -210,55 +228,6 @@ def _on_signal() -> threading.Event:
     return asked
 
 
-def _read_yaml(config: Path | None) -> dict[str, Any]:
-    """The fields of a YAML file. Raises ValueError, OSError."""
-    if config is None:
-        return {}
-    import yaml
-
-    try:
-        values = yaml.safe_load(config.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{config} is no YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{config} must hold fields and their values, found {type(values).__name__}")
-    return values
-
-
-def _additional_model(text: str, tracking_uri: str | None) -> dict[str, Any]:
-    """A model given as NAME=MODEL. Raises ValueError."""
-    name, equals, model = text.partition("=")
-    if not (name and equals and model):
-        raise ValueError(f"--also {text!r}: give NAME=MODEL, say --also small=s3://bucket/small")
-    return {"name": name, "model": model, "tracking": {"uri": tracking_uri}}
-
-
-def _read_keys(file: Path | None) -> list[dict[str, Any]]:
-    """The API keys of a file and the environment. Raises ValueError, OSError."""
-    from calumma.serve.http.access.api_keys import load_keys
-
-    return [one.model_dump() for one in load_keys(file)]
-
-
-def replica_range(text: str) -> tuple[int, int]:
-    """ "2" -> (2, 2), "1..3" -> (1, 3). Raises ValueError."""
-    first, dots, last = text.partition("..")
-    try:
-        least, most = int(first), int(last if dots else first)
-    except ValueError:
-        raise ValueError(f"--replicas {text!r}: give a number, or a range like 1..3") from None
-    if not 1 <= least <= most:
-        raise ValueError(f"--replicas {text!r}: at least 1, and not more at the left than at the right")
-    return least, most
-
-
-def served_name(model: str) -> str:
-    """The registered name of models:/NAME@ALIAS; otherwise `calumma`."""
-    if not model.startswith("models:/"):
-        return "calumma"
-    return model.removeprefix("models:/").partition("@")[0].partition("/")[0] or "calumma"
-
-
 def health(service: Service) -> tuple[str, dict[str, Any]]:
     """A word on a service's state, and what its /health tells."""
     import requests
@@ -285,21 +254,9 @@ def _require_none_running() -> None:
     running.end()
 
 
-def _settings(values: dict[str, Any]) -> ServeSettings:
-    from pydantic import ValidationError
-
-    from calumma.serve.settings import ServeSettings
-
-    try:
-        return ServeSettings(**values)
-    except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given {e['input']!r})" for e in error.errors()]
-        raise ValueError("\n".join(wrong)) from error
-
-
 def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
     """On a Ray head of our own."""
-    settings = _settings(values)
+    settings = read_settings(values)
     with console.status("looking at the model"):
         from calumma.serve.deploy.endpoint import deploy
         from calumma.serve.deploy.preparation import locate_servable, require_port
@@ -343,7 +300,7 @@ def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
 
 def _start_on_cluster(values: dict[str, Any], address: str, console: Console) -> Service:
     """On a cluster that runs already."""
-    settings = _settings(values)
+    settings = read_settings(values)
     with console.status(f"loading {settings.model} on {address}"), ray_head.connected(address, ours=False):
         from calumma.serve.deploy.endpoint import deploy
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.access.middleware import AccessMiddleware
@@ -33,6 +34,15 @@ def create_app(
     context = ServingContext(by_name, settings, drain or Drain())
     app = FastAPI(title="calumma", docs_url=None, redoc_url=None, lifespan=lambda _: context.facts.refreshing())
     app.add_middleware(AccessMiddleware, metrics=context.metrics, settings=settings, drain=context.drain)
+    if settings.allowed_origins:  # outside, so that pages can read refusals too; it answers preflights itself
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+            max_age=600,
+        )
     add_error_handlers(app)
     add_status(app, context)
     add_chat(app, context)

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from calumma.serve.http.access.middleware import TOO_LARGE, error_response
 from calumma.serve.http.wire.errors import APIError, describe_errors
@@ -32,12 +33,19 @@ def add_error_handlers(app: FastAPI) -> None:
         }
         code = TOO_LARGE if error.status_code == 413 else None
         message = messages.get(error.status_code, str(error.detail))
-        return error_response(APIError(message, status=error.status_code, code=code))
+        headers = {"Allow": _methods(request)} if error.status_code == 405 else error.headers
+        return error_response(APIError(message, status=error.status_code, code=code), headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         log.exception("failed to answer %s", request.url.path, exc_info=error)
         return error_response(APIError("the server failed to answer; its log has the details", status=500))
+
+
+def _methods(request: Request) -> str:
+    """What the path takes, for the header Allow."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
 
 
 def _validation(request: Request, error: RequestValidationError) -> APIError:

@@ -126,7 +126,10 @@ def replica(model: MixedModalModel) -> Iterator[EngineReplica]:
 
 @pytest.fixture(scope="session")
 def settings(model_directory: Path) -> ServeSettings:
-    return ServeSettings(model=str(model_directory), name="tiny", max_body_mebibytes=0.25)
+    """Of a server under the name by which Starlette's client calls it, too."""
+    return ServeSettings(
+        model=str(model_directory), name="tiny", max_body_mebibytes=0.25, allowed_hosts=("testserver",)
+    )
 
 
 @pytest.fixture

@@ -18,9 +18,11 @@ from calumma.jobs.commands.chat import ChatError, ChatSession, chat, half_blocks
 from calumma.platform.cluster.head import Service
 from calumma.serve.http.access.api_keys import hash_key
 from calumma.serve.http.app import create_app
+from calumma.serve.protocol import ImageOutput, TextDelta
 from calumma.serve.settings import APIKey, Safety, ServeSettings
 
-from .conftest import StubBackend, listening
+from .conftest import StubBackend, answered, listening
+from .http.conftest import stub_settings
 
 RUNNER = CliRunner()
 CHAT = Typer()
@@ -104,6 +106,26 @@ def test_chat_shows_its_key_and_is_told_a_refusal(tmp_path: Path) -> None:
         assert "seven" in RUNNER.invoke(CHAT, [*asked, "hi"]).output
         refused = RUNNER.invoke(CHAT, [*asked, "dynamite"])
         assert (refused.exit_code, refused.output.strip()) == (1, "not here")
+
+
+def test_a_server_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    """Titles, clipboards, colours and directions of writing in what a server sends stay away, in pieces too."""
+    pieces = ["\x1b]52;c;cm0gLX", "JmIC8=\x07\x1b", "[2Jseven", "\r\u202ehundred\x9b", "31m."]
+    with listening(create_app(StubBackend(*answered(*map(TextDelta, pieces))), stub_settings())) as url:
+        answer = RUNNER.invoke(CHAT, ["--url", url, "--once", "hi"])
+    assert (answer.exit_code, answer.output) == (0, "sevenhundred.\n")
+    rules = Safety(policy="calumma.serve.safety:keywords", options={"words": ["hi"], "reason": "\x1b]0;title\x07no"})
+    with listening(create_app(StubBackend(), stub_settings(safety=rules))) as url:
+        assert RUNNER.invoke(CHAT, ["--url", url, "--once", "hi"]).output == "no\n"
+
+
+def test_a_picture_of_a_server_that_is_none_is_neither_opened_nor_kept(tmp_path: Path) -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"  # Pillow would have Ghostscript run it
+    with listening(create_app(StubBackend(*answered(ImageOutput(eps))), stub_settings())) as url:
+        answer = RUNNER.invoke(CHAT, ["--url", url, "--once", "hi", "--save", str(tmp_path / "pictures")])
+    assert answer.exit_code == 1
+    assert "a picture that is none" in answer.output
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_a_file_that_is_no_picture(tmp_path: Path, png: bytes) -> None:

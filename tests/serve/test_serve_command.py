@@ -70,6 +70,8 @@ def test_the_served_name_is_the_registered_one(model: str, name: str) -> None:
         (["{model}", "--replicas", "3..2"], "--replicas '3..2'"),
         (["{model}", "--gpus", "64"], "64 GPUs each"),
         (["{model}", "--port", "{taken}"], "choose another with --port"),
+        (["{model}", "--host", "0.0.0.0"], "everybody who reaches this machine could use the server: give it keys"),
+        (["{model}", "--host", "0.0.0.0", "--open", "--allowed-host", "a/b"], "allowed_hosts.0: String should match"),
         (["{model}", "--port", "70000"], "port: Input should be less than or equal to 65535"),
     ],
 )

@@ -1,12 +1,13 @@
-"""The outermost layer of the HTTP application. It measures every request, and refuses bodies above the limit, requests
-without a valid API key where keys are needed, more requests at once than are allowed, and all new ones while the server
-is about to end."""
+"""The outermost layer of the HTTP application but for CORS. It measures every request, and refuses requests under names
+that are not the server's, bodies above the limit, requests without a valid API key where keys are needed, more requests
+at once than are allowed, and all new ones while the server is about to end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from calumma.serve.http.access.api_keys import AccessControl
 from calumma.serve.http.access.drain import Drain
+from calumma.serve.http.access.hosts import HostCheck
 from calumma.serve.http.metrics import Metrics
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.settings import ServeSettings
@@ -30,9 +32,9 @@ def too_large(limit: int) -> HTTPException:
     return HTTPException(413, message)
 
 
-def error_response(error: APIError) -> JSONResponse:
+def error_response(error: APIError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """OpenAI's error object, with the headers that belong to its status."""
-    headers = {}
+    headers = {**(headers or {})}
     if error.status in RETRY_AFTER:
         headers["Retry-After"] = RETRY_AFTER[error.status]
     if error.status == 401:
@@ -49,6 +51,7 @@ class AccessMiddleware:
         self._metrics = metrics
         self._limit = settings.max_body_bytes
         self._body_seconds = settings.limits.body_seconds
+        self._hosts = HostCheck(settings)
         self._access = AccessControl(settings.keys, settings.limits.running, settings.limits.running_per_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,6 +93,7 @@ class AccessMiddleware:
 
     def _admit(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
         """For the length of a request to the API; pages and probes need nothing. Raises APIError."""
+        self._hosts.require(scope)
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limit:

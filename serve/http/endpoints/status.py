@@ -39,10 +39,10 @@ def add_status(app: FastAPI, context: ServingContext) -> None:
     async def health(model: str | None = None) -> Response:
         """That the server lives, whatever it is busy with, and what a model has told about itself last."""
         found = context.model(model)
-        source = {} if settings.keys else {"source": found.model}
+        source = {} if settings.keys_needed else {"source": found.model}
         about = {"model": found.name, **source, "sampling": found.sampling.model_dump()}
         known = await context.facts.known(found.name)
-        return JSONResponse({"status": "ok", "models": list(cards), "keys": bool(settings.keys), **about, **known})
+        return JSONResponse({"status": "ok", "models": list(cards), "keys": settings.keys_needed, **about, **known})
 
     @app.get("/ready")
     async def ready() -> Response:

@@ -19,8 +19,8 @@ def ask(text: str = "Draw a three.", **fields: Any) -> dict[str, Any]:
 
 
 def stub_settings(**fields: Any) -> ServeSettings:
-    """Of a server over a `StubBackend`."""
-    return ServeSettings(model="/models/tiny", name="tiny", **fields)
+    """Of a server over a `StubBackend`, under the name by which Starlette's client calls it, too."""
+    return ServeSettings(**{"model": "/models/tiny", "name": "tiny", "allowed_hosts": ("testserver",)} | fields)
 
 
 def sse_events(text: str) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     with listening(create_app(StubBackend(), stub_settings(limits=Limits(body_seconds=0.2)))) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as client:
-            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n")
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n")
             client.sendall(b"Content-Type: application/json\r\n\r\n{")
             assert b" 408 " in client.recv(100)
 
