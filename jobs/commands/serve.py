@@ -31,6 +31,8 @@ from calumma.platform.cluster.progress import format_duration
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from calumma.serve.settings import ServeSettings
+
 app = typer.Typer(help="Serve a model over HTTP.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 EXAMPLE = {"messages": [{"role": "user", "content": "Draw a seven."}]}
