@@ -299,7 +299,7 @@ class Engine:
                 self._arrivals += 1
                 self._counters.prompt_tokens += len(request.tokens)
                 try:
-                    self._scheduler.waiting.append(self._state(request, limits))
+                    self._scheduler.add(self._state(request, limits))
                 except Exception as error:
                     self._known.discard(request_id)
                     self._counters.failed += 1

@@ -171,11 +171,17 @@ def nth_seed(seed: int | None, number: int) -> int | None:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt (token ids from bos on, images whole) to be continued."""
+    """A prompt (token ids from bos on, images whole) to be continued.
+
+    tenant: whom it is for; tenants share the engine evenly, whatever the number and length of their requests.
+    priority: those of a lower number go first in everything, and the others get what these leave.
+    """
 
     id: str
     tokens: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    tenant: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class RequestState:
     """Preempted, it keeps all but its blocks and its seat.
 
     arrival: its number in the order of requests. seat: its row of the sampler's tables, -1 is none. seated: the row
-    that holds its settings. constraint: its grammar, at the beginning. Raises ValueError on a prefix that the grammar
+    that holds its settings. taken_in: tokens that had to be computed when it was last given a seat. answered_before:
+    what `answered` was then. constraint: its grammar, at the beginning. Raises ValueError on a prefix that the grammar
     does not allow.
     """
 
@@ -54,6 +55,7 @@ class RequestState:
         self.request, self.params, self.arrival = request, request.params, arrival
         self.vocabulary, self.image_length = vocabulary, image_length
         self.seat = self.seated = -1
+        self.taken_in = self.answered_before = 0
         self.seed = request.params.seed or 0  # the engine has drawn it where it is random
         self.full = Sequence(list(request.tokens))
         self.branches: list[tuple[Sequence, float]] = []  # of the image that is being drawn, with their weights

@@ -1,18 +1,26 @@
-"""Who takes part in the next pass: requests in order of arrival, as far as blocks and the budget of tokens go.
+"""Who takes part in the next pass: whose turn it is (`tenants`), as far as seats, blocks and the budget of tokens go.
 
-An older request takes the blocks it lacks from the youngest, which is preempted: it gives back its blocks and seat and
-waits to be computed again. So the oldest always moves, and everybody becomes the oldest in the end. What goes wrong
-with one request is told of that one (`faults`), and the others are scheduled.
+Invariants, beside those of `tenants`:
+
+- Nothing is lost: a request runs or waits until it is finished. One that is preempted gives back its blocks and seat
+  and waits, before the later ones of its tenant, to be computed again.
+- Work is conserved: a seat is free only while nobody waits, or whoever is next waits for blocks, or for a prefix that
+  another request is computing.
+- Running requests that lack blocks take them from the youngest request of the tenant with most; of a lone tenant, from
+  the youngest. Whoever that is stays behind; all others move. So somebody always does, and all end.
+- What goes wrong with one request is told of that one (`faults`), and the others are scheduled.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
+from typing import Any
 
 from calumma.model.generation.cache.block_manager import BlockManager
 from calumma.model.generation.cache.sequence import Sequence
 from calumma.model.generation.request_state import RequestState
+from calumma.model.generation.tenants import Tenant, Tenants
 
 # A sequence of at most so many tokens is no prompt but an answer's end of image, and costs nothing of the budget.
 FREE_TOKENS = 2
@@ -37,21 +45,41 @@ class Scheduler:
 
     def __init__(self, blocks: BlockManager, seats: int, budget: int) -> None:
         self.blocks, self.budget = blocks, budget
-        self.waiting: deque[RequestState] = deque()  # in order of arrival, the preempted first
+        self.tenants = Tenants(seats, blocks.count)
         self.running: list[RequestState] = []  # in order of arrival
         self.preemptions = 0
         self.faults: list[tuple[RequestState, Exception]] = []  # to be ended by who asks for the schedule
+        self._line: dict[str, RequestState] = {}  # who waits, by the request's id
         self._seats = list(reversed(range(seats)))
+
+    @property
+    def waiting(self) -> list[RequestState]:
+        """In order of arrival, the preempted among them."""
+        return sorted(self._line.values(), key=lambda state: state.arrival)
+
+    def add(self, state: RequestState) -> None:
+        """Put a request in line."""
+        self._line[state.request.id] = state
+        self.tenants.wait(state)
 
     def schedule(self) -> list[ScheduledRequest]:
         """The requests of the next pass, with blocks for all they write; empty only when nobody is left."""
         scheduled: list[ScheduledRequest] = []
-        budget, preemptions = self.budget, self.preemptions
-        for state in list(self.running):
-            budget = self._plan_alone(state, budget, scheduled)
+        preemptions = self.preemptions
+        self.tenants.settle()
+        answering = [state for state in self.running if not _prompt_tokens(state)]
+        for state in answering:
+            self._plan_alone(state, 0, scheduled)
         if self.preemptions == preemptions:
-            for state in self._admit():
-                budget = self._plan_alone(state, budget, scheduled)
+            self._admit(scheduled)
+        planned = {state.arrival for state in answering}
+        others = [state for state in self.running if state.arrival not in planned]
+        budgets = self._budgets(others)
+        for state in others:
+            tenant = self.tenants.of(state)
+            budgets[tenant] = self._plan_alone(state, budgets[tenant], scheduled)
+        for item in scheduled:
+            self._charge(item)
         return scheduled
 
     def steps(self, scheduled: list[ScheduledRequest], most: int) -> int:
@@ -67,6 +95,8 @@ class Scheduler:
             steps -= 1
         for sequence in sequences:
             self.blocks.grow(sequence, sequence.cached + steps)
+        for item in scheduled if steps > 1 else ():
+            self._charge(item, steps)
         return steps
 
     def finish(self, state: RequestState, failed: bool = False) -> None:
@@ -74,12 +104,29 @@ class Scheduler:
         if state.seat >= 0:
             self._release(state, failed)
             self.running.remove(state)
-        elif state in self.waiting:
-            self.waiting.remove(state)
+        elif self._line.pop(state.request.id, None) is None:
+            return  # admission has taken it out already
+        self.tenants.leave(state)
 
     def find(self, request_id: str) -> RequestState | None:
-        every = (*self.running, *self.waiting)
-        return next((state for state in every if state.request.id == request_id), None)
+        running = (state for state in self.running if state.request.id == request_id)
+        return self._line.get(request_id) or next(running, None)
+
+    def _budgets(self, states: list[RequestState]) -> dict[Tenant, int]:
+        """What of the budget the requests of each tenant get together."""
+        demands: dict[Tenant, int] = {}
+        for state in states:
+            tenant = self.tenants.of(state)
+            demands[tenant] = demands.get(tenant, 0) + _prompt_tokens(state)
+        return self.tenants.budgets(demands, self.budget)
+
+    def _charge(self, item: ScheduledRequest, steps: int = 1) -> None:
+        tokens = 0
+        for sequence, count in zip(item.state.sequences, item.counts, strict=True):
+            end = sequence.cached + count + item.draft + steps - 1
+            tokens += max(0, end - max(sequence.cached, sequence.charged))
+            sequence.charged = max(sequence.charged, end)
+        self.tenants.charge(item.state, tokens)
 
     def _plan_alone(self, state: RequestState, budget: int, scheduled: list[ScheduledRequest]) -> int:
         try:
@@ -89,9 +136,9 @@ class Scheduler:
             return budget
 
     def _plan(self, state: RequestState, budget: int, scheduled: list[ScheduledRequest]) -> int:
-        """Add a request's share, unless it must stay behind, and say what is left of the budget. Takes blocks from the
-        youngest others where it lacks them."""
-        if state.seat < 0:  # preempted meanwhile by an older one
+        """Add a request's share, unless it must stay behind, and say what is left of the budget. Takes blocks where it
+        lacks them."""
+        if state.seat < 0:  # preempted meanwhile
             return budget
         counts = []
         for sequence in state.sequences:
@@ -106,39 +153,36 @@ class Scheduler:
         draft = len(state.drafts.codes) if samples and state.drafts is not None else 0
         for sequence, count in zip(state.sequences, counts, strict=True):
             while not self.blocks.grow(sequence, sequence.cached + count + draft):
-                youngest = self.running[-1]
-                if youngest is state:  # older ones have the blocks; it keeps its own until they ask for them
+                giver = self.tenants.largest()
+                if giver is state:  # others have the blocks; it keeps its own until they ask for them
                     return budget
-                self._preempt(youngest)
+                self._preempt(giver, scheduled)
         if any(counts):
             scheduled.append(ScheduledRequest(state, counts, samples, draft))
         return budget
 
-    def _admit(self) -> list[RequestState]:
-        """Start waiting requests while there are seats, and blocks for their contexts and first tokens. Nobody
-        overtakes, but for one: who shares a prefix with a request that is computing it waits until it is there."""
-        started: list[RequestState] = []
-        behind: list[RequestState] = []
+    def _admit(self, scheduled: list[ScheduledRequest]) -> None:
+        """Start waiting requests while there are seats, and blocks for their contexts and first tokens, or others give
+        theirs up for them. Nobody overtakes who is next, but for one: who shares a prefix with a request that is
+        computing it waits until it is there."""
+        passed_over: set[int] = set()
         writing = {
             self.blocks.next_block(sequence)
             for state in self.running
             for sequence in state.sequences
             if sequence.pending > FREE_TOKENS
         }
-        while self.waiting and self._seats:
-            state = self.waiting[0]
-            # its context, one block for its first tokens, and the branches of an image begun
-            blocks = sum(-(-len(sequence.tokens) // self.blocks.size) for sequence in state.sequences) + 1
-            blocks = min(blocks, self.blocks.count)
-            if self._shares(state):
-                referenced, _, following = self.blocks.lookup(state.full.tokens)
-                if following in writing:
-                    behind.append(self.waiting.popleft())
-                    continue
-                blocks -= referenced
-            if blocks > self.blocks.available:
-                break
-            self.waiting.popleft()
+        while (state := self.tenants.next(passed_over)) is not None:
+            if not self._seats and not self.tenants.givers(state, 1, 0):
+                return
+            shared, following = self._lookup(state)
+            if following is not None and following in writing:
+                passed_over.add(state.arrival)
+                continue
+            if not self._make_room(state, shared, scheduled):
+                return
+            del self._line[state.request.id]
+            self.tenants.leave(state, ended=False)
             try:
                 for sequence in state.sequences:
                     self._attach(state, sequence)
@@ -150,12 +194,33 @@ class Scheduler:
                 for sequence in state.sequences:
                     self.blocks.release(sequence, failed=True)
                 self.faults.append((state, error))
+                self.tenants.forget(state)
                 continue
             state.seat = self._seats.pop()
-            started.append(state)
-        self.waiting.extendleft(reversed(behind))
-        self.running = sorted([*self.running, *started], key=lambda state: state.arrival)
-        return started
+            state.taken_in = sum(sequence.pending for sequence in state.sequences)
+            state.answered_before = state.answered
+            self.tenants.start(state)
+            insort(self.running, state, key=lambda state: state.arrival)
+
+    def _make_room(self, state: RequestState, shared: int, scheduled: list[ScheduledRequest]) -> bool:
+        """A seat and blocks for a request that shares so many; what it lacks others give, who may be among the
+        scheduled then. Its blocks are those of its context, one for its first tokens, and the branches of an image
+        begun."""
+        blocks = sum(-(-len(sequence.tokens) // self.blocks.size) for sequence in state.sequences) + 1
+        blocks = min(blocks, self.blocks.count)
+        lacking = max(0, 1 - len(self._seats)), max(0, blocks - shared - self.blocks.available)
+        if any(lacking):
+            for giver in self.tenants.givers(state, *lacking):
+                self._preempt(giver, scheduled)
+            shared, _ = self._lookup(state)  # they may have been a giver's
+        return bool(self._seats) and blocks - shared <= self.blocks.available
+
+    def _lookup(self, state: RequestState) -> tuple[int, Any]:
+        """Blocks of running requests that it would share, and the first block that it would lack."""
+        if not self._shares(state):
+            return 0, None
+        referenced, _, following = self.blocks.lookup(state.full.tokens)
+        return referenced, following
 
     def _shares(self, state: RequestState) -> bool:
         """A prompt whose every logit is asked for must be computed; what it writes is as good for others."""
@@ -175,10 +240,12 @@ class Scheduler:
             self.blocks.attach(sequence)
         sequence.attached = True
 
-    def _preempt(self, state: RequestState) -> None:
+    def _preempt(self, state: RequestState, scheduled: list[ScheduledRequest]) -> None:
         self._release(state)
         self.running.remove(state)
-        self.waiting.appendleft(state)
+        scheduled[:] = [item for item in scheduled if item.state is not state]
+        self.tenants.leave(state, ended=False)
+        self.add(state)
         self.preemptions += 1
 
     def _release(self, state: RequestState, failed: bool = False) -> None:
@@ -187,3 +254,9 @@ class Scheduler:
         state.retired = []
         self._seats.append(state.seat)
         state.seat = state.seated = -1
+
+
+def _prompt_tokens(state: RequestState) -> int:
+    """Tokens of a request that count for a pass's budget."""
+    pending = (sequence.pending for sequence in state.sequences)
+    return sum(count - 1 for count in pending if count > FREE_TOKENS)

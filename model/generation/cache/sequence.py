@@ -10,6 +10,7 @@ class Sequence:
     """A context in the cache: its tokens, the first `cached` of which are written in its blocks.
 
     verified: the first so many of them are known to be numbers. lives: how often its blocks were taken from it.
+    charged: so many of them its tenant has been charged for, once, however often they are computed.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -19,6 +20,7 @@ class Sequence:
     attached: bool = False  # whether it has been looked up in what the cache holds
     verified: int = 0
     lives: int = 0
+    charged: int = 0
 
     @property
     def pending(self) -> int:

@@ -67,6 +67,11 @@ def alone(number: int, mode: Any, max_tokens: int, heat: float, guidance: float)
     return tuple(token for _ in iter(lambda: engine.has_work, False) for e in engine.step() for token in e.tokens)
 
 
+def whose(id: str) -> dict[str, Any]:
+    """Three tenants, each with requests of two priorities."""
+    return {"tenant": "abc"[ord(id[-1]) % 3], "priority": ord(id[-1]) % 2}
+
+
 def asked(id: str, number: int, mode: Any, max_tokens: int, heat: float, guidance: float) -> Request:
     text = PhaseSampling(heat, 0.9 if number % 2 else 1.0, 1.2, top_k=number % 3 * 5)
     image = PhaseSampling(heat, 0.95, min_p=0.01 * (number % 2))
@@ -74,6 +79,7 @@ def asked(id: str, number: int, mode: Any, max_tokens: int, heat: float, guidanc
         id,
         PROMPTS[number],
         SamplingParams(max_tokens, mode, 3, text, image, guidance, 1.2 if guidance > 1 else 1.0, seed=number),
+        **whose(id),
     )
 
 

@@ -68,6 +68,11 @@ def tiny() -> Transformer:
 Asked = tuple[int, Any, int, float, float, int]
 
 
+def whose(id: str) -> dict[str, Any]:
+    """Three tenants, each with requests of two priorities."""
+    return {"tenant": "abc"[ord(id[-1]) % 3], "priority": ord(id[-1]) % 2}
+
+
 def asked(id: str, number: int, mode: Any, max_tokens: int, heat: float, guidance: float, seed: int) -> Request:
     text = PhaseSampling(heat, 0.9 if seed % 2 else 1.0, 1.2, seed % 3 * 5, presence_penalty=seed % 2)
     image = PhaseSampling(heat, 0.95, min_p=0.01 * (seed % 2))
@@ -78,6 +83,7 @@ def asked(id: str, number: int, mode: Any, max_tokens: int, heat: float, guidanc
         SamplingParams(
             max_tokens, mode, 3, text, image, guidance, 1.2 if guidance > 1 else 1.0, seed, prompt_logprobs=scored
         ),
+        **whose(id),
     )
 
 
