@@ -162,7 +162,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests in line, those included that gave their blocks back to older ones."""
+        """Requests in line, those included that gave their room back to others."""
         return len(self._known) - self.running
 
     @property

@@ -1,4 +1,5 @@
-"""What a pass that goes wrong costs: the requests at fault, or the newest where memory is short, and nobody else.
+"""What a pass that goes wrong costs: the requests at fault, or where memory is short the newest of the tenant with
+most, and nobody else.
 
 A pass that raises has changed nothing (ModelRunner), so it can be tried again with fewer requests, whose tokens are
 what they would have been. Of several requests those are at fault whose passes raise by themselves. Where none succeeds
@@ -8,6 +9,7 @@ it is the engine that is broken: StepFailed names who was in the step. A group o
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import torch
 
@@ -62,7 +64,7 @@ class FaultContainment:
                 self._runner.forget_room()
                 forgot = True
                 continue
-            newest = max(left, key=lambda item: item.state.arrival)
+            newest = _newest(left)
             log.warning("out of memory: gave up %s, the newest of %d requests", newest.state.request.id, len(left))
             message = f"out of memory in a step of {len(left)} requests: the newest was given up ({described(fault)})"
             outputs.append(RunnerOutput(newest.state, [], [], Failure("out of memory", message)))
@@ -108,6 +110,19 @@ def lost(error: BaseException) -> bool:
 def described(error: BaseException) -> str:
     """An error in a line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _newest(scheduled: list[ScheduledRequest]) -> ScheduledRequest:
+    """Of the tenant with most sequences, among those of the lowest priority."""
+    held = Counter[tuple[int, str]]()
+    for item in scheduled:
+        held[item.state.request.priority, item.state.request.tenant] += len(item.counts)
+
+    def rank(item: ScheduledRequest) -> tuple[int, int, int]:
+        request = item.state.request
+        return request.priority, held[request.priority, request.tenant], item.state.arrival
+
+    return max(scheduled, key=rank)
 
 
 def _ids(scheduled: list[ScheduledRequest]) -> tuple[str, ...]:

@@ -11,9 +11,8 @@ class Counters:
 
     text_tokens, image_tokens: of answers, forced ones included. prompt_tokens: of prompts taken in. computed_tokens:
     that went through the model, those of guidance branches, recomputed and rejected ones included. steps: forward
-    passes. failed: requests that went wrong (see Failure). preemptions: requests that gave their blocks back to older
-    ones. drafted, accepted: image codes that
-    speculative decoding proposed, and those it kept.
+    passes. failed: requests that went wrong (see Failure). preemptions: requests that gave their room back to
+    others. drafted, accepted: image codes that speculative decoding proposed, and those it kept.
     """
 
     prompt_tokens: int = 0

@@ -29,7 +29,7 @@ COUNTERS = {
     "step_seconds": "Seconds of engine steps",
     "finished": "Requests answered",
     "aborted": "Requests given up",
-    "preemptions": "Requests that gave their cache back to older ones",
+    "preemptions": "Requests that gave their room back to others",
     "prefix_hit_tokens": "Context tokens found in the cache",
     "evictions": "Cached blocks given up for others",
     "drafted": "Image codes proposed by speculative decoding",

@@ -4,6 +4,7 @@ they are about, and everybody else gets what they get alone."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -233,6 +234,23 @@ def test_who_is_shed_is_the_newest_and_only_while_memory_is_short(monkeypatch: p
     assert told(run(engine)["later"])[1] == "length"
 
 
+def test_of_several_tenants_the_one_with_most_is_shed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = Decoder.hidden
+
+    def limited(self: Decoder, tokens_T: Tensor, paged: Any) -> Tensor:
+        if len(tokens_T) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return hidden(self, tokens_T, paged)
+
+    monkeypatch.setattr(Decoder, "hidden", limited)
+    engine = Engine(tiny(), V, N)
+    for number, tenant in enumerate("aaab"):
+        engine.add(Request(str(number), [V.bos], SamplingParams(4, ignore_eos=True), tenant))
+    assert {id: told(events)[1] for id, events in run(engine).items()} == {
+        "0": "length", "1": "length", "2": "failed", "3": "length"
+    }  # fmt: skip
+
+
 def test_a_recording_that_does_not_fit_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = []
 
@@ -393,6 +411,6 @@ def test_drafts_of_a_pass_that_raised_are_what_they_were(monkeypatch: pytest.Mon
     monkeypatch.setattr(JacobiDraft, "verify", failing)
     engine = Engine(tiny(), V, N, jacobi_window=2)
     for number, request in enumerate(mix):
-        engine.add(asked(str(number), *request))
+        engine.add(replace(asked(str(number), *request), tenant="", priority=0))
     found = run(engine)
     assert [told(found[id]) for id in "01"] == expected[:2]
