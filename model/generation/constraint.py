@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-ConstraintKind = Literal["json", "json_schema", "regex", "choice", "grammar"]
+ConstraintKind = Literal["json", "json_schema", "regex", "choice", "grammar", "tools"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Constraint:
 
     kind and value: "json": any JSON object, no value; "json_schema": a JSON schema; "regex": a regular expression that
     the whole text matches; "choice": a JSON list of texts, one of which the text is; "grammar": a context-free grammar
-    in Lark's or GBNF's notation.
+    in Lark's or GBNF's notation; "tools": calls of tools, with or without a text before them (tool_calls.tools_value).
     """
 
     kind: ConstraintKind
@@ -28,6 +28,11 @@ class Constraint:
 class TokenConstraint(Protocol):
     """A grammar at one place of one text: a function of its Constraint and of the ids it has advanced by, the same in
     every process."""
+
+    @property
+    def may_begin_image(self) -> bool:
+        """Whether the text may be interrupted by an image here."""
+        ...
 
     def fill_mask(self, mask_W: NDArray[np.int32]) -> None:
         """Set bit `id % 32` of word `id // 32` for every id that may come next and clear all others; the ids that end

@@ -94,8 +94,9 @@ class SamplingParams:
     any of these. ignore_eos: neither eos nor end_turn comes.
     allowed_ids: the only ids that may come in text, eos and begin_image among them where they may. bad_words: sequences
     of ids that the answer's text does not get. logit_bias: (id, value) pairs to be added to logits of text.
-    constraint: a grammar for the answer's text; no image is begun then but in the prefix. Where the grammar's text is
-    complete and nothing may follow, the answer ends whatever min_tokens and ignore_eos say.
+    constraint: a grammar for the answer's text; images are begun in the prefix then, and where the grammar lets a text
+    be anything. Where the grammar's text is complete and nothing may follow, the answer ends whatever min_tokens and
+    ignore_eos say.
     logprobs, prompt_logprobs: report so many most likely ids for each token of the answer, or of the prompt; None does
     not, and 0 reports the prompt's own alone.
     Raises ValueError on a value out of range.

@@ -1,5 +1,5 @@
 """Grammars over a text tokenizer's ids, for the engine's text phase: JSON, JSON schemas, regular expressions, choices,
-context-free grammars.
+context-free grammars, calls of tools.
 
 By llguidance (https://github.com/guidance-ai/llguidance): an Earley parser over the bytes that ids stand for, a mask of
 65,536 ids in some 0.2 ms, limits of its own on what a grammar may cost, and no dependencies; xgrammar brings triton,
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from calumma.model.generation.constraint import Constraint
 from calumma.model.tokenizers.text import TextTokenizer
+from calumma.model.tokenizers.tool_calls import BEGIN_CALL, END_CALL, head_text
 from calumma.model.vocabulary import Vocabulary
 
 # Most characters of a grammar; GBNF's are read by Python, in time that grows with their square.
@@ -59,9 +60,11 @@ class GrammarCompiler:
                 self._tokenizer = _tokenizer(self._text, self._vocabulary)
             tokenizer = self._tokenizer
         matcher = self._matcher(tokenizer, constraint, "")
-        if self._text.leading_space:
+        if self._text.leading_space and not _any_text(constraint):
             matcher = self._matcher(tokenizer, constraint, " ")
         compiled = TokenGrammar(matcher)
+        if _any_text(constraint):
+            compiled = TextOrCalls(matcher, self._text)
         with self._lock:
             self._compiled[constraint] = compiled
             while len(self._compiled) > KEPT:
@@ -83,6 +86,8 @@ class GrammarCompiler:
 class TokenGrammar:
     """A `TokenConstraint`: a grammar at one place of a text."""
 
+    may_begin_image = False
+
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
 
@@ -102,13 +107,41 @@ class TokenGrammar:
             raise ValueError(f"the grammar cannot be followed any further: {_first_line(self._matcher.get_error())}")
 
 
+class TextOrCalls(TokenGrammar):
+    """Any text, images in it, and perhaps calls of tools at the end: then no more images."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, tokenizer: TextTokenizer, tail: bytes = b"") -> None:
+        """tail: the last bytes of the text before calls, no more than matter; with the mark, once there are calls."""
+        super().__init__(matcher)
+        self._tokenizer, self._tail = tokenizer, tail
+
+    @property
+    def may_begin_image(self) -> bool:  # type: ignore[override]
+        """Not within the mark that begins a call: an image would cut it in two."""
+        return not any(self._tail.endswith(MARK[:n]) for n in range(1, len(MARK) + 1))
+
+    def advance(self, token: int) -> None:
+        super().advance(token)
+        if not self._tail.endswith(MARK):
+            before, mark, _ = (self._tail + self._tokenizer.surface(token)).partition(MARK)
+            self._tail = mark or before[1 - len(MARK) :]
+
+    def copy(self) -> TextOrCalls:
+        return TextOrCalls(self._matcher.deep_copy(), self._tokenizer, self._tail)
+
+
 NAMES = {
     "json": "JSON",
     "json_schema": "the JSON schema",
     "regex": "the regular expression",
     "choice": "the choice",
     "grammar": "the grammar",
+    "tools": "the tools",
 }
+MARK = BEGIN_CALL.encode()
+ANY_TEXT = r"/(.|\n)*/"
+# The JSON of calls as json.dumps writes it.
+AS_WRITTEN: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def grammar_of(constraint: Constraint, before: str = "") -> str:
@@ -148,6 +181,8 @@ def _grammars(constraint: Constraint) -> list[dict[str, Any]]:
             raise ValueError(f"the choice is {value[:40]!r}, and no list of texts")
         # as one expression: its cost does not grow with how many there are
         return [_regex("|".join(map(_literal, choices)))]
+    if kind == "tools":
+        return _tools(value)
     if not value.strip():
         raise ValueError("the grammar is empty")
     try:
@@ -162,6 +197,41 @@ def _json_schema(schema: dict[str, Any] | bool) -> dict[str, Any]:
         defaults={"whitespace_pattern": WHITESPACE},
     )
     return json.loads(made)["grammars"][0]
+
+
+def _any_text(constraint: Constraint) -> bool:
+    """Whether it lets a text be anything until a call begins."""
+    if constraint.kind != "tools":
+        return False
+    asked = json.loads(constraint.value)
+    return asked["calls"] == "may" and asked["text"] is None
+
+
+def _tools(value: str) -> list[dict[str, Any]]:
+    """Of `tool_calls.tools_value`."""
+    asked = json.loads(value)
+    grammars: list[dict[str, Any]] = []
+    bodies = []
+    for number, tool in enumerate(asked["tools"]):
+        schema = llguidance.LLMatcher.grammar_from_json_schema(
+            {"type": "object", **tool["parameters"]}, overrides={**AS_WRITTEN, "lenient": not tool["strict"]}
+        )
+        grammars.append({**json.loads(schema)["grammars"][0], "name": f"arguments{number}"})
+        bodies.append(f"{json.dumps(head_text(tool['name']))} @arguments{number}")
+    first, further = json.dumps(BEGIN_CALL), json.dumps(BEGIN_CALL)
+    lines = [f"call: ({' | '.join(bodies)}) {json.dumps('}' + END_CALL)}"]
+    if asked["calls"] == "must":
+        start = ""
+    elif asked["text"] is None:
+        start, first = "TEXT | ", "until_call"
+        lines.append(f"until_call[lazy]: {ANY_TEXT} {further}")
+        lines.append(f"TEXT: {ANY_TEXT} & ~({ANY_TEXT} {further} {ANY_TEXT})")
+    else:
+        [text, *others] = _grammars(Constraint(*asked["text"]))
+        grammars += [{**text, "name": text.setdefault("name", "text")}, *others]
+        start = f"@{text['name']} | "
+    more = f"({further} call)*" if asked["several"] else ""
+    return [{"name": "calls", "lark_grammar": "\n".join([f"start: {start}{first} call {more}", *lines])}, *grammars]
 
 
 def _regex(expression: str) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from calumma.serve.http.image_loader import ImageLoader
 from calumma.serve.http.metrics import Metrics
 from calumma.serve.http.moderation import moderated
 from calumma.serve.http.streams import GenerationOutput, collect, metered
+from calumma.serve.http.tool_calls import AnswerStream, with_tool_calls
 from calumma.serve.http.wire.errors import APIError
-from calumma.serve.protocol import Backend, GenerationRequest, OutputStream
+from calumma.serve.protocol import Backend, GenerationRequest
 from calumma.serve.safety import load_policy
 from calumma.serve.settings import ModelSettings, ServeSettings
 
@@ -41,10 +42,12 @@ class ServingContext:
             )
         return found
 
-    def generate(self, request: GenerationRequest, model: str) -> OutputStream:
+    def generate(self, request: GenerationRequest, model: str) -> AnswerStream:
         """The output of a request to a model, under the safety policy and the deadline, and measured."""
         stream = moderated(request, self.backends[model].generate, self._policy)
-        return metered(stream, self.metrics, model, self.settings.limits.seconds)
+        measured = metered(stream, self.metrics, model, self.settings.limits.seconds)
+        constraint = request.params.constraint
+        return measured if constraint is None or constraint.kind != "tools" else with_tool_calls(measured)
 
     async def generate_all(self, requests: list[GenerationRequest], model: str) -> list[GenerationOutput]:
         """The whole outputs of several requests at once; the first failure stops the others. Raises APIError."""

@@ -8,8 +8,9 @@ from dataclasses import replace
 from calumma.model.document import Document, Image, Role, Segment, Text, without_layout
 from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.model.generation.request import RANDOM_SEED, nth_seed
+from calumma.model.tokenizers.tool_calls import call_text, response_text, tools_text, without_marks
 from calumma.serve.http.image_loader import ImageLoader
-from calumma.serve.http.wire.content import ImagePart
+from calumma.serve.http.wire.content import ImagePart, TextPart
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.http.wire.requests import ChatRequest, Message, SamplingFields, TextFields
 from calumma.serve.protocol import GenerationRequest
@@ -23,16 +24,17 @@ DATA_URLS_ONLY = ImageLoader(Limits(), RemoteImages())
 def chat_prompt(request: ChatRequest, loader: ImageLoader = DATA_URLS_ONLY) -> Document:
     """The conversation so far. System text becomes the head of the user's turn it stands before. Turns alternate: an
     empty answer, as clients send it back after one that was only an image, keeps its place, and before an answer that
-    stands first there is an empty question. Decodes every image.
+    stands first there is an empty question. Tools that may be called are told first of all. Decodes every image.
 
     Blocks when images are fetched. Raises APIError that names the message and part.
     """
     number = sum(isinstance(part, ImagePart) for message in request.messages for part in message.body)
     loader.require_count(number, "messages")
     turns: list[tuple[Role, list[Segment]]] = []
+    marked = _Marked(request)
     for index, message in enumerate(request.messages):
         role: Role = "assistant" if message.role == "assistant" else "user"
-        new = _segments(message, role, f"messages[{index}]", loader)
+        new = _segments(message, role, f"messages[{index}]", loader, marked)
         if not turns and role == "assistant":
             turns.append(("user", []))
         if not turns or turns[-1][0] != role:
@@ -48,6 +50,9 @@ def chat_prompt(request: ChatRequest, loader: ImageLoader = DATA_URLS_ONLY) -> D
         raise APIError("the message is empty", param=f"messages[{len(request.messages) - 1}].content")
     if turns[-1][0] != "user":
         raise APIError("the last message must be a user's: it is what gets answered", param="messages")
+    if request.offered:
+        told = tools_text(function.tool for function in request.offered)
+        turns[0][1].insert(0, Text(well_formed(told, "tools") + (SEPARATOR if turns[0][1] else ""), "user"))
     return Document(tuple(segment for role, said in turns for segment in _turn(role, said)))
 
 
@@ -55,16 +60,52 @@ def _turn(role: Role, said: list[Segment]) -> tuple[Segment, ...]:
     return without_layout(_joined(said)) or (Text("", role),)
 
 
-def _segments(message: Message, role: Role, where: str, loader: ImageLoader) -> list[Segment]:
+class _Marked:
+    """Calls and what they returned as text, where a conversation has tools."""
+
+    def __init__(self, request: ChatRequest) -> None:
+        self._tools = bool(request.offered) or any(
+            message.tool_calls or message.role == "tool" for message in request.messages
+        )
+        self._names: dict[str, str] = {}  # of the calls so far, by id
+
+    def text(self, said: str) -> str:
+        return without_marks(said) if self._tools else said
+
+    def calls(self, message: Message) -> str:
+        if message.role != "assistant":
+            return ""
+        self._names |= {call.id: call.function.name for call in message.tool_calls}
+        return "".join(call_text(call.function.name, call.function.arguments) for call in message.tool_calls)
+
+    def response(self, message: Message, where: str) -> str:
+        """Raises APIError."""
+        name = self._names.get(message.tool_call_id or "")
+        if name is None:
+            raise APIError(
+                f"it is the result of {message.tool_call_id!r}, and no assistant's message before it has a call "
+                "with this id",
+                param=f"{where}.tool_call_id",
+                code="invalid_value",
+            )
+        return response_text(name, "".join(part.text for part in message.body if isinstance(part, TextPart)))
+
+
+def _segments(message: Message, role: Role, where: str, loader: ImageLoader, marked: _Marked) -> list[Segment]:
     segments: list[Segment] = []
+    response = marked.response(message, where) if message.role == "tool" else None
     for index, part in enumerate(message.body):
         here = f"{where}.{message.field}[{index}]"
         if isinstance(part, ImagePart):
-            if message.role in ("system", "developer"):
+            if message.role in ("system", "developer", "tool"):
                 raise APIError(f"a {message.role} message holds text only", param=here)
             segments.append(Image(loader.read(part.image_url.url, f"{here}.image_url.url"), role=role))
         elif part.text:
-            segments.append(Text(well_formed(part.text, f"{here}.text"), role))
+            segments.append(Text(marked.text(well_formed(part.text, f"{here}.text")), role))
+    if response is not None:
+        return [Text(well_formed(response, f"{where}.content"), role)]
+    if calls := marked.calls(message):
+        segments.append(Text(well_formed(calls, f"{where}.tool_calls"), role))
     return segments
 
 

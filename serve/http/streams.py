@@ -8,20 +8,21 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from fastapi.responses import StreamingResponse
 
 from calumma.serve.http.metrics import Metrics
+from calumma.serve.http.tool_calls import AnswerEvent, AnswerStream, ToolCallDelta
 from calumma.serve.http.wire import responses, sse
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.http.wire.responses import FinishReason
+from calumma.serve.http.wire.tools import Function, ToolCall
 from calumma.serve.protocol import (
     ContentFiltered,
     Finished,
     ImageOutput,
     ImageProgress,
-    OutputEvent,
     OutputStream,
     RequestFailed,
     Started,
@@ -31,7 +32,7 @@ from calumma.serve.protocol import (
 )
 
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-EventWriter = Callable[[int, OutputEvent], list[bytes]]  # (index of the choice, event) -> server-sent events
+EventWriter = Callable[[int, AnswerEvent], list[bytes]]  # (index of the choice, event) -> server-sent events
 EndWriter = Callable[[TokenCount], list[bytes]]  # completion tokens of all choices -> the last server-sent events
 
 
@@ -50,10 +51,11 @@ def new_metadata(kind: str, model: str) -> ResponseMetadata:
 
 @dataclass
 class GenerationOutput:
-    """The whole output of one request: texts and PNG files in their order, what of the prompt is echoed, tokens with
-    log-probabilities, counts."""
+    """The whole output of one request: texts and PNG files in their order, calls of tools, what of the prompt is
+    echoed, tokens with log-probabilities, counts."""
 
     parts: list[str | bytes] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     echo: TextDelta | None = None
     prompt: TokenCount = field(default_factory=TokenCount)
@@ -69,7 +71,7 @@ class GenerationOutput:
     def images(self) -> list[bytes]:
         return [part for part in self.parts if isinstance(part, bytes)]
 
-    def add(self, event: OutputEvent) -> None:
+    def add(self, event: AnswerEvent) -> None:
         """Raises APIError when the request failed."""
         match event:
             case Started(prompt, echo):
@@ -82,12 +84,21 @@ class GenerationOutput:
                     self.parts.append(text)
             case ImageOutput(png):
                 self.parts.append(png)
+            case ToolCallDelta(index, arguments, id, name):
+                if index == len(self.calls):
+                    self.calls.append(ToolCall(id=id or "", function=Function(name=name or "", arguments="")))
+                self.calls[index].function.arguments += arguments
             case Finished(reason, completion):
-                self.reason, self.completion = reason, completion
+                self.reason, self.completion = finish_reason(reason, bool(self.calls)), completion
             case ContentFiltered(message, completion):
                 self.reason, self.refusal, self.completion = "content_filter", message, completion
             case RequestFailed():
                 raise_failure(event)
+
+
+def finish_reason(reason: Literal["stop", "length"], called: bool) -> FinishReason:
+    """called: the answer has calls of tools."""
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 def raise_failure(event: RequestFailed) -> NoReturn:
@@ -135,7 +146,7 @@ async def metered(stream: OutputStream, metrics: Metrics, model: str, seconds: f
         timer.ended(end)
 
 
-async def collect(stream: OutputStream) -> GenerationOutput:
+async def collect(stream: AnswerStream) -> GenerationOutput:
     """Wait for the whole output. Raises APIError when the request failed."""
     output = GenerationOutput()
     async with aclosing(stream):
@@ -144,7 +155,7 @@ async def collect(stream: OutputStream) -> GenerationOutput:
     return output
 
 
-async def wait_started(stream: OutputStream) -> Started:
+async def wait_started(stream: AnswerStream) -> Started:
     """Wait until the request is admitted, so that its failure still becomes an HTTP status. Raises APIError."""
     first = await anext(stream)
     if isinstance(first, Started):
@@ -155,7 +166,7 @@ async def wait_started(stream: OutputStream) -> Started:
     raise AssertionError(f"an output began with {type(first).__name__}")
 
 
-async def wait_all_started(streams: list[OutputStream]) -> list[Started]:
+async def wait_all_started(streams: list[AnswerStream]) -> list[Started]:
     """`wait_started` for several requests at once; the first failure closes the others. Raises APIError."""
     found = await asyncio.gather(*map(wait_started, streams), return_exceptions=True)
     errors = [one for one in found if isinstance(one, BaseException)]
@@ -166,9 +177,9 @@ async def wait_all_started(streams: list[OutputStream]) -> list[Started]:
     return [one for one in found if isinstance(one, Started)]
 
 
-async def merge(streams: list[OutputStream]) -> AsyncGenerator[tuple[int, OutputEvent], None]:
+async def merge(streams: list[AnswerStream]) -> AsyncGenerator[tuple[int, AnswerEvent], None]:
     """(index of the stream, event) of several streams as they come. Closing it closes them all."""
-    pending: dict[asyncio.Task[OutputEvent], int] = {}
+    pending: dict[asyncio.Task[AnswerEvent], int] = {}
 
     def ask(index: int) -> None:
         pending[asyncio.ensure_future(anext(streams[index]))] = index
@@ -214,7 +225,7 @@ def sum_tokens(counts: list[TokenCount]) -> TokenCount:
 
 
 async def sse_stream(
-    streams: list[OutputStream],
+    streams: list[AnswerStream],
     first: list[bytes],
     write: EventWriter,
     write_end: EndWriter,

@@ -20,10 +20,11 @@ from starlette.testclient import TestClient
 
 from calumma.model import MixedModalModel, load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
-from calumma.model.directory import save_model
+from calumma.model.directory import IMAGE_TOKENIZER, save_model
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
+from calumma.model.vocabulary import Vocabulary
 from calumma.serve.http.app import create_app
 from calumma.serve.protocol import Finished, GenerationRequest, OutputEvent, Started, TextDelta, TokenCount
 from calumma.serve.replica.replica import EngineReplica
@@ -170,6 +171,22 @@ def listening(app: FastAPI) -> Iterator[str]:
 def url(replica: EngineReplica, settings: ServeSettings) -> Iterator[str]:
     with listening(create_app(replica, settings)) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def roomy_url(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server over a model whose context has room for tools."""
+    root = tmp_path_factory.mktemp("roomy")
+    torch.manual_seed(0)
+    size = Vocabulary.read(model_directory).size
+    transformer = Transformer(
+        ModelConfig(vocabulary_size=size, layers=1, width=16, heads=2, kv_heads=2, ffn_width=32, context=2048)
+    )
+    save_model(root / "model", transformer, model_directory, model_directory / IMAGE_TOKENIZER)
+    replica = EngineReplica(load(root / "model"), max_sequences=4)
+    with listening(create_app(replica, ServeSettings(model=str(root / "model"), name="tiny"))) as address:
+        yield address
+    replica.close()
 
 
 @pytest.fixture(scope="session")

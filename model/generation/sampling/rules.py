@@ -41,8 +41,6 @@ class TextRules:
                 self._phrases.setdefault(word[-2], []).append(word)
         may_V = vocabulary.text_mask.numpy().copy()
         may_V[[*self._ends, vocabulary.begin_image]] = True
-        if constraint is not None:
-            may_V[vocabulary.begin_image] = False
         if params.allowed_ids is not None:
             may_V &= vocabulary.mask(list(params.allowed_ids)).numpy()
         self._fixed = packed(may_V)
@@ -73,6 +71,10 @@ class TextRules:
         mask_W = self._fixed.copy()
         if self.constraint is not None:
             self.constraint.fill_mask(mask_W.view(np.int32))
+            if self.constraint.may_begin_image:
+                allow(mask_W, self._begin_image)
+            else:
+                clear(mask_W, [self._begin_image])
             mask_W &= self._fixed
         begun = self._phrases.get(answer[-1], ()) if answer else ()
         clear(mask_W, [word[-1] for word in begun if _ends_with(answer, word[:-1])])
@@ -130,6 +132,11 @@ def clear(mask_W: Mask, ids: Iterable[int]) -> None:
     """Clear the bits of these ids."""
     for token in ids:
         mask_W[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
+
+
+def allow(mask_W: Mask, token: int) -> None:
+    """Set the bit of this id."""
+    mask_W[token >> 5] |= np.uint32(1 << (token & 31))
 
 
 def _ends_with(answer: Sequence[int], tail: Sequence[int]) -> bool:

@@ -15,7 +15,6 @@ from calumma.platform.curation.steps.signatures import image_bytes
 from calumma.platform.curation.steps.words import hash_fraction, is_pair
 from calumma.platform.sources import files, reading
 from calumma.platform.sources.files import BadInput
-from calumma.platform.sources.notes import Notes
 from calumma.platform.specification import import_function
 
 In = TypeVar("In")
@@ -52,12 +51,9 @@ class CheckedDocument:
 class StepChain:
     """The steps of one source. Raises SpecificationError and StorageError when something they name is not there."""
 
-    def __init__(
-        self, spec: CurateSpecification, source: str, index: str | None = None, notes: Notes | None = None
-    ) -> None:
-        """`index`: where decontamination's index is. `notes`: where damage is told that does not matter."""
-        self._spec, self._notes = spec, Notes() if notes is None else notes
-        self._strict = spec.images is not None and spec.images.strict and applies(spec.images, source)
+    def __init__(self, spec: CurateSpecification, source: str, index: str | None = None) -> None:
+        """`index`: where decontamination's index is."""
+        self._spec = spec
         self.seconds: dict[str, float] = {}  # that each step has taken
         self.scrubber = scrub.Scrubber(spec.scrub) if spec.scrub is not None and applies(spec.scrub, source) else None
         # For samples in the report of documents dropped earlier: what it replaces is not counted.
@@ -77,7 +73,7 @@ class StepChain:
             self._rules.append(("decontaminate", overlap))
 
     def __call__(self, item: files.Item) -> CheckedDocument | BadInput:
-        checked = self._timed("form", self._check_form, item)
+        checked = self._timed("form", lambda item: check_form(item, self._spec.min_text), item)
         if isinstance(checked, BadInput) or checked.dropped is not None:
             return checked
         document = checked.document
@@ -90,9 +86,6 @@ class StepChain:
         clean = document if self.scrubber is None else self._timed("scrub", self.scrubber, document)
         return CheckedDocument(clean, None, images - len(document.images), clean != document)
 
-    def _check_form(self, item: files.Item) -> CheckedDocument | BadInput:
-        return check_form(item, self._spec.min_text, self._strict, self._notes)
-
     def _timed(self, step: str, work: Callable[[In], Out], value: In) -> Out:
         begin = time.perf_counter()
         result = work(value)
@@ -100,13 +93,12 @@ class StepChain:
         return result
 
 
-def check_form(item: files.Item, min_text: int, strict: bool, notes: Notes) -> CheckedDocument | BadInput:
-    """What every document must be: readable, and not empty. What of images was damaged and read all the same (never if
-    `strict`), and their frames beyond the first, go to `notes`."""
+def check_form(item: files.Item, min_text: int) -> CheckedDocument | BadInput:
+    """What every document must be: readable, and not empty."""
     if isinstance(item, BadInput):
         return item
     document = replace(item, segments=without_layout(item.segments))
-    if problem := _unreadable(document, strict, notes):
+    if problem := _unreadable(document):
         return problem
     if not document.segments:
         return CheckedDocument(document, Dropped("empty"))
@@ -127,7 +119,7 @@ def order_pair(document: Document, seed: int, image_first: float) -> Document:
     return replace(document, segments=(image, caption) if first else (caption, image))
 
 
-def _unreadable(document: Document, strict: bool, notes: Notes) -> BadInput | None:
+def _unreadable(document: Document) -> BadInput | None:
     name = reading.name_of(document)
     texts = [s.text if isinstance(s, Text) else s.caption or "" for s in document.segments]
     for text in (*texts, document.license, document.url):
@@ -137,13 +129,8 @@ def _unreadable(document: Document, strict: bool, notes: Notes) -> BadInput | No
             return BadInput(name, f"text is not valid Unicode: {error.reason} at character {error.start}")
     images: Sequence[Image] = document.images
     for index, image in enumerate(images):
-        place = name if len(images) == 1 else f"{name}, image {index}"
         try:
-            decoded = image.decode(strict)
+            image.open()
         except UnreadableImage as error:
-            return BadInput(place, str(error))
-        if decoded.mended is not None:
-            notes.warn(place, decoded.mended)
-        if decoded.frames > 1:
-            notes.skip("frames", f"of {decoded.format}", decoded.frames - 1)
+            return BadInput(name if len(images) == 1 else f"{name}, image {index}", str(error))
     return None

@@ -15,6 +15,7 @@ from calumma.serve.http.streams import (
     EventWriter,
     GenerationOutput,
     ResponseMetadata,
+    finish_reason,
     new_metadata,
     sse_stream,
     streaming_response,
@@ -22,18 +23,19 @@ from calumma.serve.http.streams import (
     usage,
     wait_all_started,
 )
+from calumma.serve.http.tool_calls import AnswerEvent, ToolCallDelta
 from calumma.serve.http.wire import responses, sse
 from calumma.serve.http.wire.content import ContentPart, ImagePart, TextPart, data_url, image_part
 from calumma.serve.http.wire.logprobs import chat_logprobs
 from calumma.serve.http.wire.requests import ChatRequest
 from calumma.serve.http.wire.responses import FinishReason
+from calumma.serve.http.wire.tools import FunctionDelta, ToolCallChunk
 from calumma.serve.protocol import (
     ContentFiltered,
     Finished,
     GenerationRequest,
     ImageOutput,
     ImageProgress,
-    OutputEvent,
     Started,
     TextDelta,
     TokenCount,
@@ -48,7 +50,8 @@ def add_chat(app: FastAPI, context: ServingContext) -> None:
     )
     async def chat(request: ChatRequest, response: Response) -> Any:
         """An answer in words and pictures. `message.parts` has both in order, `message.content` the words alone and
-        `message.images` the pictures; a stream has them as chunks, in order."""
+        `message.images` the pictures; a stream has them as chunks, in order. Calls of `tools` come last, and their
+        arguments follow the schema."""
         response.headers.update(request.headers)
         model = context.model(request.model)
         metadata = new_metadata("chatcmpl", model.name)
@@ -88,10 +91,11 @@ def chat_response(
             TextPart(text=part) if isinstance(part, str) else image_part(part) for part in output.parts
         ]
         message = responses.AssistantMessage(
-            content=output.text,
+            content=output.text if output.text or not output.calls else None,
             refusal=output.refusal,
             images=[part for part in parts if isinstance(part, ImagePart)],
             parts=parts,
+            tool_calls=output.calls or None,
         )
         return responses.ChatChoice(
             index=index,
@@ -116,6 +120,7 @@ def chat_chunks(
     of chunks is the order of text and images."""
     options = request.options
     drawn = [0] * len(started)  # images of each choice so far
+    called = [False] * len(started)
 
     def chunk(
         index: int,
@@ -128,7 +133,7 @@ def chat_chunks(
             responses.ChatChunk(id=metadata.id, created=metadata.created, model=metadata.model, choices=[choice])
         )
 
-    def write(index: int, event: OutputEvent) -> list[bytes]:
+    def write(index: int, event: AnswerEvent) -> list[bytes]:
         match event:
             case TextDelta(text, tokens):
                 logprobs = chat_logprobs(list(tokens)) if request.logprobs else None
@@ -141,8 +146,17 @@ def chat_chunks(
                 shown = data_url(preview) if preview else None
                 progress = responses.Progress(done=done, total=of, preview=shown)
                 return [chunk(index, responses.Delta(drawing=progress))]
+            case ToolCallDelta(number, arguments, id, name):
+                called[index] = True
+                call = ToolCallChunk(
+                    index=number,
+                    id=id,
+                    type="function" if id else None,
+                    function=FunctionDelta(name=name, arguments=arguments),
+                )
+                return [chunk(index, responses.Delta(tool_calls=[call]))]
             case Finished(reason):
-                return [chunk(index, responses.Delta(), reason)]
+                return [chunk(index, responses.Delta(), finish_reason(reason, called[index]))]
             case ContentFiltered(message):
                 return [
                     chunk(index, responses.Delta(refusal=message)),

@@ -22,6 +22,7 @@ from calumma.serve.http.streams import (
     usage,
     wait_all_started,
 )
+from calumma.serve.http.tool_calls import AnswerEvent
 from calumma.serve.http.wire import responses, sse
 from calumma.serve.http.wire.logprobs import text_logprobs
 from calumma.serve.http.wire.requests import CompletionRequest
@@ -30,7 +31,6 @@ from calumma.serve.protocol import (
     ContentFiltered,
     Finished,
     GenerationRequest,
-    OutputEvent,
     Started,
     TextDelta,
     Token,
@@ -116,7 +116,7 @@ def completion_chunks(
         logprobs = text_logprobs(list(delta.tokens), offset) if request.logprobs is not None else None
         return chunk([responses.TextChoice(index=index, text=delta.text, finish_reason=reason, logprobs=logprobs)])
 
-    def write(index: int, event: OutputEvent) -> list[bytes]:
+    def write(index: int, event: AnswerEvent) -> list[bytes]:
         match event:
             case TextDelta():
                 return [text(index, event, offsets[index])]

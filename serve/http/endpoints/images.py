@@ -25,6 +25,7 @@ from calumma.serve.http.streams import (
     usage,
     wait_all_started,
 )
+from calumma.serve.http.tool_calls import AnswerEvent
 from calumma.serve.http.wire import responses, sse
 from calumma.serve.http.wire.content import TextPart, image_part
 from calumma.serve.http.wire.errors import APIError
@@ -37,7 +38,6 @@ from calumma.serve.protocol import (
     GenerationRequest,
     ImageOutput,
     ImageProgress,
-    OutputEvent,
     Started,
 )
 
@@ -159,7 +159,7 @@ def image_events(
     def encoded(png: bytes) -> str:
         return encode_image(png, form, request.output_compression)
 
-    def write(index: int, event: OutputEvent) -> list[bytes]:
+    def write(index: int, event: AnswerEvent) -> list[bytes]:
         match event:
             case ImageProgress(preview=bytes(png)):
                 partial[index] += 1

@@ -20,6 +20,7 @@ from calumma.serve.http.streams import (
     streaming_response,
     wait_started,
 )
+from calumma.serve.http.tool_calls import AnswerEvent, ToolCallDelta
 from calumma.serve.http.wire import responses_api as wire
 from calumma.serve.http.wire import sse
 from calumma.serve.http.wire.errors import APIError
@@ -29,7 +30,6 @@ from calumma.serve.protocol import (
     Finished,
     ImageOutput,
     ImageProgress,
-    OutputEvent,
     Started,
     TextDelta,
     TokenCount,
@@ -42,7 +42,7 @@ def add_responses(app: FastAPI, context: ServingContext) -> None:
     )
     async def respond(request: wire.ResponsesRequest, response: Response) -> Any:
         """An answer in words and pictures, as OpenAI's Responses API has them: `output` holds messages and
-        `image_generation_call` items in their order. Nothing is kept."""
+        `image_generation_call` items in their order, then calls of functions. Nothing is kept."""
         response.headers.update(request.headers)
         model = context.model(request.model)
         metadata = new_metadata("resp", model.name)
@@ -74,7 +74,7 @@ class Answer:
         self._prompt = TokenCount()
         self._reason: FinishReason = "stop"
 
-    def write(self, event: OutputEvent) -> list[bytes]:
+    def write(self, event: AnswerEvent) -> list[bytes]:
         match event:
             case Started(prompt):
                 self._prompt = prompt
@@ -89,6 +89,8 @@ class Answer:
                 return [*self._image(), *(self._preview(preview) if preview else ())]
             case ImageOutput(png):
                 return self._image_done(png)
+            case ToolCallDelta():
+                return self._call(event)
             case ContentFiltered(message):
                 self._reason = "content_filter"
                 return [*self._close(), *self._refuse(message)]
@@ -102,6 +104,8 @@ class Answer:
         self.write(Started(output.prompt))
         for part in output.parts:
             self.write(TextDelta(part) if isinstance(part, str) else ImageOutput(part))
+        for number, call in enumerate(output.calls):
+            self.write(ToolCallDelta(number, call.function.arguments, call.id, call.function.name))
         if output.refusal is not None:
             self.write(ContentFiltered(output.refusal))
         return self.ended(output.reason, output.completion)
@@ -113,8 +117,9 @@ class Answer:
     def ended(self, reason: FinishReason, completion: TokenCount) -> wire.ResponseObject:
         """The whole answer."""
         self._close("incomplete" if reason == "length" else "completed")
-        response = self._response("completed" if reason == "stop" else "incomplete")
-        if reason != "stop":
+        whole = reason in ("stop", "tool_calls")
+        response = self._response("completed" if whole else "incomplete")
+        if not whole:
             why = wire.IncompleteDetails(reason="content_filter" if reason == "content_filter" else "max_output_tokens")
             response.incomplete_details = why
         response.usage = wire.ResponseUsage(
@@ -143,6 +148,7 @@ class Answer:
             if isinstance(request.tool_choice, str)
             else request.tool_choice.model_dump(),
             tools=[tool.model_dump() for tool in request.tools],
+            parallel_tool_calls=request.parallel_tool_calls,
             metadata=request.metadata,
         )
 
@@ -174,6 +180,17 @@ class Answer:
         part = self._open.content[0]  # type: ignore[union-attr, assignment]
         part.text += text
         events.append(self._event("response.output_text.delta", **self._here, content_index=0, delta=text, logprobs=[]))
+        return events
+
+    def _call(self, delta: ToolCallDelta) -> list[bytes]:
+        events: list[bytes] = []
+        if delta.id is not None:
+            name = f"fc_{self._metadata.id}_{len(self._items)}"
+            item = wire.OutputCall(id=name, call_id=delta.id, name=delta.name or "", status="in_progress")
+            events += [*self._close(), self._add(item)]
+        if delta.arguments:
+            self._open.arguments += delta.arguments  # type: ignore[union-attr]
+            events.append(self._event("response.function_call_arguments.delta", **self._here, delta=delta.arguments))
         return events
 
     def _image(self) -> list[bytes]:
@@ -225,6 +242,9 @@ class Answer:
             return []
         item.status = status
         events: list[bytes] = []
+        if isinstance(item, wire.OutputCall):
+            whole = {"name": item.name, "arguments": item.arguments}
+            events.append(self._event("response.function_call_arguments.done", **self._here, **whole))
         if isinstance(item, wire.OutputMessage):
             [part] = item.content
             here = {**self._here, "content_index": 0}

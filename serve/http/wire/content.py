@@ -55,7 +55,7 @@ ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 MessagePart = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
 # The tags that choose among parts of a message and items of an input: pydantic names them where it names a place.
 PART_TYPES = ("text", "image_url", "refusal", "input_text", "output_text", "input_image")
-ITEM_TYPES = ("message", "image_generation_call", "reasoning")
+ITEM_TYPES = ("message", "image_generation_call", "function_call", "function_call_output", "reasoning")
 
 
 def data_url(png: bytes) -> str:

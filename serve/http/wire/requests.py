@@ -10,10 +10,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from calumma.model.generation.constraint import Constraint
 from calumma.serve.http.wire.constraints import ConstraintFields
 from calumma.serve.http.wire.content import ImagePart, MessagePart, RefusalPart, RequestModel, TextPart
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.http.wire.support import require_supported, warning_headers
+from calumma.serve.http.wire.tools import (
+    ChatTool,
+    FunctionDefinition,
+    NamedTool,
+    SentCall,
+    ToolMode,
+    require_tools,
+    tools_constraint,
+)
 
 Modality = Literal["text", "image"]
 
@@ -26,8 +36,8 @@ class Message(RequestModel):
     """`parts`, as this server's own answers carry them, stands for `content` when both are given. Clients that keep
     `content` and `images` of an answer, and lose their order, send back the text before the images."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="whose turn it is; `developer` is read as `system`"
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="whose turn it is; `developer` is read as `system`, and `tool` is what a call returned"
     )
     content: Annotated[list[MessagePart] | None, BeforeValidator(_as_parts)] = Field(
         None, description="a text, or parts: texts and images"
@@ -35,6 +45,8 @@ class Message(RequestModel):
     parts: list[MessagePart] | None = Field(
         None, description="the same as parts, in the order of an answer; stands for `content`"
     )
+    tool_calls: list[SentCall] = Field([], description="what an earlier answer called")
+    tool_call_id: str | None = Field(None, description="which call a `tool` message is the result of")
 
     @model_validator(mode="before")
     @classmethod
@@ -187,6 +199,11 @@ class ChatRequest(TextFields):
     max_completion_tokens: int | None = Field(None, ge=1, description="the same; it wins")
     logprobs: bool = Field(False, description="tell the log-probability of each token")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="and of so many of the likeliest in its place")
+    tools: list[ChatTool] = Field([], description="functions that the answer may call")
+    tool_choice: ToolMode | NamedTool = Field(
+        "auto", description="`required`: the answer is calls; a named function: a call of it; `none`: it calls nothing"
+    )
+    parallel_tool_calls: bool = Field(True, description="one answer may hold several calls")
 
     @property
     def limit(self) -> int | None:
@@ -197,12 +214,28 @@ class ChatRequest(TextFields):
         """Alternatives a token, None where no log-probabilities were asked for."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def offered(self) -> list[FunctionDefinition]:
+        """The functions that the answer may call."""
+        return [] if self.tool_choice == "none" else [tool.function for tool in self.tools]
+
+    @property
+    def constraint(self) -> Constraint | None:
+        text = super().constraint
+        if not self.offered:
+            return text
+        choice = self.tool_choice if isinstance(self.tool_choice, str) else f"={self.tool_choice.function.name}"
+        return tools_constraint(self.offered, choice, self.parallel_tool_calls, text)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self._require_lengths(self.limit)
+        require_tools(self.offered, "tools[{}].function")
+        if not self.tools and self.tool_choice not in ("none", "auto"):
+            raise APIError("tool_choice asks for a call and there are no tools", param="tool_choice")
         if self.constraint and "text" not in self.modalities:
             raise APIError(
-                'a grammar holds for text: it needs "text" among the modalities',
+                'grammars and tools hold for text: they need "text" among the modalities',
                 param="modalities",
                 code="invalid_value",
             )

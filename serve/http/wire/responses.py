@@ -10,8 +10,9 @@ from typing import Literal
 
 from calumma.serve.http.wire.content import ContentPart, ImagePart, WireModel
 from calumma.serve.http.wire.requests import ImageFormat
+from calumma.serve.http.wire.tools import ToolCall, ToolCallChunk
 
-FinishReason = Literal["stop", "length", "content_filter"]
+FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
 class TokenDetails(WireModel):
@@ -43,11 +44,14 @@ class ChatLogprobs(WireModel):
 
 
 class AssistantMessage(WireModel):
+    """content: None where there are calls alone."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: str | None = None
     images: list[ImagePart]
     parts: list[ContentPart]
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(WireModel):
@@ -85,6 +89,7 @@ class Delta(WireModel):
     content: str | None = None
     refusal: str | None = None
     images: list[IndexedImage] | None = None
+    tool_calls: list[ToolCallChunk] | None = None
     drawing: Progress | None = None
 
 

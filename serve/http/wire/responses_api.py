@@ -1,6 +1,7 @@
 """OpenAI's Responses API as types: requests, and the items an answer is made of.
 
-An answer's texts are messages, its images `image_generation_call` items; their order is that of text and images.
+An answer's texts are messages, its images `image_generation_call` items; their order is that of text and images. Calls
+of functions are `function_call` items, the last of it.
 Reference: platform.openai.com/docs/api-reference/responses.
 """
 
@@ -15,6 +16,15 @@ from calumma.serve.http.wire.constraints import NamedSchema, ResponseFormat
 from calumma.serve.http.wire.content import ImagePart, ImageURL, RequestModel, TextPart, WireModel, data_url_of
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.http.wire.requests import ChatRequest, Message, Modality, SamplingFields
+from calumma.serve.http.wire.tools import (
+    CalledFunction,
+    ChatTool,
+    FunctionDefinition,
+    FunctionName,
+    NamedTool,
+    SentCall,
+    ToolMode,
+)
 
 MESSAGES = "messages"  # the field of a chat that the input becomes
 
@@ -59,6 +69,23 @@ class ImageCall(RequestModel):
     result: str | None = None
 
 
+class FunctionCall(RequestModel):
+    """A call of an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str = "{}"
+
+
+class FunctionOutput(RequestModel):
+    """What a call returned."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Annotated[list[InputPart] | None, BeforeValidator(_as_parts)] = None
+
+
 class Reasoning(RequestModel):
     """Of another model's answer: left out."""
 
@@ -73,7 +100,11 @@ def _with_type(value: Any) -> Any:
 
 
 InputItem = Annotated[
-    Annotated[InputMessage | ImageCall | Reasoning, Field(discriminator="type")], BeforeValidator(_with_type)
+    Annotated[
+        InputMessage | ImageCall | FunctionCall | FunctionOutput | Reasoning,
+        Field(discriminator="type"),
+    ],
+    BeforeValidator(_with_type),
 ]
 
 
@@ -91,7 +122,8 @@ class TextSettings(RequestModel):
 
 
 class ImageTool(RequestModel):
-    """The one tool there is. Whether an answer holds images is for `modalities` to say, so it need not be given."""
+    """The one tool of the server's own. Whether an answer holds images is for `modalities` to say, so it need not be
+    given."""
 
     type: Literal["image_generation"]
     partial_images: int = Field(0, ge=0, le=8)
@@ -99,6 +131,17 @@ class ImageTool(RequestModel):
 
 class ImageToolChoice(RequestModel):
     type: Literal["image_generation"]
+
+
+class FunctionTool(FunctionDefinition):
+    type: Literal["function"]
+
+
+class FunctionChoice(FunctionName):
+    type: Literal["function"]
+
+
+ResponseTool = Annotated[ImageTool | FunctionTool, Field(discriminator="type")]
 
 
 class ResponsesRequest(SamplingFields):
@@ -111,20 +154,26 @@ class ResponsesRequest(SamplingFields):
     max_output_tokens: int | None = Field(None, ge=1, description="of the answer, image codes among them")
     stream: bool = Field(False, description="answer in server-sent events")
     text: TextSettings = Field(TextSettings(), description="`format`: what the text must be, as JSON of a schema")
-    tools: list[ImageTool] = Field([], description="`image_generation`; the model draws without it, too")
-    tool_choice: Literal["auto", "none"] | ImageToolChoice = Field(
-        "auto", description="`image_generation`: an image stands first"
+    tools: list[ResponseTool] = Field(
+        [],
+        description="functions that the answer may call; `image_generation`, though the model draws without it, too",
     )
+    tool_choice: ToolMode | Annotated[ImageToolChoice | FunctionChoice, Field(discriminator="type")] = Field(
+        "auto",
+        description="`required`, or a function: the answer is calls, or one of it; `image_generation`: an image stands "
+        "first",
+    )
+    parallel_tool_calls: bool = Field(True, description="one answer may hold several calls")
     modalities: list[Modality] = Field(["text", "image"], min_length=1, description="what the answer may hold")
     background: Literal[False] = Field(False, description="answers are not kept")
     metadata: dict[str, str] = Field({}, description="comes back with the answer")
 
     @model_validator(mode="before")
     @classmethod
-    def _one_tool(cls, values: Any) -> Any:
+    def _known_tools(cls, values: Any) -> Any:
         tools = values.get("tools") if isinstance(values, dict) else None
         for index, tool in enumerate(tools if isinstance(tools, list) else ()):
-            if isinstance(tool, dict) and tool.get("type") != "image_generation":
+            if isinstance(tool, dict) and tool.get("type") not in ("image_generation", "function"):
                 raise APIError(
                     f"this server has no tools of type {str(tool.get('type'))[:40]!r}; leave it out",
                     param=f"tools[{index}]",
@@ -145,7 +194,18 @@ class ResponsesRequest(SamplingFields):
 
     @property
     def previews(self) -> int:
-        return max((tool.partial_images for tool in self.tools), default=0)
+        return max((tool.partial_images for tool in self.tools if isinstance(tool, ImageTool)), default=0)
+
+    @property
+    def functions(self) -> list[tuple[int, FunctionTool]]:
+        """By their place among the tools."""
+        return [(number, tool) for number, tool in enumerate(self.tools) if isinstance(tool, FunctionTool)]
+
+    @property
+    def _chat_choice(self) -> ToolMode | NamedTool:
+        if isinstance(self.tool_choice, FunctionChoice):
+            return NamedTool(type="function", function=FunctionName(name=self.tool_choice.name))
+        return "auto" if isinstance(self.tool_choice, ImageToolChoice) else self.tool_choice
 
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises APIError."""
@@ -158,6 +218,12 @@ class ResponsesRequest(SamplingFields):
             stream=self.stream,
             begin_with="image" if isinstance(self.tool_choice, ImageToolChoice) else None,
             response_format=None if form is None else _chat_format(form),
+            tools=[
+                ChatTool(type="function", function=FunctionDefinition(**tool.model_dump(exclude={"type"})))
+                for _, tool in self.functions
+            ],
+            tool_choice=self._chat_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
             **given,
         )
 
@@ -170,6 +236,13 @@ class ResponsesRequest(SamplingFields):
                 messages.append(_message(item.role, parts))
             elif isinstance(item, ImageCall) and item.result:
                 messages.append(_message("assistant", [_image(data_url_of("png", item.result))]))
+            elif isinstance(item, FunctionCall):
+                called = SentCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
+                messages.append(Message(role="assistant", tool_calls=[called]))
+            elif isinstance(item, FunctionOutput):
+                where = f"input[{index}].output"
+                parts = [_part(part, f"{where}[{number}]") for number, part in enumerate(item.output or ())]
+                messages.append(Message(role="tool", tool_call_id=item.call_id, content=list(parts)))
             else:
                 messages.append(_message("system", []))
         return messages
@@ -186,7 +259,10 @@ def renamed(error: APIError, request: ResponsesRequest) -> APIError:
         elif first and number == "0":
             error.body["error"]["param"] = "instructions"
         else:
-            error.body["error"]["param"] = f"input[{int(number) - first}]{rest}"
+            error.body["error"]["param"] = f"input[{int(number) - first}]{rest}".replace("tool_call_id", "call_id")
+    elif param is not None and param.startswith("tools["):
+        number, _, rest = param.removeprefix("tools[").partition("]")
+        error.body["error"]["param"] = f"tools[{request.functions[int(number)][0]}]{rest.removeprefix('.function')}"
     return error
 
 
@@ -247,7 +323,16 @@ class OutputImage(WireModel):
     output_format: Literal["png"] = "png"
 
 
-OutputItem = OutputMessage | OutputImage
+class OutputCall(WireModel):
+    type: Literal["function_call"] = "function_call"
+    id: str
+    call_id: str
+    name: str
+    arguments: str = ""
+    status: ItemStatus = "completed"
+
+
+OutputItem = OutputMessage | OutputImage | OutputCall
 
 
 class InputDetails(WireModel):
@@ -287,7 +372,7 @@ class ResponseObject(WireModel):
     max_output_tokens: int | None = None
     model: str
     output: list[OutputItem]
-    parallel_tool_calls: bool = False
+    parallel_tool_calls: bool
     previous_response_id: None = None
     store: Literal[False] = False
     temperature: float | None = None

@@ -20,6 +20,10 @@ def event(chunk: BaseModel) -> bytes:
     for choice in values.get("choices", ()):
         if "delta" in choice:
             choice["delta"] = {key: value for key, value in choice["delta"].items() if value is not None}
+            for call in choice["delta"].get("tool_calls", ()):
+                call["function"] = {key: value for key, value in call["function"].items() if value is not None}
+                for key in [key for key, value in call.items() if value is None]:
+                    del call[key]
             if drawing := choice["delta"].get("drawing"):
                 choice["delta"]["drawing"] = {key: value for key, value in drawing.items() if value is not None}
         if choice.get("logprobs") is None:

@@ -31,6 +31,8 @@ class Stripes:
     def __init__(self, taken: int = 0) -> None:
         self.taken = taken
 
+    may_begin_image = False
+
     def fill_mask(self, mask_W: NDArray[np.int32]) -> None:
         may = np.zeros(len(mask_W) * 32, dtype=bool)
         may[[token for token in range(V.size) if token % 3 == self.taken % 3]] = True

@@ -38,6 +38,8 @@ class Stripes:
     def of(cls, constraint: Constraint) -> Stripes:
         return cls(int(constraint.value))
 
+    may_begin_image = False
+
     def fill_mask(self, mask_W: NDArray[np.int32]) -> None:
         may = np.zeros(len(mask_W) * 32, dtype=bool)
         if self.taken < self.most:

@@ -41,11 +41,11 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def told(run: Run, url: str) -> Callable[[str], dict[str, Any]]:
+def told(run: Run, url: str) -> Callable[..., dict[str, Any]]:
     """What a program of `programs/` prints, given the API's address."""
 
-    def told(name: str) -> dict[str, Any]:
-        answers: dict[str, Any] = json.loads(run("python", str(PROGRAMS / name), f"{url}/v1").splitlines()[-1])
+    def told(name: str, address: str = url) -> dict[str, Any]:
+        answers: dict[str, Any] = json.loads(run("python", str(PROGRAMS / name), f"{address}/v1").splitlines()[-1])
         return answers
 
     return told

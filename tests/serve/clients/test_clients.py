@@ -15,17 +15,24 @@ from calumma.model import MixedModalModel
 
 from .conftest import Run
 
-Told = Callable[[str], dict[str, Any]]
+Told = Callable[..., dict[str, Any]]
 
 
-def test_langchain(told: Told) -> None:
-    found = told("langchain_loop.py")
+def test_langchain(told: Told, roomy_url: str) -> None:
+    found = told("langchain_loop.py", roomy_url)
     assert found["image"] == "", "LangChain sends an answer of images back empty"
     assert found["answer"] == found["again"]
     assert found["streamed"] == found["whole"]
     assert found["usage"] > 0
     assert len(found["batch"]) == 2
     assert all(isinstance(found[name], str) for name in ("completion", "responses"))
+    for name in ("chat", "responses"):
+        tools = found["tools"][name]
+        assert (tools["call"]["name"], tools["call"]["args"]) in (
+            ("Digit", {"value": 1}), ("Digit", {"value": 7}), ("now", {}),
+        )  # fmt: skip
+        assert [call["name"] for call in tools["streamed"]] == ["Digit"] or tools["streamed"]
+    assert found["tools"]["structured"] in (1, 7)
 
 
 def test_litellm(told: Told, url: str) -> None:

@@ -1,10 +1,13 @@
-"""langchain-openai: a conversation whose answers are fed back as LangChain keeps them, streamed, in batches."""
+"""langchain-openai: a conversation whose answers are fed back as LangChain keeps them, streamed, in batches; tools."""
 
 import json
 import sys
+from typing import Literal
 
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 url = sys.argv[1]
 chat = ChatOpenAI(model="tiny", base_url=url, api_key="none", max_retries=0, max_tokens=12, seed=5)
@@ -25,6 +28,38 @@ batch = [one.text for one in chat.batch([[HumanMessage("one")], [HumanMessage("t
 completion = OpenAI(model="tiny", base_url=url, api_key="none", max_tokens=6, best_of=1, n=1).invoke("The")
 responses = ChatOpenAI(model="tiny", base_url=url, api_key="none", max_retries=0, max_tokens=12, use_responses_api=True)
 told = responses.invoke([HumanMessage("one")])
+
+
+class Digit(BaseModel):
+    """Draws a digit."""
+
+    value: Literal[1, 7]
+
+
+@tool
+def now() -> str:
+    """The time."""
+    return "noon"
+
+
+tools = {}
+for name in "chat", "responses":
+    model = ChatOpenAI(
+        model="tiny", base_url=url, api_key="none", max_retries=0, max_tokens=300, use_responses_api=name == "responses"
+    )
+    bound = model.bind_tools([Digit, now], tool_choice="any", strict=True)
+    asked = [HumanMessage("Draw.")]
+    called = bound.invoke(asked, parallel_tool_calls=False)
+    streamed = None
+    for chunk in bound.stream(asked, parallel_tool_calls=False):
+        streamed = chunk if streamed is None else streamed + chunk
+    [call] = called.tool_calls
+    after = model.invoke([*asked, called, ToolMessage("seven", tool_call_id=call["id"])])
+    tools[name] = {"call": call, "streamed": streamed.tool_calls, "after": after.text}
+    if name == "chat":
+        tools["structured"] = (
+            model.with_structured_output(Digit, method="function_calling", strict=True).invoke("Draw.").value
+        )
 print(
     json.dumps(
         {
@@ -37,6 +72,7 @@ print(
             "batch": batch,
             "completion": completion,
             "responses": told.text,
+            "tools": tools,
         }
     )
 )

@@ -182,7 +182,7 @@ def test_a_schema_reaches_the_engine_and_its_answer_is_parsed(settings: ServeSet
     [
         ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0]"),
-        ({"input": "x", "tools": [{"type": "function", "name": "f", "parameters": {}}]}, "tools[0]"),
+        ({"input": "x", "tools": [{"type": "function", "name": "", "parameters": {}}]}, "tools[0].name"),
         ({"input": "x", "reasoning": {"effort": "high"}}, "reasoning"),
         ({"input": "x", "background": True}, "background"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
@@ -199,7 +199,7 @@ def test_a_schema_reaches_the_engine_and_its_answer_is_parsed(settings: ServeSet
             },
             "input[0].content[0].image_url.url",
         ),
-        ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": ""}]}, "input[0]"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": ""}]}, "input"),
         ({"input": []}, "input"),
         ({}, "input"),
     ],
