@@ -33,14 +33,20 @@ from calumma.serve.protocol import (
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # replicas that a request may lose without a token or event in between
-REPLICA_GONE_SECONDS = 2.0  # until Ray Serve knows that a replica is lost, or has failed
+ATTEMPTS = 4  # replicas that a request may lose without a token or event in between
+# Until the router sends nothing more to a replica: one whose process is lost, one that ends because its engine has
+# failed, and in any case.
+LOST_SECONDS, FAILED_SECONDS, REPLICA_GONE_SECONDS = 0.1, 1.0, 2.0
 
 Ask = Callable[[GenerationRequest], AsyncGenerator[EventBatch, None]]
 
 
 class ReplicaLost(Exception):
-    """The replica was lost that a request was at; the message says how."""
+    """The replica was lost that a request was at; the message says how. seconds: until it is not asked again."""
+
+    def __init__(self, message: str, seconds: float = LOST_SECONDS) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class ReplicasBusy(Exception):
@@ -55,7 +61,7 @@ async def unbroken(request: GenerationRequest, ask: Ask) -> OutputStream:
     sent = losses = attempt = 0
     started = False
     while True:
-        attempt += 1
+        attempt, pause = attempt + 1, REPLICA_GONE_SECONDS
         continuation = Continuation(tuple(tokens), sent) if started else None
         asked = replace(
             request,
@@ -86,12 +92,14 @@ async def unbroken(request: GenerationRequest, ask: Ask) -> OutputStream:
                 return
         except ReplicaLost as loss:
             losses += 1
+            if losses == 1:
+                pause = min(pause, loss.seconds)
             log.warning("%s: replica lost (%s); %d tokens have come", request.id, loss, len(tokens))
             if losses == ATTEMPTS:
                 message = f"{losses} replicas were lost one after the other while answering ({loss}); try again"
                 yield RequestFailed(503, message, code=UNAVAILABLE)
                 return
-        await asyncio.sleep(REPLICA_GONE_SECONDS)
+        await asyncio.sleep(pause)
 
 
 def seeded(request: GenerationRequest) -> GenerationRequest:
@@ -105,6 +113,6 @@ def _raise_if_not_final(event: OutputEvent, started: bool) -> None:
     """Raises ReplicaLost or ReplicasBusy for failures that the request has no part in."""
     if isinstance(event, RequestFailed):
         if event.code == UNAVAILABLE:
-            raise ReplicaLost(event.message)
+            raise ReplicaLost(event.message, FAILED_SECONDS)
         if event.code == OVERLOADED and started:
             raise ReplicasBusy

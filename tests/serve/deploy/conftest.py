@@ -38,12 +38,13 @@ PATIENCE = 300.0  # seconds; a starved machine needs minutes to start a process
 SOON = 60.0  # seconds; what would never come is known by then
 COLD = 11.0  # seconds; Ray Serve forgets the lengths of queues after ten
 FULL = 3  # requests that a replica answers together
+STALL = 10.0  # seconds
 LONG = 700  # tokens: seconds of streaming
 
 
 @pytest.fixture(scope="package")
 def talkative(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose greedy answers go on until they are cut: one that never ends a turn."""
+    """A model whose greedy answers go on until they are cut: one that never ends a turn. An id of prompts is poison."""
     model = load(model_directory)
     torch.manual_seed(3)
     transformer = Transformer(model.config.model_copy(update={"context": 2048}))
@@ -53,6 +54,7 @@ def talkative(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -
         transformer.embedding.weight.abs_()
         transformer.output.weight[model.text_tokenizer.encode("s")[0]] = 1.0
         transformer.output.weight[model.vocabulary.eos] = -1.0
+        transformer.embedding.weight[model.vocabulary.unknown] = float("nan")  # no text has it
     folder = tmp_path_factory.mktemp("talkative")
     save_model(folder, transformer, model_directory, model_directory / IMAGE_TOKENIZER)
     return folder
@@ -98,6 +100,7 @@ def settings(model_directory: Path, talkative: Path, cut: Path, registry: str) -
         min_replicas=2,
         max_replicas=2,
         max_sequences=FULL,
+        stall_seconds=STALL,
         threads=1,
         also=(ModelSettings(**tiny, cpus_per_replica=0.25, threads=1), pair),
         watch_seconds=1.0,
@@ -207,12 +210,6 @@ def until(found: Any, what: str) -> None:
         time.sleep(0.5)
 
 
-def kill(application: str, replica: str) -> None:
-    import ray
-
-    ray.kill(ray.get_actor(f"SERVE_REPLICA::{application}#{ENGINE}#{replica}", namespace="serve"))
-
-
 def applications(model: str) -> list[str]:
     from ray import serve
 
@@ -231,6 +228,16 @@ def engines(application: str) -> list[int]:
         for process in psutil.process_iter(["cmdline"])
         if MODULE in (process.info["cmdline"] or ()) and application in "".join(process.parent().cmdline())
     ]
+
+
+def engine_of(application: str, replica: str) -> psutil.Process:
+    """The engine's process of a replica."""
+    import ray
+
+    actor = ray.get_actor(f"SERVE_REPLICA::{application}#{ENGINE}#{replica}", namespace="serve")
+    [engine] = psutil.Process(ray.get(actor.is_allocated.remote())[0]).children()
+    assert MODULE in engine.cmdline()
+    return engine
 
 
 def followers() -> list[str]:

@@ -35,9 +35,9 @@ from .conftest import (
     Heard,
     body,
     engine_application,
+    engine_of,
     engines,
     followers,
-    kill,
     listen,
     replicas,
     until,
@@ -149,7 +149,21 @@ def test_a_replica_whose_engine_is_lost_is_replaced_and_no_request_with_it(url: 
 
 
 @pytest.mark.cluster
-def test_prompts_that_begin_alike_share_a_replica_and_its_death_ends_no_stream(url: str) -> None:
+def test_a_request_whose_numbers_are_none_fails_alone_and_nowhere_else(url: str, talkative: Path) -> None:
+    before = replicas(url, "talkative")
+    poison = {"prompt": [load(talkative).vocabulary.unknown], "max_tokens": 5}
+    begun = threading.Barrier(5)
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(listen, url, f"beside {number}", begun) for number in range(4)]
+        begun.wait(PATIENCE)
+        failed = [requests.post(f"{url}/v1/completions", json=poison, timeout=PATIENCE) for _ in range(4)]
+        assert [stream.result().whole for stream in streams] == [True] * 4
+    assert [(reply.status_code, reply.json()["error"]["code"]) for reply in failed] == [(500, "request_failed")] * 4
+    assert replicas(url, "talkative") == before
+
+
+@pytest.mark.cluster
+def test_prompts_that_begin_alike_share_a_replica_and_one_that_hangs_ends_no_stream(url: str) -> None:
     until(lambda: len(replicas(url, "talkative")) == 2, "a second replica")
     names = sorted(replicas(url, "talkative"))
 
@@ -165,9 +179,9 @@ def test_prompts_that_begin_alike_share_a_replica_and_its_death_ends_no_stream(u
     with ThreadPoolExecutor(6) as pool:
         streams = [pool.submit(listen, url, text, begun) for text in lost + kept]
         begun.wait(PATIENCE)  # all six have text by now
-        kill(engine_application("talkative"), names[0])
+        engine_of(engine_application("talkative"), names[0]).suspend()
         heard = [stream.result() for stream in streams]
     assert [one.error for one in heard] == [None] * 6
-    assert all(one.whole for one in heard), "those of the lost replica go on at the other"
+    assert all(one.whole for one in heard), "those of the replica that hangs go on at the other"
     assert all(one.whole for one in ThreadPoolExecutor(6).map(lambda text: listen(url, text), texts[:6]))
     until(lambda: len(replicas(url, "talkative") - {names[0]}) == 2, "a replacement of the lost replica")
