@@ -14,14 +14,11 @@ from typing import Any, Literal
 
 from PIL import Image as PILImage
 
-from calumma.model.images import rgb
+from calumma.model.images import DecodedImage, decode, rgb
+from calumma.model.images import UnreadableImage as UnreadableImage
 
 Role = Literal["user", "assistant"]
 ROLES: tuple[Role, ...] = ("user", "assistant")
-
-
-class UnreadableImage(ValueError):
-    """The bytes are not an image that can be decoded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,16 @@ class Image:
     role: Role | None = None
 
     def open(self) -> PILImage.Image:
-        """Decode to an upright RGB image (`images.rgb`). Raises UnreadableImage."""
+        """Decode to an upright sRGB image (`images.rgb`). Raises UnreadableImage."""
+        return self.decode().image
+
+    def decode(self, strict: bool = False) -> DecodedImage:
+        """As `open`, with what of its file was damaged: what browsers forgive is forgiven, unless `strict`."""
+        if isinstance(self.data, bytes):
+            return decode(self.data, strict)
         try:
-            if isinstance(self.data, PILImage.Image):
-                return rgb(self.data)
-            with PILImage.open(io.BytesIO(self.data)) as opened:
-                return rgb(opened)
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            return DecodedImage(rgb(self.data))
+        except Exception as error:
             raise UnreadableImage(f"not a readable image: {error}") from error
 
     def png(self) -> bytes:

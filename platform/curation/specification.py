@@ -30,12 +30,16 @@ class TextRules(CurationStep):
 
 
 class ImageRules(CurationStep):
-    """Sizes of images. A failing image takes its document with it, of a page (unless told otherwise) only itself."""
+    """Sizes and damage of images. A failing image takes its document with it, of a page (unless told otherwise) only
+    itself."""
 
     min_side: int = Field(1, ge=1, description="pixels of the shorter side")
     max_side: int | None = Field(None, ge=1, description="pixels of the longer side")
     max_aspect: float | None = Field(None, ge=1, description="longer side by shorter side")
     pages: Literal["image", "document"] = Field("image", description="what a failing image of a page takes with it")
+    strict: bool = Field(
+        False, description="refuse what browsers show all the same: a JPEG without its end, a PNG with damaged text"
+    )
 
 
 class CaptionRules(CurationStep):

@@ -74,7 +74,7 @@ def curate_files(task: dict[str, Any]) -> dict[str, Any]:
 def _passing_documents(task: dict[str, Any], spec: CurateSpecification, outcome: TaskResult) -> Iterator[Document]:
     """Documents that pass the steps which look at one alone."""
     source = next(s for s in spec.sources if s.name == task["source"])
-    chain = StepChain(spec, source.name, task["index"])
+    chain = StepChain(spec, source.name, task["index"], outcome.counts.notes)
     for uri in task["files"]:
         for item in reading.read_source(source, uri, spec.locate, outcome.counts.notes):
             checked = chain(item)

@@ -9,11 +9,10 @@ from functools import cached_property
 from typing import Any, cast
 
 from calumma.model.document import Document, Image, Role, Text
+from calumma.platform.sources import compression
 from calumma.platform.sources.notes import Notes
 from calumma.platform.storage import StorageError
 
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # suffix -> name of the codec in Arrow
-MAGIC_BYTES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 BUFFER = 1 << 20
 LICENSES = ("license", "licenses", "max_stars_repo_licenses", "detected_licenses")  # the last two: The Stack
 
@@ -82,8 +81,8 @@ class File:
     @property
     def plain_name(self) -> str:
         """The URI in lower case without a suffix of compression."""
-        name = self.uri.lower()
-        return next((name.removesuffix(suffix) for suffix in COMPRESSED if name.endswith(suffix)), name)
+        name = compression.plain_archive(self.uri)
+        return next((name.removesuffix(suffix) for suffix in compression.SUFFIXES if name.endswith(suffix)), name)
 
     @cached_property
     def size(self) -> int:
@@ -96,38 +95,44 @@ class File:
     @property
     def bytes_left(self) -> int:
         """Bytes that have not been read yet, as stored; of a compressed file, those not decompressed yet."""
-        return max(0, self.size - (self.raw if self._codec else self.content).tell())
+        return max(0, self.size - (self.raw if self.codec else self.content).tell())
 
     @cached_property
-    def _codec(self) -> str | None:
+    def codec(self) -> str | None:
+        """How the file is compressed, if it is."""
         place = self.raw.tell()
         self.raw.seek(0)
-        head = self.raw.read(4)
+        head = self.raw.read(16)
         self.raw.seek(place)
-        by_name = next((codec for suffix, codec in COMPRESSED.items() if self.uri.lower().endswith(suffix)), None)
-        return next((codec for magic, codec in MAGIC_BYTES.items() if head.startswith(magic)), by_name)
+        return compression.codec_of(head, self.uri)
 
     @cached_property
     def content(self) -> io.BufferedReader:
-        """The content from its beginning, decompressed where it is gzip or zstd, a buffer at a time.
+        """The content from its beginning, decompressed where it is compressed, a buffer at a time.
 
-        Reading it raises OSError where a compressed file is damaged or cut, and StorageError for faults of storage.
+        Reading it raises compression.Damaged, an OSError, where a compressed file is damaged or cut, when all before is
+        read; reading may go on behind it. Raises StorageError for faults of storage.
         """
         self.raw.seek(0)
-        codec = self._codec
-        if codec is None:
+        if self.codec is None:
             raw = self.raw
             return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(cast(Any, raw), BUFFER)
-        import pyarrow as pa
+        stream = compression.DecompressedStream(self.raw, self.codec, lambda what: self.notes.warn(self.uri, what))
+        return io.BufferedReader(stream, BUFFER)
 
-        # It raises where a stream is cut.
-        stream = pa.CompressedInputStream(pa.PythonFile(self.raw, "r"), codec)
-        return io.BufferedReader(cast(Any, stream), BUFFER)
+    def damage(self, name: str, error: OSError) -> tuple[BadInput, bool]:
+        """What reading `content` raised, as a bad input, and whether nothing more can be read."""
+        if not isinstance(error, compression.Damaged):
+            return BadInput(name, f"the file is damaged from here on: {error}", self.bytes_left), True
+        where = "from here on" if error.ends else "here"
+        return BadInput(name, f"the file is damaged {where}: {error}", error.bytes_lost), error.ends
 
     def read_all(self, limit: int) -> bytes:
         """All of a small file. Raises Malformed when it holds more than `limit` bytes or cannot be decompressed."""
         try:
             data = self.content.read(limit + 1)
+            if len(data) <= limit:
+                data += self.content.read(1)  # damage is told behind what was read
         except StorageError:
             raise
         except OSError as error:

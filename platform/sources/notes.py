@@ -11,11 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from calumma.platform.sources.compression import SUFFIXES
+
 MOST_NAMES = 200  # of one kind that are counted one by one: the fields of a record may be anything
 MOST_WARNINGS = 50  # told; all are counted
 OTHERS = "others"
 SHOWN = 8  # names of a kind in a sentence
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 
 
 class Notes(BaseModel):
@@ -86,4 +87,4 @@ def suffix(name: str) -> str:
     parts = [part.lower() for part in path.suffixes[-2:]]
     if not parts:
         return path.name
-    return "".join(parts) if parts[-1] in COMPRESSIONS else parts[-1]
+    return "".join(parts) if parts[-1] in SUFFIXES else parts[-1]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import http.client
-import io
 import ipaddress
 import socket
 import ssl
@@ -20,9 +19,8 @@ from fnmatch import fnmatchcase
 from typing import NoReturn
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from PIL import Image as PILImage
-
 from calumma.model.document import Image, UnreadableImage
+from calumma.model.images import open_header
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.settings import Limits, RemoteImages
 
@@ -65,9 +63,9 @@ class ImageLoader:
 
     def _check(self, data: bytes, param: str) -> None:
         try:
-            with PILImage.open(io.BytesIO(data)) as opened:  # the header alone: a bomb is not set off
+            with open_header(data) as opened:  # a bomb is not set off
                 width, height = opened.size
-        except Exception:
+        except UnreadableImage:
             width = height = 0  # Image.open says what is wrong
         if width * height > self._limits.pixels:
             raise APIError(

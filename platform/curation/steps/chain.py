@@ -15,6 +15,7 @@ from calumma.platform.curation.steps.signatures import image_bytes
 from calumma.platform.curation.steps.words import hash_fraction, is_pair
 from calumma.platform.sources import files, reading
 from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.notes import Notes
 from calumma.platform.specification import import_function
 
 In = TypeVar("In")
@@ -51,9 +52,12 @@ class CheckedDocument:
 class StepChain:
     """The steps of one source. Raises SpecificationError and StorageError when something they name is not there."""
 
-    def __init__(self, spec: CurateSpecification, source: str, index: str | None = None) -> None:
-        """`index`: where decontamination's index is."""
-        self._spec = spec
+    def __init__(
+        self, spec: CurateSpecification, source: str, index: str | None = None, notes: Notes | None = None
+    ) -> None:
+        """`index`: where decontamination's index is. `notes`: where damage is told that does not matter."""
+        self._spec, self._notes = spec, Notes() if notes is None else notes
+        self._strict = spec.images is not None and spec.images.strict and applies(spec.images, source)
         self.seconds: dict[str, float] = {}  # that each step has taken
         self.scrubber = scrub.Scrubber(spec.scrub) if spec.scrub is not None and applies(spec.scrub, source) else None
         # For samples in the report of documents dropped earlier: what it replaces is not counted.
@@ -73,7 +77,7 @@ class StepChain:
             self._rules.append(("decontaminate", overlap))
 
     def __call__(self, item: files.Item) -> CheckedDocument | BadInput:
-        checked = self._timed("form", lambda item: check_form(item, self._spec.min_text), item)
+        checked = self._timed("form", self._check_form, item)
         if isinstance(checked, BadInput) or checked.dropped is not None:
             return checked
         document = checked.document
@@ -86,6 +90,9 @@ class StepChain:
         clean = document if self.scrubber is None else self._timed("scrub", self.scrubber, document)
         return CheckedDocument(clean, None, images - len(document.images), clean != document)
 
+    def _check_form(self, item: files.Item) -> CheckedDocument | BadInput:
+        return check_form(item, self._spec.min_text, self._strict, self._notes)
+
     def _timed(self, step: str, work: Callable[[In], Out], value: In) -> Out:
         begin = time.perf_counter()
         result = work(value)
@@ -93,12 +100,13 @@ class StepChain:
         return result
 
 
-def check_form(item: files.Item, min_text: int) -> CheckedDocument | BadInput:
-    """What every document must be: readable, and not empty."""
+def check_form(item: files.Item, min_text: int, strict: bool, notes: Notes) -> CheckedDocument | BadInput:
+    """What every document must be: readable, and not empty. What of images was damaged and read all the same (never if
+    `strict`), and their frames beyond the first, go to `notes`."""
     if isinstance(item, BadInput):
         return item
     document = replace(item, segments=without_layout(item.segments))
-    if problem := _unreadable(document):
+    if problem := _unreadable(document, strict, notes):
         return problem
     if not document.segments:
         return CheckedDocument(document, Dropped("empty"))
@@ -119,7 +127,7 @@ def order_pair(document: Document, seed: int, image_first: float) -> Document:
     return replace(document, segments=(image, caption) if first else (caption, image))
 
 
-def _unreadable(document: Document) -> BadInput | None:
+def _unreadable(document: Document, strict: bool, notes: Notes) -> BadInput | None:
     name = reading.name_of(document)
     texts = [s.text if isinstance(s, Text) else s.caption or "" for s in document.segments]
     for text in (*texts, document.license, document.url):
@@ -129,8 +137,13 @@ def _unreadable(document: Document) -> BadInput | None:
             return BadInput(name, f"text is not valid Unicode: {error.reason} at character {error.start}")
     images: Sequence[Image] = document.images
     for index, image in enumerate(images):
+        place = name if len(images) == 1 else f"{name}, image {index}"
         try:
-            image.open()
+            decoded = image.decode(strict)
         except UnreadableImage as error:
-            return BadInput(name if len(images) == 1 else f"{name}, image {index}", str(error))
+            return BadInput(place, str(error))
+        if decoded.mended is not None:
+            notes.warn(place, decoded.mended)
+        if decoded.frames > 1:
+            notes.skip("frames", f"of {decoded.format}", decoded.frames - 1)
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image
+from calumma.model.images import open_header
 from calumma.platform import storage
 from calumma.platform.curation.specification import CaptionRules, ImageRules, NameRules, TextRules
 from calumma.platform.curation.steps.words import all_text, is_pair, words
@@ -101,7 +101,7 @@ def size_of(image: Image) -> tuple[int, int]:
         return image.data.size
     if image.data.startswith(b"\x89PNG\r\n\x1a\n"):  # at once, since small drawings come by the thousand
         return int.from_bytes(image.data[16:20]), int.from_bytes(image.data[20:24])
-    with PILImage.open(io.BytesIO(image.data)) as opened:
+    with open_header(image.data) as opened:
         return opened.size
 
 

@@ -11,17 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from calumma.platform.sources.files import BadInput, Draft, DraftSegment, File, Malformed, json_type
+from calumma.platform.sources.formats.json_array import BYTE_ORDER_MARK, CHUNK_BYTES, LONGEST_LINE, Row, json_array
 from calumma.platform.sources.registry import ReaderItem
 from calumma.platform.storage import StorageError
 
-LONGEST_LINE = 256 << 20  # bytes; a conversation with its images as data URLs is one line
-CHUNK_BYTES = 16 << 10  # of a JSON array: how exactly the loss behind a damage is known
-DEEPEST_NESTING = 200  # brackets in brackets of one record
 BATCH_BYTES = 16 << 20  # bytes of a Parquet file that are rows at once
 BATCH_ROWS = 1024
 COLUMN_BUFFER = 1 << 20  # bytes of a column that are read at once; without it Arrow reads all of a row group's
-
-Row = tuple[str, dict[str, Any]]
 
 
 def drafts(
@@ -41,21 +37,23 @@ def drafts(
 
 def json_rows(file: File) -> Iterator[Row | BadInput]:
     """The records of a JSON file: one array of them, or one a line, whatever its name promises."""
+    start = b""
     if file.plain_name.endswith(".json"):
         try:
-            start = file.content.peek(CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            start = file.content.peek(CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
         except StorageError:
             raise
-        except OSError:
-            start = b""  # damage that json_lines names
-        if start == b"[":
-            return json_array(file)
-    return json_lines(file)
+        except OSError as error:
+            damage, ends = file.damage(file.uri, error)
+            yield damage
+            if ends:
+                return
+    yield from json_array(file) if start == b"[" else json_lines(file)
 
 
 def json_lines(file: File) -> Iterator[Row | BadInput]:
     """One record a line."""
-    number = 0
+    number, behind_damage = 0, False
     while True:
         number += 1
         name = file.at(f"line {number}")
@@ -66,8 +64,12 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
         except StorageError:
             raise
         except OSError as error:
-            yield BadInput(name, f"the file is damaged from here on: {error}", file.bytes_left)
-            return
+            damage, ends = file.damage(name, error)
+            yield damage
+            if ends:
+                return
+            behind_damage = True
+            continue
         if not line:
             return
         if too_long:
@@ -75,64 +77,37 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
             continue
         if line.isspace():
             continue
+        first, behind_damage = behind_damage, False
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, an endless number, endless brackets
+            if first:
+                continue  # the rest of the line that the damage cut
             if number == 1 and file.plain_name.endswith(".json"):  # as a rule one object over many lines
                 yield BadInput(file.uri, f"neither an array of records nor one record a line: {error}", file.size)
                 return
-            yield BadInput(name, f"not a line of JSON: {error}")
+            yield _cut_line(file, name, line) or BadInput(name, f"not a line of JSON: {error}")
+            behind_damage = not line.endswith(b"\n")  # if there is more at all
             continue
         yield (name, row) if isinstance(row, dict) else BadInput(name, f"holds {json_type(row)}, not an object")
+
+
+def _cut_line(file: File, name: str, line: bytes) -> BadInput | None:
+    """The damage that cut this line, if one did."""
+    if line.endswith(b"\n"):
+        return None
+    try:
+        file.content.peek(1)
+    except StorageError:
+        raise
+    except OSError as error:
+        return file.damage(name, error)[0]
+    return None
 
 
 def _skip_line(file: File) -> None:
     while (more := file.content.readline(CHUNK_BYTES)) and not more.endswith(b"\n"):
         pass
-
-
-def json_array(file: File) -> Iterator[Row | BadInput]:
-    """The elements of one array, which may be far larger than memory. What follows the first damage is lost."""
-    import ijson
-    from ijson.common import ObjectBuilder
-
-    content = file.content
-    if content.peek(3).startswith(b"\xef\xbb\xbf"):
-        content.read(3)
-    number, depth = 0, 0
-    chunks = _ChunkReader(file)
-    builder = ObjectBuilder()
-    try:
-        # ijson.items would do, but it keeps a path for every open bracket: a file of brackets fills the memory.
-        for event, value in ijson.basic_parse(chunks, use_float=True, buf_size=CHUNK_BYTES):
-            closes = event in ("end_map", "end_array")
-            depth -= closes
-            if depth:
-                builder.event(event, value)
-            depth += event in ("start_map", "start_array")
-            if depth > DEEPEST_NESTING:
-                raise Malformed(f"more than {DEEPEST_NESTING} brackets in each other")
-            if depth == 1 and (closes or event not in ("start_map", "start_array")):
-                name, row = file.at(f"item {number}"), builder.value
-                yield (name, row) if isinstance(row, dict) else BadInput(name, f"holds {json_type(row)}, not an object")
-                number, builder = number + 1, ObjectBuilder()
-    except StorageError:
-        raise
-    except (ijson.JSONError, OSError, Malformed, ValueError) as error:
-        reason = " ".join(str(error).splitlines()[:1])
-        yield BadInput(file.at(f"item {number}"), f"the array is damaged from here on: {reason}", chunks.bytes_left)
-
-
-class _ChunkReader:
-    """A file's content for ijson. `bytes_left`: of the newest chunk and all behind it."""
-
-    def __init__(self, file: File) -> None:
-        self._file = file
-        self.bytes_left = file.size
-
-    def read(self, size: int) -> bytes:
-        self.bytes_left = self._file.bytes_left
-        return self._file.content.read(size)
 
 
 def parquet_rows(file: File, columns: Callable[[list[str]], Sequence[str]]) -> Iterator[Row | BadInput]:

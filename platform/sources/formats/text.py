@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from calumma.model.document import Text
+from calumma.platform.sources import compression
 from calumma.platform.sources.files import LICENSES, DraftSegment, File, Malformed, field_names, json_type
 from calumma.platform.sources.formats.rows import drafts, json_lines, json_rows, parquet_rows
 from calumma.platform.sources.registry import ReaderItem, reader
 
 FIELDS = ("text", "content")
-SUFFIXES = tuple(f"{form}{packed}" for form in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst"))
+SUFFIXES = tuple(f"{form}{packed}" for form in (".jsonl", ".json", ".ndjson") for packed in ("", *compression.SUFFIXES))
 
 
 @reader("text", (*SUFFIXES, ".parquet"))

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from calumma.model.document import Image
+from calumma.model.images import suffixes
 from calumma.platform.sources.files import BadInput, Draft, File, json_type, text_or_none
 from calumma.platform.sources.registry import ReaderItem, reader
-
-IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"})
 
 
 @reader("webdataset", (".tar",))
@@ -95,7 +94,7 @@ def _sample(file: File, key: str, parts: dict[str, bytes]) -> ReaderItem:
     status = metadata.get("status")
     if isinstance(status, str) and status != "success":
         return BadInput(name, f"its status is {status!r}: {metadata.get('error_message') or 'no reason given'}")
-    images = [extension for extension in parts if extension in IMAGE_SUFFIXES]
+    images = [extension for extension in parts if f".{extension}" in suffixes()]
     if len(images) != 1:
         count = f"{len(images)} images ({', '.join(images)})" if images else "no image"
         return BadInput(name, f"has {count} among {', '.join(sorted(parts))}; a sample is one image and its caption")

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from calumma.model import images
 from calumma.model.document import Image, UnreadableImage
-from calumma.model.images import preprocess, rgb, to_image
+from calumma.model.images import pixels, preprocess, rgb, to_image
 
 RED, LIME, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -77,6 +76,26 @@ def test_white_of_integers_and_floats_fits_their_brightest_value(
 ) -> None:
     image = PILImage.fromarray(np.array([values], dtype=dtype))
     assert np.asarray(rgb(image))[0, :, 0].tolist() == expected
+
+
+def tiff(width: int, bits: int, photometric: int, data: bytes) -> Image:
+    """A grey TIFF of one row by hand: Pillow writes neither 12 bits nor white as zero."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(data)}
+    pixels = data + bytes(len(data) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels
+    return Image(head + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+def test_twelve_bits_are_scaled() -> None:
+    row = b"".join(bytes((a >> 4, (a & 15) << 4 | b >> 8, b & 255)) for a, b in ((0, 2048), (4095, 1000)))
+    assert np.asarray(tiff(4, 12, 1, row).open())[0, :, 0].tolist() == [0, 128, 255, 62]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_white_may_be_zero(bits: int) -> None:
+    values = np.array([0, 51, 255], np.uint8) if bits == 8 else np.array([0, 51 * 257, 65535], "<u2")
+    assert np.asarray(tiff(3, bits, 0, values.tobytes()).open())[0, :, 0].tolist() == [255, 204, 0]
 
 
 # -- colour --
@@ -163,7 +182,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(side: int, monk
 
 
 def test_a_bomb_is_refused_as_a_picture_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 15)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 15)
     with pytest.raises(UnreadableImage, match="4x4 pixels are more than the 15 allowed"):
         Image(PILImage.new("RGB", (4, 4))).open()
 

@@ -1,0 +1,18 @@
+"""Pictures: what bytes are, bytes to upright sRGB, sRGB to the tokenizer's square of pixels, and back."""
+
+from calumma.model.images.decoding import DecodedImage, UnreadableImage, decode, open_header, suffixes
+from calumma.model.images.kinds import kind_of
+from calumma.model.images.pixels import MAX_PIXELS, preprocess, rgb, to_image
+
+__all__ = [
+    "MAX_PIXELS",
+    "DecodedImage",
+    "UnreadableImage",
+    "decode",
+    "kind_of",
+    "open_header",
+    "preprocess",
+    "rgb",
+    "suffixes",
+    "to_image",
+]
