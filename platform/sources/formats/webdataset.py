@@ -5,100 +5,136 @@ https://github.com/webdataset/webdataset, https://github.com/rom1504/img2dataset
 
 from __future__ import annotations
 
-import json
-import tarfile
 from collections.abc import Iterator
-from typing import Any, cast
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
+from typing import Literal
 
-from calumma.model.document import Image
-from calumma.model.images import suffixes
-from calumma.platform.sources.files import BadInput, Draft, File, json_type, text_or_none
+from calumma.platform.sources import compression
+from calumma.platform.sources.files import BadInput, File
+from calumma.platform.sources.formats.archive import Member, members
+from calumma.platform.sources.formats.samples import sample_draft
 from calumma.platform.sources.registry import ReaderItem, reader
 
-
-@reader("webdataset", (".tar",))
-def webdataset(file: File) -> Iterator[ReaderItem]:
-    """One document a key. An archive that ends or breaks early gives the samples that were whole before it."""
-    sample: dict[str, bytes] = {}
-    key = ""
-    last_extensions: set[str] = set()  # the extensions of the last whole sample
-    try:
-        for name, data in _members(file):
-            folder, slash, base = name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            sample_key = f"{folder}{slash}{stem}"
-            if sample_key != key and sample:
-                last_extensions = set(sample)
-                yield _sample(file, key, sample)
-                sample = {}
-            key = sample_key
-            sample[extension.lower()] = data
-    except _DamagedArchive as damage:
-        # The sample at the damage counts as whole when it has all parts that the one before it had.
-        if sample and set(sample) == last_extensions:
-            yield _sample(file, key, sample)
-            sample = {}
-        yield BadInput(file.at(key) if sample else file.uri, str(damage), damage.bytes_lost)
-        return
-    if sample:
-        yield _sample(file, key, sample)
+SUFFIXES = (".tar", *(f".tar{suffix}" for suffix in compression.SUFFIXES), *compression.ARCHIVES)
+Key = Literal["first_dot", "last_dot"]
 
 
-class _DamagedArchive(ValueError):
-    def __init__(self, reason: str, bytes_lost: int) -> None:
-        super().__init__(reason)
-        self.bytes_lost = bytes_lost
+@reader("webdataset", SUFFIXES)
+def webdataset(
+    file: File,
+    *,
+    caption: str | None = None,
+    key: Key = "first_dot",
+    images: Literal["one", "several"] = "one",
+    encoding: str = "utf-8",
+) -> Iterator[ReaderItem]:
+    """One document a key. The caption is the member `.txt`, `.caption`, `.text` or `.cls`, or of the `.json` the field
+    `caption`, `captions` or `text`; or the member or field that `caption` names.
 
-
-def _members(file: File) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files of a tar archive. Raises _DamagedArchive where it breaks.
-
-    Python's tarfile ends silently on a broken or missing header after the first; the archive's end mark tells.
+    A key ends at the first dot of a name, or at the last (`key: last_dot`). A sample of several images is one document
+    of all (`images: several`), with its words behind them. A JSON of `texts` and `images` beside a TIFF of several
+    frames, as MINT-1T has them, is an interleaved page. What damage hides costs the samples it is part of.
     """
-    size = file.size
-    position = 0
-    try:
-        with tarfile.open(fileobj=cast(Any, file.raw), mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                position = member.offset
-                if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{member.name} is {member.size:,} bytes long")
-                if member.isreg() and (content := tar.extractfile(member)) is not None:
-                    yield member.name, content.read()
-                position = tar.offset
-                cast(Any, tar).members.clear()  # else it keeps a kilobyte for every member it has passed
-            file.raw.seek(position)
-            block = file.raw.read(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        if position == 0:
-            raise _DamagedArchive(f"not a readable tar archive: {error}", size) from error
-        lost = max(0, size - position)
-        raise _DamagedArchive(
-            f"the archive breaks off after byte {size - lost:,} of {size:,}: {error}", lost
-        ) from error
-    if not block:
-        raise _DamagedArchive(f"the archive breaks off at byte {size:,}: it has no end mark", 0)
-    if block.strip(b"\0"):
-        raise _DamagedArchive(f"the archive is damaged from byte {position:,} of {size:,} on", size - position)
+    read = partial(_item, file, caption=caption, encoding=encoding, several=images == "several")
+    for found in _known_samples(file, key):
+        yield found if isinstance(found, BadInput) else read(found)
 
 
-def _sample(file: File, key: str, parts: dict[str, bytes]) -> ReaderItem:
-    name = file.at(key)
-    try:
-        metadata = json.loads(parts["json"]) if "json" in parts else {}
-        caption = parts["txt"].decode() if "txt" in parts else None
-    except (ValueError, RecursionError) as error:
-        return BadInput(name, f"caption or metadata cannot be read: {error}")
-    if not isinstance(metadata, dict):
-        return BadInput(name, f"its .json holds {json_type(metadata)}, not an object")
-    status = metadata.get("status")
-    if isinstance(status, str) and status != "success":
-        return BadInput(name, f"its status is {status!r}: {metadata.get('error_message') or 'no reason given'}")
-    images = [extension for extension in parts if f".{extension}" in suffixes()]
-    if len(images) != 1:
-        count = f"{len(images)} images ({', '.join(images)})" if images else "no image"
-        return BadInput(name, f"has {count} among {', '.join(sorted(parts))}; a sample is one image and its caption")
-    if caption is None:
-        caption = text_or_none(metadata.get("caption"))
-    image = Image(parts[images[0]], caption.strip() or None if caption else None)
-    return Draft.from_record((image,), file.at(f"{key}.{images[0]}"), metadata)
+def _known_samples(file: File, key: Key) -> Iterator[_Sample | BadInput]:
+    """The samples; beside damage, those that have the parts that others have, and else a BadInput for each."""
+    whole: set[str] | None = None  # the extensions of the last sample that has no damage beside it
+    waiting: list[_Sample | BadInput] = []  # until there is such a one
+    for found in _samples(file, key):
+        if isinstance(found, BadInput) or found.doubtful:
+            waiting.append(found)
+            if whole is None:
+                continue
+        else:
+            whole = set(found.parts)
+            if not waiting:
+                yield found
+                continue
+            waiting.append(found)
+        if isinstance(found, _Sample) and not found.cut:  # one that is cut is told with the damage behind it
+            yield from _decide(waiting, whole, file)
+            waiting = []
+    yield from _decide(waiting, whole, file)
+
+
+def _decide(waiting: list[_Sample | BadInput], whole: set[str] | None, file: File) -> Iterator[_Sample | BadInput]:
+    cut = ""
+    for found, behind in zip_longest(waiting, waiting[1:]):
+        if isinstance(found, BadInput):
+            yield BadInput(cut, found.reason, found.bytes_lost) if cut else found
+            cut = ""
+        elif not found.doubtful or found.problem or set(found.parts) == whole:
+            yield found
+        elif isinstance(behind, BadInput):
+            cut = file.at(found.key)
+        else:
+            yield BadInput(file.at(found.key), "parts of it may be lost to the damage beside it")
+
+
+def _samples(file: File, key: Key) -> Iterator[_Sample | BadInput]:
+    sample = _Sample("")
+    for member in members(file):
+        if isinstance(member, BadInput):
+            if sample.parts:
+                sample.doubtful = sample.cut = True
+                yield sample
+            yield member
+            sample = _Sample("", doubtful=True)
+            continue
+        name, extension = _split(member.name, key)
+        if name != sample.key:
+            if sample.parts:
+                yield sample
+            sample = _Sample(name, doubtful=sample.doubtful and not sample.parts)
+        sample.add(extension, member)
+    if sample.parts:
+        yield sample
+
+
+@dataclass
+class _Sample:
+    """`doubtful`: parts of it may be lost to damage beside it; `cut`: behind it."""
+
+    key: str
+    doubtful: bool = False
+    cut: bool = False
+    parts: dict[str, bytes] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+    def add(self, extension: str, member: Member) -> None:
+        extension = extension.lower()
+        if extension in self.parts:
+            other = self.names[extension]
+            again = f"{other} is in it twice" if other == member.name else f"{other} and {member.name} are one name"
+            self.problem = self.problem or f"{again}; which one is meant cannot be told"
+        elif member.problem:
+            self.problem = self.problem or f"{member.name} {member.problem}"
+        self.parts.setdefault(extension, member.data)
+        self.names.setdefault(extension, member.name)
+
+
+def _item(
+    file: File,
+    sample: _Sample,
+    *,
+    caption: str | None,
+    encoding: str,
+    several: bool,
+) -> ReaderItem:
+    if sample.problem:
+        return BadInput(file.at(sample.key), sample.problem)
+    return sample_draft(file, sample.key, sample.parts, caption=caption, encoding=encoding, several=several)
+
+
+def _split(name: str, key: Key) -> tuple[str, str]:
+    """The key and the extension of a member's name."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".") if key == "first_dot" else base.rpartition(".")
+    return f"{folder}{slash}{stem}", extension

@@ -238,7 +238,7 @@ def test_a_file_that_a_reader_finds_malformed_is_lost_from_there_on(own: str, tm
         ("no_such_module:f", {}, None),
         ("text", {"feild": "body"}, "'text' has no option 'feild'; it knows field"),
         ("text", {"field": 5}, "option 'field': Input should be a valid string"),
-        ("webdataset", {"field": "x"}, "it has none"),
+        ("jsonl", {"field": "x"}, "it has none"),
         ("pages", {"other_images": "keep"}, "'bad' or 'leave_out'"),
     ],
 )

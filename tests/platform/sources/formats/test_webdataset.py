@@ -129,9 +129,11 @@ def test_damage_inside_a_tar_counts_the_bytes_that_are_lost(tmp_path: Path) -> N
         header = archive.getmember("dir/002.png").offset
     content[header : header + 512] = b"\xff" * 512
     items = read("webdataset", tmp_path / "a.tar", bytes(content))
-    assert [d.images[0].caption for d in good(items)] == ["caption 0", "caption 1"]
-    assert bad(items)[0].bytes_lost == len(content) - header
-    assert "damaged from byte" in bad(items)[0].reason
+    assert [d.images[0].caption for d in good(items)] == ["caption 0", "caption 1", "caption 3"]
+    damage, rest = bad(items)
+    assert damage.bytes_lost == 1024  # the header, and the image
+    assert f"damaged from byte {header:,} on, for 1,024" in damage.reason
+    assert (rest.name, rest.reason) == (f"{tmp_path}/a.tar: dir/002", "parts of it may be lost to the damage beside it")
 
 
 def test_a_member_that_claims_more_than_the_archive_is_damage_and_is_not_allocated(tmp_path: Path) -> None:
@@ -142,6 +144,7 @@ def test_a_member_that_claims_more_than_the_archive_is_damage_and_is_not_allocat
     content[member.offset : member.offset + 512] = member.tobuf(tarfile.GNU_FORMAT)
     items = read("webdataset", tmp_path / "a.tar", bytes(content))
     assert [d.images[0].caption for d in good(items)] == ["caption 0", "caption 1"]
+    assert "parts of it may be lost" in bad(items)[1].reason
     assert f"{1 << 62:,} bytes long" in bad(items)[0].reason
 
 
@@ -156,7 +159,7 @@ def test_a_file_that_is_no_tar_is_lost_whole(tmp_path: Path) -> None:
     [
         ([("1.txt", b"words")], "no image"),
         ([("1.png", png()), ("1.jpg", png())], "2 images"),
-        ([("1.png", png()), ("1.txt", b"\xff\xfe")], "caption"),
+        ([("1.png", png()), ("1.txt", b"\xff\xff")], "caption"),
         ([("1.png", png()), ("1.json", b"{")], "metadata"),
         ([("1.png", png()), ("1.json", b"[]")], "not an object"),
     ],
@@ -178,7 +181,7 @@ def test_an_archive_is_read_a_sample_at_a_time_however_many_it_has(tmp_path: Pat
         return peak
 
     held(10)  # imports and caches
-    assert held(5000) < held(500) + 50_000
+    assert held(5000) < held(500) + 400_000  # of 5 MB
 
 
 def test_an_archive_in_s3_reads_like_a_local_one(s3: str, tmp_path: Path) -> None:

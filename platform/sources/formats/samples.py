@@ -1,0 +1,197 @@
+"""A sample: files of one key, such as 0.jpg, 0.txt and 0.json; its image, or images, and the words for them."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image as PILImage
+
+from calumma.model.document import Image, Text
+from calumma.model.images import suffixes
+from calumma.platform.sources.files import (
+    LICENSES,
+    BadInput,
+    Draft,
+    DraftSegment,
+    File,
+    Malformed,
+    json_type,
+)
+from calumma.platform.sources.registry import ReaderItem
+
+CAPTIONS = ("txt", "caption", "text", "cls")  # members
+CAPTION_FIELDS = ("caption", "captions", "text")  # of the JSON
+KNOWN_FIELDS = frozenset({*LICENSES, "url", "metadata", "meta", "status", "error_message"})
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def sample_draft(
+    file: File,
+    key: str,
+    parts: Mapping[str, bytes],
+    *,
+    caption: str | None = None,
+    encoding: str = "utf-8",
+    several: bool = False,
+) -> ReaderItem:
+    """The document of a sample: one image with its caption, several images in their order (`several`) with the words
+    behind them, or what its JSON lays out as `texts` and `images`. `parts`: extension -> content. What of it is not
+    read is counted in the file's notes."""
+    try:
+        return _Sample(file, key, parts, caption, encoding).draft(several)
+    except Malformed as error:
+        return BadInput(file.at(key), str(error))
+
+
+class _Sample:
+    def __init__(self, file: File, key: str, parts: Mapping[str, bytes], caption: str | None, encoding: str) -> None:
+        self._file, self._key, self._parts = file, key, parts
+        self._caption, self._encoding = caption.removeprefix(".") if caption else None, encoding
+        self._images = [e for e in parts if f".{e.rpartition('.')[2]}" in suffixes()]
+        self._used = {*self._images, "json"}
+        self._used_fields: set[str] = set()
+        self._about = self._json()
+
+    def draft(self, several: bool) -> ReaderItem:
+        status = self._about.get("status")
+        if isinstance(status, str) and status != "success":
+            raise Malformed(f"its status is {status!r}: {self._about.get('error_message') or 'no reason given'}")
+        if not self._images:
+            raise Malformed(f"has no image among {', '.join(sorted(self._parts))}")
+        if isinstance(self._about.get("texts"), list) and isinstance(self._about.get("images"), list):
+            segments = self._interleaved(self._about["texts"], self._about["images"])
+        elif len(self._images) == 1:
+            words = self._words()
+            segments = [Image(self._parts[self._images[0]], words)]
+            if words is None:
+                self._file.notes.lack("caption")
+        elif several:
+            segments = self._together()
+        else:
+            raise Malformed(
+                f"has {len(self._images)} images ({', '.join(self._images)}) among {', '.join(sorted(self._parts))}; a "
+                "sample is one image and its caption, unless the source's options say {images: several}"
+            )
+        self._count()
+        place = f"{self._key}.{self._images[0]}" if len(self._images) == 1 else self._key
+        return Draft.from_record(segments, self._file.at(place), self._about)
+
+    def _json(self) -> dict[str, Any]:
+        if "json" not in self._parts:
+            return {}
+        try:
+            about = json.loads(self._parts["json"])
+        except (ValueError, RecursionError) as error:
+            raise Malformed(f"caption or metadata cannot be read: {error}") from error
+        if not isinstance(about, dict):
+            raise Malformed(f"its .json holds {json_type(about)}, not an object")
+        return about
+
+    # -- words ---------------------------------------------------------------------------------------------------------
+
+    def _words(self, image: str = "") -> str | None:
+        """The caption, from the first member or field that has one. `image`: the extension of the image it is for."""
+        inside = f"{image.rpartition('.')[0]}." if image else ""
+        names = (self._caption,) if self._caption else CAPTIONS
+        beside = tuple(f"{e}.{name}" for e in self._images[:1] for name in names) if len(self._images) == 1 else ()
+        for name in (*names, *beside):  # 0.txt, or 0.jpg.txt
+            if f"{inside}{name}" in self._parts and (words := self._text(f"{inside}{name}")):
+                return words
+        if inside:
+            return None
+        for field in (self._caption,) if self._caption else CAPTION_FIELDS:
+            if words := self._field(field):
+                return words
+        return None
+
+    def _text(self, extension: str) -> str | None:
+        self._used.add(extension)
+        data = self._parts[extension]
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), self._encoding)
+        try:
+            return data.decode(encoding).strip() or None
+        except (UnicodeError, LookupError) as error:
+            raise Malformed(
+                f"its caption {self._key}.{extension} cannot be read as {encoding}: {error}; the source's options may "
+                "name the encoding"
+            ) from error
+
+    def _field(self, field: str) -> str | None:
+        value = self._about.get(field)
+        values = value if isinstance(value, list) else [value]
+        texts = [text.strip() for text in values if isinstance(text, str) and text.strip()]
+        if not texts:
+            return None
+        self._used_fields.add(field)
+        if len(texts) > 1:
+            self._file.notes.skip("captions", "beyond the first", len(texts) - 1)
+        return texts[0]
+
+    # -- several images ------------------------------------------------------------------------------------------------
+
+    def _together(self) -> list[DraftSegment]:
+        segments: list[DraftSegment] = [
+            Image(self._parts[e], self._words(e) if "." in e else None) for e in sorted(self._images)
+        ]
+        words = self._words()
+        if words:
+            segments.append(Text(words))
+        elif not any(isinstance(segment, Image) and segment.caption for segment in segments):
+            self._file.notes.lack("caption")
+        return segments
+
+    def _interleaved(self, texts: list[Any], images: list[Any]) -> list[DraftSegment]:
+        """MINT-1T's: the images are the frames of one TIFF, or members, in the order of `images`.
+        https://github.com/mlfoundations/MINT-1T"""
+        self._used_fields |= {"texts", "images"}
+        if len(texts) != len(images):
+            raise Malformed(f"texts and images must be equally long, found {len(texts)}, {len(images)}")
+        found = [self._parts[e] for e in sorted(self._images)]
+        if len(found) == 1:
+            found = frames(found[0])
+        wanted = sum(image is not None for image in images)
+        if wanted != len(found):
+            raise Malformed(f"its .json places {wanted} images, and it has {len(found)}")
+        pictures = iter(found)
+        segments: list[DraftSegment] = []
+        for index, (text, image) in enumerate(zip(texts, images, strict=True)):
+            if (text is None) == (image is None):
+                both = "both a text and an image" if text is not None else "neither text nor image"
+                raise Malformed(f"has {both} at index {index}")
+            if image is not None:
+                segments.append(Image(next(pictures)))
+            elif isinstance(text, str):
+                segments.append(Text(text))
+            else:
+                raise Malformed(f"the text at index {index} is {json_type(text)}")
+        return segments
+
+    def _count(self) -> None:
+        for extension in self._parts:
+            if extension not in self._used:
+                self._file.notes.skip("members", f".{extension}")
+        for field, value in self._about.items():
+            if value is not None and field not in KNOWN_FIELDS and field not in self._used_fields:
+                self._file.notes.skip("fields", field)
+
+
+def frames(data: bytes) -> list[bytes]:
+    """The frames of an image as images; of one alone as it is, and of what is no image nothing else."""
+    try:
+        with PILImage.open(io.BytesIO(data)) as image:
+            count = getattr(image, "n_frames", 1)
+            if count == 1:
+                return [data]
+            found = []
+            for number in range(count):
+                image.seek(number)
+                buffer = io.BytesIO()
+                image.save(buffer, "PNG")
+                found.append(buffer.getvalue())
+            return found
+    except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        return [data]
