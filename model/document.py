@@ -1,7 +1,8 @@
 """Documents: ordered text and image segments, the form of all data before tokens and after sampling.
 
 A plain document is a page or an image-caption pair. A conversation is a document whose segments carry a role;
-consecutive segments of one role are one turn.
+consecutive segments of one role are one turn. Of the assistant's, those that are not `trained` are only read: no loss
+is taken on them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ROLES: tuple[Role, ...] = ("user", "assistant")
 class Text:
     text: str
     role: Role | None = None
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Image:
     data: bytes | PILImage.Image
     caption: str | None = None
     role: Role | None = None
+    trained: bool = True
 
     def open(self) -> PILImage.Image:
         """Decode to an upright sRGB image (`images.rgb`). Raises UnreadableImage."""
@@ -101,6 +104,8 @@ class Document:
             else:
                 data = s.data if isinstance(s.data, bytes) else s.png()
                 segments.append({"kind": "image", "text": None, "image": data, "caption": s.caption, "role": s.role})
+            if not s.trained:
+                segments[-1]["trained"] = False  # absent otherwise: hardly any data has such turns
         return {"segments": segments, "source": self.source, "license": self.license, "url": self.url}
 
     @classmethod
@@ -112,9 +117,9 @@ class Document:
             if role is not None and role not in ROLES:
                 raise ValueError(f"role {role!r} is not one of {', '.join(ROLES)}")
             if s["kind"] == "text":
-                segments.append(Text(s["text"], role))
+                segments.append(Text(s["text"], role, s.get("trained") is not False))
             elif s["kind"] == "image":
-                segments.append(Image(bytes(s["image"]), s.get("caption"), role))
+                segments.append(Image(bytes(s["image"]), s.get("caption"), role, s.get("trained") is not False))
             else:
                 raise ValueError(f"segment kind {s['kind']!r} is neither text nor image")
         return cls(

@@ -4,7 +4,8 @@
     conversation    <bos> user's segments <end_turn> assistant's segments <end_turn> ... <eos>
     image           <begin image> one id for each code <end image>
 
-In a conversation only the assistant's tokens, and the <end_turn> that closes them, are trained (paper section 3.1).
+In a conversation only the assistant's tokens, and the <end_turn> that closes them, are trained (paper section 3.1),
+without the segments that are not `trained`, and what closes a turn that ends in one.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ class DocumentEncoder:
             for turn in document.turns() if conversation else (Turn(None, document.segments),):
                 begin = size
                 for segment in turn.segments:
+                    first = size
                     if isinstance(segment, Text):
                         parts.append(ids := next(text))
                         size += len(ids)
@@ -124,11 +126,15 @@ class DocumentEncoder:
                         ids = next(images)
                         parts += (special[v.begin_image], ids, special[v.end_image])
                         size += len(ids) + 2
+                    if not segment.trained:
+                        untrained.append((first, size))
                 if turn.role is not None:
                     parts.append(special[v.end_turn])
                     size += 1
                 if conversation and turn.role != "assistant":
                     untrained.append((begin, size))
+                elif turn.role is not None and not turn.segments[-1].trained:
+                    untrained.append((size - 1, size))
             if complete:
                 parts.append(special[v.eos])
                 size += 1

@@ -27,12 +27,14 @@ _ADVICE = "if that is no passing failure, curate its documents again"
 READ_BATCH = 256  # documents read at once: what is read stays in the processor's cache until it is used
 
 
-def schema() -> Any:
-    """The Arrow schema of `Document.to_row`."""
+def schema(trained: bool = True) -> Any:
+    """The Arrow schema of `Document.to_row`; without `trained`, of documents in which every segment is."""
     import pyarrow as pa
 
     text = pa.string()
     segment = [("kind", text), ("text", text), ("image", pa.binary()), ("caption", text), ("role", text)]
+    if trained:
+        segment.append(("trained", pa.bool_()))  # null where it is
     return pa.schema([("segments", pa.list_(pa.struct(segment))), *((n, text) for n in ("source", "license", "url"))])
 
 
@@ -42,9 +44,11 @@ def to_parquet(documents: Sequence[Document]) -> bytes:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, schema(), compression="zstd", use_dictionary=["source", "license", "url"]) as writer:
+    # Hardly any data needs the column, and reading it takes time.
+    columns = schema(trained=any(not segment.trained for document in documents for segment in document.segments))
+    with pq.ParquetWriter(buffer, columns, compression="zstd", use_dictionary=["source", "license", "url"]) as writer:
         for group in _row_groups(documents):
-            writer.write_table(pa.Table.from_pylist([document.to_row() for document in group], schema()))
+            writer.write_table(pa.Table.from_pylist([document.to_row() for document in group], columns))
     return buffer.getvalue()
 
 

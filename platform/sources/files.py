@@ -42,6 +42,7 @@ class Reference:
     caption: str | None = None
     role: Role | None = None
     optional: bool = False  # left out where it cannot be had; otherwise the document is bad
+    trained: bool = True
 
 
 DraftSegment = Text | Image | Reference

@@ -64,7 +64,7 @@ def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source
             segments.append(part)
             continue
         try:
-            segments.append(Image(next(fetched).result(), part.caption, part.role))
+            segments.append(Image(next(fetched).result(), part.caption, part.role, part.trained))
         except Malformed as error:
             if not part.optional:
                 return BadInput(item.name, str(error))

@@ -89,6 +89,22 @@ def test_only_the_answer_is_trained(model: MixedModalModel) -> None:
     assert kept == [*tokenizer.encode("seven"), end_turn, *tokenizer.encode("one"), end_turn]
 
 
+def test_turns_that_are_not_trained_have_no_loss(model: MixedModalModel) -> None:
+    document = Document(
+        (
+            Text("Which?", "user"),
+            Text("wrong", "assistant", trained=False),
+            Image(PILImage.new("RGB", (16, 16)), role="assistant", trained=False),
+            Text("No.", "user"),
+            Text("thought", "assistant", trained=False),
+            Text("right", "assistant"),
+        )
+    )
+    ids, trained = model.encoder.encode(document)
+    kept = [token for token, train in zip(ids, trained, strict=True) if train]
+    assert kept == [*model.text_tokenizer.encode("right"), model.vocabulary.end_turn]
+
+
 def test_a_page_is_trained_whole(model: MixedModalModel) -> None:
     assert all(model.encoder.encode(Document((Text("a page"),))).trained)
 

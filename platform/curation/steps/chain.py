@@ -110,7 +110,7 @@ def check_form(item: files.Item, min_text: int, strict: bool, notes: Notes) -> C
         return problem
     if not document.segments:
         return CheckedDocument(document, Dropped("empty"))
-    if document.is_conversation and all(s.role != "assistant" for s in document.segments):
+    if document.is_conversation and not any(s.role == "assistant" and s.trained for s in document.segments):
         return CheckedDocument(document, Dropped("conversation without an answer"))
     if not document.images and not document.is_conversation and len(document.text.strip()) < min_text:
         return CheckedDocument(document, Dropped(f"shorter than {min_text} characters"))

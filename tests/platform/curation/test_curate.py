@@ -174,6 +174,7 @@ def test_white_space_beside_an_image_of_the_same_speaker_is_layout(tmp_path: Pat
         (Document(()), "empty"),
         (Document((Text(" ab \n"),)), "shorter than 3 characters"),
         (Document((Text("hello?", "user"),)), "conversation without an answer"),
+        (Document((Text("a?", "user"), Text("b", "assistant", trained=False))), "conversation without an answer"),
     ],
 )
 def test_unwanted_documents_are_dropped_with_a_reason(tmp_path: Path, document: Document, reason: str) -> None:
@@ -373,5 +374,7 @@ def test_a_source_without_files_says_what_is_there(tmp_path: Path, location: str
     (tmp_path / "raw/other").mkdir()
     (tmp_path / "raw/other/notes.md").write_text("x")
     source = {"name": "digits", "format": "webdataset", "location": location}
-    with pytest.raises(SpecificationError, match=rf"source 'digits' \(webdataset\): no \*\.tar files at .*{said}"):
+    with pytest.raises(
+        SpecificationError, match=rf"source 'digits' \(webdataset\): no \*\.tar or .* files at .*{said}"
+    ):
         run_curate(curation(tmp_path, sources=[source]))

@@ -105,6 +105,16 @@ def test_damage_that_can_still_be_read_is_found_at_the_end(directory: str) -> No
     assert len(list(read_shard(uri))) == len(DOCUMENTS)  # nobody says what it should be
 
 
+def test_what_is_not_trained_is_kept_and_costs_other_shards_nothing(tmp_path: Path) -> None:
+    plain = Document((Text("q", "user"), Text("a", "assistant")))
+    masked = Document((Text("q", "user"), Text("a", "assistant", trained=False), Image(b"x", None, "assistant", False)))
+    for documents, column in (([plain, masked], True), ([plain], False)):
+        (tmp_path / "shard").write_bytes(data := document_shards.to_parquet(documents))
+        assert list(read_shard(f"{tmp_path}/shard")) == documents
+        segment = pq.read_schema(io.BytesIO(data)).field("segments").type.value_type
+        assert ("trained" in [field.name for field in segment]) is column
+
+
 def test_a_file_that_holds_no_documents_is_named(tmp_path: Path) -> None:
     uri = str(tmp_path / "other.parquet")
     buffer = io.BytesIO()
