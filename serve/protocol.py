@@ -34,6 +34,7 @@ class GenerationRequest:
     begin_with_image: the output's first part is an image. echo: Started brings the prompt's text.
     continuation: another replica has begun the answer, and this one goes on with it.
     bad_words: texts that the output's text does not get.
+    salt: opaque; what a replica keeps of prompts and answers is found by requests of the same salt alone.
     """
 
     id: str
@@ -48,6 +49,7 @@ class GenerationRequest:
     echo: bool = False
     continuation: Continuation | None = None
     bad_words: tuple[str, ...] = ()
+    salt: bytes = b""
 
     @property
     def param(self) -> str:

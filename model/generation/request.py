@@ -176,6 +176,7 @@ class Request:
 
     tenant: whom it is for; tenants share the engine evenly, whatever the number and length of their requests.
     priority: those of a lower number go first in everything, and the others get what these leave.
+    salt: any bytes; what is computed for a request is of use to those of the same salt alone.
     """
 
     id: str
@@ -183,6 +184,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     tenant: str = ""
     priority: int = 0
+    salt: bytes = b""
 
 
 @dataclass(frozen=True)

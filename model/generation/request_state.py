@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 
 from calumma.model.generation.admission import RequestLimits, whole_images
+from calumma.model.generation.cache.block_manager import root_of
 from calumma.model.generation.cache.sequence import Sequence
 from calumma.model.generation.constraint import TokenConstraint
 from calumma.model.generation.guidance import GuidanceWeights
@@ -57,7 +58,7 @@ class RequestState:
         self.seat = self.seated = -1
         self.taken_in = self.answered_before = 0
         self.seed = request.params.seed or 0  # the engine has drawn it where it is random
-        self.full = Sequence(list(request.tokens))
+        self.full = Sequence(list(request.tokens), root=root_of(request.salt))
         self.branches: list[tuple[Sequence, float]] = []  # of the image that is being drawn, with their weights
         self.retired: list[Sequence] = []  # branches that have no further use: their blocks are to be released
         self.weight = 1.0  # of the full context's logits
@@ -206,7 +207,7 @@ class RequestState:
         begin, bos = self.vocabulary.begin_image, self.vocabulary.bos
         for context, weight in (([bos, *self._images, begin], weights.images), ([bos, begin], weights.nothing)):
             if weight != 0:
-                self.branches.append((Sequence(context), weight))
+                self.branches.append((Sequence(context, root=self.full.root), weight))
 
     def _retire_branches(self) -> None:
         self.retired += [sequence for sequence, _ in self.branches]

@@ -219,7 +219,7 @@ class Scheduler:
         """Blocks of running requests that it would share, and the first block that it would lack."""
         if not self._shares(state):
             return 0, None
-        referenced, _, following = self.blocks.lookup(state.full.tokens)
+        referenced, _, following = self.blocks.lookup(state.full)
         return referenced, following
 
     def _shares(self, state: RequestState) -> bool:

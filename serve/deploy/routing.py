@@ -22,8 +22,9 @@ MAX_IMBALANCE = 4  # requests that the preferred replica may have beyond the lea
 
 
 def prefix_key(request: GenerationRequest) -> bytes:
-    """Equal for prompts that begin alike: the same system text, the same first images, later turns of one chat."""
-    digest = hashlib.sha256()
+    """Equal for prompts of one salt that begin alike: the same system text, the same first images, later turns of one
+    chat."""
+    digest = hashlib.sha256(request.salt)
     left = PREFIX_LENGTH
     for part in request.prompt.segments if isinstance(request.prompt, Document) else (request.prompt,):
         if isinstance(part, tuple):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 
+from calumma.serve.http.access.caller import current_caller
 from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.facts import ModelFacts
 from calumma.serve.http.image_loader import ImageLoader
@@ -43,7 +45,9 @@ class ServingContext:
         return found
 
     def generate(self, request: GenerationRequest, model: str) -> AnswerStream:
-        """The output of a request to a model, under the safety policy and the deadline, and measured."""
+        """The output of the current caller's request to a model, under the safety policy and the deadline, and
+        measured."""
+        request = replace(request, salt=current_caller().salt)
         stream = moderated(request, self.backends[model].generate, self._policy)
         measured = metered(stream, self.metrics, model, self.settings.limits.seconds)
         constraint = request.params.constraint

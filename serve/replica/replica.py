@@ -106,7 +106,7 @@ class EngineReplica:
                 started = Started(self._count(tokens), self._echo(request, tokens, None))
                 yield EventBatch([started, Finished("length", TokenCount())])
                 return
-            engine_request = Request(request.id, tokens, self._params(request, params))
+            engine_request = Request(request.id, tokens, self._params(request, params), salt=request.salt)
         except ValueError as error:
             yield EventBatch([RequestFailed(400, str(error), param=request.param)])
             return

@@ -2,8 +2,9 @@
 
 A block is free, referenced by one or more sequences, or idle: referenced by nobody, but kept with what it holds until
 its room is needed, the longest unused first. What a block holds is found by content: the chain of digests of the full
-blocks before it, and its own tokens. Sequences share full blocks; of a block that agrees only in part, or that is not
-full, a sequence takes a copy, because it will write the rest itself.
+blocks before it, and its own tokens. The chain begins with the request's salt: requests of different salts find nothing
+of each other, and cannot tell by the time that an answer takes what others have asked. Sequences share full blocks; of
+a block that agrees only in part, or that is not full, a sequence takes a copy, because it will write the rest itself.
 
 Only what is verified, to be numbers, can be found by others. What is not is cleared when its blocks are given back:
 attention multiplies what it masks by 0, and 0 times NaN is NaN.
@@ -19,7 +20,6 @@ from hashlib import blake2b
 
 from calumma.model.generation.cache.sequence import Sequence
 
-ROOT = b""
 BlockContent = tuple[tuple[int, ...], int]  # the tokens of a block and its number
 
 
@@ -80,7 +80,7 @@ class BlockManager:
         """Give a sequence without blocks what the cache holds of its context, all but the last token at most: that is
         computed anew, for its logits."""
         sequence.attached = True
-        blocks, chain, partial = self._match(sequence.tokens)
+        blocks, chain, partial = self._match(sequence)
         for block in blocks:
             self._reference(block)
         sequence.blocks, sequence.chain = blocks, chain
@@ -98,20 +98,22 @@ class BlockManager:
         sequence.verified = sequence.cached
         self.hit_tokens += sequence.cached
 
-    def lookup(self, tokens: list[int]) -> tuple[int, int, tuple[bytes, tuple[int, ...]] | None]:
+    def lookup(self, sequence: Sequence) -> tuple[int, int, tuple[bytes, tuple[int, ...]] | None]:
         """What attaching would find: the numbers of full blocks that sequences reference and of full blocks that are
         idle; and the first block it would lack, by chain and tokens, where its tokens fill it."""
-        blocks, chain, _ = self._match(tokens)
+        blocks, chain, _ = self._match(sequence)
         referenced = sum(self.references[block] > 0 for block in blocks)
         begin = len(blocks) * self.size
-        own = tuple(tokens[begin : begin + self.size])
-        following = (chain[-1] if chain else ROOT, own) if len(own) == self.size else None
+        own = tuple(sequence.tokens[begin : begin + self.size])
+        following = (chain[-1] if chain else sequence.root, own) if len(own) == self.size else None
         return referenced, len(blocks) - referenced, following
 
     def next_block(self, sequence: Sequence) -> tuple[bytes, tuple[int, ...]]:
         """The block that a sequence is writing, as `lookup` names it."""
         begin = len(sequence.chain) * self.size
-        return (sequence.chain[-1] if sequence.chain else ROOT), tuple(sequence.tokens[begin : begin + self.size])
+        return (sequence.chain[-1] if sequence.chain else sequence.root), tuple(
+            sequence.tokens[begin : begin + self.size]
+        )
 
     def cache_full_blocks(self, sequence: Sequence) -> None:
         """Let others find the blocks that a sequence has filled, as far as they are verified."""
@@ -144,11 +146,12 @@ class BlockManager:
         sequence.cached = sequence.verified = 0
         sequence.lives += 1
 
-    def _match(self, tokens: list[int]) -> tuple[list[int], list[bytes], tuple[int, int] | None]:
+    def _match(self, sequence: Sequence) -> tuple[list[int], list[bytes], tuple[int, int] | None]:
         """Full blocks that hold the front of a context, their chain, and (block, length) of one that agrees in part."""
+        tokens = sequence.tokens
         blocks: list[int] = []
         chain: list[bytes] = []
-        before, limit = ROOT, len(tokens) - 1
+        before, limit = sequence.root, len(tokens) - 1
         while True:
             begin = len(blocks) * self.size
             own = tuple(tokens[begin : min(begin + self.size, limit)])
@@ -196,6 +199,11 @@ class BlockManager:
             self.evictions += 1
         self.references[block] = 1
         return block
+
+
+def root_of(salt: bytes) -> bytes:
+    """Where the chains of requests of a salt begin."""
+    return blake2b(salt, digest_size=16, person=b"root").digest() if salt else b""
 
 
 def _digest(before: bytes, tokens: tuple[int, ...]) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 class Sequence:
     """A context in the cache: its tokens, the first `cached` of which are written in its blocks.
 
+    root: what its chain of digests begins with; sequences of different roots find nothing of each other.
     verified: the first so many of them are known to be numbers. lives: how often its blocks were taken from it.
     charged: so many of them its tenant has been charged for, once, however often they are computed.
     """
@@ -21,6 +22,7 @@ class Sequence:
     verified: int = 0
     lives: int = 0
     charged: int = 0
+    root: bytes = b""
 
     @property
     def pending(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -15,11 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from calumma.serve.http.access.api_keys import AccessControl
+from calumma.serve.http.access.caller import called_by
 from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.access.hosts import HostCheck
 from calumma.serve.http.metrics import Metrics
 from calumma.serve.http.wire.errors import APIError
-from calumma.serve.settings import ServeSettings
+from calumma.serve.settings import APIKey, ServeSettings
 
 TOO_LARGE = "request_too_large"
 CLIENT_CLOSED_REQUEST = 499  # in the metrics only: nobody is there to receive it (nginx's number)
@@ -101,7 +102,13 @@ class AccessMiddleware:
         if not _is_api(scope["path"]):
             return contextlib.nullcontext()
         key = self._access.authenticate(headers.get("authorization", ""))
-        return self._access.slot(key) if _generates(scope) else contextlib.nullcontext()
+        return self._slot(key) if _generates(scope) else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _slot(self, key: APIKey | None) -> Iterator[None]:
+        """One of those that the key may have; what runs meanwhile is the key's."""
+        with self._access.slot(key), called_by(key):
+            yield
 
 
 def _generates(scope: Scope) -> bool:

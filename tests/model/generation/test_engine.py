@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -98,6 +99,40 @@ def test_prompts_that_begin_alike_are_computed_once(transformer: Transformer, pa
     passes.clear()
     run(engine_of(transformer, block_size=4, prefix_cache=False), *requests)
     assert passes == [3 * 18]
+
+
+def test_what_is_computed_for_a_request_does_not_tell_what_other_salts_have_asked(
+    transformer: Transformer, passes: list[int]
+) -> None:
+    """Images and their guidance branches, a whole prompt, one that agrees in part, one that is being computed."""
+    secret = Request(
+        "secret", [*WITH_IMAGE, *range(15, 26)], SamplingParams(2 * (N + 2), "interleaved", 2, seed=7), b"a"
+    )
+    guesses = [
+        Request("same", secret.tokens, secret.params, salt=b"b"),
+        Request("part", [*secret.tokens[:9], 20], SamplingParams(1, seed=7), salt=b"b"),
+        Request("none", secret.tokens, secret.params),
+    ]
+    for guess in guesses:
+        engine = engine_of(transformer, block_size=4)
+        alone = (tokens_of(run(engine, guess)), list(passes), engine.statistics.prefix_hit_tokens)
+        passes.clear()
+        engine = engine_of(transformer, block_size=4)
+        run(engine, secret)
+        hits = engine.statistics.prefix_hit_tokens
+        passes.clear()
+        after = (tokens_of(run(engine, guess)), list(passes), engine.statistics.prefix_hit_tokens - hits)
+        assert after == alone
+        passes.clear()
+        engine = engine_of(transformer, block_size=4)
+        run(engine, replace(secret, params=SamplingParams(1)), replace(guess, params=SamplingParams(1)))
+        assert passes == [len(secret.tokens) + len(guess.tokens)], "nobody waits for what another salt computes"
+        passes.clear()
+    engine = engine_of(transformer, block_size=4)
+    run(engine, secret)
+    passes.clear()
+    run(engine, replace(guesses[1], salt=b"a"))
+    assert passes == [1], "what its own salt has is found"
 
 
 def test_a_conversation_goes_on_where_its_last_answer_ended(transformer: Transformer, passes: list[int]) -> None:

@@ -242,7 +242,7 @@ def test_blocks_that_are_not_verified_are_cleared_and_forgotten() -> None:
     blocks.release(written)
     assert sorted(cleared) == sorted(held[1:])
     assert (blocks.idle, blocks.free) == (1, 7)
-    assert blocks.lookup(list(range(7)))[:2] == (0, 1)
+    assert blocks.lookup(Sequence(list(range(7))))[:2] == (0, 1)
 
 
 @pytest.mark.parametrize("copied", [True, False])

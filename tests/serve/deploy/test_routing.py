@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,9 @@ def test_prompts_that_begin_alike_have_the_same_key() -> None:
     assert prefix_key(request("short one")) != prefix_key(request("short two"))
     assert prefix_key(request(b"picture", "what is it?")) == prefix_key(request(b"picture", "what is it?"))
     assert prefix_key(request(b"picture", "what is it?")) != prefix_key(request(b"other", "what is it?"))
+    salted = replace(request("short one"), salt=b"a")
+    assert prefix_key(salted) == prefix_key(replace(request("short one"), salt=b"a"))
+    assert len({prefix_key(one) for one in (salted, replace(salted, salt=b"b"), request("short one"))}) == 3
     ids = tuple(range(1000))
     assert prefix_key(GenerationRequest("", ids, SamplingParams())) == prefix_key(
         GenerationRequest("", (*ids, 7), SamplingParams())

@@ -20,7 +20,7 @@ from calumma.serve.http.access import api_keys
 from calumma.serve.http.access.api_keys import AccessControl, hash_key, load_keys, new_key
 from calumma.serve.http.app import create_app
 from calumma.serve.http.wire.errors import APIError
-from calumma.serve.protocol import TextDelta
+from calumma.serve.protocol import ImageOutput, TextDelta
 from calumma.serve.settings import APIKey
 
 from ...conftest import StubBackend, answered, listening
@@ -196,3 +196,28 @@ def test_a_key_that_has_enough_under_way_gets_429_and_others_do_not() -> None:
         assert clients[1].chat.completions.create(**fields).choices[0].message.content == "seven"
         list(stream)
         assert clients[0].chat.completions.create(**fields).choices[0].message.content == "seven"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/images/generations", "/v1/responses"])
+def test_requests_of_a_key_share_a_salt_that_no_other_key_has(path: str) -> None:
+    keys = [APIKey(name=name, sha256=hash_key(name)) for name in ("first", "second")]
+    backend = StubBackend(script=lambda request: answered(ImageOutput(b"png")))
+    salts = {}
+    with TestClient(create_app(backend, stub_settings(keys=keys))) as client:
+        for name in ("first", "second"):
+            for stream in (False, True):
+                body = ask(prompt="x", input="x", stream=stream) | ({} if "responses" in path else {"n": 2})
+                client.post(path, json=body, headers={"Authorization": f"Bearer {name}"})
+            salts[name] = {request.salt for request in backend.requests}
+            backend.requests.clear()
+    assert [len(found) for found in salts.values()] == [1, 1]
+    assert salts["first"] != salts["second"]
+    assert b"" not in {*salts["first"], *salts["second"]}
+    assert all(hash_key(name).encode() not in salt for name, found in salts.items() for salt in found)
+
+
+def test_without_keys_all_share_what_is_computed() -> None:
+    backend = StubBackend()
+    with TestClient(create_app(backend, stub_settings())) as client:
+        client.post(CHAT, json=ask(), headers={"Authorization": "Bearer any"})
+    assert [request.salt for request in backend.requests] == [b""]
