@@ -180,7 +180,10 @@ class ServeSettings(ModelSettings):
     max_body_mebibytes: float = Field(32.0, gt=0, description="largest request body")
     limits: Limits = Limits()
     remote_images: RemoteImages = RemoteImages()
-    keys: tuple[APIKey, ...] = Field((), description="who may use the API; none: everybody")
+    keys: tuple[APIKey, ...] = Field((), description="who may use the API; none, and no keys_file: everybody")
+    keys_file: str | None = Field(
+        None, description="file of further keys, read again when it changes; on each node that an ingress runs on"
+    )
     safety: Safety = Safety()
     watch_seconds: float | None = Field(
         None, gt=0, description="how often models:/name@alias is looked up for a new version; none: never"
@@ -205,7 +208,7 @@ class ServeSettings(ModelSettings):
     @property
     def keys_needed(self) -> bool:
         """Whether a client needs a key."""
-        return bool(self.keys)
+        return bool(self.keys) or self.keys_file is not None
 
     @property
     def models(self) -> tuple[ModelSettings, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from calumma.jobs.commands import serve_keys
 from calumma.jobs.commands.serve_options import (
     additional_model,
     read_keys,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from calumma.serve.settings import ServeSettings
 
 app = typer.Typer(help="Serve a model over HTTP.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(serve_keys.app, name="keys")
 
 EXAMPLE = {"messages": [{"role": "user", "content": "Draw a seven."}]}
 
@@ -69,7 +71,10 @@ def start(
     ] = None,
     keys: Annotated[
         Path | None,
-        typer.Option(help="File with the API keys' hashes, one a line (see `serve key`); also $CALUMMA_API_KEYS."),
+        typer.Option(
+            help="File with the API keys' hashes (see `serve keys`), read again when it changes, but with --address "
+            "read once; also $CALUMMA_API_KEYS."
+        ),
     ] = None,
     open: Annotated[
         bool, typer.Option("--open", help="Let everybody who reaches --host use the server without keys.")
@@ -114,7 +119,7 @@ def start(
             values["min_replicas"], values["max_replicas"] = replica_range(replicas)
         values.setdefault("watch_seconds", watch or None)
         values["also"] = [*values.get("also", []), *(additional_model(text, tracking_uri) for text in also or [])]
-        values["keys"] = [*values.get("keys", []), *read_keys(keys)]
+        read_keys(values, keys, here=address is None)
         _require_none_running()
         service = _start_on_cluster(values, address, console) if address else _start_on_own_head(values, console)
         asked = _on_signal() if block else None
@@ -262,7 +267,10 @@ def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
     with console.status("looking at the model"):
         from calumma.serve.deploy.endpoint import deploy
         from calumma.serve.deploy.preparation import locate_servable, require_port
+        from calumma.serve.http.access.key_file import KeyFile
 
+        if settings.keys_file:
+            KeyFile(Path(settings.keys_file), settings.keys)
         for one in settings.models:
             locate_servable(one)
         require_port(settings.host, settings.port)

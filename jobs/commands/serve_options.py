@@ -32,11 +32,15 @@ def additional_model(text: str, tracking_uri: str | None) -> dict[str, Any]:
     return {"name": name, "model": model, "tracking": {"uri": tracking_uri}}
 
 
-def read_keys(file: Path | None) -> list[dict[str, Any]]:
-    """The API keys of a file and the environment. Raises ValueError, OSError."""
+def read_keys(values: dict[str, Any], file: Path | None, here: bool) -> None:
+    """Add the API keys of a file and the environment; here: the server can read the file again whenever it changes.
+    Raises ValueError, OSError."""
     from calumma.serve.http.access.api_keys import load_keys
 
-    return [one.model_dump() for one in load_keys(file)]
+    if here and (path := file or values.get("keys_file")):
+        load_keys(Path(path))  # a server that nobody may use is none that anybody wants to start
+        values["keys_file"], file = str(Path(path).absolute()), None
+    values["keys"] = [*values.get("keys", []), *(one.model_dump() for one in load_keys(file))]
 
 
 def replica_range(text: str) -> tuple[int, int]:

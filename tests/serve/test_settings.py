@@ -28,6 +28,7 @@ def test_others_reach_a_server_with_keys_or_one_that_is_said_to_be_open(host: st
         ServeSettings(model="m", host=host)
     assert ServeSettings(model="m", host=host, open=True).open
     assert ServeSettings(model="m", host=host, keys=(APIKey(name="a", sha256="0" * 64),)).keys_needed
+    assert ServeSettings(model="m", host=host, keys_file="keys").keys_needed
 
 
 @pytest.mark.parametrize(

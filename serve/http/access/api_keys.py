@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,23 +58,42 @@ def load_keys(file: Path | None) -> list[APIKey]:
     """The keys of a file, and of the environment (entries separated by commas). Raises ValueError, OSError."""
     keys = parse_keys(file.read_text().splitlines(), str(file)) if file else []
     if file and not keys:
-        raise ValueError(f"{file} holds no key: everybody could use the server. Leave --keys out if that is wanted")
+        raise ValueError(
+            f"{file} holds no key: nobody could use the server. `calumma serve keys add {file} NAME` makes one"
+        )
     return keys + parse_keys(os.environ.get(VARIABLE, "").split(","), f"${VARIABLE}")
+
+
+def distinct(keys: list[APIKey]) -> None:
+    """Raises ValueError where two keys have one name, or are one."""
+    for what, given in (("name", [key.name for key in keys]), ("hash", [key.sha256 for key in keys])):
+        if twice := sorted({one for one in given if given.count(one) > 1}):
+            raise ValueError(f"the {what} {', '.join(twice)} is given more than once; every key has its own")
 
 
 class AccessControl:
     """Authenticates requests by their API key, and limits how many run at once: in all, and of each key. Without keys
-    everybody may use the server."""
+    everybody may use the server.
 
-    def __init__(self, keys: tuple[APIKey, ...], running: int, running_per_key: int) -> None:
+    more: gives further keys by their hash, those of the moment.
+    """
+
+    def __init__(
+        self,
+        keys: tuple[APIKey, ...],
+        running: int,
+        running_per_key: int,
+        more: Callable[[], Mapping[str, APIKey]] | None = None,
+    ) -> None:
         self._keys = {key.sha256: key for key in keys}
+        self._more = more
         self._running, self._per_key = running, running_per_key
         self._in_flight: Counter[str] = Counter()  # by the key's name
 
     @property
     def open(self) -> bool:
         """Whether no key is needed."""
-        return not self._keys
+        return not self._keys and self._more is None
 
     def authenticate(self, authorization: str) -> APIKey | None:
         """The key in an Authorization header; None where none is needed. Raises APIError 401.
@@ -88,7 +107,8 @@ class AccessControl:
             raise APIError(
                 "this server needs an API key; send it as Authorization: Bearer KEY", status=401, code="invalid_api_key"
             )
-        key = self._keys.get(hash_key(secret.strip()))
+        sha256 = hash_key(secret.strip())
+        key = self._keys.get(sha256) or (self._more().get(sha256) if self._more else None)
         if key is None:
             raise APIError("the API key is not one that this server knows", status=401, code="invalid_api_key")
         return key

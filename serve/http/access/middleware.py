@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -18,6 +19,7 @@ from calumma.serve.http.access.api_keys import AccessControl
 from calumma.serve.http.access.caller import called_by
 from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.access.hosts import HostCheck
+from calumma.serve.http.access.key_file import KeyFile
 from calumma.serve.http.metrics import Metrics
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.settings import APIKey, ServeSettings
@@ -53,7 +55,9 @@ class AccessMiddleware:
         self._limit = settings.max_body_bytes
         self._body_seconds = settings.limits.body_seconds
         self._hosts = HostCheck(settings)
-        self._access = AccessControl(settings.keys, settings.limits.running, settings.limits.running_per_key)
+        limits, file = settings.limits, settings.keys_file
+        more = KeyFile(Path(file), settings.keys).keys if file else None
+        self._access = AccessControl(settings.keys, limits.running, limits.running_per_key, more)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

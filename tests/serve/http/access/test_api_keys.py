@@ -104,7 +104,7 @@ def test_a_key_that_is_not_given_by_its_hash_is_refused_and_not_repeated(tmp_pat
 
 def test_a_file_without_keys_opens_no_server(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# none yet\n")
-    with pytest.raises(ValueError, match="everybody could use the server"):
+    with pytest.raises(ValueError, match="nobody could use the server"):
         load_keys(tmp_path / "keys")
 
 
