@@ -106,7 +106,7 @@ def test_what_is_computed_for_a_request_does_not_tell_what_other_salts_have_aske
 ) -> None:
     """Images and their guidance branches, a whole prompt, one that agrees in part, one that is being computed."""
     secret = Request(
-        "secret", [*WITH_IMAGE, *range(15, 26)], SamplingParams(2 * (N + 2), "interleaved", 2, seed=7), b"a"
+        "secret", [*WITH_IMAGE, *range(15, 26)], SamplingParams(2 * (N + 2), "interleaved", 2, seed=7), salt=b"a"
     )
     guesses = [
         Request("same", secret.tokens, secret.params, salt=b"b"),
