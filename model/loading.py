@@ -11,7 +11,7 @@ from torch import nn
 from calumma.model.config import FILE, ModelConfig
 from calumma.model.ops.int8 import Int8Linear, quantize
 from calumma.model.transformer import Transformer
-from calumma.model.weights import LazyTensor, open_weights
+from calumma.model.weights import LazyTensor, open_weights, sliced
 
 Slices = Callable[[str, ModelConfig], tuple[slice, ...]]
 
@@ -27,15 +27,16 @@ def read_transformer(
     dtype: torch.dtype | None = None,
     int8: bool = False,
     slices: Slices = whole,
+    context: int | None = None,
 ) -> Transformer:
     """The Transformer of a model directory, with its weights, or what `slices` leaves of them. dtype: None keeps the
     stored one. int8: the blocks' matrices in 8 bits, for inference alone; embedding, norms and output projection in
-    `dtype` all the same.
+    `dtype` all the same. context: a shorter one than the model's.
 
     What memory is needed is that of the weights as asked for, and CHUNK_BYTES. Raises what `open_weights` does, and
     ValueError where other weights are found than its configuration describes.
     """
-    config = ModelConfig.read(directory)
+    config = with_context(ModelConfig.read(directory), context)
     transformer = described(config, int8)
     with torch.device("meta"):
         stored = dict(Transformer(config).named_parameters())
@@ -59,6 +60,15 @@ def read_transformer(
     return transformer
 
 
+def with_context(config: ModelConfig, context: int | None) -> ModelConfig:
+    """The configuration with a shorter context. Raises ValueError where it is longer."""
+    if context is None:
+        return config
+    if not 2 <= context <= config.context:
+        raise ValueError(f"context {context} must lie in 2..{config.context}, the model's")
+    return config.model_copy(update={"context": context})
+
+
 def described(config: ModelConfig, int8: bool = False) -> Transformer:
     """The Transformer of a configuration, without memory for its weights."""
     with torch.device("meta"):
@@ -72,7 +82,7 @@ def described(config: ModelConfig, int8: bool = False) -> Transformer:
 
 
 def _read_int8(module: Int8Linear, entry: LazyTensor, device: torch.device | str, where: tuple[slice, ...]) -> None:
-    outputs, inputs = entry.sliced(where)
+    outputs, inputs = sliced(entry.shape, where)
     values_OI = torch.empty(outputs, inputs, dtype=torch.int8, device=device)
     scale_O = torch.empty(outputs, device=device)
     for rows, chunk in entry.chunks(where, 3 * torch.float32.itemsize):

@@ -67,18 +67,13 @@ class LazyTensor:
         dtype = dtype or self.dtype
         if not where and dtype == self.dtype and torch.device(device).type == "cpu":
             return self.read()
-        shape = self.sliced(where)
+        shape = sliced(self.shape, where)
         target = torch.empty(shape, dtype=dtype, device=device)
         if not shape:
             return target.copy_(self.read())
         for rows, chunk in self.chunks(where, dtype.itemsize):
             target[rows] = chunk  # converted on the CPU, before it is sent
         return target
-
-    def sliced(self, where: tuple[slice, ...]) -> tuple[int, ...]:
-        """The shape of some of its rows, or rows and columns."""
-        ranges = [range(size)[own] for size, own in zip(self.shape, where, strict=False)]
-        return (*map(len, ranges), *self.shape[len(ranges) :])
 
     def chunks(self, where: tuple[slice, ...], room: int) -> Iterator[tuple[slice, Tensor]]:
         """Some rows after the other, as stored, and where they stand among those of `where`; so many that they and
@@ -96,6 +91,12 @@ class LazyTensor:
 
 
 Weights = Mapping[str, LazyTensor]
+
+
+def sliced(shape: tuple[int, ...], where: tuple[slice, ...]) -> tuple[int, ...]:
+    """The shape of some rows, or rows and columns, of a tensor."""
+    ranges = [range(size)[own] for size, own in zip(shape, where, strict=False)]
+    return (*map(len, ranges), *shape[len(ranges) :])
 
 
 def open_weights(directory: str | Path) -> dict[str, LazyTensor]:

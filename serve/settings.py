@@ -98,12 +98,24 @@ class ModelSettings(Section):
         None, ge=1, description="CPU threads of a replica's process; none: the node's cores, shared fairly"
     )
     max_sequences: int = Field(16, ge=1, description="requests answered together; guidance branches come beside them")
+    context: int | None = Field(
+        None, ge=2, description="most tokens of prompt and answer together; none: the model's context"
+    )
+    memory: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of a GPU that replicas may fill, the KV cache with all that is left of it; none: 0.9. On "
+        "CPUs of the machine's memory; none: the cache has max_sequences whole contexts, where there is room",
+    )
     cache_tokens: int | None = Field(
-        None, ge=1, description="positions of a replica's KV cache; none: max_sequences whole contexts"
+        None, ge=1, description="positions of a replica's KV cache; none: as many as there is memory for"
     )
     prefill_tokens: int = Field(2048, ge=1, description="most prompt tokens that a step takes in")
-    dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="what the Transformer computes in; none: bfloat16 on GPUs, float32 on CPUs"
+    dtype: Literal["float32", "bfloat16", "int8"] | None = Field(
+        None,
+        description="what the Transformer computes in; int8: in bfloat16, with its matrices in 8 bits; none: float32 "
+        "on CPUs, and on GPUs bfloat16, or int8 where there is no room for more",
     )
     speculative: int = Field(
         0, ge=0, description="image codes drafted ahead by speculative Jacobi decoding; 0: none. A seed's codes change"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -119,11 +120,31 @@ def gpus() -> Finding:
     names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     if names:
         details = "; ".join(f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in names)
-        return Finding("GPUs", State.FOUND, f"{len(names)}: {details}")
+        least = min(device.total_memory for device in names)
+        return Finding("GPUs", State.FOUND, f"{len(names)}: {details}. {servable(least, len(names))}")
     if Path("/dev/nvidia0").exists() and torch.version.cuda is None:
         advice = "`make clean install`: PyTorch was installed in its build for CPUs"
         return Finding("GPUs", State.POOR, "a device that PyTorch cannot use", advice)
     return Finding("GPUs", State.FOUND, "none: everything runs on the CPU, at the size of the quickstart")
+
+
+def servable(total: int, count: int) -> str:
+    """What the published models need to be served, by default, on GPUs of so many bytes each."""
+    from calumma.model.config import ImageTokenizerConfig, preset
+    from calumma.serve.replica.memory import DoesNotFit, plan
+    from calumma.serve.settings import ModelSettings
+
+    found = []
+    for name in ("chameleon-7b", "chameleon-34b"):
+        answer = "does not fit"
+        for parts in (parts for parts in (1, 2, 4, 8) if parts <= count):
+            settings = ModelSettings(model=name, gpus_per_replica=parts, tensor_parallel=parts)
+            with contextlib.suppress(DoesNotFit):
+                one = plan(settings, preset(name), ImageTokenizerConfig(), total)
+                answer = f"in {one.dtype} on {parts}, with a cache of {one.positions} tokens"
+                break
+        found.append(f"{name} {answer}")
+    return f"Serves {'; '.join(found)}"
 
 
 def quantity(subject: str, value: float, little: float, details: str, advice: str) -> Finding:

@@ -69,6 +69,19 @@ def start(
     max_sequences: Annotated[
         int | None, typer.Option(help="Requests a replica answers together.  [default: 16]")
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="Share of a GPU that replicas may fill; the cache has what is left of it.  [default: 0.9]"),
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Positions of a replica's KV cache.  [default: as many as there is memory for]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or int8.  [default: float32 on CPUs; on GPUs bfloat16, int8 for want of room]"
+        ),
+    ] = None,
     keys: Annotated[
         Path | None,
         typer.Option(
@@ -113,6 +126,9 @@ def start(
             "open": open or None,
             "allowed_hosts": allowed_host,
             "allowed_origins": allowed_origin,
+            "memory": memory,
+            "cache_tokens": cache_tokens,
+            "dtype": dtype,
         }
         values = read_yaml(config) | {key: value for key, value in options.items() if value is not None}
         if replicas is not None:
@@ -266,13 +282,13 @@ def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
     settings = read_settings(values)
     with console.status("looking at the model"):
         from calumma.serve.deploy.endpoint import deploy
-        from calumma.serve.deploy.preparation import locate_servable, require_port
+        from calumma.serve.deploy.preparation import locate_servable, require_memory, require_port
         from calumma.serve.http.access.key_file import KeyFile
 
         if settings.keys_file:
             KeyFile(Path(settings.keys_file), settings.keys)
         for one in settings.models:
-            locate_servable(one)
+            require_memory(one, locate_servable(one))
         require_port(settings.host, settings.port)
     needed = settings.ingress_cpus
     devices = capacity.gpus()

@@ -16,9 +16,13 @@ import torch
 
 from calumma.model.generation.admission import RequestLimits
 from calumma.model.generation.cache.block_manager import BlockManager
+from calumma.model.generation.cache.device_memory import MemoryBudget
+from calumma.model.generation.cache.sizing import Workload
 from calumma.model.generation.constraint import ConstraintCompiler, TokenConstraint
 from calumma.model.generation.faults import FaultContainment, described
+from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.passes.output import RunnerOutput
+from calumma.model.generation.passes.profiling import positions_that_fit
 from calumma.model.generation.passes.runner import ModelRunner
 from calumma.model.generation.request import Event, Failure, Request
 from calumma.model.generation.request_state import RequestState
@@ -39,8 +43,10 @@ class Engine:
     image_length: codes of an image. max_sequences: most requests that are answered at once; the guidance branches of
     their images come beside. context: most tokens of prompt and answer, the model's by default.
     cache_tokens: positions the cache holds, `max_sequences` whole contexts by default; requests that outgrow it
-    together take turns. block_size: positions of a block of it. prefix_cache: keep what is computed for requests, and
-    branches, that begin alike.
+    together take turns. memory: how much of the device the engine may fill; then the cache, unless it is given, is what
+    that leaves room for after the largest pass, and MemoryShort is raised where it is less than a context.
+    block_size: positions of a block of it. prefix_cache: keep what is computed for requests, and branches, that begin
+    alike.
     prefill_tokens: most prompt tokens a step takes in, so that a long prompt does not hold up those who are answering.
     image_burst: most codes a step draws at once when all requests are within images and none is waiting to be taken in.
     jacobi_window: image codes that speculative Jacobi decoding drafts ahead and verifies in one pass; 0 draws one code
@@ -73,6 +79,7 @@ class Engine:
         cuda_graphs: bool | None = None,
         constraints: ConstraintCompiler | None = None,
         shard: Shard | None = None,
+        memory: MemoryBudget | None = None,
     ) -> None:
         longest = transformer.config.context
         self.context = longest if context is None else context
@@ -96,17 +103,15 @@ class Engine:
         if jacobi_window < 0:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
         self.image_burst = 1 if jacobi_window else image_burst
+        graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
+        decoder = Decoder(transformer.eval(), shard)
+        if cache_tokens is None and memory is not None:
+            cache_tokens = positions_that_fit(
+                decoder, memory, Workload(max_sequences, prefill_tokens, graphs), block_size
+            )
         count = max_sequences * -(-self.context // block_size) if cache_tokens is None else cache_tokens // block_size
         self._runner = ModelRunner(
-            transformer.eval(),
-            vocabulary,
-            count,
-            block_size,
-            max_sequences,
-            self.context,
-            shard,
-            jacobi_window,
-            transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs,
+            decoder, vocabulary, count, block_size, max_sequences, self.context, jacobi_window, graphs
         )
         cache = self._runner.cache
         self._blocks = BlockManager(count, block_size, cache.copy, cache.clear, share=prefix_cache)

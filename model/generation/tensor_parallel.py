@@ -93,6 +93,14 @@ class Shard:
         dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
+    def least(self, value: int) -> int:
+        """The least of all processes' values."""
+        if self.count == 1:
+            return value
+        found = torch.tensor([value])
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
+        return int(found)
+
     def gather(self, part: Tensor) -> Tensor:
         """All processes' parts side by side, in the last dimension."""
         parts = [torch.empty_like(part) for _ in range(self.count)]
@@ -106,11 +114,12 @@ def read_shard(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     int8: bool = False,
+    context: int | None = None,
 ) -> Transformer:
     """The Transformer of a model directory with a shard of its weights alone, for an Engine of that shard: it
     cannot compute by itself. No more is read, or in memory, than the shard. Raises what `read_transformer` does, and
     ValueError where the model cannot be cut so."""
-    return read_transformer(directory, device, dtype, int8, shard.slices).eval().requires_grad_(False)
+    return read_transformer(directory, device, dtype, int8, shard.slices, context).eval().requires_grad_(False)
 
 
 def _even(size: int, index: int, count: int) -> slice:

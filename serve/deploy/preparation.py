@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calumma.model import config
-from calumma.model.config import ModelConfig
-from calumma.model.directory import missing_files
+from calumma.model.config import ImageTokenizerConfig, ModelConfig
+from calumma.model.directory import IMAGE_TOKENIZER, missing_files
+from calumma.model.generation.cache.device_memory import HostMemory
 from calumma.platform import storage
 from calumma.platform.specification import Tracking
 from calumma.platform.tracking import registry
+from calumma.serve.replica.memory import plan
 from calumma.serve.replica.tensor_parallel import bundle, require_divisible_heads
 from calumma.serve.settings import ModelSettings
 
@@ -100,6 +102,33 @@ def locate_servable(model: ModelSettings) -> str:
     except ValueError as error:
         raise ServeError(str(error)) from error
     return source
+
+
+def require_memory(model: ModelSettings, source: str, total: int | None = None) -> None:
+    """Raises ServeError where a replica of the model at a path or URI does not fit the devices of this machine, of so
+    many bytes."""
+    if "://" in source and not source.startswith(("s3://", "file://")):
+        return
+    shape = ModelConfig.model_validate_json(storage.read_bytes(storage.join(source, config.FILE)))
+    pictures = storage.read_bytes(storage.join(source, IMAGE_TOKENIZER, config.FILE))
+    if total is None and model.gpus_per_replica:
+        total = smallest_gpu()
+        if total is None:  # that is told otherwise
+            return
+    try:
+        images = ImageTokenizerConfig.model_validate_json(pictures)
+        plan(model, shape, images, HostMemory().total if total is None else total)
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+
+
+def smallest_gpu() -> int | None:
+    """Bytes of the GPU that has the fewest; None: there is none."""
+    import torch
+
+    return min(
+        (torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())), default=None
+    )
 
 
 def require_port(host: str, port: int) -> None:

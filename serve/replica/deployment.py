@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from calumma.model import load
 from calumma.serve.protocol import EventBatch, GenerationRequest
 from calumma.serve.replica.engine.process import EngineProcess
+from calumma.serve.replica.image_coder import warm_up
+from calumma.serve.replica.memory import fitting
 from calumma.serve.replica.model_loading import device_and_dtype, without_weights
 from calumma.serve.replica.replica import EngineReplica
 from calumma.serve.replica.tensor_parallel import WorkerGroup
@@ -40,6 +43,13 @@ class EngineDeployment(EngineReplica):
         torch.set_num_threads(threads)
         self._workers: WorkerGroup | None = None
         with registry.resolve_model(source, settings.tracking) as directory:
+            settings = fitting(settings, directory)
+            coded_here = image_coders is None
+            device = device_and_dtype(settings)[0] if coded_here else "cpu"
+            read, model = partial(without_weights, context=settings.context), None
+            if device != "cpu":  # first, for the engine then fills what is left of the device
+                model = load(directory, device, read=read)
+                warm_up(model.image_tokenizer)
             if settings.tensor_parallel == 1:
                 engine = EngineProcess(settings, directory, threads)
             else:
@@ -48,7 +58,7 @@ class EngineDeployment(EngineReplica):
                 engine = EngineProcess(settings, directory, threads, group.rendezvous, group.explain, group.stopped)
                 self._workers.watch(engine.fail)
             try:
-                model = load(directory, device_and_dtype(settings)[0], read=without_weights)
+                model = model or load(directory, device, read=read)
                 engine.wait_ready()
             except Exception as error:
                 engine.fail(error)

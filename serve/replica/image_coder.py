@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 LARGEST_BATCH = 16  # images of one prompt coded together
+BATCH_PIXELS = 2**18  # the same in pixels, or one image: each takes half a kilobyte at every layer of full size
 ATTEMPTS = 3  # at a call, while replicas of the deployment are lost
 
 
@@ -45,8 +46,9 @@ class PromptEncoder(DocumentEncoder):
     def image_ids(self, images: Sequence[Image]) -> list[list[int]]:
         """The token ids of each image, without begin and end. Raises UnreadableImage."""
         ids: list[list[int]] = []
-        for begin in range(0, len(images), LARGEST_BATCH):
-            ids += self.code([self.pixels(image) for image in images[begin : begin + LARGEST_BATCH]]).tolist()
+        size = max(1, min(LARGEST_BATCH, BATCH_PIXELS // self.image_tokenizer.config.resolution**2))
+        for begin in range(0, len(images), size):
+            ids += self.code([self.pixels(image) for image in images[begin : begin + size]]).tolist()
         return ids
 
     def ids(self, document: Document, images: Sequence[list[int]]) -> list[int]:
@@ -55,6 +57,16 @@ class PromptEncoder(DocumentEncoder):
         (tokens,) = self.assemble([document], self.text_ids([document]), given, complete=False)
         found: list[int] = tokens.ids.tolist()
         return found
+
+
+@torch.inference_mode()
+def warm_up(tokenizer: ImageTokenizer) -> None:
+    """Code as much as is ever coded at once, so that the device's allocator has what that takes."""
+    side = tokenizer.config.resolution
+    count = max(1, min(LARGEST_BATCH, BATCH_PIXELS // side**2))
+    codes_BN = tokenizer.encode(torch.zeros(count, 3, side, side, device=tokenizer.codebook.weight.device))
+    if tokenizer.config.decoder:
+        tokenizer.decode(codes_BN[:1])
 
 
 class LocalImageCoder:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from calumma.model.config import ModelConfig
-from calumma.model.generation import Shard, read_shard
+from calumma.model.generation import Shard
+from calumma.model.loading import described, read_transformer, whole, with_context
 from calumma.model.transformer import Transformer
 from calumma.serve.settings import ModelSettings
 
@@ -16,15 +17,22 @@ from calumma.serve.settings import ModelSettings
 def device_and_dtype(settings: ModelSettings) -> tuple[str, torch.dtype]:
     """Of a replica's Transformer: bfloat16 on GPUs and float32 on CPUs where the settings name no dtype."""
     device, usual = ("cuda", "bfloat16") if settings.gpus_per_replica else ("cpu", "float32")
-    return device, getattr(torch, settings.dtype or usual)
+    return device, dtype_of(settings.dtype or usual)
 
 
-def read_own_shard(directory: str, shard: Shard, settings: ModelSettings) -> Transformer:
-    """This rank's shard of the Transformer."""
-    return read_shard(directory, shard, *device_and_dtype(settings))
+def dtype_of(name: str) -> torch.dtype:
+    """What is computed in; matrices in int8 are multiplied fastest with bfloat16."""
+    found: torch.dtype = getattr(torch, "bfloat16" if name == "int8" else name)
+    return found
 
 
-def without_weights(directory: Path, *_: Any) -> Transformer:
+def read_own_weights(directory: str | Path, settings: ModelSettings, shard: Shard | None = None) -> Transformer:
+    """The Transformer, or this rank's shard of it."""
+    given = (directory, *device_and_dtype(settings), settings.dtype == "int8")
+    slices = whole if shard is None else shard.slices
+    return read_transformer(*given, slices, settings.context).eval().requires_grad_(False)
+
+
+def without_weights(directory: Path, *_: Any, context: int | None = None) -> Transformer:
     """The Transformer without its weights: they are in the engine's process."""
-    with torch.device("meta"):
-        return Transformer(ModelConfig.read(directory))
+    return described(with_context(ModelConfig.read(directory), context))

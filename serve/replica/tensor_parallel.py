@@ -26,7 +26,8 @@ from calumma.model.generation import Engine, Shard
 from calumma.model.tokenizers.grammar import GrammarCompiler
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.vocabulary import Vocabulary
-from calumma.serve.replica.model_loading import read_own_shard
+from calumma.serve.replica.memory import memory_budget
+from calumma.serve.replica.model_loading import read_own_weights
 from calumma.serve.replica.processes import STOPPED, EngineLost, process_state
 from calumma.serve.settings import ModelSettings
 
@@ -92,12 +93,13 @@ class TensorParallelWorker:
         torch.set_num_threads(threads)
         try:
             shard = join_process_group(rendezvous, rank, settings)
-            transformer = read_own_shard(directory, shard, settings)
-            codes = ImageTokenizerConfig.read(Path(directory) / IMAGE_TOKENIZER).codes_per_image
+            transformer = read_own_weights(directory, settings, shard)
+            images = ImageTokenizerConfig.read(Path(directory) / IMAGE_TOKENIZER)
             vocabulary = Vocabulary.read(directory)
             grammars = GrammarCompiler(TextTokenizer.read(directory), vocabulary)
             barrier(shard)
-            options = settings.engine_options
+            options = settings.engine_options | {"memory": memory_budget(settings, transformer.config, images)}
+            codes = images.codes_per_image
             Engine(transformer, vocabulary, codes, shard=shard, constraints=grammars, **options).follow()
         finally:
             if dist.is_initialized():

@@ -20,6 +20,9 @@ def attend_fused(q_XNH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, bias_B1TL: Tenso
         bias_B1GL = bias_B1TL.expand(-1, -1, N // K, -1)
         return F.scaled_dot_product_attention(q_BKGH, k_BKLH, v_BKLH, attn_mask=bias_B1GL).reshape(B, N * H)
     q_BNTH = q_XNH.unflatten(0, (B, T)).transpose(1, 2)
+    if q_XNH.is_cuda and K != N:  # with a mask the kernels that keep no logits take as many key heads as queries
+        k_BKLH, v_BKLH = (each.repeat_interleave(N // K, 1) for each in (k_BKLH, v_BKLH))
+        K = N
     out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BKLH, v_BKLH, attn_mask=bias_B1TL, enable_gqa=K != N)
     return out_BNTH.transpose(1, 2).reshape(B * T, N * H)
 

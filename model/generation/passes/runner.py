@@ -30,8 +30,6 @@ from calumma.model.generation.sampling.jacobi import JacobiDraft
 from calumma.model.generation.sampling.rules import masks_of
 from calumma.model.generation.sampling.sampler import IMAGE, TEXT, Sampler, SamplerOutput, SamplingMetadata, TextRows
 from calumma.model.generation.scheduler import ScheduledRequest
-from calumma.model.generation.tensor_parallel import Shard
-from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
 
@@ -43,27 +41,26 @@ class ModelRunner:
 
     def __init__(
         self,
-        transformer: Transformer,
+        decoder: Decoder,
         vocabulary: Vocabulary,
         blocks: int,
         block_size: int,
         seats: int,
         context: int,
-        shard: Shard | None = None,
         window: int = 0,
         graphs: bool = False,
     ) -> None:
-        weight = next(transformer.parameters())
-        self.decoder, self.device = Decoder(transformer, shard), weight.device
+        weight, config = decoder.embedding, decoder.transformer.config
+        self.decoder, self.device = decoder, weight.device
         self.cache = PagedCache(
-            transformer.config,
+            config,
             blocks + graphs,  # one that nobody owns
             block_size,
             weight.device,
             weight.dtype,
             self.decoder.kv_heads,
         )
-        self.sampler = Sampler(vocabulary, transformer.config.vocabulary_size, seats, context, weight.device)
+        self.sampler = Sampler(vocabulary, config.vocabulary_size, seats, context, weight.device)
         self.contiguous = ContiguousCache(self.cache) if self.device.type == "cpu" else None
         self.graphs = CudaGraphs(self.decoder, self.cache, -(-context // block_size)) if graphs else None
         self.vocabulary, self.window = vocabulary, window

@@ -21,7 +21,6 @@ import torch
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.directory import IMAGE_TOKENIZER
-from calumma.model.loading import read_transformer
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
@@ -29,7 +28,8 @@ from calumma.serve.replica.engine.client import NOT_URGENT, EngineOutput, OnOutp
 from calumma.serve.replica.engine.messages import Abort, Close, EngineFailed, Outputs, Ready, Start, Submit
 from calumma.serve.replica.engine.thread import EngineThread, requests_in_step
 from calumma.serve.replica.engine.watchdog import StepCounter
-from calumma.serve.replica.model_loading import device_and_dtype, read_own_shard
+from calumma.serve.replica.memory import memory_budget
+from calumma.serve.replica.model_loading import read_own_weights
 from calumma.serve.replica.tensor_parallel import barrier, join_process_group
 
 log = logging.getLogger(__name__)
@@ -95,14 +95,14 @@ class OutputBatcher:
 def load_model(start: Start) -> tuple[LoadedModel, dict[str, object]]:
     """The model, or this process's shard of it, and the options of its engine."""
     options = dict(start.settings.engine_options)
-    device, dtype = device_and_dtype(start.settings)
     if start.rendezvous is None:
-        transformer = read_transformer(start.directory, device, dtype).eval()
+        transformer = read_own_weights(start.directory, start.settings)
     else:
         options["shard"] = shard = join_process_group(start.rendezvous, 0, start.settings)
-        transformer = read_own_shard(start.directory, shard, start.settings)
+        transformer = read_own_weights(start.directory, start.settings, shard)
         barrier(shard)
     images = ImageTokenizerConfig.read(Path(start.directory) / IMAGE_TOKENIZER)
+    options["memory"] = memory_budget(start.settings, transformer.config, images)
     vocabulary, tokenizer = Vocabulary.read(start.directory), TextTokenizer.read(start.directory)
     return LoadedModel(transformer, vocabulary, tokenizer, images.codes_per_image), options
 
@@ -156,6 +156,7 @@ def main(descriptor: int, steps: int, stacks: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the replica to handle
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("calumma").setLevel(logging.INFO)
     threading.Thread(target=exit_with_replica, args=(descriptor,), daemon=True).start()
     connection = Connection(descriptor)
     batcher = OutputBatcher(connection)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 
-from calumma.serve.protocol import Finished, TextDelta, TokenCount
+from calumma.model.generation import Request, SamplingParams
+from calumma.serve.protocol import Finished, GenerationRequest, TextDelta, TokenCount
 from calumma.serve.replica.engine import main
 from calumma.serve.replica.engine.client import Admitted, EngineOutput, ImageCodes
 from calumma.serve.replica.engine.main import BATCH_SECONDS, STATISTICS_SECONDS, OutputBatcher, load_model
@@ -27,6 +30,35 @@ def test_a_specification_reaches_the_engine(model_directory: Path) -> None:
         assert (engine.max_sequences, engine.statistics.blocks * engine.statistics.block_size) == (3, 640)
         assert engine._runner.window == 2
         assert engine._runner.graphs is not None
+    finally:
+        thread.close()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", None])
+def test_an_engine_computes_in_the_dtype_asked_for_and_in_a_shorter_context(
+    model_directory: Path, dtype: Literal["int8", "bfloat16"] | None
+) -> None:
+    settings = ModelSettings(model=str(model_directory), max_sequences=2, dtype=dtype, context=64)
+    model, options = load_model(Start(settings, str(model_directory), 1, None))
+    kinds = {weight.dtype for name, weight in model.transformer.named_parameters() if not name.endswith("scale")}
+    half = torch.bfloat16
+    assert kinds == {"int8": {torch.int8, half}, "bfloat16": {half}, None: {torch.float32}}[dtype]
+    thread = EngineThread(model, **options)
+    try:
+        now = thread._engine.statistics
+        assert (thread._engine.context, now.blocks * now.block_size) == (64, 2 * 64)
+        outputs: list[EngineOutput] = []
+        ended = threading.Event()
+
+        def on_output(output: EngineOutput) -> None:
+            outputs.append(output)
+            if isinstance(output, Finished):
+                ended.set()
+
+        request = GenerationRequest("a", (1, 5, 9), SamplingParams(), max_tokens=5)
+        thread.submit(Request("a", [1, 5, 9], SamplingParams(5, "text")), request, on_output)
+        assert ended.wait(60)
+        assert isinstance(outputs[-1], Finished)
     finally:
         thread.close()
 
