@@ -24,6 +24,7 @@ BUCKET = "calumma-tests"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run also the tests marked slow, which take hours")
     parser.addoption("--fuzz", type=int, default=300, help="how many requests tests/serve/http/test_fuzz.py sends")
+    parser.addoption("--damages", type=int, default=300, help="how many tests/platform/sources/test_damage.py tries")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -63,7 +63,8 @@ class _Bytes:
     def peek(self, size: int) -> bytes:
         while len(self._ahead) < size and not self._ended:
             try:
-                data = self._content.read1(max(CHUNK, size - len(self._ahead)))
+                wanted = max(CHUNK, size - len(self._ahead))
+                data = self._content.read1(wanted) or self._content.read1(1)  # damage is told behind the end
             except StorageError:
                 raise
             except OSError as error:
@@ -101,7 +102,6 @@ class _Archive:
         self._file = file
         self._bytes = _Bytes(file)
         self._found = False  # any header
-        self._aligned = True  # headers begin where blocks do
         self._links: dict[str, tuple[int, int]] | None = None  # name -> place and size of its content
 
     def members(self) -> Iterator[Member | BadInput]:
@@ -243,7 +243,6 @@ class _Archive:
         if self._bytes.damage is not None:
             damage, ends = self._file.damage(uri, self._bytes.damage)
             self._bytes.go_on()
-            self._aligned = False
             found = not ends and self._seek_header()
             return BadInput(uri, damage.reason, min(size, lost + damage.bytes_lost)), not found
         if found:
@@ -253,28 +252,23 @@ class _Archive:
         return BadInput(uri, said, min(size, lost)), True
 
     def _seek_header(self) -> bool:
-        """Go to the next header, or to the end or a damage."""
-        while data := self._bytes.peek(CHUNK + BLOCK):
-            if self._aligned:
-                self._bytes.take(-self._bytes.position % BLOCK)
-                data = self._bytes.peek(CHUNK)
-                for place in range(0, len(data) - BLOCK + 1, BLOCK):
-                    block = data[place : place + BLOCK]
-                    if block[MAGIC_AT : MAGIC_AT + 5] == MAGIC and _header(block) is not None:
-                        self._bytes.take(place)
+        """Go to the next header, wherever it stands, or to the end or a damage."""
+        while data := self._bytes.peek(CHUNK):
+            place = data.find(MAGIC)
+            while place >= 0:
+                begin = place - MAGIC_AT
+                if begin >= 0:
+                    self._bytes.take(begin)
+                    if _header(self._bytes.peek(BLOCK)) is not None:
                         return True
-            else:
-                place = data.find(MAGIC)
-                while place >= 0:
-                    begin = place - MAGIC_AT
-                    if begin >= 0 and _header(data[begin : begin + BLOCK]) is not None:
-                        self._bytes.take(begin)
-                        return True
-                    place = data.find(MAGIC, place + 1)
+                    self._bytes.take(1)
+                    data = self._bytes.peek(CHUNK)
+                    place = -1
+                place = data.find(MAGIC, place + 1)
             if len(data) < CHUNK:
-                self._bytes.skip(len(data) + BLOCK)
+                self._bytes.take(len(data))
                 return False
-            self._bytes.take(CHUNK if self._aligned else CHUNK - MAGIC_AT)
+            self._bytes.take(CHUNK - MAGIC_AT - len(MAGIC))
         return False
 
 

@@ -266,7 +266,8 @@ class _ArrayReader:
         if self._ended:
             return b""
         try:
-            data = self._file.content.read1(CHUNK_BYTES)
+            content = self._file.content
+            data = content.read1(CHUNK_BYTES) or content.read1(1)  # damage is told behind the end
         except StorageError:
             raise
         except OSError as error:

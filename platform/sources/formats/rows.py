@@ -7,16 +7,26 @@ documents.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, cast
 
 from calumma.platform.sources.files import BadInput, Draft, DraftSegment, File, Malformed, json_type
-from calumma.platform.sources.formats.json_array import BYTE_ORDER_MARK, CHUNK_BYTES, LONGEST_LINE, Row, json_array
+from calumma.platform.sources.formats.json_array import (
+    BYTE_ORDER_MARK,
+    CHUNK_BYTES,
+    FIRST_KEY,
+    LONGEST_LINE,
+    Row,
+    json_array,
+)
 from calumma.platform.sources.registry import ReaderItem
 from calumma.platform.storage import StorageError
 
 BATCH_BYTES = 16 << 20  # bytes of a Parquet file that are rows at once
 BATCH_ROWS = 1024
+TRIES = 20  # objects in a damaged line that are looked at
 COLUMN_BUFFER = 1 << 20  # bytes of a column that are read at once; without it Arrow reads all of a row group's
 
 
@@ -54,6 +64,7 @@ def json_rows(file: File) -> Iterator[Row | BadInput]:
 def json_lines(file: File) -> Iterator[Row | BadInput]:
     """One record a line."""
     number, behind_damage = 0, False
+    keys: dict[bytes, frozenset[str]] = {}  # of the first record: its first key as written, and all
     while True:
         number += 1
         name = file.at(f"line {number}")
@@ -86,10 +97,31 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
             if number == 1 and file.plain_name.endswith(".json"):  # as a rule one object over many lines
                 yield BadInput(file.uri, f"neither an array of records nor one record a line: {error}", file.size)
                 return
-            yield _cut_line(file, name, line) or BadInput(name, f"not a line of JSON: {error}")
-            behind_damage = not line.endswith(b"\n")  # if there is more at all
+            if (cut := _cut_line(file, name, line)) is not None:
+                yield cut
+                behind_damage = True
+                continue
+            begin, row = _last_record(line, keys)
+            yield BadInput(name, f"not a line of JSON: {error}", begin)
+            if row is not None:
+                yield name, row
             continue
+        if not keys and isinstance(row, dict) and (match := FIRST_KEY.match(line)):
+            keys = {match[1]: frozenset(row)}
         yield (name, row) if isinstance(row, dict) else BadInput(name, f"holds {json_type(row)}, not an object")
+
+
+def _last_record(line: bytes, keys: dict[bytes, frozenset[str]]) -> tuple[int, dict[str, Any] | None]:
+    """The record at the end of a line whose beginning is damaged: the end of the line before it may be lost."""
+    for key, all_keys in keys.items():
+        for match in islice(re.compile(rb"\{\s*" + re.escape(key) + rb"\s*:").finditer(line, 1), TRIES):
+            try:
+                row = json.loads(line[match.start() :])
+            except (ValueError, RecursionError):
+                continue
+            if 2 * len(all_keys & row.keys()) >= len(all_keys):
+                return match.start(), row
+    return 0, None
 
 
 def _cut_line(file: File, name: str, line: bytes) -> BadInput | None:
@@ -120,7 +152,9 @@ def parquet_rows(file: File, columns: Callable[[list[str]], Sequence[str]]) -> I
 
     unreadable = (pa.ArrowException, OSError, UnicodeDecodeError)
     try:
-        table = pq.ParquetFile(cast(Any, file.raw), buffer_size=COLUMN_BUFFER, pre_buffer=False)
+        table = pq.ParquetFile(
+            cast(Any, file.raw), buffer_size=COLUMN_BUFFER, pre_buffer=False, page_checksum_verification=True
+        )
         chosen = columns(table.schema_arrow.names)
     except StorageError:
         raise
