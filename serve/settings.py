@@ -75,6 +75,14 @@ class Safety(Section):
     options: dict[str, Any] = Field({}, description="what the policy is made with")
 
 
+class Batches(Section):
+    """Files that clients send, and batches of requests in them, answered beside all others. Each key sees its own."""
+
+    location: str | None = Field(None, description="folder or s3://… that they are kept in; none: there are none")
+    running: int = Field(4, ge=1, description="requests of batches that are answered at once")
+    requests: int = Field(50_000, ge=1, description="requests of a batch")
+
+
 class ModelSettings(Section):
     """One model under the endpoint, and its replicas."""
 
@@ -197,6 +205,7 @@ class ServeSettings(ModelSettings):
         None, description="file of further keys, read again when it changes; on each node that an ingress runs on"
     )
     safety: Safety = Safety()
+    batches: Batches = Batches()
     watch_seconds: float | None = Field(
         None, gt=0, description="how often models:/name@alias is looked up for a new version; none: never"
     )

@@ -11,8 +11,16 @@ import contextlib
 import logging
 import time
 
+from calumma.platform.storage import check_writable, is_remote, local_path
 from calumma.serve.deploy.applications import ModelApplication, build_ingress, failure_reason, start_model
-from calumma.serve.deploy.naming import APPLICATION_PREFIX, INGRESS, WATCHER, watcher_application
+from calumma.serve.deploy.batches import build_batches
+from calumma.serve.deploy.naming import (
+    APPLICATION_PREFIX,
+    INGRESS,
+    WATCHER,
+    batches_application,
+    watcher_application,
+)
 from calumma.serve.deploy.preparation import ServeError, locate_servable, require_port
 from calumma.serve.deploy.rollout import AliasWatcher
 from calumma.serve.safety import load_policy
@@ -38,6 +46,7 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
 
     sources = {model.name: locate_servable(model) for model in settings.models}
     load_policy(settings.safety)
+    settings = _with_batches_at_hand(settings)
     _quiet_logs()
     _start_http(settings)
     name = APPLICATION_PREFIX + settings.name
@@ -47,8 +56,12 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
         for model in settings.models:
             started[model.name] = start_model(model, sources[model.name], settings.name)
         table = {model: one.application for model, one in started.items()}
-        _delete([watcher_application(settings.name)])
+        beside = [watcher_application(settings.name), batches_application(settings.name)]
+        _delete(beside)
         serve.run(build_ingress(settings, table), name=name, route_prefix="/")
+        if settings.batches.location is not None:
+            watch = watcher_application(settings.name) if settings.watch_seconds else None
+            serve.run(build_batches(settings, table, watch), name=beside[1], route_prefix=None)
         if settings.watch_seconds:
             watcher = serve.deployment(name=WATCHER, num_replicas=1, ray_actor_options={"num_cpus": 0})(AliasWatcher)
             bound = watcher.bind(settings, started, name, settings.watch_seconds)
@@ -60,10 +73,21 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
             if not old:
                 undeploy(settings.name)
         raise ServeError(reason) from error
-    _delete([application for application in old if application != watcher_application(settings.name)])
+    _delete([application for application in old if application not in beside])
     if wait:
         await_health(settings.url)
     return settings.url
+
+
+def _with_batches_at_hand(settings: ServeSettings) -> ServeSettings:
+    """With a location of files that every process finds and may write to. Raises StorageError."""
+    location = settings.batches.location
+    if location is None:
+        return settings
+    if not is_remote(location):
+        location = str(local_path(location).resolve())
+    check_writable(location)
+    return settings.model_copy(update={"batches": settings.batches.model_copy(update={"location": location})})
 
 
 def await_health(url: str, patience: float = PATIENCE) -> None:
@@ -95,7 +119,7 @@ def undeploy(name: str = "calumma", seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     if endpoint in serve.status().applications:
         _drain(endpoint, end)
-    _delete([watcher_application(name)])
+    _delete([watcher_application(name), batches_application(name)])
     _delete([endpoint], max(SETTLE_SECONDS, end - time.monotonic()))  # its streams need the models until they end
     _delete([application for application in serve.status().applications if application.startswith(f"{endpoint}:")])
     if not serve.status().applications:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-ENGINE, INGRESS, WATCHER, CODER = "Engine", "Ingress", "Watcher", "ImageCoder"
+ENGINE, INGRESS, WATCHER, CODER, BATCHES = "Engine", "Ingress", "Watcher", "ImageCoder", "Batches"
 
 
 APPLICATION_PREFIX = "calumma-"
@@ -10,3 +10,7 @@ APPLICATION_PREFIX = "calumma-"
 
 def watcher_application(name: str) -> str:
     return f"{APPLICATION_PREFIX}{name}:watch"
+
+
+def batches_application(name: str) -> str:
+    return f"{APPLICATION_PREFIX}{name}:batches"

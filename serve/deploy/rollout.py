@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calumma.serve.deploy.applications import ModelApplication, start_model
-from calumma.serve.deploy.naming import INGRESS
+from calumma.serve.deploy.naming import BATCHES, INGRESS, batches_application
 from calumma.serve.deploy.preparation import locate_servable
 from calumma.serve.settings import ModelSettings, ServeSettings
 
@@ -105,12 +105,17 @@ class AliasWatcher:
     ) -> None:
         from ray import serve
 
+        asking = [(INGRESS, ingress)]  # who sends requests to the models
+        if settings.batches.location is not None:
+            asking.append((BATCHES, batches_application(settings.name)))
+
         def announce(table: dict[str, str]) -> None:
-            serve.get_deployment_handle(INGRESS, ingress).broadcast("switch", table).results(timeout_s=60)
+            for one in asking:
+                serve.get_deployment_handle(*one).broadcast("switch", table).results(timeout_s=60)
 
         def streams(application: str) -> int:
-            found = serve.get_deployment_handle(INGRESS, ingress).broadcast("streams", application)
-            return sum(found.results(timeout_s=60))
+            found = [serve.get_deployment_handle(*one).broadcast("streams", application) for one in asking]
+            return sum(count for each in found for count in each.results(timeout_s=60))
 
         def remove(application: str) -> None:
             await_last_stream(lambda: streams(application), settings.limits.seconds)

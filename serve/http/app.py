@@ -10,8 +10,10 @@ from starlette.middleware.cors import CORSMiddleware
 from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.access.middleware import AccessMiddleware
 from calumma.serve.http.context import ServingContext
+from calumma.serve.http.endpoints.batches import add_batches
 from calumma.serve.http.endpoints.chat import add_chat
 from calumma.serve.http.endpoints.completions import add_completions
+from calumma.serve.http.endpoints.files import add_files
 from calumma.serve.http.endpoints.images import add_images
 from calumma.serve.http.endpoints.responses_api import add_responses
 from calumma.serve.http.endpoints.status import add_status
@@ -50,5 +52,7 @@ def create_app(
     add_images(app, context)
     add_responses(app, context)
     add_tokenizer(app, context)
+    add_files(app, context)
+    add_batches(app, context)
     complete_openapi(app)
     return app

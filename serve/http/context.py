@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 
+from calumma.serve.batches.store import OwnerStore, Store
 from calumma.serve.http.access.caller import current_caller
 from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.facts import ModelFacts
@@ -52,6 +53,15 @@ class ServingContext:
         measured = metered(stream, self.metrics, model, self.settings.limits.seconds)
         constraint = request.params.constraint
         return measured if constraint is None or constraint.kind != "tools" else with_tool_calls(measured)
+
+    def files(self, owner: str | None) -> OwnerStore:
+        """Whose files and batches. Raises APIError 404 where the server keeps none."""
+        location = self.settings.batches.location
+        if location is None:
+            raise APIError(
+                "this server keeps no files; its operator may set `batches.location`", status=404, code="unsupported"
+            )
+        return Store(location).of(owner)
 
     async def generate_all(self, requests: list[GenerationRequest], model: str) -> list[GenerationOutput]:
         """The whole outputs of several requests at once; the first failure stops the others. Raises APIError."""

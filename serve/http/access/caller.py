@@ -23,7 +23,16 @@ class Caller:
     def of(cls, key: APIKey | None) -> Caller:
         if key is None:
             return cls()
-        return cls(key.name, blake2b(bytes.fromhex(key.sha256), digest_size=16, person=b"calumma salt").digest())
+        return cls(key.name, _salt(bytes.fromhex(key.sha256)))
+
+    @classmethod
+    def batches_of(cls, owner: str) -> Caller:
+        """owner: whose batches."""
+        return cls(owner, _salt(owner.encode()))
+
+
+def _salt(of: bytes) -> bytes:
+    return blake2b(of, digest_size=16, person=b"calumma salt").digest()
 
 
 _CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039  # it is frozen
@@ -35,8 +44,8 @@ def current_caller() -> Caller:
 
 
 @contextmanager
-def called_by(key: APIKey | None) -> Iterator[None]:
-    token = _CALLER.set(Caller.of(key))
+def called_by(caller: Caller) -> Iterator[None]:
+    token = _CALLER.set(caller)
     try:
         yield
     finally:

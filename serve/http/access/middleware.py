@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from calumma.serve.http.access.api_keys import AccessControl
-from calumma.serve.http.access.caller import called_by
+from calumma.serve.http.access.caller import Caller, called_by
 from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.access.hosts import HostCheck
 from calumma.serve.http.access.key_file import KeyFile
@@ -105,13 +105,16 @@ class AccessMiddleware:
             raise APIError(too_large(self._limit).detail, status=413, code=TOO_LARGE)
         if not _is_api(scope["path"]):
             return contextlib.nullcontext()
+        if isinstance(caller := scope.get("state", {}).get("caller"), Caller):  # from within this process
+            return called_by(caller)
         key = self._access.authenticate(headers.get("authorization", ""))
+        scope.setdefault("state", {})["owner"] = None if key is None else key.name
         return self._slot(key) if _generates(scope) else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _slot(self, key: APIKey | None) -> Iterator[None]:
         """One of those that the key may have; what runs meanwhile is the key's."""
-        with self._access.slot(key), called_by(key):
+        with self._access.slot(key), called_by(Caller.of(key)):
             yield
 
 
