@@ -70,7 +70,7 @@ class _SourceJob:
     fingerprint: str  # fingerprint of that specification and the input files
     inputs: dict[str, str]
     sizes: dict[str, int]
-    ignored: list[str]
+    ignored: dict[str, reading.Unread]
     tasks: list[dict[str, Any]]
     counts: DocumentCounts = field(default_factory=DocumentCounts)
     findings: Findings = field(default_factory=Findings)
@@ -171,8 +171,8 @@ def _plan(spec: CurateSpecification) -> list[_SourceJob]:
             for place, begin in enumerate(range(0, len(files), size))
         ]
         job = _SourceJob(source, number, output, specification, fingerprint, inputs, sizes, ignored, source_tasks)
-        for uri in ignored:
-            job.counts.notes.skip("files", notes.suffix(uri))
+        for kind, name in ignored.values():
+            job.counts.notes.skip(kind, name)
         jobs.append(job)
     return jobs
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from calumma.model.document import Document, Image, Role, Text
 from calumma.platform.sources import compression
+from calumma.platform.sources.names import escaped, valid_words
 from calumma.platform.sources.notes import Notes
 from calumma.platform.storage import StorageError
 
@@ -24,11 +25,15 @@ class Malformed(ValueError):
 @dataclass(frozen=True)
 class BadInput:
     """One input that is no document. `name` is the file and the place in it; `bytes_lost` counts what a damaged file
-    hides behind the damage, in bytes of that file (0 for a single bad item)."""
+    hides behind the damage, in bytes of that file (0 for a single bad item). Both are words in valid Unicode."""
 
     name: str
     reason: str
     bytes_lost: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", valid_words(self.name))  # of a reader that does not use File.at
+        object.__setattr__(self, "reason", valid_words(self.reason))
 
 
 Item = Document | BadInput
@@ -36,13 +41,15 @@ Item = Document | BadInput
 
 @dataclass(frozen=True)
 class Reference:
-    """An image that the data only names: a data URL, or a path below the source's images."""
+    """An image that the data only names: a data URL, or a path below the source's images. The `others` are the same
+    image, worse, for where the target cannot be had."""
 
     target: str
     caption: str | None = None
     role: Role | None = None
     optional: bool = False  # left out where it cannot be had; otherwise the document is bad
     trained: bool = True
+    others: tuple[str, ...] = ()
 
 
 DraftSegment = Text | Image | Reference
@@ -77,7 +84,12 @@ class File:
 
     def at(self, place: str) -> str:
         """The name of a place in this file."""
-        return f"{self.uri}: {place}"
+        return f"{self.name}: {escaped(place)}"
+
+    @cached_property
+    def name(self) -> str:
+        """The URI as it is told."""
+        return escaped(self.uri)
 
     @property
     def plain_name(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from calumma.platform.sources.compression import SUFFIXES
+from calumma.platform.sources.names import valid_words
 
 MOST_NAMES = 200  # of one kind that are counted one by one: the fields of a record may be anything
 MOST_WARNINGS = 50  # told; all are counted
@@ -33,6 +34,7 @@ class Notes(BaseModel):
 
     def skip(self, kind: str, name: str, count: int = 1) -> None:
         """Count what is left unread. `kind` is a plural: members, fields, files, folders, turns, frames, …"""
+        name = valid_words(name)
         names = self.unread.setdefault(kind, {})
         if name not in names and len(names) >= MOST_NAMES:
             name = OTHERS
@@ -46,7 +48,7 @@ class Notes(BaseModel):
         """Tell what was read in spite of a fault."""
         self.warned += 1
         if len(self.warnings) < MOST_WARNINGS:
-            self.warnings.append((place, what))
+            self.warnings.append((valid_words(place), valid_words(what)))
 
     def add(self, other: Notes) -> None:
         """Add those of later files."""

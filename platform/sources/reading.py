@@ -10,11 +10,14 @@ from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, File, Item, Malformed
 from calumma.platform.sources.formats import find_format
-from calumma.platform.sources.notes import Notes
+from calumma.platform.sources.names import escaped, hidden_part
+from calumma.platform.sources.notes import Notes, suffix
 from calumma.platform.sources.references import resolve_references
 from calumma.platform.sources.registry import Reader, ReaderItem, checked_options
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import SpecificationError
+
+Unread = tuple[str, str]  # kind and name, as `Notes.skip` counts them
 
 
 def read_file(
@@ -46,24 +49,42 @@ def read_source(
     return read_file(source.format, source.name, uri, images, source.options, locate(source.location), notes)
 
 
-def list_source(format: str, location: str) -> tuple[dict[str, int], list[str]]:
-    """(URI -> bytes of the files to read, URIs of other files) at a location: the file itself, or all below a folder.
+def list_source(format: str, location: str) -> tuple[dict[str, int], dict[str, Unread]]:
+    """(URI -> bytes of the files to read, URI -> what others are, as `Notes.skip` counts it) at a location: the file
+    itself, all below a folder, or what a pattern matches.
 
-    A manifest below a folder is no input. Raises StorageError, SpecificationError.
+    No input are: files of other suffixes, a manifest, what is hidden (`hidden_part`), links that lead nowhere. Raises
+    StorageError, SpecificationError.
     """
     suffixes = find_format(format).suffixes or ("",)
-    sizes = dict(sorted(storage.sizes(location).items()))
+    listing = storage.list_inputs(location)
+    sizes = listing.sizes
     if len(sizes) == 1 and _same_file(location, next(iter(sizes))):
-        return sizes, []
-    files = {
-        uri: size
-        for uri, size in sizes.items()
-        if uri.lower().endswith(suffixes) and PurePosixPath(uri).name != storage.MANIFEST
-    }
-    return files, [uri for uri in sizes if uri not in files]
+        return sizes, {}
+    base = storage.literal_folder(location)
+    files: dict[str, int] = {}
+    others: dict[str, Unread] = {}
+    for uri, size in sizes.items():
+        if (part := hidden_part(_below(uri, base))) is not None:
+            others[uri] = ("hidden files", part)
+        elif PurePosixPath(uri).name == storage.MANIFEST or not uri.lower().endswith(suffixes):
+            others[uri] = ("files", suffix(uri))
+        else:
+            files[uri] = size
+    others |= {uri: ("links and devices", PurePosixPath(uri).name) for uri in listing.broken}
+    others |= {uri: ("files that are not there", PurePosixPath(uri).name) for uri in listing.missing}
+    return files, others
 
 
-def require_files(source: Source, locate: Callable[[str], str] = str) -> tuple[dict[str, int], list[str]]:
+def _below(uri: str, base: str) -> str:
+    """The path of a file below a folder; its name where it is not below."""
+    try:
+        return storage.relative(uri, base)
+    except ValueError:
+        return PurePosixPath(uri).name
+
+
+def require_files(source: Source, locate: Callable[[str], str] = str) -> tuple[dict[str, int], dict[str, Unread]]:
     """`list_source` of a source that must have files. Raises SpecificationError when it has none, and StorageError."""
     location = locate(source.location)
     files, others = list_source(source.format, location)
@@ -72,7 +93,8 @@ def require_files(source: Source, locate: Callable[[str], str] = str) -> tuple[d
     suffixes = " or ".join(f"*{suffix}" for suffix in find_format(source.format).suffixes)
     explanation = "there is nothing at that location"
     if others:
-        names = ", ".join(storage.relative(uri, location) for uri in others[:3])
+        base = storage.literal_folder(location)
+        names = ", ".join(escaped(_below(uri, base)) for uri in list(others)[:3])
         explanation = f"there are {len(others):,} other files, such as {names}"
     raise SpecificationError(
         f"source {source.name!r} ({source.format}): no {f'{suffixes} ' if suffixes else ''}files at {location}; "
@@ -89,13 +111,13 @@ def _reader_items(read: Reader, file: File, arguments: dict[str, Any]) -> Iterat
     try:
         yield from read(file, **arguments)
     except Malformed as error:  # of the file, not of one record
-        yield BadInput(file.uri, str(error), file.size)
+        yield BadInput(file.name, str(error), file.size)
 
 
 def _folder(uri: str, location: str | None) -> str:
-    """The location, when the file is below it, or the folder that the file is in."""
+    """The location (of a pattern its literal folder), when the file is below it, or the folder that the file is in."""
     if location is not None and not _same_file(location, uri):
-        return location
+        return storage.literal_folder(location)
     return uri.rpartition("/")[0] if "/" in uri else "."
 
 

@@ -14,11 +14,13 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 from calumma.model.document import Document, Image, Segment
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Draft, Item, Malformed, Reference
+from calumma.platform.sources.names import valid_words
 
 PREFETCH = 32  # references, and documents, that are fetched ahead: object storage answers slowly, but many at a time
 THREADS = 8
@@ -40,7 +42,7 @@ def resolve_references(items: Iterable[Draft | Document | BadInput], source: str
     try:
         for item in items:
             parts = item.segments if isinstance(item, Draft) else ()
-            images = [pool.submit(fetch, part.target, base) for part in parts if isinstance(part, Reference)]
+            images = [pool.submit(_fetch_best, part, base) for part in parts if isinstance(part, Reference)]
             waiting.append((item, images))
             fetching += len(images)
             while waiting and (not waiting[0][1] or fetching > PREFETCH or len(waiting) > PREFETCH):
@@ -68,7 +70,15 @@ def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source
         except Malformed as error:
             if not part.optional:
                 return BadInput(item.name, str(error))
-    return Document(tuple(segments), source, item.license, item.url, {"name": item.name})
+    return Document(tuple(segments), source, item.license, item.url, {"name": valid_words(item.name)})
+
+
+def _fetch_best(reference: Reference, base: str) -> bytes:
+    """The bytes of an image from the first place that has it. Raises as `fetch`, of the last place."""
+    for target in (reference.target, *reference.others)[:-1]:
+        with suppress(Malformed):
+            return fetch(target, base)
+    return fetch((reference.target, *reference.others)[-1], base)
 
 
 def fetch(target: str, base: str) -> bytes:

@@ -17,6 +17,7 @@ from calumma.platform.storage.files import (
     write_bytes,
 )
 from calumma.platform.storage.folders import check_writable, delete, download, local_copy, upload
+from calumma.platform.storage.inputs import Listing, list_inputs, literal_folder
 from calumma.platform.storage.uri import (
     MANIFEST,
     Damaged,
@@ -32,6 +33,7 @@ __all__ = [
     "MANIFEST",
     "ContentCheck",
     "Damaged",
+    "Listing",
     "NotFound",
     "StorageError",
     "check_writable",
@@ -42,6 +44,8 @@ __all__ = [
     "is_remote",
     "join",
     "list_files",
+    "list_inputs",
+    "literal_folder",
     "local_copy",
     "local_path",
     "open_read",

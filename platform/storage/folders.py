@@ -46,7 +46,7 @@ def download(uri_dir: str, local_dir: str | Path) -> None:
     if not files:
         raise NotFound(f"cannot download {uri_dir}: there is nothing below it")
     for name in files.values():
-        if ".." in Path(name).parts:
+        if ".." in Path(name).parts or name.startswith("/"):
             raise StorageError(f"cannot download {uri_dir}: the name {name!r} leads out of the folder")
     _for_each_file(files, lambda file: _download_file(file, target / files[file]))
 

@@ -173,7 +173,7 @@ def directory_fingerprint(uri: str) -> str:
     try:
         return hashlib.sha256(storage.read_bytes(storage.join(uri, MANIFEST))).hexdigest()
     except storage.NotFound:
-        listing = [[_absolute(file), size, _modified(file)] for file, size in sorted(storage.sizes(uri).items())]
+        listing = [[_absolute(file), size, _modified(file)] for file, size in storage.list_inputs(uri).sizes.items()]
         return json_digest(listing) if listing else ""
 
 

@@ -62,4 +62,4 @@ def bucket_and_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
         raise StorageError(f"{uri}: names no bucket; write s3://bucket/key")
-    return bucket, key.strip("/")
+    return bucket, key.rstrip("/")  # a key may begin with a slash

@@ -6,13 +6,13 @@ where it was not the first header, and needs a kilobyte for every member it has 
 
 from __future__ import annotations
 
-import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 from calumma.platform.sources.files import BadInput, File
+from calumma.platform.sources.names import hidden_part
 from calumma.platform.sources.notes import suffix
 from calumma.platform.storage import StorageError
 
@@ -154,11 +154,9 @@ class _Archive:
                 self._skip(header)
             self._file.notes.skip("members", f"{suffix(name)} ({kind})")
         elif header.isreg() and not name.endswith("/"):
-            base = posixpath.basename(name)
-            macos = base.startswith("._") or "__MACOSX" in name.split("/")[:-1]
-            if macos or base.startswith("."):
+            if (hidden := hidden_part(name)) is not None:
                 self._skip(header)
-                self._file.notes.skip("members", OF_MACOS if macos else base)
+                self._file.notes.skip("members", OF_MACOS if hidden in ("._*", "__MACOSX/") else hidden)
             elif header.size > LARGEST and self._file.codec is not None:
                 self._skip(header)
                 yield Member(name, b"", f"is longer than {LARGEST:,} bytes")
@@ -220,7 +218,7 @@ class _Archive:
             return True
         if _header(block) is not None:
             if self._found:
-                self._file.notes.warn(self._file.uri, "archives stand in it one after another; all are read")
+                self._file.notes.warn(self._file.name, "archives stand in it one after another; all are read")
             return False
         if zeros < 2 * BLOCK or not self._found:
             return False  # a damaged header
@@ -230,7 +228,7 @@ class _Archive:
         if self._bytes.damage is not None:
             raise _Damage("it breaks off")
         others = self._bytes.position - place
-        self._file.notes.warn(self._file.uri, f"{others:,} bytes after the archive's end are ignored")
+        self._file.notes.warn(self._file.name, f"{others:,} bytes after the archive's end are ignored")
         return True
 
     def _lost(self, reason: str) -> tuple[BadInput, bool]:
@@ -238,18 +236,18 @@ class _Archive:
         size, place = self._file.size, self._bytes.position
         found = self._seek_header()
         if not self._found and not found and self._bytes.damage is None:
-            return BadInput(self._file.uri, f"not a readable tar archive: {reason}", size), True
-        lost, uri = self._bytes.position - place, self._file.uri
+            return BadInput(self._file.name, f"not a readable tar archive: {reason}", size), True
+        lost, name = self._bytes.position - place, self._file.name
         if self._bytes.damage is not None:
-            damage, ends = self._file.damage(uri, self._bytes.damage)
+            damage, ends = self._file.damage(name, self._bytes.damage)
             self._bytes.go_on()
             found = not ends and self._seek_header()
-            return BadInput(uri, damage.reason, min(size, lost + damage.bytes_lost)), not found
+            return BadInput(name, damage.reason, min(size, lost + damage.bytes_lost)), not found
         if found:
-            return BadInput(uri, f"the archive is damaged from byte {place:,} on, for {lost:,}: {reason}", lost), False
+            return BadInput(name, f"the archive is damaged from byte {place:,} on, for {lost:,}: {reason}", lost), False
         total = size if self._file.codec is None else self._bytes.position
         said = f"the archive breaks off after byte {place:,} of {total:,}: {reason}"
-        return BadInput(uri, said, min(size, lost)), True
+        return BadInput(name, said, min(size, lost)), True
 
     def _seek_header(self) -> bool:
         """Go to the next header, wherever it stands, or to the end or a damage."""
@@ -275,7 +273,7 @@ class _Archive:
 def _header(block: bytes) -> tarfile.TarInfo | None:
     """The header that a block is; None for a damaged one, and for zeros."""
     try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
         return None
     return header if header.size >= 0 else None
@@ -284,7 +282,7 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
 def _extension(header: tarfile.TarInfo, data: bytes) -> dict[str, str]:
     """What a header before a member's own says of it. Raises _Damage."""
     if header.type in (LONG_NAME, LONG_LINK):
-        text = data.rstrip(b"\0").decode("utf-8", "backslashreplace")
+        text = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
         return {"path" if header.type == LONG_NAME else "linkpath": text}
     if header.type == tarfile.XGLTYPE:
         return {}  # of the whole archive: a comment, as git writes it
@@ -296,7 +294,7 @@ def _extension(header: tarfile.TarInfo, data: bytes) -> dict[str, str]:
         key, equals, value = record.partition(b"=")
         if not equals or length > len(data) or data[length - 1 : length] != b"\n":
             raise _Damage(f"the extended header {header.name} is damaged")
-        said[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
+        said[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         data = data[length:]
     return said
 
@@ -308,7 +306,7 @@ def _contents(file: File) -> dict[str, tuple[int, int]]:
     raw.seek(0)
     found: dict[str, tuple[int, int]] = {}
     try:
-        with tarfile.open(fileobj=cast(Any, raw), mode="r:", errors="backslashreplace", encoding="utf-8") as tar:
+        with tarfile.open(fileobj=cast(Any, raw), mode="r:", errors="surrogateescape", encoding="utf-8") as tar:
             while (member := tar.next()) is not None:
                 if member.isreg() and member.offset_data + member.size <= file.size:
                     found[member.name] = (member.offset_data, member.size)

@@ -11,6 +11,7 @@ from typing import Any
 
 from calumma.model.document import Text
 from calumma.platform.sources.files import DraftSegment, Malformed, Reference
+from calumma.platform.sources.formats.html_images import noscript_images, sources_of
 
 DEEPEST_NESTING = 1000  # elements in each other; the parser's time grows with the square of it
 # Elements that end by themselves, so that counting their tags does not tell how deep they are.
@@ -19,7 +20,7 @@ FLAT = (
     "option optgroup rt rp html head body"
 )
 NO_CONTENT = (
-    "script, style, noscript, template, nav, footer, button, input, select, textarea, dialog, iframe, object, svg, "
+    "script, style, template, nav, footer, button, input, select, textarea, dialog, iframe, object, svg, "
     "canvas, audio, video, a.headerlink, [hidden], [aria-hidden=true], [style*='display:none'], "
     "[style*='display: none'], [role=navigation], [role=banner], [role=search], [role=contentinfo], [role=menu], "
     "[role=dialog]"
@@ -42,6 +43,7 @@ class Page:
     segments: tuple[DraftSegment, ...]
     license: str = ""
     url: str = ""
+    base: str = ""  # a path that links of the page begin from
 
 
 def read_html(html: str) -> Page:
@@ -53,12 +55,14 @@ def read_html(html: str) -> Page:
     tree = LexborHTMLParser(html)
     license = _address(tree, "link[rel~=license], a[rel~=license]")
     url = _address(tree, "link[rel~=canonical]")
+    base = _address(tree, "base[href]")
+    base = "" if base.startswith("//") or ":" in base.partition("/")[0] else base  # of a site: its images are not here
     body = tree.body
     if body is None:
-        return Page((), license, url)
+        return Page((), license, url, base)
     root = _content(body)
     left_out = {node.mem_id for node in body.css(NO_CONTENT if root else f"{NO_CONTENT}, {BESIDE}")}
-    return Page(tuple(_MarkdownWriter(left_out).write(root or body)), license, url)
+    return Page(tuple(_MarkdownWriter(left_out).write(root or body)), license, url, base)
 
 
 def _check_depth(html: str) -> None:
@@ -97,6 +101,7 @@ class _MarkdownWriter:
         self._indents: list[str] = []  # how lines begin, by the open lists and quotes
         self._marker = ""  # how the next line begins, while the first word of a list item or heading is to come
         self._numbers: list[int | None] = []  # the next number of each open list; None has bullets
+        self._taken: set[str] = set()  # links of the images so far
         self._rows: list[list[bool]] = []  # the cells so far of each open row: is it a heading?
 
     def write(self, root: Any) -> list[DraftSegment]:
@@ -120,7 +125,11 @@ class _MarkdownWriter:
         if node.is_text_node:
             self._words(node.text_content or "")
         elif tag == "img":
-            self._image(node.attributes)
+            self._image(node)
+        elif tag == "noscript":
+            for image in noscript_images(node):
+                if image.mem_id not in self._left_out and self._taken.isdisjoint(sources_of(image)):
+                    self._image(image)
         elif tag == "br":
             self._break(1)
         elif tag == "pre" and node.css_first("img") is None:
@@ -199,16 +208,12 @@ class _MarkdownWriter:
             self._breaks = 1
         self._break(2)
 
-    def _image(self, attributes: dict[str, str | None]) -> None:
-        if attributes.get("width") == "1" and attributes.get("height") == "1":
-            return  # counts visitors
-        source = attributes.get("src") or ""
-        if not source or source.startswith("data:"):  # a stand-in until the page is scrolled
-            source = attributes.get("data-src") or source
-        if source:
+    def _image(self, node: Any) -> None:
+        if links := sources_of(node):
+            self._taken.update(links)
             self._cut()
-            caption = SPACE.sub(" ", attributes.get("alt") or "").strip()
-            self._parts.append(Reference(source, caption or None))
+            caption = SPACE.sub(" ", node.attributes.get("alt") or "").strip()
+            self._parts.append(Reference(links[0], caption or None, others=tuple(links[1:])))
 
     @property
     def _indent(self) -> str:

@@ -5,42 +5,49 @@ Markdown becomes HTML first, so there is one way to read a page (html.py).
 
 from __future__ import annotations
 
-import codecs
 import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from calumma.platform import storage
-from calumma.platform.sources.files import Draft, DraftSegment, File, Malformed, Reference
+from calumma.platform.sources.encodings import decode_text
+from calumma.platform.sources.files import Draft, DraftSegment, File, Reference
 from calumma.platform.sources.formats.html import Page, read_html
 from calumma.platform.sources.registry import ReaderItem, reader
 
 LARGEST_PAGE = 32 << 20  # bytes of a page
 MARKDOWN = (".md", ".markdown")
 HTML = (".html", ".htm", ".xhtml")
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-CHARSET = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?([\w:.-]+)""", re.IGNORECASE)
-FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?(---|\.\.\.)[ \t]*(\n|\Z)", re.DOTALL)
+_COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
+_CHARSET = re.compile(
+    rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([\w:.-]+)|<\?xml[^>]{0,100}encoding\s*=\s*["']([\w:.-]+)""",
+    re.IGNORECASE,
+)
+_FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n(.*?\n)?(\1|\.\.\.)[ \t]*(\n|\Z)", re.DOTALL)
 
 
 @reader("pages", (*MARKDOWN, *HTML), references="location")
-def pages(file: File, *, other_images: Literal["bad", "leave_out"] = "bad") -> Iterator[ReaderItem]:
+def pages(
+    file: File, *, other_images: Literal["bad", "leave_out"] = "bad", encoding: str | None = None
+) -> Iterator[ReaderItem]:
     """Headings, lists, code and tables as text, images in their places, alternative texts as their captions.
 
     Images are found from the page's folder, or with a leading `/` from the source's `images` (default: its location).
     What cannot be had (remote, outside, missing) makes the page a bad input; `other_images: leave_out` drops it alone.
+    `encoding` is that of pages that declare none, by default UTF-8.
     """
     data = file.read_all(LARGEST_PAGE)
     if file.plain_name.endswith(MARKDOWN):
-        words, about = _front_matter(_decode_text(data, None))
+        words, about = _front_matter(decode_text(data, None, encoding).replace("\r\n", "\n").replace("\r", "\n"))
         page = read_html(_from_markdown(words))
         page = replace(page, license=about.get("license", page.license), url=about.get("url", page.url))
     else:
-        declared = CHARSET.search(data[:4096])
-        page = read_html(_decode_text(data, declared[1].decode() if declared else None))
+        declared = _CHARSET.search(_COMMENT.sub(b"", data[:4096]))
+        label = (declared[1] or declared[2]).decode() if declared else None
+        page = read_html(decode_text(data, label, encoding))
     yield _draft(page, file, other_images == "leave_out")
 
 
@@ -52,14 +59,20 @@ def _draft(page: Page, file: File, optional: bool) -> Draft:
     parts: list[DraftSegment] = []
     for part in page.segments:
         if isinstance(part, Reference):
-            part = replace(part, target=_image_path(part.target, folder), optional=optional)
+            target, *others = (_image_path(link, folder, page.base) for link in (part.target, *part.others))
+            part = replace(part, target=target, others=tuple(others), optional=optional)
         parts.append(part)
-    return Draft(tuple(parts), file.uri, page.license, page.url)
+    return Draft(tuple(parts), file.name, page.license, page.url)
 
 
-def _image_path(link: str, folder: str) -> str:
-    """A link of a page in `folder` as a path below the images."""
+def _image_path(link: str, folder: str, base: str) -> str:
+    """A link of a page in `folder`, which has another `base`, as a path below the images."""
     link = link.strip()
+    if base:
+        try:
+            link = urljoin(base, link)
+        except ValueError:
+            return link
     try:
         parts = urlsplit(link)
     except ValueError:
@@ -70,24 +83,17 @@ def _image_path(link: str, folder: str) -> str:
     return path.lstrip("/") if path.startswith("/") else posixpath.join(folder, path) if path else ""
 
 
-def _decode_text(data: bytes, declared: str | None) -> str:
-    """Text in the encoding that its byte order mark or the page declares, by default UTF-8. Raises Malformed."""
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), declared or "utf-8")
-    try:
-        return data.decode(encoding)
-    except (UnicodeError, LookupError) as error:
-        raise Malformed(f"is no text in {encoding}: {error}") from error
-
-
 def _front_matter(words: str) -> tuple[str, dict[str, str]]:
-    """The text without YAML at its beginning, and that YAML's strings; what is no YAML object is text."""
-    match = FRONT_MATTER.match(words)
+    """The text without the YAML or TOML at its beginning, and its strings; what is neither is text."""
+    match = _FRONT_MATTER.match(words)
     if match is None:
         return words, {}
+    import tomllib
+
     import yaml
 
     try:
-        values = yaml.safe_load(match[1] or "")
+        values = tomllib.loads(match[2] or "") if match[1] == "+++" else yaml.safe_load(match[2] or "")
     except (yaml.YAMLError, ValueError, RecursionError):
         return words, {}
     if not isinstance(values, dict):

@@ -54,7 +54,7 @@ def json_rows(file: File) -> Iterator[Row | BadInput]:
         except StorageError:
             raise
         except OSError as error:
-            damage, ends = file.damage(file.uri, error)
+            damage, ends = file.damage(file.name, error)
             yield damage
             if ends:
                 return
@@ -95,7 +95,7 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
             if first:
                 continue  # the rest of the line that the damage cut
             if number == 1 and file.plain_name.endswith(".json"):  # as a rule one object over many lines
-                yield BadInput(file.uri, f"neither an array of records nor one record a line: {error}", file.size)
+                yield BadInput(file.name, f"neither an array of records nor one record a line: {error}", file.size)
                 return
             if (cut := _cut_line(file, name, line)) is not None:
                 yield cut

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image as PILImage
-
 from calumma.model.document import Image, Text
-from calumma.model.images import suffixes
+from calumma.model.images import open_header, suffixes
+from calumma.platform.sources.encodings import decode_text
 from calumma.platform.sources.files import (
     LICENSES,
     BadInput,
@@ -26,7 +24,6 @@ from calumma.platform.sources.registry import ReaderItem
 CAPTIONS = ("txt", "caption", "text", "cls")  # members
 CAPTION_FIELDS = ("caption", "captions", "text")  # of the JSON
 KNOWN_FIELDS = frozenset({*LICENSES, "url", "metadata", "meta", "status", "error_message"})
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def sample_draft(
@@ -111,14 +108,10 @@ class _Sample:
     def _text(self, extension: str) -> str | None:
         self._used.add(extension)
         data = self._parts[extension]
-        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), self._encoding)
         try:
-            return data.decode(encoding).strip() or None
-        except (UnicodeError, LookupError) as error:
-            raise Malformed(
-                f"its caption {self._key}.{extension} cannot be read as {encoding}: {error}; the source's options may "
-                "name the encoding"
-            ) from error
+            return decode_text(data, default=self._encoding).strip() or None
+        except Malformed as error:
+            raise Malformed(f"its caption {self._key}.{extension} {error}") from error
 
     def _field(self, field: str) -> str | None:
         value = self._about.get(field)
@@ -182,7 +175,7 @@ class _Sample:
 def frames(data: bytes) -> list[bytes]:
     """The frames of an image as images; of one alone as it is, and of what is no image nothing else."""
     try:
-        with PILImage.open(io.BytesIO(data)) as image:
+        with open_header(data) as image:
             count = getattr(image, "n_frames", 1)
             if count == 1:
                 return [data]

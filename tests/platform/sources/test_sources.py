@@ -199,7 +199,7 @@ def test_a_reader_of_ones_own_is_a_function_named_by_its_module(own: str, tmp_pa
         name="mine", format=f"{own}:words", location=str(tmp_path / "data"), images=".", options={"least": "2"}
     )
     files, others = list_source(source.format, source.location)
-    assert (list(files), others) == ([f"{tmp_path}/data/a.words"], [f"{tmp_path}/data/b.other"])
+    assert (list(files), list(others)) == ([f"{tmp_path}/data/a.words"], [f"{tmp_path}/data/b.other"])
     items = list(reading.read_source(source, f"{tmp_path}/data/a.words", lambda place: str(tmp_path / place)))
     assert items == [Document((Text(text), Image(png(1))), source="mine") for text in ("two words", "three more words")]
     assert name_of(good(items)[0]) == f"{tmp_path}/data/a.words: line 2"
@@ -273,10 +273,10 @@ def test_a_folder_lists_files_of_the_format_and_a_file_lists_itself(tmp_path: Pa
         (tmp_path / name).write_bytes(b"12345")
     files, others = list_source("webdataset", str(tmp_path))
     assert files == {f"{tmp_path}/{name}": 5 for name in ("a.tar", "b.tar", "deep/c.TAR")}
-    assert others == [f"{tmp_path}/notes.txt"]
-    assert list_source("webdataset", f"{tmp_path}/notes.txt") == ({f"{tmp_path}/notes.txt": 5}, [])
-    assert list_source("webdataset", f"file://{tmp_path}/notes.txt") == ({f"{tmp_path}/notes.txt": 5}, [])
-    assert list_source("webdataset", f"{tmp_path}/nowhere") == ({}, [])
+    assert others == {f"{tmp_path}/notes.txt": ("files", ".txt")}
+    assert list_source("webdataset", f"{tmp_path}/notes.txt") == ({f"{tmp_path}/notes.txt": 5}, {})
+    assert list_source("webdataset", f"file://{tmp_path}/notes.txt") == ({f"{tmp_path}/notes.txt": 5}, {})
+    assert list_source("webdataset", f"{tmp_path}/nowhere") == ({}, {})
 
 
 def test_a_suffix_may_tell_a_compression_too(tmp_path: Path) -> None:
@@ -285,6 +285,34 @@ def test_a_suffix_may_tell_a_compression_too(tmp_path: Path) -> None:
     files, others = list_source("text", str(tmp_path))
     assert [Path(file).name for file in files] == ["a.jsonl", "b.jsonl.gz", "c.json.ZST", "e.parquet"]
     assert [Path(file).name for file in others] == ["d.gz", "f.txt"]
+
+
+def test_what_is_hidden_is_not_read_and_counted_by_name(tmp_path: Path) -> None:
+    names = ("a.jsonl", "b/c.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "__MACOSX/b/._c.jsonl", "._a.jsonl")
+    for name in (*names, "b/.hidden.jsonl", ".git/x/y.jsonl", ".DS_Store", "d.csv"):
+        (tmp_path / ".store" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".store" / name).write_bytes(b"{}")
+    files, others = list_source("text", f"{tmp_path}/.store")  # what the location itself is called does not matter
+    assert [storage.relative(uri, f"{tmp_path}/.store") for uri in files] == ["a.jsonl", "b/c.jsonl"]
+    assert sorted(others.values()) == [
+        ("files", ".csv"),
+        ("hidden files", ".DS_Store"),
+        ("hidden files", "._*"),
+        ("hidden files", ".git/"),
+        ("hidden files", ".hidden.jsonl"),
+        ("hidden files", ".ipynb_checkpoints/"),
+        ("hidden files", "__MACOSX/"),
+    ]
+
+
+def test_a_pattern_names_what_is_not_there(tmp_path: Path) -> None:
+    for name in ("00000.tar", "00002.tar", "00003.tar", "00001.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    files, others = list_source("webdataset", f"{tmp_path}/{{00000..00002}}.tar")
+    assert [Path(uri).name for uri in files] == ["00000.tar", "00002.tar"]
+    assert others == {f"{tmp_path}/00001.tar": ("files that are not there", "00001.tar")}
+    files, others = list_source("webdataset", f"{tmp_path}/0000*")
+    assert (len(files), list(others.values())) == (3, [("files", ".txt")])
 
 
 @pytest.mark.parametrize(("page", "pages"), [(1000, 1), (7, 6)])
@@ -301,7 +329,7 @@ def test_many_files_are_listed_by_one_request_a_page(s3: str, page: int, pages: 
         events.unregister("before-send.s3", unique_id="count")
         events.unregister("before-parameter-build.s3.ListObjectsV2", unique_id="page")
     assert list(files) == [f"{s3}/{number:03d}.jsonl" for number in range(40)]
-    assert len(requests) == pages
+    assert len(requests) == pages + 1, "one for an object that is called as the folder"
 
 
 def test_a_file_knows_its_place_and_what_is_left_of_it(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_a_page_is_a_document_with_the_images_beside_it(tmp_path: Path) -> None:
     source = Source(name="docs", format="pages", location=str(tmp_path))
     files, others = list_source(source.format, source.location)
     assert list(files) == [f"{tmp_path}/guide/page.md"]
-    assert others == [f"{tmp_path}/guide/two.png", f"{tmp_path}/images/one image.png"]
+    assert list(others) == [f"{tmp_path}/guide/two.png", f"{tmp_path}/images/one image.png"]
     assert list(read_source(source, f"{tmp_path}/guide/page.md")) == [
         Document(
             (
@@ -277,7 +277,23 @@ def test_license_and_address_are_told_by_the_page(tmp_path: Path) -> None:
         ("<meta charset='iso-8859-1'><p>grün".encode("latin-1"), "grün"),
         ('<meta http-equiv=x content="text/html; charset=windows-1252"><p>“grün”'.encode("cp1252"), "“grün”"),
         ("<p>grün".encode("latin-1"), None),
-        (b"<meta charset=klingon><p>a", None),
+        (b"<meta charset=klingon><p>a", "a"),
+        ("<meta charset=iso-8859-1><p>“grün” €".encode("cp1252"), "“grün” €"),  # as whoever wrote it meant it
+        (b"<meta charset=latin1><p>a\x81b", "a\x81b"),
+        ("<meta charset=us-ascii><p>grün".encode("cp1252"), "grün"),
+        ("<meta charset=gb2312><p>朱镕基".encode("gbk"), "朱镕基"),  # the second is not in GB 2312
+        ("<meta charset=gbk><p>𠀀".encode("gb18030"), "𠀀"),
+        ("<meta charset=shift_jis><p>①髙".encode("cp932"), "①髙"),
+        ("<meta charset=euc-kr><p>똠".encode("cp949"), "똠"),
+        ("<meta charset=big5><p>嘅".encode("big5hkscs"), "嘅"),
+        ("<meta charset=koi8-r><p>мир".encode("koi8-r"), "мир"),
+        ("<meta charset=windows-1251><p>мир".encode("cp1251"), "мир"),
+        ("<meta charset=utf-16><p>grün".encode(), "grün"),  # what can be read so far is not UTF-16
+        ("<meta charset=iso-8859-1><p>grün".encode("utf-8-sig"), "grün"),  # the mark is right
+        ("<!-- <meta charset=koi8-r> --><p>grün".encode(), "grün"),
+        ('<?xml version="1.0" encoding="iso-8859-1"?><p>grün'.encode("latin-1"), "grün"),
+        ("<meta charset=utf-8><p>grün".encode("latin-1"), None),
+        (b"<meta charset=iso-2022-kr><p>a", None),
         (gzip.compress(b"<p>packed"), "packed"),
         (gzip.compress(b"<p>packed")[:-9], None),
     ],
@@ -289,6 +305,92 @@ def test_the_encoding_is_what_the_page_declares(tmp_path: Path, content: bytes, 
     else:
         assert isinstance(item, BadInput)
         assert (item.name, item.bytes_lost) == (f"{tmp_path}/a.html", len(content))
+
+
+def test_an_option_is_the_encoding_of_pages_that_declare_none(tmp_path: Path) -> None:
+    for name in ("a.html", "a.md"):
+        item = read(tmp_path / name, "grün".encode("latin-1"))
+        assert isinstance(item, BadInput)
+        assert "the option `encoding` may name another" in item.reason
+        item = read(tmp_path / name, "grün".encode("latin-1"), options={"encoding": "latin1"})
+        assert item == Document((Text("grün"),), source="source")
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("line", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    "front", ["---\nlicense: mit\n---\n", "+++\nlicense = 'mit'\n+++\n", "---\nlicense: mit\n...\n"]
+)
+def test_front_matter_is_read_with_any_line_ends(tmp_path: Path, front: str, line: str, mark: str) -> None:
+    page = f"{mark}{front}# T\n\nbody\n".replace("\n", line)
+    assert read(tmp_path / "a.md", page) == Document((Text("# T\n\nbody"),), source="source", license="mit")
+
+
+# -- where images are
+
+STAND_IN = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
+
+
+@pytest.mark.parametrize(
+    ("html", "links"),
+    [
+        ("<img src=a.png>", ["a.png"]),
+        (f"<img src='{STAND_IN}' data-src=a.png>", ["a.png"]),
+        ("<img src=blank.gif data-src=a.png>", ["a.png", "blank.gif"]),
+        ("<img data-original=a.png>", ["a.png"]),
+        ("<img data-lazy-src=a.png src='about:blank'>", ["a.png"]),
+        ("<img data-src='{\"x\": 1}' src=a.png>", ["a.png"]),
+        ("<img src=a.png srcset='s.png 320w, l.png 1280w, m.png 640w'>", ["l.png", "m.png", "s.png", "a.png"]),
+        ("<img src=a.png srcset='a.png, b.png 2x, c.png 1.5x'>", ["b.png", "c.png", "a.png"]),
+        ("<img srcset='a,b.png 1x,c_w:2,h:3.png 2x'>", ["c_w:2,h:3.png", "a,b.png"]),
+        (f"<img src='{STAND_IN}' data-srcset='s.png 1x, l.png 2x'>", ["l.png", "s.png"]),
+        ("<picture><source srcset='a.webp' type='image/webp'><img src=a.png></picture>", ["a.webp", "a.png"]),
+        ("<picture><source srcset='a.jxl' type='image/jxl'><img src=a.png></picture>", ["a.png"]),
+        ("<picture><source srcset='narrow.png' media='(max-width: 9px)'><img src=a.png></picture>", ["a.png"]),
+        (f"<picture><source data-srcset='a.avif'><img src='{STAND_IN}'></picture>", ["a.avif"]),
+        (f"<img src='{STAND_IN}'><noscript><img src=a.png></noscript>", ["a.png"]),
+        (f"<noscript><img src=a.png></noscript> <img src='{STAND_IN}'>", ["a.png"]),
+        (f"<picture><img src='{STAND_IN}'></picture><noscript><img src=a.png></noscript>", ["a.png"]),
+        ("<img data-src=a.png><noscript><img src=a-300.png></noscript>", ["a.png"]),
+        ("<p>x<noscript><p>y<img src=a.png></noscript>", ["a.png"]),
+        ("<img data-src=a.png><p>x</p><noscript><img src=a.png></noscript>", ["a.png"]),
+        ("<noscript><img src=count.gif width=1 height=1></noscript>", []),
+        ("<noscript><img src=count.gif style='display:none'></noscript>", []),
+        (f"<img src='{STAND_IN}'>", []),
+        ("<img src='data:image/png;base64,iVBORw0KGgo='>", ["data:image/png;base64,iVBORw0KGgo="]),
+    ],
+)
+def test_the_best_picture_of_an_image_is_found(html: str, links: list[str]) -> None:
+    found = [part for part in read_html(html).segments if isinstance(part, Reference)]
+    assert [link for part in found for link in (part.target, *part.others)] == links
+    assert len(found) == bool(links), "one image"
+
+
+def test_the_same_image_twice_is_two_images() -> None:
+    assert text_of("<img src=a.png>b<img src=a.png>") == "(a.png|None)\nb\n(a.png|None)"
+
+
+def test_a_picture_that_is_not_there_is_taken_in_another_size(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    page = "<img src=a.png srcset='https://x.test/b.png 3x, b.png 2x' alt=A>"
+    assert read(tmp_path / "a.html", page) == Document((Image(PNG, "A"),), source="source")
+    item = read(tmp_path / "a.html", page.replace("a.png", "c.png"))
+    assert isinstance(item, BadInput)
+    assert "there is no image 'c.png'" in item.reason
+
+
+def test_links_begin_from_the_base_that_a_page_names(tmp_path: Path) -> None:
+    for name in ("img/a.png", "b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(PNG)
+    source = Source(name="s", format="pages", location=str(tmp_path))
+    (tmp_path / "a.html").write_text("<base href='img/'><img src=a.png><img src='../b.png'><img src='/b.png'>")
+    (item,) = read_source(source, f"{tmp_path}/a.html")
+    assert isinstance(item, Document)
+    assert len(item.images) == 3
+    (tmp_path / "a.html").write_text("<base href='https://x.test/img/'><img src=b.png>")  # saved from there
+    (item,) = read_source(source, f"{tmp_path}/a.html")
+    assert isinstance(item, Document)
 
 
 @pytest.mark.parametrize("front", ["---\n[broken\n---\n", "---\njust words\n---\n", "--- no front matter\n"])

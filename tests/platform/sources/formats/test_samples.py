@@ -97,7 +97,7 @@ def test_an_option_names_the_caption_and_its_encoding(tmp_path: Path) -> None:
     content = tar([("0.png", png()), ("0.json", b'{"alt": "one", "caption": "not this"}')])
     assert captions(read(tmp_path / "a.tar", content, caption="alt")[0]) == ["one"]
     _, (bad,), _ = read(tmp_path / "a.tar", tar([("0.png", png()), ("0.txt", "grün".encode("latin-1"))]))
-    assert "0.txt cannot be read as utf-8" in bad.reason
+    assert "0.txt is no text in utf-8" in bad.reason
 
 
 @pytest.mark.parametrize(
