@@ -33,8 +33,9 @@ $(INSTALLED): constraints.txt pyproject.toml infra/install.py
 quickstart: $(INSTALLED)
 	@$(BIN)/calumma quickstart $(ARGS)
 
+# Two processes: one has the tests with a cluster, which mostly wait, the other one the rest (tests/conftest.py).
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --cov --cov-report=term $(ARGS)
 
 # The clients have an environment of their own: calumma needs none of their packages, and some would change its pins.
 CLIENTS := .venv-clients

@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--damages", type=int, default=300, help="how many tests/platform/sources/test_damage.py tries")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = pytest.mark.skip(reason="takes hours; run with --run-slow")
     no_device = pytest.mark.skip(reason="needs a CUDA device")
@@ -35,9 +36,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(slow)
         if "gpu" in item.keywords and not _has_cuda():
             item.add_marker(no_device)
+        # Processes that test side by side: one has all that need a cluster, the others folder by folder what does not.
+        clustered = "cluster" in item.keywords
+        item.add_marker(pytest.mark.xdist_group("cluster" if clustered else item.path.parent.name))
     # Tests without a cluster first: they are quick, and a mistake they find is plainer to read. Then those that start a
-    # cluster of their own: beside the session's it would find the port of its job agent taken.
-    items.sort(key=lambda item: ("cluster" in item.keywords) + ("ray_cluster" in getattr(item, "fixturenames", ())))
+    # cluster of their own: beside the session's it would find the port of its job agent taken. Side by side those with
+    # a cluster come first, as they take longest.
+    alone = not config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+
+    def order(item: pytest.Item) -> int:
+        if "cluster" not in item.keywords:
+            return 0 if alone else 3
+        return 1 + ("ray_cluster" in getattr(item, "fixturenames", ()))
+
+    items.sort(key=order)
 
 
 def _has_cuda() -> bool:
