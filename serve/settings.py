@@ -48,7 +48,9 @@ class Limits(Section):
     running: int = Field(1024, ge=1, description="requests an ingress works on at once; more get 429")
     running_per_key: int = Field(256, ge=1, description="the same for one API key that has no limit of its own")
     seconds: float = Field(900.0, gt=0, description="from a request to the end of its answer; then 504, or an event")
+    header_seconds: float = Field(10.0, gt=0, description="from a connection's beginning until its request's header")
     body_seconds: float = Field(60.0, gt=0, description="until a request's body must be there")
+    unread_seconds: float = Field(60.0, gt=0, description="until a client that does not read its answer is given up")
 
 
 class RemoteImages(Section):
@@ -188,6 +190,10 @@ class ServeSettings(ModelSettings):
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=1, le=65535, description="port to listen at")
     open: bool = Field(False, description="let everybody who reaches it use a server without keys, from elsewhere too")
+    tls_certificate: str | None = Field(
+        None, description="PEM file with the certificate, and those between it and its authority; none: plain HTTP"
+    )
+    tls_key: str | None = Field(None, description="PEM file with the certificate's key")
     allowed_hosts: tuple[HostName, ...] = Field(
         (),
         description='names by which clients may call it besides those of this machine, say "example.org" or '
@@ -218,6 +224,12 @@ class ServeSettings(ModelSettings):
         return self
 
     @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both tls_certificate and tls_key")
+        return self
+
+    @model_validator(mode="after")
     def _closed(self) -> Self:
         if not (self.open or self.keys_needed or is_loopback(self.host)):
             raise ValueError(
@@ -244,7 +256,8 @@ class ServeSettings(ModelSettings):
     def url(self) -> str:
         """Where a client on this machine reaches it."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "http" if self.tls_certificate is None else "https"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
 
 def is_loopback(host: str) -> bool:

@@ -58,11 +58,13 @@ def chat(
         if answer not in MODALITIES:
             raise ChatError(f"--answer {answer!r} is not one of {', '.join(MODALITIES)}")
         settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "model": model}
+        where, certificate = (url, None) if url else _default_server()
         session = ChatSession(
-            (url or _default_url()).rstrip("/"),
+            where.rstrip("/"),
             {"modalities": MODALITIES[answer]} | {key: value for key, value in settings.items() if value is not None},
             [{"role": "system", "content": system}] if system else [],
             key=key,
+            certificate=certificate,
         )
         pictures = [picture_part(path) for path in image or []]
         if once is not None:
@@ -78,13 +80,15 @@ def chat(
 
 @dataclass
 class ChatSession:
-    """Messages so far, and where they go. `options` are fields of the request."""
+    """Messages so far, and where they go. `options` are fields of the request. certificate: file of the server's own,
+    where it is one of this machine."""
 
     url: str
     options: dict[str, Any] = field(default_factory=dict)
     head: list[dict[str, Any]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     key: str | None = None
+    certificate: str | None = None
 
     def ask(self, text: str, pictures: list[dict[str, Any]]) -> Iterator[str | bytes]:
         """Send a message; the answer's texts and PNG files as they come. Only a whole exchange is remembered.
@@ -118,14 +122,22 @@ class ChatSession:
     def _request(self, messages: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         import requests
 
+        from calumma.serve.http.access.tls import session_for
+
+        session = session_for(self.certificate) if self.certificate else requests.Session()
         body = {"messages": messages, "stream": True, **self.options}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         where = f"{self.url}/v1/chat/completions"
         try:
-            with requests.post(where, json=body, headers=headers, stream=True, timeout=(10, None)) as reply:
+            with session.post(where, json=body, headers=headers, stream=True, timeout=(10, None)) as reply:
                 if not reply.ok:
                     raise _error_of(reply)
                 yield from _answer_parts(reply)
+        except requests.exceptions.SSLError as error:
+            raise ChatError(
+                f"{self.url} has a certificate for another name, or that nobody known here has signed; "
+                f"$REQUESTS_CA_BUNDLE may name a file with it ({error})"
+            ) from error
         except requests.ConnectionError as error:
             raise ChatError(
                 f"no server answers at {self.url}; start one with `calumma serve start MODEL`, or give its --url"
@@ -184,9 +196,10 @@ def _error_of(reply: Any) -> ChatError:
         return ChatError(f"{reply.url} answered with status {reply.status_code}: {reply.text[:300]}")
 
 
-def _default_url() -> str:
+def _default_server() -> tuple[str, str | None]:
+    """Its URL and its certificate's file."""
     running = Service.read()
-    return running.url if running else DEFAULT_URL
+    return (running.url, running.certificate) if running else (DEFAULT_URL, None)
 
 
 def picture_part(path: Path) -> dict[str, Any]:

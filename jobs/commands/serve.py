@@ -92,6 +92,10 @@ def start(
     open: Annotated[
         bool, typer.Option("--open", help="Let everybody who reaches --host use the server without keys.")
     ] = False,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM file with the server's certificate; with --tls-key: HTTPS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file with the certificate's key.")] = None,
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A name by which clients may call the server, say example.org; repeats.")
     ] = None,
@@ -124,6 +128,8 @@ def start(
             "tensor_parallel": tensor_parallel,
             "max_sequences": max_sequences,
             "open": open or None,
+            "tls_certificate": str(tls_certificate.absolute()) if tls_certificate else None,
+            "tls_key": str(tls_key.absolute()) if tls_key else None,
             "allowed_hosts": allowed_host,
             "allowed_origins": allowed_origin,
             "memory": memory,
@@ -255,12 +261,15 @@ def health(service: Service) -> tuple[str, dict[str, Any]]:
     """A word on a service's state, and what its /health tells."""
     import requests
 
+    from calumma.serve.http.access.tls import session_for
+
     if not service.alive:
         return "ended unexpectedly (`calumma serve stop` clears it away)", {}
     try:
-        facts = requests.get(f"{service.url}/health", timeout=30).json()
-        ready = requests.get(f"{service.url}/ready", timeout=30).json()
-    except (requests.RequestException, json.JSONDecodeError) as error:
+        session = session_for(service.certificate)
+        facts = session.get(f"{service.url}/health", timeout=30).json()
+        ready = session.get(f"{service.url}/ready", timeout=30).json()
+    except (requests.RequestException, OSError, ValueError) as error:
         return f"not answering: {error}", {}
     if ready.get("draining"):
         return "stopping: answers in flight finish", facts
@@ -284,9 +293,12 @@ def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
         from calumma.serve.deploy.endpoint import deploy
         from calumma.serve.deploy.preparation import locate_servable, require_memory, require_port
         from calumma.serve.http.access.key_file import KeyFile
+        from calumma.serve.http.access.tls import require_certificate
 
         if settings.keys_file:
             KeyFile(Path(settings.keys_file), settings.keys)
+        if settings.tls_certificate and settings.tls_key:
+            require_certificate(settings.tls_certificate, settings.tls_key)
         for one in settings.models:
             require_memory(one, locate_servable(one))
         require_port(settings.host, settings.port)
@@ -312,6 +324,7 @@ def _start_on_own_head(values: dict[str, Any], console: Console) -> Service:
         born=head.process.create_time(),
         temporary=str(head.temporary),
         drain_seconds=_drain_seconds(settings),
+        certificate=settings.tls_certificate,
     )
     try:
         service.write()  # before it answers: whatever happens to this command, `serve stop` ends the head
@@ -331,6 +344,7 @@ def _start_on_cluster(values: dict[str, Any], address: str, console: Console) ->
         from calumma.serve.deploy.endpoint import deploy
 
         url = deploy(settings, wait=False)
+    certificate = settings.tls_certificate
     service = Service(
         url=url,
         model=settings.model,
@@ -338,6 +352,7 @@ def _start_on_cluster(values: dict[str, Any], address: str, console: Console) ->
         started=time.time(),
         address=address,
         drain_seconds=_drain_seconds(settings),
+        certificate=certificate if certificate and Path(certificate).exists() else None,  # it may be on another machine
     )
     service.write()
     return service

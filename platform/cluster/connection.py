@@ -35,6 +35,8 @@ QUIET = {
     # less than prompts with images have.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+    # Called by Ray Serve's proxies when they start: how long clients may take to send and to read.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "calumma.serve.http.access.connections.install",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # a worker process starts when something needs it, not one for every logical CPU in advance

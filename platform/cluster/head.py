@@ -45,7 +45,7 @@ class Service:
     """The running service, as recorded: on a cluster elsewhere or, with `pid` (created at `born`), on our own Ray head.
 
     started: seconds since the epoch. temporary: the head's folder of sockets and session files. drain_seconds: answers
-    in flight get so long when it is to end.
+    in flight get so long when it is to end. certificate: file of the server's, where it speaks TLS.
     """
 
     url: str
@@ -57,6 +57,7 @@ class Service:
     born: float | None = None
     temporary: str | None = None
     drain_seconds: float = 600.0
+    certificate: str | None = None
 
     def write(self) -> None:
         file = folder() / "serve.json"

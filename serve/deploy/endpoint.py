@@ -23,6 +23,8 @@ from calumma.serve.deploy.naming import (
 )
 from calumma.serve.deploy.preparation import ServeError, locate_servable, require_port
 from calumma.serve.deploy.rollout import AliasWatcher
+from calumma.serve.http.access.connections import ConnectionLimits, publish
+from calumma.serve.http.access.tls import session_for
 from calumma.serve.safety import load_policy
 from calumma.serve.settings import ServeSettings
 
@@ -48,7 +50,7 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
     load_policy(settings.safety)
     settings = _with_batches_at_hand(settings)
     _quiet_logs()
-    _start_http(settings)
+    start_http(settings)
     name = APPLICATION_PREFIX + settings.name
     old = [application for application in serve.status().applications if application.startswith(f"{name}:")]
     started: dict[str, ModelApplication] = {}
@@ -75,7 +77,7 @@ def deploy(settings: ServeSettings, wait: bool = True) -> str:
         raise ServeError(reason) from error
     _delete([application for application in old if application not in beside])
     if wait:
-        await_health(settings.url)
+        await_health(settings.url, certificate=settings.tls_certificate)
     return settings.url
 
 
@@ -90,14 +92,15 @@ def _with_batches_at_hand(settings: ServeSettings) -> ServeSettings:
     return settings.model_copy(update={"batches": settings.batches.model_copy(update={"location": location})})
 
 
-def await_health(url: str, patience: float = PATIENCE) -> None:
-    """Wait until every model of a server answers. Raises ServeError with the last reply after `patience` seconds."""
+def await_health(url: str, patience: float = PATIENCE, certificate: str | None = None) -> None:
+    """Wait until every model of a server answers. certificate: the server's, where it speaks TLS. Raises ServeError
+    with the last reply after `patience` seconds."""
     import requests
 
-    end = time.monotonic() + patience
+    end, session = time.monotonic() + patience, session_for(certificate)
     while True:
         try:
-            answer = requests.get(f"{url}/ready", timeout=30)
+            answer = session.get(f"{url}/ready", timeout=30)
             if answer.ok:
                 return
             last = f"status {answer.status_code}: {answer.text[:300]}"
@@ -169,7 +172,7 @@ def _drop_stale_client() -> None:
     _check_cached_client_alive()
 
 
-def _start_http(settings: ServeSettings) -> None:
+def start_http(settings: ServeSettings) -> None:
     """Start Ray Serve's proxy at the wanted address, or check that the one that runs is there."""
     from ray import serve
     from ray.serve.context import _get_global_client
@@ -182,11 +185,24 @@ def _start_http(settings: ServeSettings) -> None:
         client = None
     if client is None:
         require_port(settings.host, settings.port)
-        serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port})
+        limits = settings.limits
+        publish(ConnectionLimits(limits.header_seconds, limits.body_seconds, limits.unread_seconds))
+        options = {
+            "host": settings.host,
+            "port": settings.port,
+            "ssl_keyfile": settings.tls_key,
+            "ssl_certfile": settings.tls_certificate,
+        }
+        serve.start(proxy_location="HeadOnly", http_options=options)
         return
     running = client.http_config
     if (running.host, running.port) != (settings.host, settings.port):
         raise ServeError(
             f"Ray Serve runs in this cluster already and listens at {running.host}:{running.port}, "
             f"not at {settings.host}:{settings.port}; use that address, or stop it first"
+        )
+    if running.ssl_certfile != settings.tls_certificate:
+        raise ServeError(
+            f"Ray Serve runs in this cluster already, with {running.ssl_certfile or 'no certificate'} and not with "
+            f"{settings.tls_certificate or 'plain HTTP'}; stop it first"
         )

@@ -152,12 +152,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The application under a real HTTP server on a thread; its URL."""
+def listening(app: FastAPI, **options: Any) -> Iterator[str]:
+    """The application under a real HTTP server on a thread; its URL. options: uvicorn's."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # who comes before the server is up waits in line
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
