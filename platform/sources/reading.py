@@ -38,7 +38,7 @@ def read_file(
     base = images or _folder(uri, location if form.references == "location" else None)
     with storage.open_read(uri) as raw:
         file = File(uri, raw, base, notes)
-        yield from resolve_references(_reader_items(form.read, file, arguments), source, base)
+        yield from resolve_references(_reader_items(form.read, file, arguments), source, base, file.notes)
 
 
 def read_source(
@@ -56,7 +56,8 @@ def list_source(format: str, location: str) -> tuple[dict[str, int], dict[str, U
     No input are: files of other suffixes, a manifest, what is hidden (`hidden_part`), links that lead nowhere. Raises
     StorageError, SpecificationError.
     """
-    suffixes = find_format(format).suffixes or ("",)
+    form = find_format(format)
+    suffixes = form.suffixes or ("",)
     listing = storage.list_inputs(location)
     sizes = listing.sizes
     if len(sizes) == 1 and _same_file(location, next(iter(sizes))):
@@ -71,6 +72,11 @@ def list_source(format: str, location: str) -> tuple[dict[str, int], dict[str, U
             others[uri] = ("files", suffix(uri))
         else:
             files[uri] = size
+    if form.choose is not None:
+        chosen, along = map(set, form.choose([uri for uri in sizes if others.get(uri, ("files", ""))[0] == "files"]))
+        others |= {uri: ("files", suffix(uri)) for uri in files if uri not in chosen}
+        files = {uri: size for uri, size in files.items() if uri in chosen}
+        others = {uri: what for uri, what in others.items() if uri not in along}
     others |= {uri: ("links and devices", PurePosixPath(uri).name) for uri in listing.broken}
     others |= {uri: ("files that are not there", PurePosixPath(uri).name) for uri in listing.missing}
     return files, others

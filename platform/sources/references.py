@@ -21,6 +21,7 @@ from calumma.model.document import Document, Image, Segment
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Draft, Item, Malformed, Reference
 from calumma.platform.sources.names import valid_words
+from calumma.platform.sources.notes import Notes
 
 PREFETCH = 32  # references, and documents, that are fetched ahead: object storage answers slowly, but many at a time
 THREADS = 8
@@ -33,8 +34,12 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
-def resolve_references(items: Iterable[Draft | Document | BadInput], source: str, base: str) -> Iterator[Item]:
-    """The items as documents of a source, in order, with the images of their references. Raises StorageError."""
+def resolve_references(
+    items: Iterable[Draft | Document | BadInput], source: str, base: str, notes: Notes | None = None
+) -> Iterator[Item]:
+    """The items as documents of a source, in order, with the images of their references; those that are left out since
+    they cannot be had are counted in `notes`. Raises StorageError."""
+    notes = Notes() if notes is None else notes
     base = base if storage.is_remote(base) else str(storage.local_path(base))  # no %2e%2e of a file:// URI
     pool = ThreadPoolExecutor(THREADS)  # starts no thread where there are no references
     waiting: deque[tuple[Draft | Document | BadInput, list[Future[bytes]]]] = deque()
@@ -47,14 +52,14 @@ def resolve_references(items: Iterable[Draft | Document | BadInput], source: str
             fetching += len(images)
             while waiting and (not waiting[0][1] or fetching > PREFETCH or len(waiting) > PREFETCH):
                 fetching -= len(waiting[0][1])
-                yield _item(*waiting.popleft(), source)
+                yield _item(*waiting.popleft(), source, notes)
         while waiting:
-            yield _item(*waiting.popleft(), source)
+            yield _item(*waiting.popleft(), source, notes)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source: str) -> Item:
+def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source: str, notes: Notes) -> Item:
     if isinstance(item, BadInput):
         return item
     if isinstance(item, Document):
@@ -70,6 +75,7 @@ def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source
         except Malformed as error:
             if not part.optional:
                 return BadInput(item.name, str(error))
+            notes.skip("images", "that cannot be had")
     return Document(tuple(segments), source, item.license, item.url, {"name": valid_words(item.name)})
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -28,6 +28,7 @@ from calumma.platform.specification import SpecificationError
 
 ReaderItem = Draft | Document | BadInput
 Reader = Callable[..., Iterator[ReaderItem]]
+Choose = Callable[[list[str]], tuple[Collection[str], Collection[str]]]  # URIs -> (to read, read along with those)
 USER_READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -35,18 +36,23 @@ USER_READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 class Format:
     """`read(file, **options)` yields what it finds; below a folder, files of other suffixes are not input (no
     suffixes: all files are). References are paths below the source's `images`, by default the folder of the file or,
-    for formats whose files link to each other, the whole location."""
+    for formats whose files link to each other, the whole location. `choose`, of layouts that are folders, says which of
+    the files below one are read, and which others belong to these."""
 
     suffixes: tuple[str, ...]
     read: Reader
     references: Literal["file", "location"] = "file"
+    choose: Choose | None = None
 
 
 FORMATS: dict[str, Format] = {}
 
 
 def reader(
-    name: str, suffixes: tuple[str, ...], references: Literal["file", "location"] = "file"
+    name: str,
+    suffixes: tuple[str, ...],
+    references: Literal["file", "location"] = "file",
+    choose: Choose | None = None,
 ) -> Callable[[Reader], Reader]:
     """Register a reader. Raises ValueError when another function has the name."""
 
@@ -55,7 +61,7 @@ def reader(
         # Compared by name: a notebook may define its reader again.
         if known is not None and _qualified_name(known.read) != _qualified_name(read):
             raise ValueError(f"the format {name!r} is taken by {_qualified_name(known.read)}; choose another name")
-        FORMATS[name] = Format(tuple(suffix.lower() for suffix in suffixes), read, references)
+        FORMATS[name] = Format(tuple(suffix.lower() for suffix in suffixes), read, references, choose)
         return read
 
     return register

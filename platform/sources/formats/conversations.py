@@ -1,28 +1,32 @@
-"""Conversations as LLaVA, ShareGPT and OpenAI write them: JSON arrays or lines, with `<image>` marks.
+"""Conversations as LLaVA, ShareGPT, OpenAI, Alpaca and Hugging Face's datasets write them, with marks for images.
 
 https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
-from calumma.model.document import Role, Text
+from calumma.model.document import Image, Role, Text
 from calumma.platform.sources.files import (
+    LICENSES,
     DraftSegment,
     File,
     Malformed,
     Reference,
-    field_names,
     json_type,
     text_or_none,
 )
-from calumma.platform.sources.formats.rows import drafts, json_rows
-from calumma.platform.sources.formats.text import SUFFIXES
+from calumma.platform.sources.formats.exchanges import FIELDS, exchange
+from calumma.platform.sources.formats.image_values import image_segment, is_missing
+from calumma.platform.sources.formats.marks import Form, Mark, MarkedPath, Marks, OtherMarks
+from calumma.platform.sources.formats.records import SUFFIXES, records
+from calumma.platform.sources.formats.rows import drafts
 from calumma.platform.sources.registry import ReaderItem, reader
 
-IMAGE_MARK = "<image>"
+IMAGES = ("images", "image")
 SPEAKERS: dict[str, Role] = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), "assistant"),
@@ -31,65 +35,89 @@ SYSTEM = "system"  # its words open the user's next turn
 
 
 @reader("conversations", SUFFIXES)
-def conversations(file: File) -> Iterator[ReaderItem]:
+def conversations(
+    file: File, *, mark: Form = "<image>", other_marks: OtherMarks = "bad", unmarked: Literal["bad", "first"] = "bad"
+) -> Iterator[ReaderItem]:
     """{"conversations": [{"from": "human"|"gpt", "value": …}], "image": path} or {"messages": [{"role", "content"}],
-    "images": [path or data URL, …], "captions": […]} a record.
+    "images": [path, data URL or bytes, …], "captions": […]} a record; or Alpaca's {"instruction", "input", "output"},
+    or {"question", "answer", "image"}.
 
-    The k-th `<image>` mark of a conversation is its k-th image. A `content` may also be a list of OpenAI's parts.
+    The k-th `<image>` of a conversation is its k-th image; `mark` says what stands for images instead: Lumina's
+    `<|image|>`, Qwen's `<img>` (with the path in it), or numbered ones. A mark of another form makes the record bad
+    (`other_marks: text` keeps it as text), and so do images without marks (`unmarked: first`: they stand first). A
+    `content` may also be a list of OpenAI's parts.
     """
-    yield from drafts(json_rows(file), _conversation)
+    marks = Marks(mark, other_marks)
+    yield from drafts(records(file, _columns), lambda row: _conversation(row, marks, unmarked == "first"))
 
 
-def _conversation(row: dict[str, Any]) -> list[DraftSegment]:
-    turns = next((row[key] for key in ("conversations", "messages") if key in row), None)
-    if not isinstance(turns, list) or not turns:
-        raise Malformed(f"has no list `conversations` or `messages`; it has {field_names(row)}")
+def _columns(present: list[str]) -> Sequence[str]:
+    return [n for n in present if n in (*FIELDS, *IMAGES, "captions", *LICENSES, "url", "metadata", "meta")]
+
+
+def _conversation(row: dict[str, Any], marks: Marks, unmarked_first: bool) -> list[DraftSegment]:
+    found = exchange(row)
     images = _Images(row)
     segments: list[DraftSegment] = []
-    for turn in turns:
+    for turn in found.turns:
         speaker, words = _turn(turn)
         role = "user" if speaker == SYSTEM else SPEAKERS.get(speaker)
         if role is None:
             raise Malformed(f"a turn is from {speaker!r}; allowed: {', '.join([*SPEAKERS, SYSTEM])}")
-        parts = _split_at_marks(words, role, images) if isinstance(words, str) else _content_parts(words, role, images)
+        parts = _split_at_marks(words, role, images, marks)
         if speaker == SYSTEM and parts:
             parts.append(Text("\n\n", role))
         segments += parts
-    if images.used != len(images.targets):
-        raise Malformed(f"has {images.used} {IMAGE_MARK} marks and {len(images.targets)} images; they must agree")
+    if images.marks == 0 and (unmarked_first or not found.marked):
+        segments = [*images.rest("user"), *segments]
+    if images.marks != len(images.segments):
+        advice = "; the source's options may say {unmarked: first}" if not images.marks else ""
+        raise Malformed(
+            f"has {images.marks} {marks.form} marks and {len(images.segments)} images; they must agree{advice}"
+        )
     return segments
 
 
 class _Images:
-    """A record's images, handed out in order."""
+    """A record's images, handed out in order, or by their number. `marks` counts what asked for one."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         value = row.get("images") or row.get("image") or []
-        if not isinstance(value, list | str | dict):
+        if not isinstance(value, list | str | dict | bytes):
             raise Malformed(f"`images` is {json_type(value)}, not a list")
-        self.targets = [
-            _target(value, index) for index, value in enumerate(value if isinstance(value, list) else [value])
-        ]
-        self.captions = row.get("captions") or [None] * len(self.targets)
-        if not isinstance(self.captions, list) or len(self.captions) != len(self.targets):
+        values = value if isinstance(value, list) else [] if is_missing(value) else [value]
+        captions = row.get("captions") or [None] * len(values)
+        if not isinstance(captions, list) or len(captions) != len(values):
             raise Malformed("`captions` must be a list as long as `images`")
-        self.used = 0
+        self.segments = [
+            image_segment(value, f"image {index}", text_or_none(caption))
+            for index, (value, caption) in enumerate(zip(values, captions, strict=True))
+        ]
+        self._given: set[int] = set()
+        self.marks = 0
 
-    def next(self, role: Role) -> list[DraftSegment]:
-        """The next image; none where there are more marks than images, which `used` tells."""
-        index, self.used = self.used, self.used + 1
-        if index >= len(self.targets):
+    def take(self, mark: Mark, role: Role) -> list[DraftSegment]:
+        """The image of a mark; none where there are more marks than images, which `marks` tells."""
+        index = self.marks if mark < 0 else int(mark)
+        self.marks += 1
+        if index in self._given:
+            raise Malformed(f"image {index + 1} is marked more than once")
+        self._given.add(index)
+        if index >= len(self.segments):
+            if mark >= 0:
+                raise Malformed(f"marks image {index + 1} of {len(self.segments)}")
             return []
-        return [Reference(self.targets[index], text_or_none(self.captions[index]), role)]
+        return [_with_role(self.segments[index], role)]
+
+    def rest(self, role: Role) -> list[DraftSegment]:
+        """All of them."""
+        self.marks = len(self.segments)
+        return [_with_role(segment, role) for segment in self.segments]
 
 
-def _target(value: Any, index: int) -> str:
-    """A path or data URL, or an object that has one."""
-    if isinstance(value, dict):
-        value = next((value[key] for key in ("path", "url", "image") if isinstance(value.get(key), str)), value)
-    if not isinstance(value, str):
-        raise Malformed(f"image {index} is {json_type(value)}, not a path or data URL")
-    return value
+def _with_role(segment: DraftSegment, role: Role) -> DraftSegment:
+    assert isinstance(segment, Image | Reference)
+    return replace(segment, role=role)
 
 
 def _turn(turn: Any) -> tuple[str, str | list[Any]]:
@@ -101,26 +129,32 @@ def _turn(turn: Any) -> tuple[str, str | list[Any]]:
     raise Malformed('a turn must be {"from": …, "value": text} or {"role": …, "content": text or parts}')
 
 
-def _split_at_marks(words: str, role: Role, images: _Images) -> list[DraftSegment]:
-    parts: list[DraftSegment] = []
-    for index, text in enumerate(words.split(IMAGE_MARK)):
-        if index:
-            parts += images.next(role)
-        if text:
-            parts.append(Text(text, role))
-    return parts
-
-
-def _content_parts(content: list[Any], role: Role, images: _Images) -> list[DraftSegment]:
-    """OpenAI's content parts; an image part without a target takes the next of the record's images."""
-    parts: list[DraftSegment] = []
-    for part in content:
+def _split_at_marks(words: str | list[Any], role: Role, images: _Images, marks: Marks) -> list[DraftSegment]:
+    """The segments of a turn's text, or of OpenAI's content parts; an image part without a target takes the next of the
+    record's images."""
+    if isinstance(words, str):
+        return [segment for part in marks.split(words) for segment in _marked(part, role, images)]
+    segments: list[DraftSegment] = []
+    for part in words:
         form = part.get("type") if isinstance(part, dict) else None
-        if form == "text" and isinstance(part.get("text"), str):
-            parts.append(Text(part["text"], role))
-        elif form in ("image", "image_url"):
-            value = part.get(form) or part.get("url") or part.get("path")
-            parts += images.next(role) if value is None else [Reference(_target(value, len(parts)), None, role)]
+        if form in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+            segments += _split_at_marks(part["text"], role, images, marks)
+        elif form in ("image", "image_url", "input_image"):
+            value = next(
+                (part[key] for key in (form, "image", "image_url", "url", "path", "source") if part.get(key)), None
+            )
+            if isinstance(value, dict) and value.get("type") == "base64":  # Anthropic's
+                value = f"data:{value.get('media_type')};base64,{value.get('data')}"
+            found = (
+                images.take(Mark(-1), role) if value is None else [image_segment(value, "an image part", None, role)]
+            )
+            segments += found
         else:
             raise Malformed('a part of a turn must be {"type": "text", "text": …}, "image" or "image_url"')
-    return parts
+    return segments
+
+
+def _marked(part: str | Mark | MarkedPath, role: Role, images: _Images) -> list[DraftSegment]:
+    if isinstance(part, Mark):
+        return images.take(part, role)
+    return [Reference(part, None, role) if isinstance(part, MarkedPath) else Text(part, role)]

@@ -1,6 +1,6 @@
-"""Interleaved pages in Parquet, as OBELICS has them: parallel lists of texts and images.
+"""Interleaved pages as OBELICS and MINT-1T have them: parallel lists of texts and images.
 
-https://huggingface.co/datasets/HuggingFaceM4/OBELICS
+https://huggingface.co/datasets/HuggingFaceM4/OBELICS, https://github.com/mlfoundations/MINT-1T
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from calumma.model.document import Image, Text
+from calumma.model.document import Text
 from calumma.platform.sources.files import (
     LICENSES,
     BadInput,
@@ -17,22 +17,27 @@ from calumma.platform.sources.files import (
     DraftSegment,
     File,
     Malformed,
-    Reference,
+    field_names,
     json_type,
     text_or_none,
 )
-from calumma.platform.sources.formats.rows import parquet_rows
+from calumma.platform.sources.formats.image_values import OtherImages, image_segment, is_missing
+from calumma.platform.sources.formats.records import COLUMNAR, JSON, records
 from calumma.platform.sources.registry import ReaderItem, reader
 
 NEEDED = ("texts", "images")
 OPTIONAL = ("captions", *LICENSES, "url", "metadata", "general_metadata")
 
 
-@reader("interleaved", (".parquet",))
-def interleaved(file: File) -> Iterator[ReaderItem]:
-    """Rows of `texts: list<string|null>` and `images`, a list of bytes, references or Hugging Face's {bytes, path},
-    exactly one of the two set at each index; optional `captions`, `license`, `url` and OBELICS's metadata."""
-    for row in parquet_rows(file, _columns):
+@reader("interleaved", (*COLUMNAR, *JSON))
+def interleaved(file: File, *, other_images: OtherImages = "bad") -> Iterator[ReaderItem]:
+    """{"texts": [string or null, …], "images": [bytes, reference, Hugging Face's {bytes, path}, or null, …]} a record,
+    exactly one of the two set at each index; optional `captions`, `license`, `url` and OBELICS's metadata.
+
+    An image that cannot be had, or is empty on both sides as failed downloads are, makes the page bad;
+    `other_images: leave_out` drops it alone.
+    """
+    for row in records(file, _columns):
         if isinstance(row, BadInput):
             yield row
             continue
@@ -40,18 +45,24 @@ def interleaved(file: File) -> Iterator[ReaderItem]:
         try:
             general = _parse_json(record.get("general_metadata"))
             about = {"meta": general if isinstance(general, dict) else None} | record
-            yield Draft.from_record(_page(record), name, about)
+            yield Draft.from_record(_page(record, file, other_images == "leave_out"), name, about)
         except Malformed as error:
             yield BadInput(name, str(error))
 
 
 def _columns(present: list[str]) -> Sequence[str]:
-    if missing := [name for name in NEEDED if name not in present]:
-        raise Malformed(f"has no column {', '.join(missing)}; it has {', '.join(present)}")
+    _require(dict.fromkeys(present))
     return [name for name in (*NEEDED, *OPTIONAL) if name in present]
 
 
-def _page(row: dict[str, Any]) -> list[DraftSegment]:
+def _require(row: dict[str, Any]) -> None:
+    if missing := [name for name in NEEDED if name not in row]:
+        advice = "; images with captions are the format 'pairs'" if {"image", "caption"} & set(row) else ""
+        raise Malformed(f"has no {', '.join(missing)}; it has {field_names(row)}{advice}")
+
+
+def _page(row: dict[str, Any], file: File, optional: bool) -> list[DraftSegment]:
+    _require(row)
     texts, images = row["texts"] or [], row["images"] or []
     captions = row.get("captions") or _alternative_texts(row.get("metadata"), len(images))
     if not all(isinstance(column, list) for column in (texts, images, captions)):
@@ -61,26 +72,22 @@ def _page(row: dict[str, Any]) -> list[DraftSegment]:
         raise Malformed(f"texts, images and captions must be equally long, found {lengths}")
     parts: list[DraftSegment] = []
     for index, (text, image, caption) in enumerate(zip(texts, images, captions, strict=True)):
-        if (text is None) == (image is None):
-            both = "both a text and an image" if text is not None else "neither text nor image"
-            raise Malformed(f"has {both} at index {index}")
-        if image is not None:
-            parts.append(_image(image, index, text_or_none(caption)))
+        if not is_missing(image):
+            if text:  # an empty one is how some writers say none
+                raise Malformed(f"has both a text and an image at index {index}")
+            parts.append(image_segment(image, f"the image at index {index}", text_or_none(caption), optional=optional))
         elif isinstance(text, str):
             parts.append(Text(text))
-        else:
+        elif text is not None:
             raise Malformed(f"the text at index {index} is {json_type(text)}")
+        elif optional:
+            file.notes.skip("images", "that cannot be had")
+        else:
+            raise Malformed(
+                f"has neither text nor image at index {index}; {{other_images: leave_out}} in the source's options "
+                "keeps the page"
+            )
     return parts
-
-
-def _image(value: Any, index: int, caption: str | None) -> DraftSegment:
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return Image(value, caption)
-    if isinstance(value, str):
-        return Reference(value, caption)
-    raise Malformed(f"the image at index {index} is {json_type(value)}, neither bytes nor a reference")
 
 
 def _alternative_texts(metadata: Any, length: int) -> list[str | None]:

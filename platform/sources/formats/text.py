@@ -1,4 +1,4 @@
-"""Plain text and code, one document a record: JSON lines or arrays (also .gz and .zst) and Parquet."""
+"""Plain text and code, one document a record: JSON lines or arrays (also .gz and .zst), CSV, Parquet and Arrow."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from calumma.model.document import Text
-from calumma.platform.sources import compression
 from calumma.platform.sources.files import LICENSES, DraftSegment, File, Malformed, field_names, json_type
-from calumma.platform.sources.formats.rows import drafts, json_lines, json_rows, parquet_rows
+from calumma.platform.sources.formats.records import SUFFIXES, records
+from calumma.platform.sources.formats.rows import drafts, json_lines
 from calumma.platform.sources.registry import ReaderItem, reader
 
 FIELDS = ("text", "content")
-SUFFIXES = tuple(f"{form}{packed}" for form in (".jsonl", ".json", ".ndjson") for packed in ("", *compression.SUFFIXES))
 
 
-@reader("text", (*SUFFIXES, ".parquet"))
+@reader("text", SUFFIXES)
 def text(file: File, *, field: str | None = None) -> Iterator[ReaderItem]:
     """{"text": …, "license": …, "url": …} a record; `field` names the text if it is neither `text` nor `content`."""
     fields = FIELDS if field is None else (field,)
@@ -24,8 +23,7 @@ def text(file: File, *, field: str | None = None) -> Iterator[ReaderItem]:
         _field(dict.fromkeys(present), fields)
         return [name for name in (*fields, *LICENSES, "url", "metadata", "meta") if name in present]
 
-    parquet = file.plain_name.endswith(".parquet")
-    yield from drafts(parquet_rows(file, columns) if parquet else json_rows(file), lambda row: _text(row, fields))
+    yield from drafts(records(file, columns), lambda row: _text(row, fields))
 
 
 @reader("jsonl", (".jsonl",))
@@ -35,11 +33,13 @@ def jsonl(file: File) -> Iterator[ReaderItem]:
 
 
 def _field(row: Mapping[str, Any], fields: Sequence[str]) -> str:
-    for field in fields:
-        if field in row:
-            return field
+    present = [field for field in fields if field in row]
+    if present:
+        return next((field for field in present if row[field] is not None), present[0])
     wanted = " or ".join(f"`{field}`" for field in fields)
-    raise Malformed(f"has no {wanted}; it has {field_names(row)}; the source's options may name the field")
+    raise Malformed(
+        f"has no {wanted}; it has {field_names(row)}; the source's options may name the field: {{field: NAME}}"
+    )
 
 
 def _text(row: Mapping[str, Any], fields: Sequence[str]) -> Sequence[DraftSegment]:

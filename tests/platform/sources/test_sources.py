@@ -233,7 +233,7 @@ def test_a_file_that_a_reader_finds_malformed_is_lost_from_there_on(own: str, tm
         (
             "zip",
             {},
-            "'zip' is not known; known are 'conversations', 'interleaved', 'jsonl', 'pages', 'text', 'webdataset'",
+            "'zip' is not known; known are 'coco_captions', 'conversations', 'flickr30k', ",
         ),
         ("no_such_module:f", {}, None),
         ("text", {"feild": "body"}, "'text' has no option 'feild'; it knows field"),

@@ -93,7 +93,7 @@ def test_images_may_be_hugging_faces_structs(tmp_path: Path) -> None:
     nothing = {"images": [{"bytes": None, "path": None}], "texts": [None]}
     items = read("interleaved", tmp_path / "a.parquet", parquet([row, nothing], image))
     assert good(items) == [Document((Image(PNG), Image(b"1")), source="source")]
-    assert "index 0 is null, neither bytes nor a reference" in bad(items)[0].reason
+    assert "neither text nor image at index 0" in bad(items)[0].reason
 
 
 def test_pages_in_s3_have_their_images_there(s3: str) -> None:
@@ -148,7 +148,7 @@ def test_a_parquet_file_without_the_columns_says_which(tmp_path: Path) -> None:
     pq.write_table(pa.table({"texts": [["a"]], "other": [1]}), buffer)
     (item,) = read("interleaved", tmp_path / "a.parquet", buffer.getvalue())
     assert isinstance(item, BadInput)
-    assert "no column images; it has texts, other" in item.reason
+    assert "has no images; it has texts, other" in item.reason
 
 
 @pytest.mark.parametrize("format", ["interleaved", "text"])

@@ -76,7 +76,7 @@ def test_the_field_of_the_text_may_be_told(tmp_path: Path) -> None:
     content = lines({"body": "one", "text": "not this"}, {"text": "no body"})
     items = read("text", tmp_path / "a.jsonl", content, field="body")
     assert texts(items) == ["one"]
-    assert bad(items)[0].reason == "has no `body`; it has text; the source's options may name the field"
+    assert bad(items)[0].reason == "has no `body`; it has text; the source's options may name the field: {field: NAME}"
 
 
 def test_what_is_compressed_is_told_by_the_content_not_the_name(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_openai_messages_have_roles_parts_and_a_system(tmp_path: Path) -> None:
         ({**chat([], ("human", "x")), "images": 5}, "`images` is a number"),
         (chat([], ("robot", "hello")), "from 'robot'; allowed: human"),
         (chat([url(b"x")], ("human", "<image>"), captions=["a", "b"]), "as long as"),
-        ({"conversations": []}, "no list `conversations`"),
+        ({"conversations": []}, "without turns, not a list of turns"),
         ({"conversations": ["hi"]}, "a turn must be"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of a turn must be"),
         ({"text": "hi"}, "it has text"),

@@ -1,0 +1,167 @@
+"""COCO Captions and Flickr30k: several captions an image, each a pair of its own.
+
+https://cocodataset.org/#format-data, https://shannon.cs.illinois.edu/DenotationGraph, and the splits of both that
+Karpathy published (dataset_coco.json, dataset_flickr30k.json).
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Literal
+
+from calumma.model.images import suffixes
+from calumma.platform.sources.files import BadInput, Draft, File, Reference
+from calumma.platform.sources.formats.benchmarks.annotations import LARGEST, images_below, objects, parse_object
+from calumma.platform.sources.formats.image_values import OtherImages
+from calumma.platform.sources.formats.records import csv_rows, list_in, words_of
+from calumma.platform.sources.registry import ReaderItem, reader
+
+IMAGES = tuple(sorted(suffixes()))
+COCO_NAME = re.compile(r"captions_\w+\.json$|dataset_coco\.json$")
+FLICKR_NAMES = (r"\.token$", r"(results|captions|flickr\w*)\.(csv|txt)$", r"dataset_flickr\w*\.json$")
+TOKEN = re.compile(r"(?P<image>.+)#(?P<number>\d+)\t(?P<caption>.*)")
+Captions = Literal["each", "first"]
+Caption = tuple[str, str, list[str]]  # place, image, captions
+
+
+def _coco_files(uris: list[str]) -> tuple[Collection[str], Collection[str]]:
+    return [u for u in uris if COCO_NAME.search(u)], [u for u in uris if u.lower().endswith(IMAGES)]
+
+
+@reader("coco_captions", (".json",), references="location", choose=_coco_files)
+def coco_captions(
+    file: File, *, captions: Captions = "each", splits: list[str] | None = None, other_images: OtherImages = "bad"
+) -> Iterator[ReaderItem]:
+    """annotations/captions_train2017.json and its kind: every caption (or an image's `first`) makes a pair. Images are
+    found below the source's `images` (default: its location), there or in train2017/ or whatever they are of.
+    `splits` chooses among those of Karpathy's dataset_coco.json: [train, restval].
+    """
+    content = parse_object(file.read_all(LARGEST), ("images",))
+    images = objects(content, "images")
+    if "annotations" not in content:
+        yield from _pairs(file, _karpathy(file, images, splits), captions, other_images)
+        return
+    texts: dict[Any, list[tuple[Any, str | None]]] = {}
+    for entry in objects(content, "annotations"):
+        texts.setdefault(entry.get("image_id"), []).append((entry.get("id"), words_of(entry.get("caption"))))
+    licenses = {
+        entry.get("id"): str(entry.get("name") or "") for entry in objects({"licenses": [], **content}, "licenses")
+    }
+    split = re.sub(r".*captions_|\.json$", "", file.uri.rpartition("/")[2])
+    names = [str(entry.get("file_name")) for entry in images]
+    folder = images_below(file, names, ("", split, f"images/{split}", "images")) or ""
+    for entry, name in zip(images, names, strict=True):
+        found = texts.pop(entry.get("id"), [])
+        if not found:
+            file.notes.skip("images", "without a caption")
+        for number, words in found[: 1 if captions == "first" else None]:
+            place = file.at(f"annotation {number}")
+            if words is None:
+                yield BadInput(place, "has no caption")
+                continue
+            reference = Reference(posixpath.join(folder, name), words, optional=other_images == "leave_out")
+            license = licenses.get(entry.get("license"), "")
+            yield Draft((reference,), place, license, str(entry.get("coco_url") or entry.get("flickr_url") or ""))
+        if captions == "first" and len(found) > 1:
+            file.notes.skip("captions", "beyond an image's first", len(found) - 1)
+    for image, orphans in texts.items():
+        for number, _ in orphans:
+            yield BadInput(file.at(f"annotation {number}"), f"is of the image {image!r}, which the file does not have")
+
+
+def _flickr_files(uris: list[str]) -> tuple[Collection[str], Collection[str]]:
+    """Of several forms of the captions one is read: else each caption would be there twice."""
+    chosen: list[str] = []
+    for name in FLICKR_NAMES:
+        chosen = chosen or [uri for uri in uris if re.search(name, uri)]
+    return chosen, [uri for uri in uris if uri.lower().endswith(IMAGES)]
+
+
+@reader("flickr30k", (".token", ".csv", ".txt", ".json"), references="location", choose=_flickr_files)
+def flickr30k(
+    file: File, *, captions: Captions = "each", splits: list[str] | None = None, other_images: OtherImages = "bad"
+) -> Iterator[ReaderItem]:
+    """results_20130124.token (`IMAGE.jpg#0`, a tab, a caption), results.csv or captions.txt (image, caption), or
+    Karpathy's dataset_flickr30k.json: every caption (or an image's `first`) makes a pair. `splits`: of those that name
+    theirs. Images are found below the source's `images` (default: its location)."""
+    found: Iterator[Caption | BadInput]
+    if file.plain_name.endswith(".json"):
+        found = _karpathy(file, objects(parse_object(file.read_all(LARGEST), ("images",)), "images"), splits)
+    elif file.plain_name.endswith(".csv") or file.content.peek(16)[:16].lower().startswith((b"image,", b"image_name")):
+        found = _table(file, splits)
+    else:
+        found = _tokens(file)
+    yield from _pairs(file, found, captions, other_images)
+
+
+def _pairs(
+    file: File, found: Iterable[Caption | BadInput], captions: Captions, other_images: OtherImages
+) -> Iterator[ReaderItem]:
+    folder: str | None = None
+    before = ""
+    for item in found:
+        if isinstance(item, BadInput):
+            yield item
+            continue
+        place, image, texts = item
+        if folder is None:
+            folders = ("", "flickr30k-images", "flickr30k_images", "Images", "images")
+            folder = images_below(file, (image,), folders) or ""
+        if captions == "first":
+            kept = [] if image == before else texts[:1]
+            if len(kept) < len(texts):
+                file.notes.skip("captions", "beyond an image's first", len(texts) - len(kept))
+            texts = kept
+        before = image
+        for number, text in enumerate(texts):
+            name = place if len(texts) == 1 else f"{place}, caption {number}"
+            yield Draft((Reference(posixpath.join(folder, image), text, optional=other_images == "leave_out"),), name)
+
+
+def _karpathy(file: File, images: list[dict[str, Any]], splits: list[str] | None) -> Iterator[Caption | BadInput]:
+    for number, entry in enumerate(images):
+        place = file.at(f"image {number}")
+        sentences = entry.get("sentences")
+        if not isinstance(sentences, list) or not isinstance(entry.get("filename"), str):
+            yield BadInput(place, "has no list `sentences` or no `filename`")
+            continue
+        if splits is not None and entry.get("split") not in splits:
+            file.notes.skip("images", f"of the split {entry.get('split')}")
+            continue
+        texts = [words_of(s.get("raw")) if isinstance(s, dict) else None for s in sentences]
+        if not texts or None in texts:
+            yield BadInput(place, "has no sentence, or one without words")
+            continue
+        yield place, posixpath.join(str(entry.get("filepath") or ""), entry["filename"]), [t for t in texts if t]
+
+
+def _table(file: File, splits: list[str] | None) -> Iterator[Caption | BadInput]:
+    for row in csv_rows(file):
+        if isinstance(row, BadInput):
+            yield row
+            continue
+        place, record = row
+        if splits is not None and record.get("split") not in splits:
+            file.notes.skip("rows", f"of the split {record.get('split')}")
+            continue
+        image = next((record[name] for name in ("image_name", "image", "filename") if record.get(name)), None)
+        texts = list_in(next((record[name] for name in ("comment", "caption", "raw") if record.get(name)), None))
+        words = [words_of(text) for text in (texts if isinstance(texts, list) else [texts])]
+        if image is None or not words or None in words:
+            yield BadInput(place, f"has no image or no caption; its fields are {', '.join(record)}")
+            continue
+        yield place, image, [text for text in words if text]
+
+
+def _tokens(file: File) -> Iterator[Caption | BadInput]:
+    for number, line in enumerate(file.content, start=1):
+        place = file.at(f"line {number}")
+        if line.isspace():
+            continue
+        match = TOKEN.fullmatch(line.decode("utf-8", "replace").rstrip("\r\n"))
+        if match is None or not (words := match["caption"].strip()):
+            yield BadInput(place, "is not IMAGE#NUMBER, a tab, and a caption")
+            continue
+        yield place, match["image"], [words]
