@@ -5,7 +5,7 @@ https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,14 +24,19 @@ from calumma.platform.sources.formats.image_values import image_segment, is_miss
 from calumma.platform.sources.formats.marks import Form, Mark, MarkedPath, Marks, OtherMarks
 from calumma.platform.sources.formats.records import SUFFIXES, records
 from calumma.platform.sources.formats.rows import drafts
+from calumma.platform.sources.formats.turns import (
+    IMAGE_FIELDS,
+    OTHER_MEDIA,
+    SYSTEM_FIELDS,
+    Said,
+    join_turns,
+    read_turns,
+)
+from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.registry import ReaderItem, reader
 
-IMAGES = ("images", "image")
-SPEAKERS: dict[str, Role] = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), "assistant"),
-}
-SYSTEM = "system"  # its words open the user's next turn
+ABOUT = (*LICENSES, "url", "metadata", "meta")
+KNOWN = frozenset({*FIELDS, *SYSTEM_FIELDS, *IMAGE_FIELDS, *OTHER_MEDIA, *ABOUT, "tools", "captions"})
 
 
 @reader("conversations", SUFFIXES)
@@ -45,46 +50,62 @@ def conversations(
     The k-th `<image>` of a conversation is its k-th image; `mark` says what stands for images instead: Lumina's
     `<|image|>`, Qwen's `<img>` (with the path in it), or numbered ones. A mark of another form makes the record bad
     (`other_marks: text` keeps it as text), and so do images without marks (`unmarked: first`: they stand first). A
-    `content` may also be a list of OpenAI's parts.
+    `content` may also be a list of OpenAI's parts. A turn may have images of its own.
+
+    Words of the system, and tools, open the user's next turn; calls and results of tools stand as they do where models
+    are served. Turns of one role stand a blank line apart; an exchange with an empty answer is left out. No loss is
+    taken on turns of `weight: 0`, `train: false` or `loss: false`.
     """
     marks = Marks(mark, other_marks)
-    yield from drafts(records(file, _columns), lambda row: _conversation(row, marks, unmarked == "first"))
+    yield from drafts(
+        records(file, _columns), lambda row: _conversation(row, marks, unmarked == "first", file.notes), file, KNOWN
+    )
 
 
 def _columns(present: list[str]) -> Sequence[str]:
-    return [n for n in present if n in (*FIELDS, *IMAGES, "captions", *LICENSES, "url", "metadata", "meta")]
+    return [n for n in present if n in KNOWN]
 
 
-def _conversation(row: dict[str, Any], marks: Marks, unmarked_first: bool) -> list[DraftSegment]:
+def _conversation(row: dict[str, Any], marks: Marks, unmarked_first: bool, notes: Notes) -> list[DraftSegment]:
     found = exchange(row)
+    if media := [field for field in OTHER_MEDIA if row.get(field)]:
+        raise Malformed(f"has `{media[0]}`, which is not read")
     images = _Images(row)
-    segments: list[DraftSegment] = []
-    for turn in found.turns:
-        speaker, words = _turn(turn)
-        role = "user" if speaker == SYSTEM else SPEAKERS.get(speaker)
-        if role is None:
-            raise Malformed(f"a turn is from {speaker!r}; allowed: {', '.join([*SPEAKERS, SYSTEM])}")
-        parts = _split_at_marks(words, role, images, marks)
-        if speaker == SYSTEM and parts:
-            parts.append(Text("\n\n", role))
-        segments += parts
-    if images.marks == 0 and (unmarked_first or not found.marked):
-        segments = [*images.rest("user"), *segments]
+    turns = [(said, _turn_segments(said, images, marks)) for said in read_turns(found.turns, row, notes)]
+    if images.marks == 0 and images.segments and (unmarked_first or not found.marked):
+        first = next((number for number, (said, _) in enumerate(turns) if not said.system), 0)
+        turns[first] = (turns[first][0], [*images.rest(turns[first][0].role), *turns[first][1]])
     if images.marks != len(images.segments):
         advice = "; the source's options may say {unmarked: first}" if not images.marks else ""
         raise Malformed(
             f"has {images.marks} {marks.form} marks and {len(images.segments)} images; they must agree{advice}"
         )
+    return join_turns(turns, notes)
+
+
+def _turn_segments(said: Said, images: _Images, marks: Marks) -> list[DraftSegment]:
+    """The segments of a turn. Its own images stand where its marks are, or first."""
+    if said.images is None:
+        return _split_at_marks(said.words, said.role, images, marks)
+    own = _Images(said.images)
+    segments = _split_at_marks(said.words, said.role, own, marks)
+    if own.marks == 0:
+        return [*own.rest(said.role), *segments]
+    if own.marks != len(own.segments):
+        raise Malformed(f"has a turn of {own.marks} {marks.form} marks and {len(own.segments)} images")
     return segments
 
 
 class _Images:
     """A record's images, handed out in order, or by their number. `marks` counts what asked for one."""
 
-    def __init__(self, row: dict[str, Any]) -> None:
-        value = row.get("images") or row.get("image") or []
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        given = [field for field in IMAGE_FIELDS if row.get(field)]
+        value = row[given[0]] if given else []
+        if any(row[field] not in (value, [value]) and [row[field]] != value for field in given[1:]):
+            raise Malformed(f"has different images in {', '.join(f'`{field}`' for field in given)}")
         if not isinstance(value, list | str | dict | bytes):
-            raise Malformed(f"`images` is {json_type(value)}, not a list")
+            raise Malformed(f"`{given[0]}` is {json_type(value)}, not a list")
         values = value if isinstance(value, list) else [] if is_missing(value) else [value]
         captions = row.get("captions") or [None] * len(values)
         if not isinstance(captions, list) or len(captions) != len(values):
@@ -118,15 +139,6 @@ class _Images:
 def _with_role(segment: DraftSegment, role: Role) -> DraftSegment:
     assert isinstance(segment, Image | Reference)
     return replace(segment, role=role)
-
-
-def _turn(turn: Any) -> tuple[str, str | list[Any]]:
-    if isinstance(turn, dict):
-        speaker = turn.get("from", turn.get("role"))
-        words = turn.get("value", turn.get("content"))
-        if isinstance(speaker, str) and isinstance(words, str | list):
-            return speaker, words
-    raise Malformed('a turn must be {"from": …, "value": text} or {"role": …, "content": text or parts}')
 
 
 def _split_at_marks(words: str | list[Any], role: Role, images: _Images, marks: Marks) -> list[DraftSegment]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
 
@@ -31,14 +31,22 @@ COLUMN_BUFFER = 1 << 20  # bytes of a column that are read at once; without it A
 
 
 def drafts(
-    rows: Iterable[Row | BadInput], parse: Callable[[dict[str, Any]], Sequence[DraftSegment]]
+    rows: Iterable[Row | BadInput],
+    parse: Callable[[dict[str, Any]], Sequence[DraftSegment]],
+    file: File | None = None,
+    known: Container[str] = (),
 ) -> Iterator[ReaderItem]:
-    """A draft for each record by its segments; one that `parse` finds Malformed is a bad input."""
+    """A draft for each record by its segments; one that `parse` finds Malformed is a bad input. Fields that are not
+    `known` are counted in the notes of `file`."""
     for row in rows:
         if isinstance(row, BadInput):
             yield row
             continue
         name, record = row
+        if file is not None:
+            for field, value in record.items():
+                if field not in known and value is not None:
+                    file.notes.skip("fields", field)
         try:
             yield Draft.from_record(parse(record), name, record)
         except Malformed as error:

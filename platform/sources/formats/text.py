@@ -12,6 +12,7 @@ from calumma.platform.sources.formats.rows import drafts, json_lines
 from calumma.platform.sources.registry import ReaderItem, reader
 
 FIELDS = ("text", "content")
+KNOWN = frozenset({*LICENSES, "url", "metadata", "meta"})
 
 
 @reader("text", SUFFIXES)
@@ -23,13 +24,13 @@ def text(file: File, *, field: str | None = None) -> Iterator[ReaderItem]:
         _field(dict.fromkeys(present), fields)
         return [name for name in (*fields, *LICENSES, "url", "metadata", "meta") if name in present]
 
-    yield from drafts(records(file, columns), lambda row: _text(row, fields))
+    yield from drafts(records(file, columns), lambda row: _text(row, fields), file, KNOWN | set(fields))
 
 
 @reader("jsonl", (".jsonl",))
 def jsonl(file: File) -> Iterator[ReaderItem]:
     """{"text": …, "license": …, "url": …} a line."""
-    yield from drafts(json_lines(file), lambda row: _text(row, FIELDS[:1]))
+    yield from drafts(json_lines(file), lambda row: _text(row, FIELDS[:1]), file, KNOWN | {"text"})
 
 
 def _field(row: Mapping[str, Any], fields: Sequence[str]) -> str:

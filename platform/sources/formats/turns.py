@@ -1,0 +1,226 @@
+"""Who says what in a conversation: roles, the system's words, tools, and which answers are trained.
+
+Calls and results of tools stand in the text as they do where models are served (`model/tokenizers/tool_calls.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from calumma.model.document import Image, Role, Text
+from calumma.model.tokenizers.tool_calls import Tool, call_text, response_text, tools_text, without_marks
+from calumma.platform.sources.files import DraftSegment, Malformed, Reference, json_type
+from calumma.platform.sources.notes import Notes
+
+SPEAKERS: dict[str, Role] = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
+}
+SYSTEM = ("system", "developer")  # whose words open the user's next turn
+CALLS = ("function_call", "tool_call", "function-call")
+RESULTS = ("tool", "observation", "function", "tool_response", "function_response", "ipython")
+SYSTEM_FIELDS = ("system", "system_prompt")
+IMAGE_FIELDS = ("images", "image", "image_path", "image_paths", "img", "img_path", "image_file")
+OTHER_MEDIA = ("video", "videos", "audio", "audios")
+WEIGHTS = ("weight", "train", "loss")  # OpenAI's, axolotl's, ms-swift's
+TURN_FIELDS = frozenset(
+    {"from", "role", "value", "content", "name", "tool_calls", "function_call", "tool_call_id", *WEIGHTS, *IMAGE_FIELDS}
+)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one turn says. `images`: the turn's own, or None. `system`: it belongs to no exchange."""
+
+    role: Role
+    words: str | list[Any]
+    images: Mapping[str, Any] | None = None
+    trained: bool = True
+    system: bool = False
+
+
+def read_turns(turns: Sequence[Any], row: Mapping[str, Any], notes: Notes) -> list[Said]:
+    """The turns of a record as their kind of data writes them. Raises Malformed."""
+    tools = _tools(row.get("tools"))
+    reader = _Turns(bool(tools) or any(_has_tools(turn) for turn in turns))
+    said = [reader.read(turn) for turn in turns]
+    system = [s.words for s in said if s.system]
+    prompts = [row[field] for field in SYSTEM_FIELDS if isinstance(row.get(field), str) and row[field].strip()]
+    before = [Said("user", tools, system=True)] if tools else []
+    before += [Said("user", prompt, system=True) for prompt in dict.fromkeys(prompts) if prompt not in system]
+    for turn in turns:
+        for name, value in turn.items():
+            if name not in TURN_FIELDS and value is not None and value != []:
+                notes.skip("turn fields", name)
+    return before + said
+
+
+class _Turns:
+    def __init__(self, tools: bool) -> None:
+        self._tools = tools
+        self._names: dict[str, str] = {}  # of the functions that calls were of, by their ids
+        self._called: list[str] = []  # of those whose results are to come
+
+    def read(self, turn: Any) -> Said:
+        if not isinstance(turn, Mapping):
+            raise Malformed('a turn must be {"from": …, "value": text} or {"role": …, "content": text or parts}')
+        speaker = turn.get("from") if isinstance(turn.get("from"), str) else turn.get("role")
+        words = turn.get("value") if turn.get("value") is not None else turn.get("content")
+        if words is None and ("value" in turn or "content" in turn):
+            words = ""
+        if not isinstance(speaker, str) or not isinstance(words, str | list):
+            raise Malformed('a turn must be {"from": …, "value": text} or {"role": …, "content": text or parts}')
+        speaker = speaker.strip().lower()
+        images = {field: turn[field] for field in IMAGE_FIELDS if turn.get(field)} or None
+        if speaker in CALLS:
+            return Said("assistant", self._calls(_json(words, "a call of a function")), trained=_trained(turn))
+        if speaker in RESULTS:
+            return Said("user", self._result(turn, words), images)
+        if speaker in SYSTEM:
+            return Said("user", self._plain(words), images, system=True)
+        role = SPEAKERS.get(speaker)
+        if role is None:
+            allowed = ", ".join([*SPEAKERS, *SYSTEM, *CALLS, *RESULTS])
+            raise Malformed(f"a turn is from {speaker!r}; allowed: {allowed}")
+        words = self._plain(words)
+        if calls := turn.get("tool_calls") or turn.get("function_call"):
+            text = self._calls(calls)
+            words = [*words, {"type": "text", "text": text}] if isinstance(words, list) else words + text
+        return Said(role, words, images, _trained(turn))
+
+    def _plain(self, words: str | list[Any]) -> str | list[Any]:
+        if not self._tools:
+            return words
+        if isinstance(words, str):
+            return without_marks(words)
+        return [
+            {**part, "text": without_marks(part["text"])}
+            if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+            else part
+            for part in words
+        ]
+
+    def _calls(self, calls: Any) -> str:
+        texts = []
+        for call in calls if isinstance(calls, list) else [calls]:
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if function is None or not isinstance(name, str) or not name:
+                raise Malformed("a call of a function has no name")
+            arguments = function.get("arguments", function.get("parameters", {}))
+            texts.append(call_text(name, arguments if isinstance(arguments, str) else json.dumps(arguments)))
+            if isinstance(call.get("id"), str):
+                self._names[call["id"]] = name
+            self._called.append(name)
+        return "".join(texts)
+
+    def _result(self, turn: Mapping[str, Any], words: str | list[Any]) -> str:
+        if isinstance(words, list):
+            if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in words):
+                raise Malformed("the result of a function is no text")
+            words = "".join(part["text"] for part in words)
+        called = self._called.pop(0) if self._called else ""
+        name = self._names.get(str(turn.get("tool_call_id")), turn.get("name") or called)
+        return response_text(str(name), words)
+
+
+def _has_tools(turn: Any) -> bool:
+    if not isinstance(turn, Mapping):
+        return False
+    speaker = str(turn.get("from", turn.get("role"))).lower()
+    return speaker in (*CALLS, *RESULTS) or bool(turn.get("tool_calls") or turn.get("function_call"))
+
+
+def _tools(value: Any) -> str:
+    """The text that offers a record's tools; empty without any."""
+    described = _json(value, "`tools`") if isinstance(value, str) and value.strip() else value
+    if not described or isinstance(described, str):
+        return ""
+    tools = []
+    for entry in described if isinstance(described, list) else [described]:
+        function = entry.get("function", entry) if isinstance(entry, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise Malformed("`tools` has a tool without a name")
+        parameters = function.get("parameters")
+        description = function.get("description")
+        tools.append(
+            Tool(
+                function["name"],
+                description if isinstance(description, str) else "",
+                dict(parameters) if isinstance(parameters, Mapping) else {},
+            )
+        )
+    return tools_text(tools)
+
+
+def _json(value: Any, what: str) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"{what} is no JSON: {error}") from error
+
+
+def _trained(turn: Mapping[str, Any]) -> bool:
+    """Whether a loss is taken on a turn. Raises Malformed on shares of one, which no token can have."""
+    trained = True
+    for field in WEIGHTS:
+        value = turn.get(field)
+        if value is None:
+            continue
+        if value not in (0, 1):  # True and False among them
+            given = value if isinstance(value, int | float) else json_type(value)
+            raise Malformed(f"`{field}` of a turn is {given}; allowed: 0, 1, false, true")
+        trained = trained and bool(value)
+    return trained
+
+
+def join_turns(turns: Iterable[tuple[Said, list[DraftSegment]]], notes: Notes) -> list[DraftSegment]:
+    """The segments of all turns; those of one role that follow each other stand a blank line apart.
+
+    An exchange whose question or answer is empty is left out, and counted. Raises Malformed where it has an image, of
+    which later turns may speak, and where nothing is left.
+    """
+    groups = [(role, list(group)) for role, group in groupby(turns, key=lambda turn: turn[0].role)]
+    kept: list[tuple[Role, list[tuple[Said, list[DraftSegment]]]]] = []
+    left_out = 0
+    for role, group in groups:
+        question = kept[-1] if kept and kept[-1][0] == "user" else None
+        empty = all(_is_blank(segments) for _, segments in group)
+        if role == "user" or not (empty or (question is not None and _all_blank(question[1]))):
+            kept.append((role, group))
+            continue
+        left_out += 1
+        if question is not None:
+            if any(not isinstance(s, Text) for said, segments in question[1] if not said.system for s in segments):
+                raise Malformed("an answer is empty whose question has an image")
+            kept[-1] = ("user", [turn for turn in question[1] if turn[0].system])
+    if left_out:
+        notes.skip("turns", "of exchanges with an empty question or answer", left_out)
+    if left_out and not any(role == "assistant" for role, _ in kept):
+        raise Malformed("has no exchange with a question and an answer")
+    segments: list[DraftSegment] = []
+    for role, several in groupby(kept, key=lambda turn: turn[0]):
+        said = [(turn, parts) for _, group in several for turn, parts in group if not _is_blank(parts)]
+        for index, (turn, parts) in enumerate(said):
+            trained = turn.trained or role != "assistant"
+            if index:
+                segments.append(Text("\n\n", role, trained and (said[index - 1][0].trained or role != "assistant")))
+            segments += parts if trained else [_untrained(part) for part in parts]
+    return segments
+
+
+def _is_blank(segments: Sequence[DraftSegment]) -> bool:
+    return all(isinstance(segment, Text) and not segment.text.strip() for segment in segments)
+
+
+def _all_blank(turns: Sequence[tuple[Said, list[DraftSegment]]]) -> bool:
+    return all(_is_blank(segments) for _, segments in turns)
+
+
+def _untrained(segment: DraftSegment) -> DraftSegment:
+    assert isinstance(segment, Text | Image | Reference)
+    return replace(segment, trained=False)
