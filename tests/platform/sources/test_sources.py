@@ -289,13 +289,13 @@ def test_a_suffix_may_tell_a_compression_too(tmp_path: Path) -> None:
 
 def test_what_is_hidden_is_not_read_and_counted_by_name(tmp_path: Path) -> None:
     names = ("a.jsonl", "b/c.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "__MACOSX/b/._c.jsonl", "._a.jsonl")
-    for name in (*names, "b/.hidden.jsonl", ".git/x/y.jsonl", ".DS_Store", "d.csv"):
+    for name in (*names, "b/.hidden.jsonl", ".git/x/y.jsonl", ".DS_Store", "d.log"):
         (tmp_path / ".store" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / ".store" / name).write_bytes(b"{}")
     files, others = list_source("text", f"{tmp_path}/.store")  # what the location itself is called does not matter
     assert [storage.relative(uri, f"{tmp_path}/.store") for uri in files] == ["a.jsonl", "b/c.jsonl"]
     assert sorted(others.values()) == [
-        ("files", ".csv"),
+        ("files", ".log"),
         ("hidden files", ".DS_Store"),
         ("hidden files", "._*"),
         ("hidden files", ".git/"),

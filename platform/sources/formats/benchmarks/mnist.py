@@ -75,7 +75,8 @@ def _read(file: File, size: int) -> bytes:
 
 def _labels(file: File) -> bytes:
     """Raises Malformed where they are not beside the file."""
-    name = file.uri.replace("images", "labels").replace("idx3", "idx1")
+    folder, slash, base = file.uri.rpartition("/")
+    name = folder + slash + base.replace("images", "labels").replace("idx3", "idx1")
     base = next((name.removesuffix(packed) for packed in COMPRESSED if name.endswith(packed)), name)
     for packed in PACKED:
         try:

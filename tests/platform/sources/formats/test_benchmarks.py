@@ -84,7 +84,7 @@ def test_every_caption_of_coco_is_a_pair(tmp_path: Path, where: str) -> None:
     write(tmp_path, files)
     if where == "the whole":
         items = read("coco_captions", tmp_path)
-        assert list_source("coco_captions", str(tmp_path))[1] == [
+        assert list(list_source("coco_captions", str(tmp_path))[1]) == [
             str(tmp_path / "annotations/instances_train2017.json")
         ]
     else:
@@ -183,7 +183,7 @@ def test_flickr30k_is_the_same_in_each_of_its_forms(tmp_path: Path, layout: Any)
 def test_flickr30ks_captions_are_not_read_twice(tmp_path: Path) -> None:
     write(tmp_path, {**token_file(tmp_path), **kaggle_table(tmp_path), **FLICKR_IMAGES})
     assert len(read("flickr30k", tmp_path)) == 3
-    assert list_source("flickr30k", str(tmp_path))[1] == [str(tmp_path / "results.csv")]
+    assert list(list_source("flickr30k", str(tmp_path))[1]) == [str(tmp_path / "results.csv")]
 
 
 def test_a_line_that_is_no_caption_is_bad_alone(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_questions_of_vqav2_are_read_with_their_answers(tmp_path: Path, image: s
     assert [item.segments for item in items] == [
         (picture, Text(f"What is {n}? Answer in a word.", "user"), Text("net", "assistant")) for n in (9000, 9001)
     ]
-    assert list_source("vqav2", str(tmp_path))[1] == []
+    assert not list_source("vqav2", str(tmp_path))[1]
 
 
 def test_questions_and_answers_of_vqav2_are_never_joined_wrongly(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_of_two_metadata_files_of_a_folder_one_is_read(tmp_path: Path) -> None:
     }
     write(tmp_path, {**files, "1.png": png(1)})
     assert good(read("imagefolder", tmp_path)) == [(Image(png(1), "one"),)]
-    assert list_source("imagefolder", str(tmp_path))[1] == [str(tmp_path / "metadata.csv")]
+    assert list(list_source("imagefolder", str(tmp_path))[1]) == [str(tmp_path / "metadata.csv")]
 
 
 def test_img2datasets_files_are_read_with_their_captions(tmp_path: Path) -> None:
