@@ -28,6 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calumma.platform.tracking.names import valid_names
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -147,7 +149,7 @@ class BackgroundWriter:
 
     def __init__(self, run: Run, backup: str | None = None, close_timeout: float = _CLOSE_TIMEOUT) -> None:
         """`backup`: where in storage copies of what waits are kept (see `back_up`)."""
-        self._run, self._backup, self._close_timeout = run, backup, close_timeout
+        self._run, self._backup, self._close_timeout = run.plain(), backup, close_timeout
         self._outbox = Outbox.new(run.uri, run.id)
         self._wake, self._flush_now, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._away = False
@@ -156,7 +158,8 @@ class BackgroundWriter:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        self._put("metrics", {"values": [[name, float(value), now, step] for name, value in metrics.items()]})
+        names = valid_names(metrics)
+        self._put("metrics", {"values": [[names[name], float(value), now, step] for name, value in metrics.items()]})
 
     def log_dict(self, values: dict[str, Any], path: str) -> None:
         """A JSON artifact."""
@@ -342,6 +345,8 @@ def _send_entries(run: Run, entries: list[dict[str, Any]]) -> None:
         run.log_dict(content["dict"], content["path"])
     elif kind == "image":
         run.log_image(_decode_png(content["png"]), content["path"])
+    elif kind == "artifact":
+        _send_artifact(run, content)
     elif kind == "checkpoint":
         run.log_checkpoint(**content)
     elif kind == "tags":
@@ -352,6 +357,13 @@ def _send_entries(run: Run, entries: list[dict[str, Any]]) -> None:
         run.client.set_terminated(run.id, content["status"], content["time"])
     else:
         raise ValueError(f"unknown entry {kind!r} in the outbox; was it written by a newer version?")
+
+
+def _send_artifact(run: Run, content: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix="calumma-artifact-") as folder:
+        file = Path(folder, Path(content["name"]).name)
+        file.write_bytes(base64.b64decode(content["data"]))
+        run.log_artifact(file, content["folder"])
 
 
 def _decode_png(png: str) -> Image:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
+from calumma.platform.tracking.names import flatten, valid_name, valid_names
 from calumma.platform.tracking.server import connect
 
 if TYPE_CHECKING:
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
 
 
 _PARAMS_A_BATCH = 100  # MLflow's limit of one batched request (mlflow/utils/validation.py)
-_NAME_LENGTH = 250
 
 
 class Run:
@@ -32,6 +29,12 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         return {"uri": self.uri, "id": self.id, "_client": None}
 
+    def plain(self) -> Run:
+        """The same run, whose methods raise when the server does not take something."""
+        run = Run(self.uri, self.id)
+        run._client = self._client
+        return run
+
     @property
     def client(self) -> MlflowClient:
         if self._client is None:
@@ -42,24 +45,29 @@ class Run:
         """Parameters of the run; nested mappings become dotted names."""
         from mlflow.entities import Param
 
-        entries = [Param(key, str(value)) for key, value in flatten(params).items()]
+        entries = [
+            Param(key, str(value).encode("utf-8", "backslashreplace").decode())
+            for key, value in flatten(params).items()
+        ]
         for i in range(0, len(entries), _PARAMS_A_BATCH):
             self.client.log_batch(self.id, params=entries[i : i + _PARAMS_A_BATCH])
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        now = int(time.time() * 1000)
-        self.log_values([(name, float(value), now, step or 0) for name, value in metrics.items()])
+        """Metrics; a name that MLflow refuses becomes the nearest that it takes."""
+        now, names = int(time.time() * 1000), valid_names(metrics)
+        self.log_values([(names[name], float(value), now, step or 0) for name, value in metrics.items()])
 
     def log_values(self, values: Sequence[tuple[str, float, int, int]]) -> None:
         """Metrics as (name, value, milliseconds since 1970, step)."""
         from mlflow.entities import Metric
 
-        self.client.log_batch(self.id, metrics=[Metric(*value) for value in values])
+        metrics = [Metric(valid_name(name), value, when, step) for name, value, when, step in values]
+        self.client.log_batch(self.id, metrics=metrics)
 
     def log_tags(self, tags: dict[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self.client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
+        self.client.log_batch(self.id, tags=[RunTag(valid_name(name), value) for name, value in tags.items()])
 
     def log_checkpoint(
         self, name: str, uri: str, step: int, metrics: dict[str, float], tags: dict[str, str], time: int
@@ -82,7 +90,7 @@ class Run:
         model = models[0].model_id
         if models[0].status == LoggedModelStatus.READY:  # sent before
             return
-        values = [Metric(f"checkpoint/{k}", v, time, step, model_id=model) for k, v in metrics.items()]
+        values = [Metric(valid_name(f"checkpoint/{k}"), v, time, step, model_id=model) for k, v in metrics.items()]
         self.client.log_batch(self.id, metrics=values)
         self.client.log_outputs(self.id, [LoggedModelOutput(model, step)])
         self.client.finalize_logged_model(model, LoggedModelStatus.READY)
@@ -102,49 +110,15 @@ class Run:
 
     def log_image(self, image: Image, path: str) -> None:
         """A picture as artifact `path`, say `samples/0.png`."""
-        self.client.log_image(self.id, image, artifact_file=path)
+        self.client.log_image(self.id, image, artifact_file=valid_name(path))
 
     def log_artifact(self, local_path: str | Path, folder: str | None = None) -> None:
         self.client.log_artifact(self.id, str(local_path), folder)
 
     def log_dict(self, values: dict[str, Any], path: str) -> None:
         """A JSON artifact, say `checkpoints/step-00000100.json`."""
-        self.client.log_dict(self.id, values, path)
+        self.client.log_dict(self.id, values, valid_name(path))
 
     def latest(self) -> dict[str, float]:
         """The newest value of every metric."""
         return dict(self.client.get_run(self.id).data.metrics)
-
-
-def flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings as one level of dotted names that MLflow accepts as parameter names.
-
-    Names that become equal are told apart by a number: no value is lost.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in _leaves(values, ""):
-        name = plain = _parameter_name(key)
-        number = 1
-        while name in flat:
-            number += 1
-            name = f"{plain[: _NAME_LENGTH - len(str(number)) - 1]} {number}"
-        flat[name] = value
-    return flat
-
-
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, BaseModel):
-            value = value.model_dump(mode="json")
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _parameter_name(key: str) -> str:
-    """The name nearest to `key` that MLflow takes: few characters, and as a path equal to its normal form."""
-    name = re.sub(r"[^\w\-./: ]", "_", key)[-_NAME_LENGTH:]
-    parts = ["__" if part == ".." else part for part in name.split("/") if part not in ("", ".")]
-    name = "/".join(parts) or "_"
-    return f"__{name[2:]}" if name.startswith("..") else name

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+logger = logging.getLogger(__name__)
+
+PATIENCE = 60.0  # seconds that a job waits for a server to answer before it begins
+_PAUSE, _PROBE_TIMEOUT = 5.0, 5.0  # seconds between two attempts, and of one
+_GATEWAY_ERRORS = (502, 503, 504)  # of a proxy whose server is away
 PARENT_TAG = "mlflow.parentRunId"
 _PROJECT = "calumma.project"
 
@@ -62,6 +69,39 @@ def connect(uri: str) -> MlflowClient:
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def wait_for_server(uri: str, patience: float = PATIENCE) -> None:
+    """Wait until a server over HTTP answers, and tell at once, and again and again, when it does not: MLflow's client
+    would try for minutes in silence. Raises TrackingError when it has not answered in so many seconds."""
+    end = time.monotonic() + patience
+    while (problem := unreachable(uri)) is not None:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TrackingError(f"MLflow at {uri} does not answer ({problem}), tried for {patience:.0f} s")
+        logger.warning("MLflow at %s does not answer (%s); tried for %.0f s more", uri, problem, left)
+        time.sleep(min(_PAUSE, left))
+
+
+def unreachable(uri: str) -> str | None:
+    """Why no answer comes from a tracking server over HTTP, or None where one does, whatever it says."""
+    if not uri.startswith(("http://", "https://")):
+        return None
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_PROBE_TIMEOUT):
+            return None
+    except urllib.error.HTTPError as error:
+        return f"status {error.code}" if error.code in _GATEWAY_ERRORS else None
+    except ssl.SSLError:  # how to trust it is for MLflow's own settings
+        return None
+    except urllib.error.URLError as error:
+        return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return str(error) or type(error).__name__
 
 
 def create_run(client: MlflowClient, uri: str, spec: JobSpecification) -> str:

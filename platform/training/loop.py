@@ -19,8 +19,8 @@ from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.tracking import provenance
+from calumma.platform.tracking.names import flatten
 from calumma.platform.tracking.outbox import BackgroundWriter
-from calumma.platform.tracking.run import flatten
 from calumma.platform.training import publication
 from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog, resumption

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from werkzeug.serving import make_server
 from calumma.platform import storage
 from calumma.platform.specification import Tracking
 from calumma.platform.tracking import outbox
+from calumma.platform.tracking import server as server_module
 from calumma.platform.tracking.job_run import job_run
 from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.tracking.run import Run
-from calumma.platform.tracking.server import resolve_uri
+from calumma.platform.tracking.server import TrackingError, resolve_uri
 from calumma.platform.training.specification import PretrainSpecification
 
 
@@ -210,12 +212,84 @@ def test_what_is_parked_in_storage_is_sent_from_another_machine(
 def test_what_the_server_will_never_take_is_put_aside_and_holds_nothing_up(run: Run, boxes: Path) -> None:
     writer = BackgroundWriter(run)
     writer.log({"loss": 1.0}, 1)
-    writer.log({"not a name!?": 1.0}, 1)
+    writer.log_checkpoint("no/name: of a model", "s3://somewhere", 1, {}, {})
     writer.log({"loss": 0.5}, 2)
     assert writer.close() == 0
     assert losses(run) == [(1, 1.0), (2, 0.5)]
     (refused,) = boxes.glob("*/*/refused/*.json")
-    assert json.loads(refused.read_text())["content"]["values"][0][0] == "not a name!?"
+    assert json.loads(refused.read_text())["content"]["name"] == "no/name: of a model"
+
+
+def test_names_that_mlflow_refuses_become_others_and_nothing_is_lost(run: Run) -> None:
+    run.log_metrics({"curated+v2/documents": 1.0, "curated_v2/documents": 2.0, "größe!": 3.0})
+    writer = BackgroundWriter(run)
+    writer.log({"a+b": 4.0, "a*b": 5.0}, 1)
+    assert writer.close() == 0
+    assert run.latest() == {
+        "curated_v2/documents": 1.0,
+        "curated_v2/documents 2": 2.0,
+        "größe_": 3.0,
+        "a_b": 4.0,
+        "a_b 2": 5.0,
+    }
+
+
+def test_a_job_whose_server_has_gone_away_ends_and_what_it_logs_waits(
+    server: Server, boxes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server.up():
+        recording = job_run(specification(server.uri))
+        run = recording.__enter__()
+    (tmp_path / "report.html").write_text("<p>told</p>")
+    run.log_metrics({"documents": 3.0})  # nobody answers
+    run.log_image(Image.new("RGB", (4, 4), "red"), "samples/0.png")
+    run.log_artifact(tmp_path / "report.html")
+    run.log_tags({"calumma.note": "away"})
+    recording.__exit__(None, None, None)
+    assert caplog.text.count("does not take what run") == 1
+    assert len(list(boxes.glob("*/*/[0-9]*.json"))) == 5
+    with server.up():
+        assert outbox.main() == 0
+        found = run.client.get_run(run.id)
+        assert found.data.metrics["documents"] == 3.0
+        assert found.data.tags["calumma.note"] == "away"
+        assert found.info.status == "FINISHED"
+        assert {a.path for a in run.client.list_artifacts(run.id)} == {"report.html", "samples"}
+    assert not list(boxes.glob("*/*"))
+
+
+def test_a_server_that_does_not_answer_is_told_at_once_and_counted_down(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr(server_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(server_module.time, "sleep", lambda pause: seconds.append(seconds.pop() + pause))
+    with socket.socket() as closed:  # a port that nobody listens on
+        closed.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    match = f"MLflow at {uri} does not answer .*refused.*, tried for 60 s"
+    with pytest.raises(TrackingError, match=match), job_run(specification(uri)):
+        pass
+    told = [record.message for record in caplog.records if "does not answer" in record.message]
+    assert [message.rpartition("; ")[2] for message in told[:2]] == ["tried for 60 s more", "tried for 55 s more"]
+    assert len(told) == 12
+
+
+def test_whatever_a_server_answers_it_is_there() -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(int(codes.pop(0)))
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    codes = [401, 404, 500, 503]
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{http.server_port}"
+        assert [server_module.unreachable(uri) for _ in range(4)] == [None, None, None, "status 503"]
+        http.shutdown()
+    assert server_module.unreachable("sqlite:///nowhere") is None
 
 
 def test_sending_twice_changes_nothing(run: Run) -> None:

@@ -18,7 +18,8 @@ from calumma.platform.specification import Tracking
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tracking import provenance, registry
 from calumma.platform.tracking.job_run import job_run
-from calumma.platform.tracking.run import Run, flatten
+from calumma.platform.tracking.names import flatten
+from calumma.platform.tracking.run import Run
 from calumma.platform.tracking.server import TrackingError, resolve_uri
 from calumma.platform.training.specification import PretrainSpecification
 
