@@ -35,6 +35,8 @@ class Notes(BaseModel):
     def skip(self, kind: str, name: str, count: int = 1) -> None:
         """Count what is left unread. `kind` is a plural: members, fields, files, folders, turns, frames, …"""
         name = valid_words(name)
+        if not count:
+            return
         names = self.unread.setdefault(kind, {})
         if name not in names and len(names) >= MOST_NAMES:
             name = OTHERS

@@ -20,6 +20,7 @@ from dataclasses import replace
 from calumma.model.document import Document, Image, Segment
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Draft, Item, Malformed, Reference
+from calumma.platform.sources.frames import frame_count, may_have_frames
 from calumma.platform.sources.names import valid_words
 from calumma.platform.sources.notes import Notes
 
@@ -76,6 +77,9 @@ def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source
             if not part.optional:
                 return BadInput(item.name, str(error))
             notes.skip("images", "that cannot be had")
+    for segment in segments:
+        if isinstance(segment, Image) and isinstance(segment.data, bytes) and may_have_frames(segment.data):
+            notes.skip("frames", "beyond the first of an image", frame_count(segment.data) - 1)
     return Document(tuple(segments), source, item.license, item.url, {"name": valid_words(item.name)})
 
 

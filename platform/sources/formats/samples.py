@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from calumma.model.document import Image, Text
-from calumma.model.images import open_header, suffixes
+from calumma.model.images import suffixes
 from calumma.platform.sources.encodings import decode_text
 from calumma.platform.sources.files import (
     LICENSES,
@@ -19,6 +18,7 @@ from calumma.platform.sources.files import (
     Malformed,
     json_type,
 )
+from calumma.platform.sources.frames import frames
 from calumma.platform.sources.registry import ReaderItem
 
 CAPTIONS = ("txt", "caption", "text", "cls")  # members
@@ -170,21 +170,3 @@ class _Sample:
         for field, value in self._about.items():
             if value is not None and field not in KNOWN_FIELDS and field not in self._used_fields:
                 self._file.notes.skip("fields", field)
-
-
-def frames(data: bytes) -> list[bytes]:
-    """The frames of an image as images; of one alone as it is, and of what is no image nothing else."""
-    try:
-        with open_header(data) as image:
-            count = getattr(image, "n_frames", 1)
-            if count == 1:
-                return [data]
-            found = []
-            for number in range(count):
-                image.seek(number)
-                buffer = io.BytesIO()
-                image.save(buffer, "PNG")
-                found.append(buffer.getvalue())
-            return found
-    except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        return [data]

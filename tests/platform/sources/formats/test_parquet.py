@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.reading import read_file
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
@@ -194,3 +195,33 @@ def test_a_row_group_far_larger_than_a_batch_is_read_a_batch_at_a_time(tmp_path:
     assert count == 600
     assert held + peak < 0.8 * len(content)
     assert len(content) > 59_000_000
+
+
+def test_one_bad_value_costs_its_row(tmp_path: Path) -> None:
+    values = [f"text {n}".encode() for n in range(50)]
+    values[20] = b"no \xff text"
+    valid = pa.array(values, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": valid, "id": list(range(50))}), tmp_path / "a.parquet", row_group_size=30)
+    notes = Notes()
+    items = list(read_file("text", "source", f"{tmp_path}/a.parquet", notes=notes))
+    assert [d.text for d in good(items)] == [f"text {n}" for n in range(50) if n != 20]
+    (one,) = bad(items)
+    assert one.name == f"{tmp_path}/a.parquet: row group 0, row 20"
+    assert "cannot be read" in one.reason
+    assert notes.report() == {"unread": {"columns": {"id": 1}}}
+
+
+def test_rows_before_a_damaged_page_are_kept(tmp_path: Path) -> None:
+    texts = [f"{n} " + "x" * 500 for n in range(400)]
+    table = pa.table({"text": texts})
+    options: dict[str, Any] = {"data_page_size": 4096, "write_batch_size": 10, "use_dictionary": False}
+    pq.write_table(table, tmp_path / "a.parquet", compression="none", write_page_checksum=True, **options)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[content.rindex(b"300 xxx") + 100] ^= 1
+    items = read("text", tmp_path / "a.parquet", bytes(content))
+    kept = [d.text for d in good(items)]
+    assert kept == texts[: len(kept)]
+    assert len(kept) >= 280
+    (one,) = bad(items)
+    assert f"{400 - len(kept)} rows cannot be read, from row {len(kept)} on" in one.reason
+    assert one.bytes_lost > 0

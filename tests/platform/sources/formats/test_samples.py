@@ -146,6 +146,8 @@ def test_frames_beside_a_plan_are_an_interleaved_page(tmp_path: Path) -> None:
     assert (one, two) == (Text("one"), Text("two"))
     assert [s.open().getpixel((0, 0))[0] for s in (first, second) if isinstance(s, Image)] == [0, 1]  # type: ignore[index]
     assert bad.reason == "its .json places 2 images, and it has 3"
+    _, _, told = read(tmp_path / "b.tar", tar([("0.tiff", tiff(3)), ("1.tiff", tiff(1)), ("2.png", png())]))
+    assert told["unread"] == {"frames": {"beyond the first of an image": 2}}
 
 
 def test_hard_links_are_what_they_link_to_and_symbolic_ones_are_counted(tmp_path: Path) -> None:
