@@ -87,7 +87,7 @@ class MemoryBudget:
 
 
 def gigabytes(count: float) -> str:
-    return f"{count / GIGABYTE:.1f} GB"
+    return f"{count / GIGABYTE:.1f} GB" if abs(count) >= 0.05 * GIGABYTE else f"{1000 * count / GIGABYTE:.1f} MB"
 
 
 def _meminfo(name: str) -> int:

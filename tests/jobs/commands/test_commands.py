@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -335,6 +336,14 @@ def test_doctor_finds_what_is_there(cli: CliRunner, tmp_path: Path, monkeypatch:
     assert subjects >= {"Python", "cores", "GPUs", "memory", "disk", "C++ compiler", "packages", "storage", "cluster"}
     assert subjects >= {"MLflow"}
     assert list(tmp_path.iterdir()) == []  # it changes nothing
+
+
+def test_doctor_says_what_gpus_can_serve() -> None:
+    told = doctor.servable(int(22.0 * 2**30), 2)
+    assert re.fullmatch(
+        r"Serves chameleon-7b in int8 on 1, with a cache of 1\d{4} tokens; chameleon-34b in int8 on 2, with a .*", told
+    )
+    assert doctor.servable(2**34, 1).endswith("chameleon-34b does not fit")
 
 
 def test_doctor_fails_and_says_what_to_do(cli: CliRunner, tmp_path: Path, closed_port: str) -> None:

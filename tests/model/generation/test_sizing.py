@@ -148,7 +148,7 @@ def test_a_device_without_room_for_a_context_is_refused_with_the_numbers(make_tr
     transformer = make_transformer(V.size, context=128)
     device = CountedDevice(300_000)
     device.hold(list(transformer.parameters()))
-    with pytest.raises(MemoryShort, match=r"room for \d+ positions, less than a context of 128.*weights 0\.\d"):
+    with pytest.raises(MemoryShort, match=r"room for \d+ positions, less than a context of 128.*weights 0\.1 MB"):
         Engine(transformer, V, 4, prefill_tokens=64, memory=MemoryBudget(device))
 
 

@@ -123,6 +123,6 @@ def test_an_engine_on_a_cpu_has_a_cache_of_whole_contexts_unless_told(model_dire
 def test_a_model_is_refused_before_anything_starts(model_directory: Path) -> None:
     settings = ModelSettings(model="tiny")
     require_memory(settings, str(model_directory))
-    with pytest.raises(ServeError, match=r"tiny does not fit a machine of 0\.0 GB.*What would fit: nothing: use a dev"):
+    with pytest.raises(ServeError, match=r"tiny does not fit a machine of 0\.2 MB.*What would fit: nothing: use a dev"):
         require_memory(settings, str(model_directory), total=200_000)
     assert HostMemory().total > 10**9
