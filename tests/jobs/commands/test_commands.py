@@ -339,7 +339,7 @@ def test_doctor_finds_what_is_there(cli: CliRunner, tmp_path: Path, monkeypatch:
 
 
 def test_doctor_says_what_gpus_can_serve() -> None:
-    told = doctor.servable(int(22.0 * 2**30), 2)
+    told = doctor.servable(int(22.5 * 2**30), 2)
     assert re.fullmatch(
         r"Serves chameleon-7b in int8 on 1, with a cache of 1\d{4} tokens; chameleon-34b in int8 on 2, with a .*", told
     )
