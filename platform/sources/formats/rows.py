@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ def drafts(
     rows: Iterable[Row | BadInput],
     parse: Callable[[dict[str, Any]], Sequence[DraftSegment]],
     file: File | None = None,
-    known: Container[str] = (),
+    known: frozenset[str] = frozenset(),
 ) -> Iterator[ReaderItem]:
     """A draft for each record by its segments; one that `parse` finds Malformed is a bad input. Fields that are not
     `known` are counted in the notes of `file`."""
@@ -43,7 +43,7 @@ def drafts(
             yield row
             continue
         name, record = row
-        if file is not None:
+        if file is not None and not known.issuperset(record):
             for field, value in record.items():
                 if field not in known and value is not None:
                     file.notes.skip("fields", field)
