@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from pathlib import Path
 
 from calumma.platform.storage import check_writable, is_remote, local_path
 from calumma.serve.deploy.applications import ModelApplication, build_ingress, failure_reason, start_model
@@ -31,6 +32,8 @@ from calumma.serve.settings import ServeSettings
 log = logging.getLogger(__name__)
 
 DRAIN_LEASE = 20.0  # seconds that an ingress refuses requests for, unless it is told so again
+ESTABLISHED = "01"  # in /proc/net/tcp
+LOOKS = 2  # that find nothing unsent, before the proxy is ended
 LOOK_SECONDS = 0.5  # between looks at what is under way
 SETTLE_SECONDS = 10.0  # what is under way gets so long to be told that it is ended
 UNHEARD_SECONDS = 60.0  # until an ingress that tells nothing is taken down with what it may have under way
@@ -115,6 +118,8 @@ def undeploy(name: str = "calumma", seconds: float = PATIENCE) -> None:
     """Take the endpoint down, and Ray Serve with it when nothing else runs there. New requests are turned away at once;
     answers in flight get up to `seconds`."""
     from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.exceptions import RayServeException
 
     _quiet_logs()
     _drop_stale_client()
@@ -126,6 +131,9 @@ def undeploy(name: str = "calumma", seconds: float = PATIENCE) -> None:
     _delete([endpoint], max(SETTLE_SECONDS, end - time.monotonic()))  # its streams need the models until they end
     _delete([application for application in serve.status().applications if application.startswith(f"{endpoint}:")])
     if not serve.status().applications:
+        with contextlib.suppress(RayServeException):  # another process has shut it down
+            if (client := _get_global_client()) is not None:
+                _await_sent(client.http_config.port, end)
         serve.shutdown()
 
 
@@ -146,6 +154,27 @@ def _drain(endpoint: str, end: float) -> None:
             if not under_way:
                 return
         time.sleep(LOOK_SECONDS)
+
+
+def _await_sent(port: int, end: float) -> None:
+    """Wait until the proxy of this machine has sent all it has, or has given up clients that do not read: what it holds
+    for them is lost with it."""
+    clear = 0
+    while clear < LOOKS and time.monotonic() < end:
+        clear = 0 if unsent_bytes(port) else clear + 1
+        time.sleep(LOOK_SECONDS)
+
+
+def unsent_bytes(port: int) -> int:
+    """Of this machine's TCP connections at a port: what their clients have not taken yet (Linux; elsewhere 0)."""
+    found = 0
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                _, local, _, state, queues, *_ = line.split()
+                if state == ESTABLISHED and int(local.rpartition(":")[2], 16) == port:
+                    found += int(queues.partition(":")[0], 16)
+    return found
 
 
 def _delete(applications: list[str], patience: float = PATIENCE) -> None:

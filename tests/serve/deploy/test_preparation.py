@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import socket
+import time
 from pathlib import Path
 
 import pytest
 
+from calumma.serve.deploy.endpoint import unsent_bytes
 from calumma.serve.deploy.preparation import (
     NodeGroup,
     ServeError,
@@ -59,3 +62,24 @@ def test_a_model_directory_that_misses_a_file_is_not(model_directory: Path, tmp_
 
 def test_a_free_port_is_fine() -> None:
     require_port("127.0.0.1", free_port())
+
+
+def test_what_a_client_has_not_taken_is_known() -> None:
+    """Of which a server that ends says that it is sent."""
+    with socket.socket() as listener, socket.socket() as client:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        server, _ = listener.accept()
+        with server:
+            assert unsent_bytes(port) == 0
+            server.setblocking(False)
+            sent = server.send(bytes(1 << 20))
+            assert unsent_bytes(port) > 0
+            while sent:
+                sent -= len(client.recv(sent))
+            until = time.monotonic() + 60
+            while unsent_bytes(port):
+                assert time.monotonic() < until
