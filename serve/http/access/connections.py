@@ -78,6 +78,11 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self._wait(None)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._waits_for == "header":  # of the next request, which has begun already
+            self._begin_wait()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._unread is None:
@@ -103,21 +108,23 @@ class LimitedProtocol(HttpToolsProtocol):
         return self.cycle is not None and self.cycle.response_started
 
     def _wait(self, what: Literal["header", "body"] | None) -> None:
+        self._waits_for, self._header_bytes = what, 0
+        self._begin_wait()
+
+    def _begin_wait(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-        self._waits_for, self._header_bytes = what, 0
-        if what is not None:
-            self._deadline = self.loop.call_later(getattr(self.limits, what), self._late)
+        if self._waits_for is not None:
+            self._deadline = self.loop.call_later(getattr(self.limits, self._waits_for), self._late)
 
     def _late(self) -> None:
-        self._deadline = None
         # It may have come, but nobody reads before the answers ahead of it are sent, or the body's beginning is used.
         ours = bool(self.pipeline) or self.flow.read_paused or (self._waits_for == "header" and self._answering)
         if ours and self._waits_for is not None and not self.transport.is_closing():
-            self._deadline = self.loop.call_later(getattr(self.limits, self._waits_for), self._late)
-            return
-        self._refuse(408)
+            self._begin_wait()
+        else:
+            self._refuse(408)
 
     def _refuse(self, status: int) -> None:
         """Say why with OpenAI's error object, where something was begun and nothing said about it yet; then close."""

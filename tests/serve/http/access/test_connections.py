@@ -104,10 +104,10 @@ def test_the_wait_begins_anew_with_every_request_of_a_connection(url: str) -> No
 
 def test_an_answer_may_take_longer_than_a_request(url: str) -> None:
     async def pause() -> None:
-        await asyncio.sleep(SOON * 3)
+        await asyncio.sleep(1.2)
 
     app = create_app(StubBackend(*answered(TextDelta("a"), pause, TextDelta("b"))), stub_settings())  # type: ignore[arg-type]
-    with listening(app, http=limited(ConnectionLimits(SOON, SOON, SOON))) as slow:
+    with listening(app, http=limited(ConnectionLimits(1.0, 1.0, 1.0))) as slow:
         body = json.dumps(ask()).encode()
         whole = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         with connection(slow) as client:
