@@ -234,7 +234,7 @@ class ServeSettings(ModelSettings):
         if not (self.open or self.keys_needed or is_loopback(self.host)):
             raise ValueError(
                 f"at {self.host} everybody who reaches this machine could use the server: give it keys (--keys FILE; "
-                "`calumma serve key` makes one), or say that it is meant to be open (--open)"
+                "`calumma serve keys add` makes one), or say that it is meant to be open (--open)"
             )
         return self
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
     from calumma.serve.settings import ServeSettings
 
 
@@ -70,5 +72,11 @@ def read_settings(values: dict[str, Any]) -> ServeSettings:
     try:
         return ServeSettings(**values)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given {e['input']!r})" for e in error.errors()]
-        raise ValueError("\n".join(wrong)) from error
+        raise ValueError("\n".join(map(_told, error.errors()))) from error
+
+
+def _told(error: ErrorDetails) -> str:
+    """What is wrong with a field, or with several together."""
+    message = error["msg"].removeprefix("Value error, ")
+    field = ".".join(map(str, error["loc"]))
+    return f"{field}: {message} (given {error['input']!r})" if field else message

@@ -70,7 +70,7 @@ def test_the_served_name_is_the_registered_one(model: str, name: str) -> None:
         (["{model}", "--replicas", "3..2"], "--replicas '3..2'"),
         (["{model}", "--gpus", "64"], "64 GPUs each"),
         (["{model}", "--port", "{taken}"], "choose another with --port"),
-        (["{model}", "--host", "0.0.0.0"], "everybody who reaches this machine could use the server: give it keys"),
+        (["{model}", "--host", "0.0.0.0"], "could use the server: give it keys (--keys FILE; `calumma serve keys add`"),
         (["{model}", "--host", "0.0.0.0", "--open", "--allowed-host", "a/b"], "allowed_hosts.0: String should match"),
         (["{model}", "--port", "70000"], "port: Input should be less than or equal to 65535"),
     ],
@@ -86,6 +86,7 @@ def test_a_start_that_cannot_work_says_so_before_anything_starts(
         result = RUNNER.invoke(serve.app, ["start", *(argument.format(**known) for argument in arguments), *port])
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())
+    assert "{'" not in result.output, "all that was given"
     assert Service.read() is None
 
 
