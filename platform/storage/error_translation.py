@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from calumma.platform.storage import filesystems
 from calumma.platform.storage.client import endpoint, s3_client
-from calumma.platform.storage.uri import BrokenRead, NotFound, StorageError, bucket_and_key, is_remote
+from calumma.platform.storage.uri import BrokenRead, NotFound, StorageError, bucket_and_key, is_read_only, is_remote
 
 
 @contextmanager
@@ -17,9 +18,12 @@ def translated_errors(uri: str, action: str) -> Iterator[None]:
     except (StorageError, BrokenRead):
         raise
     except Exception as error:
-        translated = (
-            translate_s3_error(uri, action, error) if is_remote(uri) else translate_local_error(uri, action, error)
-        )
+        if is_read_only(uri):
+            translated = filesystems.translate_error(uri, action, error)
+        elif is_remote(uri):
+            translated = translate_s3_error(uri, action, error)
+        else:
+            translated = translate_local_error(uri, action, error)
         if translated is None:
             raise
         raise translated from error

@@ -1,4 +1,4 @@
-"""Single files over both kinds of storage: list, read, write. A file appears whole or not at all."""
+"""Single files over all kinds of storage: list, read, write. A file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ import shutil
 from collections.abc import Callable
 from typing import BinaryIO
 
+from calumma.platform.storage import filesystems
 from calumma.platform.storage.client import max_attempts, s3_client
 from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.local import local_range, local_sizes, replace_file
 from calumma.platform.storage.s3 import object_reader, remote_range, remote_sizes
-from calumma.platform.storage.uri import BrokenRead, Damaged, StorageError, bucket_and_key, is_remote, local_path
+from calumma.platform.storage.uri import (
+    BrokenRead,
+    Damaged,
+    StorageError,
+    bucket_and_key,
+    is_read_only,
+    is_remote,
+    local_path,
+    refuse_to_write,
+)
 
 ContentCheck = Callable[[bytes], str | None]
 
@@ -22,6 +32,8 @@ def sizes(prefix: str) -> dict[str, int]:
     Unfinished temporary files are not files. Raises StorageError.
     """
     with translated_errors(prefix, "list"):
+        if is_read_only(prefix):
+            return dict(filesystems.sizes(prefix))
         return dict(remote_sizes(prefix)) if is_remote(prefix) else dict(local_sizes(local_path(prefix)))
 
 
@@ -35,6 +47,8 @@ def exists(uri: str) -> bool:
     with translated_errors(uri, "look for"):
         if not is_remote(uri):
             return local_path(uri).exists()
+        if is_read_only(uri):
+            return next(filesystems.sizes(uri), None) is not None
         return next(remote_sizes(uri), None) is not None
 
 
@@ -54,6 +68,9 @@ def read_range(uri: str, offset: int, length: int, check: ContentCheck | None = 
     """
     if not is_remote(uri):
         return _read_with_retries(uri, lambda: local_range(uri, offset, length), check, attempts=2)
+    if is_read_only(uri):
+        with translated_errors(uri, "read"):
+            return _read_with_retries(uri, lambda: filesystems.read_range(uri, offset, length), check, max_attempts())
     return _read_with_retries(uri, lambda: remote_range(uri, offset, length), check, max_attempts())
 
 
@@ -86,6 +103,8 @@ def size(uri: str) -> int:
     with translated_errors(uri, "look for"):
         if not is_remote(uri):
             return local_path(uri).stat().st_size
+        if is_read_only(uri):
+            return filesystems.size(uri)
         bucket, key = bucket_and_key(uri)
         return int(s3_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
 
@@ -93,6 +112,10 @@ def size(uri: str) -> int:
 def copy_to(uri: str, file: BinaryIO) -> None:
     """Copy a file's content into an open one. Raises StorageError, NotFound."""
     with translated_errors(uri, "read"):
+        if is_read_only(uri):
+            with filesystems.open_file(uri, 4 << 20) as content:
+                shutil.copyfileobj(content, file, 1 << 20)
+            return
         if is_remote(uri):
             bucket, key = bucket_and_key(uri)
             s3_client().download_fileobj(bucket, key, file)  # in parts, and again from where a connection broke
@@ -103,6 +126,7 @@ def copy_to(uri: str, file: BinaryIO) -> None:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file; readers see the old content or the new, never a part. Raises StorageError."""
+    refuse_to_write(uri, "write")
     with translated_errors(uri, "write"):
         if not is_remote(uri):
             replace_file(local_path(uri), lambda file: file.write(data))
@@ -116,6 +140,8 @@ def open_read(uri: str, buffer: int = 4 << 20) -> io.BufferedIOBase:
     with translated_errors(uri, "read"):
         if not is_remote(uri):
             return local_path(uri).open("rb")
+        if is_read_only(uri):
+            return filesystems.open_file(uri, buffer)
         bucket, key = bucket_and_key(uri)
         client = s3_client()
         client.head_object(Bucket=bucket, Key=key)

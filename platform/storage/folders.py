@@ -23,6 +23,7 @@ from calumma.platform.storage.uri import (
     is_remote,
     join,
     local_path,
+    refuse_to_write,
     relative,
 )
 
@@ -67,6 +68,7 @@ def local_copy(uri_dir: str) -> Iterator[Path]:
 
 def delete(uri: str) -> None:
     """Delete a file or everything below a folder, manifests first; nothing there is fine. Raises StorageError."""
+    refuse_to_write(uri, "delete")
     if is_remote(uri):
         if not bucket_and_key(uri)[1]:
             raise StorageError(f"{uri}: refusing to delete a whole bucket; name a key below it")
@@ -108,6 +110,7 @@ def _for_each_file(files: Iterable[str], work: Callable[[str], object], manifest
 
 
 def _upload_file(file: Path, uri: str) -> None:
+    refuse_to_write(uri, "write")
     with translated_errors(uri, "write"):
         if not is_remote(uri):
             with file.open("rb") as source:

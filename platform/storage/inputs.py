@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from fnmatch import translate
 from pathlib import Path
 
+from calumma.platform.storage import filesystems
 from calumma.platform.storage.client import s3_client
 from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.files import exists
 from calumma.platform.storage.s3 import remote_sizes
-from calumma.platform.storage.uri import StorageError, bucket_and_key, is_remote, local_path
+from calumma.platform.storage.uri import StorageError, bucket_and_key, is_read_only, is_remote, local_path
 
 MOST_NAMES = 100_000  # that the braces of one location may stand for
 _WILDCARD = re.compile(r"[*?\[]")
@@ -40,7 +41,9 @@ def list_inputs(location: str) -> Listing:
     """What a location stands for. Raises StorageError."""
     found = Listing()
     with translated_errors(location, "list"):
-        if not is_pattern(location):
+        if is_read_only(location):
+            _add_read_only(found, location)
+        elif not is_pattern(location):
             _add_literal(found, location)
         else:
             for name in expand_braces(location):
@@ -206,6 +209,23 @@ def _children(folder: str) -> tuple[dict[str, tuple[str, int]], list[str]]:
         elif entry.is_file() and not _unfinished(entry.name):
             files[entry.name] = (_below(folder, entry.name), entry.stat().st_size)
     return files, folders
+
+
+def _add_read_only(found: Listing, location: str) -> None:
+    """A file, all below a folder, or what a pattern matches of all that its literal folder has."""
+    for name in expand_braces(location) if is_pattern(location) else [location]:
+        if _WILDCARD.search(_path(name)):
+            parts = name.split("/")
+            first = next(number for number, part in enumerate(parts) if number > 1 and _WILDCARD.search(part))
+            folder = "/".join(parts[:first])
+            matches = re.compile(f"{_regex(parts[first:])}(/.*)?", re.DOTALL)
+            below = filesystems.sizes(folder)
+            sizes = {uri: size for uri, size in below if matches.fullmatch(uri[len(folder) + 1 :])}
+        else:
+            sizes = dict(filesystems.sizes(name))
+        found.sizes |= sizes
+        if not sizes and name != location:
+            found.missing.append(name)
 
 
 # -- what is below -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 MANIFEST = "manifest.json"
+READ_ONLY = ("hf", "gs", "az")  # schemes; see filesystems.py
 
 
 class StorageError(OSError):
@@ -25,13 +26,28 @@ class BrokenRead(Exception):
 
 
 def is_remote(uri: str) -> bool:
-    """Whether the URI is in S3. Raises StorageError on a scheme we do not know."""
+    """Whether the URI is in object storage. Raises StorageError on a scheme we do not know."""
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme == "file":
         return False
-    if scheme == "s3":
+    if scheme in ("s3", *READ_ONLY):
         return True
-    raise StorageError(f"{uri}: storage {scheme}:// is not known; use s3://bucket/key or a local path")
+    raise StorageError(
+        f"{uri}: storage {scheme}:// is not known; use s3://bucket/key or a local path; "
+        f"{', '.join(f'{scheme}://' for scheme in READ_ONLY)} are read"
+    )
+
+
+def is_read_only(uri: str) -> bool:
+    """Whether the URI is in a storage that is only read."""
+    return uri.partition("://")[0] in READ_ONLY
+
+
+def refuse_to_write(uri: str, action: str) -> None:
+    """Raises StorageError for a URI in a storage that is only read."""
+    if is_read_only(uri):
+        scheme = uri.partition("://")[0]
+        raise StorageError(f"cannot {action} {uri}: {scheme}:// is only read; write to s3://bucket/key or a local path")
 
 
 def join(uri: str, *parts: str) -> str:
