@@ -1,4 +1,5 @@
-"""Scorers that need no model: measures of images and texts, to be named as a scorer's `factory`.
+"""Scorers that need no model: measures of images and texts, to be named as a scorer's `factory`. Those with one that is
+at hand are in models.py.
 
 A scorer with a model is a class or function of one's own. It is made once in every actor, so it loads its weights once,
 onto the GPU that its `resources` ask for; calls take lists, so that it can work in batches:
