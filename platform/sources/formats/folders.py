@@ -130,4 +130,4 @@ def image_files(file: File, *, caption: str | None = None, encoding: str = "utf-
             parts[sidecar[1:]] = storage.read_bytes(key + sidecar)
         except storage.NotFound:
             continue
-    yield sample_draft(file, key, parts, caption=caption, encoding=encoding)
+    yield sample_draft(file, posixpath.basename(key), parts, caption=caption, encoding=encoding)

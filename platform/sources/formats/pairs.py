@@ -23,6 +23,7 @@ from calumma.platform.sources.files import (
 )
 from calumma.platform.sources.formats.image_values import OtherImages, image_segment, is_missing
 from calumma.platform.sources.formats.records import SUFFIXES, list_in, records, words_of
+from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.registry import ReaderItem, reader
 
 IMAGES = (
@@ -78,7 +79,7 @@ class PairFields:
         """The pairs of a record; fields that are not read are counted in the file's notes."""
         read: set[str] = set(ABOUT)
         try:
-            images = self._image_segments(row, file, read)
+            images = self.image_segments(row, file.notes, read)
             texts = self._texts(row, file, read)
         except Malformed as error:
             yield BadInput(name, str(error))
@@ -105,7 +106,7 @@ class PairFields:
             )
         return found
 
-    def _image_segments(self, row: Mapping[str, Any], file: File, read: set[str]) -> list[DraftSegment]:
+    def image_segments(self, row: Mapping[str, Any], notes: Notes, read: set[str]) -> list[DraftSegment]:
         field = self._field(row, self._images, "image")
         read.add(field)
         value = list_in(row[field])
@@ -115,7 +116,7 @@ class PairFields:
         segments = []
         for index, each in enumerate(values):
             if self._optional and is_missing(each):
-                file.notes.skip("images", "that cannot be had")
+                notes.skip("images", "that cannot be had")
                 continue
             what = f"`{field}`" if len(values) == 1 else f"image {index} of `{field}`"
             segments.append(image_segment(each, what, optional=self._optional))
