@@ -109,9 +109,16 @@ class DocumentEncoder:
         parts: list[NDArray[np.int32]] = []
         begins, size = [0], 0
         untrained: list[tuple[int, int]] = []
+        bos, eos = special[v.bos], special[v.eos]
         for document in documents:
+            only = document.segments[0] if len(document.segments) == 1 else None
+            if isinstance(only, Text) and only.role is None and only.trained:  # most, and many of them short
+                parts += (bos, ids := next(text), eos) if complete else (bos, ids := next(text))
+                size += len(ids) + 1 + complete
+                begins.append(size)
+                continue
             conversation = document.is_conversation
-            parts.append(special[v.bos])
+            parts.append(bos)
             size += 1
             if conversation:
                 untrained.append((size - 1, size))
@@ -136,7 +143,7 @@ class DocumentEncoder:
                 elif turn.role is not None and not turn.segments[-1].trained:
                     untrained.append((size - 1, size))
             if complete:
-                parts.append(special[v.eos])
+                parts.append(eos)
                 size += 1
                 if conversation:
                     untrained.append((size - 1, size))

@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from calumma.model.document import Document
+from calumma.model.document import Document, Text
 from calumma.platform import storage
 from calumma.platform.shards.partial import PartialFile, extent
 from calumma.platform.shards.row_groups import ShardError
@@ -18,6 +18,7 @@ from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import Manifest
 
 if TYPE_CHECKING:
+    from pyarrow import RecordBatch
     from pyarrow.parquet import FileMetaData, ParquetFile
 
 CURATED = "curated"  # Manifest.kind
@@ -116,9 +117,28 @@ def _documents(table: ParquetFile, row_group: int, where: str) -> Iterator[Docum
 
     try:
         for batch in table.iter_batches(READ_BATCH, [row_group], use_threads=False):
-            yield from map(Document.from_row, batch.to_pylist())
+            yield from _batch_documents(batch)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(where, error) from error
+
+
+def _batch_documents(batch: RecordBatch) -> Iterator[Document]:
+    """The documents of a batch of rows. Plain texts come column by column: a dictionary for each row and each segment
+    takes twice as long, as much as a tenth of tokenizing a short one."""
+    segments = batch.column("segments")
+    values = segments.flatten()
+    names = {field.name for field in values.type}
+    others = [values.field(name) for name in ("image", "caption", "role", "trained") if name in names]
+    plain = not segments.null_count and not values.null_count and all(o.null_count == len(o) for o in others)
+    if not plain or set(values.field("kind").to_pylist()) - {"text"}:
+        yield from map(Document.from_row, batch.to_pylist())
+        return
+    texts = [Text(text) for text in values.field("text").to_pylist()]
+    first = segments.offsets[0].as_py()  # of a slice, whose flattened values begin there
+    ends = [end - first for end in segments.offsets.to_pylist()]
+    about = (batch.column(name).to_pylist() for name in ("source", "license", "url"))
+    for begin, end, source, license, url in zip(ends, ends[1:], *about, strict=False):
+        yield Document(tuple(texts[begin:end]), source or "", license or "", url or "")
 
 
 def _unreadable(what: str, error: Exception) -> ShardError:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from calumma.model.document import Image, Text
-from calumma.model.images import suffixes
+from calumma.model.images import kind_of, suffixes
 from calumma.platform.sources.encodings import decode_text
 from calumma.platform.sources.files import (
     LICENSES,
@@ -58,7 +58,7 @@ class _Sample:
         if isinstance(status, str) and status != "success":
             raise Malformed(f"its status is {status!r}: {self._about.get('error_message') or 'no reason given'}")
         if not self._images:
-            raise Malformed(f"has no image among {', '.join(sorted(self._parts))}")
+            raise Malformed(f"has no image among {', '.join(map(self._described, sorted(self._parts)))}")
         if isinstance(self._about.get("texts"), list) and isinstance(self._about.get("images"), list):
             segments = self._interleaved(self._about["texts"], self._about["images"])
         elif len(self._images) == 1:
@@ -76,6 +76,11 @@ class _Sample:
         self._count()
         place = f"{self._key}.{self._images[0]}" if len(self._images) == 1 else self._key
         return Draft.from_record(segments, self._file.at(place), self._about)
+
+    def _described(self, extension: str) -> str:
+        """An extension, with what its member is where that is a picture after all, or a drawing."""
+        kind = kind_of(self._parts[extension])
+        return f"{extension} ({kind})" if kind.endswith(("picture", "drawing", "document")) else extension
 
     def _json(self) -> dict[str, Any]:
         if "json" not in self._parts:
