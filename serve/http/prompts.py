@@ -93,17 +93,16 @@ class _Marked:
 
 def _segments(message: Message, role: Role, where: str, loader: ImageLoader, marked: _Marked) -> list[Segment]:
     segments: list[Segment] = []
-    response = marked.response(message, where) if message.role == "tool" else None
+    if message.role == "tool":
+        segments.append(Text(well_formed(marked.response(message, where), f"{where}.content"), role))
     for index, part in enumerate(message.body):
         here = f"{where}.{message.field}[{index}]"
         if isinstance(part, ImagePart):
-            if message.role in ("system", "developer", "tool"):
+            if message.role in ("system", "developer"):
                 raise APIError(f"a {message.role} message holds text only", param=here)
             segments.append(Image(loader.read(part.image_url.url, f"{here}.image_url.url"), role=role))
-        elif part.text:
+        elif part.text and message.role != "tool":
             segments.append(Text(marked.text(well_formed(part.text, f"{here}.text")), role))
-    if response is not None:
-        return [Text(well_formed(response, f"{where}.content"), role)]
     if calls := marked.calls(message):
         segments.append(Text(well_formed(calls, f"{where}.tool_calls"), role))
     return segments
