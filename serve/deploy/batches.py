@@ -51,7 +51,7 @@ def build_batches(settings: ServeSettings, table: dict[str, str], watch: str | N
     deployment = serve.deployment(
         name=BATCHES,
         num_replicas=1,
-        ray_actor_options={"num_cpus": settings.ingress_cpus},
+        ray_actor_options={"num_cpus": 0},  # it waits for others
         graceful_shutdown_timeout_s=1.0,  # what is under way is asked for again
         graceful_shutdown_wait_loop_s=0.2,
     )(Batches)

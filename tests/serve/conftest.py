@@ -28,7 +28,7 @@ from calumma.model.vocabulary import Vocabulary
 from calumma.serve.http.app import create_app
 from calumma.serve.protocol import Finished, GenerationRequest, OutputEvent, Started, TextDelta, TokenCount
 from calumma.serve.replica.replica import EngineReplica
-from calumma.serve.settings import ServeSettings
+from calumma.serve.settings import Batches, ServeSettings
 
 CONTEXT = 128
 IMAGE_SIZE = 8  # pixels; 16 codes
@@ -174,8 +174,8 @@ def url(replica: EngineReplica, settings: ServeSettings) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def roomy_url(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server over a model whose context has room for tools."""
+def roomy_replica(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineReplica]:
+    """Of a model whose context has room for tools."""
     root = tmp_path_factory.mktemp("roomy")
     torch.manual_seed(0)
     size = Vocabulary.read(model_directory).size
@@ -183,10 +183,18 @@ def roomy_url(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -
         ModelConfig(vocabulary_size=size, layers=1, width=16, heads=2, kv_heads=2, ffn_width=32, context=2048)
     )
     save_model(root / "model", transformer, model_directory, model_directory / IMAGE_TOKENIZER)
-    replica = EngineReplica(load(root / "model"), max_sequences=4)
-    with listening(create_app(replica, ServeSettings(model=str(root / "model"), name="tiny"))) as address:
-        yield address
+    replica = EngineReplica(load(root / "model"), max_sequences=12)
+    yield replica
     replica.close()
+
+
+@pytest.fixture(scope="session")
+def roomy_url(roomy_replica: EngineReplica, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with files and batches, which nobody answers."""
+    batches = Batches(location=str(tmp_path_factory.mktemp("batches")))
+    settings = ServeSettings(model="roomy", name="tiny", max_body_mebibytes=0.25, batches=batches)
+    with listening(create_app(roomy_replica, settings)) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from calumma.serve.deploy.endpoint import await_health
 from calumma.serve.deploy.naming import APPLICATION_PREFIX, ENGINE
 from calumma.serve.replica.engine.process import MODULE
 from calumma.serve.replica.tensor_parallel import ACTOR_PREFIX
-from calumma.serve.settings import ModelSettings, ServeSettings
+from calumma.serve.settings import Batches, ModelSettings, ServeSettings
 
 from ..conftest import free_port
 
@@ -88,7 +88,9 @@ def name_champion(registry: str, model_directory: Path) -> None:
 
 
 @pytest.fixture(scope="package")
-def settings(model_directory: Path, talkative: Path, cut: Path, registry: str) -> ServeSettings:
+def settings(
+    model_directory: Path, talkative: Path, cut: Path, registry: str, tmp_path_factory: pytest.TempPathFactory
+) -> ServeSettings:
     name_champion(registry, model_directory)
     pair = ModelSettings(model=str(cut), name="pair", tensor_parallel=2, cpus_per_replica=0.25, threads=1)
     tiny = {"model": "models:/tiny@champion", "name": "tiny", "tracking": Tracking(uri=registry), "image_coders": 1}
@@ -104,6 +106,7 @@ def settings(model_directory: Path, talkative: Path, cut: Path, registry: str) -
         threads=1,
         also=(ModelSettings(**tiny, cpus_per_replica=0.25, threads=1), pair),
         watch_seconds=1.0,
+        batches=Batches(location=str(tmp_path_factory.mktemp("batches")), running=2),
     )
 
 

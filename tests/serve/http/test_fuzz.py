@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from starlette.testclient import TestClient
 
 from calumma.serve.http.app import create_app
+from calumma.serve.http.wire.batches import BatchRequest
 from calumma.serve.http.wire.requests import (
     ChatRequest,
     CompletionRequest,
@@ -24,13 +26,14 @@ from calumma.serve.http.wire.requests import (
 from calumma.serve.http.wire.responses_api import ResponsesRequest
 from calumma.serve.http.wire.support import UNSUPPORTED_FIELDS, WITHOUT_EFFECT
 from calumma.serve.replica.replica import EngineReplica
-from calumma.serve.settings import ServeSettings
+from calumma.serve.settings import Batches, ServeSettings
 
 ENDPOINTS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/images/generations": ImageRequest,
     "/v1/responses": ResponsesRequest,
+    "/v1/batches": BatchRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -40,6 +43,8 @@ DATA_URL = (
 )
 TEXTS = ["", " ", "x", "Draw a three.", "é" * 30, "\ud800", "\x00", "</s>", "<image>", "𝔘𝔫𝔦", "a" * 500, "[0-9]+", "{"]
 NUMBERS = [0, 1, 2, 3, 5, -1, -2, 0.5, 1.5, 1e308, float("nan"), float("inf"), 2**31, 2**63, 2**64, 10**40, True, False]
+NAMES = ["f", "g", "two words", "", "x" * 65, "<tool_call>"]
+FILE = "file-of-the-test"  # stands for one that is there
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
@@ -48,7 +53,30 @@ class Fuzzer:
         self._random = random.Random(number)
 
     def request(self) -> tuple[str, dict[str, Any]]:
-        path, model = self._random.choice(list(ENDPOINTS.items()))
+        return self._body(*self._random.choice(list(ENDPOINTS.items())))
+
+    def other(self) -> tuple[str, str, dict[str, Any]]:
+        """A method, a path, and what goes with it, of files and batches."""
+        pick = self._random.choice
+        text = self._text().replace("\ud800", "é")
+        id = pick([FILE, "batch_" + "0" * 32, "..", "%2e%2e%2fx", "a b", text, "x" * 300])
+        query = {pick(["limit", "after", "order", "purpose", "x"]): pick([0, 1, "desc", "asc", "batch", FILE, "é", -1])}
+        data = {pick(["purpose"] * 3 + ["expires_after[seconds]", "file", "é"]): pick(["batch", "1", ""])}
+        content = (pick(["a", "é\x00", ""]), b"{}" * pick([0, 9]))
+        form = {"data": data, "files": {pick(["file", "file", "image"]): content}}
+        broken = {"content": b"--x", "headers": {"content-type": "multipart/form-data; boundary=x"}}
+        return pick(
+            [
+                ("GET", pick(["/v1/files", "/v1/batches"]), {"params": query}),
+                ("GET", pick([f"/v1/files/{id}", f"/v1/files/{id}/content", f"/v1/batches/{id}"]), {}),
+                ("POST", f"/v1/batches/{id}/cancel", {}),
+                ("DELETE", f"/v1/files/x{id}", {}),
+                ("POST", "/v1/files", form),
+                ("POST", "/v1/files", broken),
+            ]
+        )
+
+    def _body(self, path: str, model: type[BaseModel]) -> tuple[str, dict[str, Any]]:
         names = [
             *model.model_fields,
             *self._random.sample([*UNSUPPORTED_FIELDS, *sorted(WITHOUT_EFFECT), "\ud800", "unknown"], 2),
@@ -57,7 +85,7 @@ class Fuzzer:
             name: self._value(name)
             for name in self._random.sample(names, min(len(names), self._random.choice([0, 1, 1, 2, 3, 5])))
         }
-        for name in ("messages", "prompt", "input", "tokens"):
+        for name in ("messages", "prompt", "input", "tokens", "input_file_id", "endpoint", "completion_window"):
             if name in model.model_fields and self._random.random() < 0.9:
                 body[name] = self._value(name) if self._random.random() < 0.2 else self._likely(name)
         for name in ("max_tokens", "max_output_tokens"):  # else an answer takes seconds
@@ -105,7 +133,16 @@ class Fuzzer:
             case "stream" | "echo" | "logprobs" | "ignore_eos":
                 return pick([True, False, 1, None])
             case "tools":
-                return [{"type": pick(["image_generation", "function", text()]), "partial_images": number()}]
+                return [self._tool() for _ in range(self._random.randint(1, 3))]
+            case "tool_choice":
+                named = pick([{"function": {"name": "f"}}, {"name": "f"}, {"name": "h"}, {}])
+                return pick(["none", "auto", "required", {"type": pick(["function", "image_generation"])} | named])
+            case "input_file_id":
+                return pick([FILE, FILE, text()])
+            case "endpoint":
+                return pick(["/v1/chat/completions", "/v1/responses", text()])
+            case "completion_window":
+                return pick(["24h", "24h", "1h"])
             case "model":
                 return pick(["tiny", text(), None])
             case "begin_with":
@@ -119,22 +156,43 @@ class Fuzzer:
         return number()
 
     def _message(self) -> Any:
-        role = self._random.choice(["system", "developer", "user", "user", "user", "assistant", "tool"])
+        role = self._random.choice(["system", "developer", "user", "user", "user", "assistant", "assistant", "tool"])
         message = {
             "role": role,
             "content": self._random.choice([self._text(), None, [self._part()], [self._part()] * 2]),
         }
+        if role == "tool":
+            return message | {"tool_call_id": self._random.choice(["1", "1", self._text(), None])}
+        if role == "assistant" and self._random.random() < 0.5:
+            arguments = self._random.choice(["{}", '{"a": 1}', "{", self._text(), None, {}])
+            called = {"id": "1", "type": "function", "function": {"name": self._text(), "arguments": arguments}}
+            return message | {"tool_calls": [called]}
         return message | (
             {self._random.choice(["parts", "images", "name"]): [self._part()]} if role == "assistant" else {}
         )
+
+    def _tool(self) -> Any:
+        pick = self._random.choice
+        schema = pick([SCHEMA, {}, {"type": "string"}, {"$ref": "#"}, {"type": self._text()}, self._any(), None])
+        function = {
+            "name": pick([*NAMES[:2] * 3, *NAMES]),
+            "description": pick([self._text(), None]),
+            "parameters": schema,
+            "strict": pick([True, False, None]),
+        }
+        flat = {"type": "function", **function}
+        other = {"type": pick(["image_generation", self._text()])}
+        return pick([{"type": "function", "function": function}, flat, other])
 
     def _item(self) -> Any:
         part = self._random.choice(
             [{"type": "input_text", "text": self._text()}, {"type": "input_image", "image_url": DATA_URL}]
         )
         call = {"type": "image_generation_call", "result": self._random.choice([DATA_URL.partition(",")[2], "x", None])}
+        called = {"type": "function_call", "call_id": "1", "name": "f", "arguments": self._text()}
+        result = {"type": "function_call_output", "call_id": "1", "output": self._random.choice([self._text(), [part]])}
         return self._random.choice(
-            [{"role": "user", "content": self._text()}, {"role": "user", "content": [part]}, call]
+            [{"role": "user", "content": self._text()}, {"role": "user", "content": [part]}, call, called, result]
         )
 
     def _part(self) -> Any:
@@ -155,19 +213,30 @@ class Fuzzer:
 
 
 def test_no_request_makes_the_server_fail(
-    replica: EngineReplica, settings: ServeSettings, request: pytest.FixtureRequest
+    roomy_replica: EngineReplica, settings: ServeSettings, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     seen: dict[int, int] = {}
-    with TestClient(create_app(replica, settings), raise_server_exceptions=False) as client:
+    called = 0
+    settings = settings.model_copy(update={"batches": Batches(location=str(tmp_path / "batches"))})
+    with TestClient(create_app(roomy_replica, settings), raise_server_exceptions=False) as client:
+        form = {"data": {"purpose": "batch"}, "files": {"file": ("a", b"{}")}}
+        file = client.post("/v1/files", **form).json()["id"]
         for number in range(request.config.getoption("--fuzz")):
-            path, body = Fuzzer(number).request()
-            response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+            if number % 10 == 9:
+                method, path, more = Fuzzer(number).other()
+                response = client.request(method, path.replace(FILE, file), **more)
+                told = f"number {number}: {method} {path} {more}\n{response.text[:500]}"
+            else:
+                path, body = Fuzzer(number).request()
+                sent = json.dumps(body).replace(FILE, file)
+                response = client.post(path, content=sent, headers={"content-type": "application/json"})
+                told = f"number {number}: {path} {body}\n{response.text[:500]}"
             seen[response.status_code] = seen.get(response.status_code, 0) + 1
-            told = f"number {number}: {path} {body}\n{response.text[:500]}"
+            called += "call_" in response.text
             assert response.status_code < 500, told
             assert '"type":"server_error"' not in response.text, told
             if response.status_code != 200:
                 assert set(response.json()["error"]) == {"message", "type", "param", "code"}, told
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
-    print(seen)
-    assert seen[200] > sum(seen.values()) / 10, "too few of them are answered to try much"
+    print(seen, called)
+    assert seen[200] > sum(seen.values()) / 20, "too few of them are answered to try much"
