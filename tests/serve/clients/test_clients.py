@@ -107,10 +107,10 @@ def likelihood(model: MixedModalModel, context: str, continuation: str) -> float
     return float(logprobs_TV.gather(1, torch.tensor(after)[:, None]).sum())
 
 
-def test_schemathesis_finds_nothing_that_the_document_does_not_tell(run: Run, url: str) -> None:
-    """Requests made from the OpenAPI document, and others that break it."""
+def test_schemathesis_finds_nothing_that_the_document_does_not_tell(run: Run, roomy_url: str) -> None:
+    """Requests made from the OpenAPI document, and others that break it; of files and batches, too."""
     run(
-        "st", "run", f"{url}/openapi.json", "--max-examples", "15", "--seed", "1",
+        "st", "run", f"{roomy_url}/openapi.json", "--max-examples", "15", "--seed", "1",
         "--phases", "examples,coverage,fuzzing",
         "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
         "--request-timeout", "60",

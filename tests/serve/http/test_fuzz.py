@@ -9,6 +9,7 @@ import json
 import random
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from pydantic import BaseModel
@@ -58,7 +59,7 @@ class Fuzzer:
     def other(self) -> tuple[str, str, dict[str, Any]]:
         """A method, a path, and what goes with it, of files and batches."""
         pick = self._random.choice
-        text = self._text().replace("\ud800", "é")
+        text = quote(self._text().replace("\ud800", "é"), safe="")
         id = pick([FILE, "batch_" + "0" * 32, "..", "%2e%2e%2fx", "a b", text, "x" * 300])
         query = {pick(["limit", "after", "order", "purpose", "x"]): pick([0, 1, "desc", "asc", "batch", FILE, "é", -1])}
         data = {pick(["purpose"] * 3 + ["expires_after[seconds]", "file", "é"]): pick(["batch", "1", ""])}
