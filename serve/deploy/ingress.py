@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CATCH_UP_ATTEMPTS = 60
+
 
 class RayBackend:
     """A `Backend` behind Ray Serve: the engine replicas of one application, wherever they are."""
@@ -46,7 +49,7 @@ class RayBackend:
     def _find(self) -> DeploymentHandle:
         from ray import serve
 
-        return serve.get_deployment_handle(ENGINE, self.application)
+        return serve.get_deployment_handle(ENGINE, self.application, _check_exists=False)  # it may be gone by now
 
     async def generate(self, request: GenerationRequest) -> OutputStream:
         """As `Backend.generate`. When the replica is lost that answers, another one goes on with it: of the same
@@ -133,7 +136,8 @@ class Ingress:
         self._settings = settings
         self._drain = Drain()
         self._backends = {name: RayBackend(application) for name, application in table.items()}
-        self._catch_up(watch)
+        # In the background: the constructor runs on the event loop, where nothing may wait for a deployment.
+        self._catching_up = None if watch is None else asyncio.get_running_loop().create_task(self._catch_up(watch))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from calumma.serve.http.app import create_app
@@ -154,9 +158,18 @@ class Ingress:
         """Take no new requests for so long; how many are under way."""
         return self._drain.hold(seconds)
 
-    def _catch_up(self, watch: str | None) -> None:
-        """An ingress that replaces a lost one asks where the models are by now."""
+    async def _catch_up(self, watch: str) -> None:
+        """An ingress that replaces a lost one asks where the models are by now. Requests that come before the answer
+        may find a version gone, and are sent again."""
         from ray import serve
 
-        if watch is not None and watch in serve.status().applications:
-            self.switch(serve.get_deployment_handle(WATCHER, watch).table.remote().result(timeout_s=30))
+        for _ in range(CATCH_UP_ATTEMPTS):
+            try:
+                if watch not in serve.status().applications:
+                    return
+                self.switch(await serve.get_deployment_handle(WATCHER, watch).table.remote())
+            except Exception as error:
+                log.warning("the watcher does not tell where the models are: %s", error)
+                await asyncio.sleep(1)
+            else:
+                return
