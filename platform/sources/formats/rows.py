@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 from calumma.platform.sources.files import BadInput, Draft, DraftSegment, File, Malformed, json_type
 from calumma.platform.sources.formats.json_array import (
@@ -24,10 +24,7 @@ from calumma.platform.sources.formats.json_array import (
 from calumma.platform.sources.registry import ReaderItem
 from calumma.platform.storage import StorageError
 
-BATCH_BYTES = 16 << 20  # bytes of a Parquet file that are rows at once
-BATCH_ROWS = 1024
 TRIES = 20  # objects in a damaged line that are looked at
-COLUMN_BUFFER = 1 << 20  # bytes of a column that are read at once; without it Arrow reads all of a row group's
 
 
 def drafts(
@@ -148,70 +145,3 @@ def _cut_line(file: File, name: str, line: bytes) -> BadInput | None:
 def _skip_line(file: File) -> None:
     while (more := file.content.readline(CHUNK_BYTES)) and not more.endswith(b"\n"):
         pass
-
-
-def parquet_rows(file: File, columns: Callable[[list[str]], Sequence[str]]) -> Iterator[Row | BadInput]:
-    """Rows of a Parquet file with the columns that `columns` chooses of those there are (it may raise Malformed).
-
-    A bad value costs its row. Of a damaged row group the rows before the damage are kept; the others are one bad input.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    unreadable = (pa.ArrowException, OSError, UnicodeDecodeError)
-    try:
-        table = pq.ParquetFile(
-            cast(Any, file.raw), buffer_size=COLUMN_BUFFER, pre_buffer=False, page_checksum_verification=True
-        )
-        chosen = columns(table.schema_arrow.names)
-    except StorageError:
-        raise
-    except unreadable as error:
-        raise Malformed(f"not a readable Parquet file: {error}") from error
-    metadata = table.metadata
-    for name in table.schema_arrow.names:
-        if name not in chosen:
-            file.notes.skip("columns", name)
-    if metadata.num_rows != sum(metadata.row_group(n).num_rows for n in range(table.num_row_groups)):
-        yield BadInput(file.uri, "its footer is damaged: it counts other rows than its row groups have", 1)
-    for group in range(table.num_row_groups):
-        number, count = 0, metadata.row_group(group).num_rows
-        size = max(1, metadata.row_group(group).total_byte_size // max(1, count))
-        at_once = max(1, min(BATCH_ROWS, BATCH_BYTES // size))
-        problem = "they are missing"
-        while at_once:
-            try:
-                done = 0
-                for batch in table.iter_batches(at_once, row_groups=[group], columns=list(chosen), use_threads=False):
-                    if done + batch.num_rows > number:
-                        for name, row in _batch_rows(batch.slice(max(0, number - done)), group, number, unreadable):
-                            yield BadInput(file.at(name), row) if isinstance(row, str) else (file.at(name), row)
-                            number += 1
-                    done += batch.num_rows
-                at_once = 0
-            except StorageError:
-                raise
-            except unreadable as error:  # once more in smaller parts: what stands before the damage is kept
-                problem, at_once = str(error), 0 if at_once == 1 else max(1, at_once // 32)
-        if number < count:
-            lost = count - number
-            reason = f"{lost:,} rows cannot be read, from row {number} on: {problem}"
-            lost_bytes = max(1, round(lost / max(1, metadata.num_rows) * file.size))
-            yield BadInput(file.at(f"row group {group}"), reason, lost_bytes)
-
-
-def _batch_rows(
-    batch: Any, group: int, number: int, unreadable: tuple[type[Exception], ...]
-) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """(Place, row) of each row of a batch, or what is wrong with one: one bad value costs its row."""
-    try:
-        rows: list[dict[str, Any] | str] = batch.to_pylist()
-    except unreadable:
-        rows = []
-        for index in range(batch.num_rows):
-            try:
-                rows += batch.slice(index, 1).to_pylist()
-            except unreadable as error:
-                rows.append(f"cannot be read: {error}")
-    for index, row in enumerate(rows, start=number):
-        yield f"row group {group}, row {index}", row
