@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 KEY = b"calumma:connection-limits"  # of Ray's internal key-value store
 LONGEST_HEADER = 2**16  # bytes, request line included
+LEAST_READ = 2**15  # bytes that a client must read in `ConnectionLimits.unread`, of more than the buffers hold
 MESSAGES = {
     400: "this is no HTTP request",
     408: "the request did not come in time",
@@ -25,7 +26,7 @@ MESSAGES = {
 @dataclass(frozen=True)
 class ConnectionLimits:
     """Seconds until a request's header, and then its body, must be there, and until a client that does not read what is
-    sent to it is given up."""
+    sent to it, or next to nothing of it, is given up."""
 
     header: float = 10.0
     body: float = 60.0
@@ -86,13 +87,23 @@ class LimitedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._unread is None:
-            self._unread = self.loop.call_later(self.limits.unread, self.transport.abort)
+            self._await_reading()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
+
+    def _await_reading(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(self.limits.unread, self._unread_still, left)
+
+    def _unread_still(self, before: int) -> None:
+        if before - self.transport.get_write_buffer_size() < LEAST_READ:
+            self.transport.abort()
+        else:
+            self._await_reading()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400)

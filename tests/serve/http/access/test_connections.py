@@ -153,6 +153,22 @@ def test_who_does_not_read_is_given_up() -> None:
         assert len(all_of(client)) < 40 * 2**20
 
 
+def test_who_reads_slowly_gets_all() -> None:
+    """A large answer is handed over at once, and takes longer than the limit on silence to be read."""
+    size = 16 * 2**20
+    app = create_app(StubBackend(*answered(TextDelta("x" * size))), stub_settings())
+    body = json.dumps(ask()).encode()
+    with listening(app, http=limited(ConnectionLimits(9, 9, 1.0))) as url, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)
+        client.connect((urlsplit(url).hostname, urlsplit(url).port))
+        client.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        received = 0
+        while data := client.recv(2**19):
+            received += len(data)
+            time.sleep(SOON / 30)
+    assert received > size
+
+
 def test_others_are_served_beside_a_hundred_halves(url: str) -> None:
     halves = [socket.create_connection((urlsplit(url).hostname or "", urlsplit(url).port or 0)) for _ in range(100)]
     try:
