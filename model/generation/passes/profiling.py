@@ -59,7 +59,7 @@ def positions_that_fit(decoder: Decoder, memory: MemoryBudget, workload: Workloa
     count = decoder.shard.least(room // block_size)
     told = (
         f"weights {gigabytes(held)}, activations {gigabytes(needed.activations)}, reserved {gigabytes(needed.margin)}; "
-        f"{gigabytes(left)} were left of {memory.share:g} of {gigabytes(memory.device.total)}"
+        f"{gigabytes(max(0, left))} were left of {memory.share:g} of {gigabytes(memory.device.total)}"
     )
     if count < blocks:
         raise MemoryShort(
