@@ -84,7 +84,7 @@ def lines(seen: Look, console: Console) -> Iterator[Any]:
     """What the terminal shows, in order."""
     from rich.text import Text as Words
 
-    yield Words(f"{seen.location}: {seen.files:,} files, {_bytes(seen.bytes)}")
+    yield Words(f"{seen.location}: {seen.files:,} file{'' if seen.files == 1 else 's'}, {_bytes(seen.bytes)}")
     yield Words(f"  {_counts(seen.suffixes)}")
     if seen.guess is None:
         yield Words(f"no format is known for it: {seen.why_not}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, File, Malformed, Reference
+from calumma.platform.sources.formats import find_format
 from calumma.platform.sources.formats.exchanges import LISTS, exchange
 from calumma.platform.sources.formats.folders import IMAGES, METADATA, SIDECARS
 from calumma.platform.sources.formats.image_values import PATHS
@@ -58,11 +59,11 @@ def guess_format(location: str, sizes: Mapping[str, int]) -> Guess | str:
         return Guess("imagefolder", f"{_name(described)} lies beside images")
     tars = [uri for uri in uris if uri.lower().endswith(TARS)]
     if tars and 2 * sum(sizes[uri] for uri in tars) >= sum(sizes.values()):
-        return Guess("webdataset", f"{_counted(tars, 'tar archive')} hold most of the bytes")
+        return Guess("webdataset", f"most of the bytes are in {_counted(tars, 'tar archive')}")
     keys = {posixpath.splitext(uri)[0] for uri in images}
     beside = [uri for uri in uris if uri.endswith(SIDECARS) and posixpath.splitext(uri)[0] in keys]
     if beside:
-        return Guess("image_files", f"{_counted(beside, 'file')} have an image of the same name beside them")
+        return Guess("image_files", f"images have {_counted(beside, 'file')} of the same name beside them")
     tables = [uri for uri in uris if uri.lower().endswith(SUFFIXES) and _name(uri) not in ABOUT]
     why = ""
     for uri in tables[:5]:
@@ -78,6 +79,8 @@ def guess_format(location: str, sizes: Mapping[str, int]) -> Guess | str:
         )
     if pages:
         return Guess("pages", f"{_counted(pages, 'page')} of Markdown or HTML")
+    if texts := [uri for uri in uris if uri.lower().endswith(find_format("text_files").suffixes)]:
+        return Guess("text_files", _counted(texts, "file of text"))
     suffixes = ", ".join(sorted({posixpath.splitext(uri)[1] or _name(uri) for uri in uris})[:8])
     return why or f"no format reads {suffixes}; a reader of your own is a function of a few lines"
 

@@ -48,8 +48,8 @@ def records(file: File, columns: Columns = lambda present: present) -> Iterator[
         if labels and not isinstance(row, BadInput):
             for field, names in labels.items():
                 value = row[1].get(field)
-                if isinstance(value, int) and 0 <= value < len(names):
-                    row[1][field] = names[value]
+                if isinstance(value, int):  # -1: not known, as of a test's rows
+                    row[1][field] = names[value] if 0 <= value < len(names) else None
         yield row
 
 

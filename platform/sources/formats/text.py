@@ -1,4 +1,4 @@
-"""Plain text and code, one document a record: JSON lines or arrays (also .gz and .zst), CSV, Parquet and Arrow."""
+"""Plain text and code: a document a record of JSON lines or arrays, CSV, Parquet and Arrow, or a document a file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from calumma.model.document import Text
-from calumma.platform.sources.files import LICENSES, DraftSegment, File, Malformed, field_names, json_type
-from calumma.platform.sources.formats.records import SUFFIXES, records
+from calumma.platform.sources.encodings import decode_text
+from calumma.platform.sources.files import LICENSES, Draft, DraftSegment, File, Malformed, field_names, json_type
+from calumma.platform.sources.formats.records import PACKED, SUFFIXES, records
 from calumma.platform.sources.formats.rows import drafts, json_lines
 from calumma.platform.sources.registry import ReaderItem, reader
 
 FIELDS = ("text", "content")
+LARGEST = 256 << 20  # bytes of a file that is one document
 KNOWN = frozenset({*LICENSES, "url", "metadata", "meta"})
 
 
@@ -25,6 +27,12 @@ def text(file: File, *, field: str | None = None) -> Iterator[ReaderItem]:
         return [name for name in (*fields, *LICENSES, "url", "metadata", "meta") if name in present]
 
     yield from drafts(records(file, columns), lambda row: _text(row, fields), file, KNOWN | set(fields))
+
+
+@reader("text_files", tuple(f"{form}{packed}" for form in (".txt", ".text", ".rst") for packed in PACKED))
+def text_files(file: File, *, encoding: str = "utf-8") -> Iterator[ReaderItem]:
+    """A file a document, without the byte order mark that it may begin with."""
+    yield Draft((Text(decode_text(file.read_all(LARGEST), default=encoding)),), file.uri)
 
 
 @reader("jsonl", (".jsonl",))

@@ -123,6 +123,10 @@ def mmc4(folder: Path) -> None:
     (folder / "1.png").write_bytes(png())
 
 
+def books(folder: Path) -> None:
+    (folder / "a.txt").write_text("It was red.")
+
+
 LAYOUTS: list[tuple[Callable[[Path], None], str, dict[str, Any]]] = [
     (archives, "webdataset", {}),
     (conversations, "conversations", {"mark": "<|image|>"}),
@@ -138,6 +142,7 @@ LAYOUTS: list[tuple[Callable[[Path], None], str, dict[str, Any]]] = [
     (alpaca, "conversations", {}),
     (table, "pairs", {}),
     (mmc4, "mmc4", {}),
+    (books, "text_files", {}),
 ]
 
 
@@ -183,7 +188,7 @@ def test_the_command_shows_documents_and_writes_the_page_and_the_job(tmp_path: P
     for said in (
         "2 files",
         ".tar (1), .json (1)",
-        "it seems to be webdataset: 1 tar archive hold most of the bytes",
+        "it seems to be webdataset: most of the bytes are in 1 tar archive",
         ".png (3), .txt (3)",
         "files not read: .json (1)",
         "00000.tar: 0.png",
@@ -228,7 +233,7 @@ def test_bad_documents_are_named_and_the_job_allows_them(tmp_path: Path, cli: Cl
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"notes.txt": "hello"}, "no format reads .txt; a reader of your own is a function of a few lines"),
+        ({"notes.docx": "hello"}, "no format reads .docx; a reader of your own is a function of a few lines"),
         ({"a.jsonl": '{"x": 1}\n'}, "its records have `x`, of which no format is known"),
         ({"a.jsonl": "no json\n"}, "no record could be read"),
     ],

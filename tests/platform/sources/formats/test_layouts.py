@@ -6,6 +6,7 @@ What `datasets` writes is written by `datasets` itself.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 from pathlib import Path
@@ -132,6 +133,14 @@ def test_texts_of_hugging_faces_datasets(tmp_path: Path, hub: Any, form: str) ->
     assert items[0].url == "https://x.test/1"
 
 
+def test_a_class_that_is_not_known_is_no_caption(tmp_path: Path, hub: Any) -> None:
+    features = hub.Features({"img": hub.Image(), "label": hub.ClassLabel(names=["cat", "dog"])})
+    dataset = hub.Dataset.from_list([{"img": {"bytes": png(1), "path": None}, "label": -1}], features)
+    notes = Notes()
+    assert good(read("pairs", stored(hub, dataset, "parquet", tmp_path / "d"), notes)) == [(Image(png(1)),)]
+    assert notes.lacking == {"caption": 1}
+
+
 def test_feather_is_read_as_arrow_and_its_damage_is_named(tmp_path: Path) -> None:
     table = pa.table({"text": [f"text {n} " + "x" * 500 for n in range(400)]})
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
@@ -146,6 +155,18 @@ def test_feather_is_read_as_arrow_and_its_damage_is_named(tmp_path: Path) -> Non
     ]
     pa.feather.write_feather(table, str(tmp_path / "b.arrow"))
     assert len(good(read("text", tmp_path / "b.arrow"))) == 400
+
+
+def test_a_file_of_text_is_a_document(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {
+        "a.txt": "\ufeffone\ntwo\n",
+        "b/c.txt.gz": gzip.compress(b"three"),
+        "d.txt": b"\xe9t\xe9",
+    }
+    items = read("text_files", write(tmp_path, files))
+    assert [item.text for item in items if isinstance(item, Document)] == ["one\ntwo\n", "three"]
+    assert "the option `encoding` may name another" in bad(items)[0]
+    assert good(read("text_files", tmp_path / "d.txt", encoding="latin-1")) == [(Text("été"),)]
 
 
 # -- tables
