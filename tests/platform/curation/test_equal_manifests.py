@@ -26,9 +26,9 @@ curate.run(CurateSpecification.model_validate({
     "sources": [
         {"name": name, "format": format, "location": location}
         for name, format, location in (
-            ("pairs", "webdataset", "../raw/*.tar"),
-            ("texts", "text", "../raw/texts"),
-            ("pages", "pages", "../raw/pages"),
+            ("pairs", "webdataset", "RAW/*.tar"),
+            ("texts", "text", "RAW/texts"),
+            ("pages", "pages", "RAW/pages"),
         )
     ],
 }), NoRun(), lambda *_: None)
@@ -80,11 +80,12 @@ def write_inputs(folder: Path) -> None:
 
 def test_processes_with_other_seeds_of_their_hashes_write_the_same(tmp_path: Path) -> None:
     write_inputs(tmp_path / "raw")
+    program = PROGRAM.replace("RAW", str(tmp_path / "raw"))
     processes = []
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        processes.append(subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=tmp_path / seed, env=environment))
+        processes.append(subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path / seed, env=environment))
     assert [process.wait() for process in processes] == [0, 0]
     made = [
         {
