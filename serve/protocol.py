@@ -35,6 +35,7 @@ class GenerationRequest:
     continuation: another replica has begun the answer, and this one goes on with it.
     bad_words: texts that the output's text does not get.
     salt: opaque; what a replica keeps of prompts and answers is found by requests of the same salt alone.
+    tenant: whose the request is: tenants share the replicas evenly. priority: lower ones go first.
     """
 
     id: str
@@ -50,6 +51,8 @@ class GenerationRequest:
     continuation: Continuation | None = None
     bad_words: tuple[str, ...] = ()
     salt: bytes = b""
+    tenant: str = ""
+    priority: int = 0
 
     @property
     def param(self) -> str:

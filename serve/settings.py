@@ -42,10 +42,18 @@ class Limits(Section):
 
     images: int = Field(16, ge=0, description="images in a prompt")
     pixels: int = Field(2**26, ge=1, description="of one image in a prompt, told from its header before it is decoded")
+    pixels_in_all: int = Field(2**27, ge=1, description="of all images of a prompt together")
+    image_seconds: float = Field(20.0, gt=0, description="in which the images of a prompt must be decoded")
+    image_processes: int = Field(2, ge=1, description="that an ingress decodes images in, at a low priority")
+    images_waiting: int = Field(64, ge=1, description="images that are decoded or wait for it in an ingress; then 429")
     tokens: int | None = Field(None, ge=1, description="tokens of one answer; none: the model's context")
     choices: int = Field(128, ge=1, description="answers to one request: its prompts times its n")
     stops: int = Field(16, ge=1, description="stop strings of a request")
-    running: int = Field(1024, ge=1, description="requests an ingress works on at once; more get 429")
+    running: int = Field(
+        1024,
+        ge=1,
+        description="answers an ingress works on at once; more get 429, but for keys with less than their even part",
+    )
     running_per_key: int = Field(256, ge=1, description="the same for one API key that has no limit of its own")
     seconds: float = Field(900.0, gt=0, description="from a request to the end of its answer; then 504, or an event")
     header_seconds: float = Field(10.0, gt=0, description="from a connection's beginning until its request's header")
@@ -67,7 +75,10 @@ class APIKey(Section):
 
     name: str = Field(pattern=NAME, description="shown in errors and logs")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="hash of the key, in hexadecimal")
-    running: int | None = Field(None, ge=1, description="requests at once; none: Limits.running_per_key")
+    running: int | None = Field(None, ge=1, description="answers at once; none: Limits.running_per_key")
+    priority: int = Field(
+        0, ge=-1000, le=1000, description="keys of a lower number go first, and others get what those leave"
+    )
 
 
 class Safety(Section):
@@ -134,7 +145,14 @@ class ModelSettings(Section):
         None,
         description="record the passes of answers in progress as CUDA graphs; none: where one GPU holds a replica",
     )
-    max_queued: int = Field(256, ge=1, description="requests that may wait for a replica; more get 429")
+    max_queued: int = Field(
+        256,
+        ge=1,
+        description="answers that may wait in a replica; more get 429, but for keys with less than their even part",
+    )
+    max_queued_per_key: int | None = Field(
+        None, ge=1, description="the same for one API key; none: three quarters of max_queued"
+    )
     image_coders: int = Field(
         0, ge=0, description="most replicas of a deployment that codes and decodes images; 0: the engine's replicas do"
     )
@@ -202,7 +220,10 @@ class ServeSettings(ModelSettings):
     allowed_origins: tuple[Origin, ...] = Field(
         (), description='whose web pages may use it from a browser (CORS), say "https://example.org"; "*": all'
     )
-    ingress_cpus: float = Field(0.1, ge=0, description="CPUs of the ingress, which checks and translates requests")
+    ingress_replicas: int = Field(
+        1, ge=1, description="ingresses, which check and translate requests; limits hold for each of them"
+    )
+    ingress_cpus: float = Field(0.1, ge=0, description="CPUs of an ingress")
     max_body_mebibytes: float = Field(32.0, gt=0, description="largest request body")
     limits: Limits = Limits()
     remote_images: RemoteImages = RemoteImages()

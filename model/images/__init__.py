@@ -2,7 +2,7 @@
 
 from calumma.model.images.decoding import DecodedImage, UnreadableImage, decode, open_header, suffixes
 from calumma.model.images.kinds import kind_of
-from calumma.model.images.pixels import MAX_PIXELS, preprocess, rgb, to_image
+from calumma.model.images.pixels import MAX_PIXELS, preprocess, rgb, to_image, to_square
 
 __all__ = [
     "MAX_PIXELS",
@@ -15,4 +15,5 @@ __all__ = [
     "rgb",
     "suffixes",
     "to_image",
+    "to_square",
 ]

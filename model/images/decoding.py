@@ -27,17 +27,17 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = frozenset(
     (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"sBIT", b"eXIf")
 )
-_DECODED = (
-    "a JPEG p",
-    "a PNG p",
-    "a WebP p",
-    "an AVIF p",
-    "a GIF p",
-    "a TIFF p",
-    "a BMP p",
-    "a JPEG 2000 p",
-    "a PPM p",
-)
+_DECODED = {  # how `kind_of` names what is decoded
+    "a JPEG p": "JPEG",
+    "a PNG p": "PNG",
+    "a WebP p": "WEBP",
+    "an AVIF p": "AVIF",
+    "a GIF p": "GIF",
+    "a TIFF p": "TIFF",
+    "a BMP p": "BMP",
+    "a JPEG 2000 p": "JPEG2000",
+    "a PPM p": "PPM",
+}
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 
 
@@ -64,40 +64,40 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, form in PILImage.EXTENSION.items() if form in formats)
 
 
-def decode(data: bytes, strict: bool = False) -> DecodedImage:
+def decode(data: bytes, strict: bool = False, formats: tuple[str, ...] = FORMATS) -> DecodedImage:
     """Encoded bytes -> upright RGB (`rgb`).
 
-    A JPEG without its end, and a PNG with damaged or very large words in it, are read unless `strict`. Raises
-    UnreadableImage.
+    A JPEG without its end, and a PNG with damaged or very large words in it, are read unless `strict`. formats: those
+    that are decoded, of FORMATS. Raises UnreadableImage.
     """
     try:
-        return _decode(data, None)
+        return _decode(data, None, formats)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         failure = error
     if not strict and (mended := _mend(data)) is not None:
         try:
-            return _decode(*mended)
+            return _decode(*mended, formats)
         except Exception as error:
             failure = error
-    raise UnreadableImage(f"not a readable image: {_explained(data, failure)}") from failure
+    raise UnreadableImage(f"not a readable image: {_explained(data, failure, formats)}") from failure
 
 
-def open_header(data: bytes) -> PILImage.Image:
+def open_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> PILImage.Image:
     """The picture with its size and mode, not decoded yet. Raises UnreadableImage."""
     try:
-        return PILImage.open(io.BytesIO(data), formats=FORMATS)
+        return PILImage.open(io.BytesIO(data), formats=formats)
     except Exception as error:
         failure = error
     if (mended := _mend(data)) is not None:
         try:
-            return PILImage.open(io.BytesIO(mended[0]), formats=FORMATS)
+            return PILImage.open(io.BytesIO(mended[0]), formats=formats)
         except Exception as error:
             failure = error
-    raise UnreadableImage(f"not a readable image: {_explained(data, failure)}") from failure
+    raise UnreadableImage(f"not a readable image: {_explained(data, failure, formats)}") from failure
 
 
-def _decode(data: bytes, mended: str | None) -> DecodedImage:
-    with PILImage.open(io.BytesIO(data), formats=FORMATS) as opened:
+def _decode(data: bytes, mended: str | None, formats: tuple[str, ...]) -> DecodedImage:
+    with PILImage.open(io.BytesIO(data), formats=formats) as opened:
         picture = rgb(opened)
         try:
             frames = int(getattr(opened, "n_frames", 1))
@@ -106,17 +106,23 @@ def _decode(data: bytes, mended: str | None) -> DecodedImage:
     return DecodedImage(picture, mended, frames, opened.format or "")
 
 
-def _explained(data: bytes, error: Exception) -> str:
+def _explained(data: bytes, error: Exception, formats: tuple[str, ...]) -> str:
     """What the bytes are, and why they cannot be decoded: without addresses, so that equal bytes say the same."""
     kind = kind_of(data)
     if not isinstance(error, UnidentifiedImageError):
         reason = _ADDRESS.sub("the data", str(error)) or type(error).__name__
         return f"{kind} that cannot be decoded: {reason}"
-    if kind.startswith(_DECODED):
+    decoded = tuple(begin for begin, form in _DECODED.items() if form in formats)
+    if kind.startswith(decoded):
         return f"{kind} that is damaged, cut or of a sort that is not decoded"
     if kind.endswith("picture") or kind.startswith(("a camera", "an SVG")):
-        return f"{kind}, which is not decoded; convert it to {READ}"
+        return f"{kind}, which is not decoded; convert it to {READ if formats == FORMATS else _listed(formats)}"
     return f"{kind}, no image"
+
+
+def _listed(formats: tuple[str, ...]) -> str:
+    *others, last = ("WebP" if form == "WEBP" else form for form in formats)
+    return f"{', '.join(others)} or {last}"
 
 
 # -- damage that is forgiven -------------------------------------------------------------------------------------------

@@ -102,21 +102,25 @@ def _to_8_bit(image: PILImage.Image, white: float | None, inverted: bool) -> PIL
     return PILImage.fromarray(np.stack([grey_HW, alpha_HW], axis=-1))
 
 
-def preprocess(image: PILImage.Image, resolution: int, fit: Literal["crop", "pad"] = "crop") -> Tensor:
-    """FloatTensor [3, resolution, resolution] in [-1, 1]. `crop` centre-crops (answers and pre-training), `pad` keeps
-    everything and fills the border with white (images in prompts; paper section 3.1)."""
-    image = rgb(image)
+def to_square(image: PILImage.Image, resolution: int, fit: Literal["crop", "pad"] = "crop") -> PILImage.Image:
+    """A picture of `rgb` in a square of so many pixels. `crop` centre-crops (answers and pre-training), `pad` keeps
+    everything and fills the border with white (images in prompts; paper section 3.1). One that is such a square already
+    stays as it is."""
     if fit == "crop":
-        square = ImageOps.fit(image, (resolution, resolution), PILImage.Resampling.LANCZOS)
-    else:
-        longer = max(image.size)
-        width, height = (max(1, round(side * resolution / longer)) for side in image.size)
-        square = PILImage.new("RGB", (resolution, resolution), "white")
-        square.paste(
-            image.resize((width, height), PILImage.Resampling.LANCZOS),
-            ((resolution - width) // 2, (resolution - height) // 2),
-        )
-    array_HWC = np.array(square, dtype=np.uint8)
+        return ImageOps.fit(image, (resolution, resolution), PILImage.Resampling.LANCZOS)
+    longer = max(image.size)
+    width, height = (max(1, round(side * resolution / longer)) for side in image.size)
+    square = PILImage.new("RGB", (resolution, resolution), "white")
+    square.paste(
+        image.resize((width, height), PILImage.Resampling.LANCZOS),
+        ((resolution - width) // 2, (resolution - height) // 2),
+    )
+    return square
+
+
+def preprocess(image: PILImage.Image, resolution: int, fit: Literal["crop", "pad"] = "crop") -> Tensor:
+    """Any picture as FloatTensor [3, resolution, resolution] in [-1, 1] (`rgb`, `to_square`)."""
+    array_HWC = np.array(to_square(rgb(image), resolution, fit), dtype=np.uint8)
     import torch  # here: whoever only opens documents, or reads a specification, waits for no torch
 
     return torch.from_numpy(array_HWC).permute(2, 0, 1).float() / 127.5 - 1

@@ -66,7 +66,8 @@ def build_model(model: ModelSettings, source: str) -> Application:
         name=ENGINE,
         ray_actor_options={"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)},
         **(several if model.tensor_parallel > 1 else {}),
-        max_ongoing_requests=2 * model.max_sequences,  # those beyond the engine's batch wait in its own queue
+        # Those beyond the engine's batch wait in its own line, where tenants take turns; Ray's is in order of arrival.
+        max_ongoing_requests=model.max_sequences + 2 * model.max_queued,
         max_queued_requests=model.max_queued,
         autoscaling_config=AutoscalingConfig(
             min_replicas=model.min_replicas,
@@ -119,7 +120,7 @@ def build_ingress(settings: ServeSettings, table: dict[str, str]) -> Application
 
     ingress = serve.deployment(
         name=INGRESS,
-        num_replicas=1,
+        num_replicas=settings.ingress_replicas,
         ray_actor_options={"num_cpus": settings.ingress_cpus},
         max_ongoing_requests=UNLIMITED,  # the HTTP application enforces limits, and probes and control have none
         health_check_timeout_s=120,

@@ -34,7 +34,8 @@ def prefix_key(request: GenerationRequest) -> bytes:
             digest.update(part.text[:left].encode())
             left -= len(part.text)
         else:
-            digest.update(hashlib.sha256(part.png() if not isinstance(part.data, bytes) else part.data).digest())
+            pixels = part.data if isinstance(part.data, bytes) else part.data.tobytes()
+            digest.update(hashlib.sha256(pixels).digest())
             left -= PREFIX_LENGTH // 4
         if left <= 0:
             break

@@ -34,7 +34,7 @@ def create_app(
     """
     by_name = backends if isinstance(backends, Mapping) else {settings.name: backends}
     context = ServingContext(by_name, settings, drain or Drain())
-    app = FastAPI(title="calumma", docs_url=None, redoc_url=None, lifespan=lambda _: context.facts.refreshing())
+    app = FastAPI(title="calumma", docs_url=None, redoc_url=None, lifespan=lambda _: context.running())
     app.add_middleware(AccessMiddleware, metrics=context.metrics, settings=settings, drain=context.drain)
     if settings.allowed_origins:  # outside, so that pages can read refusals too; it answers preflights itself
         app.add_middleware(

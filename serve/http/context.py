@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from calumma.serve.batches.store import OwnerStore, Store
 from calumma.serve.http.access.caller import current_caller
 from calumma.serve.http.access.drain import Drain
 from calumma.serve.http.facts import ModelFacts
-from calumma.serve.http.image_loader import ImageLoader
+from calumma.serve.http.image_loader import ImageLoader, ImageSource, LoadedImages
 from calumma.serve.http.metrics import Metrics
 from calumma.serve.http.moderation import moderated
 from calumma.serve.http.streams import GenerationOutput, collect, metered
@@ -32,6 +33,15 @@ class ServingContext:
         self.image_loader = ImageLoader(settings.limits, settings.remote_images)
         self._policy = load_policy(settings.safety)
 
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """For as long as the application takes requests."""
+        async with self.facts.refreshing():
+            try:
+                yield
+            finally:
+                self.image_loader.close()
+
     def model(self, name: str | None) -> ModelSettings:
         """The model a request names; the first one where it names none. Raises APIError 404."""
         found = self.models.get(name or self.settings.name)
@@ -48,7 +58,8 @@ class ServingContext:
     def generate(self, request: GenerationRequest, model: str) -> AnswerStream:
         """The output of the current caller's request to a model, under the safety policy and the deadline, and
         measured."""
-        request = replace(request, salt=current_caller().salt)
+        caller = current_caller()
+        request = replace(request, salt=caller.salt, tenant=caller.name, priority=caller.priority + request.priority)
         stream = moderated(request, self.backends[model].generate, self._policy)
         measured = metered(stream, self.metrics, model, self.settings.limits.seconds)
         constraint = request.params.constraint
@@ -71,6 +82,13 @@ class ServingContext:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
+
+    async def load_images(self, sources: Sequence[ImageSource], model: str) -> LoadedImages:
+        """The images of the current caller's request, as the model sees them. Raises APIError."""
+        if not sources:
+            return {}
+        side = (await self.facts.known(model)).get("image_size")
+        return await self.image_loader.load(sources, side, current_caller().name)
 
     def max_tokens(self, asked: int | None, param: str) -> int | None:
         """The most tokens an output may have. Raises APIError on more than the server allows."""

@@ -1,4 +1,5 @@
-"""Images as clients send them: in data URLs, or fetched from hosts that the operator allows.
+"""Images as clients send them: as files, in data URLs, or fetched from hosts that the operator allows. They are
+decoded in processes of their own (`images.pool`), once: the replicas get pixels.
 
 A fetch never reaches into private networks: the host must be on the list, every address its name resolves to must be
 public, the connection goes to the very address that was checked (so DNS cannot answer differently the second time),
@@ -7,26 +8,41 @@ and each redirect is checked the same way. No proxy settings and no credentials 
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
 import http.client
 import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NoReturn
+from typing import Literal, NoReturn
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from calumma.model.document import Image, UnreadableImage
-from calumma.model.images import open_header
+from PIL import Image as PILImage
+
+from calumma.serve.http.images.pool import EncodedImage, ImagePool, ImageRefused
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.settings import Limits, RemoteImages
+from calumma.serve.shares import Shares
 
 CHUNK = 65536
 REDIRECTS = (301, 302, 303, 307, 308)
+FETCHERS = 8  # images that are fetched at once
 AddressCheck = Callable[[str], bool]
+LoadedImages = Mapping[str, PILImage.Image | bytes]  # by the request's field
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A URL or a file, the request's field that holds it, and how it fits into the model's square."""
+
+    data: str | bytes
+    param: str
+    fit: Literal["crop", "pad"] = "pad"
 
 
 def is_public(address: str) -> bool:
@@ -46,37 +62,49 @@ class ImageLoader:
 
     def __init__(self, limits: Limits, remote: RemoteImages, public: AddressCheck = is_public) -> None:
         self._limits, self._remote, self._public = limits, remote, public
+        self._pool = ImagePool(limits.image_processes, limits.image_seconds, limits.pixels, limits.pixels_in_all)
+        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetching images")
+        self._waiting = Shares(limits.images_waiting)
 
-    def read(self, url: str, param: str) -> bytes:
-        """The encoded image at a URL, proven to be one by decoding it. Blocks. Raises APIError."""
-        remote = url[:8].lower().startswith(("http://", "https://"))
-        data = self._fetch(url, param) if remote else _from_data_url(url, param)
-        self._check(data, param)
-        return data
-
-    def require_count(self, number: int, param: str) -> None:
-        """Raises APIError on more images than a prompt may have."""
-        if number > self._limits.images:
+    async def load(self, parts: Sequence[ImageSource], resolution: int | None, tenant: str = "") -> LoadedImages:
+        """The images of a request by their fields, in the model's square of `resolution` pixels; where that is not
+        known, the files, proven to be images by decoding them. Raises APIError."""
+        if not parts:
+            return {}
+        if len(parts) > self._limits.images:
             raise APIError(
-                f"the prompt has {number} images; this server takes {self._limits.images}", param=param, code="too_many"
+                f"the prompt has {len(parts)} images; this server takes {self._limits.images}",
+                param=parts[0].param.partition("[")[0],
+                code="too_many",
             )
-
-    def _check(self, data: bytes, param: str) -> None:
-        try:
-            with open_header(data) as opened:  # a bomb is not set off
-                width, height = opened.size
-        except UnreadableImage:
-            width = height = 0  # Image.open says what is wrong
-        if width * height > self._limits.pixels:
+        if self._waiting.full(tenant, len(parts)):
             raise APIError(
-                f"the image has {width}x{height} pixels; this server takes {self._limits.pixels} in all",
-                param=param,
-                code="image_too_large",
+                f"{self._limits.images_waiting} images wait to be decoded, as many as may; try again shortly",
+                status=429,
+                code="overloaded",
             )
+        self._waiting.take(tenant, len(parts))
         try:
-            Image(data).open()
-        except UnreadableImage as error:
-            raise APIError(f"the image part is {error}", param=param, code="invalid_image") from error
+            encoded = await asyncio.gather(*map(self._encoded, parts))
+            images = await self._pool.squares(encoded, resolution, tenant)
+        except ImageRefused as error:
+            raise APIError(str(error), param=parts[error.index].param, code=error.code) from error
+        finally:
+            self._waiting.give_back(tenant, len(parts))
+        found: Sequence[PILImage.Image | bytes] = images if resolution is not None else [*map(_file, encoded)]
+        return {part.param: image for part, image in zip(parts, found, strict=True)}
+
+    def close(self) -> None:
+        self._pool.close()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    async def _encoded(self, part: ImageSource) -> EncodedImage:
+        if isinstance(part.data, bytes):
+            return EncodedImage(part.data, part.fit)
+        if part.data[:8].lower().startswith(("http://", "https://")):
+            fetch = asyncio.get_running_loop().run_in_executor
+            return EncodedImage(await fetch(self._fetchers, self._fetch, part.data, part.param), part.fit)
+        return EncodedImage(_base64_of(part.data, part.param), part.fit)
 
     # ---- images by URL
 
@@ -167,8 +195,8 @@ class _PinnedConnection(http.client.HTTPConnection):
         self.sock = plain if context is None else context.wrap_socket(plain, server_hostname=self.host)
 
 
-def _from_data_url(url: str, param: str) -> bytes:
-    """What a base64 data URL holds. Raises APIError."""
+def _base64_of(url: str, param: str) -> str:
+    """What stands in a base64 data URL. Raises APIError."""
     header, comma, payload = url.partition(",")
     if not header.startswith("data:") or not comma:
         raise APIError(
@@ -176,7 +204,8 @@ def _from_data_url(url: str, param: str) -> bytes:
         )
     if not header.endswith(";base64"):
         raise APIError(f"the data URL must be base64, found {header[:60]!r}", param=param, code="invalid_image_url")
-    try:
-        return base64.b64decode("".join(payload.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise APIError(f"the data URL is not valid base64: {error}", param=param, code="invalid_base64") from error
+    return payload
+
+
+def _file(image: EncodedImage) -> bytes:
+    return base64.b64decode("".join(image.data.split())) if isinstance(image.data, str) else image.data

@@ -9,32 +9,44 @@ from calumma.model.document import Document, Image, Role, Segment, Text, without
 from calumma.model.generation import PhaseSampling, SamplingParams
 from calumma.model.generation.request import RANDOM_SEED, nth_seed
 from calumma.model.tokenizers.tool_calls import call_text, response_text, tools_text, without_marks
-from calumma.serve.http.image_loader import ImageLoader
+from calumma.serve.http.image_loader import ImageSource, LoadedImages
 from calumma.serve.http.wire.content import ImagePart, TextPart
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.http.wire.requests import ChatRequest, Message, SamplingFields, TextFields
 from calumma.serve.protocol import GenerationRequest
-from calumma.serve.settings import Limits, RemoteImages, SamplingDefaults
+from calumma.serve.settings import SamplingDefaults
 
 # Messages of one role that follow each other are one turn; this stands between their texts.
 SEPARATOR = "\n"
-DATA_URLS_ONLY = ImageLoader(Limits(), RemoteImages())
 
 
-def chat_prompt(request: ChatRequest, loader: ImageLoader = DATA_URLS_ONLY) -> Document:
+def image_sources(request: ChatRequest) -> list[ImageSource]:
+    """The images of a conversation, in order."""
+    return [
+        ImageSource(
+            part.image_url.url,
+            f"messages[{index}].{message.field}[{number}].image_url.url",
+            "crop" if message.role == "assistant" else "pad",
+        )
+        for index, message in enumerate(request.messages)
+        for number, part in enumerate(message.body)
+        if isinstance(part, ImagePart)
+    ]
+
+
+def chat_prompt(request: ChatRequest, images: LoadedImages) -> Document:
     """The conversation so far. System text becomes the head of the user's turn it stands before. Turns alternate: an
     empty answer, as clients send it back after one that was only an image, keeps its place, and before an answer that
-    stands first there is an empty question. Tools that may be called are told first of all. Decodes every image.
+    stands first there is an empty question. Tools that may be called are told first of all. images:
+    those of `image_sources`.
 
-    Blocks when images are fetched. Raises APIError that names the message and part.
+    Raises APIError that names the message and part.
     """
-    number = sum(isinstance(part, ImagePart) for message in request.messages for part in message.body)
-    loader.require_count(number, "messages")
     turns: list[tuple[Role, list[Segment]]] = []
     marked = _Marked(request)
     for index, message in enumerate(request.messages):
         role: Role = "assistant" if message.role == "assistant" else "user"
-        new = _segments(message, role, f"messages[{index}]", loader, marked)
+        new = _segments(message, role, f"messages[{index}]", images, marked)
         if not turns and role == "assistant":
             turns.append(("user", []))
         if not turns or turns[-1][0] != role:
@@ -91,7 +103,7 @@ class _Marked:
         return response_text(name, "".join(part.text for part in message.body if isinstance(part, TextPart)))
 
 
-def _segments(message: Message, role: Role, where: str, loader: ImageLoader, marked: _Marked) -> list[Segment]:
+def _segments(message: Message, role: Role, where: str, images: LoadedImages, marked: _Marked) -> list[Segment]:
     segments: list[Segment] = []
     if message.role == "tool":
         segments.append(Text(well_formed(marked.response(message, where), f"{where}.content"), role))
@@ -100,7 +112,7 @@ def _segments(message: Message, role: Role, where: str, loader: ImageLoader, mar
         if isinstance(part, ImagePart):
             if message.role in ("system", "developer"):
                 raise APIError(f"a {message.role} message holds text only", param=here)
-            segments.append(Image(loader.read(part.image_url.url, f"{here}.image_url.url"), role=role))
+            segments.append(Image(images[f"{here}.image_url.url"], role=role))
         elif part.text and message.role != "tool":
             segments.append(Text(marked.text(well_formed(part.text, f"{here}.text")), role))
     if calls := marked.calls(message):

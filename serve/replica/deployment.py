@@ -67,7 +67,13 @@ class EngineDeployment(EngineReplica):
                 raise
         coder = None if image_coders is None else RemoteImageCoder(image_coders)
         super().__init__(
-            model, settings.max_sequences, settings.max_queued, coder, engine, device_and_dtype(settings)[0]
+            model,
+            settings.max_sequences,
+            settings.max_queued,
+            coder,
+            engine,
+            device_and_dtype(settings)[0],
+            settings.max_queued_per_key,
         )
         self._streams = 0
         threading.Thread(target=self._exit_after, args=(engine,), daemon=True).start()

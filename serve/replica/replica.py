@@ -49,6 +49,7 @@ from calumma.serve.replica.engine.thread import EngineThread
 from calumma.serve.replica.image_coder import ImageCoder, LocalImageCoder, PromptEncoder
 from calumma.serve.replica.mailbox import Mailbox
 from calumma.serve.replica.text_stream import TextStream
+from calumma.serve.shares import Shares
 
 # A message costs the processes it passes some milliseconds together. So the texts of an output within some time travel
 # as one message, the longer the more requests run: least and most seconds between messages, and messages a second in
@@ -68,13 +69,15 @@ class EngineReplica:
         coder: ImageCoder | None = None,
         engine: EngineClient | None = None,
         device: str | None = None,
+        max_queued_per_key: int | None = None,
         **options: Any,
     ) -> None:
         """engine: a running one with this model, on `device`; else one is made here, on a thread, with `options`."""
         self.model = model
         self._parameters = sum(p.numel() for p in model.transformer.parameters())
         self.device = device or str(model.device)
-        self.max_sequences, self.max_queued = max_sequences, max_queued
+        self.max_sequences, self.max_queued_per_key = max_sequences, max_queued_per_key or max(1, max_queued * 3 // 4)
+        self._line = Shares(max_sequences + max_queued)  # answers that run or wait
         self._encoder = PromptEncoder(model.vocabulary, model.text_tokenizer, model.image_tokenizer)
         self._own_coder = LocalImageCoder(self._encoder) if coder is None else None
         self.coder: ImageCoder = coder or self._own_coder  # type: ignore[assignment]
@@ -90,10 +93,24 @@ class EngineReplica:
     async def generate_batches(self, request: GenerationRequest) -> AsyncGenerator[EventBatch, None]:
         """`generate`, with the events that are there at a time together, and the ids from which another replica could
         continue the answer."""
-        if self.engine.waiting >= self.max_queued and request.continuation is None:
-            message = f"{self.max_queued} requests are in line already; try again shortly"
+        if request.continuation is None and (full := self._line.full(request.tenant, 1, self._line_of_one(request))):
+            whose = "requests of this API key" if full == "tenant" else "requests"
+            message = f"as many {whose} are in line already as may be; try again shortly"
             yield EventBatch([RequestFailed(429, message, code=OVERLOADED)])
             return
+        self._line.take(request.tenant)
+        try:
+            async with aclosing(self._answer(request)) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            self._line.give_back(request.tenant)
+
+    def _line_of_one(self, request: GenerationRequest) -> int | None:
+        """Answers that a tenant may have here, running or in line."""
+        return self.max_sequences + self.max_queued_per_key if request.tenant else None
+
+    async def _answer(self, request: GenerationRequest) -> AsyncGenerator[EventBatch, None]:
         try:
             params = supported_params(request.params, self.model)
         except MissingDecoder as error:
@@ -106,7 +123,8 @@ class EngineReplica:
                 started = Started(self._count(tokens), self._echo(request, tokens, None))
                 yield EventBatch([started, Finished("length", TokenCount())])
                 return
-            engine_request = Request(request.id, tokens, self._params(request, params), salt=request.salt)
+            asked = self._params(request, params)
+            engine_request = Request(request.id, tokens, asked, request.tenant, request.priority, request.salt)
         except ValueError as error:
             yield EventBatch([RequestFailed(400, str(error), param=request.param)])
             return

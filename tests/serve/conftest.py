@@ -21,6 +21,8 @@ from starlette.testclient import TestClient
 from calumma.model import MixedModalModel, load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import IMAGE_TOKENIZER, save_model
+from calumma.model.document import Image, Role
+from calumma.model.images import to_square
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
@@ -39,6 +41,11 @@ Step = OutputEvent | Exception | Callable[[], Awaitable[Any]]
 def answered(*events: OutputEvent) -> list[Step]:
     """The steps of an output that is begun and finished: three tokens of prompt, a token of text for each event."""
     return [Started(TokenCount(3)), *events, Finished("stop", TokenCount(len(events)))]
+
+
+def seen(png: bytes, role: Role) -> Image:
+    """An image of a prompt, as a backend gets it."""
+    return Image(to_square(Image(png).open(), IMAGE_SIZE, "crop" if role == "assistant" else "pad"), role=role)
 
 
 class StubBackend:

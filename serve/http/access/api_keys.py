@@ -9,18 +9,22 @@ import hashlib
 import os
 import re
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from calumma.serve.http.access.answers import HeldAnswers
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.settings import APIKey
+from calumma.serve.shares import Shares
 
 VARIABLE = "CALUMMA_API_KEYS"
 PREFIX = "sk-calumma-"
-LINE = re.compile(r"(?P<sha256>[0-9a-f]{64})(?:\s+(?P<name>[A-Za-z0-9._-]+))?(?:\s+(?P<running>[1-9]\d*))?$")
-FORM = "SHA256 [NAME [REQUESTS AT ONCE]]"
+LINE = re.compile(
+    r"(?P<sha256>[0-9a-f]{64})(?:\s+(?P<name>[A-Za-z0-9._-]+))?(?:\s+(?P<running>[1-9]\d*))?"
+    r"(?:\s+priority=(?P<priority>-?\d{1,3}))?$"
+)
+FORM = "SHA256 [NAME [ANSWERS AT ONCE]] [priority=NUMBER]"
 
 
 def new_key() -> str:
@@ -49,6 +53,7 @@ def parse_keys(lines: Iterator[str] | list[str], where: str) -> list[APIKey]:
                 name=found["name"] or found["sha256"][:8],
                 sha256=found["sha256"],
                 running=int(running) if running else None,
+                priority=int(found["priority"] or 0),
             )
         )
     return keys
@@ -72,8 +77,8 @@ def distinct(keys: list[APIKey]) -> None:
 
 
 class AccessControl:
-    """Authenticates requests by their API key, and limits how many run at once: in all, and of each key. Without keys
-    everybody may use the server.
+    """Authenticates requests by their API key, and limits how many answers are under way: in all, and for each key.
+    Without keys everybody may use the server.
 
     more: gives further keys by their hash, those of the moment.
     """
@@ -87,8 +92,7 @@ class AccessControl:
     ) -> None:
         self._keys = {key.sha256: key for key in keys}
         self._more = more
-        self._running, self._per_key = running, running_per_key
-        self._in_flight: Counter[str] = Counter()  # by the key's name
+        self._answers, self._per_key = Shares(running), running_per_key
 
     @property
     def open(self) -> bool:
@@ -114,24 +118,13 @@ class AccessControl:
         return key
 
     @contextmanager
-    def slot(self, key: APIKey | None) -> Iterator[None]:
-        """Held for the length of a request. Raises APIError 429 when there are too many."""
-        if self._in_flight.total() >= self._running:
-            raise APIError(
-                f"the server is working on {self._running} requests already; try again shortly",
-                status=429,
-                code="overloaded",
-            )
-        name = key.name if key else ""
-        most = (key.running or self._per_key) if key else self._running
-        if self._in_flight[name] >= most:
-            raise APIError(
-                f"this API key has {most} requests under way, as many as it may; wait for one to end",
-                status=429,
-                code="rate_limit_exceeded",
-            )
-        self._in_flight[name] += 1
+    def slot(self, key: APIKey | None) -> Iterator[HeldAnswers]:
+        """Held for the length of a request, which counts for one answer until it says that it is more. Raises APIError
+        429 when there are too many."""
+        most = (key.running or self._per_key) if key else None
+        answers = HeldAnswers(self._answers, key.name if key else "", most)
         try:
-            yield
+            answers.take(1)
+            yield answers
         finally:
-            self._in_flight[name] -= 1
+            answers.give_back()

@@ -8,27 +8,37 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from calumma.serve.http.access.answers import HeldAnswers
 from calumma.serve.settings import APIKey
+
+MOST_BEHIND = 10_000
 
 
 @dataclass(frozen=True)
 class Caller:
     """name: the API key's. salt: differs between keys; of what is kept from requests, callers find their own alone.
-    Without keys all are one."""
+    Without keys all are one. priority: of the key; lower ones go first. answers: those of the request."""
 
     name: str = ""
     salt: bytes = b""
+    priority: int = 0
+    answers: HeldAnswers | None = None
 
     @classmethod
-    def of(cls, key: APIKey | None) -> Caller:
+    def of(cls, key: APIKey | None, answers: HeldAnswers | None = None) -> Caller:
         if key is None:
-            return cls()
-        return cls(key.name, _salt(bytes.fromhex(key.sha256)))
+            return cls(answers=answers)
+        return cls(key.name, _salt(bytes.fromhex(key.sha256)), key.priority, answers)
 
     @classmethod
     def batches_of(cls, owner: str) -> Caller:
-        """owner: whose batches."""
-        return cls(owner, _salt(owner.encode()))
+        """owner: whose batches, which get what all others leave."""
+        return cls(owner, _salt(owner.encode()), MOST_BEHIND)
+
+    def take(self, answers: int) -> None:
+        """The request is so many answers. Raises APIError where there are too many."""
+        if self.answers is not None:
+            self.answers.take(answers)
 
 
 def _salt(of: bytes) -> bytes:
@@ -41,6 +51,11 @@ _CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B0
 def current_caller() -> Caller:
     """Of the request in whose task this is called, or in a task that it has begun."""
     return _CALLER.get()
+
+
+def behind(priority: int | None) -> int:
+    """How far a request stands back that names a priority: behind others, and never before them."""
+    return min(max(0, priority or 0), MOST_BEHIND)
 
 
 @contextmanager

@@ -114,7 +114,7 @@ class AccessMiddleware:
     @contextlib.contextmanager
     def _slot(self, key: APIKey | None) -> Iterator[None]:
         """One of those that the key may have; what runs meanwhile is the key's."""
-        with self._access.slot(key), called_by(Caller.of(key)):
+        with self._access.slot(key) as answers, called_by(Caller.of(key, answers)):
             yield
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Response
 
+from calumma.serve.http.access.caller import behind, current_caller
 from calumma.serve.http.context import ServingContext
 from calumma.serve.http.openapi import event_stream
-from calumma.serve.http.prompts import chat_prompt, expand_choices, sampling_params
+from calumma.serve.http.prompts import chat_prompt, expand_choices, image_sources, sampling_params
 from calumma.serve.http.streams import (
     EndWriter,
     EventWriter,
@@ -68,10 +68,12 @@ async def chat_generation(context: ServingContext, request: ChatRequest, id: str
     """What the engine is asked. Raises APIError."""
     model = context.model(request.model)
     context.require_choices(request.n, len(request.stops))
+    current_caller().take(request.n)
     limit = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+    images = await context.load_images(image_sources(request), model.name)
     return GenerationRequest(
         id,
-        await asyncio.to_thread(chat_prompt, request, context.image_loader),
+        chat_prompt(request, images),
         sampling_params(request, request.modalities, model.sampling),
         context.max_tokens(request.limit, limit),
         progress=True,
@@ -80,6 +82,7 @@ async def chat_generation(context: ServingContext, request: ChatRequest, id: str
         logprobs=request.alternatives,
         begin_with_image=request.begin_with == "image",
         bad_words=request.bad_words,
+        priority=behind(request.priority),
     )
 
 

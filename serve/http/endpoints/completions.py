@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
+from calumma.serve.http.access.caller import behind, current_caller
 from calumma.serve.http.context import ServingContext
 from calumma.serve.http.openapi import event_stream
 from calumma.serve.http.prompts import expand_choices, plain_prompt, sampling_params
@@ -44,7 +45,9 @@ def add_completions(app: FastAPI, context: ServingContext) -> None:
         """Text that goes on from a prompt, of text or token ids."""
         response.headers.update(request.headers)
         model = context.model(request.model)
-        context.require_choices(request.n * len(request.prompts), len(request.stops))
+        answers = request.n * len(request.prompts)
+        context.require_choices(answers, len(request.stops))
+        current_caller().take(answers)
         metadata = new_metadata("cmpl", model.name)
         params = sampling_params(request, ["text"], model.sampling)
         max_tokens = context.max_tokens(request.max_tokens, "max_tokens")
@@ -60,6 +63,7 @@ def add_completions(app: FastAPI, context: ServingContext) -> None:
                 logprobs=request.logprobs,
                 echo=request.echo,
                 bad_words=request.bad_words,
+                priority=behind(request.priority),
             )
             choices += expand_choices(one, request.n)
         if not request.stream:

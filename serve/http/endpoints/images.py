@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from PIL import Image as PILImage
 
+from calumma.serve.http.access.caller import behind, current_caller
 from calumma.serve.http.context import ServingContext
 from calumma.serve.http.endpoints.chat import chat_generation
 from calumma.serve.http.openapi import event_stream
@@ -54,6 +55,7 @@ def add_images(app: FastAPI, context: ServingContext) -> None:
         """Pictures of a prompt."""
         response.headers.update(request.headers)
         model = context.model(request.model)
+        current_caller().take(request.n)
         metadata = new_metadata("img", model.name)
         one = GenerationRequest(
             metadata.id,
@@ -61,6 +63,7 @@ def add_images(app: FastAPI, context: ServingContext) -> None:
             sampling_params(request, ["image"], model.sampling),
             progress=True,
             previews=request.partial_images if request.stream else 0,
+            priority=behind(request.priority),
         )
         return await _draw(context, request, one, metadata, "image_generation")
 
@@ -75,6 +78,7 @@ def add_images(app: FastAPI, context: ServingContext) -> None:
             raise APIError("image: is required", param="image", code="invalid_value")
         response.headers.update(request.headers)
         model = context.model(request.model)
+        current_caller().take(request.n)
         metadata = new_metadata("img", model.name)
         parts = [image_part(data) for data in files["image"]]
         message = Message(role="user", content=[*parts, TextPart(text=request.prompt)])

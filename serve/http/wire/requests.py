@@ -121,6 +121,9 @@ class SamplingFields(RequestModel):
         None, ge=0, le=100, description="how far an image follows the images before it; 1: no guidance"
     )
     max_images: int | None = Field(None, ge=1, le=64, description="images in the answer")
+    priority: int | None = Field(
+        None, description="above 0: others go first, whoever asks, and this request gets what they leave"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -112,7 +112,6 @@ WITHOUT_EFFECT = frozenset(
         "metadata",
         "parallel_tool_calls",
         "prediction",
-        "priority",
         "prompt_cache_key",
         "prompt_cache_retention",
         "request_id",

@@ -8,7 +8,7 @@ import pytest
 
 from calumma.serve.deploy.applications import UNLIMITED, build_ingress, build_model
 from calumma.serve.deploy.naming import CODER, ENGINE, INGRESS
-from calumma.serve.settings import Limits, ModelSettings, ServeSettings
+from calumma.serve.settings import ModelSettings, ServeSettings
 
 
 def deployment(application: Any) -> Any:
@@ -26,7 +26,7 @@ def test_a_models_replicas_are_scaled_and_drained_as_its_settings_say() -> None:
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 5)
     assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (7, 90)
     assert scaling.policy.policy_kwargs == {"requests_per_replica": 5, "tokens_per_replica": 777}
-    assert (config.max_ongoing_requests, config.max_queued_requests) == (20, 33)
+    assert (config.max_ongoing_requests, config.max_queued_requests) == (10 + 2 * 33, 33)
     assert config.graceful_shutdown_timeout_s == 44
     assert engine.ray_actor_options["num_cpus"] == 3
     assert engine.ray_actor_options["num_gpus"] == 1
@@ -52,8 +52,9 @@ def test_image_coders_are_a_deployment_of_their_own_where_they_are_asked_for() -
 
 @pytest.mark.parametrize(("seconds", "watcher"), [(None, None), (5.0, "calumma-tiny:watch")])
 def test_no_slot_of_the_ingress_keeps_a_probe_waiting(seconds: float | None, watcher: str | None) -> None:
-    settings = ServeSettings(model="m", name="tiny", limits=Limits(running=8), watch_seconds=seconds)
+    settings = ServeSettings(model="m", name="tiny", ingress_replicas=3, watch_seconds=seconds)
     ingress = deployment(build_ingress(settings, {"tiny": "application"}))
     assert ingress.name == INGRESS
     assert ingress._deployment_config.max_ongoing_requests == UNLIMITED
+    assert ingress._deployment_config.num_replicas == 3
     assert ingress.init_args == (settings, {"tiny": "application"}, watcher)

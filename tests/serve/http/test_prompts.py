@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Any
 
 import pytest
 
-from calumma.model.document import Image, Text
+from calumma.model.document import Document, Image, Text
 from calumma.model.generation.constraint import Constraint
-from calumma.serve.http.prompts import chat_prompt, expand_choices, image_prompt, plain_prompt, sampling_params
+from calumma.serve.http import prompts
+from calumma.serve.http.image_loader import ImageLoader
+from calumma.serve.http.prompts import expand_choices, image_prompt, image_sources, plain_prompt, sampling_params
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.http.wire.requests import ChatRequest
 from calumma.serve.protocol import GenerationRequest
-from calumma.serve.settings import SamplingDefaults
+from calumma.serve.settings import Limits, RemoteImages, SamplingDefaults
+
+LOADER = ImageLoader(Limits(), RemoteImages())
+
+
+def chat_prompt(request: ChatRequest) -> Document:
+    return prompts.chat_prompt(request, asyncio.run(LOADER.load(image_sources(request), None)))
 
 
 def request(*messages: dict[str, Any], **fields: Any) -> ChatRequest:

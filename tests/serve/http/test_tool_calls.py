@@ -94,7 +94,7 @@ def test_without_tools_a_mark_is_text() -> None:
 
 
 def prompt_text(*messages: Any, **fields: Any) -> Document:
-    return chat_prompt(ChatRequest(messages=list(messages), **fields))
+    return chat_prompt(ChatRequest(messages=list(messages), **fields), {})
 
 
 def test_a_conversation_with_calls_reads_as_the_model_writes_it() -> None:

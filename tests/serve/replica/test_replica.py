@@ -30,7 +30,6 @@ from calumma.serve.protocol import (
     TokenCount,
 )
 from calumma.serve.replica.engine.client import Admitted, Answered, ImageCodes
-from calumma.serve.replica.engine.thread import EngineThread
 from calumma.serve.replica.replica import EngineReplica
 
 from ..conftest import CONTEXT
@@ -247,15 +246,39 @@ def test_ids_of_a_prompt_are_those_of_the_vocabulary(replica: EngineReplica, bey
         assert f"must lie in 0..{token - 1}; found {token}" in first.message
 
 
-def test_as_many_requests_may_wait_as_the_settings_say(model: MixedModalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    replica = EngineReplica(model, max_queued=2)
+def test_as_many_requests_may_wait_as_the_settings_say(model: MixedModalModel) -> None:
+    """Of all, and of one tenant, whose line is full for it alone."""
+    replica = EngineReplica(model, 1, max_queued=4, max_queued_per_key=2)
+
+    async def started(tenant: str, number: int) -> tuple[Any, OutputEvent]:
+        asked = GenerationRequest(f"{tenant}{number}", PROMPT, params(0, "text"), 50, tenant=tenant)
+        output = replica.generate(asked)
+        return output, await anext(output)
+
+    async def fill() -> dict[str, list[str | None]]:
+        open_, seen = [], dict[str, list[str | None]]()
+        for tenant in ("a", "b", "c"):
+            for number in range(4):
+                output, first = await started(tenant, number)
+                open_.append(output)
+                refused = first.message if isinstance(first, RequestFailed) else None
+                seen.setdefault(tenant, []).append(refused)
+        for output in open_:
+            await output.aclose()
+        output, first = await started("a", 9)
+        await output.aclose()
+        assert isinstance(first, Started)
+        return seen
+
     try:
-        for waiting, status in ((1, None), (2, 429)):
-            monkeypatch.setattr(EngineThread, "waiting", property(lambda engine, waiting=waiting: waiting))
-            [first, *_] = run(output_of(replica, GenerationRequest(f"{waiting}", PROMPT, params(0, "text"), 1)))
-            assert getattr(first, "status", None) == status
+        seen = run(fill())
     finally:
         replica.close()
+    own, full = "requests of this API key are in line", "as many requests are in line"
+    assert [own in (one or "") for one in seen["a"]] == [False, False, False, True]
+    assert seen["b"][:2] == [None, None], "an even part of the whole"
+    assert full in (seen["b"][2] or "")
+    assert seen["c"][0] is None, "whoever fills it"
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import pytest
 from openai import OpenAI
 from starlette.testclient import TestClient
 
-from calumma.model.document import Image, Text
+from calumma.model.document import Text
 from calumma.serve.http.app import create_app
 from calumma.serve.protocol import ImageOutput
 from calumma.serve.settings import ServeSettings
 
-from ...conftest import IMAGE_SIZE, StubBackend, answered, listening
+from ...conftest import IMAGE_SIZE, StubBackend, answered, listening, seen
 from ..conftest import error_of
 from .conftest import picture
 
@@ -60,7 +60,7 @@ def test_an_edit_sees_the_images_before_the_prompt(settings: ServeSettings, png:
     assert one.data
     assert [base64.b64decode(image.b64_json or "") for image in one.data] == [png, png]
     first, _, last = backend.requests
-    assert (first.prompt.segments, first.params.mode) == ((Image(png, role="user"), Text("bigger", "user")), "image")  # type: ignore[union-attr]
+    assert (first.prompt.segments, first.params.mode) == ((seen(png, "user"), Text("bigger", "user")), "image")  # type: ignore[union-attr]
     assert len(last.prompt.images) == 2  # type: ignore[union-attr]
     assert last.params.seed == 5
 

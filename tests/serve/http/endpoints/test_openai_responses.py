@@ -13,7 +13,7 @@ from openai.types.responses import ResponseOutputMessage, ResponseOutputText
 from openai.types.responses.response_output_item import ImageGenerationCall
 from pydantic import BaseModel
 
-from calumma.model.document import Image, Text
+from calumma.model.document import Text
 from calumma.serve.http.app import create_app
 from calumma.serve.protocol import (
     ContentFiltered,
@@ -28,7 +28,7 @@ from calumma.serve.protocol import (
 )
 from calumma.serve.settings import ServeSettings
 
-from ...conftest import Step, StubBackend, answered, listening
+from ...conftest import Step, StubBackend, answered, listening, seen
 from .conftest import FREE, picture
 
 
@@ -146,7 +146,7 @@ def test_an_answer_is_sent_back_as_it_came(stub: tuple[StubBackend, OpenAI], png
     assert prompt.segments == (
         Text("Be brief.\nDraw a three.", "user"),
         Text("three", "assistant"),
-        Image(png, role="assistant"),
+        seen(png, "assistant"),
         Text("and four", "assistant"),
         Text("And?", "user"),
     )
@@ -160,7 +160,7 @@ def test_images_of_the_input(stub: tuple[StubBackend, OpenAI], data_url: str, pn
     ]
     client.responses.create(model="tiny", input=[{"role": "user", "content": content}])
     prompt: Any = backend.requests[-1].prompt
-    assert prompt.segments == (Text("Which?", "user"), Image(png, role="user"))
+    assert prompt.segments == (Text("Which?", "user"), seen(png, "user"))
 
 
 def test_a_schema_reaches_the_engine_and_its_answer_is_parsed(settings: ServeSettings) -> None:

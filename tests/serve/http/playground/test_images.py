@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ...conftest import StubBackend
+from ...conftest import StubBackend, seen
 from .conftest import done, dropped, expect, send
 
 
@@ -27,7 +27,7 @@ def test_images_are_chosen_dropped_and_pasted(
     expect(page.locator(".turn.user img")).to_have_count(1)
     prompt = backend.requests[0].prompt
     assert not isinstance(prompt, tuple)
-    assert [image.data for image in prompt.images] == [png]
+    assert prompt.images == [seen(png, "user")]
 
 
 def test_one_of_two_equal_images_is_taken_away_again(page: Any, backend: StubBackend, png: bytes) -> None:
