@@ -8,6 +8,7 @@ import builtins
 import gc
 import hashlib
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,7 +180,7 @@ def directory_fingerprint(uri: str) -> str:
 
 def _absolute(file: str) -> str:
     """A file's name, the same from wherever a job is run."""
-    return file if "://" in file else str(storage.local_path(file).absolute())
+    return file if "://" in file else posixpath.normpath(storage.local_path(file).absolute())
 
 
 def _modified(file: str) -> int | None:

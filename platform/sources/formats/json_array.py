@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from calumma.platform.sources.files import BadInput, File, json_type
@@ -198,6 +199,8 @@ class _ArrayReader:
     def _skip_to_record(self, behind: bool) -> tuple[int, bool]:
         """Skip to the next record, `behind` the first byte: how many bytes, and whether there is one."""
         lost, tries = 0, TRIES
+        if not self._shapes:
+            self._guess_shape()
         while True:
             place, unknown, tried = self._find_record(self._data, int(behind), tries)
             if place is not None:
@@ -212,6 +215,19 @@ class _ArrayReader:
                 if damage is None or self._ended:
                     return lost + len(self._data) + (damage.bytes_lost if damage else 0), False
                 lost, behind = lost + damage.bytes_lost, False
+
+    def _guess_shape(self) -> None:
+        """What a record is like where the first is damaged: like the longest object in sight, which is in no other."""
+        longest = 0
+        for candidate in islice(FIRST_KEY.finditer(self._data, 1), TRIES):
+            end = _object_end(self._data, candidate.start())
+            if end and end - candidate.start() > longest:
+                try:
+                    row = json.loads(self._data[candidate.start() : end])
+                except (ValueError, RecursionError):
+                    continue
+                longest = end - candidate.start()
+                self._shapes = {candidate[1]: frozenset(row)}
 
     def _find_record(self, data: bytes, begin: int, tries: int) -> tuple[int | None, int, int]:
         """Where in `data` a whole record like those before begins, from where on one may begin when there is more data,

@@ -359,6 +359,21 @@ def test_an_array_keeps_what_stands_around_a_bad_element(tmp_path: Path) -> None
     assert [b.name for b in bad(items)] == [f"{tmp_path}/a.json: item 100"]
 
 
+@pytest.mark.parametrize("number", [0, 50, 99])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"conv', b"#conv"), (b'"human"', b'"human'), (b"}", b" "), (b"{", b" "), (b"[", b"}"), (b":", b"]")],
+)
+def test_damage_to_what_holds_an_element_together_costs_that_element(
+    tmp_path: Path, number: int, old: bytes, new: bytes
+) -> None:
+    elements = [json.dumps(chat([], ("human", f"q{n}"), ("gpt", f"a{n}"), id=n)).encode() for n in range(100)]
+    elements[number] = elements[number].replace(old, new, 1)
+    items = read("conversations", tmp_path / "a.json", b"[" + b", ".join(elements) + b"]")
+    assert texts(items) == [f"q{n}a{n}" for n in range(100) if n != number]
+    assert bad(items)
+
+
 @pytest.mark.parametrize("content", [b"[" * 1_000_000, b'[{"a":' * 300_000, b'[{"text": "one"}, ' + b"[" * 1_000_000])
 def test_brackets_without_end_are_damage_and_fill_no_memory(tmp_path: Path, content: bytes) -> None:
     tracemalloc.start()
