@@ -78,7 +78,10 @@ def wait_for_server(uri: str, patience: float = PATIENCE) -> None:
     while (problem := unreachable(uri)) is not None:
         left = end - time.monotonic()
         if left <= 0:
-            raise TrackingError(f"MLflow at {uri} does not answer ({problem}), tried for {patience:.0f} s")
+            raise TrackingError(
+                f"MLflow at {uri} does not answer ({problem}), tried for {patience:.0f} s; start it, or correct "
+                "`tracking.uri`, or leave it away to use a database below ./mlflow"
+            )
         logger.warning("MLflow at %s does not answer (%s); tried for %.0f s more", uri, problem, left)
         time.sleep(min(_PAUSE, left))
 
