@@ -79,7 +79,7 @@ def _white(image: PILImage.Image) -> tuple[float | None, bool]:
     """The value of white in a picture of more than 8 bits, where its file says it, and whether it is that of black."""
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     inverted = tags.get(_PHOTOMETRIC) == 0
-    if not image.mode.startswith("I;16") and image.format != "PPM":
+    if image.mode == "F" or (not image.mode.startswith("I;16") and image.format != "PPM"):
         return None, inverted
     return 4095.0 if tags.get(_BITS_A_SAMPLE) in (12, (12,)) else 65535.0, inverted
 

@@ -1,10 +1,12 @@
-"""Frames of images: the first is the image; a TIFF, GIF, WebP or PNG may have more."""
+"""Frames of images: the first is the image; a TIFF, GIF, WebP, PNG, AVIF or JPEG (MPO) may have more."""
 
 from __future__ import annotations
 
 import io
 
 from PIL import Image as PILImage
+
+MPO_HEAD = 1 << 17  # bytes of a JPEG within which it says that it has further pictures: behind 64 kB of EXIF
 
 
 def may_have_frames(data: bytes) -> bool:
@@ -13,6 +15,8 @@ def may_have_frames(data: bytes) -> bool:
         data[:4] in (b"GIF8", b"II*\0", b"MM\0*")
         or (data[:4] == b"RIFF" and data[12:16] == b"VP8X" and bool(data[20:21][0] & 2 if len(data) > 20 else 0))
         or (data[:4] == b"\x89PNG" and b"acTL" in data[:128])
+        or (data[4:8] == b"ftyp" and b"avis" in data[8:64])
+        or (data[:3] == b"\xff\xd8\xff" and data.find(b"MPF\0", 0, MPO_HEAD) >= 0)
     )
 
 

@@ -74,13 +74,15 @@ class Notes(BaseModel):
 def sentences(report: dict[str, Any]) -> list[str]:
     """What `Notes.report` says, a line each: without warnings, which have their own."""
     lines = []
+    bad = report.get("bad", 0)  # a sample is told to have no caption before its image turns out to be none
+    among = f"documents{', with those that are unreadable,' if bad else ''}"
     for kind, names in report.get("unread", {}).items():
         ordered = sorted(names.items(), key=lambda pair: (-pair[1], pair[0]))
         told = ", ".join(f"{name} ({count:,})" for name, count in ordered[:SHOWN])
         more = f" and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else ""
         lines.append(f"{kind} not read: {told}{more}")
     return lines + [
-        f"{count:,} of {report.get('read', count):,} documents have no {what}"
+        f"{count:,} of {report.get('read', count) + bad:,} {among} have no {what}"
         for what, count in report.get("lacking", {}).items()
     ]
 

@@ -17,6 +17,7 @@ from calumma.platform.sources.registry import Reader, ReaderItem, checked_option
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import SpecificationError
 
+MISSING = "files that are not there"
 Unread = tuple[str, str]  # kind and name, as `Notes.skip` counts them
 
 
@@ -78,7 +79,7 @@ def list_source(format: str, location: str) -> tuple[dict[str, int], dict[str, U
         files = {uri: size for uri, size in files.items() if uri in chosen}
         others = {uri: what for uri, what in others.items() if uri not in along}
     others |= {uri: ("links and devices", PurePosixPath(uri).name) for uri in listing.broken}
-    others |= {uri: ("files that are not there", PurePosixPath(uri).name) for uri in listing.missing}
+    others |= {uri: (MISSING, PurePosixPath(uri).name) for uri in listing.missing}
     return files, others
 
 
@@ -98,7 +99,9 @@ def require_files(source: Source, locate: Callable[[str], str] = str) -> tuple[d
         return files, others
     suffixes = " or ".join(f"*{suffix}" for suffix in find_format(source.format).suffixes)
     explanation = "there is nothing at that location"
-    if others:
+    if others and all(kind == MISSING for kind, _ in others.values()):
+        explanation = f"none of the {len(others):,} that it names is there"
+    elif others:
         base = storage.literal_folder(location)
         names = ", ".join(escaped(_below(uri, base)) for uri in list(others)[:3])
         explanation = f"there are {len(others):,} other files, such as {names}"

@@ -55,8 +55,24 @@ def list_inputs(location: str) -> Listing:
                     _add_literal(found, name)
                     if len(found.sizes) == before:
                         found.missing.append(name)
+    if is_pattern(location) and not is_remote(location):
+        _drop_second_ways(found)
     found.sizes = dict(sorted(found.sizes.items()))
     return found
+
+
+def _drop_second_ways(found: Listing) -> None:
+    """Of the ways by which matches lead to one file, through links to folders, the shortest is kept, unless hidden."""
+    real: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    for path in sorted((*found.sizes, *found.broken), key=lambda path: ("/." in path, len(path), path)):
+        folder, _, name = path.rpartition("/")
+        if folder not in real:
+            real[folder] = os.path.realpath(folder or ("/" if path.startswith("/") else "."))
+        kept.setdefault(f"{real[folder]}/{name}", path)
+    ways = set(kept.values())
+    found.sizes = {path: size for path, size in found.sizes.items() if path in ways}
+    found.broken = sorted(ways.intersection(found.broken))
 
 
 def is_pattern(location: str) -> bool:

@@ -102,7 +102,7 @@ class StepChain:
 
 def check_form(item: files.Item, min_text: int, strict: bool, notes: Notes) -> CheckedDocument | BadInput:
     """What every document must be: readable, and not empty. What of images was damaged and read all the same (never if
-    `strict`), and their frames beyond the first, go to `notes`."""
+    `strict`) goes to `notes`."""
     if isinstance(item, BadInput):
         return item
     document = replace(item, segments=without_layout(item.segments))
@@ -144,6 +144,4 @@ def _unreadable(document: Document, strict: bool, notes: Notes) -> BadInput | No
             return BadInput(place, str(error))
         if decoded.mended is not None:
             notes.warn(place, decoded.mended)
-        if decoded.frames > 1:
-            notes.skip("frames", f"of {decoded.format}", decoded.frames - 1)
     return None

@@ -41,6 +41,13 @@ class Member:
     problem: str = ""
 
 
+def plain_name(name: str) -> str:
+    """`./0.jpg` as `0.jpg`: tar writes the one or the other for the same file."""
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
+    return name
+
+
 class _Damage(Exception):
     pass
 
@@ -213,8 +220,10 @@ class _Archive:
         if self._bytes.damage is not None:
             raise _Damage("it breaks off")
         if not block:
-            if not self._found:
+            if not self._found and not 2 * BLOCK <= zeros <= tarfile.RECORDSIZE:
                 raise _Damage("it is no tar archive")
+            if not self._found:
+                self._file.notes.warn(self._file.name, "the archive has no members")
             return True
         if _header(block) is not None:
             if self._found:

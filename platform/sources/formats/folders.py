@@ -15,9 +15,11 @@ from calumma.model.images import suffixes
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Draft, File
 from calumma.platform.sources.formats.image_values import OtherImages
+from calumma.platform.sources.formats.pairs import IMAGES as PATH_FIELDS
 from calumma.platform.sources.formats.pairs import PairFields
 from calumma.platform.sources.formats.records import list_in, records
 from calumma.platform.sources.formats.samples import CAPTIONS, sample_draft
+from calumma.platform.sources.names import hidden_part
 from calumma.platform.sources.registry import ReaderItem, reader
 
 LARGEST_IMAGE = 1 << 30  # bytes
@@ -83,9 +85,15 @@ def _described(file: File, folder: str, fields: PairFields) -> Iterator[ReaderIt
             yield from fields.drafts(file, name, _with_paths(record, inside, named))
         except TypeError:  # of joining paths
             yield BadInput(name, "its file name is no text")
-    for uri in storage.sizes(folder):
+    below = storage.sizes(folder)
+    others = {
+        above for uri in below if (above := posixpath.dirname(uri)) != folder and posixpath.basename(uri) in METADATA
+    }
+    for uri in below:
         if (
             uri.lower().endswith(IMAGES)
+            and hidden_part(_below(uri, folder)) is None
+            and others.isdisjoint(_folders_above(uri))
             and posixpath.normpath(posixpath.join(inside, _below(uri, folder))) not in named
         ):
             file.notes.skip("images", "named by no row of the metadata")
@@ -94,15 +102,23 @@ def _described(file: File, folder: str, fields: PairFields) -> Iterator[ReaderIt
 def _with_paths(record: Mapping[str, Any], inside: str, named: set[str]) -> dict[str, Any]:
     """The record with the paths of its images below the location."""
     row = dict(record)
-    for field in ("file_name", "file_names"):
+    for field in PATH_FIELDS:
         value = list_in(row.get(field))
         if isinstance(value, list):
-            row[field] = [posixpath.join(inside, part) for part in value]
-            named.update(map(posixpath.normpath, row[field]))
+            row[field] = [_joined(inside, part) for part in value]
+            named.update(posixpath.normpath(part) for part in row[field] if isinstance(part, str))
         elif value:
-            row[field] = posixpath.join(inside, value)
-            named.add(posixpath.normpath(row[field]))
+            row[field] = _joined(inside, value)
+            if isinstance(row[field], str):
+                named.add(posixpath.normpath(row[field]))
     return row
+
+
+def _joined(inside: str, path: Any) -> Any:
+    """The path below the location; what is no path stays as it is, but for what is neither bytes nor {bytes, path}."""
+    if isinstance(path, bytes | Mapping) or (isinstance(path, str) and (":" in path[:8] or not path)):
+        return path
+    return posixpath.join(inside, path)
 
 
 def _below(uri: str, base: str) -> str:

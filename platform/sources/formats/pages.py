@@ -83,6 +83,9 @@ def _image_path(link: str, folder: str, base: str) -> str:
     return path.lstrip("/") if path.startswith("/") else posixpath.join(folder, path) if path else ""
 
 
+_KEY = re.compile(r"([A-Za-z_][\w-]*):(?:\s+(.*)|())$")
+
+
 def _front_matter(words: str) -> tuple[str, dict[str, str]]:
     """The text without the YAML or TOML at its beginning, and its strings; what is neither is text."""
     match = _FRONT_MATTER.match(words)
@@ -94,11 +97,19 @@ def _front_matter(words: str) -> tuple[str, dict[str, str]]:
 
     try:
         values = tomllib.loads(match[2] or "") if match[1] == "+++" else yaml.safe_load(match[2] or "")
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return words, {}
+    except (yaml.YAMLError, ValueError, RecursionError):  # such as `title: a: b`, which other readers take, too
+        lines = (match[2] or "").splitlines()
+        if match[1] == "+++" or not all(_KEY.match(line) or line[:1] in ("", " ", "\t", "-", "#") for line in lines):
+            return words, {}
+        values = {key[1]: (key[2] or "").strip(" '\"") for line in lines if (key := _KEY.match(line))}
     if not isinstance(values, dict):
         return words, {}
-    return words[match.end() :], {key: value for key, value in values.items() if isinstance(value, str)}
+    about = {key: ", ".join(value) if _is_words(value) else value for key, value in values.items()}
+    return words[match.end() :], {key: value for key, value in about.items() if isinstance(value, str)}
+
+
+def _is_words(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def _from_markdown(words: str) -> str:

@@ -51,6 +51,7 @@ class _Sample:
         self._images = [e for e in parts if f".{e.rpartition('.')[2]}" in suffixes()]
         self._used = {*self._images, "json"}
         self._used_fields: set[str] = set()
+        self._read: set[str] = set()  # the words of members
         self._about = self._json()
 
     def draft(self, several: bool) -> ReaderItem:
@@ -114,9 +115,11 @@ class _Sample:
         self._used.add(extension)
         data = self._parts[extension]
         try:
-            return decode_text(data, default=self._encoding).strip() or None
+            words = decode_text(data, default=self._encoding).strip()
         except Malformed as error:
             raise Malformed(f"its caption {self._key}.{extension} {error}") from error
+        self._read.add(words)
+        return words or None
 
     def _field(self, field: str) -> str | None:
         value = self._about.get(field)
@@ -173,5 +176,7 @@ class _Sample:
             if extension not in self._used:
                 self._file.notes.skip("members", f".{extension}")
         for field, value in self._about.items():
+            if isinstance(value, str) and field in CAPTION_FIELDS and value.strip() in self._read:
+                continue  # the same words as a member's, as img2dataset writes them
             if value is not None and field not in KNOWN_FIELDS and field not in self._used_fields:
                 self._file.notes.skip("fields", field)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from calumma.platform.sources import compression
 from calumma.platform.sources.files import BadInput, File
-from calumma.platform.sources.formats.archive import Member, members
+from calumma.platform.sources.formats.archive import Member, members, plain_name
 from calumma.platform.sources.formats.samples import sample_draft
 from calumma.platform.sources.registry import ReaderItem, reader
 
@@ -135,6 +135,6 @@ def _item(
 
 def _split(name: str, key: Key) -> tuple[str, str]:
     """The key and the extension of a member's name."""
-    folder, slash, base = name.rpartition("/")
+    folder, slash, base = plain_name(name).rpartition("/")
     stem, _, extension = base.partition(".") if key == "first_dot" else base.rpartition(".")
     return f"{folder}{slash}{stem}", extension

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,3 +244,9 @@ def test_downscaling_is_the_public_releases_filter() -> None:
     expected = image.resize((16, 16), PILImage.Resampling.LANCZOS)
     assert to_image(preprocess(image, 16)).tobytes() == expected.tobytes()
     assert to_image(preprocess(ImageOps.mirror(image), 16, "pad")).size == (16, 16)
+
+
+def test_floats_of_a_pfm_are_of_0_to_1(tmp_path: Path) -> None:
+    PILImage.new("F", (2, 2), 0.5).save(tmp_path / "a.pfm")
+    with PILImage.open(tmp_path / "a.pfm") as image:
+        assert rgb(image).getpixel((0, 0)) == (128, 128, 128)

@@ -25,6 +25,8 @@ def test_sentences_name_the_most_frequent_first() -> None:
         "fields not read: f9 (10), f8 (9), f7 (8), f6 (7), f5 (6), f4 (5), f3 (4), f2 (3) and 2 more",
         "6 of 6 documents have no caption",
     ]
+    told = sentences({"read": 3, "bad": 4, **Notes(lacking={"caption": 6}).report()})
+    assert told == ["6 of 7 documents, with those that are unreadable, have no caption"]
 
 
 def test_notes_stay_small_and_lose_no_count() -> None:

@@ -198,3 +198,15 @@ def test_a_key_that_begins_with_a_slash_is_not_downloaded_to_the_root(s3: str, t
             storage.download(f"s3://{bucket}", tmp_path)
     finally:
         s3_client().delete_object(Bucket=bucket, Key="/calumma-test-of-roots")
+
+
+def test_what_links_and_matches_lead_to_twice_is_listed_once(tmp_path: Path) -> None:
+    fill(str(tmp_path), "a.txt", "sub/b.txt")
+    (tmp_path / "link").symlink_to(tmp_path / "sub")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    assert list(storage.list_inputs(f"{tmp_path}/*").sizes) == [f"{tmp_path}/a.txt", f"{tmp_path}/sub/b.txt"]
+    assert list(storage.list_inputs(f"{tmp_path}/{{link,sub}}/*.txt").sizes) == [f"{tmp_path}/sub/b.txt"]
+    assert list(storage.list_inputs(f"{tmp_path}/{{link/b,a}}*").sizes) == [
+        f"{tmp_path}/a.txt",
+        f"{tmp_path}/link/b.txt",
+    ]

@@ -450,3 +450,19 @@ def test_older_datasets_keep_turns_as_an_object_of_lists(tmp_path: Path) -> None
     assert good(chat(tmp_path, row)) == [(Text("q", "user"), Text("a", "assistant"))]
     row = {"conversations": json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])}
     assert good(chat(tmp_path, row)) == [(Text("q", "user"), Text("a", "assistant"))]
+
+
+def test_metadata_in_a_folder_names_the_images_of_that_folder(tmp_path: Path) -> None:
+    """Whatever the field is called: an image of the same name elsewhere is another."""
+    files: dict[str, bytes | str] = {"0.png": png(1), "a/0.png": png(2), "b/0.png": png(3)}
+    files |= {"metadata.csv": "path,text\n0.png,root\n", "a/metadata.csv": "image,text\n0.png,inner\n"}
+    files |= {"b/metadata.jsonl": '{"filename": "0.png", "text": "third"}\n', ".cache/0.png": png(4)}
+    notes = Notes()
+    source = Source(name="s", format="imagefolder", location=str(write(tmp_path, files)))
+    found = [item for uri in require_files(source)[0] for item in read_source(source, uri, notes=notes)]
+    assert sorted((item.images[0].caption, item.images[0].data) for item in found if isinstance(item, Document)) == [
+        ("inner", png(2)),
+        ("root", png(1)),
+        ("third", png(3)),
+    ]
+    assert notes.report() == {}

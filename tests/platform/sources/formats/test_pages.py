@@ -319,7 +319,14 @@ def test_an_option_is_the_encoding_of_pages_that_declare_none(tmp_path: Path) ->
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("line", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize(
-    "front", ["---\nlicense: mit\n---\n", "+++\nlicense = 'mit'\n+++\n", "---\nlicense: mit\n...\n"]
+    "front",
+    [
+        "---\nlicense: mit\n---\n",
+        "---\ntitle: a: b\nlicense: 'mit'\ntags:\n- x\n---\n",
+        "---\nlicense: [mit]\n---\n",
+        "+++\nlicense = 'mit'\n+++\n",
+        "---\nlicense: mit\n...\n",
+    ],
 )
 def test_front_matter_is_read_with_any_line_ends(tmp_path: Path, front: str, line: str, mark: str) -> None:
     page = f"{mark}{front}# T\n\nbody\n".replace("\n", line)

@@ -16,6 +16,7 @@ import zstandard
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Text
+from calumma.platform.curation.steps.chain import check_form
 from calumma.platform.sources.files import BadInput, Item
 from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.reading import list_source, read_file
@@ -217,3 +218,36 @@ def test_a_damaged_header_costs_its_sample_alone(tmp_path: Path, part: int, size
     documents, bad, _ = read(tmp_path / "a.tar", bytes(content))
     assert captions(documents) == [f"words {n}" for n in range(4) if n not in lost]
     assert bad
+
+
+def test_an_archive_without_members_is_read_and_told(tmp_path: Path) -> None:
+    documents, bad, told = read(tmp_path / "a.tar", tar([]))
+    assert (documents, bad) == ([], [])
+    assert [warning["reason"] for warning in told["warnings"]] == ["the archive has no members"]
+    assert read(tmp_path / "b.tar", b"")[1]  # a file of nothing is none
+
+
+def test_names_with_and_without_a_dot_before_them_are_one_sample(tmp_path: Path) -> None:
+    members: list[Member] = [("./0.png", png(1)), ("0.txt", b"one"), ("./1.png", png(2)), ("1.png", png(3))]
+    documents, (bad,), _ = read(tmp_path / "a.tar", tar(members))
+    assert captions(documents) == ["one"]
+    assert bad.reason == "./1.png and 1.png are one name; which one is meant cannot be told"
+
+
+def test_frames_of_every_format_are_counted_once(tmp_path: Path) -> None:
+    first, *more = [PILImage.new("RGB", (8, 8), (n * 60, 0, 0)) for n in range(3)]
+    members: list[Member] = []
+    for form in ("GIF", "WEBP", "PNG", "TIFF", "AVIF", "MPO"):
+        buffer = io.BytesIO()
+        first.save(buffer, form, save_all=True, append_images=more)
+        members.append((f"{form}.{form.lower()}", buffer.getvalue()))
+    documents, _, told = read(tmp_path / "a.tar", tar(members))
+    assert told["unread"] == {"frames": {"beyond the first of an image": 12}}
+    notes = Notes()
+    assert not any(isinstance(check_form(document, 1, False, notes), BadInput) for document in documents)
+    assert notes.report() == {}
+
+
+def test_a_caption_that_a_member_has_too_is_read(tmp_path: Path) -> None:
+    members: list[Member] = [("0.png", png()), ("0.txt", b"one"), ("0.json", b'{"caption": "one", "text": "other"}')]
+    assert read(tmp_path / "a.tar", tar(members))[2] == {"unread": {"fields": {"text": 1}}}
