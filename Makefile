@@ -35,7 +35,7 @@ quickstart: $(INSTALLED)
 
 # Two processes: one has the tests with a cluster, which mostly wait, the other one the rest (tests/conftest.py).
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --cov --cov-report=term $(ARGS)
 
 # The clients have an environment of their own: calumma needs none of their packages, and some would change its pins.
 CLIENTS := .venv-clients

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,7 +30,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--damages", type=int, default=300, help="how many tests/platform/sources/test_damage.py tries")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = pytest.mark.skip(reason="takes hours; run with --run-slow")
     no_device = pytest.mark.skip(reason="needs a CUDA device")
@@ -36,20 +38,38 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(slow)
         if "gpu" in item.keywords and not _has_cuda():
             item.add_marker(no_device)
-        # Processes that test side by side: one has all that need a cluster, the others folder by folder what does not.
-        clustered = "cluster" in item.keywords
-        item.add_marker(pytest.mark.xdist_group("cluster" if clustered else item.path.parent.name))
     # Tests without a cluster first: they are quick, and a mistake they find is plainer to read. Then those that start a
-    # cluster of their own: beside the session's it would find the port of its job agent taken. Side by side those with
-    # a cluster come first, as they take longest.
-    alone = not config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    # cluster of their own: beside the session's it would find the port of its job agent taken. Where processes test
+    # side by side, one begins with those that need a cluster, as they take longest.
+    alone = not hasattr(config, "workerinput")
 
     def order(item: pytest.Item) -> int:
-        if "cluster" not in item.keywords:
+        if not _starts_cluster(item.path):
             return 0 if alone else 3
+        if "cluster" not in item.keywords:
+            return 0
         return 1 + ("ray_cluster" in getattr(item, "fixturenames", ()))
 
     items.sort(key=order)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Processes that test side by side: one has all files that need a cluster, the others what does not, by folders,
+    whose tests share fixtures. (pytest-xdist's groups by marks do nothing with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = config.rootpath / nodeid.partition("::")[0]
+            return "cluster" if _starts_cluster(path) else str(path.parent)
+
+    return ByFolder(config, log)
+
+
+@cache
+def _starts_cluster(path: Path) -> bool:
+    return "mark.cluster" in path.read_text()
 
 
 def _has_cuda() -> bool:
