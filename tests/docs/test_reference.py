@@ -130,13 +130,10 @@ def test_every_field_of_a_request_says_what_it_means() -> None:
     ]
     contents = [content["schema"] for body in bodies for content in body["content"].values()]
     schemas = [schema.get("allOf", [schema])[0] for schema in contents]
-    names = [schema["$ref"].rpartition("/")[2] for schema in schemas]
-    silent = {
-        f"{name}.{field}"
-        for name in (*names, "Message", "StreamOptions")
-        for field, about in document["components"]["schemas"][name]["properties"].items()
-        if not about.get("description")
-    }
+    named = {schema["$ref"].rpartition("/")[2] for schema in schemas if "$ref" in schema} | {"Message", "StreamOptions"}
+    fields = [(name, document["components"]["schemas"][name]["properties"]) for name in sorted(named)]
+    fields += [("form", schema["properties"]) for schema in schemas if "$ref" not in schema]
+    silent = {f"{name}.{field}" for name, of in fields for field, about in of.items() if not about.get("description")}
     assert silent == set()
 
 

@@ -66,9 +66,10 @@ def add_batches(app: FastAPI, context: ServingContext) -> None:
 
     @app.get("/v1/batches/{batch_id}", response_model=wire.BatchObject)
     async def batch(request: Request, batch_id: BatchId) -> Any:
+        """How far a batch is, with the files of its answers and errors once it has ended."""
         return wire.BatchObject.of(await stored(context.files(request.state.owner).batch, batch_id))
 
     @app.post("/v1/batches/{batch_id}/cancel", response_model=wire.BatchObject)
     async def cancel(request: Request, batch_id: BatchId) -> Any:
-        """What is answered by then stays."""
+        """Begin no further line of a batch; what is answered by then stays."""
         return wire.BatchObject.of(await stored(context.files(request.state.owner).cancel, batch_id))

@@ -35,9 +35,14 @@ FORM_BODY: dict[str, Any] = {
                     "required": ["file", "purpose"],
                     "properties": {
                         "file": {"type": "string", "format": "binary", "description": "a request a line"},
-                        "purpose": {"enum": ["batch"]},
-                        "expires_after[anchor]": {"enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": wire.HOUR, "maximum": 30 * wire.DAY},
+                        "purpose": {"enum": ["batch"], "description": "what it is for"},
+                        "expires_after[anchor]": {"enum": ["created_at"], "description": "what its time counts from"},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": wire.HOUR,
+                            "maximum": 30 * wire.DAY,
+                            "description": "after which it is deleted",
+                        },
                     },
                 }
             }
@@ -92,10 +97,12 @@ def add_files(app: FastAPI, context: ServingContext) -> None:
 
     @app.get("/v1/files/{file_id}", response_model=wire.FileObject)
     async def file(request: Request, file_id: FileId) -> Any:
+        """A file's name, size, purpose and times."""
         return wire.FileObject.of(await stored(store(request).file, file_id))
 
     @app.delete("/v1/files/{file_id}", response_model=wire.DeletedFile)
     async def delete_file(request: Request, file_id: FileId) -> Any:
+        """Delete a file for good."""
         await stored(store(request).delete_file, file_id)
         return wire.DeletedFile(id=file_id)
 

@@ -133,6 +133,8 @@ def command(
     late.start()
     try:
         said = process.stdout.readline()
+        while "(raylet)" in said:  # what Ray has to say of a machine that is busy
+            said = process.stdout.readline()
         late.cancel()
         assert said == f"talkative is served at {settings.url}\n"
         await_health(settings.url)
