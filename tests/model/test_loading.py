@@ -33,8 +33,8 @@ def write(folder: Path, config: ModelConfig) -> Transformer:
 
 
 def test_float32_files_are_loaded_in_bfloat16_with_a_chunk_of_them_in_memory(tmp_path: Path) -> None:
-    """100 MB in float32, whose largest tensor is 46 MB; of shards no more than the shard. A chunk is 2 MB; the rest is for
-    Python, the allocator, and the kernel's counting."""
+    """100 MB in float32, whose largest tensor is 46 MB; of shards no more than the shard. A chunk is 2 MB; the rest
+    is for Python, the allocator, and the kernel's counting."""
     write(
         tmp_path,
         ModelConfig(vocabulary_size=24000, layers=1, width=480, heads=16, kv_heads=16, ffn_width=1408, context=64),
