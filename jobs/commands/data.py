@@ -42,7 +42,10 @@ def look(
     """Show what a location seems to be, what it holds, its first documents, and a job that curates it."""
     from calumma.jobs.entry import exit_code_of
 
+    readable = True
+
     def body() -> None:
+        nonlocal readable
         from rich.console import Console
 
         from calumma.platform.sources.look import look as look_at
@@ -52,18 +55,26 @@ def look(
         for line in lines(seen, console):
             console.print(line, highlight=False, soft_wrap=True)
         if html is not None:
-            html.write_text(page(seen), encoding="utf-8")
+            _write(html, page(seen))
             console.print(f"\nthe page: {html}", highlight=False, soft_wrap=True)
         if save is not None and seen.guess is not None:
-            save.write_text(seen.curation(), encoding="utf-8")
+            _write(save, seen.curation())
             console.print(f"the job: calumma job run curate --config {save}", highlight=False, soft_wrap=True)
-        if seen.guess is None or not seen.documents:
-            raise typer.Exit(1)
+        readable = seen.guess is not None and bool(seen.documents)
 
     def complain(message: str) -> None:
         typer.echo(f"error: {message}", err=True)
 
-    raise typer.Exit(exit_code_of(body, shlex.join(["calumma", *sys.argv[1:]]), complain))
+    raise typer.Exit(exit_code_of(body, shlex.join(["calumma", *sys.argv[1:]]), complain) or int(not readable))
+
+
+def _write(path: Path, content: str) -> None:
+    from calumma.platform.specification import SpecificationError
+
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise SpecificationError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _options(given: list[str]) -> dict[str, Any]:
@@ -76,7 +87,10 @@ def _options(given: list[str]) -> dict[str, Any]:
         name, separator, value = one.partition("=")
         if not separator:
             raise SpecificationError(f"--option {one}: write NAME=VALUE, say --option field=body")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SpecificationError(f"--option {one}: the value is not valid YAML") from error
     return options
 
 

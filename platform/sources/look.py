@@ -23,6 +23,7 @@ from calumma.platform.sources.formats import find_format
 from calumma.platform.sources.formats.records import ABOUT, SUFFIXES
 from calumma.platform.sources.notes import Notes, sentences, suffix
 from calumma.platform.sources.reading import list_source, read_source
+from calumma.platform.sources.registry import check_format
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import SpecificationError
 
@@ -76,6 +77,10 @@ class Look:
 def look(location: str, format: str | None = None, options: dict[str, Any] | None = None, documents: int = 4) -> Look:
     """Look at a location, as the format given or that which it seems to be. Raises SpecificationError where there is
     nothing, and StorageError."""
+    if not location.strip():
+        raise SpecificationError("a location is empty; give a file, a folder, or s3://, hf://, gs:// or az://")
+    if format:
+        check_format(format, options or {})
     if not storage.is_remote(location):
         location = str(storage.local_path(location).absolute())
     sizes = storage.list_inputs(location).sizes

@@ -18,6 +18,7 @@ from calumma.platform.sources.specification import Source
 from calumma.platform.specification import SpecificationError
 
 MISSING = "files that are not there"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 Unread = tuple[str, str]  # kind and name, as `Notes.skip` counts them
 
 
@@ -118,6 +119,9 @@ def name_of(document: Document) -> str:
 
 def _reader_items(read: Reader, file: File, arguments: dict[str, Any]) -> Iterator[ReaderItem]:
     try:
+        if file.size <= 1024 and file.raw.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise Malformed("is a pointer of Git LFS, not the file itself; `git lfs pull` fetches it")
+        file.raw.seek(0)
         yield from read(file, **arguments)
     except Malformed as error:  # of the file, not of one record
         yield BadInput(file.name, str(error), file.size)

@@ -28,6 +28,7 @@ from calumma.platform.sources.formats.turns import (
     IMAGE_FIELDS,
     OTHER_MEDIA,
     SYSTEM_FIELDS,
+    WEIGHTS,
     Said,
     join_turns,
     read_turns,
@@ -36,7 +37,7 @@ from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.registry import ReaderItem, reader
 
 ABOUT = (*LICENSES, "url", "metadata", "meta")
-KNOWN = frozenset({*FIELDS, *SYSTEM_FIELDS, *IMAGE_FIELDS, *OTHER_MEDIA, *ABOUT, "tools", "captions"})
+KNOWN = frozenset({*FIELDS, *SYSTEM_FIELDS, *IMAGE_FIELDS, *OTHER_MEDIA, *WEIGHTS, *ABOUT, "tools", "captions"})
 
 
 @reader("conversations", SUFFIXES)
@@ -70,6 +71,12 @@ def _conversation(row: dict[str, Any], marks: Marks, unmarked_first: bool, notes
     found = exchange(row)
     if media := [field for field in OTHER_MEDIA if row.get(field)]:
         raise Malformed(f"has `{media[0]}`, which is not read")
+    if row.get("kto_tag") is False or (row.get("label") is False and "completion" in found.fields):
+        raise Malformed("its `label` or `kto_tag` is false: the answer is one that is not wanted")
+    for field in (*FIELDS, *WEIGHTS):
+        unread = row.get(field) not in (None, 0, 1) if field in WEIGHTS else row.get(field)
+        if unread and field not in (*found.fields, *SYSTEM_FIELDS):
+            notes.skip("fields", field)
     images = _Images(row)
     turns = [(said, _turn_segments(said, images, marks)) for said in read_turns(found.turns, row, notes)]
     if images.marks == 0 and images.segments and (unmarked_first or not found.marked):
@@ -157,13 +164,19 @@ def _split_at_marks(words: str | list[Any], role: Role, images: _Images, marks: 
             )
             if isinstance(value, dict) and value.get("type") == "base64":  # Anthropic's
                 value = f"data:{value.get('media_type')};base64,{value.get('data')}"
-            found = (
-                images.take(Mark(-1), role) if value is None else [image_segment(value, "an image part", None, role)]
-            )
-            segments += found
+            if value is None:
+                segments += images.take(_numbered(part), role)
+            else:
+                segments.append(image_segment(value, "an image part", None, role))
         else:
             raise Malformed('a part of a turn must be {"type": "text", "text": …}, "image" or "image_url"')
     return segments
+
+
+def _numbered(part: Mapping[str, Any]) -> Mark:
+    """Of a part {"type": "image", "index": 1} the record's second image; else its next."""
+    index = part.get("index")
+    return Mark(index if isinstance(index, int) and not isinstance(index, bool) and index >= 0 else -1)
 
 
 def _marked(part: str | Mark | MarkedPath, role: Role, images: _Images) -> list[DraftSegment]:

@@ -29,28 +29,38 @@ class Exchange:
     the other kinds stand first."""
 
     turns: list[Any]
+    fields: tuple[str, ...]  # of the record that they are of
     marked: bool = True
 
 
 def exchange(row: Mapping[str, Any]) -> Exchange:
     """Raises Malformed where there are none."""
-    for field in LISTS:
-        if row.get(field) is not None:
-            return Exchange(_turns(row[field], field))
+    lists = [field for field in LISTS if row.get(field) is not None]
+    for field in [field for field in lists if row[field]] or lists:
+        return Exchange(_turns(row[field], field), (field,))
     texts = row.get("texts")
     if isinstance(texts, list) and texts and all(isinstance(t, Mapping) and "assistant" in t for t in texts):
-        return Exchange([_said(role, pair.get(role)) for pair in texts for role in ("user", "assistant")], marked=False)
+        return Exchange(
+            [_said(role, pair.get(role)) for pair in texts for role in ("user", "assistant")], ("texts",), False
+        )
     for question, about, answers in PAIRS:
         answer = next((name for name in answers if row.get(name) is not None), None)
         if row.get(question) is not None and answer is not None:
+            if _is_turns(row[question]) and _is_turns(row[answer]):  # TRL's: a loss is taken on the completion
+                return Exchange([{**turn, "weight": 0} for turn in row[question]] + row[answer], (question, answer))
             context = row.get(about) if about else None
             words = [_text(row[question], question), _text(context, about or "") if context else ""]
             turns = [_said("user", "\n\n".join(filter(None, words))), _said("assistant", _answer(row[answer], answer))]
-            return Exchange([*_earlier(row), *turns], marked=question != "question")
+            fields = ("history", "system", question, *([about] if about else []), answer)
+            return Exchange([*_earlier(row), *turns], fields, marked=question != "question")
     raise Malformed(
         f"has no list `conversations` or `messages`, no `instruction` with `output`, no `question` with `answer`; it "
         f"has {field_names(row)}"
     )
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
 
 
 def _turns(value: Any, field: str) -> list[Any]:

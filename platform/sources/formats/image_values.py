@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -9,6 +12,9 @@ from calumma.model.document import Image, Role
 from calumma.platform.sources.files import DraftSegment, Malformed, Reference, json_type
 
 OtherImages = Literal["bad", "leave_out"]
+# How PNG, JPEG, GIF and WebP begin in base64, which some write without a data URL's head.
+BASE64 = re.compile("iVBORw0KGgo|/9j/|R0lGOD|UklGR")
+SHORTEST = 64  # characters of an image in base64
 PATHS = ("path", "url", "image", "image_url", "file_name", "filename")
 
 
@@ -35,5 +41,17 @@ def image_segment(
     if isinstance(value, bytes):
         return Image(value, caption, role)
     if isinstance(value, str):
+        if BASE64.match(value) and (data := _decoded(value)) is not None:
+            return Image(data, caption, role)
         return Reference(value, caption, role, optional)
     raise Malformed(f"{what} is {json_type(value)}, neither bytes, nor a path or data URL")
+
+
+def _decoded(value: str) -> bytes | None:
+    """The bytes of an image in base64; None for what is a path."""
+    if len(value) < SHORTEST:
+        return None
+    try:
+        return base64.b64decode("".join(value.split()), validate=True)
+    except (ValueError, binascii.Error):
+        return None

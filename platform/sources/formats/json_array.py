@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from calumma.platform.sources.files import BadInput, File, json_type
+from calumma.platform.sources.formats.json_values import KeyTwice, parse
 from calumma.platform.storage import StorageError
 
 Row = tuple[str, dict[str, Any]]
@@ -37,9 +38,9 @@ class _Unclear(Exception):
     """Where an element ends cannot be told."""
 
 
-def json_array(file: File) -> Iterator[Row | BadInput]:
-    """The elements of the array that a file's content is."""
-    return _ArrayReader(file).rows()
+def json_array(file: File, read: bytes = b"") -> Iterator[Row | BadInput]:
+    """The elements of the array that a file's content is; `read`: what of it is read already."""
+    return _ArrayReader(file, read).rows()
 
 
 def _object_end(data: bytes, start: int) -> int | None:
@@ -59,9 +60,9 @@ def _object_end(data: bytes, start: int) -> int | None:
 
 
 class _ArrayReader:
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File, read: bytes) -> None:
         self._file = file
-        self._data = b""  # read, and not yet taken
+        self._data = read  # read, and not yet taken
         self._ended = False  # the file, or what stands before a damage
         self._damage: OSError | None = None
         self._shapes: dict[bytes, frozenset[str]] = {}  # first key of a record, as written -> its keys
@@ -94,7 +95,9 @@ class _ArrayReader:
 
     def _record(self, name: str, element: bytes) -> Row | BadInput:
         try:
-            row = json.loads(element)
+            row = parse(element)
+        except KeyTwice as error:
+            return BadInput(name, str(error))
         except (ValueError, RecursionError) as error:
             # Damage to a quotation mark hides where strings end: the next records may stand in this one.
             place = self._find_record(element, 1, TRIES)[0]

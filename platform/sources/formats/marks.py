@@ -24,7 +24,7 @@ FORMS: dict[Form, re.Pattern[str]] = {
 # What the data of models in use have for images, video and sound.
 KNOWN = re.compile(
     r"<\|?(?:image|img|video|audio|speech)s?[_ ]?\d*\|?>|</img>|<\|(?:vision_start|image_pad|video_pad)\|>"
-    r"|<(?:start_of_image|image_soft_token|image_placeholder|ImageHere|image_patch|im_patch|VIDEO|IMAGE)>|\[IMG\]"
+    r"|<(?:start_of_image|image_soft_token|image_placeholder|ImageHere|image_patch|im_patch|im_start|im_end|VIDEO|IMAGE|Image|Img|image-placeholder)>|\[IMG\]"
 )
 
 

@@ -93,10 +93,7 @@ class _RowGroup:
             self._problem = str(error)
 
     def _batch(self, batch: Any) -> Iterator[Row | BadInput]:
-        try:
-            rows: list[dict[str, Any] | str] = batch.to_pylist()
-        except _unreadable():
-            rows = [self._row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+        rows = batch_rows(batch)
         lost = 0
         for row in rows:
             if self._number in self._hidden:
@@ -111,10 +108,15 @@ class _RowGroup:
         if lost:
             yield self._lost(self._number - lost, self._number)
 
-    @staticmethod
-    def _row(batch: Any) -> dict[str, Any] | str:
-        try:
-            row: dict[str, Any] = batch.to_pylist()[0]
-        except _unreadable() as error:
-            return f"cannot be read: {error}"
-        return row
+
+def batch_rows(batch: Any) -> list[dict[str, Any] | str]:
+    """The rows of an Arrow batch; of each that has a value which Python cannot have (a text that is no UTF-8, a date
+    behind the year 9999), what is wrong."""
+    bad_value = (*_unreadable(), ValueError, OverflowError)
+    try:
+        rows: list[dict[str, Any] | str] = batch.to_pylist()
+    except bad_value as error:
+        if batch.num_rows == 1:
+            return [f"cannot be read: {error}"]
+        rows = [row for index in range(batch.num_rows) for row in batch_rows(batch.slice(index, 1))]
+    return rows

@@ -7,14 +7,15 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 from calumma.platform.sources import compression
 from calumma.platform.sources.files import BadInput, File, Malformed
 from calumma.platform.sources.formats.json_array import Row
-from calumma.platform.sources.formats.parquet import parquet_rows
-from calumma.platform.sources.formats.rows import json_rows
+from calumma.platform.sources.formats.parquet import batch_rows, parquet_rows
+from calumma.platform.sources.formats.rows import WIDE, json_rows
 from calumma.platform.storage import StorageError
 
 PACKED = ("", *compression.SUFFIXES)
@@ -43,7 +44,13 @@ def records(file: File, columns: Columns = lambda present: present) -> Iterator[
         yield from csv_rows(file) if name.endswith((".csv", ".tsv")) else json_rows(file)
         return
     labels = _class_labels(file)
-    rows = arrow_rows(file, columns) if name.endswith(".arrow") else parquet_rows(file, columns)
+
+    def chosen(present: list[str]) -> Sequence[str]:
+        names = columns(present)
+        _require_once(name for name in present if name in names)
+        return names
+
+    rows = arrow_rows(file, chosen) if name.endswith(".arrow") else parquet_rows(file, chosen)
     for row in rows:
         if labels and not isinstance(row, BadInput):
             for field, names in labels.items():
@@ -56,20 +63,29 @@ def records(file: File, columns: Columns = lambda present: present) -> Iterator[
 def csv_rows(file: File) -> Iterator[Row | BadInput]:
     """The rows of a CSV file (its separator found in its first line) or TSV file, by the names in its first line."""
     csv.field_size_limit(LONGEST_FIELD)
-    # newline="": a field in quotes may hold line breaks.
-    text = io.TextIOWrapper(cast(Any, file.content), encoding="utf-8-sig", newline="")
+    # newline="": a field in quotes may hold line breaks. What is no UTF-8 costs its row.
+    text = io.TextIOWrapper(cast(Any, file.content), encoding="utf-8-sig", errors="surrogateescape", newline="")
     number = 0
     try:
+        if file.content.peek(2)[:2] in WIDE:
+            raise Malformed("is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
         header = text.readline()
         separator = "\t" if file.plain_name.endswith(".tsv") else max(",;\t|", key=header.count)
         names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise Malformed(f"its first line has the column {', '.join(repeated)} more than once")
+        _require_once(names)
         quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
-        for number, values in enumerate(csv.reader(text, delimiter=separator, strict=True, quoting=quoting), start=1):
+        for number, values in enumerate(_fields(text, delimiter=separator, strict=True, quoting=quoting), start=1):
             if not values:
                 continue
             name = file.at(f"row {number}")
+            if isinstance(values, str):
+                yield BadInput(name, values)
+                continue
+            try:
+                "".join(values).encode()
+            except UnicodeEncodeError:
+                yield BadInput(name, "is not UTF-8")
+                continue
             if separator == "|":  # "a.jpg| 0| words", as Flickr30k's table has it
                 values = [value.strip() for value in values]
             if len(values) != len(names):
@@ -79,9 +95,50 @@ def csv_rows(file: File) -> Iterator[Row | BadInput]:
     except StorageError:
         raise
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        yield BadInput(file.at(f"row {number + 1}"), f"the table is damaged from here on: {error}", file.bytes_left)
+        lost = max(file.bytes_left, min(error.size, file.size) if isinstance(error, _Endless) else 0)
+        yield BadInput(file.at(f"row {number + 1}"), f"the table is damaged from here on: {error}", lost)
     finally:
         text.detach()
+
+
+class _Endless(csv.Error):
+    """A quotation mark has no other; `size`: the characters behind it."""
+
+    def __init__(self, message: str, size: int) -> None:
+        super().__init__(message)
+        self.size = size
+
+
+def _fields(lines: Iterator[str], **dialect: Any) -> Iterator[list[str] | str]:
+    """The fields of every row of CSV, or what is wrong with one; reading goes on at the line behind it.
+
+    Raises csv.Error, of which _Endless where quotation marks have no end."""
+    taken = size = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal taken, size
+        for line in lines:
+            taken, size = taken + 1, size + len(line)
+            yield line
+
+    rows = csv.reader(counted(), **dialect)
+    while True:
+        taken = size = 0
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "expected after" not in str(error):
+                raise _Endless(f"{error} ({taken} lines)", size) from error
+            yield f"not a row of the table: {error}" + (f" ({taken} lines)" if taken > 1 else "")
+            rows = csv.reader(counted(), **dialect)
+
+
+def _require_once(names: Iterable[str]) -> None:
+    """Raises Malformed for a column that is there more than once."""
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise Malformed(f"has the column {', '.join(map(repr, repeated))} more than once")
 
 
 def arrow_rows(file: File, columns: Columns) -> Iterator[Row | BadInput]:
@@ -107,8 +164,9 @@ def arrow_rows(file: File, columns: Columns) -> Iterator[Row | BadInput]:
         raise Malformed(f"not a readable Arrow file: {error}") from error
     try:
         for batch in batches:
-            for row in batch.select(chosen).to_pylist():
-                yield file.at(f"row {number}"), row
+            for row in batch_rows(batch.select(chosen)):
+                name = file.at(f"row {number}")
+                yield BadInput(name, row) if isinstance(row, str) else (name, row)
                 number += 1
     except StorageError:
         raise

@@ -21,19 +21,22 @@ from calumma.platform.sources.formats.json_array import (
     Row,
     json_array,
 )
+from calumma.platform.sources.formats.json_values import KeyTwice, parse
 from calumma.platform.sources.registry import ReaderItem
 from calumma.platform.storage import StorageError
 
 TRIES = 20  # objects in a damaged line that are looked at
+ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")  # how a file begins that is an array, whatever its name
+WIDE = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16 and UTF-32
 
 
 def drafts(
     rows: Iterable[Row | BadInput],
-    parse: Callable[[dict[str, Any]], Sequence[DraftSegment]],
+    segments: Callable[[dict[str, Any]], Sequence[DraftSegment]],
     file: File | None = None,
     known: frozenset[str] = frozenset(),
 ) -> Iterator[ReaderItem]:
-    """A draft for each record by its segments; one that `parse` finds Malformed is a bad input. Fields that are not
+    """A draft for each record by its segments; one that `segments` finds Malformed is a bad input. Fields that are not
     `known` are counted in the notes of `file`."""
     for row in rows:
         if isinstance(row, BadInput):
@@ -45,7 +48,7 @@ def drafts(
                 if field not in known and value is not None:
                     file.notes.skip("fields", field)
         try:
-            yield Draft.from_record(parse(record), name, record)
+            yield Draft.from_record(segments(record), name, record)
         except Malformed as error:
             yield BadInput(name, str(error))
 
@@ -93,12 +96,21 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
             continue
         if line.isspace():
             continue
+        if number == 1 and line.startswith(WIDE):
+            yield BadInput(file.name, "is UTF-16 or UTF-32; convert it: iconv -f UTF-16 -t UTF-8", file.size)
+            return
         first, behind_damage = behind_damage, False
         try:
-            row = json.loads(line)
+            row = parse(line)
+        except KeyTwice as error:
+            yield BadInput(name, str(error))
+            continue
         except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, an endless number, endless brackets
             if first:
                 continue  # the rest of the line that the damage cut
+            if number == 1 and ARRAY.match(line):
+                yield from json_array(file, line)
+                return
             if number == 1 and file.plain_name.endswith(".json"):  # as a rule one object over many lines
                 yield BadInput(file.name, f"neither an array of records nor one record a line: {error}", file.size)
                 return
@@ -113,6 +125,9 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
             continue
         if not keys and isinstance(row, dict) and (match := FIRST_KEY.match(line)):
             keys = {match[1]: frozenset(row)}
+        if isinstance(row, list) and number == 1 and ARRAY.match(line) and not line.endswith(b"\n"):
+            yield from json_array(file, line)  # all of the file
+            return
         yield (name, row) if isinstance(row, dict) else BadInput(name, f"holds {json_type(row)}, not an object")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from calumma.model.document import Image, Role, Text
 from calumma.model.tokenizers.tool_calls import Tool, call_text, response_text, tools_text, without_marks
-from calumma.platform.sources.files import DraftSegment, Malformed, Reference, json_type
+from calumma.platform.sources.files import DraftSegment, Malformed, Reference, field_names, json_type
 from calumma.platform.sources.notes import Notes
 
 SPEAKERS: dict[str, Role] = {
@@ -23,12 +23,31 @@ SPEAKERS: dict[str, Role] = {
 SYSTEM = ("system", "developer")  # whose words open the user's next turn
 CALLS = ("function_call", "tool_call", "function-call")
 RESULTS = ("tool", "observation", "function", "tool_response", "function_response", "ipython")
-SYSTEM_FIELDS = ("system", "system_prompt")
-IMAGE_FIELDS = ("images", "image", "image_path", "image_paths", "img", "img_path", "image_file")
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+IMAGE_FIELDS = (
+    "images", "image", "image_path", "image_paths", "images_path", "img", "img_path", "image_file", "image_url",
+    "image_urls", "image_base64", "image_list",
+)  # fmt: skip
 OTHER_MEDIA = ("video", "videos", "audio", "audios")
-WEIGHTS = ("weight", "train", "loss")  # OpenAI's, axolotl's, ms-swift's
+WEIGHTS = (  # OpenAI's, axolotl's, ms-swift's, and other names of the same
+    "weight", "train", "training", "loss", "trainable", "loss_weight", "loss_scale", "loss_mask",
+)  # fmt: skip
+PARTLY = ("train_detail", "mask", "masked")  # what is not read, and says that not all is trained
+WORDS = ("value", "content", "text")
 TURN_FIELDS = frozenset(
-    {"from", "role", "value", "content", "name", "tool_calls", "function_call", "tool_call_id", *WEIGHTS, *IMAGE_FIELDS}
+    {
+        "from",
+        "role",
+        "value",
+        "text",
+        "content",
+        "name",
+        "tool_calls",
+        "function_call",
+        "tool_call_id",
+        *WEIGHTS,
+        *IMAGE_FIELDS,
+    }
 )
 
 
@@ -49,7 +68,12 @@ def read_turns(turns: Sequence[Any], row: Mapping[str, Any], notes: Notes) -> li
     reader = _Turns(bool(tools) or any(_has_tools(turn) for turn in turns))
     said = [reader.read(turn) for turn in turns]
     system = [s.words for s in said if s.system]
-    prompts = [row[field] for field in SYSTEM_FIELDS if isinstance(row.get(field), str) and row[field].strip()]
+    for field in SYSTEM_FIELDS:
+        if not isinstance(row.get(field) or "", str):
+            raise Malformed(f"`{field}` is {json_type(row[field])}, not a text")
+    prompts = [row[field] for field in SYSTEM_FIELDS if row.get(field) and row[field].strip()]
+    if any(row.get(field) in (0, False) and row.get(field) is not None for field in WEIGHTS):
+        said = [replace(one, trained=False) for one in said]
     before = [Said("user", tools, system=True)] if tools else []
     before += [Said("user", prompt, system=True) for prompt in dict.fromkeys(prompts) if prompt not in system]
     for turn in turns:
@@ -69,11 +93,17 @@ class _Turns:
         if not isinstance(turn, Mapping):
             raise Malformed('a turn must be {"from": …, "value": text} or {"role": …, "content": text or parts}')
         speaker = turn.get("from") if isinstance(turn.get("from"), str) else turn.get("role")
-        words = turn.get("value") if turn.get("value") is not None else turn.get("content")
-        if words is None and ("value" in turn or "content" in turn):
-            words = ""
+        given = [turn[field] for field in WORDS if turn.get(field) is not None]
+        words = given[0] if given else "" if any(field in turn for field in WORDS) else None
         if not isinstance(speaker, str) or not isinstance(words, str | list):
-            raise Malformed('a turn must be {"from": …, "value": text} or {"role": …, "content": text or parts}')
+            raise Malformed(
+                'a turn must be {"from": …, "value": text} or {"role": …, "content": text or parts}; it has '
+                f"{field_names(turn)}"
+            )
+        if any(other != words for other in given):
+            raise Malformed(f"a turn has different words in {' and '.join(f'`{n}`' for n in WORDS if turn.get(n))}")
+        if media := [field for field in (*OTHER_MEDIA, *PARTLY) if turn.get(field)]:
+            raise Malformed(f"a turn has `{media[0]}`, which is not read")
         speaker = speaker.strip().lower()
         images = {field: turn[field] for field in IMAGE_FIELDS if turn.get(field)} or None
         if speaker in CALLS:
@@ -200,8 +230,10 @@ def join_turns(turns: Iterable[tuple[Said, list[DraftSegment]]], notes: Notes) -
             kept[-1] = ("user", [turn for turn in question[1] if turn[0].system])
     if left_out:
         notes.skip("turns", "of exchanges with an empty question or answer", left_out)
-    if left_out and not any(role == "assistant" for role, _ in kept):
-        raise Malformed("has no exchange with a question and an answer")
+    if not any(role == "assistant" for role, _ in kept):
+        if left_out:
+            raise Malformed("has no exchange with a question and an answer")
+        notes.lack("answer")
     segments: list[DraftSegment] = []
     for role, several in groupby(kept, key=lambda turn: turn[0]):
         said = [(turn, parts) for _, group in several for turn, parts in group if not _is_blank(parts)]

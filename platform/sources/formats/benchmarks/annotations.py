@@ -35,6 +35,11 @@ def objects(content: dict[str, Any], field: str) -> list[dict[str, Any]]:
     return entries
 
 
+def identity(value: Any) -> int | str | None:
+    """What an entry is known by; None for what is none."""
+    return value if isinstance(value, int | str) else None
+
+
 def images_below(file: File, names: Sequence[str], folders: Sequence[str]) -> str | None:
     """The first of these folders below the source's images in which one of the first images lies; None for none."""
     for folder in folders:

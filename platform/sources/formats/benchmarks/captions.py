@@ -13,7 +13,13 @@ from typing import Any, Literal
 
 from calumma.model.images import suffixes
 from calumma.platform.sources.files import BadInput, Draft, File, Reference
-from calumma.platform.sources.formats.benchmarks.annotations import LARGEST, images_below, objects, parse_object
+from calumma.platform.sources.formats.benchmarks.annotations import (
+    LARGEST,
+    identity,
+    images_below,
+    objects,
+    parse_object,
+)
 from calumma.platform.sources.formats.image_values import OtherImages
 from calumma.platform.sources.formats.records import csv_rows, list_in, words_of
 from calumma.platform.sources.registry import ReaderItem, reader
@@ -45,15 +51,24 @@ def coco_captions(
         return
     texts: dict[Any, list[tuple[Any, str | None]]] = {}
     for entry in objects(content, "annotations"):
-        texts.setdefault(entry.get("image_id"), []).append((entry.get("id"), words_of(entry.get("caption"))))
+        texts.setdefault(identity(entry.get("image_id")), []).append((entry.get("id"), words_of(entry.get("caption"))))
     licenses = {
-        entry.get("id"): str(entry.get("name") or "") for entry in objects({"licenses": [], **content}, "licenses")
+        identity(entry.get("id")): str(entry.get("name") or "")
+        for entry in objects({"licenses": [], **content}, "licenses")
     }
     split = re.sub(r".*captions_|\.json$", "", file.uri.rpartition("/")[2])
-    names = [str(entry.get("file_name")) for entry in images]
+    names = [str(entry.get("file_name") or "") for entry in images]
+    several: dict[Any, set[str]] = {}
+    for entry, name in zip(images, names, strict=True):
+        several.setdefault(identity(entry.get("id")), set()).add(name)
     folder = images_below(file, names, ("", split, f"images/{split}", "images")) or ""
     for entry, name in zip(images, names, strict=True):
-        found = texts.pop(entry.get("id"), [])
+        number = identity(entry.get("id"))
+        if number is None or not name or len(several[number]) > 1:
+            what = "has no id or no `file_name`" if number is None or not name else "is there with several `file_name`s"
+            yield BadInput(file.at(f"image {entry.get('id')}"), what)
+            continue  # its captions are told below
+        found = texts.pop(number, [])
         if not found:
             file.notes.skip("images", "without a caption")
         for number, words in found[: 1 if captions == "first" else None]:
@@ -62,13 +77,14 @@ def coco_captions(
                 yield BadInput(place, "has no caption")
                 continue
             reference = Reference(posixpath.join(folder, name), words, optional=other_images == "leave_out")
-            license = licenses.get(entry.get("license"), "")
+            license = licenses.get(identity(entry.get("license")), "")
             yield Draft((reference,), place, license, str(entry.get("coco_url") or entry.get("flickr_url") or ""))
         if captions == "first" and len(found) > 1:
             file.notes.skip("captions", "beyond an image's first", len(found) - 1)
     for image, orphans in texts.items():
+        what = "has not once" if image in several else "does not have"
         for number, _ in orphans:
-            yield BadInput(file.at(f"annotation {number}"), f"is of the image {image!r}, which the file does not have")
+            yield BadInput(file.at(f"annotation {number}"), f"is of the image {image!r}, which the file {what}")
 
 
 def _flickr_files(uris: list[str]) -> tuple[Collection[str], Collection[str]]:
@@ -160,7 +176,11 @@ def _tokens(file: File) -> Iterator[Caption | BadInput]:
         place = file.at(f"line {number}")
         if line.isspace():
             continue
-        match = TOKEN.fullmatch(line.decode("utf-8", "replace").rstrip("\r\n"))
+        try:
+            match = TOKEN.fullmatch(line.decode().rstrip("\r\n"))
+        except UnicodeDecodeError:
+            yield BadInput(place, "is not UTF-8")
+            continue
         if match is None or not (words := match["caption"].strip()):
             yield BadInput(place, "is not IMAGE#NUMBER, a tab, and a caption")
             continue

@@ -57,6 +57,8 @@ def mnist(file: File, *, names: list[str] | None = None) -> Iterator[ReaderItem]
             PILImage.frombytes("L", (width, height), pixels).save(buffer, "PNG")
             label = str(labels[number]) if names is None else names[labels[number]]
             yield Draft((Image(buffer.getvalue(), label),), place)
+    if file.content.peek(1):
+        file.notes.warn(file.uri, "what follows its last image is not read")
     if len(labels) > count:
         file.notes.skip("labels", "of no image", len(labels) - count)
 

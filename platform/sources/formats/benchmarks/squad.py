@@ -5,6 +5,7 @@ https://rajpurkar.github.io/SQuAD-explorer
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +43,8 @@ def squad(
         elif answer is None:
             file.notes.skip("questions", "without an answer")
         else:
-            words = prompt.replace("{context}", context.strip()).replace("{question}", question)
+            parts = {"{context}": context.strip(), "{question}": question}
+            words = re.sub("|".join(parts), lambda match, parts=parts: parts[match[0]], prompt)  # type: ignore[misc]
             yield Draft((Text(words, "user"), Text(answer, "assistant")), place)
 
 

@@ -16,6 +16,7 @@ from calumma.platform.sources.files import BadInput, Draft, File, Malformed, Ref
 from calumma.platform.sources.formats.benchmarks.annotations import (
     LARGEST,
     PROBES,
+    identity,
     images_below,
     objects,
     parse_object,
@@ -50,11 +51,17 @@ def vqav2(
     for entry in questions:
         number, image = entry.get("question_id"), entry.get("image_id")
         place = file.at(f"question {number}")
-        question, answer = words_of(entry.get("question")), answers.pop(number, None)
+        question = words_of(entry.get("question"))
+        of, answer = answers.pop(identity(number), (None, None))
         if question is None or not isinstance(image, int):
             yield BadInput(place, "has no question or no image_id")
         elif answer is None:
-            yield BadInput(place, "has no answer among the annotations")
+            what = (
+                "has no answer among the annotations" if of is None else "has different answers among the annotations"
+            )
+            yield BadInput(place, what)
+        elif of is not None and of != image:
+            yield BadInput(place, f"is about the image {image}, and its answer about the image {of}")
         else:
             target = posixpath.join(folder, name.format(subset=subset, id=image))
             picture = Reference(target, None, "user", other_images == "leave_out")
@@ -64,8 +71,8 @@ def vqav2(
         file.notes.skip("annotations", "of other questions", len(answers))
 
 
-def _answers(file: File, name: str | None) -> dict[Any, str]:
-    """Question -> the answer that most people gave. Raises Malformed."""
+def _answers(file: File, name: str | None) -> dict[Any, tuple[Any, str | None]]:
+    """Question -> its image and the answer that most people gave (none of different ones). Raises Malformed."""
     folder, _, own = file.uri.rpartition("/")
     if name is None:
         name = own.replace("OpenEnded_", "").replace("MultipleChoice_", "").replace(QUESTIONS, ANNOTATIONS)
@@ -75,14 +82,15 @@ def _answers(file: File, name: str | None) -> dict[Any, str]:
         raise Malformed(
             f"its answers, {name}, are not beside it (the option `annotations` names them; test questions have none)"
         ) from error
-    answers = {}
+    answers: dict[Any, tuple[Any, str | None]] = {}
     for entry in objects(parse_object(data, ("annotations",)), "annotations"):
         words = words_of(entry.get("multiple_choice_answer"))
         if words is None:
             given = [words_of(a.get("answer")) for a in entry.get("answers") or () if isinstance(a, dict)]
             words = next((answer for answer, _ in Counter(filter(None, given)).most_common(1)), None)
-        if words is not None:
-            answers[entry.get("question_id")] = words
+        number, found = identity(entry.get("question_id")), (entry.get("image_id"), words)
+        if words is not None and number is not None:
+            answers[number] = found if answers.get(number, found) == found else (number, None)
     return answers
 
 

@@ -340,3 +340,20 @@ def test_rows_of_squad_of_hugging_face(tmp_path: Path) -> None:
 )
 def test_what_is_no_squad_is_named(tmp_path: Path, content: Any, said: str) -> None:
     assert said in bad(read("squad", write(tmp_path, {"a.json": content})))[0]
+
+
+def test_ids_given_twice_join_nothing(tmp_path: Path) -> None:
+    content = coco()
+    content["images"].append({**content["images"][0], "file_name": "other.jpg"})
+    content["annotations"].append({"image_id": [9], "id": 8, "caption": "x"})
+    write(tmp_path, {"annotations/captions_train2017.json": content})
+    reasons = bad(read("coco_captions", tmp_path))
+    assert "is there with several `file_name`s" in reasons
+    assert "is of the image 9, which the file has not once" in reasons
+    questions, annotations = vqa(1, 2)
+    annotations["annotations"].append({**annotations["annotations"][0], "multiple_choice_answer": "another"})
+    annotations["annotations"][1]["image_id"] = 7777
+    write(tmp_path, {QUESTIONS: questions, ANNOTATIONS: annotations})
+    different, elsewhere = bad(read("vqav2", tmp_path))
+    assert different == "has different answers among the annotations"
+    assert "its answer about the image 7777" in elsewhere
