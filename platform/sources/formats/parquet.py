@@ -112,7 +112,7 @@ class _RowGroup:
 def batch_rows(batch: Any) -> list[dict[str, Any] | str]:
     """The rows of an Arrow batch; of each that has a value which Python cannot have (a text that is no UTF-8, a date
     behind the year 9999), what is wrong."""
-    bad_value = (*_unreadable(), ValueError, OverflowError)
+    bad_value: tuple[type[Exception], ...] = (*_unreadable(), ValueError, OverflowError)
     try:
         rows: list[dict[str, Any] | str] = batch.to_pylist()
     except bad_value as error:
