@@ -115,9 +115,13 @@ class File:
         """How the file is compressed, if it is."""
         place = self.raw.tell()
         self.raw.seek(0)
-        head = self.raw.read(16)
+        head = self.raw.read(512)
         self.raw.seek(place)
-        return compression.codec_of(head, self.uri)
+        codec = compression.codec_of(head[:16], self.uri)
+        if codec is not None and head[257:262] == b"ustar":
+            self.notes.warn(self.uri, "it is called packed, and is not")  # a tar archive as it is
+            return None
+        return codec
 
     @cached_property
     def content(self) -> io.BufferedReader:

@@ -251,3 +251,8 @@ def test_frames_of_every_format_are_counted_once(tmp_path: Path) -> None:
 def test_a_caption_that_a_member_has_too_is_read(tmp_path: Path) -> None:
     members: list[Member] = [("0.png", png()), ("0.txt", b"one"), ("0.json", b'{"caption": "one", "text": "other"}')]
     assert read(tmp_path / "a.tar", tar(members))[2] == {"unread": {"fields": {"text": 1}}}
+
+
+def test_an_archive_that_is_called_packed_and_is_not_is_read(tmp_path: Path) -> None:
+    documents, bad, told = read(tmp_path / "a.tar.gz", tar([("0.png", png()), ("0.txt", b"one")]))
+    assert (captions(documents), bad, told["warned"]) == (["one"], [], 1)
