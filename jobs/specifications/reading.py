@@ -45,7 +45,10 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, dict[FieldPath, int]]:
     Raises SpecificationError, which names the line, for text that is no YAML, more than one document, and a key that a
     mapping holds twice.
     """
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        raise SpecificationError(f"{origin} is not valid YAML: {error}") from error
     loader.name = origin  # what its messages call the text
     try:
         node = loader.get_single_node()
@@ -62,6 +65,8 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, dict[FieldPath, int]]:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise SpecificationError(f"{origin} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise SpecificationError(f"{origin} is nested too deep, or within itself") from error
     finally:
         loader.dispose()
 

@@ -287,3 +287,17 @@ def test_every_recipe_that_ships_is_valid(recipe: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert {recipe.parent.name for recipe in recipes()} >= {"quickstart", "chameleon-7b", "chameleon-34b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x: &a [*a]\n", "within itself"),
+        ("x: " + "[" * 2000 + "]" * 2000, "nested too deep"),
+        ('job: "a\x00b"\n', "not valid YAML"),
+    ],
+)
+def test_yaml_that_ends_parsers_is_told(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SpecificationError, match=said):
+        read_specification(CurateSpecification, tmp_path / "a.yaml")
