@@ -36,6 +36,7 @@ class GenerationRequest:
     bad_words: texts that the output's text does not get.
     salt: opaque; what a replica keeps of prompts and answers is found by requests of the same salt alone.
     tenant: whose the request is: tenants share the replicas evenly. priority: lower ones go first.
+    grammar_param: the HTTP request's field that holds the grammar.
     """
 
     id: str
@@ -53,6 +54,7 @@ class GenerationRequest:
     salt: bytes = b""
     tenant: str = ""
     priority: int = 0
+    grammar_param: str | None = None
 
     @property
     def param(self) -> str:

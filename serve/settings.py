@@ -80,6 +80,11 @@ class APIKey(Section):
         0, ge=-1000, le=1000, description="keys of a lower number go first, and others get what those leave"
     )
 
+    @property
+    def owner(self) -> str:
+        """Whose files are: of this very key, not of a later one that is given the same name."""
+        return f"{self.name}-{self.sha256[:16]}"
+
 
 class Safety(Section):
     """A policy that sees every prompt and every answer; see safety.py."""

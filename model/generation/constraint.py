@@ -25,6 +25,10 @@ class Constraint:
     value: str = ""
 
 
+class GrammarTooLarge(ValueError):
+    """Following a grammar any further costs more than one may."""
+
+
 class TokenConstraint(Protocol):
     """A grammar at one place of one text: a function of its Constraint and of the ids it has advanced by, the same in
     every process."""
@@ -36,11 +40,12 @@ class TokenConstraint(Protocol):
 
     def fill_mask(self, mask_W: NDArray[np.int32]) -> None:
         """Set bit `id % 32` of word `id // 32` for every id that may come next and clear all others; the ids that end
-        an answer (eos, end_turn) may come where the text is complete. Raises ValueError where it cannot tell."""
+        an answer (eos, end_turn) may come where the text is complete. Raises ValueError where it cannot tell, which is
+        GrammarTooLarge where the grammar is at fault."""
         ...
 
     def advance(self, token: int) -> None:
-        """Take an id of the text. Raises ValueError on one that may not come here."""
+        """Take an id of the text. Raises ValueError on one that may not come here, GrammarTooLarge."""
         ...
 
     def copy(self) -> TokenConstraint:

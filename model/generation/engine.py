@@ -18,7 +18,7 @@ from calumma.model.generation.admission import RequestLimits
 from calumma.model.generation.cache.block_manager import BlockManager
 from calumma.model.generation.cache.device_memory import MemoryBudget
 from calumma.model.generation.cache.sizing import Workload
-from calumma.model.generation.constraint import ConstraintCompiler, TokenConstraint
+from calumma.model.generation.constraint import ConstraintCompiler, GrammarTooLarge, TokenConstraint
 from calumma.model.generation.faults import FaultContainment, described
 from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.passes.output import RunnerOutput
@@ -256,6 +256,8 @@ class Engine:
             events = state.accept(output.tokens, output.logprobs)
             if not state.finish:
                 self._scheduler.attach(state)
+        except GrammarTooLarge as error:
+            return self._fail(state, Failure("no token", str(error)))
         except Exception as error:
             return self._fail(state, Failure("error", described(error)))
         self._count(events)

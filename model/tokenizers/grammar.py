@@ -19,7 +19,7 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
-from calumma.model.generation.constraint import Constraint
+from calumma.model.generation.constraint import Constraint, GrammarTooLarge
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.tokenizers.tool_calls import BEGIN_CALL, END_CALL, head_text
 from calumma.model.vocabulary import Vocabulary
@@ -34,6 +34,8 @@ EXPRESSIONS, STEP = 200_000, 50_000
 KEPT = 64
 # Whitespace between the parts of JSON: some, but no more than people write; else a model may go on with it for ever.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,20}"
+# What llguidance says where its limits are met, and where nothing fits.
+TOO_LARGE, NO_TEXT = "lexer error: too many", "NoExtensionBias"
 SPECIAL = b"\xff"  # begins the bytes of ids that are no text, to llguidance
 
 
@@ -78,7 +80,9 @@ class GrammarCompiler:
         if not matcher.is_error():  # the first mask is what costs most, and tells what is wrong with many
             fill_next_token_bitmask(matcher, first_W[None])
         if matcher.is_error() or not first_W.any():
-            reason = _first_line(matcher.get_error()) or "no text of this model's fits it"
+            reason = _first_line(matcher.get_error())
+            if reason in ("", NO_TEXT):
+                reason = "no text of this model's fits it"
             raise ValueError(f"{NAMES[constraint.kind]} cannot be followed: {reason}")
         return matcher
 
@@ -97,6 +101,7 @@ class TokenGrammar:
 
     def advance(self, token: int) -> None:
         if not self._matcher.consume_token(token):
+            self._require_affordable()
             raise ValueError(f"the grammar does not allow id {token} here: {_first_line(self._matcher.get_error())}")
 
     def copy(self) -> TokenGrammar:
@@ -104,7 +109,13 @@ class TokenGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            self._require_affordable()
             raise ValueError(f"the grammar cannot be followed any further: {_first_line(self._matcher.get_error())}")
+
+    def _require_affordable(self) -> None:
+        reason = _first_line(self._matcher.get_error())
+        if reason.startswith(TOO_LARGE):
+            raise GrammarTooLarge(f"the grammar is too large to be followed ({reason}); ask for fewer repetitions")
 
 
 class TextOrCalls(TokenGrammar):

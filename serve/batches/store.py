@@ -1,4 +1,5 @@
-"""Files and batches in storage. Each owner (an API key's name) has a folder, and sees nothing else.
+"""Files and batches in storage. Each owner (an API key: its name and the beginning of its hash) has a folder, and sees
+nothing else.
 
     OWNER/files/FILE.json, FILE.data            a file; it is there once its record is
     OWNER/batches/BATCH/order.json              what was asked
@@ -61,7 +62,7 @@ class Store:
         self.root = root
 
     def of(self, owner: str | None) -> OwnerStore:
-        """owner: the name of a key; None: where none are needed."""
+        """owner: a key's (APIKey.owner); None: where none are needed."""
         return OwnerStore(self.root, EVERYBODY if owner is None else f"key-{owner}")
 
     def active(self) -> list[tuple[OwnerStore, str]]:

@@ -59,7 +59,8 @@ class ServingContext:
         """The output of the current caller's request to a model, under the safety policy and the deadline, and
         measured."""
         caller = current_caller()
-        request = replace(request, salt=caller.salt, tenant=caller.name, priority=caller.priority + request.priority)
+        salt, priority = caller.salt_for(request.salt), caller.priority + request.priority
+        request = replace(request, salt=salt, tenant=caller.name, priority=priority)
         stream = moderated(request, self.backends[model].generate, self._policy)
         measured = metered(stream, self.metrics, model, self.settings.limits.seconds)
         constraint = request.params.constraint

@@ -198,6 +198,7 @@ class _PinnedConnection(http.client.HTTPConnection):
 def _base64_of(url: str, param: str) -> str:
     """What stands in a base64 data URL. Raises APIError."""
     header, comma, payload = url.partition(",")
+    header = header.strip().lower()
     if not header.startswith("data:") or not comma:
         raise APIError(
             "not a data URL; it must look like data:image/png;base64,…", param=param, code="invalid_image_url"

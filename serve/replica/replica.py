@@ -57,6 +57,14 @@ from calumma.serve.shares import Shares
 MIN_INTERVAL, MAX_INTERVAL, MESSAGES_PER_SECOND = 0.04, 0.25, 100.0
 
 
+class UnknownTokenId(ValueError):
+    """param: the HTTP request's field that has it."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class EngineReplica:
     """A `Backend` in this process: encodes prompts, submits them to the engine, streams its outputs with images
     decoded."""
@@ -126,7 +134,8 @@ class EngineReplica:
             asked = self._params(request, params)
             engine_request = Request(request.id, tokens, asked, request.tenant, request.priority, request.salt)
         except ValueError as error:
-            yield EventBatch([RequestFailed(400, str(error), param=request.param)])
+            param = error.param if isinstance(error, UnknownTokenId) else request.param
+            yield EventBatch([RequestFailed(400, str(error), param=param)])
             return
         ended = False
         try:
@@ -141,7 +150,9 @@ class EngineReplica:
                     raise AssertionError(f"{type(first).__name__} came before the prompt's scores")
             if isinstance(first, RequestFailed):
                 ended = True
-                yield EventBatch([dataclasses.replace(first, param=request.param) if first.status == 400 else first])
+                yield EventBatch(
+                    [dataclasses.replace(first, param=first.param or request.param) if first.status == 400 else first]
+                )
                 return
             yield EventBatch([Started(self._count(tokens), self._echo(request, tokens, scores))])
             clock = asyncio.get_running_loop()
@@ -184,9 +195,14 @@ class EngineReplica:
     def _params(self, request: GenerationRequest, params: SamplingParams) -> SamplingParams:
         """Sampling parameters of the request as the engine takes them. Raises ValueError on ids that are none."""
         size = self.model.vocabulary.size
-        named = (*params.stop_ids, *(params.allowed_ids or ()), *(token for token, _ in params.logit_bias))
-        if named and max(named) >= size:
-            raise ValueError(f"token ids must lie in 0..{size - 1}; found {max(named)}")
+        named = {
+            "stop_token_ids": params.stop_ids,
+            "allowed_token_ids": params.allowed_ids or (),
+            "logit_bias": [token for token, _ in params.logit_bias],
+        }
+        for param, ids in named.items():
+            if ids and max(ids) >= size:
+                raise UnknownTokenId(f"token ids must lie in 0..{size - 1}; found {max(ids)}", param)
         prefix = request.continuation.tokens if request.continuation else ()
         if not prefix and request.begin_with_image and params.mode == "interleaved":
             prefix = (self.model.vocabulary.begin_image,)

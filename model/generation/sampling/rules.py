@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calumma.model.generation.constraint import TokenConstraint
+from calumma.model.generation.constraint import GrammarTooLarge, TokenConstraint
 from calumma.model.generation.request import Failure, SamplingParams
 from calumma.model.vocabulary import Vocabulary
 
@@ -109,7 +109,7 @@ def masks_of(
             continue
         try:
             masks_RW[row] = rules.mask(answer, may_begin_image)
-        except NothingMayFollow as error:
+        except (NothingMayFollow, GrammarTooLarge) as error:
             failures[row] = Failure("no token", str(error))
         except Exception as error:  # of a grammar: it costs its own request
             failures[row] = Failure("error", f"{type(error).__name__}: {error}")

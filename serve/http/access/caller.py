@@ -12,6 +12,7 @@ from calumma.serve.http.access.answers import HeldAnswers
 from calumma.serve.settings import APIKey
 
 MOST_BEHIND = 10_000
+BEHIND_ALL = 2 * MOST_BEHIND  # further than any key's request may stand
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,11 @@ class Caller:
     @classmethod
     def batches_of(cls, owner: str) -> Caller:
         """owner: whose batches, which get what all others leave."""
-        return cls(owner, _salt(owner.encode()), MOST_BEHIND)
+        return cls(owner, _salt(owner.encode()), BEHIND_ALL)
+
+    def salt_for(self, own: bytes) -> bytes:
+        """own: the salt that a request brings; none: the caller's."""
+        return blake2b(own, key=self.salt, digest_size=16, person=b"calumma own salt").digest() if own else self.salt
 
     def take(self, answers: int) -> None:
         """The request is so many answers. Raises APIError where there are too many."""

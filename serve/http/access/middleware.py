@@ -63,6 +63,8 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET; the server in front sends the header alone
+            scope = {**scope, "method": "GET"}
         begin, status, size, complete = time.monotonic(), 500, 0, False
         deadline = asyncio.get_running_loop().time() + self._body_seconds
 
@@ -108,7 +110,7 @@ class AccessMiddleware:
         if isinstance(caller := scope.get("state", {}).get("caller"), Caller):  # from within this process
             return called_by(caller)
         key = self._access.authenticate(headers.get("authorization", ""))
-        scope.setdefault("state", {})["owner"] = None if key is None else key.name
+        scope.setdefault("state", {})["owner"] = None if key is None else key.owner
         return self._slot(key) if _generates(scope) else contextlib.nullcontext()
 
     @contextlib.contextmanager

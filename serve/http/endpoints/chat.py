@@ -83,6 +83,8 @@ async def chat_generation(context: ServingContext, request: ChatRequest, id: str
         begin_with_image=request.begin_with == "image",
         bad_words=request.bad_words,
         priority=behind(request.priority),
+        salt=request.salt,
+        grammar_param=request.grammar_field,
     )
 
 

@@ -64,6 +64,8 @@ def add_completions(app: FastAPI, context: ServingContext) -> None:
                 echo=request.echo,
                 bad_words=request.bad_words,
                 priority=behind(request.priority),
+                salt=request.salt,
+                grammar_param=request.grammar_field,
             )
             choices += expand_choices(one, request.n)
         if not request.stream:

@@ -64,6 +64,7 @@ def add_images(app: FastAPI, context: ServingContext) -> None:
             progress=True,
             previews=request.partial_images if request.stream else 0,
             priority=behind(request.priority),
+            salt=request.salt,
         )
         return await _draw(context, request, one, metadata, "image_generation")
 

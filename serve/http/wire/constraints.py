@@ -63,6 +63,11 @@ class ConstraintFields(RequestModel):
             raise APIError(f"{names} ask for a grammar each; one answer has one", param=found[1][0])
         return found[0][1] if found else None
 
+    @property
+    def grammar_field(self) -> str | None:
+        """Which field the grammar is in."""
+        return next((name for name, one in self._constraints() if one is not None), None)
+
     def _constraints(self) -> list[tuple[str, Constraint | None]]:
         asked = self.structured_outputs or StructuredOutputs()
         if asked.structural_tag is not None:

@@ -125,6 +125,14 @@ class SamplingFields(RequestModel):
         None, description="above 0: others go first, whoever asks, and this request gets what they leave"
     )
 
+    cache_salt: str | None = Field(
+        None, max_length=1024, description="what is kept of the prompt is found by requests with the same one alone"
+    )
+
+    @property
+    def salt(self) -> bytes:
+        return (self.cache_salt or "").encode(errors="surrogatepass")
+
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, values: Any) -> Any:
@@ -229,6 +237,10 @@ class ChatRequest(TextFields):
             return text
         choice = self.tool_choice if isinstance(self.tool_choice, str) else f"={self.tool_choice.function.name}"
         return tools_constraint(self.offered, choice, self.parallel_tool_calls, text)
+
+    @property
+    def grammar_field(self) -> str | None:
+        return "tools" if self.offered else super().grammar_field
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -104,7 +104,6 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
 WITHOUT_EFFECT = frozenset(
     {
         "add_special_tokens",
-        "cache_salt",
         "guided_decoding_backend",
         "include",
         "include_reasoning",

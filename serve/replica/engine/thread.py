@@ -108,7 +108,7 @@ class EngineThread:
             assert engine_request.params.constraint is not None
             self._compiler(engine_request.params.constraint)  # which keeps it for the engine
         except ValueError as error:
-            refused = RequestFailed(400, str(error))
+            refused = RequestFailed(400, str(error), param=request.grammar_param)
         except Exception as error:
             log.exception("a grammar could not be compiled")
             refused = RequestFailed(500, f"the grammar could not be compiled: {type(error).__name__}")

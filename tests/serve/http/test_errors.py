@@ -26,7 +26,7 @@ from .conftest import CHAT, ask, error_of, sse_events
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role", "robot"),
         (ask(modalities=["smell"]), 400, "modalities[0]", "'text' or 'image'"),
         (ask(temperature=3), 400, "temperature", "less than or equal to 2"),
-        (ask(tools=[{}]), 400, "tools", "leave it out"),
+        (ask(tools=[{}]), 400, "tools[0].type", "required"),
         (ask(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
         ({}, 400, "messages", "required"),
         ([1, 2], 400, None, "JSON object"),
@@ -113,3 +113,9 @@ def test_an_unforeseen_error_tells_no_secrets(settings: ServeSettings) -> None:
     assert response.status_code == 500
     assert "1234" not in response.text
     assert error_of(response)["type"] == "server_error"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/models"])
+def test_head_is_answered_where_get_is(client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == client.get(path).status_code == 200
+    assert client.head(CHAT).headers["allow"] == "POST"

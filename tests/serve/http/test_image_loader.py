@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import socket
 import threading
@@ -161,3 +162,7 @@ def test_one_private_address_among_several_is_enough_to_refuse(monkeypatch: pyte
 
 def test_nothing_is_fetched_unless_it_is_switched_on(web: str) -> None:
     assert "remote images are not fetched" in refusal(f"{web}/image.png", reader(RemoteImages()))
+
+
+def test_the_head_of_a_data_url_may_be_in_capitals(png: bytes) -> None:
+    assert read(reader(), " DATA:image/png;BASE64," + base64.b64encode(png).decode()) == png

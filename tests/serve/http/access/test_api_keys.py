@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from calumma.serve.http.access import api_keys
 from calumma.serve.http.access.api_keys import AccessControl, hash_key, load_keys, new_key
+from calumma.serve.http.access.caller import Caller, behind
 from calumma.serve.http.app import create_app
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.protocol import ImageOutput, TextDelta
@@ -266,3 +267,31 @@ def test_without_keys_all_share_what_is_computed() -> None:
     with TestClient(create_app(backend, stub_settings())) as client:
         client.post(CHAT, json=ask(), headers={"Authorization": "Bearer any"})
     assert [request.salt for request in backend.requests] == [b""]
+
+
+def test_a_cache_salt_is_kept_apart_from_others_and_from_other_keys() -> None:
+    backend = StubBackend()
+    with TestClient(create_app(backend, stub_settings(keys=[APIKey(name=n, sha256=hash_key(n)) for n in "ab"]))) as c:
+        for name, fields in [
+            ("a", {}),
+            ("a", {"cache_salt": "x"}),
+            ("a", {"cache_salt": "y"}),
+            ("b", {"cache_salt": "x"}),
+        ]:
+            for _ in range(2):
+                answer = c.post(CHAT, json=ask(**fields), headers={"Authorization": f"Bearer {name}"})
+                assert answer.status_code == 200
+    salts = [request.salt for request in backend.requests]
+    assert salts[::2] == salts[1::2]
+    assert len({*salts}) == 4
+
+
+def test_a_new_key_of_an_old_name_does_not_see_what_the_old_one_left() -> None:
+    old, new = (APIKey(name="alice", sha256=hash_key(secret)) for secret in ("old", "new"))
+    assert old.owner != new.owner
+    assert old.owner == APIKey(name="alice", sha256=old.sha256, running=3).owner
+
+
+def test_batches_stand_behind_whatever_a_key_can_ask_for() -> None:
+    last = APIKey(name="a", sha256=hash_key("a"), priority=1000)
+    assert Caller.batches_of("b").priority > Caller.of(last).priority + behind(10**30)

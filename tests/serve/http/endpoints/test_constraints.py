@@ -138,3 +138,28 @@ def test_the_stop_tokens_value_is_its_own(openai_client: OpenAI, model: MixedMod
         assert last.token == f"token_id:{stop}"
         assert last.logprob < -0.5, "among some 300 ids of a random model"
         assert len(last.top_logprobs) == 2
+
+
+@pytest.mark.parametrize("expression", ["x{1000000}", "(a{1000}){1000}"])
+def test_a_grammar_that_grows_too_large_is_the_requests_fault(client: TestClient, expression: str) -> None:
+    error = error_of(answer := client.post(CHAT, json=ask(guided_regex=expression, **FREE)))
+    assert (answer.status_code, error["code"]) == (400, "no_token")
+    assert "too large" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("guided_regex", r"[^\s\S]", "no text of this model's fits it"),
+        ("guided_json", {"$ref": "#"}, "no text of this model's fits it"),
+        ("stop_token_ids", [10**6], "token ids must lie in"),
+        ("allowed_token_ids", [5, 10**6], "token ids must lie in"),
+        ("logit_bias", {"1000000": 1}, "token ids must lie in"),
+    ],
+)
+def test_what_only_the_engine_can_tell_names_the_field_too(
+    client: TestClient, field: str, value: Any, says: str
+) -> None:
+    error = error_of(answer := client.post(CHAT, json=ask(**{field: value})))
+    assert (answer.status_code, error["param"]) == (400, field)
+    assert says in error["message"]
