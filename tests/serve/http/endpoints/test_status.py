@@ -60,15 +60,15 @@ def test_probes_are_answered_while_a_model_tells_nothing(
     monkeypatch.setattr(facts, "REFRESH_SECONDS", 0.0)
     monkeypatch.setattr(facts, "RETRY_SECONDS", 0.0)
     backend = Patient()
-    try:
-        with TestClient(create_app(backend, settings)) as client:
+    with TestClient(create_app(backend, settings)) as client:
+        try:
             assert backend.asked.wait(60)
             assert "context" not in client.get("/health").json()
             assert client.get("/ready").json()["unavailable"] == {"tiny": "it has not told yet"}
             backend.told.set()
             until(lambda: client.get("/ready").status_code == 200)
-            backend.told.clear()
             backend.asked.clear()
+            backend.told.clear()
             assert backend.asked.wait(60)
             assert client.get("/health").json()["context"] == CONTEXT, "what it told last"
             assert client.get("/ready").status_code == 200
@@ -78,8 +78,8 @@ def test_probes_are_answered_while_a_model_tells_nothing(
             until(lambda: client.get("/ready").status_code == 503)
             assert client.get("/ready").json()["unavailable"] == {"tiny": "no answer in 0.01 s"}
             assert client.get("/health").json()["context"] == CONTEXT
-    finally:
-        backend.told.set()
+        finally:  # before the application ends, which waits for its threads
+            backend.told.set()
 
 
 def until(found: Callable[[], bool]) -> None:
