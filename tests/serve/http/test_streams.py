@@ -86,7 +86,8 @@ def test_the_work_of_a_client_that_leaves_is_given_up(settings: ServeSettings) -
         body = json.dumps(ask()).encode()
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": CHAT,
-            "raw_path": CHAT.encode(), "query_string": b"", "headers": [(b"content-type", b"application/json")],
+            "raw_path": CHAT.encode(), "query_string": b"",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
             "scheme": "http", "server": ("test", 80), "client": ("test", 1), "root_path": "",
         }  # fmt: skip
 
@@ -99,6 +100,7 @@ def test_the_work_of_a_client_that_leaves_is_given_up(settings: ServeSettings) -
         request = asyncio.create_task(app(scope, receive, send))
         with TestClient(app) as client:
             while metric(client, 'calumma_requests_running{model="tiny"}') == 0:
+                assert not request.done(), request
                 await asyncio.sleep(0.01)
         request.cancel()  # what Ray Serve does when the client is gone
         with pytest.raises(asyncio.CancelledError):
