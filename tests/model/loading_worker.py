@@ -46,7 +46,8 @@ def main(folder: str) -> None:
         "second shard": lambda: read_shard(folder, Shard(1, 2), dtype=half, int8=True),
     }
     read_shard(folder, Shard(0, 16), dtype=half, int8=True)  # whatever a first use needs
-    print(json.dumps({name: beyond(load) for name, load in loads.items()}))
+    # The least of three: the kernel's counts lag, and what else the process does only adds.
+    print(json.dumps({name: min(beyond(load) for _ in range(3)) for name, load in loads.items()}))
 
 
 if __name__ == "__main__":
