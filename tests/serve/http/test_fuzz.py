@@ -216,7 +216,7 @@ class Fuzzer:
 def test_no_request_makes_the_server_fail(
     roomy_replica: EngineReplica, settings: ServeSettings, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    seen: dict[int, int] = {}
+    seen: dict[int, int] = {}  # of what the model answers; files and batches are refused far more often
     called = 0
     settings = settings.model_copy(update={"batches": Batches(location=str(tmp_path / "batches"))})
     with TestClient(create_app(roomy_replica, settings), raise_server_exceptions=False) as client:
@@ -232,7 +232,8 @@ def test_no_request_makes_the_server_fail(
                 sent = json.dumps(body).replace(FILE, file)
                 response = client.post(path, content=sent, headers={"content-type": "application/json"})
                 told = f"number {number}: {path} {body}\n{response.text[:500]}"
-            seen[response.status_code] = seen.get(response.status_code, 0) + 1
+            if path in ENDPOINTS and path != "/v1/batches":
+                seen[response.status_code] = seen.get(response.status_code, 0) + 1
             called += "call_" in response.text
             assert response.status_code < 500, told
             assert '"type":"server_error"' not in response.text, told
@@ -240,4 +241,4 @@ def test_no_request_makes_the_server_fail(
                 assert set(response.json()["error"]) == {"message", "type", "param", "code"}, told
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
     print(seen, called)
-    assert seen[200] > sum(seen.values()) / 20, "too few of them are answered to try much"
+    assert seen[200] > sum(seen.values()) / 10, "too few of them are answered to try much"
