@@ -153,6 +153,7 @@ OutputStream = AsyncGenerator[OutputEvent, None]
 FINAL_EVENTS = (Finished, ContentFiltered, RequestFailed)
 # Values of RequestFailed.code
 ENGINE_FAILED, REQUEST_FAILED, UNAVAILABLE, OVERLOADED = "engine_failed", "request_failed", "unavailable", "overloaded"
+OUT_OF_MEMORY = "out_of_memory"
 
 
 @dataclass(frozen=True)

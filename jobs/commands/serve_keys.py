@@ -24,14 +24,17 @@ def add(
     file: KeysFile,
     name: Name,
     running: Annotated[
-        int | None, typer.Option(min=1, help="Requests that it may have at once. Default: the server's limit.")
+        int | None, typer.Option(min=1, help="Answers that it may have at once. Default: the server's limit.")
     ] = None,
+    priority: Annotated[
+        int, typer.Option(min=-999, max=999, help="Whose answers go first: those of the lowest number.")
+    ] = 0,
 ) -> None:
     """Make a key, show it once, and put its hash into the file, which is made where it is missing."""
     from calumma.serve.http.access.key_file import add_key
 
     with _errors_as_messages():
-        typer.echo(add_key(file, name, running))
+        typer.echo(add_key(file, name, running, priority))
 
 
 @app.command()
@@ -54,9 +57,9 @@ def list_keys(file: KeysFile) -> None:
 
     with _errors_as_messages():
         keys = parse_keys(file.read_text().splitlines(), str(file))
-    table = Table("name", "hash", "at once", box=None)
+    table = Table("name", "hash", "at once", "priority", box=None)
     for key in keys:
-        table.add_row(key.name, key.sha256[:12], str(key.running or ""))
+        table.add_row(key.name, key.sha256[:12], str(key.running or ""), str(key.priority or ""))
     Console().print(table)
 
 

@@ -4,7 +4,8 @@
   were being asked for when it came are asked for again.
 - Each line has one answer: the object that holds it has the line's number for a name.
 - So many lines are asked for at once, those of all batches together; batches take turns.
-- An answer that says that the server is busy (429, 503) is none: the line is asked for again later.
+- An answer that says that the server is busy (429, 503) is none: the line is asked for again later. One that may be
+  the line's own fault, as it took memory or replicas with it, is asked for again a few times only.
 - One runner is at work at a time; two would ask twice, and still write each answer once.
 """
 
@@ -14,6 +15,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,10 +25,12 @@ from calumma.platform.storage import NotFound, StorageError
 from calumma.serve.batches.lines import Line, parse_lines
 from calumma.serve.batches.records import Answer, BatchView, Begun, Ended, LineError, Progress
 from calumma.serve.batches.store import OwnerStore, Store
+from calumma.serve.protocol import OUT_OF_MEMORY, UNAVAILABLE
 
 log = logging.getLogger(__name__)
 
 BUSY = (429, 503)
+MOST_TRIES = {OUT_OF_MEMORY: 3, UNAVAILABLE: 20}  # by the code of the error; of a replica that is starting, minutes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds until a line is asked for again
 REPORT_SECONDS = 1.0  # between reports of a batch's progress, and looks whether it is cancelled
 MOST_ERRORS = 100  # of lines, told by a batch itself; all are in its error file
@@ -162,13 +166,16 @@ class BatchRunner:
         """Reports progress; returns "cancelled" or "expired" when the batch is."""
         told: Progress | None = None
         while True:
-            if await asyncio.to_thread(work.store.cancelled, work.id):
-                return "cancelled"
+            try:
+                if await asyncio.to_thread(work.store.cancelled, work.id):
+                    return "cancelled"
+                if work.progress != told:
+                    await asyncio.to_thread(work.store.report, work.id, progress := work.progress)
+                    told = progress
+            except StorageError as error:  # answers that are under way are worth more than a report of them
+                log.warning("%s: its progress cannot be reported: %s", work.id, error)
             if time.time() >= work.view.order.expires_at:
                 return "expired"
-            if work.progress != told:
-                told = work.progress
-                await asyncio.to_thread(work.store.report, work.id, told)
             await asyncio.sleep(REPORT_SECONDS)
 
     async def _ask_all(self, work: _Work, lines: Iterable[Line]) -> None:
@@ -190,11 +197,12 @@ class BatchRunner:
         if line.error is not None:
             await self._write(work, line, False, _answer_of(work.id, line, error=line.error))
             return
-        wait = FIRST_WAIT
+        wait, tries = FIRST_WAIT, 0
         while True:
             async with self._places:
                 reply = await self._ask(work.store.folder, work.view.order.endpoint, line.body)
-            if reply.status not in BUSY:
+            tries += 1
+            if reply.status not in BUSY or tries >= MOST_TRIES.get(_code(reply), math.inf):
                 break
             await asyncio.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
@@ -232,6 +240,14 @@ class BatchRunner:
             work.store.end(work.id, ended)
 
         await asyncio.to_thread(write)
+
+
+def _code(reply: Reply) -> str:
+    """Of an error object; empty where there is none."""
+    try:
+        return str(json.loads(reply.body)["error"]["code"])
+    except (ValueError, LookupError, TypeError):
+        return ""
 
 
 def _answer_of(batch: str, line: Line, reply: Reply | None = None, error: LineError | None = None) -> Answer:

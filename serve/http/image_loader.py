@@ -88,6 +88,8 @@ class ImageLoader:
             encoded = await asyncio.gather(*map(self._encoded, parts))
             images = await self._pool.squares(encoded, resolution, tenant)
         except ImageRefused as error:
+            if error.code is None:
+                raise APIError(str(error), status=503) from error
             raise APIError(str(error), param=parts[error.index].param, code=error.code) from error
         finally:
             self._waiting.give_back(tenant, len(parts))

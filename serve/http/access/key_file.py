@@ -67,10 +67,11 @@ class KeyFile:
         return {key.sha256: key for key in found}
 
 
-def add_key(path: Path, name: str, running: int | None = None) -> str:
+def add_key(path: Path, name: str, running: int | None = None, priority: int = 0) -> str:
     """A new key, whose hash is put into a file; that is made where it is missing. Raises ValueError, OSError."""
     secret = new_key()
     line = f"{hash_key(secret)} {name}" + (f" {running}" if running else "")
+    line += f" priority={priority}" if priority else ""
 
     def add(lines: list[str]) -> list[str]:
         distinct([*parse_keys(lines, str(path)), *parse_keys([line], "the new key")])

@@ -100,7 +100,9 @@ async def _draw(
     """The answer to both: `n` images, whole or as events."""
     side = 0
     if request.stream or request.size not in (None, "auto"):
-        side = int((await context.backends[metadata.model].describe())["image_size"])
+        side = int((await context.facts.known(metadata.model)).get("image_size", 0))
+        if not side:
+            raise APIError("the model has not told the size of its images yet; try again", status=503)
         if request.size not in (None, "auto", f"{side}x{side}"):
             raise APIError(f"this model draws {side}x{side}; found size {request.size}", param="size")
     choices = expand_choices(one, request.n)

@@ -27,6 +27,7 @@ from PIL import Image as PILImage
 log = logging.getLogger(__name__)
 
 MODULE = "calumma.serve.http.images.worker"
+START_SECONDS = 120.0  # a process that is not ready by then is given up
 BASE_MEMORY = 768 * 2**20  # address space of Python and its libraries
 BYTES_A_PIXEL = 24  # of an image with transparency while it is put on white
 
@@ -130,9 +131,12 @@ class ImagePool:
             "pixels_in_all": self._pixels_in_all,
             "resolution": resolution,
         }
-        worker = None
         try:
             worker = self._next()
+        except Exception as error:
+            log.exception("no process that decodes images starts")
+            raise ImageRefused(0, None, "images cannot be decoded now; try again") from error
+        try:
             found = worker.ask(job, [_bytes(image) for image in images], self._seconds, resolution or 1)
         except ImageRefused:
             self._keep(worker)
@@ -181,7 +185,15 @@ class _Worker:
                 env=environment,
             )
         self._connection = Connection(ours.detach())
-        self._connection.recv_bytes()  # it has imported what it needs
+        timer = threading.Timer(START_SECONDS, self._process.kill)
+        timer.start()
+        try:
+            self._connection.recv_bytes()  # it has imported what it needs
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            timer.cancel()
 
     @property
     def alive(self) -> bool:

@@ -10,6 +10,7 @@ from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.serve.protocol import (
+    OUT_OF_MEMORY,
     REQUEST_FAILED,
     Continuation,
     Finished,
@@ -25,7 +26,7 @@ from calumma.serve.replica.text_stream import TextStream, TopLogprobs
 
 PROGRESS_STEPS = 16  # reports of one image's progress, and of its codes
 # Kinds of failure (generation.Failure) that are not the server's, by the status and code that tell a client.
-STATUS = {"no token": (400, "no_token"), "out of memory": (503, "out_of_memory")}
+STATUS = {"no token": (400, "no_token"), "out of memory": (503, OUT_OF_MEMORY)}
 
 
 class EngineModel(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from calumma.platform.storage import NotFound, list_files
+from calumma.platform.storage import NotFound, StorageError, list_files
 from calumma.serve.batches import runner
 from calumma.serve.batches.lines import parse_lines
 from calumma.serve.batches.records import BatchView, Order, new_number
@@ -128,6 +128,48 @@ def test_a_busy_server_is_asked_again(store: Store) -> None:
 
     assert until_ended(store, own, id, ask).counts == {"total": 7, "completed": 7, "failed": 0}
     assert set(tries.values()) == {3}
+
+
+@pytest.mark.parametrize("code", ["out_of_memory", "unavailable"])
+def test_a_line_that_takes_memory_or_replicas_with_it_is_given_up(store: Store, code: str) -> None:
+    own = store.of(None)
+    id = ordered(own, [line("poison"), line("good")])
+    asked = []
+
+    async def ask(owner: str, path: str, body: bytes) -> Reply:
+        if json.loads(body)["prompt"] == "good":
+            return Reply(200, body, "req")
+        asked.append(path)
+        return Reply(503, json.dumps({"error": {"code": code}}).encode(), "req")
+
+    view = until_ended(store, own, id, ask)
+    assert view.counts == {"total": 2, "completed": 1, "failed": 1}
+    assert len(asked) == runner.MOST_TRIES[code]
+    assert view.ended
+    (bad,) = answers(own, view.ended.error_file_id)
+    assert (bad["custom_id"], bad["response"]["status_code"]) == ("poison", 503)
+
+
+def test_storage_that_fails_for_a_moment_stops_no_answer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = store.of(None)
+    id = ordered(own, [line("slow")])
+    failures, asked = [1, 2], []
+
+    def cancelled(store: OwnerStore, id: str) -> bool:
+        if failures:
+            failures.pop()
+            raise StorageError("away")
+        return False
+
+    async def ask(owner: str, path: str, body: bytes) -> Reply:
+        asked.append(body)
+        while failures:
+            await asyncio.sleep(0.01)
+        return Reply(200, body, "req")
+
+    monkeypatch.setattr(OwnerStore, "cancelled", cancelled)
+    assert until_ended(store, own, id, ask).counts["completed"] == 1
+    assert len(asked) == 1
 
 
 def test_no_more_are_asked_for_at_once_than_it_may_and_batches_take_turns(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,12 +128,15 @@ def test_edits_keep_what_else_the_file_has_and_its_mode_and_exclude_each_other(p
 
 
 def test_the_command_adds_lists_and_revokes(path: Path) -> None:
-    secret = RUNNER.invoke(keys_command, ["add", str(path), "alice", "--running", "2"]).output.strip()
-    assert path.read_text().splitlines()[1] == f"{hash_key(secret)} alice 2"
+    options = ["--running", "2", "--priority", "-3"]
+    secret = RUNNER.invoke(keys_command, ["add", str(path), "alice", *options]).output.strip()
+        keys_command, ["add", str(path), "alice", "--running", "2", "--priority", "-3"]
+    ).output.strip()
+    assert path.read_text().splitlines()[1] == f"{hash_key(secret)} alice 2 priority=-3"
     assert path.stat().st_mode & 0o777 == 0o600
     assert secret not in path.read_text()
     listed = RUNNER.invoke(keys_command, ["list", str(path)]).output
-    assert f"alice  {hash_key(secret)[:12]}  2" in listed
+    assert re.search(rf"alice +{hash_key(secret)[:12]} +2 +-3\b", listed)
     assert RUNNER.invoke(keys_command, ["revoke", str(path), "alice"]).output == "revoked alice\n"
     again = RUNNER.invoke(keys_command, ["revoke", str(path), "alice"])
     assert (again.exit_code, "it has none" in again.output) == (1, True)

@@ -159,6 +159,22 @@ def test_a_process_that_hangs_or_dies_costs_its_request_alone() -> None:
         pool.close()
 
 
+def test_a_process_that_does_not_start_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    pool = ImagePool(1, 300.0, PIXELS, PIXELS)
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(pools, "START_SECONDS", 0.5)
+    try:
+        for module in ("no_such_module", "sleeper"):
+            with monkeypatch.context() as patch:
+                patch.setattr(pools, "MODULE", module)
+                assert refusal(pool, PNG).code is None
+        monkeypatch.setattr(pools, "START_SECONDS", 300.0)
+        assert len(squares(pool, PNG)) == 1
+    finally:
+        pool.close()
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """An image within the limit of pixels that would take a gigabyte, in a process that has less."""
     monkeypatch.setattr(pools, "BYTES_A_PIXEL", 0)
