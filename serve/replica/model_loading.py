@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from calumma.model.config import ModelConfig
-from calumma.model.generation import Shard
-from calumma.model.loading import described, read_transformer, whole, with_context
+from calumma.model.generation import Shard, read_shard
+from calumma.model.loading import described, with_context
 from calumma.model.transformer import Transformer
 from calumma.serve.settings import ModelSettings
 
@@ -28,9 +28,8 @@ def dtype_of(name: str) -> torch.dtype:
 
 def read_own_weights(directory: str | Path, settings: ModelSettings, shard: Shard | None = None) -> Transformer:
     """The Transformer, or this rank's shard of it."""
-    given = (directory, *device_and_dtype(settings), settings.dtype == "int8")
-    slices = whole if shard is None else shard.slices
-    return read_transformer(*given, slices, settings.context).eval().requires_grad_(False)
+    device, dtype = device_and_dtype(settings)
+    return read_shard(directory, shard or Shard(), device, dtype, settings.dtype == "int8", settings.context)
 
 
 def without_weights(directory: Path, *_: Any, context: int | None = None) -> Transformer:

@@ -130,8 +130,6 @@ def test_edits_keep_what_else_the_file_has_and_its_mode_and_exclude_each_other(p
 def test_the_command_adds_lists_and_revokes(path: Path) -> None:
     options = ["--running", "2", "--priority", "-3"]
     secret = RUNNER.invoke(keys_command, ["add", str(path), "alice", *options]).output.strip()
-        keys_command, ["add", str(path), "alice", "--running", "2", "--priority", "-3"]
-    ).output.strip()
     assert path.read_text().splitlines()[1] == f"{hash_key(secret)} alice 2 priority=-3"
     assert path.stat().st_mode & 0o777 == 0o600
     assert secret not in path.read_text()
