@@ -103,6 +103,10 @@ class BatchRunner:
                 return
             work = _Work(store, view, await asyncio.to_thread(store.answered, id))
             lines = await self._lines(work)
+            if isinstance(lines, LineError) and view.begun is not None:  # the file went: what is answered stays
+                work.errors = [lines]
+                await self._end(work, "failed")
+                return
             if isinstance(lines, LineError):
                 ended = Ended(status="failed", at=int(time.time()), errors=(lines,))
                 await asyncio.to_thread(store.end, id, ended)
@@ -188,10 +192,13 @@ class BatchRunner:
             finally:
                 own.release()
 
-        async with asyncio.TaskGroup() as group:
-            for line in lines:
-                await own.acquire()
-                group.create_task(one(line))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for line in lines:
+                    await own.acquire()
+                    group.create_task(one(line))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
 
     async def _ask_one(self, work: _Work, line: Line) -> None:
         if line.error is not None:

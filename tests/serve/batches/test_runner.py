@@ -172,6 +172,26 @@ def test_storage_that_fails_for_a_moment_stops_no_answer(store: Store, monkeypat
     assert len(asked) == 1
 
 
+def test_answers_stay_when_the_file_of_requests_goes(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    own = store.of(None)
+    id = ordered(own, [line("first"), line("second")])
+
+    async def ask(owner: str, path: str, body: bytes) -> Reply:
+        if json.loads(body)["prompt"] == "second":
+            while not own.answered(id):
+                await asyncio.sleep(0.01)
+            own.delete_file(own.batch(id).order.input_file_id)
+            raise StorageError("away")  # what it does with a batch then is begin it again
+        return Reply(200, body, "req")
+
+    view = until_ended(store, own, id, ask)
+    assert (view.status, view.counts["completed"]) == ("failed", 1)
+    assert view.ended
+    assert [each["custom_id"] for each in answers(own, view.ended.output_file_id)] == ["first"]
+    assert [error.code for error in view.ended.errors] == ["missing_file"]
+    assert "Traceback" not in caplog.text
+
+
 def test_no_more_are_asked_for_at_once_than_it_may_and_batches_take_turns(store: Store) -> None:
     batches = [(own := store.of(name), ordered(own, [line(f"{name}{k}") for k in range(9)])) for name in ("a", "b")]
     running, most, order = 0, 0, []
