@@ -56,13 +56,7 @@ def add_batches(app: FastAPI, context: ServingContext) -> None:
                 return None
 
         found, more = await stored(lambda: wire.page(own.batch_ids(), after, limit, read))
-        ids = [view.order.id for view in found]
-        return wire.BatchList(
-            data=[wire.BatchObject.of(view) for view in found],
-            first_id=ids[0] if ids else None,
-            last_id=ids[-1] if ids else None,
-            has_more=more,
-        )
+        return wire.BatchList.of([wire.BatchObject.of(view) for view in found], more)
 
     @app.get("/v1/batches/{batch_id}", response_model=wire.BatchObject)
     async def batch(request: Request, batch_id: BatchId) -> Any:

@@ -87,13 +87,7 @@ def add_files(app: FastAPI, context: ServingContext) -> None:
             return wire.page(ids if order == "desc" else ids[::-1], after, limit, read)
 
         found, more = await stored(look)
-        ids = [record.id for record in found]
-        return wire.FileList(
-            data=[wire.FileObject.of(record) for record in found],
-            first_id=ids[0] if ids else None,
-            last_id=ids[-1] if ids else None,
-            has_more=more,
-        )
+        return wire.FileList.of([wire.FileObject.of(record) for record in found], more)
 
     @app.get("/v1/files/{file_id}", response_model=wire.FileObject)
     async def file(request: Request, file_id: FileId) -> Any:

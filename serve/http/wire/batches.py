@@ -6,7 +6,7 @@ Reference: platform.openai.com/docs/api-reference/files and …/batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -50,12 +50,23 @@ class DeletedFile(WireModel):
     deleted: Literal[True] = True
 
 
-class FileList(WireModel):
+class ObjectList(WireModel):
+    """A page of objects that have ids."""
+
     object: Literal["list"] = "list"
-    data: list[FileObject]
+    data: list[Any]
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+    @classmethod
+    def of(cls, data: list[Any], has_more: bool) -> Self:
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return cls(data=data, first_id=first, last_id=last, has_more=has_more)
+
+
+class FileList(ObjectList):
+    data: list[FileObject]
 
 
 Metadata = Annotated[
@@ -137,12 +148,8 @@ class BatchObject(WireModel):
         return cls(status=view.status, request_counts=RequestCounts(**view.counts), **fields)
 
 
-class BatchList(WireModel):
-    object: Literal["list"] = "list"
+class BatchList(ObjectList):
     data: list[BatchObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 T = TypeVar("T")
