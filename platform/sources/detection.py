@@ -143,7 +143,10 @@ def _guess_records(location: str, uri: str, uris: Sequence[str]) -> Guess | str:
 
 def _is_image(value: Any) -> bool:
     """Whether a field holds an image, or names one: the path of a program is none."""
-    value = list_in(value)
+    try:
+        value = list_in(value)
+    except Malformed:
+        return False
     if isinstance(value, list):
         return bool(value) and _is_image(value[0])
     if isinstance(value, Mapping):

@@ -16,6 +16,7 @@ from calumma.platform.storage import StorageError
 
 BUFFER = 1 << 20
 LICENSES = ("license", "licenses", "max_stars_repo_licenses", "detected_licenses")  # the last two: The Stack
+ABOUT_FIELDS = (*LICENSES, "url", "metadata", "meta")  # of any record: where its license and URL stand
 
 
 class Malformed(ValueError):

@@ -125,6 +125,10 @@ def _reader_items(read: Reader, file: File, arguments: dict[str, Any]) -> Iterat
         yield from read(file, **arguments)
     except Malformed as error:  # of the file, not of one record
         yield BadInput(file.name, str(error), file.size)
+    except storage.StorageError:
+        raise
+    except OSError as error:  # of what a reader reads without looking out for damage
+        yield file.damage(file.name, error)[0]
 
 
 def _folder(uri: str, location: str | None) -> str:

@@ -77,6 +77,8 @@ def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source
             if not part.optional:
                 return BadInput(item.name, str(error))
             notes.skip("images", "that cannot be had")
+    if not segments:
+        return BadInput(item.name, "has neither text nor image that can be had")
     for segment in segments:
         if isinstance(segment, Image) and isinstance(segment.data, bytes) and may_have_frames(segment.data):
             notes.skip("frames", "beyond the first of an image", frame_count(segment.data) - 1)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from calumma.model.document import Image, Role, Text
 from calumma.platform.sources.files import (
-    LICENSES,
+    ABOUT_FIELDS,
     DraftSegment,
     File,
     Malformed,
@@ -22,7 +22,7 @@ from calumma.platform.sources.files import (
 from calumma.platform.sources.formats.exchanges import FIELDS, exchange
 from calumma.platform.sources.formats.image_values import image_segment, is_missing
 from calumma.platform.sources.formats.marks import Form, Mark, MarkedPath, Marks, OtherMarks
-from calumma.platform.sources.formats.records import SUFFIXES, records
+from calumma.platform.sources.formats.records import SUFFIXES, list_in, records
 from calumma.platform.sources.formats.rows import drafts
 from calumma.platform.sources.formats.turns import (
     IMAGE_FIELDS,
@@ -36,8 +36,7 @@ from calumma.platform.sources.formats.turns import (
 from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.registry import ReaderItem, reader
 
-ABOUT = (*LICENSES, "url", "metadata", "meta")
-KNOWN = frozenset({*FIELDS, *SYSTEM_FIELDS, *IMAGE_FIELDS, *OTHER_MEDIA, *WEIGHTS, *ABOUT, "tools", "captions"})
+KNOWN = frozenset({*FIELDS, *SYSTEM_FIELDS, *IMAGE_FIELDS, *OTHER_MEDIA, *WEIGHTS, *ABOUT_FIELDS, "tools", "captions"})
 
 
 @reader("conversations", SUFFIXES)
@@ -73,9 +72,8 @@ def _conversation(row: dict[str, Any], marks: Marks, unmarked_first: bool, notes
         raise Malformed(f"has `{media[0]}`, which is not read")
     if row.get("kto_tag") is False or (row.get("label") is False and "completion" in found.fields):
         raise Malformed("its `label` or `kto_tag` is false: the answer is one that is not wanted")
-    for field in (*FIELDS, *WEIGHTS):
-        unread = row.get(field) not in (None, 0, 1) if field in WEIGHTS else row.get(field)
-        if unread and field not in (*found.fields, *SYSTEM_FIELDS):
+    for field in FIELDS:
+        if row.get(field) and field not in (*found.fields, *SYSTEM_FIELDS):
             notes.skip("fields", field)
     images = _Images(row)
     turns = [(said, _turn_segments(said, images, marks)) for said in read_turns(found.turns, row, notes)]
@@ -107,14 +105,14 @@ class _Images:
     """A record's images, handed out in order, or by their number. `marks` counts what asked for one."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
-        given = [field for field in IMAGE_FIELDS if row.get(field)]
-        value = row[given[0]] if given else []
-        if any(row[field] not in (value, [value]) and [row[field]] != value for field in given[1:]):
+        given = {field: list_in(row[field]) for field in IMAGE_FIELDS if row.get(field)}
+        value, *others = given.values() if given else [[]]
+        if any(other not in (value, [value]) and [other] != value for other in others):
             raise Malformed(f"has different images in {', '.join(f'`{field}`' for field in given)}")
         if not isinstance(value, list | str | dict | bytes):
-            raise Malformed(f"`{given[0]}` is {json_type(value)}, not a list")
+            raise Malformed(f"`{next(iter(given))}` is {json_type(value)}, not a list")
         values = value if isinstance(value, list) else [] if is_missing(value) else [value]
-        captions = row.get("captions") or [None] * len(values)
+        captions = list_in(row.get("captions")) or [None] * len(values)
         if not isinstance(captions, list) or len(captions) != len(values):
             raise Malformed("`captions` must be a list as long as `images`")
         self.segments = [

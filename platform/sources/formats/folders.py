@@ -13,7 +13,7 @@ from typing import Any
 from calumma.model.document import Image
 from calumma.model.images import suffixes
 from calumma.platform import storage
-from calumma.platform.sources.files import BadInput, Draft, File
+from calumma.platform.sources.files import BadInput, Draft, File, Malformed
 from calumma.platform.sources.formats.image_values import OtherImages
 from calumma.platform.sources.formats.pairs import IMAGES as PATH_FIELDS
 from calumma.platform.sources.formats.pairs import PairFields
@@ -85,6 +85,8 @@ def _described(file: File, folder: str, fields: PairFields) -> Iterator[ReaderIt
             yield from fields.drafts(file, name, _with_paths(record, inside, named))
         except TypeError:  # of joining paths
             yield BadInput(name, "its file name is no text")
+        except Malformed as error:  # of a list of paths
+            yield BadInput(name, str(error))
     below = storage.sizes(folder)
     others = {
         above for uri in below if (above := posixpath.dirname(uri)) != folder and posixpath.basename(uri) in METADATA

@@ -6,14 +6,13 @@ https://huggingface.co/datasets/HuggingFaceM4/OBELICS, https://github.com/mlfoun
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from calumma.model.document import Text
 from calumma.platform.sources.files import (
-    LICENSES,
+    ABOUT_FIELDS,
     BadInput,
-    Draft,
     DraftSegment,
     File,
     Malformed,
@@ -22,11 +21,13 @@ from calumma.platform.sources.files import (
     text_or_none,
 )
 from calumma.platform.sources.formats.image_values import OtherImages, image_segment, is_missing
+from calumma.platform.sources.formats.json_array import Row
 from calumma.platform.sources.formats.records import COLUMNAR, JSON, records
+from calumma.platform.sources.formats.rows import drafts
 from calumma.platform.sources.registry import ReaderItem, reader
 
 NEEDED = ("texts", "images")
-OPTIONAL = ("captions", *LICENSES, "url", "metadata", "general_metadata")
+OPTIONAL = ("captions", *ABOUT_FIELDS, "general_metadata")
 
 
 @reader("interleaved", (*COLUMNAR, *JSON))
@@ -37,17 +38,20 @@ def interleaved(file: File, *, other_images: OtherImages = "bad") -> Iterator[Re
     An image that cannot be had, or is empty on both sides as failed downloads are, makes the page bad;
     `other_images: leave_out` drops it alone.
     """
-    for row in records(file, _columns):
-        if isinstance(row, BadInput):
-            yield row
-            continue
-        name, record = row
-        try:
+    rows = _with_general(records(file, _columns))
+    known = frozenset({*NEEDED, *OPTIONAL})
+    yield from drafts(rows, lambda row: _page(row, file, other_images == "leave_out"), file, known)
+
+
+def _with_general(rows: Iterable[Row | BadInput]) -> Iterator[Row | BadInput]:
+    """The records with OBELICS's `general_metadata` as `meta`, where they have none: it tells the URL."""
+    for row in rows:
+        if not isinstance(row, BadInput):
+            name, record = row
             general = _parse_json(record.get("general_metadata"))
-            about = {"meta": general if isinstance(general, dict) else None} | record
-            yield Draft.from_record(_page(record, file, other_images == "leave_out"), name, about)
-        except Malformed as error:
-            yield BadInput(name, str(error))
+            if isinstance(general, dict) and not record.get("meta"):
+                row = (name, {**record, "meta": general})
+        yield row
 
 
 def _columns(present: list[str]) -> Sequence[str]:

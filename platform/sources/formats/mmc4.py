@@ -9,11 +9,22 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from calumma.model.document import Text
-from calumma.platform.sources.files import DraftSegment, File, Malformed, Reference, field_names, json_type
+from calumma.platform.sources.files import (
+    ABOUT_FIELDS,
+    DraftSegment,
+    File,
+    Malformed,
+    Reference,
+    field_names,
+    json_type,
+)
 from calumma.platform.sources.formats.image_values import OtherImages
 from calumma.platform.sources.formats.records import JSON, records
 from calumma.platform.sources.formats.rows import drafts
 from calumma.platform.sources.registry import ReaderItem, reader
+
+# The last two say nothing that a document has.
+KNOWN = frozenset({"text_list", "image_info", *ABOUT_FIELDS, "similarity_matrix", "could_have_url_duplicate"})
 
 
 @reader("mmc4", JSON)
@@ -54,4 +65,4 @@ def mmc4(
             segments += [*here, *words] if place == "before" else [*words, *here]
         return segments
 
-    yield from drafts(records(file), page)
+    yield from drafts(records(file), page, file, KNOWN)

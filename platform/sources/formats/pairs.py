@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from calumma.model.document import Image, Text
 from calumma.platform.sources.files import (
-    LICENSES,
+    ABOUT_FIELDS,
     BadInput,
     Draft,
     DraftSegment,
@@ -31,7 +31,6 @@ IMAGES = (
     "file_name", "file_names", "filename", "filepath", "file_path", "image_file", "image_name", "path",
 )  # fmt: skip
 CAPTIONS = ("caption", "captions", "text", "texts", "txt", "alt_text", "sentence", "sentences", "description", "label")
-ABOUT = (*LICENSES, "url", "metadata", "meta")
 
 
 @reader("pairs", SUFFIXES)
@@ -65,19 +64,16 @@ class PairFields:
         self._captions = CAPTIONS if caption is None else (caption,)
         self._first, self._optional = first, optional
         self._caption_named = caption is not None
-        self._not_chosen: list[str] = []
 
     def columns(self, present: list[str]) -> Sequence[str]:
         """What to read of a columnar file. Raises Malformed where it has no image."""
         row = dict.fromkeys(present, "")
         self._field(row, self._images, "image")
-        chosen = [name for name in present if name in (*self._images, *self._captions, *ABOUT)]
-        self._not_chosen = [name for name in present if name not in chosen]
-        return chosen
+        return [name for name in present if name in (*self._images, *self._captions, *ABOUT_FIELDS)]
 
     def drafts(self, file: File, name: str, row: Mapping[str, Any]) -> Iterator[ReaderItem]:
         """The pairs of a record; fields that are not read are counted in the file's notes."""
-        read: set[str] = set(ABOUT)
+        read: set[str] = set(ABOUT_FIELDS)
         try:
             images = self.image_segments(row, file.notes, read)
             texts = self._texts(row, file, read)
@@ -87,8 +83,6 @@ class PairFields:
         for field in row:
             if field not in read:
                 file.notes.skip("fields", field)
-        for field in self._not_chosen:
-            file.notes.skip("fields", field)
         if not texts:
             file.notes.lack("caption")
         for number, text in enumerate(texts or [None]):

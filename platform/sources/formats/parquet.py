@@ -30,9 +30,6 @@ def parquet_rows(file: File, columns: Callable[[list[str]], Sequence[str]]) -> I
     except unreadable as error:
         raise Malformed(f"not a readable Parquet file: {error}") from error
     metadata = table.metadata
-    for name in table.schema_arrow.names:
-        if name not in chosen:
-            file.notes.skip("columns", name)
     if metadata.num_rows != sum(metadata.row_group(n).num_rows for n in range(table.num_row_groups)):
         yield BadInput(file.uri, "its footer is damaged: it counts other rows than its row groups have", 1)
     for group in range(table.num_row_groups):

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 from calumma.platform.sources import compression
@@ -48,6 +49,9 @@ def records(file: File, columns: Columns = lambda present: present) -> Iterator[
     def chosen(present: list[str]) -> Sequence[str]:
         names = columns(present)
         _require_once(name for name in present if name in names)
+        for name in present:
+            if name not in names:
+                file.notes.skip("columns", name)
         return names
 
     rows = arrow_rows(file, chosen) if name.endswith(".arrow") else parquet_rows(file, chosen)
@@ -214,7 +218,9 @@ def words_of(value: Any) -> str | None:
 
 
 def list_in(value: Any) -> Any:
-    """A list that a CSV field holds as JSON, or as Python writes one; else the value itself."""
+    """A list that a CSV field holds as JSON, or as Python writes one; else the value itself.
+
+    Raises Malformed where texts of it have no comma between them, as NumPy writes them: Python would join them."""
     if not isinstance(value, str) or not re.match(r"\s*\[", value):
         return value
     import ast
@@ -225,5 +231,16 @@ def list_in(value: Any) -> Any:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(found, list):
+            if parse is ast.literal_eval and _lacks_commas(value):
+                raise Malformed("holds a list whose texts have no commas between them, as NumPy prints it")
             return found
     return value
+
+
+def _lacks_commas(written: str) -> bool:
+    """Whether two texts of a list that Python can read stand beside each other."""
+    import tokenize
+
+    tokens = tokenize.generate_tokens(io.StringIO(written.strip()).readline)
+    kinds = [token.type for token in tokens if token.type not in (tokenize.NL, tokenize.COMMENT)]
+    return any(one == other == tokenize.STRING for one, other in pairwise(kinds))

@@ -1,12 +1,11 @@
-"""Records of tables: lines of JSON, one large JSON array, and Parquet, each read a little at a time.
+"""Records of JSON, one a line or in one large array, read a little at a time; and documents of any records.
 
-Every function yields (name of the place, record) pairs, and a `BadInput` for what is damaged. `drafts` makes them
-documents.
+`json_rows` and `json_lines` yield (name of the place, record) pairs, and a `BadInput` for what is damaged; `drafts`
+makes documents of such pairs, whatever they were read from.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -79,7 +78,7 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
         try:
             line = file.content.readline(LONGEST_LINE + 1)
             if too_long := len(line) > LONGEST_LINE:
-                _skip_line(file)
+                skip_line(file)
         except StorageError:
             raise
         except OSError as error:
@@ -114,7 +113,7 @@ def json_lines(file: File) -> Iterator[Row | BadInput]:
             if number == 1 and file.plain_name.endswith(".json"):  # as a rule one object over many lines
                 yield BadInput(file.name, f"neither an array of records nor one record a line: {error}", file.size)
                 return
-            if (cut := _cut_line(file, name, line)) is not None:
+            if (cut := cut_line(file, name, line)) is not None:
                 yield cut
                 behind_damage = True
                 continue
@@ -136,7 +135,7 @@ def _last_record(line: bytes, keys: dict[bytes, frozenset[str]]) -> tuple[int, d
     for key, all_keys in keys.items():
         for match in islice(re.compile(rb"\{\s*" + re.escape(key) + rb"\s*:").finditer(line, 1), TRIES):
             try:
-                row = json.loads(line[match.start() :])
+                row = parse(line[match.start() :])
             except (ValueError, RecursionError):
                 continue
             if 2 * len(all_keys & row.keys()) >= len(all_keys):
@@ -144,7 +143,7 @@ def _last_record(line: bytes, keys: dict[bytes, frozenset[str]]) -> tuple[int, d
     return 0, None
 
 
-def _cut_line(file: File, name: str, line: bytes) -> BadInput | None:
+def cut_line(file: File, name: str, line: bytes) -> BadInput | None:
     """The damage that cut this line, if one did."""
     if line.endswith(b"\n"):
         return None
@@ -157,6 +156,6 @@ def _cut_line(file: File, name: str, line: bytes) -> BadInput | None:
     return None
 
 
-def _skip_line(file: File) -> None:
+def skip_line(file: File) -> None:
     while (more := file.content.readline(CHUNK_BYTES)) and not more.endswith(b"\n"):
         pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +10,7 @@ from calumma.model.document import Image, Text
 from calumma.model.images import kind_of, suffixes
 from calumma.platform.sources.encodings import decode_text
 from calumma.platform.sources.files import (
-    LICENSES,
+    ABOUT_FIELDS,
     BadInput,
     Draft,
     DraftSegment,
@@ -18,12 +18,13 @@ from calumma.platform.sources.files import (
     Malformed,
     json_type,
 )
+from calumma.platform.sources.formats.json_values import parse
 from calumma.platform.sources.frames import frames
 from calumma.platform.sources.registry import ReaderItem
 
 CAPTIONS = ("txt", "caption", "text", "cls")  # members
 CAPTION_FIELDS = ("caption", "captions", "text")  # of the JSON
-KNOWN_FIELDS = frozenset({*LICENSES, "url", "metadata", "meta", "status", "error_message"})
+KNOWN_FIELDS = frozenset({*ABOUT_FIELDS, "status", "error_message"})
 
 
 def sample_draft(
@@ -87,7 +88,7 @@ class _Sample:
         if "json" not in self._parts:
             return {}
         try:
-            about = json.loads(self._parts["json"])
+            about = parse(self._parts["json"])
         except (ValueError, RecursionError) as error:
             raise Malformed(f"caption or metadata cannot be read: {error}") from error
         if not isinstance(about, dict):
@@ -136,7 +137,7 @@ class _Sample:
 
     def _together(self) -> list[DraftSegment]:
         segments: list[DraftSegment] = [
-            Image(self._parts[e], self._words(e) if "." in e else None) for e in sorted(self._images)
+            Image(self._parts[e], self._words(e) if "." in e else None) for e in sorted(self._images, key=_natural)
         ]
         words = self._words()
         if words:
@@ -151,7 +152,7 @@ class _Sample:
         self._used_fields |= {"texts", "images"}
         if len(texts) != len(images):
             raise Malformed(f"texts and images must be equally long, found {len(texts)}, {len(images)}")
-        found = [self._parts[e] for e in sorted(self._images)]
+        found = [self._parts[e] for e in sorted(self._images, key=_natural)]
         if len(found) == 1:
             found = frames(found[0])
         wanted = sum(image is not None for image in images)
@@ -180,3 +181,11 @@ class _Sample:
                 continue  # the same words as a member's, as img2dataset writes them
             if value is not None and field not in KNOWN_FIELDS and field not in self._used_fields:
                 self._file.notes.skip("fields", field)
+
+
+def _natural(name: str) -> tuple[list[str | tuple[int, str]], str]:
+    """The order in which a person numbers files: 2.png before 10.png."""
+    parts: list[str | tuple[int, str]] = list(re.split("([0-9]+)", name))
+    digits = [part.lstrip("0") for part in parts[1::2] if isinstance(part, str)]
+    parts[1::2] = [(len(number), number) for number in digits]
+    return parts, name

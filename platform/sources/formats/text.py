@@ -7,14 +7,14 @@ from typing import Any
 
 from calumma.model.document import Text
 from calumma.platform.sources.encodings import decode_text
-from calumma.platform.sources.files import LICENSES, Draft, DraftSegment, File, Malformed, field_names, json_type
+from calumma.platform.sources.files import ABOUT_FIELDS, Draft, DraftSegment, File, Malformed, field_names, json_type
 from calumma.platform.sources.formats.records import PACKED, SUFFIXES, records
 from calumma.platform.sources.formats.rows import drafts, json_lines
 from calumma.platform.sources.registry import ReaderItem, reader
 
 FIELDS = ("text", "content")
 LARGEST = 256 << 20  # bytes of a file that is one document
-KNOWN = frozenset({*LICENSES, "url", "metadata", "meta"})
+KNOWN = frozenset(ABOUT_FIELDS)
 
 
 @reader("text", SUFFIXES)
@@ -24,7 +24,7 @@ def text(file: File, *, field: str | None = None) -> Iterator[ReaderItem]:
 
     def columns(present: list[str]) -> Sequence[str]:
         _field(dict.fromkeys(present), fields)
-        return [name for name in (*fields, *LICENSES, "url", "metadata", "meta") if name in present]
+        return [name for name in (*fields, *ABOUT_FIELDS) if name in present]
 
     yield from drafts(records(file, columns), lambda row: _text(row, fields), file, KNOWN | set(fields))
 

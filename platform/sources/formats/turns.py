@@ -32,6 +32,7 @@ OTHER_MEDIA = ("video", "videos", "audio", "audios")
 WEIGHTS = (  # OpenAI's, axolotl's, ms-swift's, and other names of the same
     "weight", "train", "training", "loss", "trainable", "loss_weight", "loss_scale", "loss_mask",
 )  # fmt: skip
+TRUTHS = {"": None, "0": 0, "1": 1, "false": 0, "true": 1}  # as CSV has weights
 PARTLY = ("train_detail", "mask", "masked")  # what is not read, and says that not all is trained
 WORDS = ("value", "content", "text")
 TURN_FIELDS = frozenset(
@@ -72,7 +73,7 @@ def read_turns(turns: Sequence[Any], row: Mapping[str, Any], notes: Notes) -> li
         if not isinstance(row.get(field) or "", str):
             raise Malformed(f"`{field}` is {json_type(row[field])}, not a text")
     prompts = [row[field] for field in SYSTEM_FIELDS if row.get(field) and row[field].strip()]
-    if any(row.get(field) in (0, False) and row.get(field) is not None for field in WEIGHTS):
+    if not _trained({field: _truth(row.get(field)) for field in WEIGHTS}, "a record"):
         said = [replace(one, trained=False) for one in said]
     before = [Said("user", tools, system=True)] if tools else []
     before += [Said("user", prompt, system=True) for prompt in dict.fromkeys(prompts) if prompt not in system]
@@ -107,7 +108,7 @@ class _Turns:
         speaker = speaker.strip().lower()
         images = {field: turn[field] for field in IMAGE_FIELDS if turn.get(field)} or None
         if speaker in CALLS:
-            return Said("assistant", self._calls(_json(words, "a call of a function")), trained=_trained(turn))
+            return Said("assistant", self._calls(_json(words, "a call of a function")), images, _trained(turn))
         if speaker in RESULTS:
             return Said("user", self._result(turn, words), images)
         if speaker in SYSTEM:
@@ -194,18 +195,24 @@ def _json(value: Any, what: str) -> Any:
         raise Malformed(f"{what} is no JSON: {error}") from error
 
 
-def _trained(turn: Mapping[str, Any]) -> bool:
-    """Whether a loss is taken on a turn. Raises Malformed on shares of one, which no token can have."""
+def _trained(said: Mapping[str, Any], what: str = "a turn") -> bool:
+    """Whether a loss is taken on a turn, or on all of a record. Raises Malformed on shares of one, which no token can
+    have."""
     trained = True
     for field in WEIGHTS:
-        value = turn.get(field)
+        value = said.get(field)
         if value is None:
             continue
         if value not in (0, 1):  # True and False among them
             given = value if isinstance(value, int | float) else json_type(value)
-            raise Malformed(f"`{field}` of a turn is {given}; allowed: 0, 1, false, true")
+            raise Malformed(f"`{field}` of {what} is {given}; allowed: 0, 1, false, true")
         trained = trained and bool(value)
     return trained
+
+
+def _truth(value: Any) -> Any:
+    """What CSV, which has no types, says of a loss."""
+    return TRUTHS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 def join_turns(turns: Iterable[tuple[Said, list[DraftSegment]]], notes: Notes) -> list[DraftSegment]:

@@ -6,6 +6,7 @@ How damage is named without losing what is whole is told for each format by itse
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,6 +226,16 @@ def test_a_file_that_a_reader_finds_malformed_is_lost_from_there_on(own: str, tm
     one, end = read_file(f"{own}:words", "source", f"{tmp_path}/a.words")
     assert isinstance(one, Document)
     assert end == BadInput(f"{tmp_path}/a.words", "an exclamation", 12)
+
+
+def test_a_reader_need_not_look_out_for_damage(own: str, tmp_path: Path) -> None:
+    packed = gzip.compress("".join(f"{n} {n * n}\n" for n in range(1000)).encode())
+    (tmp_path / "1.png").write_bytes(png(1))
+    (tmp_path / "a.words").write_bytes(packed[:-500])
+    *found, end = read_file(f"{own}:words", "source", f"{tmp_path}/a.words")
+    assert found
+    assert isinstance(end, BadInput)
+    assert "damaged" in end.reason
 
 
 @pytest.mark.parametrize(

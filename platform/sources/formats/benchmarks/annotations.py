@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Sequence
 from typing import Any
 
 from calumma.platform import storage
 from calumma.platform.sources.files import File, Malformed, field_names, json_type
+from calumma.platform.sources.formats.json_values import parse
 
 LARGEST = 4 << 30  # bytes of a file of annotations; VQAv2's are 370 MB
 PROBES = 8  # images looked for in each folder
@@ -17,7 +17,7 @@ PROBES = 8  # images looked for in each folder
 def parse_object(data: bytes, needed: Sequence[str]) -> dict[str, Any]:
     """The object that some JSON is, with lists under the names needed. Raises Malformed."""
     try:
-        content = json.loads(data)
+        content = parse(data)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"is no JSON: {error}") from error
     if not isinstance(content, dict):

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
 from calumma.model.images import suffixes
-from calumma.platform.sources.files import BadInput, Draft, File, Reference
+from calumma.platform.sources.files import BadInput, Draft, File, Malformed, Reference
 from calumma.platform.sources.formats.benchmarks.annotations import (
     LARGEST,
     identity,
@@ -22,7 +22,9 @@ from calumma.platform.sources.formats.benchmarks.annotations import (
 )
 from calumma.platform.sources.formats.image_values import OtherImages
 from calumma.platform.sources.formats.records import csv_rows, list_in, words_of
+from calumma.platform.sources.formats.rows import LONGEST_LINE, cut_line, skip_line
 from calumma.platform.sources.registry import ReaderItem, reader
+from calumma.platform.storage import StorageError
 
 IMAGES = tuple(sorted(suffixes()))
 COCO_NAME = re.compile(r"captions_\w+\.json$|dataset_coco\.json$")
@@ -105,18 +107,31 @@ def flickr30k(
     found: Iterator[Caption | BadInput]
     if file.plain_name.endswith(".json"):
         found = _karpathy(file, objects(parse_object(file.read_all(LARGEST), ("images",)), "images"), splits)
-    elif file.plain_name.endswith(".csv") or file.content.peek(16)[:16].lower().startswith((b"image,", b"image_name")):
-        found = _table(file, splits)
     else:
-        found = _tokens(file)
+        found = _lines(file, splits)
     yield from _pairs(file, found, captions, other_images)
+
+
+def _lines(file: File, splits: list[str] | None) -> Iterator[Caption | BadInput]:
+    start = b""
+    try:
+        start = file.content.peek(16)[:16].lower()
+    except StorageError:
+        raise
+    except OSError as error:
+        damage, ends = file.damage(file.name, error)
+        yield damage
+        if ends:
+            return
+    table = file.plain_name.endswith(".csv") or start.startswith((b"image,", b"image_name"))
+    yield from _table(file, splits) if table else _tokens(file)
 
 
 def _pairs(
     file: File, found: Iterable[Caption | BadInput], captions: Captions, other_images: OtherImages
 ) -> Iterator[ReaderItem]:
     folder: str | None = None
-    before = ""
+    seen: set[str] = set()  # images, which need not follow each other
     for item in found:
         if isinstance(item, BadInput):
             yield item
@@ -126,11 +141,11 @@ def _pairs(
             folders = ("", "flickr30k-images", "flickr30k_images", "Images", "images")
             folder = images_below(file, (image,), folders) or ""
         if captions == "first":
-            kept = [] if image == before else texts[:1]
+            kept = [] if image in seen else texts[:1]
             if len(kept) < len(texts):
                 file.notes.skip("captions", "beyond an image's first", len(texts) - len(kept))
             texts = kept
-        before = image
+            seen.add(image)
         for number, text in enumerate(texts):
             name = place if len(texts) == 1 else f"{place}, caption {number}"
             yield Draft((Reference(posixpath.join(folder, image), text, optional=other_images == "leave_out"),), name)
@@ -163,7 +178,11 @@ def _table(file: File, splits: list[str] | None) -> Iterator[Caption | BadInput]
             file.notes.skip("rows", f"of the split {record.get('split')}")
             continue
         image = next((record[name] for name in ("image_name", "image", "filename") if record.get(name)), None)
-        texts = list_in(next((record[name] for name in ("comment", "caption", "raw") if record.get(name)), None))
+        try:
+            texts = list_in(next((record[name] for name in ("comment", "caption", "raw") if record.get(name)), None))
+        except Malformed as error:
+            yield BadInput(place, str(error))
+            continue
         words = [words_of(text) for text in (texts if isinstance(texts, list) else [texts])]
         if image is None or not words or None in words:
             yield BadInput(place, f"has no image or no caption; its fields are {', '.join(record)}")
@@ -172,9 +191,34 @@ def _table(file: File, splits: list[str] | None) -> Iterator[Caption | BadInput]
 
 
 def _tokens(file: File) -> Iterator[Caption | BadInput]:
-    for number, line in enumerate(file.content, start=1):
+    number, behind_damage = 0, False
+    while True:
+        number += 1
         place = file.at(f"line {number}")
-        if line.isspace():
+        try:
+            line = file.content.readline(LONGEST_LINE + 1)
+            if too_long := len(line) > LONGEST_LINE:
+                skip_line(file)
+        except StorageError:
+            raise
+        except OSError as error:
+            damage, ends = file.damage(place, error)
+            yield damage
+            if ends:
+                return
+            behind_damage = True
+            continue
+        if not line:
+            return
+        first, behind_damage = behind_damage, False
+        if too_long:
+            yield BadInput(place, f"longer than {LONGEST_LINE:,} bytes")
+            continue
+        if (cut := cut_line(file, place, line)) is not None:
+            yield cut  # half a caption is none
+            behind_damage = True
+            continue
+        if line.isspace() or first:  # the rest of the line that the damage cut
             continue
         try:
             match = TOKEN.fullmatch(line.decode().rstrip("\r\n"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,6 +170,33 @@ def karpathy_file(_: Path) -> dict[str, bytes]:
         for n, (name, texts) in enumerate(CAPTIONS)
     ]
     return {"dataset_flickr30k.json": json.dumps({"images": images, "dataset": "flickr30k"}).encode()}
+
+
+def test_the_first_caption_of_an_image_is_that_wherever_the_others_stand(tmp_path: Path) -> None:
+    lines = b"1.jpg#0\tone\n2.jpg#0\ttwo\n1.jpg#1\tuno\n2.jpg#1\tdos\n"
+    write(tmp_path, {"results.token": lines, "1.jpg": jpg(1), "2.jpg": jpg(2)})
+    notes = Notes()
+    assert pairs(read("flickr30k", tmp_path, notes, captions="first")) == [(jpg(1), "one"), (jpg(2), "two")]
+    assert notes.unread["captions"] == {"beyond an image's first": 2}
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
+def test_captions_in_front_of_damage_are_read(tmp_path: Path, kept: float) -> None:
+    captions = [random.Random(n).randbytes(40).hex() for n in range(400)]
+    packed = gzip.compress("".join(f"1.jpg#{n}\t{words}\n" for n, words in enumerate(captions)).encode())
+    write(tmp_path, {"results.token": packed[: int(kept * len(packed))], "1.jpg": jpg(1)})
+    items = read("flickr30k", tmp_path)
+    found = [words for _, words in pairs([item for item in items if isinstance(item, Document)])]
+    assert found == captions[: len(found)]  # none of them is cut
+    assert len(found) > 400 * kept * 0.5 or kept < 0.1
+    (damage,) = bad(items)
+    assert "damaged from here on" in damage
+
+
+@pytest.mark.parametrize("start", [b"image,caption\n", b""])
+def test_captions_that_are_damaged_from_their_beginning_are_told(tmp_path: Path, start: bytes) -> None:
+    write(tmp_path, {"captions.txt": gzip.compress(start)[:12] + b"\xff" * 40})
+    assert any("damaged" in reason for reason in bad(read("flickr30k", tmp_path)))
 
 
 @pytest.mark.parametrize("layout", [token_file, kaggle_table, hub_table, karpathy_file])

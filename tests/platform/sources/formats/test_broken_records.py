@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from calumma.model.document import Document, Image, Text
-from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.files import BadInput, Malformed
+from calumma.platform.sources.formats.json_values import KeyTwice, parse
+from calumma.platform.sources.formats.records import list_in
 from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.reading import read_file
 
@@ -47,10 +49,67 @@ def test_a_key_with_two_values_makes_its_record_bad(tmp_path: Path, name: str) -
         b'{"text": "a", "text": "b"}',
         b'{"text": "c", "n": [{"x": 1, "x": 2}]}',
         b'{"text": "\\":d", "text": "\\":d"}',
+        b'{"text"  : "a", "text"\t: "b"}',
     ]
     content = b"\n".join(records) if name.endswith("l") else b"[" + b",".join(records) + b"]"
     twice = "bad: has the key `{}` twice, with different values"
-    assert read(tmp_path / name, content) == [twice.format("text"), twice.format("x"), '":d']
+    assert read(tmp_path / name, content) == [twice.format("text"), twice.format("x"), '":d', twice.format("text")]
+
+
+def test_a_key_with_two_values_does_not_hide_that_its_line_is_broken(tmp_path: Path) -> None:
+    content = b'{"text": "a"}\n{"text": "b", "text": "c", {"text": "d"}\n{"text": "e"}\n'
+    first, broken, rescued, last = read(tmp_path / "a.jsonl", content)
+    assert (first, rescued, last) == ("a", "d", "e")
+    assert "not a line of JSON" in broken
+    with pytest.raises(KeyTwice, match="`x` twice"):
+        parse(b'[{"x": 1, "x": 2}]')
+    assert parse("\ufeff[1]".encode("utf-8")) == parse("[1]".encode("utf-16")) == [1]
+
+
+@pytest.mark.parametrize(("weight", "expected"), [("0", [False]), ("False", [False]), ("1", [True]), ("", [True])])
+def test_a_weight_of_csv_is_one(tmp_path: Path, weight: str, expected: list[bool]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"question,answer,weight\nq,a,{weight}\nq,a,0.5\n")
+    item, share = read_file("conversations", "s", str(path))
+    assert trained(item) == expected
+    assert isinstance(share, BadInput)
+    assert "`weight` of a record" in share.reason
+
+
+def test_images_that_csv_lists_are_read(tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    path = tmp_path / "a.csv"
+    path.write_text("""question,answer,images\nq,a,"['0.png', '1.png']"\nq,a,"['0.png' '1.png']"\n""")
+    item, joined = read_file("conversations", "s", str(path))
+    assert isinstance(item, Document)
+    assert [image.data for image in item.images] == [b"0.png", b"1.png"]
+    assert isinstance(joined, BadInput)
+    assert "no commas between them" in joined.reason
+
+
+@pytest.mark.parametrize("written", ["['a cat' 'a dog']", "['a cat'\n 'a dog']", "['a', ['b' \"c\"]]"])
+def test_texts_without_commas_between_them_are_not_joined(tmp_path: Path, written: str) -> None:
+    with pytest.raises(Malformed, match="no commas"):
+        list_in(written)
+    (tmp_path / "0.png").write_bytes(b"0")
+    path = tmp_path / "a.csv"
+    path.write_text('image,captions\n0.png,"' + written.replace('"', '""') + "\"\n0.png,\"['a', 'b']\"\n")
+    bad, *good = read_file("pairs", "s", str(path))
+    assert isinstance(bad, BadInput)
+    assert [image.caption for item in good if isinstance(item, Document) for image in item.images] == ["a", "b"]
+
+
+def test_a_document_of_nothing_is_bad(tmp_path: Path) -> None:
+    records = [{"texts": [None], "images": ["no.png"]}, {"texts": ["a", None], "images": [None, "no.png"]}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record | {"seen": 1}) + "\n" for record in records))
+    notes = Notes()
+    nothing, item = read_file("interleaved", "s", str(path), options={"other_images": "leave_out"}, notes=notes)
+    assert isinstance(nothing, BadInput)
+    assert nothing.reason == "has neither text nor image that can be had"
+    assert isinstance(item, Document)
+    assert notes.unread == {"images": {"that cannot be had": 2}, "fields": {"seen": 2}}
 
 
 def test_arrays_under_the_name_of_lines_are_read(tmp_path: Path) -> None:
@@ -131,8 +190,10 @@ def test_a_conversation_in_doubt_is_bad(tmp_path: Path, record: Any, reason: str
 def test_fields_beside_the_turns_are_counted(tmp_path: Path) -> None:
     notes = Notes()
     question = {"messages": turns()["messages"][:1]}
-    talks(tmp_path, turns(instruction="i", conversations=[]), turns(weight=0.7), question, notes=notes)
-    assert notes.unread == {"fields": {"instruction": 1, "weight": 1}}
+    items = talks(tmp_path, turns(instruction="i", conversations=[]), turns(weight=0.7), question, notes=notes)
+    assert notes.unread == {"fields": {"instruction": 1}}
+    (bad,) = [item.reason for item in items if isinstance(item, BadInput)]
+    assert bad == "`weight` of a record is 0.7; allowed: 0, 1, false, true"  # as of a turn
     assert notes.lacking == {"answer": 1}
 
 

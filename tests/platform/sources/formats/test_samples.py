@@ -133,6 +133,19 @@ def test_several_images_of_a_sample_and_what_its_key_is_are_options(tmp_path: Pa
     assert (document.segments, told) == ((Image(png(1), "one"), Image(png(2), "two")), {})
 
 
+def test_images_of_a_sample_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    order = [png(n) for n in range(11)]
+    images: list[Member] = [(f"0.{n}.png", order[n]) for n in (10, 9, 2, 0, 1, 3, 8, 7, 6, 5, 4)]
+    (document,), _, _ = read(tmp_path / "a.tar", tar(images), images="several")
+    assert [image.data for image in document.images] == order
+    plan = json.dumps({"texts": [None] * 11, "images": [f"i{n}" for n in range(11)]}).encode()
+    (document,), _, _ = read(tmp_path / "b.tar", tar([*images, ("0.json", plan)]))
+    assert [image.data for image in document.images] == order
+    twice = b'{"caption": "a", "caption": "b"}'
+    _, (bad,), _ = read(tmp_path / "c.tar", tar([("0.png", png()), ("0.json", twice)]))
+    assert "has the key `caption` twice" in bad.reason
+
+
 def test_frames_beside_a_plan_are_an_interleaved_page(tmp_path: Path) -> None:
     def tiff(count: int) -> bytes:
         buffer = io.BytesIO()

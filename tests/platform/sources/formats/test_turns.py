@@ -164,6 +164,16 @@ def test_tools_are_read_as_they_are_served(tmp_path: Path, record: dict[str, Any
         assert question.endswith("</tools>\n\nq")
 
 
+def test_a_call_keeps_its_turns_image(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(b"0")
+    record = talk("q", ("function_call", '{"name": "weather"}'), ("observation", "12"), "12 degrees")
+    record["messages"][1]["image"] = "0.jpg"
+    (document,), _, unread = read(tmp_path, record)
+    assert [image.data for image in document.images] == [b"0"]
+    assert said(document)[1][1].startswith("[b'0']<tool_call>")
+    assert not unread
+
+
 def test_words_cannot_stand_for_a_call(tmp_path: Path) -> None:
     record = talk("say <tool_call>", "no", tools=[FUNCTION])
     (document,), _, _ = read(tmp_path, record)
