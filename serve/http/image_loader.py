@@ -16,15 +16,16 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal, NoReturn
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from PIL import Image as PILImage
 
 from calumma.serve.http.images.pool import EncodedImage, ImagePool, ImageRefused
+from calumma.serve.http.images.turns import FairThreads
 from calumma.serve.http.wire.errors import APIError
 from calumma.serve.settings import Limits, RemoteImages
 from calumma.serve.shares import Shares
@@ -63,7 +64,7 @@ class ImageLoader:
     def __init__(self, limits: Limits, remote: RemoteImages, public: AddressCheck = is_public) -> None:
         self._limits, self._remote, self._public = limits, remote, public
         self._pool = ImagePool(limits.image_processes, limits.image_seconds, limits.pixels, limits.pixels_in_all)
-        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetching images")
+        self._fetchers = FairThreads(FETCHERS, "fetching images")
         self._waiting = Shares(limits.images_waiting)
 
     async def load(self, parts: Sequence[ImageSource], resolution: int | None, tenant: str = "") -> LoadedImages:
@@ -85,7 +86,7 @@ class ImageLoader:
             )
         self._waiting.take(tenant, len(parts))
         try:
-            encoded = await asyncio.gather(*map(self._encoded, parts))
+            encoded = await asyncio.gather(*(self._encoded(part, tenant) for part in parts))
             images = await self._pool.squares(encoded, resolution, tenant)
         except ImageRefused as error:
             if error.code is None:
@@ -98,14 +99,14 @@ class ImageLoader:
 
     def close(self) -> None:
         self._pool.close()
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._fetchers.close()
 
-    async def _encoded(self, part: ImageSource) -> EncodedImage:
+    async def _encoded(self, part: ImageSource, tenant: str) -> EncodedImage:
         if isinstance(part.data, bytes):
             return EncodedImage(part.data, part.fit)
         if part.data[:8].lower().startswith(("http://", "https://")):
-            fetch = asyncio.get_running_loop().run_in_executor
-            return EncodedImage(await fetch(self._fetchers, self._fetch, part.data, part.param), part.fit)
+            fetch = partial(self._fetch, part.data, part.param)
+            return EncodedImage(await self._fetchers.run(tenant, fetch), part.fit)
         return EncodedImage(_base64_of(part.data, part.param), part.fit)
 
     # ---- images by URL

@@ -6,7 +6,6 @@ Requests wait in line by tenant, and the tenants take turns.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -15,14 +14,15 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Literal
 
 from PIL import Image as PILImage
+
+from calumma.serve.http.images.turns import FairThreads
 
 log = logging.getLogger(__name__)
 
@@ -48,50 +48,13 @@ class ImageRefused(Exception):
         self.index, self.code = index, code
 
 
-class _Turns:
-    """Slots that tenants get in turn. To be used on one event loop."""
-
-    def __init__(self, slots: int) -> None:
-        self._free = slots
-        self._line: dict[str, deque[asyncio.Future[None]]] = {}  # whose turn is next stands first
-
-    async def take(self, tenant: str) -> None:
-        if self._free:
-            self._free -= 1
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line.setdefault(tenant, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give_back()
-            raise
-
-    def give_back(self) -> None:
-        while self._line:
-            tenant = next(iter(self._line))
-            line = self._line.pop(tenant)
-            while line and line[0].done():  # who waited has gone
-                line.popleft()
-            if not line:
-                continue
-            line.popleft().set_result(None)
-            if line:
-                self._line[tenant] = line
-            return
-        self._free += 1
-
-
 class ImagePool:
     """workers: processes, started when they are first needed. seconds: for the images of one request. pixels,
     pixels_in_all: of an image, and of those of one request."""
 
     def __init__(self, workers: int, seconds: float, pixels: int, pixels_in_all: int) -> None:
         self._seconds, self._pixels, self._pixels_in_all = seconds, pixels, pixels_in_all
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="images")
-        self._slots = workers
-        self._turns: tuple[asyncio.AbstractEventLoop, _Turns] | None = None
+        self._threads = FairThreads(workers, "images")
         self._lock = threading.Lock()  # of the two below
         self._closed = False
         self._idle: list[_Worker] = []
@@ -101,23 +64,10 @@ class ImagePool:
     ) -> list[PILImage.Image]:
         """The images of a request, upright RGB, fitted into squares of `resolution` pixels as the model sees them;
         None: they are only seen to be images. Raises ImageRefused."""
-        loop = asyncio.get_running_loop()
-        if self._turns is None or self._turns[0] is not loop:
-            self._turns = loop, _Turns(self._slots)
-        turns = self._turns[1]
-        await turns.take(tenant)
-        # The slot is free when the work ends, even if nobody waits for it any more.
-        work = self._threads.submit(self._run, images, resolution)
-
-        def ended(_: Future[list[PILImage.Image]]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has been closed
-                loop.call_soon_threadsafe(turns.give_back)
-
-        work.add_done_callback(ended)
-        return await asyncio.wrap_future(work)
+        return await self._threads.run(tenant, partial(self._run, images, resolution))
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         with self._lock:
             idle, self._idle, self._closed = self._idle, [], True
         for worker in idle:

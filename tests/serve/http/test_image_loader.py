@@ -166,3 +166,29 @@ def test_nothing_is_fetched_unless_it_is_switched_on(web: str) -> None:
 
 def test_the_head_of_a_data_url_may_be_in_capitals(png: bytes) -> None:
     assert read(reader(), " DATA:image/png;BASE64," + base64.b64encode(png).decode()) == png
+
+
+def test_a_tenant_with_slow_hosts_does_not_hold_up_the_fetches_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_loader, "FETCHERS", 1)
+    reader = ImageLoader(Limits(), RemoteImages(hosts=["host"]))
+    order: list[str] = []
+
+    def fetch(url: str, param: str) -> bytes:
+        order.append(url)
+        raise APIError("nothing there")
+
+    monkeypatch.setattr(reader, "_fetch", fetch)
+
+    async def ask(tenant: str) -> None:
+        with pytest.raises(APIError, match="nothing there"):
+            await reader.load([ImageSource(f"http://host/{tenant}", "image")], 8, tenant)
+
+    async def main() -> None:
+        await asyncio.gather(*map(ask, "aaaaab"))
+
+    try:
+        asyncio.run(main())
+    finally:
+        reader.close()
+    assert [url[-1] for url in order[:3]] in (["a", "a", "b"], ["a", "b", "a"])
+    assert len(order) == 6

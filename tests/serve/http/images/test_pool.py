@@ -24,6 +24,7 @@ from calumma.model.images import preprocess
 from calumma.serve.http.app import create_app
 from calumma.serve.http.images import pool as pools
 from calumma.serve.http.images.pool import EncodedImage, ImagePool, ImageRefused
+from calumma.serve.http.images.turns import Turns
 from calumma.serve.settings import Limits
 
 from ...conftest import StubBackend, listening
@@ -193,7 +194,7 @@ def test_tenants_get_slots_in_turn(arriving: list[str], gone: set[int]) -> None:
     """Between two of one tenant there is one of every other that waits; who has gone takes none."""
 
     async def run() -> list[str]:
-        turns, order = pools._Turns(1), []
+        turns, order = Turns(1), []
         await turns.take("first")
 
         async def wait(tenant: str) -> None:
