@@ -54,7 +54,7 @@ def conversations(
 
     Words of the system, and tools, open the user's next turn; calls and results of tools stand as they do where models
     are served. Turns of one role stand a blank line apart; an exchange with an empty answer is left out. No loss is
-    taken on turns of `weight: 0`, `train: false` or `loss: false`.
+    taken on turns, or records, of `weight: 0`, `train: false` or `loss: false`; CSV may have them too.
     """
     marks = Marks(mark, other_marks)
     yield from drafts(
