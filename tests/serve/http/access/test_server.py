@@ -80,6 +80,7 @@ def settings(ray_cluster: None, files: Files, tmp_path: Path) -> Iterator[ServeS
         allowed_hosts=("api.example.org",),
         limits={"header_seconds": 1.0, "body_seconds": 1.0},
     )
+    serve.shutdown()  # the endpoint of tests before this one, where none of them has ended it
     start_http(settings)
     serve.run(build_ingress(settings, {}), name="calumma-exposed", route_prefix="/")
     yield settings
