@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from calumma.platform.storage import StorageError
 
 DATA_PAGE, DATA_PAGE_V2 = 0, 3
-STRUCT, LIST, SET, MAP, BINARY = 12, 9, 10, 11, 8
+BINARY, LIST, STRUCT = 8, 9, 12
+UNCOMPRESSED = "uncompressed"
+CODECS = {0: UNCOMPRESSED, 1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 MOST_HEADER = 1 << 20  # bytes
 LARGEST_COLUMN = 512 << 20  # bytes of a row group's column: it is held in memory
 # What numbers that are anything may raise.
-DAMAGED = (ValueError, IndexError, TypeError, OverflowError, RecursionError, OSError)
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, OSError)
 
 
 class Patch(NamedTuple):
@@ -36,22 +38,31 @@ class _Unreadable(ValueError):
     pass
 
 
+class _Column(NamedTuple):
+    """Where a row group's column stands in the file. compression: PyArrow's name of a codec."""
+
+    path: str
+    compression: str
+    begin: int
+    size: int
+
+
 def patches(raw: Any, table: Any, group: int, columns: Collection[str]) -> list[Patch]:
     """For the damaged pages of a row group's flat columns; none for those that cannot be told apart."""
     found: list[Patch] = []
-    row_group = table.metadata.row_group(group)
-    for index in range(row_group.num_columns):
+    try:
+        chunks = _row_group(raw, group)
+    except StorageError:
+        raise
+    except DAMAGED:
+        return found
+    for index, chunk in enumerate(chunks):
         try:
-            column, kind = row_group.column(index), table.schema.column(index)
-            if column.path_in_schema not in columns or kind.max_repetition_level:
+            column, kind = _column(chunk), table.schema.column(index)
+            if column.path not in columns or kind.max_repetition_level or column.size > LARGEST_COLUMN:
                 continue
-            if column.total_compressed_size > LARGEST_COLUMN:
-                continue
-            begin = column.data_page_offset
-            if column.has_dictionary_page and column.dictionary_page_offset:
-                begin = min(begin, column.dictionary_page_offset)
-            raw.seek(begin)
-            found += _column_patches(raw.read(column.total_compressed_size), begin, column, kind)
+            raw.seek(column.begin)
+            found += _column_patches(raw.read(column.size), column, kind)
         except StorageError:
             raise
         except DAMAGED:
@@ -59,7 +70,27 @@ def patches(raw: Any, table: Any, group: int, columns: Collection[str]) -> list[
     return found
 
 
-def _column_patches(chunk: bytes, begin: int, column: Any, kind: Any) -> list[Patch]:
+def _row_group(raw: Any, group: int) -> list[Any]:
+    """Its columns as the file's end describes them. pyarrow's own description of a column ends the process where the
+    column's statistics are damaged."""
+    raw.seek(-8, io.SEEK_END)
+    length = int.from_bytes(raw.read(4), "little")
+    raw.seek(-8 - length, io.SEEK_END)
+    columns: list[Any] = _struct(raw.read(length), 0)[0][4][group][1]
+    return columns
+
+
+def _column(chunk: dict[int, Any]) -> _Column:
+    about = chunk[3]
+    if about[4] not in CODECS:
+        raise _Unreadable("its compression is not known")
+    begin = min(about[9], about.get(11) or about[9])  # of its first page, and of its dictionary
+    if begin < 0:
+        raise _Unreadable("it begins before the file")
+    return _Column(".".join(name.decode() for name in about[3]), CODECS[about[4]], begin, about[7])
+
+
+def _column_patches(chunk: bytes, column: _Column, kind: Any) -> list[Patch]:
     found = []
     place = row = 0
     while place < len(chunk):
@@ -72,7 +103,7 @@ def _column_patches(chunk: bytes, begin: int, column: Any, kind: Any) -> list[Pa
             count = int(values.get(1, 0))
             if _is_damaged(header, chunk[start:stop], column.compression):
                 page = _null_page(count, stop - place, column, kind)
-                found.append(Patch(begin + place, page, row, row + count))
+                found.append(Patch(column.begin + place, page, row, row + count))
             row += count
         place = stop
     return found
@@ -83,15 +114,15 @@ def _is_damaged(header: dict[int, Any], page: bytes, compression: str) -> bool:
 
     if 4 in header and zlib.crc32(page) != int(header[4]) & 0xFFFFFFFF:
         return True
-    if header[1] == DATA_PAGE_V2 or compression == "UNCOMPRESSED":
+    if header[1] == DATA_PAGE_V2 or compression == UNCOMPRESSED:
         return False
     try:
-        return len(pa.Codec(compression.lower()).decompress(page, int(header[2]))) != int(header[2])
+        return len(pa.Codec(compression).decompress(page, int(header[2]))) != int(header[2])
     except (pa.ArrowException, OSError, ValueError):
         return True
 
 
-def _null_page(count: int, size: int, column: Any, kind: Any) -> bytes:
+def _null_page(count: int, size: int, column: _Column, kind: Any) -> bytes:
     """A page of `count` nulls, so many bytes long."""
     import pyarrow as pa
 
@@ -102,8 +133,8 @@ def _null_page(count: int, size: int, column: Any, kind: Any) -> bytes:
         content = bytes(4 * count)  # lengths
     else:
         raise _Unreadable("its values cannot be left out")
-    plain = column.compression == "UNCOMPRESSED"
-    packed = content if plain else pa.Codec(column.compression.lower()).compress(content, asbytes=True)
+    plain = column.compression == UNCOMPRESSED
+    packed = content if plain else pa.Codec(column.compression).compress(content, asbytes=True)
     head = b"\x15\x00\x15" + _varint(len(content) << 1) + b"\x15" + _varint(len(packed) << 1)
     head += b"\x2c\x15" + _varint(count << 1) + b"\x15\x00\x15\x06\x15\x06\x00"
     left = size - len(head) - len(packed) - 1
@@ -118,7 +149,7 @@ def _null_page(count: int, size: int, column: Any, kind: Any) -> bytes:
 
 
 def _struct(data: bytes, place: int) -> tuple[dict[int, Any], int]:
-    """The numbers and structs of a struct by their ids, and where it ends."""
+    """The values of a struct by their ids, and where it ends."""
     fields: dict[int, Any] = {}
     number = 0
     while (byte := data[place]) != 0:
@@ -144,7 +175,17 @@ def _value(data: bytes, place: int, kind: int) -> tuple[Any, int]:
         return None, place + 8
     if kind == BINARY:
         length, place = _read_varint(data, place)
-        return None, place + length
+        return data[place : place + length], place + length
+    if kind == LIST:
+        count, kind = data[place] >> 4, data[place] & 15
+        place += 1
+        if count == 15:
+            count, place = _read_varint(data, place)
+        values = []
+        for _ in range(min(count, len(data))):
+            value, place = _value(data, place, kind) if kind > 2 else (data[place] == 1, place + 1)
+            values.append(value)
+        return values, place
     if kind == STRUCT:
         return _struct(data, place)
     raise _Unreadable(f"a header has a field of the type {kind}")

@@ -212,7 +212,7 @@ def test_one_bad_value_costs_its_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip", "lz4", "brotli"])
 def test_a_damaged_page_costs_its_rows(tmp_path: Path, compression: str, version: str) -> None:
     texts = [f"{n} " + random.Random(n).randbytes(300).hex() for n in range(400)]
     options: dict[str, Any] = {"data_page_size": 4096, "write_batch_size": 10, "use_dictionary": False}
