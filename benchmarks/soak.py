@@ -98,13 +98,14 @@ def crowd(url: str, key: str, clients: int, alone: dict[int, str], tally: Tally,
 def bystand(url: str, key: str, expected: str) -> None:
     """In a process of its own: (when it began, seconds, what came of it) of each answer, a line each, until it is
     ended."""
-    tally = Tally()
+    tally, one_at_a_time = Tally(), threading.Lock()
 
     def client() -> None:
         while True:
             begin = time.monotonic()
             what = tally.add(ask(url, BRIEF, key=key), expected)
-            print(json.dumps([begin, time.monotonic() - begin, what]), flush=True)
+            with one_at_a_time:  # print writes a line's end by itself
+                print(json.dumps([begin, time.monotonic() - begin, what]), flush=True)
             time.sleep(0.2)
 
     for _ in range(BYSTANDERS):
