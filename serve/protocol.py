@@ -37,6 +37,7 @@ class GenerationRequest:
     salt: opaque; what a replica keeps of prompts and answers is found by requests of the same salt alone.
     tenant: whose the request is: tenants share the replicas evenly. priority: lower ones go first.
     grammar_param: the HTTP request's field that holds the grammar.
+    avoid: replicas that it does not go to while there are others: it was at them when they failed.
     """
 
     id: str
@@ -55,6 +56,7 @@ class GenerationRequest:
     tenant: str = ""
     priority: int = 0
     grammar_param: str | None = None
+    avoid: tuple[str, ...] = ()
 
     @property
     def param(self) -> str:
@@ -160,12 +162,13 @@ OUT_OF_MEMORY = "out_of_memory"
 class EventBatch:
     """Events that a replica sends together. tokens: further ids that the answer can be continued from; together with
     those of the batches before, they are its beginning. count: events that these were merged from, neither Started nor
-    a last one among them.
+    a last one among them. replica: who sends it, told with an output's first batch.
     """
 
     events: list[OutputEvent]
     tokens: tuple[int, ...] = ()
     count: int = 0
+    replica: str | None = None
 
 
 class Backend(Protocol):

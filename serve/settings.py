@@ -167,7 +167,7 @@ class ModelSettings(Section):
         120.0,
         gt=0,
         description="an engine with work that finishes no step for so long is ended, and its replica replaced; more "
-        "than the longest step needs (a large model on CPUs); none: never",
+        "than the longest step needs (a large model on CPUs); one that a signal has stopped is at once; none: never",
     )
     sampling: SamplingDefaults = SamplingDefaults()
 

@@ -34,8 +34,8 @@ from calumma.serve.protocol import (
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 4  # replicas that a request may lose without a token or event in between
-# Until the router sends nothing more to a replica: one whose process is lost, one that ends because its engine has
-# failed, and in any case.
+# Until the router sends nothing more to a replica: one whose process is lost, or that it is told to avoid; one that
+# ends because its engine has failed; and in any case.
 LOST_SECONDS, FAILED_SECONDS, REPLICA_GONE_SECONDS = 0.1, 1.0, 2.0
 
 Ask = Callable[[GenerationRequest], AsyncGenerator[EventBatch, None]]
@@ -58,20 +58,23 @@ async def unbroken(request: GenerationRequest, ask: Ask) -> OutputStream:
     ReplicaLost or ReplicasBusy."""
     request = seeded(request)
     tokens: list[int] = []
+    avoid: tuple[str, ...] = ()
     sent = losses = attempt = 0
     started = False
     while True:
-        attempt, pause = attempt + 1, REPLICA_GONE_SECONDS
+        attempt, pause, replica = attempt + 1, REPLICA_GONE_SECONDS, None
         continuation = Continuation(tuple(tokens), sent) if started else None
         asked = replace(
             request,
             id=f"{request.id}-{attempt}",  # a replica may still work on the last attempt
+            avoid=avoid,
             continuation=continuation,
             echo=request.echo and not started,
         )
         try:
             async with aclosing(ask(asked)) as batches:
                 async for batch in batches:
+                    replica = batch.replica or replica
                     if batch.tokens or batch.count:
                         losses = 0
                     tokens += batch.tokens
@@ -93,7 +96,9 @@ async def unbroken(request: GenerationRequest, ask: Ask) -> OutputStream:
         except ReplicaLost as loss:
             losses += 1
             if losses == 1:
-                pause = min(pause, loss.seconds)
+                pause = min(pause, loss.seconds if replica is None else LOST_SECONDS)
+            if replica is not None:
+                avoid = (*avoid, replica)
             log.warning("%s: replica lost (%s); %d tokens have come", request.id, loss, len(tokens))
             if losses == ATTEMPTS:
                 message = f"{losses} replicas were lost one after the other while answering ({loss}); try again"

@@ -67,6 +67,8 @@ class PrefixRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
         request = pending_request.args[0] if pending_request and pending_request.args else None
         if not isinstance(request, GenerationRequest) or len(candidate_replicas) == 1:
             return [candidate_replicas]
+        well = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in request.avoid]
+        candidate_replicas = well or candidate_replicas
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         first = by_name[preferred_replica(prefix_key(request), list(by_name))]
         others = [replica for replica in candidate_replicas if replica is not first]

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ class EngineDeployment(EngineReplica):
     """An `EngineReplica` as Ray Serve makes it, of the model directory at `source` (a path or s3://…)."""
 
     def __init__(self, settings: ModelSettings, source: str, image_coders: DeploymentHandle | None = None) -> None:
+        from ray import serve
+
         from calumma.platform.cluster import capacity
         from calumma.platform.tracking import registry
         from calumma.serve.replica.image_coder import RemoteImageCoder
@@ -75,15 +78,18 @@ class EngineDeployment(EngineReplica):
             device_and_dtype(settings)[0],
             settings.max_queued_per_key,
         )
+        self._name = serve.get_replica_context().replica_id.unique_id
         self._streams = 0
         threading.Thread(target=self._exit_after, args=(engine,), daemon=True).start()
 
     async def generate_batches(self, request: GenerationRequest) -> AsyncGenerator[EventBatch, None]:
         self._streams += 1
+        name: str | None = self._name
         try:
             async with aclosing(super().generate_batches(request)) as batches:
                 async for batch in batches:
-                    yield batch
+                    yield replace(batch, replica=name) if name else batch
+                    name = None
         finally:
             self._streams -= 1
 

@@ -6,7 +6,9 @@ import signal
 
 # Signals that come from outside: the system short of memory, or a person.
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-STOPPED = ("stopped", "tracing-stop")  # psutil's words
+# psutil's words. A debugger or profiler stops a process, too, and lets it go on.
+SIGNALLED = "stopped"
+STOPPED = (SIGNALLED, "tracing-stop")
 
 
 class EngineLost(RuntimeError):

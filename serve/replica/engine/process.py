@@ -30,7 +30,7 @@ from calumma.serve.protocol import Finished, GenerationRequest, RequestFailed
 from calumma.serve.replica.engine.client import EngineOutput, OnOutput, engine_ended
 from calumma.serve.replica.engine.messages import Abort, Close, EngineFailed, Outputs, Ready, Start, Submit
 from calumma.serve.replica.engine.watchdog import StackFile, StallDetector, StepCounter
-from calumma.serve.replica.processes import STOPPED, EngineLost, ended_from_outside, process_state
+from calumma.serve.replica.processes import SIGNALLED, STOPPED, EngineLost, ended_from_outside, process_state
 from calumma.serve.replica.tensor_parallel import Rendezvous
 from calumma.serve.settings import ModelSettings
 
@@ -39,7 +39,10 @@ log = logging.getLogger(__name__)
 MODULE = "calumma.serve.replica.engine.main"
 CLOSE_TIMEOUT = 60.0  # seconds until an engine's process that was told to end is killed
 LOSS_SECONDS = 0.5  # until the end of a process is known after that of another which it caused
-LOOK_SECONDS = 0.5  # between looks at its progress
+LOOK_SECONDS = 0.25  # between looks at its progress
+STOPPED_SECONDS = (
+    0.75  # that a process may be stopped by a signal while it has work: nothing of that kind is a long step
+)
 
 
 @dataclass(frozen=True)
@@ -235,13 +238,17 @@ class EngineProcess:
             request.on_output(output)
 
     def _watch(self) -> None:
-        """End an engine that has work and finishes no step."""
-        looked = time.monotonic()
+        """End an engine that has work and finishes no step, at once where a signal has stopped its process."""
+        looked, since = time.monotonic(), None
         while not self._ended.wait(LOOK_SECONDS):
             before, looked = looked, time.monotonic()
             busy = any(self._statistics.get(name) for name in ("requests_running", "requests_waiting"))
             pending = self._ready.is_set() and (bool(self._requests) or self._unheard or busy)
-            if self._stall.look(self._steps.value, pending, looked - before):
+            stalled = self._stall.look(self._steps.value, pending, looked - before)
+            watched = self._stall.limit is not None and self._stall.seconds > 0
+            stopped = watched and process_state(self.pid) == SIGNALLED
+            since = (since or looked) if stopped else None
+            if stalled or (since is not None and looked - since >= STOPPED_SECONDS):
                 self.fail(self._stalled())
                 return
 
@@ -250,7 +257,7 @@ class EngineProcess:
         state = process_state(self.pid)
         stopped = f"its process was stopped by a signal ({state})" if state in STOPPED else self._stopped()
         stacks = "" if state in STOPPED or state == "gone" else self._stacks.ask(self.pid)
-        message = f"it had work and finished no step in {self._stall.seconds:.0f} s"
+        message = f"it had work and finished no step in {self._stall.seconds:.1f} s"
         log.error(
             "the engine hangs: %s; %s. Its %d requests: %s. The stacks of its threads:\n%s",
             message,

@@ -407,3 +407,11 @@ def test_an_answer_goes_on_byte_for_byte(
         for one, other in zip(found.tokens, whole.tokens, strict=True):  # the last bits depend on a pass's shape
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert [value for *_, value in one.top] == pytest.approx([value for *_, value in other.top], abs=1e-4)
+
+
+def test_it_avoids_the_replicas_that_failed_it() -> None:
+    first = replace(batch(STARTED, TextDelta("a"), tokens=(5,)), replica="one")
+    told = replace(batch(RequestFailed(503, "stopped", code="unavailable")), replica="two")
+    calls = Calls([first, ReplicaLost("killed")], [told], [ReplicaLost("killed")], [batch(FINISHED)])
+    assert isinstance(run(request_of(), calls)[-1], Finished)
+    assert [asked.avoid for asked in calls.requests] == [(), ("one",), ("one", "two"), ("one", "two")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_the_preferred_replica_comes_first_unless_it_is_clearly_busier() -> None
     assert routed(asked, {first: MAX_IMBALANCE, others[0]: 0, others[1]: 9})[0] == [first]
     [rank] = routed(asked, {first: MAX_IMBALANCE + 1, others[0]: 0, others[1]: 9})
     assert sorted(rank) == ["a", "b", "c"]
+
+
+def test_a_request_goes_elsewhere_than_to_the_replicas_it_failed_at() -> None:
+    first = preferred_replica(prefix_key(request("hello")), ["a", "b", "c"])
+    left = sorted({"a", "b", "c"} - {first})
+    again = replace(request("hello"), avoid=(first,))
+    assert sorted(chain(*routed(again, {"a": 0, "b": 0, "c": 0}))) == left
+    assert routed(again, {first: 0}) == [[first]]
+    everywhere = replace(again, avoid=("a", "b", "c"))
+    assert sorted(chain(*routed(everywhere, {"a": 0, "b": 0, "c": 0}))) == ["a", "b", "c"]
 
 
 class Replica:

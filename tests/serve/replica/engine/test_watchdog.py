@@ -54,8 +54,8 @@ runpy.run_module("calumma.serve.replica.engine.main", run_name="__main__", alter
 """
 
 
-def served(directory: Path) -> EngineReplica:
-    settings = ModelSettings(model=str(directory), max_sequences=4, stall_seconds=STALL)
+def served(directory: Path, stall: float = STALL) -> EngineReplica:
+    settings = ModelSettings(model=str(directory), max_sequences=4, stall_seconds=stall)
     engine = EngineProcess(settings, directory, 1)
     engine.wait_ready()
     return EngineReplica(load(directory, read=without_weights), 4, engine=engine, device="cpu")
@@ -98,6 +98,17 @@ def test_a_stopped_one_is_no_fault_of_its_requests(replica: EngineReplica, caplo
     with pytest.raises(RuntimeError, match="stopped by a signal"):
         replica.check_health()  # by which Ray Serve replaces it
     assert not psutil.pid_exists(engine_of(replica).pid)
+
+
+def test_a_stopped_one_is_not_waited_for_as_long_as_a_step_may_take(model_directory: Path) -> None:
+    replica = served(model_directory, stall=10 * PATIENCE)
+    try:
+        os.kill(engine_of(replica).pid, signal.SIGSTOP)
+        [[lost]] = run(answer(replica, "a"))
+        assert isinstance(lost, RequestFailed)
+        assert "stopped by a signal" in lost.message
+    finally:
+        replica.close()
 
 
 def test_a_stopped_one_is_noticed_though_its_clients_have_gone(replica: EngineReplica) -> None:
