@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.tracking import provenance
@@ -24,6 +23,7 @@ from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.training import publication
 from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog, resumption
+from calumma.platform.training.construction import build
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.supervisor import Supervisor
 from calumma.platform.training.group.worker import Worker, set_up_worker
@@ -55,15 +55,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     spec = assignment.spec
     torch.manual_seed(spec.seed)
-    start = assignment.start_checkpoint
-    restorable = start if start and resumption.can_restore_optimizer(start, spec, worker.world) else None
-    transformer = build_transformer(assignment, whole=restorable is None)
-    transformer.checkpoint_activations(spec.checkpoint_activations)
-    if spec.compile:
-        transformer.compile_blocks()
-    run = engine.initialize(transformer, spec, worker.world)
-    if restorable:
-        resumption.load(run, restorable)
+    run = start_engine(assignment, worker)
     writer = None
     if worker.is_main:
         writer = BackgroundWriter(assignment.run, backup=storage.join(assignment.output, "tracking"))
@@ -73,6 +65,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         stage = _Stage(assignment, worker, run, writer)
         report = stage.run()
         report.pop("faults", None)  # what they were is among the incidents
+        report.pop("base", None)
         report["held_out"] = stage.held_out(spec.steps)
         names = [name for name, p in run.module.named_parameters() if p.requires_grad]
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
@@ -97,25 +90,24 @@ def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:
         return {"stopped": str(stopped)}
 
 
-def build_transformer(assignment: Assignment, whole: bool) -> Transformer:
-    """The Transformer as it is trained, with its starting weights unless a checkpoint brings them (not `whole`)."""
-    spec = assignment.spec
-    transformer = Transformer(assignment.config)
-    saved_weights = (
-        resumption.read_weights(assignment.start_checkpoint) if whole and assignment.start_checkpoint else None
-    )
-    if whole and saved_weights is None:
-        if assignment.initial:
-            from calumma.model.loading import read_transformer
+def start_engine(assignment: Assignment, worker: Worker) -> DeepSpeedEngine:
+    """The engine of this worker, with the weights of the checkpoint to start from, of `initial`, or of the seed."""
+    spec, start = assignment.spec, assignment.start_checkpoint
+    described = build.describe(assignment.config, spec, assignment.vocabulary)
+    run = build.initialize(described, spec, worker.world, worker.device)
+    source = described.source(assignment.config, _base(assignment), worker.device)
+    build.fill(run, source, trained=start is None)
+    if start is not None:
+        resumption.load(run, start)
+    return run
 
-            with storage.local_copy(assignment.initial) as path:
-                transformer.load_state_dict(read_transformer(path, dtype=torch.float32).state_dict())
-        else:
-            transformer.initialize(spec.seed)
-    transformer = parameters.set_trainable(transformer, spec, assignment.vocabulary)
-    if saved_weights is not None:  # in the names of what is trained: adapters are among them
-        transformer.load_state_dict(saved_weights)
-    return transformer
+
+def _base(assignment: Assignment) -> build.Base:
+    """Of the checkpoint to start from, whose weights that are not trained are not in it; or the starting weights."""
+    start = assignment.start_checkpoint
+    if start is not None:
+        return build.Base(**start.manifest.report["base"])
+    return build.Base(assignment.initial, assignment.spec.seed)
 
 
 class _Stage:
@@ -126,7 +118,7 @@ class _Stage:
     ) -> None:
         self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
         self.spec = assignment.spec
-        self.report = _report_so_far(assignment)
+        self.report = _report_so_far(assignment) | {"base": _base(assignment).to_json()}
         self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
         self.clock, self.interval = (
@@ -274,11 +266,10 @@ class _Stage:
         assignment = self.assignment
         with self.clock("checkpoint"):
             supervisor.wait_until_published()
-            checkpoint = resumption.agreed_checkpoint(assignment.output, self.spec, assignment.inputs)
-            if checkpoint is None or not resumption.can_restore_optimizer(checkpoint, self.spec, self.worker.world):
+            checkpoint = resumption.load_newest(self.engine, assignment.output, self.spec, assignment.inputs)
+            if checkpoint is None:
                 place = catalog.checkpoints_folder(assignment.output)
                 raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
-            resumption.load(self.engine, checkpoint)
         self.report["tokens"] = dict(checkpoint.tokens)
         return checkpoint.step
 

@@ -94,19 +94,6 @@ def _check_continued(spec: TrainSpecification, continued: Checkpoint) -> None:
             )
 
 
-def warn_of_fresh_optimizer(assignment: Assignment, number: int) -> None:
-    checkpoint, spec = assignment.start_checkpoint, assignment.spec
-    if checkpoint is None or resumption.can_restore_optimizer(checkpoint, spec, number):
-        return
-    was = checkpoint.manifest.report
-    logger.warning(
-        "%s was written by %s workers at ZeRO stage %s in %s, now there are %s at stage %s in %s: "
-        "going on with its weights and step count, with a fresh optimizer state",
-        *(checkpoint.uri, was["world_size"], was["zero_stage"], was["precision"]),
-        *(number, spec.zero_stage, spec.precision),
-    )
-
-
 def _check_token_shards(spec: TrainSpecification) -> None:
     directories = [("mixture", uri) for uri in spec.mixture] + [("held_out", uri) for uri in spec.held_out.values()]
     tokenizers = {"text": spec.locate(spec.text_tokenizer), "image": spec.locate(spec.image_tokenizer)}

@@ -26,7 +26,7 @@ from calumma.platform.training.group import notice
 from calumma.platform.training.group.chart import worker_groups, worker_range
 from calumma.platform.training.group.control import FirstStep, worker_control
 from calumma.platform.training.group.fit import fit
-from calumma.platform.training.preparation import prepare, warn_of_fresh_optimizer
+from calumma.platform.training.preparation import prepare
 from calumma.platform.training.publication import MODEL_FOLDER
 from calumma.platform.training.specification import TrainSpecification
 
@@ -46,7 +46,6 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     original, spec = spec, mixture.resolve_mixture(specification.with_absolute_storage(spec))
     number = capacity.require_workers(spec.resources)
     assignment = prepare(spec, run)
-    warn_of_fresh_optimizer(assignment, number)
     weights = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
     manifests = {uri: Manifest.read(uri) for uri in weights}
     reader = spec.data.reader()

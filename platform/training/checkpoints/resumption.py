@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from torch import Tensor
 
 from calumma.platform import storage
-from calumma.platform.storage.manifest import Manifest
+from calumma.platform.storage.manifest import Manifest, ManifestError
 from calumma.platform.training.assignment import Checkpoint
+from calumma.platform.training.checkpoints import ranges
+from calumma.platform.training.checkpoints.agreement import gather_messages, raise_on_all
 from calumma.platform.training.checkpoints.catalog import find_damage, newest, quarantine
-from calumma.platform.training.specification import Resumable, TrainSpecification
+from calumma.platform.training.checkpoints.fragments import OwnedState
+from calumma.platform.training.checkpoints.layout import Index
+from calumma.platform.training.checkpoints.saver import COUNTERS, REPLICATED_FILE
+from calumma.platform.training.specification import Resumable
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-
-TAG = "state"  # folder of a checkpoint that holds what DeepSpeed writes
 
 # What may differ between two runs that continue each other: nothing here changes a step that was already taken.
 _FREE_TO_CHANGE = {
@@ -31,8 +34,11 @@ _FREE_TO_CHANGE = {
 
 
 def agreed_checkpoint(output: str, spec: Resumable, inputs: dict[str, str]) -> Checkpoint | None:
-    """The newest checkpoint to go on with whose content is what its manifest says; every worker calls it, reads its
-    share, and gets the same checkpoint. Damaged ones are quarantined."""
+    """The newest checkpoint to go on with, the same on all workers; every worker calls it.
+
+    Of one whose state is not partitioned the content is checked, a share by each worker, and a damaged one set aside.
+    The others are checked where they are read (`load`).
+    """
     accept = made_by(spec, inputs)
     alone = not dist.is_initialized()
     rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
@@ -43,20 +49,13 @@ def agreed_checkpoint(output: str, spec: Resumable, inputs: dict[str, str]) -> C
         checkpoint = choice[0]
         if checkpoint is None:
             return None
+        if "counters" in checkpoint.manifest.report:
+            return checkpoint
         problems = [message for message in gather_messages(find_damage(checkpoint, (rank, world))) if message]
         if not problems:
             return checkpoint
         if rank == 0:
             quarantine(checkpoint, problems[0])
-
-
-def gather_messages(message: str) -> list[str]:
-    """The messages of all workers, by rank; every worker calls it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [message]
-    messages = [""] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    return messages
 
 
 def made_by(spec: Resumable, inputs: dict[str, str]) -> Callable[[Manifest], bool]:
@@ -111,49 +110,44 @@ def resumable_settings(specification: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def same_partitioning(checkpoint: Checkpoint, spec: TrainSpecification, world: int) -> bool:
-    """Whether its optimizer state is partitioned as this group of workers needs it."""
-    return _matches_partitioning(checkpoint, world, spec.zero_stage, spec.precision)
-
-
-def _matches_partitioning(checkpoint: Checkpoint, world: int, zero_stage: int, precision: str) -> bool:
-    report = checkpoint.manifest.report
-    same: bool = (report["zero_stage"], report["precision"]) == (zero_stage, precision)
-    return same and (zero_stage == 0 or report["world_size"] == world)  # without ZeRO every worker has all of it
-
-
-def can_restore_optimizer(checkpoint: Checkpoint, spec: TrainSpecification, world: int) -> bool:
-    """Whether `load` can bring its optimizer state to this group: as it is, or through the universal format, which
-    knows all stages of ZeRO but 0."""
-    stages = (checkpoint.manifest.report["zero_stage"], spec.zero_stage)
-    return same_partitioning(checkpoint, spec, world) or min(stages) >= 1
-
-
 def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
-    """Weights, optimizer and counters into an engine that `can_restore_optimizer`; every worker calls it."""
-    from calumma.platform.training.checkpoints import universal
+    """Weights, optimizer and counters of a checkpoint into an engine, whatever number of workers and ZeRO stage wrote
+    it: each worker reads what it owns. Every worker calls it.
 
-    precision = "bfloat16" if engine.bfloat16_enabled() else "float32"
-    if not _matches_partitioning(checkpoint, dist.get_world_size(), engine.zero_optimization_stage(), precision):
-        universal.load(engine, checkpoint)
-        return
-    with universal.local_checkpoint(checkpoint.files) as path:
-        loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
-    if loaded is None:
-        raise storage.StorageError(f"{checkpoint.uri}: DeepSpeed did not find its files in this checkpoint")
-
-
-def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights of a checkpoint of any partitioning, float32 on the CPU.
-
-    From ZeRO 1 in bfloat16 they are the rounded ones: DeepSpeed does not put its optimizer's own copy together.
+    Raises Damaged on all of them when what one read is not what was written: the checkpoint is set aside then.
+    StorageError when it cannot be read.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    owned, counters, failed = OwnedState(engine), checkpoint.manifest.report["counters"], None
+    try:
+        index = Index.read(checkpoint.uri, checkpoint.manifest, checkpoint.manifest.report["folder"])
+        for fragments in owned.filling(list(index.states), counters["step"]):
+            ranges.fill(checkpoint.files, index, fragments, list(index.states))
+    except (storage.StorageError, ManifestError) as error:
+        failed = error
+    try:
+        raise_on_all(failed)
+    except storage.Damaged as damage:
+        if dist.get_rank() == 0:
+            quarantine(checkpoint, str(damage))
+        raise
+    owned.settle()
+    for name in COUNTERS:
+        setattr(engine, name, counters[name])
 
-    with storage.local_copy(checkpoint.files) as path:
-        report = checkpoint.manifest.report
-        if report["zero_stage"] == 0 or (report["zero_stage"], report["precision"]) == (1, "bfloat16"):
-            saved = torch.load(path / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-            return {name: weight.float() for name, weight in saved["module"].items()}
-        merged = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG)
-        return {name: weight.clone() for name, weight in merged.items()}
+
+def load_newest(engine: DeepSpeedEngine, output: str, spec: Resumable, inputs: dict[str, str]) -> Checkpoint | None:
+    """Load the newest checkpoint whose content is what was written, if there is one. Every worker calls it."""
+    while (checkpoint := agreed_checkpoint(output, spec, inputs)) is not None:
+        try:
+            load(engine, checkpoint)
+        except storage.Damaged:  # set aside
+            continue
+        return checkpoint
+    return None
+
+
+def read_whole(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A state that is not partitioned, on the CPU."""
+    with storage.open_read(storage.join(checkpoint.files, REPLICATED_FILE)) as file:
+        state: dict[str, Any] = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+    return state

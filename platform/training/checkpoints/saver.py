@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, runtime_checkable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from calumma.platform import storage
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.training.checkpoints import catalog
-from calumma.platform.training.checkpoints.resumption import TAG, gather_messages
+from calumma.platform.training.checkpoints import catalog, layout
+from calumma.platform.training.checkpoints.agreement import gather_messages
+from calumma.platform.training.checkpoints.fragments import OwnedState
 from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.specification import Resumable, TrainSpecification
 
@@ -30,7 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 OnPublished = Callable[[str, dict[str, Any]], None]
-REPLICATED_FILE = f"{TAG}/whole.pt"  # file of a checkpoint whose state is not partitioned
+REPLICATED_FILE = "state/whole.pt"  # file of a checkpoint whose state is not partitioned
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 _MOST_FAILURES = 3  # checkpoints in a row that could not be written; then training ends instead of going on unprotected
 _PART_POLL = 0.5  # seconds
 
@@ -98,11 +104,15 @@ class Saver:
             "precision": getattr(self._spec, "precision", "float32"),
             "folder": name[0],
         }
-        scratch = tempfile.TemporaryDirectory(prefix="calumma-checkpoint-")
-        states = self._memory.copy(engine, Path(scratch.name))
+        if isinstance(engine, Replicated):
+            files = self._memory.copy_whole(engine)
+        else:
+            owned = OwnedState(engine)
+            report["counters"] = {"step": owned.step} | {name: int(getattr(engine, name)) for name in COUNTERS}
+            files = self._memory.copy_owned(owned)
         self._uri = uri
         self._given_up = threading.Event()
-        self._written = self._executor.submit(self._write, states, scratch, save)
+        self._written = self._executor.submit(self._write, files, save)
         if self._rank == 0:
             self._manifest = self._executor.submit(self._publish, uri, save, report, self._given_up)
 
@@ -126,24 +136,12 @@ class Saver:
         self._given_up.set()
         self._executor.shutdown(wait=True)
 
-    def _write(self, states: dict[str, Any], scratch: tempfile.TemporaryDirectory[str], save: str) -> None:
-        with scratch as extra:
-            entries = []
-            for name, state in states.items():
-                remote = storage.is_remote(save)
-                path = Path(extra, name) if remote else storage.local_path(storage.join(save, name))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as file:
-                    torch.save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                entries.append(catalog.local_entry(path, str(path)[: -len(name)]))
-                if remote:
-                    storage.upload(path, storage.join(save, name))
-                    path.unlink()
-            for path in sorted(path for path in Path(extra).rglob("*") if path.is_file()):
-                entries.append(catalog.local_entry(path, extra))
-                storage.upload(path, storage.join(save, entries[-1].path))
+    def _write(self, files: list[_File], save: str) -> None:
+        entries = []
+        for file in files:
+            uri = storage.join(save, file.name)
+            with _local_file(uri) as opened:
+                entries.append(file.write(opened))
         listing = [entry.model_dump(mode="json") for entry in entries]
         storage.write_bytes(_part_uri(save, self._rank), json.dumps(listing).encode())
 
@@ -172,62 +170,100 @@ class Saver:
             logger.warning("what follows the checkpoint %s failed: %s", uri, error)
 
 
+@dataclass(frozen=True)
+class _File:
+    """A file of a checkpoint, whose content is in host memory."""
+
+    name: str
+    write: Callable[[BinaryIO], FileEntry]
+
+
 class _HostMemory:
     """The state that is saved, copied to host memory that is used again from one checkpoint to the next."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[str, int], torch.Tensor] = {}
+        self._tensors: dict[tuple[str, ...], Tensor] = {}
 
-    def copy(self, engine: DeepSpeedEngine | Replicated, folder: Path) -> dict[str, Any]:
-        """File name -> its content; what DeepSpeed writes by itself (scripts, swapped tensors) is in `folder`."""
-        states = self._whole(engine) if isinstance(engine, Replicated) else self._partition(engine, folder)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return states
+    def copy_owned(self, owned: OwnedState) -> list[_File]:
+        """What this worker owns of a partitioned state, and on the first worker the index of all. Every worker calls
+        it."""
+        states, ranges, names = owned.states, owned.ranges, owned.parameters
+        header, part = layout.part_layout(ranges, states, names)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(part, parts if dist.get_rank() == 0 else None, dst=0)
+        copies: dict[str, list[Tensor]] = {state: [] for state in states}
+        for fragments in owned.opened():
+            for fragment in fragments:
+                for state in states:
+                    key = (state, fragment.parameter, str(fragment.offset))
+                    copies[state].append(self._copied(fragment.states[state], key))
+        _finish_copies()
+        tensors, name = [tensor for state in states for tensor in copies[state]], layout.part_name(dist.get_rank())
+        files = [_File(name, lambda file: layout.write_part(file, name, header, part.piece, tensors))]
+        if dist.get_rank() == 0:
+            index = layout.index_bytes(parts, states, names)
+            files.append(_File(layout.INDEX, lambda file: _written_bytes(file, layout.INDEX, index)))
+        return files
 
-    def _whole(self, trained: Replicated) -> dict[str, Any]:
-        """The first worker writes it for all."""
+    def copy_whole(self, trained: Replicated) -> list[_File]:
+        """A state that every worker has: the first one writes it for all. Every worker calls it."""
         state = trained.whole_state()
-        return {REPLICATED_FILE: self._copied(state, REPLICATED_FILE, [0])} if dist.get_rank() == 0 else {}
+        if dist.get_rank() != 0:
+            return []
+        copied = self._copied_values(state, ())
+        _finish_copies()
 
-    def _partition(self, engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-        from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+        def write(file: BinaryIO) -> FileEntry:
+            content = io.BytesIO()
+            torch.save(copied, content)
+            return _written_bytes(file, REPLICATED_FILE, content.getvalue())
 
-        states: dict[str, Any] = {}
-        memory = self
+        return [_File(REPLICATED_FILE, write)]
 
-        class ToHost(TorchCheckpointEngine):
-            def save(self, state_dict: Any, path: str) -> None:
-                name = Path(path).relative_to(folder).as_posix()
-                states[name] = memory._copied(state_dict, name, [0])
+    def _copied(self, tensor: Tensor, key: tuple[str, ...]) -> Tensor:
+        source = tensor.detach()
+        kept = self._tensors.get(key)
+        if kept is None or kept.shape != source.shape or kept.dtype != source.dtype:
+            kept = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._tensors[key] = kept
+        return kept.copy_(source, non_blocking=True)
 
-            def preserves_storage_sharing(self) -> bool:
-                return False  # the copy has no views: DeepSpeed needs not clone them before
-
-        usual = engine.checkpoint_engine
-        engine.checkpoint_engine = ToHost()
-        try:
-            engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        finally:
-            engine.checkpoint_engine = usual
-        return states
-
-    def _copied(self, value: Any, name: str, number: list[int]) -> Any:
-        if isinstance(value, torch.Tensor):
-            number[0] += 1
-            source = value.detach()
-            kept = self._tensors.get((name, number[0]))
-            if kept is None or kept.shape != source.shape or kept.dtype != source.dtype:
-                kept = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                self._tensors[(name, number[0])] = kept
-            return kept.copy_(source, non_blocking=True)
+    def _copied_values(self, value: Any, key: tuple[str, ...]) -> Any:
+        if isinstance(value, Tensor):
+            return self._copied(value, key)
         if isinstance(value, dict):
-            return {key: self._copied(inner, name, number) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [self._copied(inner, name, number) for inner in value]
-        if type(value) is tuple:
-            return tuple(self._copied(inner, name, number) for inner in value)
+            return {name: self._copied_values(inner, (*key, str(name))) for name, inner in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self._copied_values(inner, (*key, str(n))) for n, inner in enumerate(value))
         return copy.deepcopy(value)
+
+
+def _finish_copies() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _written_bytes(file: BinaryIO, name: str, data: bytes) -> FileEntry:
+    file.write(data)
+    return FileEntry.from_bytes(name, data)
+
+
+@contextmanager
+def _local_file(uri: str) -> Iterator[BinaryIO]:
+    """A local file to be written: flushed to the disk at the end, and uploaded where its place is not local."""
+    with (
+        tempfile.TemporaryDirectory(prefix="calumma-checkpoint-")
+        if storage.is_remote(uri)
+        else nullcontext() as scratch
+    ):
+        path = Path(scratch, "file") if scratch else storage.local_path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if scratch:
+            storage.upload(path, uri)
 
 
 def _part_uri(save: str, rank: int) -> str:

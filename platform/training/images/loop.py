@@ -13,7 +13,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from calumma.platform import storage
@@ -22,9 +21,8 @@ from calumma.platform.tokenizing.text_tokenizer import delete_tokenizer
 from calumma.platform.tracking import provenance
 from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.training import publication
-from calumma.platform.training.assignment import Checkpoint, ImageAssignment
-from calumma.platform.training.checkpoints import catalog, resumption, universal
-from calumma.platform.training.checkpoints.saver import REPLICATED_FILE
+from calumma.platform.training.assignment import ImageAssignment
+from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.supervisor import Supervisor
 from calumma.platform.training.group.worker import Worker, set_up_worker
@@ -81,7 +79,7 @@ class Loop:
         self.training = ImageTraining(spec, worker)
         self.report: dict[str, Any] = {"step": 0, "schedule_step": 0, "seconds": 0.0}
         if assignment.resume is not None:
-            self.training.load(_read_state(assignment.resume))
+            self.training.load(resumption.read_whole(assignment.resume))
             self.report = {k: v for k, v in assignment.resume.manifest.report.items() if k in _RESUMED_FIELDS}
         self.faults = faults.FaultHandler(spec.faults, self.report, spec.steps)
         self.schedule = Schedule(kind="cosine", warmup_steps=min(100, spec.steps // 10), final=0.02)
@@ -215,7 +213,9 @@ class Loop:
                 checkpoint = resumption.agreed_checkpoint(self.assignment.output, self.spec, self.assignment.inputs)
                 if checkpoint is None:
                     raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")
-                self.training.load(_read_state(checkpoint), draws=False)  # other images than those that led here
+                self.training.load(
+                    resumption.read_whole(checkpoint), draws=False
+                )  # other images than those that led here
             return checkpoint.step
 
         def failure_report() -> str:
@@ -247,10 +247,3 @@ class Loop:
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.writer is not None and metrics:
             self.writer.log({key: value for key, value in metrics.items() if math.isfinite(value)}, done)
-
-
-def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `ImageTraining.whole_state` was; every worker calls it."""
-    with universal.local_checkpoint(checkpoint.files) as folder:
-        state: dict[str, Any] = torch.load(folder / REPLICATED_FILE, map_location="cpu", weights_only=True)
-    return state

@@ -167,22 +167,42 @@ def micro_batches_a_worker(spec: TrainSpecification, world: int) -> int:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms do not, since pulling a scale to 0 does not regularize."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    norms = [p for name, p in named if p.dim() < 2 or "norm" in name]
-    matrices = [p for name, p in named if not (p.dim() < 2 or "norm" in name)]
+    norms = [p for name, p in named if _is_vector(name, p)]
+    matrices = [p for name, p in named if not _is_vector(name, p)]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _is_vector(name: str, parameter: nn.Parameter) -> bool:
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # what ZeRO 3 has cut up has no shape of its own
+    return len(shape) < 2 or "norm" in name
+
+
+def partition(module: nn.Module, configuration: dict[str, Any], dtype: torch.dtype) -> None:
+    """Cut a module's parameters up, in place, as ZeRO 3 does: each worker keeps its part."""
+    import deepspeed
+
+    _use_gloo()
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+    deepspeed.zero.Init(module=module, config_dict_or_path=configuration, dtype=dtype)
+
+
+def _use_gloo() -> None:
+    import deepspeed
+
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        # Its shared-memory collectives are compiled with g++ at the first start, for minutes; gloo does it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def initialize(model: Transformer, spec: TrainSpecification, world: int) -> DeepSpeedEngine:
     """The model under DeepSpeed's ZeRO, with torch's AdamW. torch.distributed must be up."""
     import deepspeed
 
-    if deepspeed.get_accelerator().device_name() == "cpu":
-        # Its shared-memory collectives are compiled with g++ at the first start, for minutes; gloo does it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _use_gloo()
     if "nvme" in (spec.offload.optimizer, spec.offload.weights):
         _require_nvme(spec)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     configuration = deepspeed_config(spec, world, parameters)
     optimizer = None if "optimizer" in configuration else _adamw(model, spec)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration, dist_init_required=False)

@@ -38,7 +38,6 @@ class ImageHead(Output):
     def __init__(self, plain: Output, image_ids: list[int]) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = plain.weight.shape
-        self.tied = False
         self.register_parameter("bias", None)
         self.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
         self.image_rows = nn.Parameter(plain.weight.detach()[image_ids].clone())
@@ -69,11 +68,6 @@ def set_trainable(model: Transformer, spec: TrainSpecification, vocabulary: Voca
 def check_trainable(model: Transformer, spec: TrainSpecification) -> None:
     """Whether `trainable` and `lora` fit a model, which may be on the meta device. Raises SpecificationError."""
     names = [name for name, _ in model.named_parameters()]
-    if model.config.tied and IMAGE_HEAD in spec.trainable_names:
-        raise SpecificationError(
-            "trainable: `image_head` trains rows of the output projection alone, which is the embedding in this model; "
-            "train `embedding.weight`, or make the model with an output of its own (calumma extend hf --untie)"
-        )
     adapted = [f"{layer}.weight" for layer in lora.target_layers(model, spec.lora)] if spec.lora else []
     for pattern in _patterns(spec):
         matched = [name for name in names if fnmatchcase(name, pattern)]
@@ -100,6 +94,12 @@ def plain_weights(weights: Mapping[str, Tensor], spec: TrainSpecification, vocab
         ids_K = torch.tensor(vocabulary.image_ids, device=rows_KD.device)
         merged["output.weight"] = merged["output.weight"].index_copy(0, ids_K, rows_KD)
     return merged
+
+
+def added_rows(model: nn.Module, vocabulary: Vocabulary) -> dict[str, tuple[str, list[int], int]]:
+    """Parameters that begin as rows of a matrix: which matrix, which rows, and their width."""
+    width = {name: parameter.shape[-1] for name, parameter in model.named_parameters() if name == _IMAGE_ROWS}
+    return {name: ("output.weight", vocabulary.image_ids, size) for name, size in width.items()}
 
 
 def is_added(name: str) -> bool:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from botocore.exceptions import ConnectionClosedError
+from safetensors.torch import load_file
 
 from calumma.platform import storage
 from calumma.platform.specification import Retention
 from calumma.platform.storage.client import s3_client
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.training.checkpoints import catalog, resumption, saver
+from calumma.platform.training.checkpoints import catalog, layout, resumption, saver
 from calumma.platform.training.checkpoints.saver import Saver
 from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.specification import PretrainSpecification
@@ -38,22 +39,18 @@ def specification(output: str) -> PretrainSpecification:
 
 
 class Engine:
-    """One tensor of state, saved the way DeepSpeed does: through its checkpoint engine."""
+    """One tensor of weights under an optimizer, as DeepSpeed's engine has them without ZeRO."""
 
     device = torch.device("cpu")
+    global_steps, global_samples, skipped_steps = 3, 18, 0
 
-    def __init__(self, name: str = "mp_rank_00") -> None:
-        self.checkpoint_engine: Any = None
-        self.state, self.name = torch.zeros(1000), name
-
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        Path(folder, tag).mkdir()
-        if torch.distributed.get_rank() == 0:
-            Path(folder, "zero_to_fp32.py").write_text("print()")
-        self.checkpoint_engine.save({"weights": [self.state], "step": 1}, f"{folder}/{tag}/{self.name}_model_states.pt")
+    def __init__(self, size: int = 1000) -> None:
+        self.module = torch.nn.Linear(size, 1, bias=False)
+        self.basic_optimizer = self.optimizer = torch.optim.AdamW(self.module.parameters())
+        self.state = self.module.weight.data
 
     def zero_optimization_stage(self) -> int:
-        return 1
+        return 0
 
 
 def report(step: int, **fields: Any) -> dict[str, Any]:
@@ -71,8 +68,8 @@ def saved(run: Engine, output: str, step: int, **fields: Any) -> str:
 def content(output: str, step: int) -> float:
     manifest = Manifest.read(catalog.checkpoint_uri(output, step))
     manifest.verify(catalog.checkpoint_uri(output, step), content=True)
-    (path,) = [entry.path for entry in manifest.files if entry.path.endswith("model_states.pt")]
-    weights = torch.load(Path(catalog.checkpoint_uri(output, step), path))["weights"][0]
+    (path,) = [entry.path for entry in manifest.files if entry.path.endswith("part-00000.safetensors")]
+    weights = load_file(Path(catalog.checkpoint_uri(output, step), path))["weight[0].fp32"]
     assert len(weights.unique()) == 1
     return float(weights[0])
 
@@ -81,13 +78,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written is the state of when it was saved, and nothing is published before all of it is there."""
-    output, run, write, may_write = str(tmp_path / "stage"), Engine(), torch.save, threading.Event()
+    output, run, write, may_write = str(tmp_path / "stage"), Engine(), layout.write_part, threading.Event()
 
-    def slow(*given: Any, **named: Any) -> None:
+    def slow(*given: Any, **named: Any) -> FileEntry:
         may_write.wait()
-        write(*given, **named)
+        return write(*given, **named)
 
-    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr(layout, "write_part", slow)
     told: list[str] = []
     with Saver(specification(output), {}, published=lambda uri, report: told.append(uri)) as saver:
         for step in (1, 2):
@@ -108,15 +105,15 @@ def slow_and_quick(rank: int, world: int, output: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{output}.meeting", rank=rank, world_size=world)
     uri, may_write = catalog.checkpoint_uri(output, 1), Path(f"{output}.may-write")
     if rank == 1:
-        write = torch.save
+        write = layout.write_part
 
-        def slow(*given: Any, **named: Any) -> None:
+        def slow(*given: Any, **named: Any) -> FileEntry:
             while not may_write.exists():
                 time.sleep(0.01)
-            write(*given, **named)
+            return write(*given, **named)
 
-        torch.save = slow
-    run = Engine(f"rank_{rank}")
+        layout.write_part = slow
+    run = Engine()
     with Saver(specification(output), {}) as saving:
         saving.save(run, uri, report(1))  # type: ignore[arg-type]
         if rank == 0:
@@ -136,7 +133,7 @@ def test_a_checkpoint_exists_when_every_worker_has_written_its_part_and_not_befo
     manifest = Manifest.read(catalog.checkpoint_uri(output, 1))
     manifest.verify(catalog.checkpoint_uri(output, 1), content=True)
     names = sorted(Path(entry.path).name for entry in manifest.files)
-    assert [name for name in names if name.startswith("rank")] == ["rank_0_model_states.pt", "rank_1_model_states.pt"]
+    assert names == ["index.parquet", "part-00000.safetensors", "part-00001.safetensors"]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
@@ -145,7 +142,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_in_use(
     output, run = str(tmp_path / "stage"), Engine()
     saved(run, output, 1)
     with monkeypatch.context() as broken:
-        broken.setattr(torch, "save", failing)
+        broken.setattr(layout, "write_part", failing)
         with pytest.raises(storage.StorageError, match=r"step-00000002 was not written: .*disk full"):
             saved(run, output, 2)
         assert catalog.newest_step(output) == 1
@@ -171,14 +168,13 @@ def test_a_checkpoint_in_s3_is_whole(group_of_one: None, s3: str) -> None:
     uri = saved(Engine(), f"{s3}/stage", 3)
     manifest = Manifest.read(uri)
     manifest.verify(uri, content=True)
-    assert [Path(entry.path).name for entry in manifest.files] == ["mp_rank_00_model_states.pt", "zero_to_fp32.py"]
+    assert [Path(entry.path).name for entry in manifest.files] == ["part-00000.safetensors", "index.parquet"]
 
 
 def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_good_leaves_no_checkpoint(
     group_of_one: None, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, run = f"{s3}/stage", Engine()
-    run.state = torch.zeros(6_000_000)  # 24 MB: three parts
+    output, run = f"{s3}/stage", Engine(6_000_000)  # 24 MB: three parts
     sent, broken = list[str](), {1, 4}  # of all requests for parts, those that break off
 
     def send(request: Any, **named: Any) -> None:
@@ -192,7 +188,7 @@ def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_goo
     assert len(sent) == 4
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3_client().meta.events.register("before-send.s3.UploadPart", send)
-    with pytest.raises(storage.StorageError, match=r"step-00000002 was not written: .*mp_rank_00_model_states"):
+    with pytest.raises(storage.StorageError, match=r"step-00000002 was not written: .*part-00000.safetensors"):
         saved(run, output, 2)
     assert storage.sizes(catalog.checkpoint_uri(output, 2)).keys() == set()
     found = resumption.agreed_checkpoint(output, specification(output), {})
@@ -209,15 +205,16 @@ def test_one_that_is_not_whole_is_passed_over_and_a_damaged_one_is_set_aside(
     output, run = str(tmp_path / "stage"), Engine()
     places = [Path(saved(run, output, step)) for step in (1, 2, 3, 4)]
     storage.write_bytes(f"{catalog.checkpoint_uri(output, 5)}/abc/state/part.pt", b"killed before its manifest")
-    cut, changed = (next(place.rglob("*model_states.pt")) for place in (places[3], places[2]))
+    cut, changed = (next(place.rglob("part-*")) for place in (places[3], places[2]))
     cut.write_bytes(cut.read_bytes()[:-1])
     data = bytearray(changed.read_bytes())
     data[len(data) // 2] ^= 1  # one bit, same size
     changed.write_bytes(data)
 
-    found = resumption.agreed_checkpoint(output, specification(output), {})
+    found = resumption.load_newest(run, output, specification(output), {})  # type: ignore[arg-type]
     assert found is not None
     assert found.step == 2
+    assert run.state.unique().tolist() == [2.0]
     assert "the checkpoint after step 4 is not whole" in caplog.text
     assert "the checkpoint after step 3 is damaged and set aside" in caplog.text
     assert (places[2] / catalog.DAMAGED).exists()

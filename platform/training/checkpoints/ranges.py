@@ -1,0 +1,133 @@
+"""Reading of a checkpoint what one worker needs: ranges of files, each checked by the checksums of its pieces."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calumma.platform import storage
+from calumma.platform.storage.client import THREADS
+from calumma.platform.training.checkpoints.fragments import Fragment
+from calumma.platform.training.checkpoints.layout import Index, IndexedFile
+
+_REQUEST = 8 << 20  # bytes read at once, a thread
+
+
+class _Copy(NamedTuple):
+    """Bytes of a file's data that belong into a tensor."""
+
+    begin: int
+    end: int
+    target: Tensor
+    """Flat, with as many elements."""
+    dtype: torch.dtype
+    """As stored."""
+
+
+@dataclass
+class _Request:
+    """Whole pieces of a file's data, and what of them goes where."""
+
+    begin: int
+    end: int
+    copies: list[_Copy] = field(default_factory=list)
+
+
+def fill(folder: str, index: Index, fragments: Iterable[Fragment], states: Sequence[str]) -> None:
+    """Fill the fragments' states from the files in `folder`.
+
+    What is read besides is less than a piece at both ends of each range, and the checksums; in memory are a few
+    requests of 8 MiB. Raises StorageError, Damaged where a checksum differs, ManifestError when something is missing.
+    """
+    copies: dict[str, list[_Copy]] = {}
+    for fragment in fragments:
+        for state in states:
+            size, target = index.states[state].itemsize, fragment.states[state]
+            for name, position, first, numel in index.places(
+                fragment.parameter, state, fragment.offset, fragment.numel
+            ):
+                begin = position - index.files[name].begin
+                copies.setdefault(name, []).append(
+                    _Copy(begin, begin + numel * size, target.narrow(0, first, numel), index.states[state])
+                )
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read") as pool:
+        work = [
+            pool.submit(_read, storage.join(folder, name), index.files[name], requests)
+            for name, found in copies.items()
+            for requests in _shared(_requests(found, index.files[name]))
+        ]
+        try:
+            for done in work:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _requests(copies: list[_Copy], file: IndexedFile) -> list[_Request]:
+    """What to ask of a file: its ranges widened to whole pieces, joined where they touch, up to 8 MiB."""
+    requests: list[_Request] = []
+    for copy in sorted(copies, key=lambda copy: copy.begin):
+        for part in _cut(copy, file.piece):
+            begin = part.begin // file.piece * file.piece
+            end = min(-(-part.end // file.piece) * file.piece, file.data_bytes)
+            last = requests[-1] if requests else None
+            if last is not None and begin <= last.end and max(end, last.end) - last.begin <= _REQUEST:
+                last.end = max(end, last.end)
+                last.copies.append(part)
+            else:
+                requests.append(_Request(begin, end, [part]))
+    return requests
+
+
+def _cut(copy: _Copy, piece: int) -> Iterator[_Copy]:
+    """The same in parts that end at pieces and are no longer than a request."""
+    size, begin = copy.dtype.itemsize, copy.begin
+    while begin < copy.end:
+        end = min(copy.end, (begin // piece * piece) + _REQUEST - piece)
+        first = (begin - copy.begin) // size
+        yield _Copy(begin, end, copy.target.narrow(0, first, (end - begin) // size), copy.dtype)
+        begin = end
+
+
+def _shared(requests: list[_Request]) -> Iterator[list[_Request]]:
+    """A file's requests by thread: its checksums are read once for each, as far as it needs them."""
+    share = max(1, -(-len(requests) // THREADS))
+    for first in range(0, len(requests), share):
+        yield requests[first : first + share]
+
+
+def _read(uri: str, file: IndexedFile, requests: list[_Request]) -> None:
+    first, last = requests[0].begin // file.piece, -(-max(r.end for r in requests) // file.piece)
+    table = storage.read_range(uri, file.begin + file.data_bytes + 4 * first, 4 * (last - first))
+    checksums = np.frombuffer(table, "<u4")
+
+    for request in requests:
+        data = storage.read_range(
+            uri,
+            file.begin + request.begin,
+            request.end - request.begin,
+            lambda data, request=request: _problem(  # type: ignore[misc]
+                data, file.piece, checksums[request.begin // file.piece - first :], request.begin
+            ),
+        )
+        held = bytearray(data)  # torch takes no memory that it may not write to
+        for copy in request.copies:
+            place = memoryview(held)[copy.begin - request.begin : copy.end - request.begin]
+            copy.target.copy_(torch.frombuffer(place, dtype=copy.dtype))
+
+
+def _problem(data: bytes, piece: int, checksums: np.ndarray, begin: int) -> str | None:
+    """What is wrong with some pieces that begin at a byte of the data."""
+    view = memoryview(data)
+    for number, start in enumerate(range(0, len(data), piece)):
+        if zlib.crc32(view[start : start + piece]) != int(checksums[number]):
+            return f"bytes {begin + start} to {begin + start + piece} of its data are not what was written"
+    return None

@@ -1,0 +1,159 @@
+"""Where starting weights come from: a model directory, read by ranges, or a seed. Each fills ranges of parameters."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from calumma.model.config import ModelConfig
+from calumma.model.transformer import Transformer
+from calumma.model.weights import DTYPES, FILE, INDEX
+from calumma.platform import storage
+from calumma.platform.storage.client import THREADS
+
+_REQUEST = 8 << 20  # bytes read at once, a thread
+
+
+class Wanted(NamedTuple):
+    """A range of a parameter, counted as if it were flat, and the flat tensor that it goes into."""
+
+    parameter: str
+    offset: int
+    target: Tensor
+
+
+class WeightSource(Protocol):
+    """The weights of an ordinary Transformer, or of one with what is added to it for training."""
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        """Raises StorageError where weights cannot be read or are not those of the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class SeededWeights:
+    """Fresh weights (`Transformer.initial_weights`), drawn one parameter at a time on a device."""
+
+    config: ModelConfig
+    seed: int
+    device: torch.device
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        by_name = _by_parameter(wanted)
+        with torch.device("meta"):
+            model = Transformer(self.config)
+        for name, value in model.initial_weights(self.seed, self.device):
+            for _, offset, target in by_name.get(name, ()):
+                target.copy_(value.view(-1)[offset : offset + target.numel()])
+
+
+class _Stored(NamedTuple):
+    uri: str
+    dtype: torch.dtype
+    elements: int
+    begin: int
+    """The first byte in the file."""
+
+
+class DirectoryWeights:
+    """The safetensors of a model directory in any storage."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises StorageError."""
+        self._uri = uri
+        self._stored = {name: stored for file in _weight_files(uri) for name, stored in _header(file)}
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        work: list[tuple[_Stored, int, Tensor]] = []
+        for name, offset, target in wanted:
+            stored = self._stored.get(name)
+            if stored is None or offset + target.numel() > stored.elements:
+                raise storage.StorageError(
+                    f"{self._uri} does not hold the weights of this model: {name} is missing or small"
+                )
+            step = _REQUEST // stored.dtype.itemsize
+            work += [(stored, offset + first, target[first : first + step]) for first in range(0, target.numel(), step)]
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="weights") as pool:
+            for _ in pool.map(lambda item: _read(*item), work):
+                pass
+
+
+@dataclass(frozen=True)
+class AddedWeights:
+    """Those of a source, and what training adds to them: adapters as they were drawn, and the image rows of the
+    output, which begin as the rows that they stand for."""
+
+    plain: WeightSource
+    drawn: Mapping[str, Tensor]
+    rows_of: Mapping[str, tuple[str, list[int], int]]
+    """Parameter -> the matrix it is rows of, which, and their width."""
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        plain = []
+        for want in wanted:
+            name, offset, target = want
+            if name in self.drawn:
+                target.copy_(self.drawn[name].reshape(-1)[offset : offset + target.numel()])
+            elif name in self.rows_of:
+                plain += list(_rows(want, *self.rows_of[name]))
+            else:
+                plain.append(want)
+        self.plain.fill(plain)
+
+
+def _rows(want: Wanted, matrix: str, rows: list[int], width: int) -> Iterator[Wanted]:
+    """The same range as ranges of the matrix that it is rows of, one for each run of rows that follow each other."""
+    first, end = want.offset, want.offset + want.target.numel()
+    while first < end:
+        row = first // width
+        while (row + 1) * width < end and rows[row + 1] == rows[row] + 1:
+            row += 1
+        last = min((row + 1) * width, end)
+        target = want.target[first - want.offset : last - want.offset]
+        yield Wanted(matrix, rows[first // width] * width + first % width, target)
+        first = last
+
+
+def _by_parameter(wanted: Sequence[Wanted]) -> dict[str, list[Wanted]]:
+    found: dict[str, list[Wanted]] = {}
+    for want in wanted:
+        found.setdefault(want.parameter, []).append(want)
+    return found
+
+
+def _weight_files(uri: str) -> list[str]:
+    if not storage.exists(storage.join(uri, INDEX)):
+        return [storage.join(uri, FILE)]
+    try:
+        placed = json.loads(storage.read_bytes(storage.join(uri, INDEX)))["weight_map"]
+        return [storage.join(uri, name) for name in sorted(set(placed.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise storage.StorageError(f"{uri}: its {INDEX} is not an index of safetensors shards: {error!r}") from error
+
+
+def _header(uri: str) -> Iterator[tuple[str, _Stored]]:
+    """What a safetensors file holds, from its first bytes."""
+    try:
+        (length,) = struct.unpack("<Q", storage.read_range(uri, 0, 8))
+        if length > storage.size(uri):
+            raise ValueError(f"a header of {length} bytes")
+        for name, entry in json.loads(storage.read_range(uri, 8, length)).items():
+            if name != "__metadata__":
+                begin = 8 + length + int(entry["data_offsets"][0])
+                yield name, _Stored(uri, DTYPES[entry["dtype"]], prod(entry["shape"]), begin)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise storage.StorageError(f"{uri} is not a readable safetensors file: {error!r}") from error
+
+
+def _read(stored: _Stored, first: int, target: Tensor) -> None:
+    size = stored.dtype.itemsize
+    data = storage.read_range(stored.uri, stored.begin + first * size, target.numel() * size)
+    target.copy_(torch.frombuffer(bytearray(data), dtype=stored.dtype))
