@@ -21,25 +21,74 @@ class _Shape(BaseModel):
         return cls.model_validate_json((Path(directory) / FILE).read_text())
 
 
+class RopeScaling(_Shape):
+    """Rotary frequencies stretched to a longer context than they were trained with, by `factor`.
+
+    `linear`: all of them (position interpolation, arXiv 2306.15595). `llama3`: those of long waves, by the band between
+    `low_frequency` and `high_frequency` turns of the original context (meta-llama/llama-models, `apply_scaling`).
+    `yarn`: by a ramp between `beta_slow` and `beta_fast` turns of it, the attention logits warmed (arXiv 2309.00071).
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(ge=1, description="by which the context grew")
+    original_context: int | None = Field(None, ge=2, description="before it; `llama3` and `yarn` need it")
+    low_frequency: float = Field(1.0, gt=0, description="`llama3`: turns below which a wave is stretched whole")
+    high_frequency: float = Field(4.0, gt=0, description="`llama3`: turns above which it is left alone")
+    beta_slow: float = Field(1.0, gt=0, description="`yarn`: turns below which a wave is stretched whole")
+    beta_fast: float = Field(32.0, gt=0, description="`yarn`: turns above which it is left alone")
+    truncate: bool = Field(True, description="`yarn`: the ramp begins and ends at whole pairs of a head")
+    attention_factor: float | None = Field(
+        None, gt=0, description="`yarn`: of queries and keys; none: 0.1 ln(factor) + 1"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind != "linear" and self.original_context is None:
+            raise ValueError(f"rope scaling {self.kind} needs original_context, the context before it")
+        if self.high_frequency <= self.low_frequency or self.beta_fast <= self.beta_slow:
+            raise ValueError("rope scaling: high_frequency must exceed low_frequency, and beta_fast beta_slow")
+        return self
+
+
 class ModelConfig(_Shape):
     """Transformer architecture. `vocabulary_size` 0 means: as many ids as the vocabulary it is trained with.
 
-    A `preset` among the given values names a shape of PRESETS; the values beside it change that shape.
+    A `preset` among the given values names a shape of PRESETS; the values beside it change that shape. The defaults are
+    the paper's; what text models have otherwise (Llama, Mistral, Qwen) are settings.
     """
 
     vocabulary_size: int = Field(0, ge=0, description="ids in all; 0: as many as the vocabulary it is trained with")
     layers: int = Field(ge=1, description="blocks")
     width: int = Field(ge=1, description="of the residual stream")
-    heads: int = Field(ge=1, description="of queries; `width` must divide by them into even sizes")
+    heads: int = Field(
+        ge=1, description="of queries; `width` over them is an even head size, if it has none of its own"
+    )
     kv_heads: int = Field(ge=1, description="of keys and values; fewer than `heads` is grouped-query attention")
     ffn_width: int = Field(ge=1, description="of the hidden layer of each SwiGLU")
+    own_head_size: int | None = Field(
+        None,
+        ge=2,
+        multiple_of=2,
+        description="of each head; none: `width` / `heads` (another one: Qwen 3, Mistral Nemo)",
+    )
     context: int = Field(4096, ge=2, description="longest sequence, in tokens")
-    query_key_norm: bool = Field(True, description="normalize queries and keys of each head")
+    query_key_norm: bool | Literal["rms"] = Field(
+        True,
+        description="normalize queries and keys; true: LayerNorm with weights for every head, the paper's; "
+        "`rms`: RMSNorm with one weight for all (Qwen 3, arXiv 2505.09388)",
+    )
     norm_order: Literal["pre", "swin"] = Field(
         "pre", description="`pre`: before attention and feed-forward; `swin`: after them, as in the paper's 34B"
     )
     norm_eps: float = Field(1e-5, description="added to the variance in every RMSNorm")
     rope_theta: float = Field(10_000.0, description="base of the rotary embedding")
+    rope_scaling: RopeScaling | None = Field(None, description="of the rotary embedding, to a longer context")
+    query_key_value_bias: bool = Field(False, description="a bias on these projections (Qwen 2, arXiv 2407.10671)")
+    attention_output_bias: bool = Field(False, description="a bias on attention's output projection")
+    feed_forward_bias: bool = Field(False, description="a bias on each matrix of the feed-forward")
+    tied: bool = Field(
+        False, description="the output projection is the embedding (arXiv 1608.05859), as in small text models"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="after attention and feed-forward, in training")
     mask_documents: bool = Field(
         False, description="attend within a document only (block-diagonal); the paper does not"
@@ -55,7 +104,7 @@ class ModelConfig(_Shape):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.width % self.heads or (self.width // self.heads) % 2:
+        if self.own_head_size is None and (self.width % self.heads or (self.width // self.heads) % 2):
             raise ValueError(f"width {self.width} over {self.heads} heads must give an even head size")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
@@ -63,7 +112,7 @@ class ModelConfig(_Shape):
 
     @property
     def head_size(self) -> int:
-        return self.width // self.heads
+        return self.own_head_size or self.width // self.heads
 
 
 class ImageTokenizerConfig(_Shape):

@@ -4,6 +4,8 @@
     conversation    <bos> user's segments <end_turn> assistant's segments <end_turn> ... <eos>
     image           <begin image> one id for each code <end image>
 
+A text model that was extended keeps its own format of conversations, its chat template (tokenizers/chat.py).
+
 In a conversation only the assistant's tokens, and the <end_turn> that closes them, are trained (paper section 3.1),
 without the segments that are not `trained`, and what closes a turn that ends in one.
 """
@@ -21,8 +23,9 @@ from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Role, Segment, Text, Turn
 from calumma.model.images import preprocess, to_image
+from calumma.model.tokenizers.chat import ChatTemplate, Run, Special
 from calumma.model.tokenizers.image import ImageTokenizer
-from calumma.model.tokenizers.text import TextTokenizer
+from calumma.model.tokenizers.text import HuggingFaceTokenizer, TextTokenizer
 from calumma.model.vocabulary import Vocabulary
 
 
@@ -51,6 +54,7 @@ class DocumentEncoder:
         self.vocabulary = vocabulary
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
+        self._chat = ChatTemplate.of(vocabulary.chat, text_tokenizer)
         self._id_of_code = np.array(vocabulary.image_codes, dtype=np.int32)
         self._special = {token: np.array([token], dtype=np.int32) for token in vocabulary.special_ids}
 
@@ -73,13 +77,26 @@ class DocumentEncoder:
             for begin in range(0, len(images), batch)
             for ids in self.code([self.pixels(image) for image in images[begin : begin + batch]])
         )
-        tokens = self.assemble(documents, self.text_ids(documents), coded, complete)
+        tokens = self.assemble(documents, self.text_ids(documents, complete), coded, complete)
         return [EncodedDocument(each.ids.tolist(), each.trained.tolist()) for each in tokens]
 
-    def text_ids(self, documents: Sequence[Document]) -> list[NDArray[np.int32]]:
-        """The token ids of every text segment, in order."""
+    def text_ids(self, documents: Sequence[Document], complete: bool = True) -> list[NDArray[np.int32]]:
+        """The token ids of every text segment, in order; of a conversation by a chat template, of its runs of text."""
+        if self._chat is not None and any(document.is_conversation for document in documents):
+            return [ids for document in documents for ids in self._own_text_ids(document, complete)]
         texts = [s.text for document in documents for s in document.segments if isinstance(s, Text)]
         return self.text_tokenizer.encode_many(texts)
+
+    def _own_text_ids(self, document: Document, complete: bool) -> list[NDArray[np.int32]]:
+        if self._chat is None or not document.is_conversation:
+            return self.text_tokenizer.encode_many([s.text for s in document.segments if isinstance(s, Text)])
+        tokenizer = self.text_tokenizer
+        assert isinstance(tokenizer, HuggingFaceTokenizer)  # ChatTemplate.of has checked it
+        runs = [piece for piece in self._chat.pieces(document, complete) if isinstance(piece, Run)]
+        return [
+            np.array(tokenizer.encode_run(run.text) if run.begins else tokenizer.encode_further(run.text), np.int32)
+            for run in runs
+        ]
 
     def pixels(self, image: Image) -> torch.Tensor:
         """What `code` takes of an image: FloatTensor [3, resolution, resolution]. Raises UnreadableImage."""
@@ -118,6 +135,25 @@ class DocumentEncoder:
                 begins.append(size)
                 continue
             conversation = document.is_conversation
+            if conversation and self._chat is not None:
+                for piece in self._chat.pieces(document, complete):
+                    first = size
+                    if isinstance(piece, Run):
+                        found = [next(text)]
+                    elif isinstance(piece, Special):
+                        found = [special[piece.token]]
+                    else:
+                        found = [special[v.begin_image], next(images), special[v.end_image]]
+                    parts += found
+                    size += sum(map(len, found))
+                    if not piece.trained:
+                        untrained.append((first, size))
+                if complete and parts[-1] is not eos:
+                    parts.append(eos)
+                    size += 1
+                    untrained.append((size - 1, size))
+                begins.append(size)
+                continue
             parts.append(bos)
             size += 1
             if conversation:

@@ -51,11 +51,12 @@ def read_transformer(
             )
         path, _, attribute = name.rpartition(".")
         module, where = transformer.get_submodule(path), slices(name, config)
-        if isinstance(module, Int8Linear):
+        if isinstance(module, Int8Linear) and attribute == "weight":
             _read_int8(module, entry, device, where)
         else:
             weight = entry.load(device, dtype, where)
             setattr(module, attribute, nn.Parameter(weight, weight.is_floating_point()))
+    transformer.tie()
     transformer.rebuild_rope(device)
     return transformer
 
@@ -77,7 +78,7 @@ def described(config: ModelConfig, int8: bool = False) -> Transformer:
             for module in block.children():
                 for name, layer in list(module.named_children()):
                     if isinstance(layer, nn.Linear):
-                        setattr(module, name, Int8Linear(layer.in_features, layer.out_features))
+                        setattr(module, name, Int8Linear(layer.in_features, layer.out_features, layer.bias is not None))
     return transformer
 
 

@@ -1,4 +1,5 @@
-"""The mixed-modal Transformer: Llama-2's shape with query-key normalization (paper section 2.3).
+"""The mixed-modal Transformer: Llama-2's shape with query-key normalization (paper section 2.3); and, by settings of
+`ModelConfig`, what other text models have in its place, so that those can be made mixed-modal.
 
 Its pass over a cache, for generation, is in generation/passes/decoder.py.
 
@@ -18,12 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from calumma.model.config import ModelConfig
 from calumma.model.ops import stability
-from calumma.model.ops.attention import Mask, attend, document_mask, rope_table, rotate
+from calumma.model.ops.attention import Mask, attend, document_mask, rotate
 from calumma.model.ops.loss import Loss, linear_loss, trained_rows
+from calumma.model.ops.rope import rope_table
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over the head size with a weight and bias for every head."""
+    """LayerNorm over the head size with a weight and bias for every head, as in the release."""
 
     def __init__(self, heads: int, head_size: int) -> None:
         super().__init__()
@@ -39,12 +41,16 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_size = config.heads, config.kv_heads, config.head_size
-        self.query = nn.Linear(config.width, config.heads * config.head_size, bias=False)
-        self.key = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
-        self.value = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
-        self.output = nn.Linear(config.heads * config.head_size, config.width, bias=False)
-        self.normalize = config.query_key_norm
-        if self.normalize:  # LayerNorm over each head, a weight per head as in the release; bounds the attention logits
+        bias = config.query_key_value_bias
+        self.query = nn.Linear(config.width, config.heads * config.head_size, bias=bias)
+        self.key = nn.Linear(config.width, config.kv_heads * config.head_size, bias=bias)
+        self.value = nn.Linear(config.width, config.kv_heads * config.head_size, bias=bias)
+        self.output = nn.Linear(config.heads * config.head_size, config.width, bias=config.attention_output_bias)
+        self.normalize = bool(config.query_key_norm)  # bounds the attention logits
+        if config.query_key_norm == "rms":
+            self.query_norm: nn.Module = nn.RMSNorm(config.head_size, eps=config.norm_eps)
+            self.key_norm: nn.Module = nn.RMSNorm(config.head_size, eps=config.norm_eps)
+        elif config.query_key_norm:
             self.query_norm = HeadNorm(config.heads, config.head_size)
             self.key_norm = HeadNorm(config.kv_heads, config.head_size)
 
@@ -67,9 +73,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.up = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.gate = nn.Linear(config.width, config.ffn_width, bias=config.feed_forward_bias)
+        self.up = nn.Linear(config.width, config.ffn_width, bias=config.feed_forward_bias)
+        self.down = nn.Linear(config.ffn_width, config.width, bias=config.feed_forward_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -109,10 +115,22 @@ class TransformerBlock(nn.Module):
 
 class Output(nn.Linear):
     """The output projection: logits, or the loss without them. The loss is computed in here because ZeRO 3 gathers a
-    module's weights for the time of its forward pass."""
+    module's weights for the time of its forward pass. Where it is `tied`, its weight is the embedding's, and is stored
+    and loaded as that alone."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.width, config.vocabulary_size, bias=False)
+    def __init__(self, config: ModelConfig, embedding: nn.Embedding) -> None:
+        super().__init__(config.width, config.vocabulary_size, bias=False, device="meta" if config.tied else None)
+        self.tied = config.tied
+        if self.tied:
+            self.weight = embedding.weight
+
+    def _save_to_state_dict(self, *given: Any) -> None:
+        if not self.tied:
+            super()._save_to_state_dict(*given)
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        if not self.tied:
+            super()._load_from_state_dict(*given)
 
     def forward(self, input: Tensor, measure: bool = False, columns: slice | None = None, **loss: Any) -> Any:
         """float32 logits [..., V] of states [..., D], or only those of some columns of the vocabulary; or, given what
@@ -124,7 +142,7 @@ class Output(nn.Linear):
 
 
 class Transformer(nn.Module):
-    """One decoder over text and image tokens; `config.vocabulary_size` ids in and out, untied."""
+    """One decoder over text and image tokens; `config.vocabulary_size` ids in and out."""
 
     rope: Tensor
 
@@ -136,7 +154,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.output = Output(config)
+        self.output = Output(config, self.embedding)
         self.register_buffer("rope", torch.empty(0), persistent=False)
         self.rebuild_rope(self.embedding.weight.device)
         self._recompute = False
@@ -144,13 +162,19 @@ class Transformer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts of the module; bf16 cannot hold positions beyond 256, so the table is made anew instead."""
         super()._apply(fn, recurse)
+        self.tie()
         self.rebuild_rope(self.embedding.weight.device)
         return self
 
     def rebuild_rope(self, device: torch.device | str) -> None:
         """Make the rotary table on a device: it is no weight, and stays float32 whatever the weights are."""
         config = self.config
-        self.rope = rope_table(config.head_size, config.context, config.rope_theta, device)
+        self.rope = rope_table(config.head_size, config.context, config.rope_theta, device, config.rope_scaling)
+
+    def tie(self) -> None:
+        """The output projection reads the embedding's present weight, if it is tied to it."""
+        if self.config.tied:
+            self.output.weight = self.embedding.weight
 
     def checkpoint_activations(self, on: bool = True) -> Self:
         """In training keep each block's input alone and compute the rest again in the backward pass: a third more

@@ -16,8 +16,22 @@ from pydantic import BaseModel, ConfigDict, model_validator
 FILE = "vocabulary.json"
 
 
+class ChatFormat(BaseModel):
+    """How a text model that was extended writes conversations: its chat template (tokenizers/chat.py), and the names
+    of special ids that the template is given (`bos_token`, ...)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    template: str
+    variables: dict[str, str] = {}
+
+
 class Vocabulary(BaseModel):
-    """Which id is what. `image_codes[c]` is the token id of codebook entry c; ids named nowhere are text."""
+    """Which id is what. `image_codes[c]` is the token id of codebook entry c; ids named nowhere are text.
+
+    `bos` may be `eos`: some text models begin and end a document with one id. `chat`: where conversations have another
+    format than encoding.py's.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,10 +45,12 @@ class Vocabulary(BaseModel):
     end_turn: int
     image_codes: list[int]
     reserved: list[int] = []
+    chat: ChatFormat | None = None
 
     @model_validator(mode="after")
     def _disjoint(self) -> Vocabulary:
-        ids = [*self._named.values(), *self.image_codes, *self.reserved]
+        ids = [token for name, token in self._named.items() if name != "bos" or token != self.eos]
+        ids += [*self.image_codes, *self.reserved]
         if len(set(ids)) != len(ids):
             raise ValueError("the same id is given twice among special ids and image codes")
         if min(ids) < 0 or max(ids) >= self.size:
@@ -48,7 +64,7 @@ class Vocabulary(BaseModel):
 
     @cached_property
     def special_ids(self) -> list[int]:
-        return sorted([*self._named.values(), *self.reserved])
+        return sorted({*self._named.values(), *self.reserved})
 
     @cached_property
     def image_ids(self) -> list[int]:
@@ -76,7 +92,9 @@ class Vocabulary(BaseModel):
         return mask_V
 
     def save(self, directory: str | Path) -> None:
-        (Path(directory) / FILE).write_text(json.dumps(self.model_dump(), separators=(",", ":")) + "\n")
+        (Path(directory) / FILE).write_text(
+            json.dumps(self.model_dump(exclude_none=True), separators=(",", ":")) + "\n"
+        )
 
     @classmethod
     def read(cls, directory: str | Path) -> Vocabulary:

@@ -1,10 +1,12 @@
-"""`calumma import hf|meta` and `calumma export hf`: models of other projects to model directories, and back."""
+"""`calumma import hf|meta`, `calumma extend hf` and `calumma export hf`: models of other projects to model directories,
+and back."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +23,9 @@ import_app = typer.Typer(
 export_app = typer.Typer(
     help="Make a model of another project from a model directory.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+extend_app = typer.Typer(
+    help="Make a mixed-modal model directory from a text model.", no_args_is_help=True, pretty_exceptions_enable=False
+)
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; it must not exist.")]
 Shard = Annotated[float, typer.Option("--shard-gib", min=1e-6, help="Weights are split into files of about this size.")]
 
@@ -28,6 +33,16 @@ Shard = Annotated[float, typer.Option("--shard-gib", min=1e-6, help="Weights are
 @export_app.callback()
 def exports() -> None:
     """Make a model of another project from a model directory."""
+
+
+@extend_app.callback()
+def extends() -> None:
+    """Make a mixed-modal model directory from a text model."""
+
+
+class AddedNorm(StrEnum):
+    LAYER = "layer"
+    RMS = "rms"
 
 
 @import_app.command("hf")
@@ -100,6 +115,63 @@ def export_hf(
         export_hugging_face(source, destination, int(shard * GIBIBYTE), progress)
 
     _run_conversion("export", destination, convert)
+
+
+@extend_app.command("hf")
+def extend_hf(
+    source: Annotated[
+        Path, typer.Argument(metavar="TEXT_MODEL", help="A Hugging Face folder of a Llama, Mistral, Qwen 2, 2.5 or 3.")
+    ],
+    image_tokenizer: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="What train_image_tokenizer made, or a model directory, whose own is taken."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DST", help="The folder to write; it must not exist.")],
+    context: Annotated[int | None, typer.Option(min=2, help="A shorter context than the text model's.")] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="An output projection of its own, where the text model's is its embedding.")
+    ] = False,
+    query_key_norm: Annotated[
+        AddedNorm | None,
+        typer.Option(help="Add normalization of queries and keys: steadier training, but the text's logits change."),
+    ] = None,
+    chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--chat-template/--no-chat-template", help="Write conversations as the text model does, or as calumma does."
+        ),
+    ] = True,
+    spread: Annotated[
+        float, typer.Option(min=0, help="Covariance of the new rows, as a part of that of the text's rows.")
+    ] = 1e-5,
+    seed: Annotated[int, typer.Option(help="Of the new rows.")] = 0,
+    shard: Shard = 4.0,
+) -> None:
+    """Make a mixed-modal model directory: the text model's weights, ids, tokenizer and chat template, and after its ids
+    those of images. What it says to text stays as it was; it draws nothing sensible until it is trained
+    (jobs/recipes/extend)."""
+
+    def convert(progress: Progress) -> None:
+        from calumma.model.convert import extend_hugging_face
+
+        made = extend_hugging_face(
+            source,
+            out,
+            image_tokenizer,
+            context=context,
+            untie=untie,
+            query_key_norm=None if query_key_norm is None else query_key_norm.value,
+            chat_template=chat_template,
+            spread=spread,
+            seed=seed,
+            shard_bytes=int(shard * GIBIBYTE),
+            progress=progress,
+        )
+        for line in made.told:
+            typer.echo(line, err=True)
+        typer.echo(f"{made.further} ids follow the text model's {made.config.vocabulary_size - made.further}", err=True)
+
+    _run_conversion("extend", out, convert)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -103,8 +103,7 @@ def export_hugging_face(
     if missing := missing_files(lambda name: (source / name).is_file()):
         raise ConversionError(f"{source} is not a whole model directory: {', '.join(missing)} missing")
     config, vocabulary = ModelConfig.read(source), Vocabulary.read(source)
-    if not config.query_key_norm:
-        raise ConversionError(f"{source}: transformers has no Chameleon without query-key normalization")
+    _require_chameleon(config, source)
     image_config = ImageTokenizerConfig.read(source / IMAGE_TOKENIZER)
     vq_config = image_tokenizer.to_hugging_face(image_config, str(source / IMAGE_TOKENIZER))
     weights = open_source(source)
@@ -125,6 +124,28 @@ def export_hugging_face(
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         write_weights(folder, theirs, shard_bytes, progress)
+
+
+# What transformers' Chameleon has, of the settings that text models may have otherwise.
+CHAMELEON = {
+    "query_key_norm": True,
+    "own_head_size": None,
+    "rope_scaling": None,
+    "query_key_value_bias": False,
+    "attention_output_bias": False,
+    "feed_forward_bias": False,
+    "tied": False,
+}
+
+
+def _require_chameleon(config: ModelConfig, source: Path) -> None:
+    other = {name: getattr(config, name) for name, value in CHAMELEON.items() if getattr(config, name) != value}
+    if other:
+        found = ", ".join(f"{name} {value!r}" for name, value in other.items())
+        raise ConversionError(
+            f"{source}: transformers has no Chameleon with {found}, as this model has, which "
+            "was made from a text model; it can be served and trained with calumma alone"
+        )
 
 
 def open_source(directory: Path) -> dict[str, LazyTensor]:
@@ -248,5 +269,5 @@ def to_theirs(weights: Weights, config: ModelConfig, where: str) -> dict[str, La
 def _reordered(entry: LazyTensor, row: Row, config: ModelConfig, ours: bool) -> LazyTensor:
     if row.rotary is None:
         return entry
-    heads, order = getattr(config, row.rotary), to_pairs if ours else to_halves
+    heads, order = 1 if row.rotary == "one" else getattr(config, row.rotary), to_pairs if ours else to_halves
     return LazyTensor(entry.shape, entry.dtype, lambda: order(entry.read(), heads, config.head_size))

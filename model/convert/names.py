@@ -32,13 +32,13 @@ class ConversionError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor; `{}` stands for the layer. `rotary`: whose heads Hugging Face reorders."""
+    """One tensor; `{}` stands for the layer. `rotary`: whose heads Hugging Face reorders; `one` for all heads."""
 
     ours: str
     hugging_face: str
     meta: str
     shards: Literal["rows", "columns", "copies", "heads"]
-    rotary: Literal["heads", "kv_heads"] | None = None
+    rotary: Literal["heads", "kv_heads", "one"] | None = None
 
     def of_layer(self, layer: int) -> Row:
         ours, hugging_face, meta = (name.format(layer) for name in (self.ours, self.hugging_face, self.meta))
@@ -76,6 +76,19 @@ TABLE = (
         "copies",
     ),
 )
+BIASES = {  # which projections have one is a setting of the model
+    "query_key_value_bias": (
+        Row(f"{A}.query.bias", f"{HA}.q_proj.bias", f"{MA}.wq.bias", "rows", "heads"),
+        Row(f"{A}.key.bias", f"{HA}.k_proj.bias", f"{MA}.wk.bias", "rows", "kv_heads"),
+        Row(f"{A}.value.bias", f"{HA}.v_proj.bias", f"{MA}.wv.bias", "rows"),
+    ),
+    "attention_output_bias": (Row(f"{A}.output.bias", f"{HA}.o_proj.bias", f"{MA}.wo.bias", "copies"),),
+    "feed_forward_bias": (
+        Row(f"{F}.gate.bias", f"{HF}.gate_proj.bias", f"{MF}.w1.bias", "rows"),
+        Row(f"{F}.up.bias", f"{HF}.up_proj.bias", f"{MF}.w3.bias", "rows"),
+        Row(f"{F}.down.bias", f"{HF}.down_proj.bias", f"{MF}.w2.bias", "copies"),
+    ),
+}
 # Meta's fused matrices: the rows of these, one after the other, within each shard.
 FUSED = {
     f"{MA}.wqkv.weight": (f"{MA}.wq.weight", f"{MA}.wk.weight", f"{MA}.wv.weight"),
@@ -86,8 +99,14 @@ IGNORED = re.compile(r"rope\.freqs|(model\.)?(layers\.\d+\.self_attn\.)?rotary_e
 
 
 def rows(config: ModelConfig) -> list[Row]:
-    """The table for a model: its layers one by one, without query-key norms where it has none."""
-    kept = [row for row in TABLE if config.query_key_norm or "_norm." not in row.hugging_face or row.shards != "heads"]
+    """The table for a model: its layers one by one, with the norms and biases that it has."""
+    kept = [row for row in TABLE if row.shards != "heads" or config.query_key_norm is True]
+    if config.query_key_norm == "rms":
+        norms = [row for row in TABLE if row.shards == "heads" and row.ours.endswith(".weight")]
+        kept += [replace(row, shards="copies", rotary="one") for row in norms]
+    if config.tied:
+        kept = [row for row in kept if row.ours != "output.weight"]
+    kept += [row for field, biases in BIASES.items() if getattr(config, field) for row in biases]
     inside = [row for row in kept if "{}" in row.ours]
     outside = [row for row in kept if "{}" not in row.ours]
     return outside + [row.of_layer(layer) for layer in range(config.layers) for row in inside]

@@ -161,7 +161,7 @@ def _of_sentencepiece(processor: sentencepiece.SentencePieceProcessor, vocabular
     rank = {token: -processor.get_score(token) for token in pieces.values()}
     mergeable = {token for token in vocabulary.text_ids if not processor.is_byte(token)}
     text = {piece: token for piece, token in pieces.items() if token in mergeable}
-    merges = sorted((rank[token], left, right) for piece, token in text.items() for left, right in _splits(piece, text))
+    merges = sorted((rank[token], left, right) for piece, token in text.items() for left, right in splits(piece, text))
     space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     return {
@@ -188,7 +188,8 @@ def _of_sentencepiece(processor: sentencepiece.SentencePieceProcessor, vocabular
     }
 
 
-def _splits(piece: str, pieces: dict[str, int]) -> Iterator[tuple[str, str]]:
+def splits(piece: str, pieces: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """A piece as two other pieces, in every way."""
     for at in range(1, len(piece)):
         if piece[:at] in pieces and piece[at:] in pieces:
             yield piece[:at], piece[at:]

@@ -1,10 +1,10 @@
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053): every matrix is cut over the processes of a group.
 
 Query, key, value, gate and up are cut by rows (heads stay whole, and so do their norms), output and down by columns,
-after which the processes' results are summed; embedding and output projection by the vocabulary, whose results are
-summed and put together. Nothing must divide: shards differ by a head or a column, and where there are more processes
-than key-value heads, those that share one hold it each, with the queries of theirs alone. `read_shard` reads a
-process's shard from a model directory, and no more; the engine also cuts it from whole weights.
+after which the processes' results are summed and biases added; embedding and output projection by the vocabulary,
+whose results are summed and put together. Nothing must divide: shards differ by a head or a column, and where there are
+more processes than key-value heads, those that share one hold it each, with the queries of theirs alone. `read_shard`
+reads a process's shard from a model directory, and no more; the engine also cuts it from whole weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,12 @@ class Shard:
     def slices(self, name: str, config: ModelConfig) -> tuple[slice, ...]:
         """What this shard has of a weight of the Transformer, by its rows, or its rows and columns."""
         heads, kv_heads = self.heads(config)
-        layer, _, kind = name.rpartition(".")[0].rpartition(".")
+        module, _, attribute = name.rpartition(".")
+        layer, _, kind = module.rpartition(".")
+        if attribute == "bias" and (kind == "down" or (kind == "output" and layer)):
+            return ()  # added to the sum of all parts
+        if config.query_key_norm == "rms" and kind in ("query_norm", "key_norm"):
+            return ()  # one for all heads
         rows = {"query_norm": heads, "key_norm": kv_heads, "query": _of_heads(heads, config)}
         rows |= dict.fromkeys(("key", "value"), _of_heads(kv_heads, config))
         rows |= dict.fromkeys(("gate", "up"), _even(config.ffn_width, self.index, self.count))

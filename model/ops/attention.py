@@ -17,13 +17,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 Mask = Tensor | BlockMask | None
 
 
-def rope_table(head_size: int, length: int, theta: float, device: torch.device | str | None = None) -> Tensor:
-    """FloatTensor [length, head_size/2, 2]: cosine and sine of position x frequency (RoFormer, arXiv 2104.09864)."""
-    frequency = theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1)
-
-
 def rotate(x_BTNH: Tensor, rope_BTP2: Tensor) -> Tensor:
     """Rotate the pairs (2i, 2i+1) of each head, as Llama's release does; rope is [B or 1, T, H/2, 2]."""
     pairs = x_BTNH.float().unflatten(-1, (-1, 2))

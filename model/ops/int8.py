@@ -59,12 +59,14 @@ def beside(weights: Iterable[Int8Matrix]) -> Int8Matrix:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer without bias whose weight is an Int8Matrix; it cannot be trained."""
+    """A linear layer whose weight is an Int8Matrix, and its bias, if any, none; it cannot be trained."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=torch.int8), requires_grad=False)
         self.scale = nn.Parameter(torch.zeros(outputs), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
 
     def forward(self, x_RI: Tensor) -> Tensor:
-        return linear(x_RI, Int8Matrix(self.weight, self.scale))
+        out_RO = linear(x_RI, Int8Matrix(self.weight, self.scale))
+        return out_RO if self.bias is None else out_RO + self.bias

@@ -199,9 +199,10 @@ class HuggingFaceTokenizer(TextTokenizer):
         names |= {added["id"]: added["content"] for added in document.get("added_tokens") or []}
         not_text = {*vocabulary.special_ids, *vocabulary.image_ids}
         self._pieces = {token: name for token, name in names.items() if token not in not_text}
+        self._special_names = {name: token for token, name in names.items() if token in vocabulary.special_ids}
         if self._pieces and max(self._pieces) >= vocabulary.size:
             raise ValueError(f"the tokenizer has id {max(self._pieces)}, the vocabulary {vocabulary.size} ids")
-        self._tokenizer, self.leading_space = _text_only(document, not_text)
+        self._tokenizer, self.leading_space, self._spaces_all = _text_only(document, not_text)
         self._alphabet = _byte_alphabet() if _has(document, "ByteLevel") else None
         self._spaced = self._alphabet is None and SPACE in json.dumps(
             [document.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False
@@ -223,11 +224,21 @@ class HuggingFaceTokenizer(TextTokenizer):
         return self._content
 
     @property
+    def special_names(self) -> dict[str, int]:
+        """Of the special ids that have one. No text becomes one: they are for templates."""
+        return self._special_names
+
+    @property
     def size(self) -> int:
         return self._vocabulary.size
 
     def encode(self, text: str) -> list[int]:
         return self.encode_further(" " + text if text and self.leading_space else text)
+
+    def encode_run(self, text: str) -> list[int]:
+        """A text behind a special id, as the tokenizer's own library cuts it there: some put a space before every such
+        text, some before the first of all alone."""
+        return self.encode(text) if self._spaces_all else self.encode_further(text)
 
     def encode_further(self, text: str) -> list[int]:
         require_unicode(text)
@@ -248,8 +259,9 @@ class HuggingFaceTokenizer(TextTokenizer):
         return (piece.replace(SPACE, " ") if self._spaced else piece).encode()
 
 
-def _text_only(document: dict[str, Any], not_text: set[int]) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer of a tokenizer.json without the ids in `not_text`; and whether it put a space before texts."""
+def _text_only(document: dict[str, Any], not_text: set[int]) -> tuple[tokenizers.Tokenizer, bool, bool]:
+    """The tokenizer of a tokenizer.json without the ids in `not_text`; whether it put a space before texts, and
+    whether before those behind special ids too."""
     model = document["model"]
     vocabulary = {name: token for name, token in model["vocab"].items() if token not in not_text}
     merges = []
@@ -258,34 +270,39 @@ def _text_only(document: dict[str, Any], not_text: set[int]) -> tuple[tokenizers
         if left in vocabulary and right in vocabulary and left + right in vocabulary:
             merges.append([left, right])
     unknown = model.get("unk_token") if model.get("unk_token") in vocabulary else None
+    added = [token for token in document.get("added_tokens") or [] if token["id"] not in not_text]
+    vocabulary |= {token["content"]: token["id"] for token in added}  # else the library would number them anew
     text_model = {**model, "vocab": vocabulary, "merges": merges, "unk_token": unknown, "dropout": None}
-    cut = dict.fromkeys(("truncation", "padding", "post_processor")) | {"added_tokens": [], "model": text_model}
+    cut = dict.fromkeys(("truncation", "padding", "post_processor")) | {"added_tokens": added, "model": text_model}
     normalizer, before = _without_space(document.get("normalizer"))
     pre_tokenizer, between = _without_space(document.get("pre_tokenizer"))
     bare = json.dumps({**document, **cut, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer})
+    spaces = {before, between} - {"never"}
     try:
-        return tokenizers.Tokenizer.from_str(bare), before or between
+        return tokenizers.Tokenizer.from_str(bare), bool(spaces), "always" in spaces
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"not a tokenizer.json that can be read: {error}") from error
 
 
-def _without_space(part: dict[str, Any] | None) -> tuple[dict[str, Any] | None, bool]:
-    """A normalizer or pre-tokenizer that puts no space before texts, and whether it did."""
+def _without_space(part: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
+    """A normalizer or pre-tokenizer that puts no space before texts; and before which it did: `always`, `first`, that
+    is before the first of all, or `never`."""
     if part is None:
-        return None, False
+        return None, "never"
     if part["type"] == "Prepend":
-        return None, True
+        return None, "always"
     if part["type"] == "ByteLevel":
-        return {**part, "add_prefix_space": False}, part.get("add_prefix_space", True)
+        return {**part, "add_prefix_space": False}, "always" if part.get("add_prefix_space", True) else "never"
     if part["type"] == "Metaspace":
         scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
         kept = {key: value for key, value in part.items() if key != "add_prefix_space"}
-        return {**kept, "prepend_scheme": "never"}, scheme != "never"
+        return {**kept, "prepend_scheme": "never"}, scheme
     if part["type"] == "Sequence":
         field = "normalizers" if "normalizers" in part else "pretokenizers"
         changed = [_without_space(inner) for inner in part[field]]
-        return {**part, field: [inner for inner, _ in changed if inner]}, any(space for _, space in changed)
-    return part, False
+        schemes = [scheme for _, scheme in changed if scheme != "never"]
+        return {**part, field: [inner for inner, _ in changed if inner]}, schemes[0] if schemes else "never"
+    return part, "never"
 
 
 def _has(document: dict[str, Any], kind: str) -> bool:

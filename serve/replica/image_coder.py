@@ -54,7 +54,7 @@ class PromptEncoder(DocumentEncoder):
     def ids(self, document: Document, images: Sequence[list[int]]) -> list[int]:
         """Token ids of a prompt, given those of its images."""
         given = (np.array(each, np.int32) for each in images)
-        (tokens,) = self.assemble([document], self.text_ids([document]), given, complete=False)
+        (tokens,) = self.assemble([document], self.text_ids([document], complete=False), given, complete=False)
         found: list[int] = tokens.ids.tolist()
         return found
 

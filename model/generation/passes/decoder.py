@@ -37,10 +37,14 @@ class LayerWeights:
     attention_norm: Tensor
     feed_forward_norm: Tensor
     query_key_value: FusedProjection
-    norm: tuple[Tensor, Tensor] | None  # weight and bias of queries and keys [Q, H]
+    query_key_value_bias: tuple[Tensor, ...] | None  # one for each of the projection's parts
+    norm: tuple[Tensor, Tensor | None] | None  # weight and bias of queries and keys [Q, H]; without one: RMSNorm
     output: Matrix
+    output_bias: Tensor | None
     gate_up: FusedProjection
+    gate_up_bias: tuple[Tensor, ...] | None
     down: Matrix
+    down_bias: Tensor | None
 
 
 class Decoder:
@@ -124,7 +128,7 @@ class Decoder:
     def _attention(
         self, x_TD: Tensor, rope_T1P: Tensor, number: int, layer: LayerWeights, paged: PagedAttention
     ) -> Tensor:
-        projected = [linear(x_TD, weight) for weight in layer.query_key_value]
+        projected = _projected(x_TD, layer.query_key_value, layer.query_key_value_bias)
         Q = self.heads + self.kv_heads
         if len(projected) == 1:
             qkv_TXH = projected[0].view(len(x_TD), -1, self.head_size)
@@ -134,16 +138,21 @@ class Decoder:
             v_TKH = projected[2].view(len(x_TD), self.kv_heads, self.head_size)
         if layer.norm is not None:
             weight_QH, bias_QH = layer.norm
-            qk_TQH = torch.addcmul(bias_QH, F.layer_norm(qk_TQH, (self.head_size,), eps=1e-5), weight_QH)
+            if bias_QH is None:
+                qk_TQH = F.rms_norm(qk_TQH, (self.head_size,), eps=self.eps) * weight_QH
+            else:
+                qk_TQH = torch.addcmul(bias_QH, F.layer_norm(qk_TQH, (self.head_size,), eps=1e-5), weight_QH)
         turned_TQP = torch.view_as_complex(qk_TQH.float().unflatten(-1, (-1, 2))) * rope_T1P
         qk_TQH = torch.view_as_real(turned_TQP).flatten(-2).type_as(x_TD)
         out_TX = paged.attend(number, qk_TQH[:, : self.heads], qk_TQH[:, self.heads :], v_TKH)
-        return self.shard.sum(linear(out_TX, layer.output))
+        out_TD = self.shard.sum(linear(out_TX, layer.output))
+        return out_TD if layer.output_bias is None else out_TD + layer.output_bias
 
     def _feed_forward(self, x_TD: Tensor, layer: LayerWeights) -> Tensor:
-        projected = [linear(x_TD, weight) for weight in layer.gate_up]
+        projected = _projected(x_TD, layer.gate_up, layer.gate_up_bias)
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
-        return self.shard.sum(linear(F.silu(gate) * up, layer.down))
+        down_TD = self.shard.sum(linear(F.silu(gate) * up, layer.down))
+        return down_TD if layer.down_bias is None else down_TD + layer.down_bias
 
     def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
         if x_TD.is_cuda or x_TD.dtype != torch.float32:
@@ -153,13 +162,20 @@ class Decoder:
 
     def _layer(self, prefix: str, block: TransformerBlock) -> LayerWeights:
         own = {name: self._slice(f"{prefix}.{name}", weight) for name, weight in block.named_parameters()}
-        norm = None
-        if block.attention.normalize:
-            both = ("attention.query_norm", "attention.key_norm")
+        norm: tuple[Tensor, Tensor | None] | None = None
+        both = ("attention.query_norm", "attention.key_norm")
+        if self.transformer.config.query_key_norm == "rms":
+            heads = zip(both, (self.heads, self.kv_heads), strict=True)
+            norm = torch.cat([own[f"{each}.weight"].expand(number, -1) for each, number in heads]), None
+        elif block.attention.normalize:
             norm = (
                 torch.cat([own[f"{each}.weight"] for each in both]),
                 torch.cat([own[f"{each}.bias"] for each in both]),
             )
+
+        def biases(weights: FusedProjection, *names: str) -> tuple[Tensor, ...] | None:
+            found = tuple(own[f"{name}.bias"] for name in names if f"{name}.bias" in own)
+            return (torch.cat(found),) if found and len(weights) == 1 else found or None
 
         def matrix(name: str) -> Matrix:
             scale = own.get(f"{name}.scale")
@@ -174,10 +190,14 @@ class Decoder:
             own["attention_norm.weight"],
             own["feed_forward_norm.weight"],
             query_key_value,
+            biases(query_key_value, "attention.query", "attention.key", "attention.value"),
             norm,
             self._beside([matrix("attention.output")])[0],
+            own.get("attention.output.bias"),
             gate_up,
+            biases(gate_up, "feed_forward.gate", "feed_forward.up"),
             self._beside([matrix("feed_forward.down")])[0],
+            own.get("feed_forward.down.bias"),
         )
 
     def _beside(self, weights: list[Matrix]) -> FusedProjection:
@@ -189,6 +209,12 @@ class Decoder:
         floats = [weight for weight in weights if isinstance(weight, Tensor)]
         whole = torch.cat(floats) if len(floats) > 1 else floats[0]
         return (whole if whole.is_cuda else whole.t().contiguous().t(),)
+
+
+def _projected(x_TD: Tensor, weights: FusedProjection, biases: tuple[Tensor, ...] | None) -> list[Tensor]:
+    if biases is None:
+        return [linear(x_TD, weight) for weight in weights]
+    return [linear(x_TD, weight) + bias for weight, bias in zip(weights, biases, strict=True)]
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:

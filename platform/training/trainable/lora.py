@@ -27,6 +27,7 @@ class LoraLinear(nn.Linear):
     def __init__(self, plain: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
+        self.bias = plain.bias  # trained or not as it was
         self.scale = scale
         down_RI = torch.empty(rank, plain.in_features).uniform_(-1, 1, generator=generator)
         self.lora_down = nn.Parameter(
@@ -36,7 +37,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         low_rank = F.linear(F.linear(input, self.lora_down), self.lora_up)
-        return F.linear(input, self.weight) + self.scale * low_rank
+        return F.linear(input, self.weight, self.bias) + self.scale * low_rank
 
 
 def target_layers(model: nn.Module, lora: Lora) -> list[str]:

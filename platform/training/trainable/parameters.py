@@ -38,6 +38,7 @@ class ImageHead(Output):
     def __init__(self, plain: Output, image_ids: list[int]) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = plain.weight.shape
+        self.tied = False
         self.register_parameter("bias", None)
         self.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
         self.image_rows = nn.Parameter(plain.weight.detach()[image_ids].clone())
@@ -68,6 +69,11 @@ def set_trainable(model: Transformer, spec: TrainSpecification, vocabulary: Voca
 def check_trainable(model: Transformer, spec: TrainSpecification) -> None:
     """Whether `trainable` and `lora` fit a model, which may be on the meta device. Raises SpecificationError."""
     names = [name for name, _ in model.named_parameters()]
+    if model.config.tied and IMAGE_HEAD in spec.trainable_names:
+        raise SpecificationError(
+            "trainable: `image_head` trains rows of the output projection alone, which is the embedding in this model; "
+            "train `embedding.weight`, or make the model with an output of its own (calumma extend hf --untie)"
+        )
     adapted = [f"{layer}.weight" for layer in lora.target_layers(model, spec.lora)] if spec.lora else []
     for pattern in _patterns(spec):
         matched = [name for name in names if fnmatchcase(name, pattern)]

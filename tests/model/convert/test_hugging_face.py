@@ -144,10 +144,10 @@ def save(shape: ImageTokenizerConfig, tokenizer: Path, directory: Path) -> Path:
 
 
 def test_every_tensor_of_ours_is_in_the_table() -> None:
-    for query_key_norm in (True, False):
-        config = ModelConfig(
-            vocabulary_size=8, layers=2, width=8, heads=2, kv_heads=1, ffn_width=8, query_key_norm=query_key_norm
-        )
+    biases = {"query_key_value_bias": True, "attention_output_bias": True, "feed_forward_bias": True}
+    others: list[dict[str, Any]] = [{}, {"query_key_norm": False}, {"query_key_norm": "rms", "tied": True}, biases]
+    for changes in others:
+        config = ModelConfig(vocabulary_size=8, layers=2, width=8, heads=2, kv_heads=1, ffn_width=8, **changes)
         assert sorted(row.ours for row in rows(config)) == sorted(shapes(config))
 
 

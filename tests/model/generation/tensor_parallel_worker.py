@@ -21,13 +21,19 @@ V = Vocabulary(
     size=29, pad=1, bos=0, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=list(range(7, 15))
 )
 IMAGE = [V.begin_image, 7, 9, 14, 8, V.end_image]
-CASES: list[dict[str, Any]] = [{"norm_order": "pre"}, {"norm_order": "swin", "query_key_norm": False}]
+BIASES = {"query_key_value_bias": True, "attention_output_bias": True, "feed_forward_bias": True}
+CASES: list[dict[str, Any]] = [
+    {"norm_order": "pre"},
+    {"norm_order": "swin", "query_key_norm": False},
+    {"query_key_norm": "rms", "own_head_size": 12, "tied": True, **BIASES},  # as text models have it
+]
+READ = (0, 2)  # cases whose weights are read from disk
 OPTIONS: list[dict[str, Any]] = [{}, {"jacobi_window": 2, "block_size": 4, "cache_tokens": 184}]
 
 
 def answers(shard: Shard | None, folder: Path) -> list[dict[str, list[int]]]:
-    """Of every case, by request; empty where this process follows another. The first case's weights are read from disk,
-    the others' cut from what is in memory."""
+    """Of every case, by request; empty where this process follows another. READ cases' weights are read from disk, the
+    others' cut from what is in memory."""
     found = []
     for number, case in enumerate(CASES):
         config = ModelConfig(
@@ -35,16 +41,18 @@ def answers(shard: Shard | None, folder: Path) -> list[dict[str, list[int]]]:
         )
         transformer, generator = Transformer(config), torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for parameter in transformer.parameters():
-                if parameter.dim() == 2:
+            for name, parameter in transformer.named_parameters():
+                if parameter.dim() == 2 or (name.endswith("bias") and "norm" not in name):
                     parameter.normal_(std=0.4, generator=generator)
             transformer.output.weight[[V.eos, V.end_turn]] = 0  # seldom the likeliest
-        if number == 0 and shard is None:
-            config.save(folder)
-            write_weights(folder, {name: LazyTensor.of(tensor) for name, tensor in transformer.state_dict().items()})
-        elif number == 0 and shard is not None:
+        place = folder / f"case{number}"
+        if number in READ and shard is None:
+            place.mkdir()
+            config.save(place)
+            write_weights(place, {name: LazyTensor.of(tensor) for name, tensor in transformer.state_dict().items()})
+        elif number in READ and shard is not None:
             whole = sum(parameter.numel() for parameter in transformer.parameters())
-            transformer = read_shard(folder, shard)
+            transformer = read_shard(place, shard)
             assert sum(parameter.numel() for parameter in transformer.parameters()) < 1.4 * whole / shard.count
         for options in OPTIONS:
             engine = Engine(transformer, V, N, shard=shard, **options)
