@@ -202,11 +202,11 @@ class Transformer(nn.Module):
 
         Matrices Normal(0, 0.02), as in GPT-2's code and in transformers' Llama and Chameleon (`initializer_range`);
         projections into the residual stream scaled by 1/sqrt(2 layers) (GPT-2, section 2.3 of its paper), so that its
-        variance does not grow with depth; norms are 1 and 0. The Chameleon paper names no initialization."""
+        variance does not grow with depth; norms are 1, biases 0. The Chameleon paper names no initialization."""
         generator = torch.Generator(device=device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             value = torch.empty(parameter.shape, device=device)
-            if "norm" in name:
+            if parameter.dim() < 2 or "norm" in name:
                 yield name, value.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 scaled = name.endswith(("attention.output.weight", "feed_forward.down.weight"))

@@ -89,14 +89,17 @@ def materialize(
     """Give a described model memory for weights, in place; with ZeRO 3 for this worker's part of them."""
     dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
     first: Any = None
+    made: dict[Any, nn.Parameter] = {}  # what modules share stays one
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
-            module.register_parameter(name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            if parameter not in made:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module.register_parameter(name, made[parameter])
         for name, buffer in list(module.named_buffers(recurse=False)):
             if not buffer.is_meta:
                 setattr(module, name, buffer.to(device))
-        own = list(module.parameters(recurse=False))
+        own = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
         if spec.zero_stage == 3 and own:
             if first is None:
                 engines.partition(_OwnParameters(own), configuration, dtype)
