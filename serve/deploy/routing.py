@@ -65,10 +65,12 @@ class PrefixRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
         if not candidate_replicas:
             return []
         request = pending_request.args[0] if pending_request and pending_request.args else None
-        if not isinstance(request, GenerationRequest) or len(candidate_replicas) == 1:
+        if not isinstance(request, GenerationRequest):
             return [candidate_replicas]
         well = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in request.avoid]
         candidate_replicas = well or candidate_replicas
+        if len(candidate_replicas) == 1:
+            return [candidate_replicas]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         first = by_name[preferred_replica(prefix_key(request), list(by_name))]
         others = [replica for replica in candidate_replicas if replica is not first]

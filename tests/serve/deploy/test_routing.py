@@ -83,6 +83,7 @@ def test_a_request_goes_elsewhere_than_to_the_replicas_it_failed_at() -> None:
     again = replace(request("hello"), avoid=(first,))
     assert sorted(chain(*routed(again, {"a": 0, "b": 0, "c": 0}))) == left
     assert routed(again, {first: 0}) == [[first]]
+    assert routed(again, {first: 0, left[0]: 0}) == [[left[0]]]
     everywhere = replace(again, avoid=("a", "b", "c"))
     assert sorted(chain(*routed(everywhere, {"a": 0, "b": 0, "c": 0}))) == ["a", "b", "c"]
 
