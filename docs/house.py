@@ -18,6 +18,7 @@ from calumma.model.config import PRESETS, ImageLossConfig, ImageTokenizerConfig,
 from calumma.model.ops.stability import BLOCK, OUTPUT
 from calumma.platform.sources.registry import FORMATS, Format
 from calumma.platform.specification import JobSpecification, SpecificationError, Tracking, validate
+from calumma.platform.study.specification import StudySpecification
 from calumma.platform.training.steps.meters import ACTIVITIES
 from calumma.serve.http.app import create_app
 from calumma.serve.http.metrics import COUNTERS, GAUGES, Metrics
@@ -42,6 +43,7 @@ __all__ = [
     "ModelConfig",
     "ServeSettings",
     "SpecificationError",
+    "StudySpecification",
     "Tracking",
     "application",
     "command_line",
@@ -77,8 +79,10 @@ def prometheus() -> Iterator[tuple[str, str, tuple[str, ...], str]]:
 
 
 def settings_of(job: str) -> type[BaseModel]:
-    """What a YAML file of `job` holds; `serve` is the file of `calumma serve start --config`."""
-    return ServeSettings if job == "serve" else JOBS[job]
+    """What a YAML file of `job` holds; `serve` is the file of `calumma serve start --config`, `study` that of
+    `calumma study create`."""
+    others: dict[str, type[BaseModel]] = {"serve": ServeSettings, "study": StudySpecification}
+    return others.get(job) or JOBS[job]
 
 
 def validate_part(job: str, values: dict[str, Any]) -> None:

@@ -132,11 +132,12 @@ def repeated(names: Iterable[str]) -> list[str]:
 
 
 S = TypeVar("S", bound=JobSpecification)
+M = TypeVar("M", bound=BaseModel)
 
 
 def validate(
-    kind: type[S], values: dict[str, Any], origin: str, places: Mapping[tuple[str | int, ...], str] | None = None
-) -> S:
+    kind: type[M], values: dict[str, Any], origin: str, places: Mapping[tuple[str | int, ...], str] | None = None
+) -> M:
     """Check plain values against a specification. Raises SpecificationError, one line for each wrong field.
 
     `places`: where in `origin` a field was given (its keys and indices from the top -> `line 3`).

@@ -1,4 +1,4 @@
-"""JSON schemas of the jobs' specifications and of the serving settings, for editors: `jobs/recipes/schema/JOB.json`."""
+"""JSON schemas of the jobs' specifications, of serving and of studies, for editors: `jobs/recipes/schema/JOB.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def files() -> dict[str, str]:
     """File below FOLDER -> its text."""
-    return {f"{name}.json": _text(schema(name)) for name in (*house.JOBS, "serve")}
+    return {f"{name}.json": _text(schema(name)) for name in (*house.JOBS, "serve", "study")}
 
 
 def schema(job: str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def schema(job: str) -> dict[str, Any]:
     for name, inner in found.get("$defs", {}).items():
         if name == house.ModelConfig.__name__:
             _allow_presets(inner)
-    if job != "serve":  # a file says which job it is for, whatever the default
+    if job in house.JOBS:  # a file says which job it is for, whatever the default
         found["required"] = ["job", *(name for name in found.get("required", []) if name != "job")]
     return {"$schema": DIALECT, **found}
 

@@ -1,4 +1,4 @@
-"""Pages of the jobs' specifications and of the settings of `calumma serve`: every field of every section."""
+"""Pages of the jobs' specifications, the settings of `calumma serve`, and studies: every field of every section."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def pages() -> dict[str, str]:
         found[f"jobs/{name}.md"] = _page(f"Job `{name}`", job, own, shared, f"{SHARED}.md")
     found[f"jobs/{SHARED}.md"] = _shared(shared)
     found["serve.md"] = _serving(shared)
+    found["study.md"] = _study(shared)
     return found
 
 
@@ -79,6 +80,17 @@ def _serving(shared: list[type[BaseModel]]) -> str:
     told = (
         "Fields of the YAML file that `calumma serve start --config FILE` takes; options of the command win over it.\n"
         "The JSON schema is `jobs/recipes/schema/serve.json`."
+    )
+    return text.replace("\n\n", f"\n\n{told}\n\n", 1)
+
+
+def _study(shared: list[type[BaseModel]]) -> str:
+    study = house.StudySpecification
+    own = [model for model in all_models(study)[1:] if model not in shared]
+    text = _page("Studies", study, own, shared, f"jobs/{SHARED}.md")
+    told = (
+        "Fields of the YAML file that `calumma study create SPECIFICATION` takes. The JSON schema is\n"
+        "`jobs/recipes/schema/study.json`."
     )
     return text.replace("\n\n", f"\n\n{told}\n\n", 1)
 

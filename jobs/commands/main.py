@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from calumma.jobs.commands import data, exchange, job, serve
+from calumma.jobs.commands import data, exchange, job, serve, study
 from calumma.jobs.commands.chat import chat
 from calumma.jobs.commands.doctor import doctor
 from calumma.jobs.commands.quickstart import quickstart
@@ -19,6 +19,7 @@ app.command("quickstart")(quickstart)
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
 app.add_typer(serve.app, name="serve")
+app.add_typer(study.app, name="study")
 app.add_typer(exchange.import_app, name="import")
 app.add_typer(exchange.extend_app, name="extend")
 app.add_typer(exchange.export_app, name="export")

@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from calumma.platform.specification import S, SpecificationError, validate
+from calumma.platform.specification import M, SpecificationError, validate
 
 FieldPath = tuple[str | int, ...]  # keys and indices from the top of a file
 
 
-def read_specification(kind: type[S], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> S:
+def read_specification(kind: type[M], file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> M:
     """A specification from a YAML file and `a.b=value` overrides (values are YAML). Raises SpecificationError."""
     path = Path(file)
     try:

@@ -53,6 +53,21 @@ def to_parquet(documents: Sequence[Document]) -> bytes:
     return buffer.getvalue()
 
 
+def from_parquet(data: bytes, name: str) -> list[Document]:
+    """The inverse of `to_parquet`, for shards that are small. `name`: of the file, in messages. Raises ShardError.
+
+    Arrow reads memory of its own here. Of a Python file it keeps threads reading, and one that still lets go of it
+    while the interpreter ends takes the process with it ("terminate called without an active exception")."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
+        return [Document.from_row(row) for row in table.to_pylist()]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(name, error) from error
+
+
 def _row_groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
     """Runs of documents. A few where there are images, which are held that many at a time both here and where the
     shard is read; more of texts, of which small row groups would take longer to read than to tokenize."""

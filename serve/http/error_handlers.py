@@ -16,7 +16,9 @@ from calumma.serve.http.wire.errors import APIError, describe_errors
 log = logging.getLogger(__name__)
 
 
-def add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI, there: str = "the API is below /v1, the playground at /") -> None:
+    """there: what a client is told that asks for something else."""
+
     @app.exception_handler(APIError)
     async def api_error(request: Request, error: APIError) -> Response:
         return error_response(error)
@@ -28,7 +30,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         messages = {
-            404: f"there is nothing at {request.url.path}; the API is below /v1, the playground at /",
+            404: f"there is nothing at {request.url.path}; {there}",
             405: f"{request.url.path} does not take {request.method}",
         }
         code = TOO_LARGE if error.status_code == 413 else None

@@ -91,6 +91,8 @@ def test_every_yaml_is_a_specification_or_part_of_one(block: Block) -> None:
             house.validate(house.JOBS[values["job"]], values, block.place)
     elif "job" in values:
         house.validate(house.JOBS[values["job"]], values, block.place)
+    elif "systems" in values:
+        house.StudySpecification.model_validate(values)
     else:
         house.ServeSettings.model_validate(values)
     assert block.title or block.part, f"{block.place}: give it a title, or say what it is part of"
@@ -114,7 +116,7 @@ def test_requests_hold_json(block: Block) -> None:
 
 
 def test_every_language_is_known() -> None:
-    assert {block.language for block in BLOCKS} <= {"sh", "python", "yaml", "text"}
+    assert {block.language for block in BLOCKS} <= {"sh", "python", "yaml", "json", "text"}
 
 
 def test_every_guide_is_followed_by_the_check() -> None:

@@ -15,7 +15,7 @@ from docs.reference import commands, environment, fields, http, metrics, schemas
 
 ROOT = house.ROOT
 RECIPES = sorted(file for file in (ROOT / "jobs/recipes").rglob("*.yaml") if file.name != "fast.yaml")
-MODELS = [*house.JOBS.values(), house.ServeSettings]
+MODELS = [*house.JOBS.values(), house.ServeSettings, house.StudySpecification]
 
 
 # -- schemas, which editors read and which are committed

@@ -7,23 +7,48 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from calumma.serve.http.wire.errors import APIError
-from calumma.serve.settings import ServeSettings, is_loopback
+from calumma.serve.settings import is_loopback
 
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+(%[\w.-]+)?\]|[a-z0-9._-]+)(?P<port>:\d{0,5})?$")
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded", "text/plain")  # what HTML forms can send
 FORM_METHODS = ("POST",)
 
 
+class HostRules(Protocol):
+    """What is checked, as a server's settings say it."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]: ...
+    @property
+    def allowed_origins(self) -> tuple[str, ...]: ...
+    @property
+    def keys_needed(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """Those rules by themselves. `host`: where the server listens."""
+
+    host: str = "127.0.0.1"
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    keys_needed: bool = False
+
+
 class HostCheck:
     """Names of this machine, the address itself that a client reached, and those of the settings are answered; where
     the server can be reached from elsewhere and its settings name none, all are."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: HostRules) -> None:
         named = tuple(name.lower() for name in settings.allowed_hosts)
         self._every = "*" in named or (not named and not is_loopback(settings.host))
         self._names = {name.strip("[]") for name in named if not name.startswith("*.")}

@@ -10,18 +10,23 @@ from pathlib import Path
 PAGE = Path(__file__).with_name("playground.html").read_text(encoding="utf-8")
 
 
-def _hashes(tag: str) -> str:
-    """The contents of the page's elements of one kind, as a Content-Security-Policy names them."""
-    inner = re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
+def _hashes(page: str, tag: str) -> str:
+    """The contents of a page's elements of one kind, as a Content-Security-Policy names them."""
+    inner = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inner)
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
-# The page loads nothing from elsewhere and runs no script but its own; pictures are data URLs.
-PAGE_HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; script-src {_hashes('script')}; style-src {_hashes('style')}; "
-    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-cache",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
+def page_headers(page: str) -> dict[str, str]:
+    """The page loads nothing from elsewhere and runs no script but its own; pictures are data URLs."""
+    return {
+        "Content-Security-Policy": f"default-src 'none'; script-src {_hashes(page, 'script')}; style-src "
+        f"{_hashes(page, 'style')}; img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'",
+        "Cache-Control": "no-cache",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+
+PAGE_HEADERS = page_headers(PAGE)

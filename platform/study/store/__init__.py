@@ -1,0 +1,1 @@
+"""Judgements and dialogues in a database: SQLite, or PostgreSQL by its URL."""
