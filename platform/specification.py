@@ -73,6 +73,9 @@ class Resources(Section):
     )
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs, or a fraction")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs; training takes whole ones")
+    accelerator: str | None = Field(
+        None, description="kind of GPU that training's workers take, by Ray's name for it, say H100; none: any"
+    )
     recovery: Recovery = Recovery()
     keep: Retention = Retention()
 

@@ -7,6 +7,7 @@ import typer
 from calumma.jobs.commands import data, exchange, job, serve, study
 from calumma.jobs.commands.chat import chat
 from calumma.jobs.commands.doctor import doctor
+from calumma.jobs.commands.plan import EPILOG, plan
 from calumma.jobs.commands.quickstart import quickstart
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quickstart")(quickstart)
+app.command("plan", epilog=EPILOG)(plan)
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
 app.add_typer(serve.app, name="serve")

@@ -84,10 +84,9 @@ class RowGroup:
     mask: np.ndarray  # bool [B, T+1], true where the token is trained
     segments: np.ndarray  # int32 [B, T+1], -1 for padding
 
-    @classmethod
-    def empty(cls, context: int | None) -> RowGroup:
-        none = np.zeros((0, (context or 0) + 1), np.int32)
-        return cls(none, none.astype(bool), none)
+    def rows(self, begin: int, end: int) -> RowGroup:
+        """Some of its sequences, in the same memory."""
+        return RowGroup(self.tokens[begin:end], self.mask[begin:end], self.segments[begin:end])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Which micro-batches make up training step n: a pure function of seed, mixture and manifests.
 
-A step consumes M micro-batches however many workers there are; worker r of W takes number r, r+W, ... of them. Nothing
-but the step number is needed to go on, and looking any step up costs the same time and memory: O(1) in n and in the
-number of micro-batches. Steps are looked up many at a time, as numpy columns.
+A step consumes M micro-batches however many workers there are; their sequences, in order, are what workers divide
+(division.py). Nothing but the step number is needed to go on, and looking any step up costs the same time and memory:
+O(1) in n and in the number of micro-batches. Steps are looked up many at a time, as numpy columns.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from calumma.platform.shards.row_groups import MicroBatch, context_of
 from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.streaming.division import Division
 
 # Weights are kept exact while their common period is no longer than this; beyond it they are rounded to 1/65536.
 MAX_PERIOD = 1 << 16
@@ -48,6 +49,26 @@ class MicroBatchColumns(NamedTuple):
     sequences: Integers
 
 
+class Piece(NamedTuple):
+    """Neighbouring sequences of a micro-batch: its rows from `begin` to `end - 1`."""
+
+    micro_batch: MicroBatch
+    begin: int
+    end: int
+
+
+class Share(NamedTuple):
+    """What one worker takes of a step."""
+
+    step: int
+    first: int
+    """The number of its first sequence in the global batch."""
+    passes: list[int]
+    """Sequences of each forward pass, as many passes for every worker; empty ones have none."""
+    pieces: list[Piece]
+    """Where they are, in order."""
+
+
 class Plan:
     """The order of all training data.
 
@@ -59,9 +80,16 @@ class Plan:
     """
 
     def __init__(
-        self, seed: int, mixture: Mapping[str, float], manifests: Mapping[str, Manifest], micro_batches: int
+        self,
+        seed: int,
+        mixture: Mapping[str, float],
+        manifests: Mapping[str, Manifest],
+        micro_batches: int,
+        rows: int | None = None,
+        whole: bool = False,
     ) -> None:
-        """`mixture` and `manifests` are keyed by the URI of a directory of token shards. Raises PlanError."""
+        """`mixture` and `manifests` are keyed by the URI of a directory of token shards; `rows` of a forward pass
+        (none: as the largest micro-batch) and `whole` are of the Division. Raises PlanError."""
         if micro_batches < 1:
             raise PlanError(f"a step needs at least one micro-batch, asked for {micro_batches}")
         if not mixture:
@@ -94,6 +122,8 @@ class Plan:
             (places,) = np.nonzero(self.choice == number)
             self._ordinal[places] = np.arange(len(places))
         self._last: tuple[int, list[MicroBatch]] = (0, [])  # what was looked up last, from which step on
+        largest = self.most_sequences
+        self.division = Division(micro_batches * largest, rows or largest, whole)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -123,28 +153,32 @@ class Plan:
             self._last = first, batches
         return batches[(n - first) * m : (n - first + 1) * m]
 
-    def share(self, first: int, last: int, rank: int, world: int) -> list[tuple[int, MicroBatch | None]]:
-        """(step, micro-batch) that one of `world` workers takes of steps first .. last - 1, in order: as many a step
-        for every worker, None for an empty micro-batch."""
+    def shares(self, first: int, last: int, rank: int, world: int) -> list[Share]:
+        """What one of `world` workers takes of steps first .. last - 1, a share a step."""
         if not 0 <= rank < world:
             raise PlanError(f"there is no worker {rank} among {world}")
-        if first < 0:
-            raise PlanError(f"steps and micro-batches are counted from 0, asked for number {first}")
-        slots = np.arange(rank, self.slots(world) * world, world)
-        numbers = np.arange(first, last, dtype=np.int64)[:, None] * self.micro_batches + slots
-        held = np.broadcast_to(slots < self.micro_batches, numbers.shape)
-        batches = iter(self.to_micro_batches(self._columns(numbers[held])))
-        steps = np.broadcast_to(np.arange(first, last)[:, None], numbers.shape)
-        pairs = zip(steps.ravel().tolist(), held.ravel().tolist(), strict=True)
-        return [(n, next(batches) if full else None) for n, full in pairs]
-
-    def worker(self, n: int, rank: int, world: int) -> list[MicroBatch | None]:
-        """What one of `world` workers takes of step n."""
-        return [micro_batch for _, micro_batch in self.share(n, n + 1, rank, world)]
-
-    def slots(self, world: int) -> int:
-        """Micro-batches, full or empty, that each of `world` workers takes a step."""
-        return -(-self.micro_batches // world)
+        columns = self.steps(first, last)
+        ends = np.cumsum(columns.sequences, axis=1)  # [steps, M]
+        bounds = np.array([self.division.bounds(int(total), rank, world) for total in ends[:, -1]], np.int64)
+        begin, end = bounds.reshape(-1, 2).T[:, :, None]
+        begins = ends - columns.sequences
+        held = (begins < end) & (ends > begin)
+        pieces = [
+            Piece(*piece)
+            for piece in zip(
+                self.to_micro_batches(MicroBatchColumns(*(column[held] for column in columns))),
+                (np.maximum(begin, begins) - begins)[held].tolist(),
+                (np.minimum(end, ends) - begins)[held].tolist(),
+                strict=True,
+            )
+        ]
+        shares, taken = [], 0
+        for number, count in enumerate(held.sum(axis=1).tolist()):
+            a, b = bounds[number].tolist()
+            rows = self.division.pass_rows(a, b, world)
+            shares.append(Share(first + number, a, rows, pieces[taken : taken + count]))
+            taken += count
+        return shares
 
     def to_micro_batches(self, columns: MicroBatchColumns) -> list[MicroBatch]:
         """The micro-batches of some columns, in order."""

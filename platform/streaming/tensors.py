@@ -8,42 +8,34 @@ https://docs.ray.io/en/latest/train/user-guides/data-loading-preprocessing.html
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray.train import DataConfig
 
-from calumma.platform import storage
 from calumma.platform.shards.cache import ShardCache
-from calumma.platform.shards.row_groups import MicroBatch, RowGroup, RowGroupReader, ShardError
+from calumma.platform.shards.row_groups import RowGroupReader, ShardError
 from calumma.platform.storage.manifest import Manifest
+from calumma.platform.streaming.blocks import BLOCK_BYTES, step_bytes
+from calumma.platform.streaming.datasource import layout
 from calumma.platform.streaming.plan import Plan
 
 if TYPE_CHECKING:
     import pyarrow
     import torch
+    from ray import ObjectRef
     from ray.data import DataIterator, Dataset
 
 logger = logging.getLogger(__name__)
-_BLOCK_BYTES = (
-    16 << 20
-)  # bytes that travel together: the object store has a price a block, and the first step waits for one
 _BLOCKS_PER_TASK = 64  # blocks, about, that one reading task delivers one after the other
-_MOST_TASKS = 1024  # at most, of a worker's dataset: laying them out takes the driver's time at each start
-_THREADS = 8  # row groups a task reads at once: object storage answers slowly, but many at a time
-_LOCAL_THREADS = 3  # of a local disk: reading is decoding, and more would only be in each other's way
-_TOKEN_BYTES = 7  # bytes of a token in a block: the token, its mask, and the number of its document
-_ASSUMED_CONTEXT = 4096  # tokens a row is taken to have where no manifest says
+_MOST_TASKS = 1024  # at most, of a worker's dataset: each is an object in its worker's Ray store
 
 
 @dataclass(frozen=True)
 class MicroBatchTensors:
-    """Packed sequences of one row group, T = context. B is 0 for the empty micro-batch of a short worker."""
+    """Packed sequences of one forward pass, T = context. B is 0 for the empty micro-batch of a short worker."""
 
     tokens: torch.Tensor
     """LongTensor [B, T+1]: inputs are [:, :-1], targets [:, 1:]."""
@@ -54,8 +46,8 @@ class MicroBatchTensors:
     segments: torch.Tensor
     """LongTensor [B, T+1]: number of the document within its row, -1 for padding."""
 
-    source: str = ""
-    """Which token shards it comes from."""
+    number: int = 0
+    """Its number among the passes of the global batch, the same on any number of workers where passes are whole."""
 
 
 class PlanDataConfig(DataConfig):
@@ -76,11 +68,14 @@ class PlanDataConfig(DataConfig):
         name: str = "train",
         verify: bool = True,
         cache: ShardCache | None = None,
+        rows: int | None = None,
+        whole: bool = False,
     ) -> None:
-        """Arguments of Plan, then the steps. Whether to check what is read, and where to keep copies of shards. Raises
-        PlanError."""
+        """Arguments of Plan, the last two too, and the steps. Whether to check what is read, and where to keep copies
+        of shards. Raises PlanError."""
         super().__init__(datasets_to_split="all")  # the workers wait for each other: one plan for all of them
-        self.plan = Plan(seed, mixture, manifests, micro_batches)
+        self.plan = Plan(seed, mixture, manifests, micro_batches, rows, whole)
+        self._shared: ObjectRef[tuple[Plan, RowGroupReader]] | None = None
         self.reader = RowGroupReader(self.plan.context, verify, cache)
         self.first_step = first_step
         self.last_step = last_step
@@ -109,39 +104,35 @@ class PlanDataConfig(DataConfig):
     ) -> list[dict[str, DataIterator]]:
         """One iterator a worker, in the order of the ranks. Called by Ray Train."""
         first = self.first_step() if callable(self.first_step) else self.first_step
-        return [{self.name: self._dataset(first, rank, world_size).iterator()} for rank in range(world_size)]
+        if first >= self.last_step:
+            raise ValueError(f"there is nothing to read: the first step is {first}, the end {self.last_step}")
+        shared = self._share_plan()
+        return [{self.name: self._dataset(shared, first, rank, world_size).iterator()} for rank in range(world_size)]
 
-    def _dataset(self, first: int, rank: int, world: int) -> Dataset:
+    def _share_plan(self) -> ObjectRef[tuple[Plan, RowGroupReader]]:
+        """The plan as one object of the cluster: nodes fetch it once, and its arrays are read where they lie."""
         import ray
 
-        # Items are ranges of steps, and the tasks look up their micro-batches: to lay out every micro-batch of a long
-        # run here would take minutes and gigabytes at each start.
+        if self._shared is None:
+            self._shared = ray.put((self.plan, self.reader))
+        return self._shared
+
+    def _dataset(self, shared: ObjectRef[tuple[Plan, RowGroupReader]], first: int, rank: int, world: int) -> Dataset:
+        # Tasks are ranges of steps, and look up their micro-batches: to lay out every micro-batch of a long run here
+        # would take minutes and gigabytes at each start.
         steps = self.last_step - first
-        if steps < 1:
-            raise ValueError(f"there is nothing to read: the first step is {first}, the end {self.last_step}")
-        row_group = self.plan.most_sequences * _row_bytes(self.plan)
-        length = max(
-            1, _BLOCKS_PER_TASK * _BLOCK_BYTES // (row_group * self.plan.slots(world)), -(-steps // _MOST_TASKS)
-        )
-        starts = range(first, self.last_step, length)
-        items = [{"first": start, "last": min(start + length, self.last_step)} for start in starts]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        length = max(1, _BLOCKS_PER_TASK * BLOCK_BYTES // step_bytes(self.plan, world), -(-steps // _MOST_TASKS))
+        dataset = layout(shared, range(first, self.last_step, length), self.last_step, rank, world)
         context = dataset.context
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         # Every block that a task yields goes its way at once, of whatever size: it is one row, and not cut further.
         context.target_max_block_size = 1
-        return dataset.map_batches(
-            partial(_read_blocks, plan=self.plan, reader=self.reader, rank=rank, world=world),
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            # Reading waits for storage and needs next to no processor. Asking for none, it can never wait for a
-            # cluster that is full of the very workers that wait for it.
-            num_cpus=0,
-            compute=ray.data.TaskPoolStrategy(size=1),
-        )
+        return dataset
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shared": None}  # an object belongs to the process that put it
 
 
 def micro_batches(
@@ -191,159 +182,18 @@ def _quiet_ray_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no progress bars
 
 
-def _row_bytes(plan: Plan) -> int:
-    return _TOKEN_BYTES * ((plan.context or _ASSUMED_CONTEXT) + 1)
-
-
-def _read_blocks(
-    items: pyarrow.Table, plan: Plan, reader: RowGroupReader, rank: int, world: int
-) -> Iterator[pyarrow.Table]:
-    """Ranges of steps -> blocks of their micro-batches, in order; the next block is read while one is taken."""
-    pool = ThreadPoolExecutor(_THREADS if any(map(storage.is_remote, plan.sources)) else _LOCAL_THREADS)
-    try:
-        pending: _PendingBlock | None = None
-        for share in _block_shares(items, plan, rank, world):
-            values, memory = _allocate(share, plan.context)
-            row_groups = [
-                pool.submit(_read_row_group, reader, micro_batch, arrays)
-                for (_, micro_batch), arrays in zip(share, memory, strict=True)
-            ]
-            if pending is not None:
-                yield _finished_block(pending, plan, rank, world)
-            pending = _PendingBlock(share, row_groups, values)
-        if pending is not None:
-            yield _finished_block(pending, plan, rank, world)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_Share = list[tuple[int, MicroBatch | None]]
-
-
-class _TokenArrays(NamedTuple):
-    """Of a block or a part of it: what is of each token, end to end."""
-
-    tokens: np.ndarray  # int32
-    mask: np.ndarray  # bool
-    segments: np.ndarray  # int16, or int32 where a row may have so many documents
-
-    @classmethod
-    def empty(cls, length: int, context: int | None) -> _TokenArrays:
-        # The number of a document within its row: there are no more of them than tokens.
-        small = np.int16 if (context or 1 << 15) < 1 << 15 else np.int32
-        return cls(np.empty(length, np.int32), np.empty(length, np.bool_), np.empty(length, small))
-
-    def view(self, begin: int, end: int) -> _TokenArrays:
-        return _TokenArrays(*(values[begin:end] for values in self))
-
-    def fill(self, group: RowGroup) -> RowGroup:
-        """The row group, kept here."""
-        kept = [values.reshape(group.tokens.shape) for values in self]
-        for values, found in zip(kept, (group.tokens, group.mask, group.segments), strict=True):
-            np.copyto(values, found, casting="same_kind")
-        return RowGroup(*kept)
-
-
-class _PendingBlock(NamedTuple):
-    """A block that is being read."""
-
-    share: _Share
-    row_groups: list[Future[RowGroup | str]]
-    values: _TokenArrays | None
-    """Those of the row groups, where it is known beforehand how long they are."""
-
-
-def _allocate(share: _Share, context: int | None) -> tuple[_TokenArrays | None, Sequence[_TokenArrays | None]]:
-    """Memory for the values of a block, and in it the place of each micro-batch; none if rows are of unknown length."""
-    if context is None:
-        return None, [None] * len(share)
-    lengths = [micro_batch.sequences * (context + 1) if micro_batch else 0 for _, micro_batch in share]
-    ends = list(accumulate(lengths))
-    values = _TokenArrays.empty(ends[-1], context)
-    return values, [values.view(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-
-
-def _block_shares(items: pyarrow.Table, plan: Plan, rank: int, world: int) -> Iterator[_Share]:
-    """What goes into one block each: first a step, so that training can begin, then twice as much up to the limit."""
-    size, waiting = plan.slots(world), _Share()
-    most = max(1, _BLOCK_BYTES // (plan.most_sequences * _row_bytes(plan)))
-    for item in items.to_pylist():
-        planned = max(1, 1024 // plan.slots(world))
-        for first in range(item["first"], item["last"], planned):
-            waiting += plan.share(first, min(first + planned, item["last"]), rank, world)
-            while len(waiting) >= size:
-                yield waiting[:size]
-                waiting = waiting[size:]
-                size = min(2 * size, most)
-    if waiting:
-        yield waiting
-
-
-def _read_row_group(
-    reader: RowGroupReader, micro_batch: MicroBatch | None, arrays: _TokenArrays | None
-) -> RowGroup | str:
-    """A row group, an empty one for None, or the error: handed on as data it reaches the worker that needs the row
-    group, in its turn and in plain words, where an exception in a task would arrive as a page of Ray's frames.
-
-    Copied to its place at once, where that is known: what was just decoded is still in the processor's cache."""
-    if micro_batch is None:
-        return RowGroup.empty(reader.context)
-    try:
-        group = reader.read(micro_batch)
-        return group if arrays is None else arrays.fill(group)
-    except (ShardError, storage.StorageError) as error:
-        return str(error)
-
-
-def _finished_block(pending: _PendingBlock, plan: Plan, rank: int, world: int) -> pyarrow.Table:
-    """One row: lists of the micro-batches' properties, and their values end to end, up to an error if there is one."""
-    import pyarrow as pa
-
-    steps, sources, groups, error = list[int](), list[str](), list[RowGroup](), ""
-    for (step, micro_batch), future in zip(pending.share, pending.row_groups, strict=True):
-        row_group = future.result()
-        if isinstance(row_group, str):
-            error = row_group
-            break
-        steps.append(step)
-        sources.append(micro_batch.source if micro_batch else "")
-        groups.append(row_group)
-    ends = list(accumulate((group.tokens.size for group in groups), initial=0))
-    if (values := pending.values) is None:
-        values = _TokenArrays.empty(ends[-1], plan.context)
-        for group, begin, end in zip(groups, ends, ends[1:], strict=False):
-            values.view(begin, end).fill(group)
-
-    def listed(joined: np.ndarray) -> pa.Array:
-        return pa.LargeListArray.from_arrays(pa.array([0, ends[-1]], pa.int64()), pa.array(joined[: ends[-1]]))
-
-    return pa.table(
-        {
-            "rank": [rank],
-            "world": [world],
-            "error": [error],
-            "steps": pa.array([steps], pa.list_(pa.int64())),
-            "sources": pa.array([sources], pa.list_(pa.string())),
-            "sequences": pa.array([[len(group.tokens) for group in groups]], pa.list_(pa.int64())),
-            "lengths": pa.array([[group.tokens.shape[1] for group in groups]], pa.list_(pa.int64())),
-            "tokens": listed(values.tokens),
-            "mask": listed(values.mask.view(np.uint8)),
-            "segments": listed(values.segments),
-        }
-    )
-
-
 @dataclass(frozen=True)
 class _BlockRow:
-    """A row that `_finished_block` made; the values share its memory."""
+    """A row that `blocks.py` made; the values share its memory."""
 
     rank: int
     world: int
     error: str
+    length: int
+    rows: int
     steps: list[int]
-    sources: list[str]
-    sequences: list[int]
-    lengths: list[int]
+    firsts: list[int]
+    passes: list[list[int]]
     tokens: np.ndarray
     mask: np.ndarray
     segments: np.ndarray
@@ -365,16 +215,15 @@ class _BlockRow:
             np.copyto(tensor.numpy(), values.reshape(shape), casting="unsafe")
             return tensor
 
-        begin = 0
-        for step, source, *shape in zip(self.steps, self.sources, self.sequences, self.lengths, strict=True):
-            rows, length = shape
-            within = slice(begin, begin := begin + rows * length)
-            yield (
-                step,
-                MicroBatchTensors(
+        begin, length = 0, self.length
+        for step, first, passes in zip(self.steps, self.firsts, self.passes, strict=True):
+            for rows in passes:
+                within = slice(begin, begin := begin + rows * length)
+                tensors = MicroBatchTensors(
                     tokens=copied(self.tokens[within], (rows, length), torch.long),
                     mask=copied(self.mask[within], (rows, length), torch.bool),
                     segments=copied(self.segments[within], (rows, length), torch.long),
-                    source=source,
-                ),
-            )
+                    number=first // self.rows,
+                )
+                yield step, tensors
+                first += rows

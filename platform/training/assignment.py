@@ -8,6 +8,7 @@ from calumma.model.config import ModelConfig
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.storage.manifest import Manifest
+from calumma.platform.streaming.division import Division
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.specification import ImageTokenizerSpecification, TrainSpecification
 
@@ -57,6 +58,8 @@ class Assignment:
     """Checkpoint of this stage."""
     epochs_a_step: dict[str, float] = field(default_factory=dict)
     """Source -> the part of it that a step passes through."""
+    division: Division | None = None
+    """How workers divide a global batch; none before the order of the data is known: a pass a micro-batch then."""
 
     @property
     def start_checkpoint(self) -> Checkpoint | None:

@@ -94,7 +94,8 @@ def start_engine(assignment: Assignment, worker: Worker) -> DeepSpeedEngine:
     """The engine of this worker, with the weights of the checkpoint to start from, of `initial`, or of the seed."""
     spec, start = assignment.spec, assignment.start_checkpoint
     described = build.describe(assignment.config, spec, assignment.vocabulary)
-    run = build.initialize(described, spec, worker.world, worker.device)
+    passes = assignment.division.passes(worker.world) if assignment.division else None
+    run = build.initialize(described, spec, worker.world, worker.device, passes)
     source = described.source(assignment.config, _base(assignment), worker.device)
     build.fill(run, source, trained=start is None)
     if start is not None:
@@ -180,7 +181,7 @@ class _Stage:
         reports = done % spec.log_every == 0 or last or step == assignment.first_step
         with self.clock("compute"):
             counts = engine.count_tokens(group, self.image_mask_V, self.engine.device)
-            seeds = (spec.seed, assignment.offset + step, self.worker.rank) if assignment.config.dropout else None
+            seeds = (spec.seed, assignment.offset + step) if assignment.config.dropout else None
             judged: list[tuple[float | None, faults.Cause | None]] = []
 
             def accept(sums_3: torch.Tensor) -> bool:

@@ -172,6 +172,12 @@ class TrainSpecification(MixtureSpecification):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="what workers divide: 1 the optimizer, 2 gradients too, 3 weights too"
     )
+    rows_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="sequences of a forward pass, at most: what a GPU has memory for; workers divide a global batch by "
+        "sequences, or with dropout by whole passes. null: as many as were tokenized together",
+    )
     checkpoint_activations: bool = Field(
         False, description="keep only each block's input and compute the rest again: slower, far less memory"
     )

@@ -59,6 +59,8 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
             spec.steps,
             verify=reader.verify,
             cache=reader.cache,
+            rows=spec.rows_per_pass,
+            whole=assignment.config.dropout > 0,  # what is dropped belongs to a pass
         )
     except PlanError as error:
         raise SpecificationError(f"mixture: {error}") from error
@@ -68,7 +70,8 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
             f"{assignment.config.context}: tokenize with a smaller `context`, or enlarge `model.context`"
         )
     epochs = mixture.check_epochs(spec, data.plan)
-    assignment = replace(assignment, epochs_a_step={uri: count / spec.steps for uri, count in epochs.items()})
+    passed = {uri: count / spec.steps for uri, count in epochs.items()}
+    assignment = replace(assignment, epochs_a_step=passed, division=data.plan.division)
     _clear_output(assignment)
     data.first_step = FirstStep(assignment.output, spec, assignment.inputs)  # asked by each group that starts
     finished = assignment.first_step >= spec.steps  # only what follows training is missing

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _FREE_TO_CHANGE = {
     "tracking", "resources", "run_name", "steps", "checkpoint_every", "log_every", "held_out", "samples",
     "register_as", "alias", "checkpoint_activations", "compile", "data", "max_epochs", "zero_stage", "offload",
-    "held_out_every", "samples_every",
+    "held_out_every", "samples_every", "rows_per_pass",
 }  # fmt: skip
 
 

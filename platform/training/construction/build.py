@@ -73,14 +73,17 @@ def describe(config: ModelConfig, spec: TrainSpecification, vocabulary: Vocabula
     return Described(model, drawn, parameters.added_rows(model, vocabulary))
 
 
-def initialize(described: Described, spec: TrainSpecification, world: int, device: torch.device) -> DeepSpeedEngine:
-    """The engine of a described model. Its weights are not settled yet: `fill`, or load a checkpoint."""
+def initialize(
+    described: Described, spec: TrainSpecification, world: int, device: torch.device, passes: int | None = None
+) -> DeepSpeedEngine:
+    """The engine of a described model. Its weights are not settled yet: `fill`, or load a checkpoint. `passes` as in
+    `deepspeed_config`."""
     model = described.model.checkpoint_activations(spec.checkpoint_activations)
     configuration = engines.deepspeed_config(spec, world, sum(p.numel() for p in model.parameters()))
     materialize(model, spec, device, configuration)
     if spec.compile:
         model.compile_blocks()
-    return engines.initialize(model, spec, world)
+    return engines.initialize(model, spec, world, passes)
 
 
 def materialize(

@@ -91,6 +91,7 @@ def fit(
                 num_workers=workers,
                 use_gpu=resources.gpus_per_worker > 0,
                 resources_per_worker=per_worker,
+                accelerator_type=resources.accelerator,
                 **resizing,
             ),
             run_config=RunConfig(

@@ -43,6 +43,9 @@ class Batch(Protocol):
     @property
     def segments(self) -> Tensor: ...  # LongTensor [B, T+1]
 
+    @property
+    def number(self) -> int: ...  # its number among those of the global batch
+
 
 class Counts(NamedTuple):
     """Trained text and image tokens, and all tokens but padding, of a global batch."""
@@ -68,10 +71,13 @@ _OWN_FIELDS = {
 }
 
 
-def deepspeed_config(spec: TrainSpecification, world: int, parameters: int) -> dict[str, Any]:
+def deepspeed_config(
+    spec: TrainSpecification, world: int, parameters: int, passes: int | None = None
+) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` workers and a model of so many parameters; `spec.deepspeed` has the last
-    word. https://www.deepspeed.ai/docs/config-json/"""
-    accumulation = micro_batches_a_worker(spec, world)
+    word. `passes`: forward passes of each worker a step; none: a pass a micro-batch.
+    https://www.deepspeed.ai/docs/config-json/"""
+    accumulation = passes or micro_batches_a_worker(spec, world)
     bfloat16 = spec.precision == "bfloat16"
     bucket = min(_BUCKET_ELEMENTS, max(parameters, 1))
     zero: dict[str, Any] = {
@@ -85,7 +91,7 @@ def deepspeed_config(spec: TrainSpecification, world: int, parameters: int) -> d
             if device == "nvme":
                 zero[name]["nvme_path"] = spec.offload.nvme_path
     configuration: dict[str, Any] = {
-        # DeepSpeed only multiplies these: what a micro-batch holds is the shards' business
+        # DeepSpeed only multiplies these: what a pass holds is the plan's business
         "train_batch_size": accumulation * world,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
@@ -195,15 +201,16 @@ def _use_gloo() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def initialize(model: Transformer, spec: TrainSpecification, world: int) -> DeepSpeedEngine:
-    """The model under DeepSpeed's ZeRO, with torch's AdamW. torch.distributed must be up."""
+def initialize(model: Transformer, spec: TrainSpecification, world: int, passes: int | None = None) -> DeepSpeedEngine:
+    """The model under DeepSpeed's ZeRO, with torch's AdamW; `passes` as in `deepspeed_config`. torch.distributed must
+    be up."""
     import deepspeed
 
     _use_gloo()
     if "nvme" in (spec.offload.optimizer, spec.offload.weights):
         _require_nvme(spec)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    configuration = deepspeed_config(spec, world, parameters)
+    configuration = deepspeed_config(spec, world, parameters, passes)
     optimizer = None if "optimizer" in configuration else _adamw(model, spec)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration, dist_init_required=False)
     engine.module.rebuild_rope(engine.device)  # DeepSpeed has rounded it to bfloat16 with the weights
@@ -229,15 +236,15 @@ def step(
     image_mask_V: Tensor,
     z_loss: float,
     world: int,
-    dropout: tuple[int, int, int] | None = None,
+    dropout: tuple[int, int] | None = None,
     measure: bool = False,
     accept: Callable[[Tensor], bool] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward, backward and one optimizer step over this worker's micro-batches of a global batch.
 
     The loss is the sum over all workers' trained tokens divided by their global count, so any number of workers takes
-    the same step. `dropout`, (seed, step, rank), makes that true of dropped activations too: each micro-batch is seeded
-    by its number in the global batch. `accept` is given the sums over all workers before the weights move; when it
+    the same step. `dropout`, (seed, step), makes that true of dropped activations too: each micro-batch is seeded by
+    its number in the global batch. `accept` is given the sums over all workers before the weights move; when it
     returns False, weights and optimizer stay as they are. They do so as well when the gradient is not finite.
     Returns this worker's float64 Tensor [3]: summed text and image losses (nats) and log(Z)^2; and, with `measure`, the
     stability instruments of its first micro-batch (model/ops/stability.py).
@@ -248,8 +255,7 @@ def step(
     normalizer = max(counts.trained, 1.0) / world
     for turn, batch in enumerate(group):
         if dropout is not None:
-            seed, number, rank = dropout
-            torch.manual_seed(hash((seed, number, turn * world + rank)) % 2**63)
+            torch.manual_seed(hash((*dropout, batch.number)) % 2**63)
         loss = losses(engine, batch, image_mask_V, z_loss=z_loss, normalizer=normalizer, measure=measure and turn == 0)
         # A copy: handed the forward pass's own result, DeepSpeed divides the gradient by the number of micro-batches
         # after all, without ZeRO and at stage 1 in bfloat16 (0.19.8: where it does not scale the loss itself, its hooks

@@ -23,6 +23,8 @@ class HeldOutBatch:
     tokens: Tensor
     mask: Tensor
     segments: Tensor
+    number: int = 0
+    """Its number in a global batch, where it is trained on."""
 
 
 def measure(

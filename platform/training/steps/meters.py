@@ -13,26 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from calumma.model.devices import find_gpu
 from calumma.model.transformer import Transformer
 from calumma.platform.training.steps import engine, held_out
 
-# Dense FLOP/s of matrix products by device name, from the makers' data sheets: in bfloat16, and in float32 as PyTorch
-# computes it by default, without TF32. The first name that is part of the device's decides.
-PEAKS: dict[str, tuple[float, float]] = {
-    "B200": (2250e12, 75e12),
-    "H200": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "A10G": (70e12, 35e12),
-    "A10": (125e12, 31.2e12),
-    "L40S": (362e12, 91.6e12),
-    "L4": (121e12, 30.3e12),
-    "RTX 4090": (165e12, 82.6e12),
-    "RTX 3090": (71e12, 35.6e12),
-    "MI300X": (1307e12, 163e12),
-}
 _PROBE_SIZE = 1024  # rows of the square matrices that measure a device without an entry
 _PROBE_PRODUCTS, _PROBE_SECONDS = 5, 2.0  # products, or as many as there is time for
 ACTIVITIES = ("data", "compute", "checkpoint", "evaluation")
@@ -42,10 +26,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that a device can reach: its data sheet's, or the fastest of a few matrix products, on the threads that
     this process has."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, (half, single) in PEAKS.items():
-            if known in name:
-                return half if dtype == torch.bfloat16 else single
+        found = find_gpu(torch.cuda.get_device_name(device))
+        if found is not None:
+            return found[1].bfloat16 if dtype == torch.bfloat16 else found[1].float32
     turns = _PROBE_PRODUCTS
     square = torch.randn(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype, device=device, generator=torch.Generator(device))
     best, over = math.inf, time.monotonic() + _PROBE_SECONDS

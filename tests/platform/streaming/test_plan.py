@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import tracemalloc
 from collections import Counter
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from calumma.platform.shards.row_groups import MicroBatch, all_micro_batches
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.streaming.plan import MAX_PERIOD, ROUNDS, Plan, PlanError, permuted
+from calumma.platform.streaming.plan import MAX_PERIOD, ROUNDS, Plan, PlanError, Share, permuted
 
 weights = st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.65, 1.0, 2.0, 3.0, 7.5])
 seeds = st.integers(0, 2**64)
@@ -41,7 +42,8 @@ def plans(draw: st.DrawFn) -> Plan:
     names = [f"s3://b/{name}" for name in "cab"[: draw(st.integers(1, 3))]]
     manifests = {name: token_shards(name, draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))) for name in names}
     mixture = {name: draw(weights) for name in names}
-    return Plan(draw(seeds), mixture, manifests, draw(st.integers(1, 7)))
+    rows = draw(st.one_of(st.none(), st.integers(1, 5)))
+    return Plan(draw(seeds), mixture, manifests, draw(st.integers(1, 7)), rows, draw(st.booleans()))
 
 
 def all_of(manifest: Manifest, uri: str) -> list[tuple[str, int]]:
@@ -54,15 +56,56 @@ def first_micro_batches(plan: Plan, start: int, count: int) -> list[MicroBatch]:
     return plan.to_micro_batches(plan.steps(start // m, (start + count) // m + 1))[start % m :][:count]
 
 
+Row = tuple[MicroBatch, int]  # a sequence: a micro-batch, and which of its rows
+
+
+def rows_of(plan: Plan, step: int) -> list[Row]:
+    """All sequences of a step, in order."""
+    return [(found, row) for found in plan.step(step) for row in range(found.sequences)]
+
+
+def taken(share: Share) -> list[Row]:
+    return [(piece.micro_batch, row) for piece in share.pieces for row in range(piece.begin, piece.end)]
+
+
 @given(plans(), st.integers(0, 10**7), st.integers(1, 16))
 def test_the_global_batch_is_the_same_on_any_number_of_workers(plan: Plan, step: int, world: int) -> None:
-    shares = [plan.worker(step, rank, world) for rank in range(world)]
-    assert {len(share) for share in shares} == {plan.slots(world)}, "no worker takes more turns than another"
-    in_turn = [shares[rank][slot] for slot in range(plan.slots(world)) for rank in range(world)]
-    expected = plan.step(step)
-    assert len(expected) == plan.micro_batches
-    assert in_turn[: len(expected)] == expected
-    assert in_turn[len(expected) :] == [None] * (len(in_turn) - len(expected)), "only the ends are empty"
+    shares = [plan.shares(step, step + 1, rank, world)[0] for rank in range(world)]
+    expected, so_far = rows_of(plan, step), 0
+    assert len(plan.step(step)) == plan.micro_batches
+    for share in shares:
+        found = taken(share)
+        assert len(share.passes) == plan.division.passes(world), "no worker takes more passes than another"
+        assert sum(share.passes) == len(found)
+        assert max(share.passes) <= plan.division.rows
+        assert not found or share.first == so_far
+        assert found == expected[so_far : so_far + len(found)]
+        so_far += len(found)
+    assert so_far == len(expected)
+    counts = [sum(share.passes) for share in shares]
+    assert counts[0] == max(counts), "the first worker never has nothing"
+    if not plan.division.whole:
+        assert max(counts) - min(counts) <= 1
+
+
+@given(plans(), st.integers(0, 10**7), st.integers(1, 16), st.integers(1, 16))
+def test_whole_passes_are_the_same_on_any_number_of_workers(plan: Plan, step: int, one: int, other: int) -> None:
+    """Dropout is drawn by the number of a pass's first sequence: it too is then the same."""
+    whole = dataclasses.replace(plan.division, whole=True)
+    plan.division = whole
+
+    def passes(world: int) -> list[tuple[int, int]]:
+        found = []
+        for rank in range(world):
+            (share,) = plan.shares(step, step + 1, rank, world)
+            first = share.first
+            for rows in share.passes:
+                found += [(first, rows)] if rows else []
+                first += rows
+        return found
+
+    assert passes(one) == passes(other)
+    assert all(first % whole.rows == 0 for first, _ in passes(one))
 
 
 @given(
@@ -74,27 +117,25 @@ def test_no_sequence_of_resizes_and_resumptions_skips_or_repeats_anything(
     plan: Plan, start: int, runs: list[tuple[int, int, int]]
 ) -> None:
     """Each run has some workers, goes some steps on, and dies: the last few of them are in no checkpoint."""
-    trained: dict[int, Counter[MicroBatch]] = {}
+    trained: dict[int, Counter[Row]] = {}
     step = start
     for world, steps, lost in runs:
         for rank in range(world):
-            for n, micro_batch in plan.share(step, step + steps, rank, world):
-                trained.setdefault(n, Counter())
-                if n < step + steps - lost and micro_batch is not None:
-                    trained[n][micro_batch] += 1
+            for share in plan.shares(step, step + steps, rank, world):
+                trained.setdefault(share.step, Counter())
+                if share.step < step + steps - lost:
+                    trained[share.step].update(taken(share))
         step += max(steps - lost, 0)
-    undisturbed = {n: Counter(plan.step(n)) for n in range(start, step)}
+    undisturbed = {n: Counter(rows_of(plan, n)) for n in range(start, step)}
     assert {n: trained[n] for n in undisturbed} == undisturbed
 
 
 @given(plans(), st.integers(0, 10**6), st.integers(0, 5), st.integers(0, 5))
 def test_many_steps_at_once_are_those_steps(plan: Plan, first: int, before: int, after: int) -> None:
-    every = plan.to_micro_batches(plan.steps(first, first + before + after))
-    assert every == [found for n in range(first, first + before + after) for found in plan.step(n)]
-    shared = plan.share(first, first + before + after, 0, 2)
-    assert [found for _, found in shared] == [
-        f for n in range(first, first + before + after) for f in plan.worker(n, 0, 2)
-    ]
+    last = first + before + after
+    every = plan.to_micro_batches(plan.steps(first, last))
+    assert every == [found for n in range(first, last) for found in plan.step(n)]
+    assert plan.shares(first, last, 0, 2) == [s for n in range(first, last) for s in plan.shares(n, n + 1, 0, 2)]
 
 
 @given(plans(), st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 5)), max_size=8))
@@ -310,6 +351,6 @@ def test_steps_and_ranks_outside_are_refused() -> None:
     with pytest.raises(PlanError, match="from 0"):
         plan.step(-1)
     with pytest.raises(PlanError, match="from 0"):
-        plan.share(-1, 3, 0, 1)
+        plan.shares(-1, 3, 0, 1)
     with pytest.raises(PlanError, match="no worker 2 among 2"):
-        plan.worker(0, 2, 2)
+        plan.shares(0, 1, 2, 2)

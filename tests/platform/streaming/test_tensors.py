@@ -20,10 +20,12 @@ from calumma.platform.shards import tokens as token_shards
 from calumma.platform.shards.row_groups import MicroBatch, RowGroupReader
 from calumma.platform.shards.tokens import PackedRow
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.streaming import tensors
+from calumma.platform.streaming import blocks
+from calumma.platform.streaming.plan import Share
 from calumma.platform.streaming.tensors import MicroBatchTensors, PlanDataConfig, ShardError, micro_batches
 
 CONTEXT = 12
+ROWS = 3  # of a micro-batch
 
 
 def packed(random: np.random.Generator, masked: bool) -> PackedRow:
@@ -34,7 +36,7 @@ def packed(random: np.random.Generator, masked: bool) -> PackedRow:
     return PackedRow(random.integers(0, 70_000, CONTEXT + 1).astype(np.int32), mask, segments)
 
 
-def write_shards(uri: str, counts: list[int], seed: int, rows: int = 3) -> Manifest:
+def write_shards(uri: str, counts: list[int], seed: int, rows: int = ROWS) -> Manifest:
     """Shards with these numbers of row groups: random tokens, masks on every other row, padding at the ends."""
     random = np.random.default_rng(seed)
     files = []
@@ -68,25 +70,32 @@ def config(shards: dict[str, Manifest], micro_batches: int = 5, first: Any = 3, 
     return PlanDataConfig(7, weights, shards, micro_batches, first, last)
 
 
-def expected(micro_batch: MicroBatch | None) -> MicroBatchTensors:
-    """The micro-batch, read the slow and plain way."""
-    if micro_batch is None:
-        none = torch.zeros(0, CONTEXT + 1, dtype=torch.long)
-        return MicroBatchTensors(none, none.bool(), none)
-    rows = (
-        pq.ParquetFile(io.BytesIO(storage.read_bytes(micro_batch.shard)))
-        .read_row_group(micro_batch.row_group)
-        .to_pylist()
-    )
-    segments = torch.tensor([row["segments"] for row in rows])
-    masks = torch.tensor([row["loss_mask"] or [True] * (CONTEXT + 1) for row in rows])
-    tokens = torch.tensor([row["tokens"] for row in rows])
-    return MicroBatchTensors(tokens, masks & (segments != -1), segments, micro_batch.source)
+def expected(share: Share) -> list[MicroBatchTensors]:
+    """A worker's passes of a step, read the slow and plain way."""
+    rows = []
+    for micro_batch, begin, end in share.pieces:
+        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(micro_batch.shard)))
+        rows += file.read_row_group(micro_batch.row_group).to_pylist()[begin:end]
+    passes, begin = [], 0
+    for count in share.passes:
+        part = rows[begin : begin + count]
+        shape = (count, CONTEXT + 1)
+        tokens, segments = (
+            torch.tensor([row[name] for row in part]).long().view(shape) for name in ("tokens", "segments")
+        )
+        masks = torch.tensor([row["loss_mask"] or [True] * (CONTEXT + 1) for row in part]).bool().view(shape)
+        passes.append(MicroBatchTensors(tokens, masks & (segments != -1), segments, (share.first + begin) // ROWS))
+        begin += count
+    return passes
+
+
+def all_rows(group: list[MicroBatchTensors]) -> torch.Tensor:
+    return torch.cat([batch.tokens for batch in group])
 
 
 def same(a: MicroBatchTensors, b: MicroBatchTensors) -> bool:
     pairs = [(a.tokens, b.tokens), (a.mask, b.mask), (a.segments, b.segments)]
-    return a.source == b.source and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+    return a.number == b.number and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.cluster
@@ -99,11 +108,9 @@ def test_workers_read_what_the_plan_says(ray_cluster: None, shards: dict[str, Ma
         steps = list(micro_batches(shares[rank]["train"], rank, world))
         assert [step for step, _ in steps] == list(range(3, 40))
         for step, group in steps:
-            wanted = [expected(found) for found in data.plan.worker(step, rank, world)]
+            wanted = expected(*data.plan.shares(step, step + 1, rank, world))
             assert len(group) == len(wanted)
             assert all(map(same, group, wanted))
-    if world == 7:
-        assert all(group[0].tokens.shape == (0, CONTEXT + 1) for _, group in steps), "five micro-batches for seven"
 
 
 @pytest.mark.cluster
@@ -115,13 +122,13 @@ def test_a_resumed_group_of_another_size_goes_on_where_the_first_stopped(
     seen: list[tuple[int, torch.Tensor]] = []
     (share,) = data.configure({}, 1, None, None)
     for step, group in islice(micro_batches(share["train"], 0, 1), 5):
-        seen += [(step, batch.tokens) for batch in group]
+        seen.append((step, all_rows(group)))
     checkpoint["step"] = 5
     halves = [list(micro_batches(s["train"], rank, 2)) for rank, s in enumerate(data.configure({}, 2, None, None))]
     for (step, even), (other, odd) in zip(*halves, strict=True):
         assert step == other
-        seen += [(step, batch.tokens) for pair in zip(even, odd, strict=True) for batch in pair]
-    planned = [(step, expected(found).tokens) for step in range(8) for found in data.plan.step(step)]
+        seen.append((step, torch.cat([all_rows(even), all_rows(odd)])))
+    planned = [(step, all_rows(expected(*data.plan.shares(step, step + 1, 0, 1)))) for step in range(8)]
     assert [step for step, _ in seen] == [step for step, _ in planned]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, planned, strict=True))
 
@@ -166,8 +173,7 @@ class Blocks:
     """What a worker is given, without Ray between: the blocks of the reading task."""
 
     def __init__(self, data: PlanDataConfig, first: int, last: int, rank: int, world: int) -> None:
-        items = pa.table({"first": [first], "last": [last]})
-        self.blocks = list(tensors._read_blocks(items, data.plan, data.reader, rank, world))
+        self.blocks = list(blocks.read_blocks(first, last, data.plan, data.reader, rank, world))
 
     def iter_batches(self, **settings: Any) -> list[pa.Table]:
         return self.blocks
@@ -176,9 +182,9 @@ class Blocks:
 def test_shards_are_read_from_s3(s3: str) -> None:
     uri = storage.join(s3, "tokens")
     data = PlanDataConfig(1, {uri: 1.0}, {uri: write_shards(uri, [3, 2], 4)}, 3, 0, 6)
-    blocks: Any = Blocks(data, 2, 6, 0, 2)
-    for step, group in micro_batches(blocks, 0, 2):
-        assert all(map(same, group, [expected(found) for found in data.plan.worker(step, 0, 2)]))
+    read: Any = Blocks(data, 2, 6, 0, 2)
+    for step, group in micro_batches(read, 0, 2):
+        assert all(map(same, group, expected(*data.plan.shares(step, step + 1, 0, 2))))
     assert step == 5
 
 
@@ -186,18 +192,18 @@ def test_shards_are_read_from_s3(s3: str) -> None:
 def test_blocks_grow_from_one_step_to_their_limit(
     shards: dict[str, Manifest], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "_BLOCK_BYTES", limit)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", limit)
     data = config(shards, micro_batches=2)
-    blocks: Any = Blocks(data, 0, 40, 0, 1)
-    sizes = [len(table["steps"][0]) for table in blocks.blocks]
-    assert sum(sizes) == 80
-    assert sizes[0] == 2, "a step"
-    most = max(1, limit // (3 * 7 * (CONTEXT + 1)))  # micro-batches of three rows
+    read: Any = Blocks(data, 0, 40, 0, 1)
+    sizes = [len(table["steps"][0]) for table in read.blocks]
+    assert sum(sizes) == 40
+    assert sizes[0] == 1, "a step"
+    most = max(1, limit // (2 * 3 * 7 * (CONTEXT + 1)))  # steps of two micro-batches of three rows
     for before, size in pairwise(sizes[:-1]):
         assert size == min(2 * before, most)
-    steps = list(micro_batches(blocks, 0, 1))
+    steps = list(micro_batches(read, 0, 1))
     assert [step for step, _ in steps] == list(range(40))
-    assert all(len(group) == 2 for _, group in steps), "a step goes on in the next block"
+    assert all(len(group) == 2 for _, group in steps)
 
 
 def test_an_error_comes_in_its_turn(shards: dict[str, Manifest]) -> None:
@@ -206,11 +212,11 @@ def test_an_error_comes_in_its_turn(shards: dict[str, Manifest]) -> None:
     broken = planned[9].shard
     Path(broken).unlink()
     first = next(number for number, found in enumerate(planned) if found.shard == broken) // 2
-    blocks: Any = Blocks(data, 0, 20, 0, 1)
+    read: Any = Blocks(data, 0, 20, 0, 1)
     seen: list[int] = []
 
     def train() -> None:
-        for step, _ in micro_batches(blocks, 0, 1):
+        for step, _ in micro_batches(read, 0, 1):
             seen.append(step)
 
     with pytest.raises(ShardError, match=broken):
@@ -228,14 +234,14 @@ def test_shards_without_checksums_are_read_and_pointed_out(
     with caplog.at_level(logging.WARNING):
         data = config(old)
     assert [record.args for record in caplog.records] == [(uri, len(old[uri].files)) for uri in sorted(old)]
-    blocks: Any = Blocks(data, 0, 9, 0, 1)
-    read = [batch for _, group in micro_batches(blocks, 0, 1) for batch in group]
-    wanted = [expected(found) for step in range(9) for found in data.plan.step(step)]
+    stream: Any = Blocks(data, 0, 9, 0, 1)
+    read = [batch for _, group in micro_batches(stream, 0, 1) for batch in group]
+    wanted = [batch for share in data.plan.shares(0, 9, 0, 1) for batch in expected(share)]
     assert all(map(same, read, wanted))
 
 
 def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest], monkeypatch: Any) -> None:
-    monkeypatch.setattr(tensors, "_BLOCK_BYTES", 500)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     begun: list[MicroBatch] = []
 
     def read(self: RowGroupReader, micro_batch: MicroBatch) -> Any:
@@ -245,7 +251,7 @@ def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest
     original = RowGroupReader.read
     monkeypatch.setattr(RowGroupReader, "read", read)
     data = config(shards, micro_batches=1)
-    blocks = tensors._read_blocks(pa.table({"first": [0], "last": [10_000]}), data.plan, data.reader, 0, 1)
-    taken = [next(blocks) for _ in range(5)]
-    blocks.close()
+    reading = blocks.read_blocks(0, 10_000, data.plan, data.reader, 0, 1)
+    taken = [next(reading) for _ in range(5)]
+    reading.close()
     assert len(begun) <= sum(len(table["steps"][0]) for table in taken) + 5, "the taken ones and the next"

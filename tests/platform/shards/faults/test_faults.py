@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from calumma.platform import storage
@@ -17,7 +16,7 @@ from calumma.platform.shards.cache import ShardCache
 from calumma.platform.shards.row_groups import RowGroupReader, ShardError
 from calumma.platform.shards.tokens import PackedRow
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.streaming import tensors
+from calumma.platform.streaming import blocks
 from calumma.platform.streaming.tensors import PlanDataConfig
 
 CONTEXT = 40
@@ -55,7 +54,7 @@ def everything(uri: str, manifest: Manifest, cache: ShardCache | None = None) ->
     steps = 8
     row_groups._footer_cache.cache_clear()
     data = PlanDataConfig(3, {uri: 1.0}, {uri: manifest}, 3, 0, steps, cache=cache)
-    tables = tensors._read_blocks(pa.table({"first": [0], "last": [steps]}), data.plan, data.reader, 0, 1)
+    tables = blocks.read_blocks(0, steps, data.plan, data.reader, 0, 1)
     return [table.to_pylist() for table in tables]
 
 

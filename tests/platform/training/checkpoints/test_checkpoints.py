@@ -57,7 +57,9 @@ def rows(step: int, number: int) -> HeldOutBatch:
     generator = torch.Generator().manual_seed(1000 * step + number)
     stride = torch.randint(1, 4, (2, 1), generator=generator)
     tokens = (torch.randint(0, 50, (2, 1), generator=generator) + stride * torch.arange(17)) % 50
-    return HeldOutBatch(tokens, torch.rand(2, 17, generator=generator) < 0.3 + 0.1 * number, torch.zeros_like(tokens))
+    return HeldOutBatch(
+        tokens, torch.rand(2, 17, generator=generator) < 0.3 + 0.1 * number, torch.zeros_like(tokens), number
+    )
 
 
 def join(rank: int, world: int, meeting: str) -> None:
@@ -84,7 +86,7 @@ def steps(run: Any, spec: PretrainSpecification, world: int, rank: int, first: i
         group += [empty] * (engine.micro_batches_a_worker(spec, world) - len(group))
         engine.set_learning_rate(run, RATES[step])
         counts = engine.count_tokens(group, image_mask_V, run.device)
-        local, _ = engine.step(run, group, counts, image_mask_V, 1e-4, world, (0, step, rank))
+        local, _ = engine.step(run, group, counts, image_mask_V, 1e-4, world, (0, step))
         text, image, _ = engine.sum_over_workers(local).tolist()[:3]
         seen.append([step, (text + image) / counts.trained, float(run.get_global_grad_norm())])
     return seen

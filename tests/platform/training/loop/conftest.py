@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -265,8 +265,10 @@ def scripted(spec: PretrainSpecification, script: Script, first: int) -> None:
             if now[0] == script.get("dies"):
                 raise Died(f"before step {now[0]}")
             found = rows["chaos" if now[0] in script.get("chaos", ()) else "usual"]
-            numbers = range(step * spec.micro_batches + worker.rank, (step + 1) * spec.micro_batches, worker.world)
-            yield step, [held_out.read_row_group(RowGroupReader(), found[number % len(found)]) for number in numbers]
+            reader, begin = RowGroupReader(), step * spec.micro_batches
+            numbers = range(worker.rank, spec.micro_batches, worker.world)
+            group = [held_out.read_row_group(reader, found[(begin + number) % len(found)]) for number in numbers]
+            yield step, [replace(batch, number=number) for batch, number in zip(group, numbers, strict=True)]
 
     def losses(run: Any, batch: Any, image_mask_V: torch.Tensor, **given: Any) -> Any:
         found = USUAL(run, batch, image_mask_V, **given)

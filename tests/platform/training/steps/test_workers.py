@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ def rows(step: int, number: int) -> HeldOutBatch:
     """Micro-batches with very different numbers of trained tokens: averaging averages would show."""
     generator = torch.Generator().manual_seed(100 * step + number)
     tokens = torch.randint(0, SIZE, (2, 17), generator=generator)
-    return HeldOutBatch(tokens, torch.rand(2, 17, generator=generator) < 0.1 + 0.4 * number, torch.zeros_like(tokens))
+    return HeldOutBatch(
+        tokens, torch.rand(2, 17, generator=generator) < 0.1 + 0.4 * number, torch.zeros_like(tokens), number
+    )
 
 
 def untrained(shape: ModelConfig) -> Transformer:
@@ -58,7 +61,7 @@ def take_steps(rank: int, world: int, spec: PretrainSpecification, recompute: bo
         group += [empty] * (engine.micro_batches_a_worker(spec, world) - len(group))
         counts = engine.count_tokens(group, image_mask_V, run.device)
         local, stability = engine.step(
-            run, group, counts, image_mask_V, 1e-3, world, (0, step, rank), measure=rank == 0 and step == 1
+            run, group, counts, image_mask_V, 1e-3, world, (0, step), measure=rank == 0 and step == 1
         )
         assert bool(stability) == (rank == 0 and step == 1)
         sums = engine.sum_over_workers(local)
@@ -127,7 +130,8 @@ def test_dropout_is_another_for_every_micro_batch_and_step_and_the_same_on_any_n
         for rank in range(world):
             run: Any = Watched(module)
             counts = engine.Counts(10.0 * world, 0.0, 10.0)  # normalizes alike for any number of workers
-            engine.step(run, [rows(0, 1)] * (6 // world), counts, image_mask_V, 0.0, world, (seed, step, rank))
+            group = [replace(rows(0, 1), number=number) for number in range(rank, 6, world)]
+            engine.step(run, group, counts, image_mask_V, 0.0, world, (seed, step))
             found[rank::world] = run.losses
         return found
 

@@ -1,0 +1,123 @@
+"""Bytes of a GPU and of a host that a training needs, by what they are for.
+
+The states of ZeRO's stages are those that DeepSpeed 0.19 keeps, with which its own estimators agree
+(`estimate_zero2_model_states_mem_needs`, and ZeRO 3's): in bfloat16 a trained parameter has 2 bytes, a float32 master
+of 4, two moments of 8, and a gradient that passes add up in 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from calumma.model.config import ModelConfig
+from calumma.platform.streaming.division import Division
+from calumma.platform.training.forecast import shape
+from calumma.platform.training.forecast.shape import Sizes
+from calumma.platform.training.specification import TrainSpecification
+
+# What a GPU's memory holds beside tensors: CUDA's context and kernels, NCCL's buffers, and what the allocator cannot
+# join. A GPU's memory as CUDA tells it is some percent above its name's: the two are taken to cancel.
+RUNTIME = 2e9
+FRAGMENTS = 0.03  # of everything else
+CHUNK_BYTES = 256 << 20  # of logits, model/ops/loss.py
+_LIVE = 1_000_000_000  # parameters that ZeRO 3 keeps gathered, `stage3_max_live_parameters`
+_SUB_GROUP = 1_000_000_000  # elements that ZeRO 3 steps at a time, `sub_group_size`
+_PROCESS = 4e9  # bytes of a worker's process: libraries, page-locked buffers, the batches read ahead
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU, or of one worker where there are no GPUs."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+    """Buckets of collectives, gathered weights, the loss, what the runtime takes."""
+    samples: float
+    """A second model, on the first worker alone."""
+
+    @property
+    def total(self) -> float:
+        return (
+            self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.samples
+        ) + FRAGMENTS * (self.weights + self.gradients + self.optimizer + self.activations)
+
+    @property
+    def states(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+
+def pass_rows(division: Division, world: int) -> int:
+    """Sequences of the largest pass of a worker."""
+    return max(division.pass_rows(0, division.most(world), world))
+
+
+def activations(spec: TrainSpecification, config: ModelConfig, rows: int) -> float:
+    """Bytes kept between the forward and the backward pass of so many sequences."""
+    element, tokens = _element(spec), rows * config.context
+    block = shape.block_bytes(config, element) + shape.backward_bytes(config, element)
+    if spec.checkpoint_activations:
+        return tokens * (config.layers * shape.input_bytes(config, element) + block)
+    return tokens * (config.layers * shape.block_bytes(config, element) + shape.backward_bytes(config, element))
+
+
+def gpu_memory(
+    spec: TrainSpecification, config: ModelConfig, settings: dict[str, Any], world: int, rows: int
+) -> Memory:
+    """Of each of `world` workers whose passes have so many rows; `settings`: `engine.deepspeed_config`."""
+    sizes, element, zero = Sizes.of(config, spec), _element(spec), settings["zero_optimization"]
+    stage = spec.zero_stage
+    model, trained = sizes.total + sizes.added, sizes.trained
+
+    def divided(elements: float, from_stage: int) -> float:
+        return elements / world if stage >= from_stage else elements
+
+    master, moments = 4 * divided(trained, 1), 8 * divided(trained, 1)
+    if element == 4 and stage == 0:
+        master = 0  # the weights are their own
+    weights = element * divided(model, 3)
+    gradients = (4 if stage else element) * divided(trained, 2)
+    bucket = element * min(zero["reduce_bucket_size"], trained)
+    gathered = element * min(sizes.total, _LIVE + sizes.largest) + bucket if stage == 3 and world > 1 else 0
+    # The optimizer steps on float32 gradients that it joins, when nothing of the passes is left.
+    stepped = 4 * min(divided(trained, 1), _SUB_GROUP if stage == 3 else divided(trained, 1))
+    on_gpu = master + moments
+    if spec.offload.optimizer != "none":
+        on_gpu, stepped, gradients = 0, 0, gradients if stage < 2 else 0
+    if spec.offload.weights != "none":
+        weights = 0
+    tokens = rows * config.context
+    passes = activations(spec, config, rows)
+    loss = shape.loss_bytes(config, element, tokens, CHUNK_BYTES)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=on_gpu,
+        activations=max(passes, stepped - loss),
+        buffers=bucket + gathered + loss + RUNTIME,
+        samples=element * sizes.total if spec.samples else 0,
+    )
+
+
+def host_memory(
+    spec: TrainSpecification, config: ModelConfig, settings: dict[str, Any], world: int, local: int
+) -> float:
+    """Bytes of a host with `local` workers of `world`, when the first of them publishes."""
+    sizes, element = Sizes.of(config, spec), _element(spec)
+    offloaded = 0.0
+    if spec.offload.optimizer == "cpu":
+        offloaded += 16 * sizes.trained * local / world
+    if spec.offload.weights == "cpu":
+        offloaded += element * (sizes.total + sizes.added) * local / world
+    published = (2 * element + 4) * sizes.total  # the first worker gathers the weights, and saves them as a model
+    on_cpu = 0.0
+    if not spec.resources.gpus_per_worker:
+        on_cpu = gpu_memory(spec, config, settings, world, 1).total * local
+    return _PROCESS * local + offloaded + on_cpu + published
+
+
+def _element(spec: TrainSpecification) -> int:
+    return 4 if spec.precision == "float32" else 2
