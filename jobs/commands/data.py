@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from calumma.model.document import Document, Image
-    from calumma.platform.sources.look import Look
+    from calumma.platform.sources.look.look import Look
 
 app = typer.Typer(help="Raw data, before anything is made of it.", no_args_is_help=True, pretty_exceptions_enable=False)
 TEMPLATE = "jobs/commands/look.html.j2"
@@ -48,7 +48,7 @@ def look(
         nonlocal readable
         from rich.console import Console
 
-        from calumma.platform.sources.look import look as look_at
+        from calumma.platform.sources.look.look import look as look_at
 
         seen = look_at(source, format, _options(option or []), documents)
         console = Console()

@@ -36,6 +36,7 @@ from calumma.platform.curation.steps import chain, decontaminate, duplicates, sc
 from calumma.platform.reports.contact_sheet import Cell, contact_sheet
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.sources import notes, reading
+from calumma.platform.sources.references import unread
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import Resources
 from calumma.platform.storage import publishing
@@ -76,6 +77,16 @@ class _SourceJob:
     findings: Findings = field(default_factory=Findings)
     entries: list[FileEntry] = field(default_factory=list)
     staged: list[list[StagedFile]] = field(default_factory=list)  # of every task
+    unread_counted: bool = False
+
+    def count_unread(self) -> None:
+        """When all is read: what of the location is neither the format's nor referred to by its records."""
+        self.ignored = {uri: self.ignored[uri] for uri in unread(self.ignored, self.counts.notes)}
+        self.counts.notes.referred.clear()
+        if not self.unread_counted:
+            for kind, name in self.ignored.values():
+                self.counts.notes.skip(kind, name)
+        self.unread_counted = True
 
     def add_result(self, result: dict[str, Any]) -> None:
         """Add what a task returned."""
@@ -171,8 +182,6 @@ def _plan(spec: CurateSpecification) -> list[_SourceJob]:
             for place, begin in enumerate(range(0, len(files), size))
         ]
         job = _SourceJob(source, number, output, specification, fingerprint, inputs, sizes, ignored, source_tasks)
-        for kind, name in ignored.values():
-            job.counts.notes.skip(kind, name)
         jobs.append(job)
     return jobs
 
@@ -245,6 +254,8 @@ class _Curation:
             w.add_result(result)
             w.staged.append([(path, first, count) for path, first, count in result["staged"]])
             rows.update(result["rows"])
+        for w in jobs:
+            w.count_unread()
         if failures := [problem for w in jobs if (problem := _failure(spec, w, w.documents_staged))]:
             raise TooMuchBadInput("\n".join(failures))
         for name, scorer in spec.scorers.items():
@@ -276,6 +287,7 @@ class _Curation:
             w.add_result(result)
             if task["place"] != w.tasks[-1]["place"]:
                 continue
+            w.count_unread()
             if problem := _failure(self.spec, w, w.counts.kept):
                 failures.append(problem)
                 publishing.delete_files(storage.join(w.output, entry.path) for entry in w.entries)

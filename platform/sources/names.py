@@ -16,6 +16,8 @@ _HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
 
 def escaped(name: str) -> str:
     """A name in valid Unicode; most stay as they are. Different names stay different."""
+    if name.isascii() and "\\" not in name:
+        return name
     if _SURROGATE.search(name) is None and _ESCAPE.search(name) is None:
         return name
     return _SURROGATE.sub(_escape, name.replace("\\", "\\\\"))
@@ -28,7 +30,7 @@ def unescaped(name: str) -> str:
 
 def valid_words(words: str) -> str:
     """Words for a message, with escapes in place of lone surrogates."""
-    return _SURROGATE.sub(_escape, words)
+    return words if words.isascii() else _SURROGATE.sub(_escape, words)
 
 
 def hidden_part(path: str) -> str | None:

@@ -23,6 +23,7 @@ SHOWN = 8  # names of a kind in a sentence
 class Notes(BaseModel):
     """`unread`: kind -> name -> how many, such as {"members": {".cls": 6}, "fields": {"id": 300}, "files": {".csv": 1}}
     `lacking`: what documents have none of -> how many, such as {"caption": 6}. `warnings`: (place, what), of `warned`.
+    `referred`: files below the source's location that were read since records refer to them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,6 +32,7 @@ class Notes(BaseModel):
     lacking: dict[str, int] = {}
     warnings: list[tuple[str, str]] = []
     warned: int = 0
+    referred: set[str] = set()
 
     def skip(self, kind: str, name: str, count: int = 1) -> None:
         """Count what is left unread. `kind` is a plural: members, fields, files, folders, turns, frames, …"""
@@ -61,6 +63,7 @@ class Notes(BaseModel):
             self.lack(what, count)
         self.warnings += other.warnings[: MOST_WARNINGS - len(self.warnings)]
         self.warned += other.warned
+        self.referred |= other.referred
 
     def report(self) -> dict[str, Any]:
         """For a manifest: the same for the same files, whatever order they were read in; nothing where nothing is."""

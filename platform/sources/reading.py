@@ -40,7 +40,8 @@ def read_file(
     base = images or _folder(uri, location if form.references == "location" else None)
     with storage.open_read(uri) as raw:
         file = File(uri, raw, base, notes)
-        yield from resolve_references(_reader_items(form.read, file, arguments), source, base, file.notes)
+        items = _reader_items(form.read, file, arguments)
+        yield from resolve_references(items, source, base, file.notes, location)
 
 
 def read_source(

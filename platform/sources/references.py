@@ -12,10 +12,11 @@ import errno
 import posixpath
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from calumma.model.document import Document, Image, Segment
 from calumma.platform import storage
@@ -32,35 +33,48 @@ DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 REMOTE = re.compile(r"(https?|ftp):|//", re.IGNORECASE)
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+Fetched = Future[tuple[bytes, str | None]]
 NO_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 def resolve_references(
-    items: Iterable[Draft | Document | BadInput], source: str, base: str, notes: Notes | None = None
+    items: Iterable[Draft | Document | BadInput],
+    source: str,
+    base: str,
+    notes: Notes | None = None,
+    location: str | None = None,
 ) -> Iterator[Item]:
     """The items as documents of a source, in order, with the images of their references; those that are left out since
-    they cannot be had are counted in `notes`. Raises StorageError."""
+    they cannot be had are counted in `notes`, and those below the source's `location` are named there as read. Raises
+    StorageError."""
     notes = Notes() if notes is None else notes
+    below = _place(location) + "/" if location is not None else None
+    refers = below is not None and f"{_place(base)}/".startswith(below)
     base = base if storage.is_remote(base) else str(storage.local_path(base))  # no %2e%2e of a file:// URI
     pool = ThreadPoolExecutor(THREADS)  # starts no thread where there are no references
-    waiting: deque[tuple[Draft | Document | BadInput, list[Future[bytes]]]] = deque()
+    waiting: deque[tuple[Draft | Document | BadInput, list[Fetched]]] = deque()
     fetching = 0
     try:
         for item in items:
-            parts = item.segments if isinstance(item, Draft) else ()
-            images = [pool.submit(_fetch_best, part, base) for part in parts if isinstance(part, Reference)]
+            references = (
+                [part for part in item.segments if isinstance(part, Reference)] if isinstance(item, Draft) else ()
+            )
+            if not references and not waiting:
+                yield _item(item, [], source, notes, refers)
+                continue
+            images = [pool.submit(_fetch_best, part, base) for part in references]
             waiting.append((item, images))
             fetching += len(images)
             while waiting and (not waiting[0][1] or fetching > PREFETCH or len(waiting) > PREFETCH):
                 fetching -= len(waiting[0][1])
-                yield _item(*waiting.popleft(), source, notes)
+                yield _item(*waiting.popleft(), source, notes, refers)
         while waiting:
-            yield _item(*waiting.popleft(), source, notes)
+            yield _item(*waiting.popleft(), source, notes, refers)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source: str, notes: Notes) -> Item:
+def _item(item: Draft | Document | BadInput, images: list[Fetched], source: str, notes: Notes, refers: bool) -> Item:
     if isinstance(item, BadInput):
         return item
     if isinstance(item, Document):
@@ -72,7 +86,10 @@ def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source
             segments.append(part)
             continue
         try:
-            segments.append(Image(next(fetched).result(), part.caption, part.role, part.trained))
+            data, uri = next(fetched).result()
+            segments.append(Image(data, part.caption, part.role, part.trained))
+            if refers and uri is not None:
+                notes.referred.add(_place(uri))
         except Malformed as error:
             if not part.optional:
                 return BadInput(item.name, str(error))
@@ -85,19 +102,35 @@ def _item(item: Draft | Document | BadInput, images: list[Future[bytes]], source
     return Document(tuple(segments), source, item.license, item.url, {"name": valid_words(item.name)})
 
 
-def _fetch_best(reference: Reference, base: str) -> bytes:
-    """The bytes of an image from the first place that has it. Raises as `fetch`, of the last place."""
+def _place(uri: str) -> str:
+    """A URI in the one form in which it is compared with others."""
+    return uri.rstrip("/") if storage.is_remote(uri) else posixpath.normpath(storage.local_path(uri).absolute())
+
+
+def unread(others: Mapping[str, Any], notes: Notes) -> list[str]:
+    """Of the files beside a source's own, those that its records, when all are read, did not refer to."""
+    return [uri for uri in others if _place(uri) not in notes.referred] if notes.referred else list(others)
+
+
+def _fetch_best(reference: Reference, base: str) -> tuple[bytes, str | None]:
+    """The bytes of an image from the first place that has it, and its file. Raises as `fetch`, of the last place."""
     for target in (reference.target, *reference.others)[:-1]:
         with suppress(Malformed):
-            return fetch(target, base)
-    return fetch((reference.target, *reference.others)[-1], base)
+            return fetch(target, base), _uri(target, base)
+    last = (reference.target, *reference.others)[-1]
+    return fetch(last, base), _uri(last, base)
+
+
+def _uri(target: str, base: str) -> str | None:
+    """The file that a reference names; None for a data URL. Raises Malformed when it names none below `base`."""
+    return None if target[:5].lower() == "data:" else storage.join(base, path_of(target, base))
 
 
 def fetch(target: str, base: str) -> bytes:
     """The bytes of an image. Raises Malformed when the reference is no image below `base`, and StorageError."""
-    if target[:5].lower() == "data:":
+    uri = _uri(target, base)
+    if uri is None:
         return _decode_data_url(target)
-    uri = storage.join(base, path_of(target, base))
     try:
         return storage.read_bytes(uri)
     except storage.NotFound as error:

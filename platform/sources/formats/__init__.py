@@ -1,17 +1,11 @@
-"""All formats that calumma reads, a module each; importing this registers them. `records`, `rows`, `image_values`,
-`exchanges`, `marks` and `html` are shared."""
+"""All formats that calumma reads; importing this registers them. `records/` holds what they share: the containers."""
 
-from calumma.platform.sources.formats import (  # noqa: F401
-    benchmarks,
-    conversations,
-    folders,
-    interleaved,
-    mmc4,
-    pages,
-    pairs,
-    text,
-    webdataset,
-)
+from __future__ import annotations
+
+from calumma.platform.sources.formats import benchmarks, text  # noqa: F401
+from calumma.platform.sources.formats.conversations import reader as conversations  # noqa: F401
+from calumma.platform.sources.formats.images import folders, interleaved, mmc4, pairs, webdataset  # noqa: F401
+from calumma.platform.sources.formats.pages import reader as pages  # noqa: F401
 from calumma.platform.sources.registry import FORMATS, check_format, find_format
 
 __all__ = ["FORMATS", "check_format", "find_format"]

@@ -8,8 +8,8 @@ from typing import Any
 from calumma.model.document import Text
 from calumma.platform.sources.encodings import decode_text
 from calumma.platform.sources.files import ABOUT_FIELDS, Draft, DraftSegment, File, Malformed, field_names, json_type
-from calumma.platform.sources.formats.records import PACKED, SUFFIXES, records
-from calumma.platform.sources.formats.rows import drafts, json_lines
+from calumma.platform.sources.formats.records.containers import PACKED, SUFFIXES, records
+from calumma.platform.sources.formats.records.rows import drafts, json_lines
 from calumma.platform.sources.registry import ReaderItem, reader
 
 FIELDS = ("text", "content")
@@ -42,9 +42,11 @@ def jsonl(file: File) -> Iterator[ReaderItem]:
 
 
 def _field(row: Mapping[str, Any], fields: Sequence[str]) -> str:
-    present = [field for field in fields if field in row]
-    if present:
-        return next((field for field in present if row[field] is not None), present[0])
+    for field in fields:
+        if row.get(field) is not None:
+            return field
+    if present := [field for field in fields if field in row]:
+        return present[0]
     wanted = " or ".join(f"`{field}`" for field in fields)
     raise Malformed(
         f"has no {wanted}; it has {field_names(row)}; the source's options may name the field: {{field: NAME}}"
@@ -53,6 +55,7 @@ def _field(row: Mapping[str, Any], fields: Sequence[str]) -> str:
 
 def _text(row: Mapping[str, Any], fields: Sequence[str]) -> Sequence[DraftSegment]:
     field = _field(row, fields)
-    if not isinstance(row[field], str):
-        raise Malformed(f"`{field}` is {json_type(row[field])}, not a string")
-    return (Text(row[field]),)
+    words = row[field]
+    if not isinstance(words, str):
+        raise Malformed(f"`{field}` is {json_type(words)}, not a string")
+    return (Text(words),)

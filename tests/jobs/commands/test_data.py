@@ -23,7 +23,7 @@ from calumma.jobs.commands.main import app
 from calumma.platform.cluster.progress import no_progress
 from calumma.platform.curation import curate
 from calumma.platform.curation.specification import CurateSpecification
-from calumma.platform.sources.look import look
+from calumma.platform.sources.look.look import look
 from calumma.platform.specification import SpecificationError
 
 

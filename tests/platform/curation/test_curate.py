@@ -293,6 +293,25 @@ def test_what_is_not_read_is_told_by_name() -> None:
     ]
 
 
+@pytest.mark.parametrize("phases", [False, True])
+def test_images_that_records_refer_to_are_read_and_others_are_counted(
+    tmp_path: Path, here: list[str], phases: bool
+) -> None:
+    for name in ("img/1.png", "img/2.PNG", "unused.png", "notes.txt"):
+        path = tmp_path / "raw" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(len(name)))
+    turns = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "this"}]
+    write_lines(
+        tmp_path / "raw/a.jsonl", [{"image": f"img/{n}", "conversations": turns} for n in ("1.png", "./2.PNG", "1.png")]
+    )
+    source = {"name": "turns", "format": "conversations", "location": "raw"}
+    run_curate(curation(tmp_path, sources=[source], **({"duplicates": {}} if phases else {})))
+    report = Manifest.read(str(tmp_path / "curated/turns")).report
+    assert report["unread"] == {"files": {".png": 1, ".txt": 1}}
+    assert report["files_ignored"] == 2
+
+
 def test_too_much_bad_input_publishes_nothing_of_that_source(tmp_path: Path, here: list[str]) -> None:
     raw(tmp_path)
     write_tar(tmp_path / "raw/pairs/c.tar", pair(101, b"no image"))

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import random
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import zstandard
 
 from calumma.model.document import Document
 from calumma.platform.sources import compression
+from calumma.platform.sources.compression import codecs
 from calumma.platform.sources.files import BadInput, Item
 from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.reading import read_file
@@ -26,6 +28,24 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.compress,
     ".bz2": bz2.compress,
 }
+
+
+def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED, stream: bool = False) -> bytes:
+    """A zip file; as `stream`, with the sizes behind the entries."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(_Pipe(buffer) if stream else buffer, "w", method) as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+class _Pipe:
+    """What can only be written to."""
+
+    def __init__(self, target: io.BytesIO) -> None:
+        self.write, self.flush = target.write, target.flush
+
+
 WORDS = [f"{n} {random.Random(n).randbytes(300).hex()}" for n in range(300)]
 
 MANY = [f"{n} {random.Random(n).randbytes(300).hex()}" for n in range(3000)]
@@ -111,7 +131,7 @@ def test_long_windows_are_read_up_to_a_bound(tmp_path: Path, monkeypatch: pytest
         return buffer.getvalue()
 
     assert read(tmp_path / "a.jsonl.zst", packed(31)) == (WORDS, [], Notes())
-    monkeypatch.setattr(compression, "LONGEST_WINDOW", 1 << 27)
+    monkeypatch.setattr(codecs, "LONGEST_WINDOW", 1 << 27)
     assert read(tmp_path / "a.jsonl.zst", packed(27)) == (WORDS, [], Notes())
     texts, (bad,), _ = read(tmp_path / "a.jsonl.zst", packed(28))
     assert texts == []
@@ -134,3 +154,39 @@ def test_names_of_packed_archives_say_how_they_are_packed() -> None:
     assert compression.codec_of(b"", "a.tar.bz2") == "bzip2"
     assert compression.codec_of(b"BZhello, this is text", "a.txt") is None
     assert compression.codec_of(bz2.compress(b"x"), "a.txt") == "bzip2"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_the_records_of_a_zip_file_are_read_entry_by_entry(tmp_path: Path, method: int) -> None:
+    half = len(WORDS) // 2
+    files = {
+        "shards/": b"",
+        "shards/0.jsonl": lines(WORDS[:half]).rstrip(b"\n"),
+        "README.md": b"# about",
+        "__MACOSX/shards/._0.jsonl": b"\0",
+        "shards/1.json": lines(WORDS[half:]),
+    }
+    texts, bad, notes = read(tmp_path / "a.jsonl.zip", zipped(files, method))
+    assert (texts, bad) == (WORDS, [])
+    assert [what for _, what in notes.warnings] == [
+        "README.md in it is not read",
+        "__MACOSX/shards/._0.jsonl in it is not read",
+    ]
+
+
+def test_zip_files_that_were_written_as_a_stream_are_read(tmp_path: Path) -> None:
+    content = zipped({"a.jsonl": lines(WORDS[:9]), "b.jsonl": lines(WORDS[9:])}, stream=True)
+    assert read(tmp_path / "a.jsonl.zip", content) == (WORDS, [], Notes())
+    texts, bad, _ = read(tmp_path / "a.jsonl.zip", content[:-3000])
+    assert texts == WORDS[: len(texts)] != []
+    assert len(bad) == 1
+    assert "cut off" in bad[0].reason
+
+
+def test_what_of_a_zip_file_cannot_be_read_is_told(tmp_path: Path) -> None:
+    _, bad, _ = read(tmp_path / "a.jsonl.zip", zipped({"a.jsonl": lines(WORDS)}, zipfile.ZIP_BZIP2))
+    assert "a.jsonl is packed by method 12; pack it again" in bad[0].reason
+    secret = bytearray(zipped({"a.jsonl": lines(WORDS)}))
+    secret[6] |= 1
+    assert "a.jsonl is encrypted" in read(tmp_path / "a.jsonl.zip", bytes(secret))[1][0].reason
+    assert read(tmp_path / "a.jsonl.zip", zipped({})) == ([], [], Notes())

@@ -13,6 +13,7 @@ import json
 import lzma
 import random
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,17 @@ def _parquet(compression: str) -> bytes:
     return buffer.getvalue()
 
 
+def _zip(files: dict[str, bytes], a_span: int, name: str, format: str = "text") -> Container:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for each, content in files.items():
+            archive.writestr(each, content)
+        begins = [info.header_offset for info in archive.infolist()]
+        ends = [*begins[1:], archive.start_dir]
+    spans = list(zip(begins, ends, strict=True)) if len(files) > 1 else []
+    return Container(name, format, buffer.getvalue(), spans, a_span, checked=True)
+
+
 def containers() -> list[Container]:
     lines = [row + b"\n" for row in ROWS]
     elements = [b"  " + row + (b",\n" if n < RECORDS - 1 else b"\n") for n, row in enumerate(ROWS)]
@@ -100,6 +112,10 @@ def containers() -> list[Container]:
             form = "webdataset" if name == "a.tar" else "text"
             found.append(Container(f"{name}.{suffix}", form, pack(plain), [], checked=True))
         found.append(_members(lines, pack, f"members.jsonl.{suffix}"))
+    found.append(_zip({"a.jsonl": b"".join(lines)}, 1, "a.jsonl.zip"))
+    found.append(_zip({"a.tar": archive}, 1, "a.tar.zip", "webdataset"))
+    entries = {f"{n:02}.jsonl": b"".join(lines[n : n + MEMBER]) for n in range(0, RECORDS, MEMBER)}
+    found.append(_zip(entries, MEMBER, "members.jsonl.zip"))
     return found
 
 

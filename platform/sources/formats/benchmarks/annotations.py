@@ -8,7 +8,7 @@ from typing import Any
 
 from calumma.platform import storage
 from calumma.platform.sources.files import File, Malformed, field_names, json_type
-from calumma.platform.sources.formats.json_values import parse
+from calumma.platform.sources.formats.records.json_values import parse
 
 LARGEST = 4 << 30  # bytes of a file of annotations; VQAv2's are 370 MB
 PROBES = 8  # images looked for in each folder

@@ -20,9 +20,10 @@ from calumma.platform.sources.formats.benchmarks.annotations import (
     objects,
     parse_object,
 )
-from calumma.platform.sources.formats.image_values import OtherImages
-from calumma.platform.sources.formats.records import csv_rows, list_in, words_of
-from calumma.platform.sources.formats.rows import LONGEST_LINE, cut_line, skip_line
+from calumma.platform.sources.formats.images.captions import NAMES, field_with_words, words_in
+from calumma.platform.sources.formats.images.values import OtherImages
+from calumma.platform.sources.formats.records.containers import csv_rows, words_of
+from calumma.platform.sources.formats.records.rows import LONGEST_LINE, cut_line, skip_line
 from calumma.platform.sources.registry import ReaderItem, reader
 from calumma.platform.storage import StorageError
 
@@ -179,15 +180,15 @@ def _table(file: File, splits: list[str] | None) -> Iterator[Caption | BadInput]
             continue
         image = next((record[name] for name in ("image_name", "image", "filename") if record.get(name)), None)
         try:
-            texts = list_in(next((record[name] for name in ("comment", "caption", "raw") if record.get(name)), None))
+            field = field_with_words(record, (*NAMES, "raw"))
+            words = words_in(record[field], field) if field else []
         except Malformed as error:
             yield BadInput(place, str(error))
             continue
-        words = [words_of(text) for text in (texts if isinstance(texts, list) else [texts])]
-        if image is None or not words or None in words:
+        if image is None or not words:
             yield BadInput(place, f"has no image or no caption; its fields are {', '.join(record)}")
             continue
-        yield place, image, [text for text in words if text]
+        yield place, image, words
 
 
 def _tokens(file: File) -> Iterator[Caption | BadInput]:

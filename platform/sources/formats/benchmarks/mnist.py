@@ -1,11 +1,14 @@
-"""MNIST's idx files, and those of its kind (Fashion-MNIST, KMNIST): images in one, their labels in another.
+"""MNIST's idx files, and those of its kind (Fashion-MNIST, KMNIST, EMNIST): images in one, their labels in another.
 
-https://github.com/cvdfoundation/mnist; the form is described on Yann LeCun's page of MNIST.
+https://github.com/cvdfoundation/mnist; the form is described on Yann LeCun's page of MNIST. EMNIST's images lie on
+their side, as MATLAB writes them column by column, and a mapping beside them says which characters its labels are.
+https://www.nist.gov/itl/products-and-services/emnist-dataset
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable, Collection, Iterator
 
@@ -22,21 +25,28 @@ PACKED = ("", *COMPRESSED)
 SUFFIXES = tuple(f"{dot}idx3-ubyte{packed}" for dot in ("-", ".") for packed in PACKED)
 LARGEST_IMAGE = 1 << 26  # pixels
 LARGEST_LABELS = 1 << 30
+LARGEST_MAPPING = 1 << 20
+EMNIST = re.compile(r"(emnist-\w+?)-(?:train|test)-images[-.]idx3", re.IGNORECASE)
 
 
 def _choose(uris: list[str]) -> tuple[Collection[str], Collection[str]]:
     """Of a file and the same packed (torchvision keeps both) one is read."""
     images = {uri for uri in uris if uri.lower().endswith(SUFFIXES)}
     packed = {uri for uri in images if any(uri.endswith(p) and uri.removesuffix(p) in images for p in COMPRESSED)}
-    along = {uri for uri in uris if "idx1-ubyte" in uri.lower()}
+    along = {uri for uri in uris if "idx1-ubyte" in uri.lower() or uri.lower().endswith("-mapping.txt")}
     return images - packed, along | packed
 
 
 @reader("mnist", SUFFIXES, choose=_choose)
-def mnist(file: File, *, names: list[str] | None = None) -> Iterator[ReaderItem]:
+def mnist(file: File, *, names: list[str] | None = None, transposed: bool | None = None) -> Iterator[ReaderItem]:
     """train-images-idx3-ubyte(.gz) with train-labels-idx1-ubyte(.gz) beside it: pairs of an image and its digit, or
-    of `names` the one that has its number: [T-shirt, trouser, …]."""
+    of `names` the one that has its number: [T-shirt, trouser, …]. Files that are named as EMNIST's are, are set upright
+    (`transposed` says it of others) and have the characters of the mapping beside them as captions.
+    """
     labels = _labels(file)
+    emnist = EMNIST.match(file.uri.rpartition("/")[2])
+    turn = emnist is not None if transposed is None else transposed
+    characters = _mapping(file, emnist[1]) if emnist and names is None else {}
     count, height, width = _header(lambda size: _read(file, size), 3, "images")
     if not 0 < height * width <= LARGEST_IMAGE:
         raise Malformed(f"its images are {height:,} by {width:,}")
@@ -54,8 +64,10 @@ def mnist(file: File, *, names: list[str] | None = None) -> Iterator[ReaderItem]
             yield BadInput(place, f"its label is {labels[number]}, and `names` has {len(names)}")
         else:
             buffer = io.BytesIO()
-            PILImage.frombytes("L", (width, height), pixels).save(buffer, "PNG")
-            label = str(labels[number]) if names is None else names[labels[number]]
+            image = PILImage.frombytes("L", (width, height), pixels)
+            (image.transpose(PILImage.Transpose.TRANSPOSE) if turn else image).save(buffer, "PNG")
+            numeral = characters.get(labels[number], str(labels[number]))
+            label = numeral if names is None else names[labels[number]]
             yield Draft((Image(buffer.getvalue(), label),), place)
     if file.content.peek(1):
         file.notes.warn(file.uri, "what follows its last image is not read")
@@ -89,6 +101,21 @@ def _labels(file: File) -> bytes:
         (count,) = _header(stream.read, 1, "labels")
         return stream.read()[:count]
     raise Malformed(f"its labels, {base.rpartition('/')[2]}, are not beside it")
+
+
+def _mapping(file: File, name: str) -> dict[int, str]:
+    """Label -> character, from lines of a label and the code of its character (or codes: upper and lower case). Without
+    a mapping the labels stand for themselves, which is told."""
+    uri = f"{file.uri.rpartition('/')[0]}/{name}-mapping.txt" if "/" in file.uri else f"{name}-mapping.txt"
+    try:
+        with storage.open_read(uri) as raw:
+            lines = File(uri, raw, file.images).read_all(LARGEST_MAPPING).decode().splitlines()
+        return {int(label): chr(int(code)) for label, code, *_ in (line.split() for line in lines if line.strip())}
+    except storage.NotFound:
+        file.notes.warn(file.uri, f"{name}-mapping.txt is not beside it: captions are the numbers of its labels")
+    except (ValueError, OverflowError) as error:
+        raise Malformed(f"{name}-mapping.txt is not a label and the code of its character a line: {error}") from error
+    return {}
 
 
 def _header(read: Callable[[int], bytes], dimensions: int, what: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from calumma.model.document import Text
 from calumma.platform.sources.files import BadInput, Draft, File
 from calumma.platform.sources.formats.benchmarks.annotations import LARGEST, objects, parse_object
-from calumma.platform.sources.formats.records import COLUMNAR, JSON, records, words_of
+from calumma.platform.sources.formats.records.containers import COLUMNAR, JSON, records, words_of
 from calumma.platform.sources.registry import ReaderItem, reader
 
 Question = tuple[str, Any, dict[str, Any], Any]  # place, context, the rest, the answers' texts

@@ -22,8 +22,8 @@ from calumma.platform.sources.formats.benchmarks.annotations import (
     parse_object,
 )
 from calumma.platform.sources.formats.benchmarks.captions import IMAGES
-from calumma.platform.sources.formats.image_values import OtherImages
-from calumma.platform.sources.formats.records import words_of
+from calumma.platform.sources.formats.images.values import OtherImages
+from calumma.platform.sources.formats.records.containers import words_of
 from calumma.platform.sources.registry import ReaderItem, reader
 
 QUESTIONS, ANNOTATIONS = "questions.json", "annotations.json"

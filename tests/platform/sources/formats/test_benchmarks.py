@@ -319,6 +319,26 @@ def test_damage_to_mnist_is_counted(tmp_path: Path) -> None:
     assert bad(read("mnist", tmp_path)) == ["its labels, train-labels-idx1-ubyte, are not beside it"]
 
 
+def test_emnists_images_are_set_upright_and_have_their_characters(tmp_path: Path) -> None:
+    images, _ = digits()
+    labels = np.array([0, 10, 36, 1])
+    lying = np.ascontiguousarray(images.transpose(0, 2, 1))
+    name = "emnist-balanced"
+    write(tmp_path, {f"{name}-train-images-idx3-ubyte.gz": gzip.compress(idx(lying)),
+                     f"{name}-train-labels-idx1-ubyte.gz": gzip.compress(idx(labels))})  # fmt: skip
+    notes = Notes()
+    assert [caption for _, caption in pairs(read("mnist", tmp_path, notes))] == ["0", "10", "36", "1"]
+    assert "mapping.txt is not beside it" in notes.warnings[0][1]
+    (tmp_path / f"{name}-mapping.txt").write_text("0 48\n1 49\n10 65\n36 97\n")
+    found = pairs(read("mnist", tmp_path))
+    assert [caption for _, caption in found] == ["0", "A", "a", "1"]
+    for (data, _), image in zip(found, images, strict=True):
+        assert np.array_equal(np.asarray(PILImage.open(io.BytesIO(data))), image)
+    as_stored = pairs(read("mnist", tmp_path, transposed=False))
+    assert np.array_equal(np.asarray(PILImage.open(io.BytesIO(as_stored[1][0]))), lying[1])
+    assert list_source("mnist", str(tmp_path))[1] == {}
+
+
 # -- SQuAD
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform.sources.files import BadInput, Malformed
-from calumma.platform.sources.formats.json_values import KeyTwice, parse
-from calumma.platform.sources.formats.records import list_in
+from calumma.platform.sources.formats.records.containers import list_in
+from calumma.platform.sources.formats.records.json_values import KeyTwice, parse
 from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.reading import read_file
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Reference
-from calumma.platform.sources.formats.html import DEEPEST_NESTING, read_html
-from calumma.platform.sources.formats.pages import _from_markdown
+from calumma.platform.sources.formats.pages.html import DEEPEST_NESTING, read_html
+from calumma.platform.sources.formats.pages.reader import _from_markdown
 from calumma.platform.sources.reading import list_source, read_file, read_source
 from calumma.platform.sources.specification import Source
 

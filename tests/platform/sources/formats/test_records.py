@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput
-from calumma.platform.sources.formats import rows
+from calumma.platform.sources.formats.records import rows
 from calumma.platform.sources.reading import read_file
 
 PACKED: dict[str, Callable[[bytes], bytes]] = {

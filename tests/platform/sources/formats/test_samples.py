@@ -164,7 +164,8 @@ def test_frames_beside_a_plan_are_an_interleaved_page(tmp_path: Path) -> None:
     assert told["unread"] == {"frames": {"beyond the first of an image": 2}}
 
 
-def test_hard_links_are_what_they_link_to_and_symbolic_ones_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2"])
+def test_hard_links_are_what_they_link_to_and_symbolic_ones_are_counted(tmp_path: Path, suffix: str) -> None:
     members: list[Member] = [
         ("0.png", png(1)),
         ("0.txt", b"one"),
@@ -176,7 +177,8 @@ def test_hard_links_are_what_they_link_to_and_symbolic_ones_are_counted(tmp_path
         ("3.txt", b"four"),
         ("4.png", png(4)),
     ]
-    documents, bad, told = read(tmp_path / "a.tar", tar(members))
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress}[suffix]
+    documents, bad, told = read(tmp_path / f"a.tar{suffix}", pack(tar(members)))
     assert [(i.data, i.caption) for d in documents for i in d.images] == [
         (png(1), "one"),
         (png(1), "two"),

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from calumma.platform import storage
 from calumma.platform.sources.encodings import decode_text
 from calumma.platform.sources.files import Draft, DraftSegment, File, Reference
-from calumma.platform.sources.formats.html import Page, read_html
+from calumma.platform.sources.formats.pages.html import Page, read_html
 from calumma.platform.sources.registry import ReaderItem, reader
 
 LARGEST_PAGE = 32 << 20  # bytes of a page

@@ -19,10 +19,10 @@ from calumma.platform.sources.files import (
     Malformed,
     Reference,
     field_names,
-    json_type,
 )
-from calumma.platform.sources.formats.image_values import OtherImages, image_segment, is_missing
-from calumma.platform.sources.formats.records import SUFFIXES, list_in, records, words_of
+from calumma.platform.sources.formats.images.captions import NAMES, field_with_words, words_in
+from calumma.platform.sources.formats.images.values import OtherImages, image_segment, is_missing
+from calumma.platform.sources.formats.records.containers import SUFFIXES, list_in, records
 from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.registry import ReaderItem, reader
 
@@ -30,7 +30,6 @@ IMAGES = (
     "image", "images", "img", "imgs", "jpg", "jpeg", "png", "webp", "image_bytes", "image_path", "image_paths",
     "file_name", "file_names", "filename", "filepath", "file_path", "image_file", "image_name", "path",
 )  # fmt: skip
-CAPTIONS = ("caption", "captions", "text", "texts", "txt", "alt_text", "sentence", "sentences", "description", "label")
 
 
 @reader("pairs", SUFFIXES)
@@ -61,7 +60,7 @@ class PairFields:
         self, image: str | None = None, caption: str | None = None, first: bool = False, optional: bool = False
     ) -> None:
         self._images = IMAGES if image is None else (image,)
-        self._captions = CAPTIONS if caption is None else (caption,)
+        self._captions = NAMES if caption is None else (caption,)
         self._first, self._optional = first, optional
         self._caption_named = caption is not None
 
@@ -120,21 +119,12 @@ class PairFields:
         if self._caption_named:
             field = self._field(row, self._captions, "caption")
         else:
-            present = [field for field in self._captions if field in row]
-            full = [field for field in present if not is_missing(row[field]) and row[field] != []]
-            if not full:
+            named = field_with_words(row)
+            if named is None:
                 return []
-            field = full[0]
+            field = named
         read.add(field)
-        value = list_in(row[field])
-        texts = []
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, Mapping):  # COCO's and Karpathy's sentences
-                each = each.get("raw") or each.get("caption") or each.get("text")
-            if each is not None and words_of(each) is None and each != "":
-                raise Malformed(f"`{field}` is {json_type(each)}, not a caption")
-            if words := words_of(each):
-                texts.append(words)
+        texts = words_in(row[field], field)
         if self._first and len(texts) > 1:
             file.notes.skip("captions", "beyond an image's first", len(texts) - 1)
             del texts[1:]

@@ -14,9 +14,9 @@ from typing import Any, Literal, cast
 
 from calumma.platform.sources import compression
 from calumma.platform.sources.files import BadInput, File, Malformed
-from calumma.platform.sources.formats.json_array import Row
-from calumma.platform.sources.formats.parquet import batch_rows, parquet_rows
-from calumma.platform.sources.formats.rows import WIDE, json_rows
+from calumma.platform.sources.formats.records.json_array import Row
+from calumma.platform.sources.formats.records.parquet import batch_rows, parquet_rows
+from calumma.platform.sources.formats.records.rows import WIDE, json_rows
 from calumma.platform.storage import StorageError
 
 PACKED = ("", *compression.SUFFIXES)

@@ -35,6 +35,10 @@ WEIGHTS = (  # OpenAI's, axolotl's, ms-swift's, and other names of the same
 TRUTHS = {"": None, "0": 0, "1": 1, "false": 0, "true": 1}  # as CSV has weights
 PARTLY = ("train_detail", "mask", "masked")  # what is not read, and says that not all is trained
 WORDS = ("value", "content", "text")
+PLAIN = (("from", "value"), ("role", "content"))  # the fields of most turns
+OF_SYSTEM = frozenset(SYSTEM_FIELDS)
+OF_TOOLS = frozenset({*CALLS, *RESULTS})
+WITH_WEIGHT, UNREADABLE = frozenset(WEIGHTS), frozenset({*OTHER_MEDIA, *PARTLY})
 TURN_FIELDS = frozenset(
     {
         "from",
@@ -52,7 +56,7 @@ TURN_FIELDS = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Said:
     """What one turn says. `images`: the turn's own, or None. `system`: it belongs to no exchange."""
 
@@ -65,19 +69,22 @@ class Said:
 
 def read_turns(turns: Sequence[Any], row: Mapping[str, Any], notes: Notes) -> list[Said]:
     """The turns of a record as their kind of data writes them. Raises Malformed."""
-    tools = _tools(row.get("tools"))
-    reader = _Turns(bool(tools) or any(_has_tools(turn) for turn in turns))
-    said = [reader.read(turn) for turn in turns]
-    system = [s.words for s in said if s.system]
-    for field in SYSTEM_FIELDS:
+    tools = _tools(row["tools"]) if row.get("tools") else ""
+    said = [] if tools else [plain for turn in turns if (plain := _plain_turn(turn)) is not None]
+    if len(said) < len(turns):
+        reader = _Turns(bool(tools) or any(_has_tools(turn) for turn in turns))
+        said = [reader.read(turn) for turn in turns]
+    prompts: list[str] = []
+    for field in () if OF_SYSTEM.isdisjoint(row) else SYSTEM_FIELDS:
         if not isinstance(row.get(field) or "", str):
             raise Malformed(f"`{field}` is {json_type(row[field])}, not a text")
-    prompts = [row[field] for field in SYSTEM_FIELDS if row.get(field) and row[field].strip()]
-    if not _trained({field: _truth(row.get(field)) for field in WEIGHTS}, "a record"):
+        prompts += [row[field]] if row.get(field) and row[field].strip() else []
+    system = [s.words for s in said if s.system] if prompts else []
+    if not WITH_WEIGHT.isdisjoint(row) and not _trained({f: _truth(row.get(f)) for f in WEIGHTS}, "a record"):
         said = [replace(one, trained=False) for one in said]
     before = [Said("user", tools, system=True)] if tools else []
     before += [Said("user", prompt, system=True) for prompt in dict.fromkeys(prompts) if prompt not in system]
-    for turn in turns:
+    for turn in turns if any(len(turn) > 2 for turn in turns) else ():
         for name, value in turn.items():
             if name not in TURN_FIELDS and value is not None and value != []:
                 notes.skip("turn fields", name)
@@ -103,7 +110,7 @@ class _Turns:
             )
         if any(other != words for other in given):
             raise Malformed(f"a turn has different words in {' and '.join(f'`{n}`' for n in WORDS if turn.get(n))}")
-        if media := [field for field in (*OTHER_MEDIA, *PARTLY) if turn.get(field)]:
+        if not UNREADABLE.isdisjoint(turn) and (media := [f for f in (*OTHER_MEDIA, *PARTLY) if turn.get(f)]):
             raise Malformed(f"a turn has `{media[0]}`, which is not read")
         speaker = speaker.strip().lower()
         images = {field: turn[field] for field in IMAGE_FIELDS if turn.get(field)} or None
@@ -159,11 +166,21 @@ class _Turns:
         return response_text(str(name), words)
 
 
+def _plain_turn(turn: Any) -> Said | None:
+    """What a turn says that has nothing but a speaker and words, where there are no tools: most turns are so."""
+    if isinstance(turn, dict) and len(turn) == 2:
+        for by, field in PLAIN:
+            role, words = SPEAKERS.get(str(turn.get(by))), turn.get(field)
+            if role is not None and isinstance(words, str):
+                return Said(role, words)
+    return None
+
+
 def _has_tools(turn: Any) -> bool:
     if not isinstance(turn, Mapping):
         return False
     speaker = str(turn.get("from", turn.get("role"))).lower()
-    return speaker in (*CALLS, *RESULTS) or bool(turn.get("tool_calls") or turn.get("function_call"))
+    return speaker in OF_TOOLS or bool(turn.get("tool_calls") or turn.get("function_call"))
 
 
 def _tools(value: Any) -> str:
@@ -199,6 +216,8 @@ def _trained(said: Mapping[str, Any], what: str = "a turn") -> bool:
     """Whether a loss is taken on a turn, or on all of a record. Raises Malformed on shares of one, which no token can
     have."""
     trained = True
+    if WITH_WEIGHT.isdisjoint(said):
+        return trained
     for field in WEIGHTS:
         value = said.get(field)
         if value is None:
@@ -221,6 +240,9 @@ def join_turns(turns: Iterable[tuple[Said, list[DraftSegment]]], notes: Notes) -
     An exchange whose question or answer is empty is left out, and counted. Raises Malformed where it has an image, of
     which later turns may speak, and where nothing is left.
     """
+    turns = list(turns)
+    if _take_turns(turns):
+        return [s if turn.trained or turn.role == "user" else _untrained(s) for turn, parts in turns for s in parts]
     groups = [(role, list(group)) for role, group in groupby(turns, key=lambda turn: turn[0].role)]
     kept: list[tuple[Role, list[tuple[Said, list[DraftSegment]]]]] = []
     left_out = 0
@@ -252,8 +274,21 @@ def join_turns(turns: Iterable[tuple[Said, list[DraftSegment]]], notes: Notes) -
     return segments
 
 
+def _take_turns(turns: Sequence[tuple[Said, list[DraftSegment]]]) -> bool:
+    """Whether each turn is of another role than that before it, none is blank, and one answers: as a rule."""
+    before: Role | None = None
+    for said, segments in turns:
+        if said.role == before or _is_blank(segments):
+            return False
+        before = said.role
+    return any(said.role == "assistant" for said, _ in turns[:2])
+
+
 def _is_blank(segments: Sequence[DraftSegment]) -> bool:
-    return all(isinstance(segment, Text) and not segment.text.strip() for segment in segments)
+    for segment in segments:
+        if not isinstance(segment, Text) or (segment.text and not segment.text.isspace()):
+            return False
+    return True
 
 
 def _all_blank(turns: Sequence[tuple[Said, list[DraftSegment]]]) -> bool:

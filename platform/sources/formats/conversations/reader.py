@@ -19,12 +19,9 @@ from calumma.platform.sources.files import (
     json_type,
     text_or_none,
 )
-from calumma.platform.sources.formats.exchanges import FIELDS, exchange
-from calumma.platform.sources.formats.image_values import image_segment, is_missing
-from calumma.platform.sources.formats.marks import Form, Mark, MarkedPath, Marks, OtherMarks
-from calumma.platform.sources.formats.records import SUFFIXES, list_in, records
-from calumma.platform.sources.formats.rows import drafts
-from calumma.platform.sources.formats.turns import (
+from calumma.platform.sources.formats.conversations.exchanges import FIELDS, exchange
+from calumma.platform.sources.formats.conversations.marks import Form, Mark, MarkedPath, Marks, OtherMarks, has_none
+from calumma.platform.sources.formats.conversations.turns import (
     IMAGE_FIELDS,
     OTHER_MEDIA,
     SYSTEM_FIELDS,
@@ -33,9 +30,14 @@ from calumma.platform.sources.formats.turns import (
     join_turns,
     read_turns,
 )
+from calumma.platform.sources.formats.images.values import image_segment, is_missing
+from calumma.platform.sources.formats.records.containers import SUFFIXES, list_in, records
+from calumma.platform.sources.formats.records.rows import drafts
 from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.registry import ReaderItem, reader
 
+NOT_READ, OF_OTHER_KINDS = frozenset(OTHER_MEDIA), frozenset(FIELDS) - frozenset(SYSTEM_FIELDS)
+HAVE_IMAGES = frozenset({*IMAGE_FIELDS, "captions"})
 KNOWN = frozenset({*FIELDS, *SYSTEM_FIELDS, *IMAGE_FIELDS, *OTHER_MEDIA, *WEIGHTS, *ABOUT_FIELDS, "tools", "captions"})
 
 
@@ -68,13 +70,14 @@ def _columns(present: list[str]) -> Sequence[str]:
 
 def _conversation(row: dict[str, Any], marks: Marks, unmarked_first: bool, notes: Notes) -> list[DraftSegment]:
     found = exchange(row)
-    if media := [field for field in OTHER_MEDIA if row.get(field)]:
+    if not NOT_READ.isdisjoint(row) and (media := [field for field in OTHER_MEDIA if row.get(field)]):
         raise Malformed(f"has `{media[0]}`, which is not read")
     if row.get("kto_tag") is False or (row.get("label") is False and "completion" in found.fields):
         raise Malformed("its `label` or `kto_tag` is false: the answer is one that is not wanted")
-    for field in FIELDS:
-        if row.get(field) and field not in (*found.fields, *SYSTEM_FIELDS):
-            notes.skip("fields", field)
+    if not OF_OTHER_KINDS.isdisjoint(row.keys() - found.fields):
+        for field in FIELDS:
+            if row.get(field) and field not in (*found.fields, *SYSTEM_FIELDS):
+                notes.skip("fields", field)
     images = _Images(row)
     turns = [(said, _turn_segments(said, images, marks)) for said in read_turns(found.turns, row, notes)]
     if images.marks == 0 and images.segments and (unmarked_first or not found.marked):
@@ -90,10 +93,13 @@ def _conversation(row: dict[str, Any], marks: Marks, unmarked_first: bool, notes
 
 def _turn_segments(said: Said, images: _Images, marks: Marks) -> list[DraftSegment]:
     """The segments of a turn. Its own images stand where its marks are, or first."""
+    words = said.words
     if said.images is None:
-        return _split_at_marks(said.words, said.role, images, marks)
+        if isinstance(words, str) and words and has_none(words):
+            return [Text(words, said.role)]
+        return _split_at_marks(words, said.role, images, marks)
     own = _Images(said.images)
-    segments = _split_at_marks(said.words, said.role, own, marks)
+    segments = _split_at_marks(words, said.role, own, marks)
     if own.marks == 0:
         return [*own.rest(said.role), *segments]
     if own.marks != len(own.segments):
@@ -105,6 +111,11 @@ class _Images:
     """A record's images, handed out in order, or by their number. `marks` counts what asked for one."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
+        self._given: set[int] = set()
+        self.marks = 0
+        self.segments: list[DraftSegment] = []
+        if HAVE_IMAGES.isdisjoint(row):
+            return
         given = {field: list_in(row[field]) for field in IMAGE_FIELDS if row.get(field)}
         value, *others = given.values() if given else [[]]
         if any(other not in (value, [value]) and [other] != value for other in others):
@@ -119,8 +130,6 @@ class _Images:
             image_segment(value, f"image {index}", text_or_none(caption))
             for index, (value, caption) in enumerate(zip(values, captions, strict=True))
         ]
-        self._given: set[int] = set()
-        self.marks = 0
 
     def take(self, mark: Mark, role: Role) -> list[DraftSegment]:
         """The image of a mark; none where there are more marks than images, which `marks` tells."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from calumma.model.document import Text
 from calumma.platform.sources.files import DraftSegment, Malformed, Reference
-from calumma.platform.sources.formats.html_images import noscript_images, sources_of
+from calumma.platform.sources.formats.pages.html_images import noscript_images, sources_of
 
 DEEPEST_NESTING = 1000  # elements in each other; the parser's time grows with the square of it
 # Elements that end by themselves, so that counting their tags does not tell how deep they are.

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from calumma.platform.sources.files import BadInput, Draft, DraftSegment, File, Malformed, json_type
-from calumma.platform.sources.formats.json_array import (
+from calumma.platform.sources.formats.records.json_array import (
     BYTE_ORDER_MARK,
     CHUNK_BYTES,
     FIRST_KEY,
@@ -20,7 +20,7 @@ from calumma.platform.sources.formats.json_array import (
     Row,
     json_array,
 )
-from calumma.platform.sources.formats.json_values import KeyTwice, parse
+from calumma.platform.sources.formats.records.json_values import KeyTwice, parse
 from calumma.platform.sources.registry import ReaderItem
 from calumma.platform.storage import StorageError
 
@@ -71,10 +71,11 @@ def json_rows(file: File) -> Iterator[Row | BadInput]:
 def json_lines(file: File) -> Iterator[Row | BadInput]:
     """One record a line."""
     number, behind_damage = 0, False
+    place = file.at("line ")
     keys: dict[bytes, frozenset[str]] = {}  # of the first record: its first key as written, and all
     while True:
         number += 1
-        name = file.at(f"line {number}")
+        name = f"{place}{number}"
         try:
             line = file.content.readline(LONGEST_LINE + 1)
             if too_long := len(line) > LONGEST_LINE:

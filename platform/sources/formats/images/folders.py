@@ -14,11 +14,12 @@ from calumma.model.document import Image
 from calumma.model.images import suffixes
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Draft, File, Malformed
-from calumma.platform.sources.formats.image_values import OtherImages
-from calumma.platform.sources.formats.pairs import IMAGES as PATH_FIELDS
-from calumma.platform.sources.formats.pairs import PairFields
-from calumma.platform.sources.formats.records import list_in, records
-from calumma.platform.sources.formats.samples import CAPTIONS, sample_draft
+from calumma.platform.sources.formats.images.captions import MEMBERS
+from calumma.platform.sources.formats.images.pairs import IMAGES as PATH_FIELDS
+from calumma.platform.sources.formats.images.pairs import PairFields
+from calumma.platform.sources.formats.images.samples import sample_draft
+from calumma.platform.sources.formats.images.values import OtherImages
+from calumma.platform.sources.formats.records.containers import list_in, records
 from calumma.platform.sources.names import hidden_part
 from calumma.platform.sources.registry import ReaderItem, reader
 
@@ -26,7 +27,7 @@ LARGEST_IMAGE = 1 << 30  # bytes
 IMAGES = tuple(sorted(suffixes()))
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of two in one folder the first is read
 NO_CLASSES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "images", "data"})
-SIDECARS = (".json", *(f".{name}" for name in CAPTIONS))
+SIDECARS = (".json", *(f".{name}" for name in MEMBERS))
 
 
 def _choose(uris: list[str]) -> tuple[Collection[str], Collection[str]]:

@@ -20,10 +20,11 @@ from calumma.platform.sources.files import (
     json_type,
     text_or_none,
 )
-from calumma.platform.sources.formats.image_values import OtherImages, image_segment, is_missing
-from calumma.platform.sources.formats.json_array import Row
-from calumma.platform.sources.formats.records import COLUMNAR, JSON, records
-from calumma.platform.sources.formats.rows import drafts
+from calumma.platform.sources.formats.images.values import OtherImages, image_segment, is_missing
+from calumma.platform.sources.formats.records.containers import COLUMNAR, JSON, records
+from calumma.platform.sources.formats.records.json_array import Row
+from calumma.platform.sources.formats.records.rows import drafts
+from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.registry import ReaderItem, reader
 
 NEEDED = ("texts", "images")
@@ -40,7 +41,7 @@ def interleaved(file: File, *, other_images: OtherImages = "bad") -> Iterator[Re
     """
     rows = _with_general(records(file, _columns))
     known = frozenset({*NEEDED, *OPTIONAL})
-    yield from drafts(rows, lambda row: _page(row, file, other_images == "leave_out"), file, known)
+    yield from drafts(rows, lambda row: page(row, file.notes, other_images == "leave_out"), file, known)
 
 
 def _with_general(rows: Iterable[Row | BadInput]) -> Iterator[Row | BadInput]:
@@ -65,7 +66,8 @@ def _require(row: dict[str, Any]) -> None:
         raise Malformed(f"has no {', '.join(missing)}; it has {field_names(row)}{advice}")
 
 
-def _page(row: dict[str, Any], file: File, optional: bool) -> list[DraftSegment]:
+def page(row: dict[str, Any], notes: Notes, optional: bool = False) -> list[DraftSegment]:
+    """The segments of a record; images that cannot be had are left out if `optional`. Raises Malformed."""
     _require(row)
     texts, images = row["texts"] or [], row["images"] or []
     captions = row.get("captions") or _alternative_texts(row.get("metadata"), len(images))
@@ -85,7 +87,7 @@ def _page(row: dict[str, Any], file: File, optional: bool) -> list[DraftSegment]
         elif text is not None:
             raise Malformed(f"the text at index {index} is {json_type(text)}")
         elif optional:
-            file.notes.skip("images", "that cannot be had")
+            notes.skip("images", "that cannot be had")
         else:
             raise Malformed(
                 f"has neither text nor image at index {index}; {{other_images: leave_out}} in the source's options "

@@ -18,9 +18,9 @@ from calumma.platform.sources.files import (
     field_names,
     json_type,
 )
-from calumma.platform.sources.formats.image_values import OtherImages
-from calumma.platform.sources.formats.records import JSON, records
-from calumma.platform.sources.formats.rows import drafts
+from calumma.platform.sources.formats.images.values import OtherImages
+from calumma.platform.sources.formats.records.containers import JSON, records
+from calumma.platform.sources.formats.records.rows import drafts
 from calumma.platform.sources.registry import ReaderItem, reader
 
 # The last two say nothing that a document has.

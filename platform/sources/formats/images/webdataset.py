@@ -13,8 +13,8 @@ from typing import Literal
 
 from calumma.platform.sources import compression
 from calumma.platform.sources.files import BadInput, File
-from calumma.platform.sources.formats.archive import Member, members, plain_name
-from calumma.platform.sources.formats.samples import sample_draft
+from calumma.platform.sources.formats.images.archive import Member, members, plain_name
+from calumma.platform.sources.formats.images.samples import sample_draft
 from calumma.platform.sources.registry import ReaderItem, reader
 
 SUFFIXES = (".tar", *(f".tar{suffix}" for suffix in compression.SUFFIXES), *compression.ARCHIVES)

@@ -18,12 +18,12 @@ from calumma.platform.sources.files import (
     Malformed,
     json_type,
 )
-from calumma.platform.sources.formats.json_values import parse
+from calumma.platform.sources.formats.images.captions import MEMBERS, NAMES, field_with_words, words_in
+from calumma.platform.sources.formats.images.interleaved import page
+from calumma.platform.sources.formats.records.json_values import parse
 from calumma.platform.sources.frames import frames
 from calumma.platform.sources.registry import ReaderItem
 
-CAPTIONS = ("txt", "caption", "text", "cls")  # members
-CAPTION_FIELDS = ("caption", "captions", "text")  # of the JSON
 KNOWN_FIELDS = frozenset({*ABOUT_FIELDS, "status", "error_message"})
 
 
@@ -62,7 +62,7 @@ class _Sample:
         if not self._images:
             raise Malformed(f"has no image among {', '.join(map(self._described, sorted(self._parts)))}")
         if isinstance(self._about.get("texts"), list) and isinstance(self._about.get("images"), list):
-            segments = self._interleaved(self._about["texts"], self._about["images"])
+            segments = self._interleaved(self._about["images"])
         elif len(self._images) == 1:
             words = self._words()
             segments = [Image(self._parts[self._images[0]], words)]
@@ -100,17 +100,15 @@ class _Sample:
     def _words(self, image: str = "") -> str | None:
         """The caption, from the first member or field that has one. `image`: the extension of the image it is for."""
         inside = f"{image.rpartition('.')[0]}." if image else ""
-        names = (self._caption,) if self._caption else CAPTIONS
+        names = (self._caption,) if self._caption else MEMBERS
         beside = tuple(f"{e}.{name}" for e in self._images[:1] for name in names) if len(self._images) == 1 else ()
         for name in (*names, *beside):  # 0.txt, or 0.jpg.txt
             if f"{inside}{name}" in self._parts and (words := self._text(f"{inside}{name}")):
                 return words
         if inside:
             return None
-        for field in (self._caption,) if self._caption else CAPTION_FIELDS:
-            if words := self._field(field):
-                return words
-        return None
+        field = self._caption or field_with_words(self._about)
+        return self._field(field) if field else None
 
     def _text(self, extension: str) -> str | None:
         self._used.add(extension)
@@ -123,9 +121,10 @@ class _Sample:
         return words or None
 
     def _field(self, field: str) -> str | None:
-        value = self._about.get(field)
-        values = value if isinstance(value, list) else [value]
-        texts = [text.strip() for text in values if isinstance(text, str) and text.strip()]
+        try:
+            texts = words_in(self._about.get(field), field)
+        except Malformed:  # boxes, masks, … beside an image: no caption, and counted as a field that is not read
+            return None
         if not texts:
             return None
         self._used_fields.add(field)
@@ -146,12 +145,10 @@ class _Sample:
             self._file.notes.lack("caption")
         return segments
 
-    def _interleaved(self, texts: list[Any], images: list[Any]) -> list[DraftSegment]:
+    def _interleaved(self, images: list[Any]) -> list[DraftSegment]:
         """MINT-1T's: the images are the frames of one TIFF, or members, in the order of `images`.
         https://github.com/mlfoundations/MINT-1T"""
         self._used_fields |= {"texts", "images"}
-        if len(texts) != len(images):
-            raise Malformed(f"texts and images must be equally long, found {len(texts)}, {len(images)}")
         found = [self._parts[e] for e in sorted(self._images, key=_natural)]
         if len(found) == 1:
             found = frames(found[0])
@@ -159,25 +156,15 @@ class _Sample:
         if wanted != len(found):
             raise Malformed(f"its .json places {wanted} images, and it has {len(found)}")
         pictures = iter(found)
-        segments: list[DraftSegment] = []
-        for index, (text, image) in enumerate(zip(texts, images, strict=True)):
-            if (text is None) == (image is None):
-                both = "both a text and an image" if text is not None else "neither text nor image"
-                raise Malformed(f"has {both} at index {index}")
-            if image is not None:
-                segments.append(Image(next(pictures)))
-            elif isinstance(text, str):
-                segments.append(Text(text))
-            else:
-                raise Malformed(f"the text at index {index} is {json_type(text)}")
-        return segments
+        placed = [None if image is None else next(pictures) for image in images]
+        return page({"texts": self._about["texts"], "images": placed}, self._file.notes)
 
     def _count(self) -> None:
         for extension in self._parts:
             if extension not in self._used:
                 self._file.notes.skip("members", f".{extension}")
         for field, value in self._about.items():
-            if isinstance(value, str) and field in CAPTION_FIELDS and value.strip() in self._read:
+            if isinstance(value, str) and field in NAMES and value.strip() in self._read:
                 continue  # the same words as a member's, as img2dataset writes them
             if value is not None and field not in KNOWN_FIELDS and field not in self._used_fields:
                 self._file.notes.skip("fields", field)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 
@@ -12,7 +13,21 @@ class KeyTwice(ValueError):
 
 def parse(data: bytes) -> Any:
     """The value of some JSON. Raises ValueError (of which KeyTwice), RecursionError."""
-    text = data.decode(json.detect_encoding(data), "surrogatepass")  # as json.loads does
+    # json.loads looks for the encoding and for white space around the value, in Python: a quarter of a record's time.
+    if data[:1] == b"{" and data[1:2] != b"\0":
+        text = data.decode("utf-8", "surrogatepass")
+        try:
+            value, end = SCAN(text, 0)
+        except (StopIteration, ValueError):
+            return _parse(text)
+        if len(text) - end <= 2 and not text[end:].strip(SPACE):
+            return value
+        return _parse(text)
+    return _parse(data.decode(json.detect_encoding(data), "surrogatepass"))
+
+
+def _parse(text: str) -> Any:
+    """As `parse`, with json.loads's words for what is wrong."""
     try:
         return DECODER.decode(text)
     except KeyTwice:
@@ -30,3 +45,5 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_checked)
+SCAN: Callable[[str, int], tuple[Any, int]] = DECODER.scan_once  # type: ignore[attr-defined]
+SPACE = " \t\n\r"

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from calumma.platform.sources.files import BadInput, File, Malformed
-from calumma.platform.sources.formats.json_array import Row
-from calumma.platform.sources.formats.parquet_repair import PatchedFile, patches
+from calumma.platform.sources.formats.records.json_array import Row
+from calumma.platform.sources.formats.records.parquet_repair import PatchedFile, patches
 from calumma.platform.storage import StorageError
 
 BATCH_BYTES = 16 << 20  # bytes of a Parquet file that are rows at once
@@ -55,6 +55,7 @@ class _RowGroup:
         self._number = 0  # rows that are read
         self._problem = "they are missing"
         self._hidden: set[int] = set()  # rows of damaged pages
+        self._place = file.at(f"row group {group}, row ")
 
     def rows(self) -> Iterator[Row | BadInput]:
         size = max(1, self._table.metadata.row_group(self._group).total_byte_size // max(1, self._count))
@@ -90,16 +91,15 @@ class _RowGroup:
             self._problem = str(error)
 
     def _batch(self, batch: Any) -> Iterator[Row | BadInput]:
-        rows = batch_rows(batch)
         lost = 0
-        for row in rows:
+        for row in batch_rows(batch):
             if self._number in self._hidden:
                 lost += 1
                 if self._number + 1 not in self._hidden:
                     yield self._lost(self._number + 1 - lost, self._number + 1)
                     lost = 0
             else:
-                name = self._file.at(f"row group {self._group}, row {self._number}")
+                name = f"{self._place}{self._number}"
                 yield BadInput(name, row) if isinstance(row, str) else (name, row)
             self._number += 1
         if lost:

@@ -36,6 +36,11 @@ class MarkedPath(str):
     """The place of the image of this path."""
 
 
+def has_none(words: str) -> bool:
+    """Whether a text surely has no mark, as most have none."""
+    return "<" not in words and "[IMG]" not in words
+
+
 class Marks:
     """Splits texts at marks of one form."""
 

@@ -6,11 +6,14 @@ where it was not the first header, and needs a kilobyte for every member it has 
 
 from __future__ import annotations
 
+import io
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+from calumma.platform.sources import compression
 from calumma.platform.sources.files import BadInput, File
 from calumma.platform.sources.names import hidden_part
 from calumma.platform.sources.notes import suffix
@@ -62,13 +65,16 @@ class _Bytes:
 
     def __init__(self, file: File) -> None:
         self._content = file.content
-        self._ahead = b""
+        self._ahead, self._begin = b"", 0  # what is read and where of it the next byte stands
         self.position = 0
         self.damage: OSError | None = None
+        self.ends = False  # nothing behind the damage can be read
         self._ended = False
 
     def peek(self, size: int) -> bytes:
-        while len(self._ahead) < size and not self._ended:
+        if len(self._ahead) - self._begin < size and not self._ended:
+            self._ahead, self._begin = self._ahead[self._begin :], 0
+        while len(self._ahead) - self._begin < size and not self._ended:
             try:
                 wanted = max(CHUNK, size - len(self._ahead))
                 data = self._content.read1(wanted) or self._content.read1(1)  # damage is told behind the end
@@ -76,9 +82,10 @@ class _Bytes:
                 raise
             except OSError as error:
                 self.damage, data = error, b""
+                self.ends = not isinstance(error, compression.Damaged) or error.ends
             self._ended = not data
             self._ahead += data
-        return self._ahead[:size]
+        return self._ahead[self._begin : self._begin + size]
 
     def take(self, size: int) -> bytes:
         """Fewer bytes at the end, and at a damage."""
@@ -89,7 +96,7 @@ class _Bytes:
                 size -= len(part)
             return b"".join(parts)
         data = self.peek(size)
-        self._ahead = self._ahead[len(data) :]
+        self._begin += len(data)
         self.position += len(data)
         return data
 
@@ -101,7 +108,39 @@ class _Bytes:
 
     def go_on(self) -> None:
         """Behind a damage."""
-        self.damage, self._ended, self._ahead = None, False, b""
+        self.damage, self._ended, self._ahead, self._begin = None, False, b"", 0
+
+
+class _Apart(io.RawIOBase):
+    """A file read from a place of its own, while others read it."""
+
+    def __init__(self, raw: io.BufferedIOBase) -> None:
+        self._raw, self._place = raw, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        place = self._raw.tell()
+        if whence == io.SEEK_CUR:
+            offset, whence = self._place + offset, io.SEEK_SET
+        self._place = self._raw.seek(offset, whence)
+        self._raw.seek(place)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        place = self._raw.tell()
+        self._raw.seek(self._place)
+        size = self._raw.readinto(buffer)
+        self._place = self._raw.tell()
+        self._raw.seek(place)
+        return size
 
 
 class _Archive:
@@ -110,6 +149,7 @@ class _Archive:
         self._bytes = _Bytes(file)
         self._found = False  # any header
         self._links: dict[str, tuple[int, int]] | None = None  # name -> place and size of its content
+        self._unpacked: io.BufferedIOBase = file.raw
 
     def members(self) -> Iterator[Member | BadInput]:
         while True:
@@ -196,19 +236,31 @@ class _Archive:
 
     def _link(self, name: str, target: str) -> Member:
         """A hard link: the content of a member before it."""
-        if self._file.codec is not None:
-            return Member(name, b"", f"is a hard link to {target}, which cannot be followed in a compressed archive")
         if self._links is None:
-            self._links = _contents(self._file)
+            self._unpacked = self._unpack()
+            self._links = _contents(self._unpacked)
         if target not in self._links:
             return Member(name, b"", f"is a hard link to {target}, which is not in the archive")
         offset, size = self._links[target]
-        raw = self._file.raw
-        place = raw.tell()
-        raw.seek(offset)
-        data = raw.read(size)
-        raw.seek(place)
+        place = self._unpacked.tell()
+        self._unpacked.seek(offset)
+        data = self._unpacked.read(size)
+        self._unpacked.seek(place)
         return Member(name, data)
+
+    def _unpack(self) -> io.BufferedIOBase:
+        """The archive as it is, of a packed one a copy on the disk, which the first hard link asks for."""
+        if self._file.codec is None:
+            return self._file.raw
+        copy = tempfile.TemporaryFile(prefix="calumma-")  # noqa: SIM115 (lives as long as the archive is read)
+        content = _Bytes(File(self._file.uri, io.BufferedReader(_Apart(self._file.raw), CHUNK), self._file.images))
+        while True:
+            if part := content.take(CHUNK):
+                copy.write(part)
+            elif content.damage is None or content.ends:
+                return cast(Any, copy)
+            else:
+                content.go_on()
 
     # -- ends and damage -----------------------------------------------------------------------------------------------
 
@@ -308,16 +360,16 @@ def _extension(header: tarfile.TarInfo, data: bytes) -> dict[str, str]:
     return said
 
 
-def _contents(file: File) -> dict[str, tuple[int, int]]:
+def _contents(raw: io.BufferedIOBase) -> dict[str, tuple[int, int]]:
     """Name -> place and size of the regular files of an archive that is not packed."""
-    raw = file.raw
     place = raw.tell()
+    whole = raw.seek(0, io.SEEK_END)
     raw.seek(0)
     found: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(fileobj=cast(Any, raw), mode="r:", errors="surrogateescape", encoding="utf-8") as tar:
             while (member := tar.next()) is not None:
-                if member.isreg() and member.offset_data + member.size <= file.size:
+                if member.isreg() and member.offset_data + member.size <= whole:
                     found[member.name] = (member.offset_data, member.size)
                 cast(Any, tar).members.clear()
     except (tarfile.TarError, EOFError, ValueError):

@@ -17,10 +17,11 @@ import yaml
 
 from calumma.model.document import Document
 from calumma.platform import storage
-from calumma.platform.sources.detection import RECORDS, TARS, Guess, first_records, guess_format
 from calumma.platform.sources.files import BadInput, File
 from calumma.platform.sources.formats import find_format
-from calumma.platform.sources.formats.records import ABOUT, SUFFIXES
+from calumma.platform.sources.formats.images.folders import IMAGES
+from calumma.platform.sources.formats.records.containers import ABOUT, SUFFIXES
+from calumma.platform.sources.look.guess import RECORDS, TARS, Guess, first_records, guess_format
 from calumma.platform.sources.notes import Notes, sentences, suffix
 from calumma.platform.sources.reading import list_source, read_source
 from calumma.platform.sources.registry import check_format
@@ -119,8 +120,9 @@ def _sample(seen: Look, wanted: int) -> Look:
             documents.append(item)
         if len(documents) >= wanted and len(documents) + len(bad) >= 5 * wanted:
             break
-    for kind, name in others.values():
-        notes.skip(kind, name)
+    for uri, (kind, name) in others.items():
+        if not (notes.referred and uri.lower().endswith(IMAGES)):  # further records refer to others
+            notes.skip(kind, name)
     read = len(documents)
     report = {"read": read, **notes.report()}
     return replace(seen, documents=documents[:wanted], bad=bad, inputs=len(files), unread=sentences(report), read=read)

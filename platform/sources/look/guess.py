@@ -14,14 +14,15 @@ from typing import Any
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, File, Malformed, Reference
 from calumma.platform.sources.formats import find_format
-from calumma.platform.sources.formats.exchanges import LISTS, exchange
-from calumma.platform.sources.formats.folders import IMAGES, METADATA, SIDECARS
-from calumma.platform.sources.formats.image_values import PATHS
-from calumma.platform.sources.formats.marks import FORMS
-from calumma.platform.sources.formats.pages import HTML, MARKDOWN
-from calumma.platform.sources.formats.pairs import CAPTIONS, PairFields
-from calumma.platform.sources.formats.pairs import IMAGES as IMAGE_FIELDS
-from calumma.platform.sources.formats.records import ABOUT, SUFFIXES, list_in, records
+from calumma.platform.sources.formats.conversations.exchanges import LISTS, exchange
+from calumma.platform.sources.formats.conversations.marks import FORMS
+from calumma.platform.sources.formats.images.captions import NAMES
+from calumma.platform.sources.formats.images.folders import IMAGES, METADATA, SIDECARS
+from calumma.platform.sources.formats.images.pairs import IMAGES as IMAGE_FIELDS
+from calumma.platform.sources.formats.images.pairs import PairFields
+from calumma.platform.sources.formats.images.values import PATHS
+from calumma.platform.sources.formats.pages.reader import HTML, MARKDOWN
+from calumma.platform.sources.formats.records.containers import ABOUT, SUFFIXES, list_in, records
 from calumma.platform.sources.formats.text import FIELDS as TEXT_FIELDS
 from calumma.platform.sources.notes import Notes
 
@@ -128,7 +129,7 @@ def _guess_records(location: str, uri: str, uris: Sequence[str]) -> Guess | str:
     except Malformed:
         pass
     if image := next((name for name in IMAGE_FIELDS if _is_image(row.get(name))), None):
-        caption = next((name for name in CAPTIONS if name in row), None)
+        caption = next((name for name in NAMES if name in row), None)
         reason = f"its records have images in `{image}`" + (f" and texts in `{caption}`" if caption else "")
         return Guess("pairs", reason, {}, _images_of(location, uri, uris, rows))
     for name in TEXT_FIELDS:

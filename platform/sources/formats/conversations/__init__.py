@@ -1,0 +1,1 @@
+"""Conversations: turns however records hold them, and the marks for their images."""

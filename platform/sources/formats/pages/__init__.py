@@ -1,0 +1,1 @@
+"""Pages of HTML and Markdown, with their images in place."""

@@ -1,0 +1,1 @@
+"""Records: their containers (JSON lines and arrays, CSV, Parquet, Arrow), and what of these damage leaves."""
