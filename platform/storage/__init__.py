@@ -1,5 +1,5 @@
-"""Object storage: one set of functions over `s3://bucket/key` URIs and local paths (plain or `file://`); `hf://`,
-`gs://` and `az://` are read, not written (filesystems.py).
+"""Object storage: one set of functions over `s3://bucket/key` URIs and local paths (plain or `file://`); `gs://`
+and `az://` as well, and `hf://`, which is only read (filesystems.py).
 
 Readers see a whole object or none; a directory is published by its `manifest.json`, which copies write last and
 deletions remove first. Every failure is a StorageError. `manifest` and `publishing` are imported by name.

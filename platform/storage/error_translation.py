@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from calumma.platform.storage import filesystems
 from calumma.platform.storage.client import endpoint, s3_client
-from calumma.platform.storage.uri import BrokenRead, NotFound, StorageError, bucket_and_key, is_read_only, is_remote
+from calumma.platform.storage.uri import BrokenRead, NotFound, StorageError, bucket_and_key, is_foreign, is_remote
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def translated_errors(uri: str, action: str) -> Iterator[None]:
     except (StorageError, BrokenRead):
         raise
     except Exception as error:
-        if is_read_only(uri):
+        if is_foreign(uri):
             translated = filesystems.translate_error(uri, action, error)
         elif is_remote(uri):
             translated = translate_s3_error(uri, action, error)

@@ -17,7 +17,7 @@ from calumma.platform.storage.uri import (
     Damaged,
     StorageError,
     bucket_and_key,
-    is_read_only,
+    is_foreign,
     is_remote,
     local_path,
     refuse_to_write,
@@ -32,7 +32,7 @@ def sizes(prefix: str) -> dict[str, int]:
     Unfinished temporary files are not files. Raises StorageError.
     """
     with translated_errors(prefix, "list"):
-        if is_read_only(prefix):
+        if is_foreign(prefix):
             return dict(filesystems.sizes(prefix))
         return dict(remote_sizes(prefix)) if is_remote(prefix) else dict(local_sizes(local_path(prefix)))
 
@@ -47,7 +47,7 @@ def exists(uri: str) -> bool:
     with translated_errors(uri, "look for"):
         if not is_remote(uri):
             return local_path(uri).exists()
-        if is_read_only(uri):
+        if is_foreign(uri):
             return next(filesystems.sizes(uri), None) is not None
         return next(remote_sizes(uri), None) is not None
 
@@ -68,7 +68,7 @@ def read_range(uri: str, offset: int, length: int, check: ContentCheck | None = 
     """
     if not is_remote(uri):
         return _read_with_retries(uri, lambda: local_range(uri, offset, length), check, attempts=2)
-    if is_read_only(uri):
+    if is_foreign(uri):
         with translated_errors(uri, "read"):
             return _read_with_retries(uri, lambda: filesystems.read_range(uri, offset, length), check, max_attempts())
     return _read_with_retries(uri, lambda: remote_range(uri, offset, length), check, max_attempts())
@@ -103,7 +103,7 @@ def size(uri: str) -> int:
     with translated_errors(uri, "look for"):
         if not is_remote(uri):
             return local_path(uri).stat().st_size
-        if is_read_only(uri):
+        if is_foreign(uri):
             return filesystems.size(uri)
         bucket, key = bucket_and_key(uri)
         return int(s3_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
@@ -112,7 +112,7 @@ def size(uri: str) -> int:
 def copy_to(uri: str, file: BinaryIO) -> None:
     """Copy a file's content into an open one. Raises StorageError, NotFound."""
     with translated_errors(uri, "read"):
-        if is_read_only(uri):
+        if is_foreign(uri):
             with filesystems.open_file(uri, 4 << 20) as content:
                 shutil.copyfileobj(content, file, 1 << 20)
             return
@@ -131,6 +131,9 @@ def write_bytes(uri: str, data: bytes) -> None:
         if not is_remote(uri):
             replace_file(local_path(uri), lambda file: file.write(data))
             return
+        if is_foreign(uri):
+            filesystems.write(uri, io.BytesIO(data))
+            return
         bucket, key = bucket_and_key(uri)
         s3_client().put_object(Bucket=bucket, Key=key, Body=data)
 
@@ -140,7 +143,7 @@ def open_read(uri: str, buffer: int = 4 << 20) -> io.BufferedIOBase:
     with translated_errors(uri, "read"):
         if not is_remote(uri):
             return local_path(uri).open("rb")
-        if is_read_only(uri):
+        if is_foreign(uri):
             return filesystems.open_file(uri, buffer)
         bucket, key = bucket_and_key(uri)
         client = s3_client()

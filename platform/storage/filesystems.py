@@ -1,5 +1,5 @@
-"""What is read where others keep it, and never written: `hf://datasets/ORG/NAME[@revision]/path` (Hugging Face's hub),
-`gs://bucket/key` (Google Cloud Storage) and `az://container/key` (Azure).
+"""Object storage that is not S3's kind: `gs://bucket/key` (Google Cloud Storage), `az://container/key` (Azure), and
+`hf://datasets/ORG/NAME[@revision]/path` (Hugging Face's hub), which is only read.
 
 Through huggingface_hub and Arrow's file systems, with credentials from the variables that their own clients read:
 HF_TOKEN and HF_ENDPOINT; GOOGLE_APPLICATION_CREDENTIALS, and STORAGE_EMULATOR_HOST for a server of one's own;
@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import io
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from calumma.platform.storage.uri import BrokenRead, NotFound, StorageError
 
@@ -26,6 +28,7 @@ ADVICE = {
     "az": "check the container, AZURE_STORAGE_ACCOUNT, AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN, and the network",
 }
 VARIABLES = ("HF_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "AZUR")
+COPY_BYTES = 4 << 20
 GIVE_UP = timedelta(seconds=30)  # a request to Google's storage
 
 
@@ -81,12 +84,37 @@ def open_file(uri: str, buffer: int) -> io.BufferedIOBase:
         return copy.open("rb")  # lives until it is closed
 
 
+def write(uri: str, content: BinaryIO) -> None:
+    """Write a whole file, from its beginning; readers see the old content or the new. Raises OSError."""
+    scheme, _, path = uri.partition("://")
+    mounted = _arrow(scheme)
+    # Google's storage shows an upload when it is finished. Azure's, through Arrow, shows an empty file while it is
+    # written: it goes to another name first, and is copied within the storage.
+    target = path if scheme == "gs" else f"{path}.{uuid.uuid4().hex}.tmp"
+    with mounted.open_output_stream(target) as stream:
+        shutil.copyfileobj(content, stream, COPY_BYTES)
+    if target != path:
+        try:
+            mounted.copy_file(target, path)
+        finally:
+            mounted.delete_file(target)
+
+
+def delete(uri: str) -> None:
+    """Delete a file; nothing there is fine."""
+    scheme, _, path = uri.partition("://")
+    with suppress(FileNotFoundError):
+        _arrow(scheme).delete_file(path)
+
+
 def read_range(uri: str, offset: int, length: int) -> bytes:
     """One attempt. Raises BrokenRead, and FileNotFoundError."""
+    scheme, _, path = uri.partition("://")
     try:
-        with closing(open_file(uri, max(length, 1))) as file:
+        # Of Google's storage the whole file is read: Arrow's ranges of large ones never come to an end (25.0).
+        with closing(_arrow(scheme).open_input_file(path) if scheme == "az" else open_file(uri, length or 1)) as file:
             file.seek(offset)
-            data = file.read(length)
+            data: bytes = file.read(length)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from calumma.platform.storage import filesystems
 from calumma.platform.storage.client import THREADS, s3_client
 from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.files import copy_to, list_files, read_bytes, write_bytes
@@ -20,6 +21,7 @@ from calumma.platform.storage.uri import (
     NotFound,
     StorageError,
     bucket_and_key,
+    is_foreign,
     is_remote,
     join,
     local_path,
@@ -116,6 +118,10 @@ def _upload_file(file: Path, uri: str) -> None:
             with file.open("rb") as source:
                 replace_file(local_path(uri), lambda target: shutil.copyfileobj(source, target, 1 << 20))
             return
+        if is_foreign(uri):
+            with file.open("rb") as source:
+                filesystems.write(uri, source)
+            return
         bucket, key = bucket_and_key(uri)
         s3_client().upload_file(str(file), bucket, key)  # large files in parts; they become visible together
 
@@ -130,6 +136,9 @@ def _delete_file(uri: str) -> None:
     with translated_errors(uri, "delete"):
         if not is_remote(uri):
             local_path(uri).unlink(missing_ok=True)
+            return
+        if is_foreign(uri):
+            filesystems.delete(uri)
             return
         bucket, key = bucket_and_key(uri)
         s3_client().delete_object(Bucket=bucket, Key=key)

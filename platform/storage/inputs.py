@@ -19,7 +19,7 @@ from calumma.platform.storage.client import s3_client
 from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.files import exists
 from calumma.platform.storage.s3 import remote_sizes
-from calumma.platform.storage.uri import StorageError, bucket_and_key, is_read_only, is_remote, local_path
+from calumma.platform.storage.uri import StorageError, bucket_and_key, is_foreign, is_remote, local_path
 
 MOST_NAMES = 100_000  # that the braces of one location may stand for
 _WILDCARD = re.compile(r"[*?\[]")
@@ -41,8 +41,8 @@ def list_inputs(location: str) -> Listing:
     """What a location stands for. Raises StorageError."""
     found = Listing()
     with translated_errors(location, "list"):
-        if is_read_only(location):
-            _add_read_only(found, location)
+        if is_foreign(location):
+            _add_foreign(found, location)
         elif not is_pattern(location):
             _add_literal(found, location)
         else:
@@ -227,7 +227,7 @@ def _children(folder: str) -> tuple[dict[str, tuple[str, int]], list[str]]:
     return files, folders
 
 
-def _add_read_only(found: Listing, location: str) -> None:
+def _add_foreign(found: Listing, location: str) -> None:
     """A file, all below a folder, or what a pattern matches of all that its literal folder has."""
     for name in expand_braces(location) if is_pattern(location) else [location]:
         if _WILDCARD.search(_path(name)):

@@ -6,7 +6,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 MANIFEST = "manifest.json"
-READ_ONLY = ("hf", "gs", "az")  # schemes; see filesystems.py
+FOREIGN = ("hf", "gs", "az")  # schemes; see filesystems.py
+READ_ONLY = ("hf",)  # of those
 
 
 class StorageError(OSError):
@@ -30,23 +31,23 @@ def is_remote(uri: str) -> bool:
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme == "file":
         return False
-    if scheme in ("s3", *READ_ONLY):
+    if scheme in ("s3", *FOREIGN):
         return True
     raise StorageError(
-        f"{uri}: storage {scheme}:// is not known; use s3://bucket/key or a local path; "
-        f"{', '.join(f'{scheme}://' for scheme in READ_ONLY)} are read"
+        f"{uri}: storage {scheme}:// is not known; use s3://, gs:// or az://bucket/key, or a local path; "
+        f"{', '.join(f'{scheme}://' for scheme in READ_ONLY)} is read"
     )
 
 
-def is_read_only(uri: str) -> bool:
-    """Whether the URI is in a storage that is only read."""
-    return uri.partition("://")[0] in READ_ONLY
+def is_foreign(uri: str) -> bool:
+    """Whether the URI is in one of the object storages that are not S3's kind (see filesystems.py)."""
+    return uri.partition("://")[0] in FOREIGN
 
 
 def refuse_to_write(uri: str, action: str) -> None:
     """Raises StorageError for a URI in a storage that is only read."""
-    if is_read_only(uri):
-        scheme = uri.partition("://")[0]
+    scheme = uri.partition("://")[0]
+    if scheme in READ_ONLY:
         raise StorageError(f"cannot {action} {uri}: {scheme}:// is only read; write to s3://bucket/key or a local path")
 
 
@@ -75,7 +76,8 @@ def local_path(uri: str) -> Path:
 
 
 def bucket_and_key(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    scheme, _, path = uri.partition("://")
+    bucket, _, key = path.partition("/")
     if not bucket:
-        raise StorageError(f"{uri}: names no bucket; write s3://bucket/key")
+        raise StorageError(f"{uri}: names no bucket; write {scheme}://bucket/key")
     return bucket, key.rstrip("/")  # a key may begin with a slash

@@ -25,6 +25,9 @@ class ServeError(RuntimeError):
     """Serving cannot start as asked; the message says what was found and what to do."""
 
 
+STORED = ("s3://", "gs://", "az://", "file://")  # a model directory in storage; others are of an MLflow server
+
+
 @dataclass(frozen=True)
 class NodeGroup:
     """Nodes with equal resources (CPU, GPU); math.inf of them where an autoscaler has no limit."""
@@ -35,7 +38,7 @@ class NodeGroup:
 
 def require_heads(settings: ModelSettings, source: str) -> None:
     """Raises ValueError where the model at a path or URI cannot be sharded as the settings ask."""
-    if settings.tensor_parallel > 1 and ("://" not in source or source.startswith(("s3://", "file://"))):
+    if settings.tensor_parallel > 1 and ("://" not in source or source.startswith(STORED)):
         shape = ModelConfig.model_validate_json(storage.read_bytes(storage.join(source, config.FILE)))
         require_divisible_heads(settings, shape)
 
@@ -83,7 +86,7 @@ def locate_directory(model: str, settings: Tracking | None = None) -> str:
     source = registry.model_source(model, settings)
     if "://" not in source:
         source = str(Path(source).expanduser().resolve())
-    elif not source.startswith(("s3://", "file://")):
+    elif not source.startswith(STORED):
         return source  # an artifact of an MLflow server: the replica downloads it
     origin = "" if source == model else f" ({model} leads there)"
     if not storage.exists(source):
@@ -107,7 +110,7 @@ def locate_servable(model: ModelSettings) -> str:
 def require_memory(model: ModelSettings, source: str, total: int | None = None) -> None:
     """Raises ServeError where a replica of the model at a path or URI does not fit the devices of this machine, of so
     many bytes."""
-    if "://" in source and not source.startswith(("s3://", "file://")):
+    if "://" in source and not source.startswith(STORED):
         return
     shape = ModelConfig.model_validate_json(storage.read_bytes(storage.join(source, config.FILE)))
     pictures = storage.read_bytes(storage.join(source, IMAGE_TOKENIZER, config.FILE))

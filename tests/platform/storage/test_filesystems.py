@@ -1,10 +1,16 @@
-"""Storage that is only read: Hugging Face's hub, Google's and Azure's. The hub is a small server of its protocol,
-spoken to by huggingface_hub itself; Google's is a server of its JSON protocol, spoken to by Arrow's own client."""
+"""Storage that is not S3's kind: Hugging Face's hub, Google's and Azure's. The hub is a small server of its protocol,
+spoken to by huggingface_hub itself; Google's is a server of its JSON protocol, spoken to by Arrow's own client. Azure's
+is Azurite, Microsoft's own emulator, where `azurite-blob` is on the PATH (npm install azurite)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +23,7 @@ import pytest
 from calumma.platform import storage
 from calumma.platform.sources.reading import read_source, require_files
 from calumma.platform.sources.specification import Source
+from calumma.platform.storage import filesystems
 from calumma.platform.storage.uri import READ_ONLY
 
 
@@ -28,6 +35,7 @@ class Server:
     endpoint: str = ""
     asked: list[str] = field(default_factory=list)
     broken: int = 0  # answers that break off
+    parts: dict[str, bytes] = field(default_factory=dict)  # uploads that are not finished
 
 
 def serve(server: Server, answer: Any) -> Iterator[Server]:
@@ -36,7 +44,7 @@ def serve(server: Server, answer: Any) -> Iterator[Server]:
             server.asked.append(self.path)
             answer(self, server)
 
-        do_HEAD = do_GET
+        do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
         def send(self, status: int, body: bytes = b"", **headers: str) -> None:
             self.send_response(status)
@@ -203,16 +211,38 @@ def google_answer(request: Any, server: Server) -> None:
                 "generation": "1", "updated": DATE, "timeCreated": DATE}  # fmt: skip
 
     base = "/storage/v1/b/bucket/o"
+    if path == f"/upload{base}":
+        google_upload(request, server, query, about)
+        return
     name = path.removeprefix(base).removeprefix("/") if path.startswith(base) else path.removeprefix("/bucket/")
     if path == base:
         found = [about(each) for each in server.files if each.startswith(query.get("prefix", ""))]
         request.send_json({"kind": "storage#objects", "items": found})
     elif name not in server.files:
         request.send_json({"error": {"code": 404, "message": f"No such object: bucket/{name}"}}, 404)
+    elif request.command == "DELETE":
+        del server.files[name]
+        request.send(204)
     elif "alt" in query or not path.startswith(base):
         request.send_file(server.files[name], x_goog_generation="1", Content_Type="application/octet-stream")
     else:
         request.send_json(about(name))
+
+
+def google_upload(request: Any, server: Server, query: dict[str, str], about: Any) -> None:
+    """A resumable upload: an address is asked for, parts are put there, and the last makes an object of them."""
+    content = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    name = query["name"]
+    if request.command == "POST":
+        server.parts[name] = b""
+        request.send_json({}, Location=f"{server.endpoint}{request.path}&upload_id=1")
+        return
+    server.parts[name] += content
+    if request.headers.get("Content-Range", "").endswith("/*"):
+        request.send(308, Range=f"bytes=0-{len(server.parts[name]) - 1}")
+        return
+    server.files[name] = server.parts.pop(name)
+    request.send_json(about(name))
 
 
 @pytest.fixture
@@ -234,6 +264,79 @@ def test_googles_storage_is_listed_and_read(google: Server) -> None:
     assert storage.sizes("gs://bucket/nothing") == {}
     with pytest.raises(storage.NotFound):
         storage.read_bytes("gs://bucket/nothing")
+
+
+def write_and_delete(base: str, folder: Path) -> None:
+    """What jobs do with storage, below a folder that has nothing."""
+    storage.check_writable(base)
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/weights").write_bytes(bytes(range(256)) * 20_000)
+    (folder / "manifest.json").write_text("{}")
+    storage.upload(folder, f"{base}/a")
+    assert storage.sizes(base) == {f"{base}/a/manifest.json": 2, f"{base}/a/model/weights": 5_120_000}
+    assert storage.read_range(f"{base}/a/model/weights", 300, 3) == bytes((44, 45, 46))
+    storage.write_bytes(f"{base}/a/manifest.json", b"[1]")
+    storage.download(f"{base}/a", folder / "back")
+    assert (folder / "back/manifest.json").read_bytes() == b"[1]"
+    assert (folder / "back/model/weights").read_bytes() == (folder / "model/weights").read_bytes()
+    storage.delete(f"{base}/a/nothing")
+    with pytest.raises(storage.StorageError, match="refusing to delete a whole bucket"):
+        storage.delete(base.rpartition("/")[0])
+    storage.delete(base)
+    assert storage.sizes(base) == {}
+    assert not storage.exists(f"{base}/a")
+
+
+def test_googles_storage_is_written_and_deleted(google: Server, tmp_path: Path) -> None:
+    write_and_delete("gs://bucket/corpus", tmp_path)
+    assert set(google.files) == {"raw/a.txt", "raw/more/b.txt", "rawer"}
+
+
+@pytest.fixture
+def azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    program = shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("azurite-blob is not on the PATH")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "devstoreaccount1")  # the emulator's own, known to everybody
+    monkeypatch.setenv(
+        "AZURE_STORAGE_KEY",
+        "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==",
+    )
+    monkeypatch.setenv("AZURITE_BLOB_STORAGE_HOST", f"http://127.0.0.1:{port}")
+    arguments = ["--silent", "--skipApiVersionCheck", "--inMemoryPersistence", "--blobPort", str(port)]
+    with subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL) as server:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        filesystems._arrow("az").create_dir("box")
+        yield
+        server.terminate()
+
+
+def test_azures_storage_is_written_and_deleted(azure: None, tmp_path: Path) -> None:
+    write_and_delete("az://box/corpus", tmp_path / "files")
+
+
+def test_azures_readers_see_a_whole_file_or_none(azure: None) -> None:
+    seen: set[int] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(storage.NotFound):
+                seen.add(len(storage.read_bytes("az://box/shard")))
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for _ in range(8):
+        storage.write_bytes("az://box/shard", bytes(1 << 20))
+    ended.set()
+    reader.join()
+    assert seen == {1 << 20}
 
 
 def test_azure_says_which_account_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
