@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from calumma.model.document import Document, Image
+    from calumma.platform.sources.files import BadInput
     from calumma.platform.sources.look.look import Look
 
 app = typer.Typer(help="Raw data, before anything is made of it.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -112,9 +113,7 @@ def lines(seen: Look, console: Console) -> Iterator[Any]:
         yield from _document(document, console)
     if seen.bad:
         yield Words(f"\n{len(seen.bad)} bad among the first {len(seen.bad) + seen.read}:", style="bold")
-        yield from (
-            Words(f"  {bad.name.removeprefix(seen.location).lstrip('/')}: {bad.reason}") for bad in seen.bad[:SHOWN]
-        )
+        yield from (Words(f"  {_told(bad, seen.location)}") for bad in seen.bad[:SHOWN])
     if seen.documents:
         yield Words("\na job that curates it (calumma job run curate --config FILE):\n", style="bold")
         yield Words(seen.curation().rstrip())
@@ -179,9 +178,14 @@ def page(seen: Look) -> str:
 
     cards = [(_place(document, seen.location), excerpt(document)) for document in seen.documents]
     return render(
-        TEMPLATE, look=seen, size=_bytes(seen.bytes), cards=cards, bad=seen.bad[:SHOWN],
+        TEMPLATE, look=seen, size=_bytes(seen.bytes), cards=cards,
+        bad=[_told(bad, seen.location) for bad in seen.bad[:SHOWN]],
         curation=seen.curation() if seen.guess is not None and seen.documents else "",
     )  # fmt: skip
+
+
+def _told(bad: BadInput, location: str) -> str:
+    return f"{bad.name.removeprefix(location).lstrip('/')}: {bad.reason}"
 
 
 def _place(document: Document, location: str) -> str:
