@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 from calumma.platform.storage import filesystems
 from calumma.platform.storage.client import max_attempts, s3_client
 from calumma.platform.storage.error_translation import translated_errors
 from calumma.platform.storage.local import local_range, local_sizes, replace_file
-from calumma.platform.storage.s3 import object_reader, remote_range, remote_sizes
+from calumma.platform.storage.s3 import beginning, object_reader, remote_range, remote_sizes
 from calumma.platform.storage.uri import (
     BrokenRead,
     Damaged,
@@ -50,6 +50,19 @@ def exists(uri: str) -> bool:
         if is_foreign(uri):
             return next(filesystems.sizes(uri), None) is not None
         return next(remote_sizes(uri), None) is not None
+
+
+def files_beside(uri: str, suffixes: Sequence[str]) -> list[str]:
+    """Of the names that a URI and one of the suffixes (in lower or upper case) make, those of files, in this order;
+    in S3 by one request. Raises StorageError."""
+    wanted = [uri + case for suffix in suffixes for case in dict.fromkeys((suffix, suffix.upper()))]
+    with translated_errors(uri, "look for"):
+        if not is_remote(uri):
+            return [name for name in wanted if local_path(name).is_file()]
+        if is_foreign(uri):
+            return [name for name in wanted if exists(name)]
+        there = beginning(f"{uri}.")
+        return [name for name in wanted if name in there]
 
 
 def read_bytes(uri: str) -> bytes:

@@ -34,6 +34,13 @@ def remote_sizes(uri: str) -> Iterator[tuple[str, int]]:
                 raise
 
 
+def beginning(uri: str) -> set[str]:
+    """The objects of one folder whose names begin so."""
+    bucket, key = bucket_and_key(uri)
+    pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key, Delimiter="/")
+    return {f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ())}
+
+
 def remote_range(uri: str, offset: int, length: int) -> bytes:
     """One attempt. Raises BrokenRead, and StorageError for what no other attempt would change."""
     from botocore import exceptions as e

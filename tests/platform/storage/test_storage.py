@@ -50,6 +50,13 @@ def test_listing_is_recursive_sorted_and_knows_folders_from_prefixes(root: str) 
     assert storage.list_files(storage.join(root, "nothing")) == []
 
 
+def test_files_of_the_same_name_and_other_suffixes_are_found(root: str) -> None:
+    for name in ("a.jpg", "a.txt", "a.JSON", "a.Text", "ab.cls", "a.d/x.cls"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    found = storage.files_beside(storage.join(root, "a"), (".json", ".txt", ".text", ".cls", ".d"))
+    assert found == [storage.join(root, "a.JSON"), storage.join(root, "a.txt")]
+
+
 def test_more_objects_than_one_page_of_s3(s3: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: storage.write_bytes(storage.join(s3, f"{i:04}"), b""), range(1003)))

@@ -28,6 +28,7 @@ IMAGES = tuple(sorted(suffixes()))
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of two in one folder the first is read
 NO_CLASSES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "images", "data"})
 SIDECARS = (".json", *(f".{name}" for name in MEMBERS))
+IN_CASES = (*SIDECARS, *(suffix.upper() for suffix in SIDECARS))
 
 
 def _choose(uris: list[str]) -> tuple[Collection[str], Collection[str]]:
@@ -135,7 +136,7 @@ def _below(uri: str, base: str) -> str:
 def _choose_samples(uris: list[str]) -> tuple[Collection[str], Collection[str]]:
     images = [uri for uri in uris if uri.lower().endswith(IMAGES)]
     keys = {posixpath.splitext(uri)[0] for uri in images}
-    return images, [uri for uri in uris if uri.endswith(SIDECARS) and posixpath.splitext(uri)[0] in keys]
+    return images, [uri for uri in uris if uri.endswith(IN_CASES) and posixpath.splitext(uri)[0] in keys]
 
 
 @reader("image_files", IMAGES, choose=_choose_samples)
@@ -144,9 +145,10 @@ def image_files(file: File, *, caption: str | None = None, encoding: str = "utf-
     what holds the caption is as for webdataset."""
     key, suffix = posixpath.splitext(file.uri)
     parts = {suffix[1:].lower(): file.read_all(LARGEST_IMAGE)}
-    for sidecar in SIDECARS:
-        try:
-            parts[sidecar[1:]] = storage.read_bytes(key + sidecar)
-        except storage.NotFound:
-            continue
+    for uri in storage.files_beside(key, SIDECARS):
+        name = uri[len(key) + 1 :].lower()
+        if name in parts:
+            yield BadInput(file.at(name), f"{posixpath.basename(uri)} is there in two spellings; which is meant?")
+            return
+        parts[name] = storage.read_bytes(uri)
     yield sample_draft(file, posixpath.basename(key), parts, caption=caption, encoding=encoding)

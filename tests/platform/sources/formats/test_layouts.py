@@ -270,15 +270,20 @@ def test_img2datasets_files_are_read_with_their_captions(tmp_path: Path) -> None
         "00000/000000000.json": about,
         "00000/000000001.png": png(2),
         "00000/000000001.json": json.dumps({"caption": "two"}),
+        "00000/000000002.JPG": png(3),
+        "00000/000000002.TXT": "three",
+        "00000/000000002.json": about,
         "00000.parquet": b"PAR1",
         "00000_stats.json": "{}",
     }
     items = read("image_files", write(tmp_path, files))
-    assert good(items) == [(Image(png(1), "one"),), (Image(png(2), "two"),)]
+    assert good(items) == [(Image(png(1), "one"),), (Image(png(2), "two"),), (Image(png(3), "three"),)]
     assert isinstance(items[0], Document)
     assert items[0].url == "https://x.test/1.jpg"
     others = [Path(uri).name for uri in list_source("image_files", str(tmp_path))[1]]
     assert others == ["00000.parquet", "00000_stats.json"]
+    (tmp_path / "00000/000000002.txt").write_text("drei")
+    assert bad(read("image_files", tmp_path)) == ["000000002.TXT is there in two spellings; which is meant?"]
 
 
 # -- pages
