@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from calumma.model.config import ModelConfig
 from calumma.model.ops import stability
 from calumma.model.ops.attention import Mask, attend, document_mask, rotate
-from calumma.model.ops.loss import Loss, linear_loss, trained_rows
+from calumma.model.ops.loss import Loss, linear_logprobs, linear_loss, trained_rows
 from calumma.model.ops.rope import rope_table
 
 
@@ -118,10 +118,11 @@ class Output(nn.Linear):
     module's weights for the time of its forward pass. Where it is `tied`, its weight is the embedding's, and is stored
     and loaded as that alone."""
 
-    def __init__(self, config: ModelConfig, embedding: nn.Embedding) -> None:
+    def __init__(self, config: ModelConfig, embedding: nn.Embedding | None = None) -> None:
         super().__init__(config.width, config.vocabulary_size, bias=False, device="meta" if config.tied else None)
         self.tied = config.tied
         if self.tied:
+            assert embedding is not None
             self.weight = embedding.weight
 
     def _save_to_state_dict(self, *given: Any) -> None:
@@ -137,6 +138,8 @@ class Output(nn.Linear):
         `linear_loss` takes, its result and the measured [3] or None."""
         if not loss:
             return F.linear(input, self.weight if columns is None else self.weight[columns]).float()
+        if loss.pop("scores", False):
+            return linear_logprobs(input, self.weight, loss["targets_BT"], loss["rows_R"])
         measured = stability.output(input.flatten(0, 1), loss["rows_R"], self.weight) if measure else None
         return *linear_loss(input, self.weight, **loss), measured
 
@@ -225,6 +228,7 @@ class Transformer(nn.Module):
         z_loss: float = 0.0,
         normalizer: float = 1.0,
         measure: bool = False,
+        scores: bool = False,
     ) -> Tensor | Loss:
         """LongTensor [B, T] -> FloatTensor [B, T, V] logits, float32; with `targets`, a Loss instead.
 
@@ -232,6 +236,7 @@ class Transformer(nn.Module):
         [B, P, V].
         Loss: `targets` LongTensor [B, T], `mask` BoolTensor [B, T], `image_mask` BoolTensor [V], z_loss and normalizer
         as in ops/loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (ops/stability.py).
+        With `scores` FloatTensor [B, T] instead: the log-probability of each target where `mask` is, 0 elsewhere.
         """
         rows_R = None
         if targets is not None:
@@ -243,6 +248,11 @@ class Transformer(nn.Module):
             if needed is not None:
                 x_BTD = x_BTD.gather(1, needed[..., None].expand(-1, -1, x_BTD.shape[-1]))
             return self.output(x_BTD)
+        if scores:
+            assert targets is not None
+            scores_R = self.output(x_BTD, targets_BT=targets, rows_R=rows_R, scores=True)
+            flat = scores_R.new_zeros(targets.numel()).index_put((rows_R,), scores_R)
+            return flat.view(targets.shape)
         total, sums, measured_output = self.output(
             x_BTD,
             measure,

@@ -24,12 +24,18 @@ class Section(BaseModel):
 
 
 class Tracking(Section):
-    """Where MLflow records the job."""
+    """Where MLflow records the job, and what mirrors the metrics of a training beside it."""
 
     uri: str | None = Field(None, description="MLflow tracking URI; none: SQLite and local artifacts below ./mlflow")
     experiment: str = Field("calumma", description="MLflow experiment of the run")
     project: str | None = Field(
         None, min_length=1, description="MLflow run below which those of all jobs with this project stand"
+    )
+    tensorboard: str | None = Field(
+        None, min_length=1, description="folder of TensorBoard's event files, too, one below it a run; none: off"
+    )
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases, too, by its client's own settings; none: off"
     )
 
 
@@ -88,7 +94,7 @@ class Resources(Section):
         return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
 
 
-IN_PROCESS = ("curate", "tokenize")  # jobs that need no cluster when resources.workers is 0
+IN_PROCESS = ("curate", "tokenize", "tokenize_preferences")  # jobs that need no cluster when resources.workers is 0
 
 
 class JobSpecification(Section):

@@ -38,6 +38,7 @@ class GenerationRequest:
     tenant: whose the request is: tenants share the replicas evenly. priority: lower ones go first.
     grammar_param: the HTTP request's field that holds the grammar.
     avoid: replicas that it does not go to while there are others: it was at them when they failed.
+    adapter: the name of the model's adapter that answers; "" is the model itself.
     """
 
     id: str
@@ -57,6 +58,7 @@ class GenerationRequest:
     priority: int = 0
     grammar_param: str | None = None
     avoid: tuple[str, ...] = ()
+    adapter: str = ""
 
     @property
     def param(self) -> str:

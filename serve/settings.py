@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -106,6 +107,11 @@ class ModelSettings(Section):
 
     model: str = Field(description="model directory, s3://…, or models:/name@alias")
     name: str = Field("calumma", pattern=NAME, description="the model's name in requests")
+    adapters: dict[Annotated[str, Field(pattern=NAME)], str] = Field(
+        {},
+        description="low-rank adapters of the model, by the name that requests call each: folders in PEFT's format, or "
+        "outputs of a fine-tuning; answered together with the model, in the same passes",
+    )
     tracking: Tracking = Tracking()
     min_replicas: int = Field(1, ge=1, description="replicas that always run")
     max_replicas: int = Field(1, ge=1, description="replicas under load")
@@ -178,6 +184,15 @@ class ModelSettings(Section):
             raise ValueError("say which model to serve: a directory, s3://…, or models:/name@alias")
         return model
 
+    @field_validator("adapters")
+    @classmethod
+    def _absolute(cls, adapters: dict[str, str]) -> dict[str, str]:
+        """Replicas stand in other working directories."""
+        return {
+            name: place if "://" in place else str(Path(place).expanduser().absolute())
+            for name, place in adapters.items()
+        }
+
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
@@ -186,6 +201,11 @@ class ModelSettings(Section):
             raise ValueError(
                 f"tensor_parallel {self.tensor_parallel}: its processes have a GPU each, so gpus_per_replica must be "
                 f"{self.tensor_parallel}, or 0 to compute on CPUs; given {self.gpus_per_replica:g}"
+            )
+        if self.adapters and self.tensor_parallel > 1:
+            raise ValueError(
+                "adapters are served beside a model that one process has: give tensor_parallel 1, or merge the adapter "
+                "into its model (`calumma export merged`)"
             )
         return self
 
@@ -244,7 +264,8 @@ class ServeSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        for what, names in (("models", [m.name for m in self.models]), ("keys", [key.name for key in self.keys])):
+        models = [name for model in self.models for name in (model.name, *model.adapters)]
+        for what, names in (("models", models), ("keys", [key.name for key in self.keys])):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{what}: the name {', '.join(twice)} is given more than once; names must differ")
         return self

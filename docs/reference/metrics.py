@@ -49,6 +49,9 @@ RUNS: dict[str, dict[str, str]] = {
         "workers": "In the present group.",
         "epochs.SOURCE": "Passes through a source so far.",
         "held_out/NAME/LOSS": "`loss`, `loss_text`, `loss_image` and their perplexities on held-out shards.",
+        "evaluation/TASK_MEASURE": "Measures of the tasks of `evaluation`, as the job `evaluate` has them.",
+        "preference/MEASURE": "Of pairs: `accuracy` and `margin` by the loss's own measure, `chosen_logprob` and "
+        "`rejected_logprob` means of a token; `held_out/NAME/preference/MEASURE` of held-out ones.",
     },
     "pretrain, finetune: instruments of stability": {
         "stability/layer_NN/query_norm": "Mean norm of a head's query after normalization.",

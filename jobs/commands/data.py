@@ -51,7 +51,7 @@ def look(
 
         from calumma.platform.sources.look.look import look as look_at
 
-        seen = look_at(source, format, _options(option or []), documents)
+        seen = look_at(source, format, reader_options(option or []), documents)
         console = Console()
         for line in lines(seen, console):
             console.print(line, highlight=False, soft_wrap=True)
@@ -78,7 +78,8 @@ def _write(path: Path, content: str) -> None:
         raise SpecificationError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _options(given: list[str]) -> dict[str, Any]:
+def reader_options(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE options of a reader. Raises SpecificationError."""
     import yaml
 
     from calumma.platform.specification import SpecificationError

@@ -72,7 +72,7 @@ def import_hf(
         if checkpoint is None:
             typer.echo("the model reads images and draws none: no decoder was given (--vqgan)", err=True)
 
-    _run_conversion("import", destination, convert)
+    run_conversion("import", destination, convert)
 
 
 @import_app.command("meta")
@@ -98,7 +98,7 @@ def import_meta_release(
         settings = read_yaml(folder / "vqgan.yaml")
         import_meta(source, destination, folder, settings, int(shard * GIBIBYTE), progress)
 
-    _run_conversion("import", destination, convert)
+    run_conversion("import", destination, convert)
 
 
 @export_app.command("hf")
@@ -114,7 +114,7 @@ def export_hf(
 
         export_hugging_face(source, destination, int(shard * GIBIBYTE), progress)
 
-    _run_conversion("export", destination, convert)
+    run_conversion("export", destination, convert)
 
 
 @extend_app.command("hf")
@@ -171,7 +171,7 @@ def extend_hf(
             typer.echo(line, err=True)
         typer.echo(f"{made.further} ids follow the text model's {made.config.vocabulary_size - made.further}", err=True)
 
-    _run_conversion("extend", out, convert)
+    run_conversion("extend", out, convert)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -189,7 +189,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _run_conversion(name: str, destination: Path, convert: Callable[[Progress], None]) -> None:
+def run_conversion(name: str, destination: Path, convert: Callable[[Progress], None]) -> None:
+    """Run a conversion with its progress, and end the command with its exit code."""
     from calumma.jobs import entry
     from calumma.platform.cluster.progress import Display
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from calumma.jobs.commands import data, exchange, job, serve, study
+from calumma.jobs.commands import data, exchange, exchange_adapters, job, serve, study
 from calumma.jobs.commands.chat import chat
 from calumma.jobs.commands.doctor import doctor
+from calumma.jobs.commands.finetune import finetune
 from calumma.jobs.commands.plan import EPILOG, plan
 from calumma.jobs.commands.quickstart import quickstart
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command("quickstart")(quickstart)
 app.command("plan", epilog=EPILOG)(plan)
+app.command("finetune")(finetune)
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
 app.add_typer(serve.app, name="serve")
@@ -25,6 +27,9 @@ app.add_typer(study.app, name="study")
 app.add_typer(exchange.import_app, name="import")
 app.add_typer(exchange.extend_app, name="extend")
 app.add_typer(exchange.export_app, name="export")
+exchange.import_app.command("adapter")(exchange_adapters.import_adapter)
+exchange.export_app.command("adapter")(exchange_adapters.export_adapter)
+exchange.export_app.command("merged")(exchange_adapters.export_merged)
 app.command("chat")(chat)
 app.command("doctor")(doctor)
 

@@ -16,6 +16,7 @@ import typer
 
 from calumma.jobs.commands import serve_keys
 from calumma.jobs.commands.serve_options import (
+    adapters_of,
     additional_model,
     read_keys,
     read_settings,
@@ -102,6 +103,12 @@ def start(
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="Whose web pages may use it, say https://example.org; repeats.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR", help="A low-rank adapter (PEFT's) to serve beside MODEL under this name; repeats."
+        ),
+    ] = None,
     watch: Annotated[
         float, typer.Option(help="Seconds between looks for a new version of models:/NAME@ALIAS; 0: never.")
     ] = 30.0,
@@ -140,6 +147,7 @@ def start(
         if replicas is not None:
             values["min_replicas"], values["max_replicas"] = replica_range(replicas)
         values.setdefault("watch_seconds", watch or None)
+        values["adapters"] = values.get("adapters", {}) | adapters_of(adapter or [])
         values["also"] = [*values.get("also", []), *(additional_model(text, tracking_uri) for text in also or [])]
         read_keys(values, keys, here=address is None)
         _require_none_running()

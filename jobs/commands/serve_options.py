@@ -34,6 +34,19 @@ def additional_model(text: str, tracking_uri: str | None) -> dict[str, Any]:
     return {"name": name, "model": model, "tracking": {"uri": tracking_uri}}
 
 
+def adapters_of(given: list[str]) -> dict[str, str]:
+    """Adapters given as NAME=DIR, by name. Raises ValueError."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, place = text.partition("=")
+        if not (name and equals and place):
+            raise ValueError(f"--adapter {text!r}: give NAME=DIR, say --adapter poet=out/tuned/adapter")
+        if name in found:
+            raise ValueError(f"--adapter {text!r}: the name {name} is given more than once")
+        found[name] = place
+    return found
+
+
 def read_keys(values: dict[str, Any], file: Path | None, here: bool) -> None:
     """Add the API keys of a file and the environment; here: the server can read the file again whenever it changes.
     Raises ValueError, OSError."""

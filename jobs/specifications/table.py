@@ -8,7 +8,11 @@ from calumma.platform.cluster.runner import Job
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.evaluation.specification import EvaluateSpecification
 from calumma.platform.specification import JobSpecification
-from calumma.platform.tokenizing.specification import TextTokenizerSpecification, TokenizeSpecification
+from calumma.platform.tokenizing.specification import (
+    PreferenceTokensSpecification,
+    TextTokenizerSpecification,
+    TokenizeSpecification,
+)
 from calumma.platform.training.specification import (
     AblateSpecification,
     FinetuneSpecification,
@@ -21,6 +25,7 @@ JOBS: dict[str, type[JobSpecification]] = {
     "train_text_tokenizer": TextTokenizerSpecification,
     "train_image_tokenizer": ImageTokenizerSpecification,
     "tokenize": TokenizeSpecification,
+    "tokenize_preferences": PreferenceTokensSpecification,
     "pretrain": PretrainSpecification,
     "finetune": FinetuneSpecification,
     "evaluate": EvaluateSpecification,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,7 @@ from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.scheduler import Scheduler
 from calumma.model.generation.statistics import Counters, Statistics
 from calumma.model.generation.tensor_parallel import Shard
+from calumma.model.ops.adapter import Adapter
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
@@ -58,6 +60,7 @@ class Engine:
     shard: this process's shard in a group that shares the model (tensor parallelism): all make the same engine; the
     first is used as ever and closed in the end, the others `follow` it. The transformer is whole, or what `read_shard`
     gives.
+    adapters: by name, those that requests may be answered with, all of them in the same passes; not in a group.
     The transformer is put into evaluation mode. `add`, `abort` and what tells the state may be called from other
     threads while one thread calls `step`.
     """
@@ -80,6 +83,7 @@ class Engine:
         constraints: ConstraintCompiler | None = None,
         shard: Shard | None = None,
         memory: MemoryBudget | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
         longest = transformer.config.context
         self.context = longest if context is None else context
@@ -104,7 +108,10 @@ class Engine:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
         self.image_burst = 1 if jacobi_window else image_burst
         graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
-        decoder = Decoder(transformer.eval(), shard)
+        if adapters and shard is not None:
+            raise ValueError("adapters are served beside a model that one process has, not one that is sharded")
+        decoder = Decoder(transformer.eval(), shard, adapters)
+        self._adapters = {name: number for number, name in enumerate(adapters or (), start=1)}
         if cache_tokens is None and memory is not None:
             cache_tokens = positions_that_fit(
                 decoder, memory, Workload(max_sequences, prefill_tokens, graphs), block_size
@@ -130,6 +137,10 @@ class Engine:
         that could outgrow the cache alone."""
         if request.id in self._known:
             raise ValueError(f"a request with the id {request.id!r} is being answered")
+        if request.adapter and request.adapter not in self._adapters:
+            raise ValueError(
+                f"there is no adapter {request.adapter!r}; there are: {', '.join(self._adapters) or 'none'}"
+            )
         limits = RequestLimits.of(request, self.vocabulary, self.image_length, self.context)
         blocks = limits.blocks(self._blocks.size)
         if blocks > self._blocks.count:
@@ -295,7 +306,8 @@ class Engine:
             if self._constraints is None:
                 raise ValueError("this engine compiles no grammars")
             constraint = self._constraints(request.params.constraint)
-        return RequestState(request, limits, self._arrivals, self.vocabulary, self.image_length, constraint)
+        adapter = self._adapters.get(request.adapter, 0)
+        return RequestState(request, limits, self._arrivals, self.vocabulary, self.image_length, constraint, adapter)
 
     def _apply(self, commands: list[Command]) -> list[Event]:
         events = []

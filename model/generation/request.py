@@ -177,6 +177,7 @@ class Request:
     tenant: whom it is for; tenants share the engine evenly, whatever the number and length of their requests.
     priority: those of a lower number go first in everything, and the others get what these leave.
     salt: any bytes; what is computed for a request is of use to those of the same salt alone.
+    adapter: the name of one of the engine's adapters, with which it is answered; "" is the plain model.
     """
 
     id: str
@@ -185,6 +186,7 @@ class Request:
     tenant: str = ""
     priority: int = 0
     salt: bytes = b""
+    adapter: str = ""
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ class RequestState:
 
     arrival: its number in the order of requests. seat: its row of the sampler's tables, -1 is none. seated: the row
     that holds its settings. taken_in: tokens that had to be computed when it was last given a seat. answered_before:
-    what `answered` was then. constraint: its grammar, at the beginning. Raises ValueError on a prefix that the grammar
-    does not allow.
+    what `answered` was then. constraint: its grammar, at the beginning. adapter: the number of its adapter. Raises
+    ValueError on a prefix that the grammar does not allow.
     """
 
     def __init__(
@@ -52,13 +52,15 @@ class RequestState:
         vocabulary: Vocabulary,
         image_length: int,
         constraint: TokenConstraint | None = None,
+        adapter: int = 0,
     ) -> None:
         self.request, self.params, self.arrival = request, request.params, arrival
         self.vocabulary, self.image_length = vocabulary, image_length
         self.seat = self.seated = -1
         self.taken_in = self.answered_before = 0
         self.seed = request.params.seed or 0  # the engine has drawn it where it is random
-        self.full = Sequence(list(request.tokens), root=root_of(request.salt))
+        root = root_of(request.salt, request.adapter)
+        self.full = Sequence(list(request.tokens), root=root, adapter=adapter)
         self.branches: list[tuple[Sequence, float]] = []  # of the image that is being drawn, with their weights
         self.retired: list[Sequence] = []  # branches that have no further use: their blocks are to be released
         self.weight = 1.0  # of the full context's logits
@@ -207,7 +209,8 @@ class RequestState:
         begin, bos = self.vocabulary.begin_image, self.vocabulary.bos
         for context, weight in (([bos, *self._images, begin], weights.images), ([bos, begin], weights.nothing)):
             if weight != 0:
-                self.branches.append((Sequence(context, root=self.full.root), weight))
+                branch = Sequence(context, root=self.full.root, adapter=self.full.adapter)
+                self.branches.append((branch, weight))
 
     def _retire_branches(self) -> None:
         self.retired += [sequence for sequence, _ in self.branches]

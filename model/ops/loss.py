@@ -13,7 +13,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # Bytes of one chunk's logits. On the CPU, 1,024 rows of a 65,536 vocabulary in bfloat16: fewer rows and AMX waits for
 # the weight to be read (256 rows ran at 60 % of the speed), more and the memory is what this was written to save.
@@ -90,6 +92,32 @@ def linear_loss(
     )
     everything = torch.ones_like(targets_R, dtype=torch.bool)
     return total, _by_modality(nll_R, log_z_R, image_mask_V[targets_R], everything)
+
+
+def linear_logprobs(
+    hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, rows_R: Tensor, chunk: int | None = None
+) -> Tensor:
+    """FloatTensor [R]: log-probabilities of the targets of the tokens `rows_R`, by the logits `hidden @ weight.T`;
+    differentiable, for losses that are no sum over tokens. As `linear_loss` it holds a chunk of the logits at a time,
+    and computes them again in the backward pass."""
+    B, T, D = hidden_BTD.shape
+    x_RD = hidden_BTD.reshape(B * T, D)[rows_R].to(weight_VD.dtype)
+    targets_R = targets_BT.flatten()[rows_R]
+    if chunk is None:
+        budget = CHUNK_BYTES.get(hidden_BTD.device.type, CHUNK_BYTES["cuda"])
+        chunk = max(1, budget // (len(weight_VD) * torch.float32.itemsize))
+    parts = [
+        checkpoint(
+            _logprobs, x_RD[begin : begin + chunk], weight_VD, targets_R[begin : begin + chunk], use_reentrant=False
+        )
+        for begin in range(0, len(rows_R), chunk)
+    ]
+    return torch.cat(parts) if parts else x_RD.float().sum(-1)
+
+
+def _logprobs(x_CD: Tensor, weight_VD: Tensor, targets_C: Tensor) -> Tensor:
+    logits_CV = F.linear(x_CD, weight_VD).float()
+    return logits_CV.gather(-1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(-1)
 
 
 def _by_modality(nll: Tensor, log_z: Tensor, image: Tensor, mask: Tensor) -> LossSums:

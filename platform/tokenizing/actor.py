@@ -120,7 +120,7 @@ class TokenizingActor:
                 sequences += pieces
         random = np.random.default_rng(task["seed"])
         sequences = [sequences[i] for i in random.permutation(len(sequences))]
-        rows = pack(sequences, length, vocabulary.pad)
+        rows = pack(sequences, length, vocabulary.pad, alone=spec.packing == "off")
         rows = [rows[i] for i in random.permutation(len(rows))]
         counts["documents"] = documents
         counts["sequences"] = len(sequences)

@@ -53,8 +53,8 @@ def _cut_outside_image(ids: NDArray[np.int32], begin: int, end: int, vocabulary:
     return end
 
 
-def pack(sequences: Sequence[EncodedArrays], length: int, pad: int) -> list[PackedRow]:
-    """Put every sequence, whole, into one row: the fullest that still has room, else a new one.
+def pack(sequences: Sequence[EncodedArrays], length: int, pad: int, alone: bool = False) -> list[PackedRow]:
+    """Put every sequence, whole, into one row: the fullest that still has room, else a new one; or each `alone`.
 
     Taken in the given order, a shuffled input gives mixed rows. Taken longest first (arXiv 2404.10830, section 2.2)
     the short ones fill what the long ones leave, but like comes beside like: that is done where it needs fewer rows.
@@ -65,15 +65,17 @@ def pack(sequences: Sequence[EncodedArrays], length: int, pad: int) -> list[Pack
     for size in sizes:
         if not 0 < size <= length:
             raise ValueError(f"a sequence of {size} tokens does not fit a row of {length}")
-    rows = _best_fit(sizes, range(len(sizes)), length)
+    if alone:
+        return [packed_row([sequence], length, pad) for sequence in sequences]
+    rows = best_fit(sizes, range(len(sizes)), length)
     if (len(rows) - 1) * length >= sum(sizes):
-        fuller = _best_fit(sizes, sorted(range(len(sizes)), key=lambda i: -sizes[i]), length)
+        fuller = best_fit(sizes, sorted(range(len(sizes)), key=lambda i: -sizes[i]), length)
         if len(fuller) < len(rows):
             rows = sorted(sorted(row) for row in fuller)
-    return [_packed_row([sequences[i] for i in row], length, pad) for row in rows]
+    return [packed_row([sequences[i] for i in row], length, pad) for row in rows]
 
 
-def _best_fit(sizes: Sequence[int], order: Iterable[int], length: int) -> list[list[int]]:
+def best_fit(sizes: Sequence[int], order: Iterable[int], length: int) -> list[list[int]]:
     """Rows of sequence numbers; each sequence, in `order`, goes where it leaves the least room."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted: the first that fits is the fullest
@@ -91,7 +93,8 @@ def _best_fit(sizes: Sequence[int], order: Iterable[int], length: int) -> list[l
     return rows
 
 
-def _packed_row(sequences: Sequence[EncodedArrays], length: int, pad: int) -> PackedRow:
+def packed_row(sequences: Sequence[EncodedArrays], length: int, pad: int) -> PackedRow:
+    """One row of these sequences, one after the other, filled up with padding."""
     sizes = [len(sequence.ids) for sequence in sequences]
     filled = sum(sizes)
     tokens = np.full(length, pad, dtype=np.int32)

@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calumma.platform.tracking.mirrors import Mirrors
 from calumma.platform.tracking.names import valid_names
 
 if TYPE_CHECKING:
@@ -147,8 +148,16 @@ class Outbox:
 class BackgroundWriter:
     """Writes to a run through an outbox, from a thread, so that training never waits for MLflow and loses nothing."""
 
-    def __init__(self, run: Run, backup: str | None = None, close_timeout: float = _CLOSE_TIMEOUT) -> None:
-        """`backup`: where in storage copies of what waits are kept (see `back_up`)."""
+    def __init__(
+        self,
+        run: Run,
+        backup: str | None = None,
+        close_timeout: float = _CLOSE_TIMEOUT,
+        mirrors: Mirrors | None = None,
+    ) -> None:
+        """`backup`: where in storage copies of what waits are kept (see `back_up`). `mirrors`: what is told metrics and
+        pictures, too."""
+        self._mirrors = mirrors
         self._run, self._backup, self._close_timeout = run.plain(), backup, close_timeout
         self._outbox = Outbox.new(run.uri, run.id)
         self._wake, self._flush_now, self._closing = threading.Event(), threading.Event(), threading.Event()
@@ -159,6 +168,8 @@ class BackgroundWriter:
     def log(self, metrics: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)
         names = valid_names(metrics)
+        if self._mirrors is not None:
+            self._mirrors.log(metrics, step)
         self._put("metrics", {"values": [[names[name], float(value), now, step] for name, value in metrics.items()]})
 
     def log_dict(self, values: dict[str, Any], path: str) -> None:
@@ -167,6 +178,8 @@ class BackgroundWriter:
 
     def log_image(self, image: Image, path: str) -> None:
         """A picture, kept as PNG."""
+        if self._mirrors is not None:
+            self._mirrors.log_image(image, path)
         file = io.BytesIO()
         image.save(file, "PNG")
         self._put("image", {"path": path, "png": base64.b64encode(file.getvalue()).decode()})
@@ -206,6 +219,8 @@ class BackgroundWriter:
 
     def close(self) -> int:
         """Send what is left; the number of entries and metric values that wait on disk for a later writer."""
+        if self._mirrors is not None:
+            self._mirrors.close()
         self.flush(self._close_timeout)
         self._closing.set()
         self._flush_now.set()

@@ -10,7 +10,12 @@ from calumma.platform import storage
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.streaming.division import Division
 from calumma.platform.tracking.run import Run
-from calumma.platform.training.specification import ImageTokenizerSpecification, TrainSpecification
+from calumma.platform.training.specification import (
+    FinetuneSpecification,
+    ImageTokenizerSpecification,
+    Preference,
+    TrainSpecification,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,22 @@ class Assignment:
     def start_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to start from."""
         return self.resume or self.continued
+
+    @property
+    def drops(self) -> bool:
+        """Whether something is drawn in a forward pass."""
+        return self.config.dropout > 0 or (self.spec.lora is not None and self.spec.lora.dropout > 0)
+
+    @property
+    def preference(self) -> Preference | None:
+        """How it learns from pairs, where it does."""
+        return self.spec.preference if isinstance(self.spec, FinetuneSpecification) else None
+
+    @property
+    def whole_passes(self) -> bool:
+        """Whether passes are the same on any number of workers: what is dropped belongs to one, and both sides of a
+        pair are in one."""
+        return self.drops or self.preference is not None
 
     @property
     def offset(self) -> int:

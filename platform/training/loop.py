@@ -10,14 +10,14 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from calumma.platform import storage
-from calumma.platform.storage.manifest import Manifest
-from calumma.platform.tracking import provenance
+from calumma.platform.tracking.mirrors import Mirrors
 from calumma.platform.tracking.names import flatten
 from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.training import publication
@@ -27,7 +27,10 @@ from calumma.platform.training.construction import build
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.supervisor import Supervisor
 from calumma.platform.training.group.worker import Worker, set_up_worker
+from calumma.platform.training.preferences.objective import PreferenceObjective
+from calumma.platform.training.preferences.reference import reference_scores
 from calumma.platform.training.steps import engine, faults, held_out, meters
+from calumma.platform.training.steps.early import EarlyStopper
 from calumma.platform.training.steps.schedule import learning_rate
 from calumma.platform.training.trainable import parameters
 
@@ -39,10 +42,12 @@ _RESUMED_FIELDS = (
     "step",
     "schedule_step",
     "tokens",
+    "pairs",
     "loss",
     "loss_text",
     "loss_image",
     "held_out_loss",
+    "early",
     "faults",
     "incidents",
 )
@@ -58,20 +63,23 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     run = start_engine(assignment, worker)
     writer = None
     if worker.is_main:
-        writer = BackgroundWriter(assignment.run, backup=storage.join(assignment.output, "tracking"))
+        config = spec.model_dump(mode="json")
+        mirrors = Mirrors(spec.tracking, assignment.run.id, config, spec.run_name)
+        writer = BackgroundWriter(assignment.run, storage.join(assignment.output, "tracking"), mirrors=mirrors)
     try:
         if writer is not None:
-            _log_inputs(assignment, worker, writer)
+            publication.log_inputs(assignment, worker, writer)
         stage = _Stage(assignment, worker, run, writer)
+        stage.score_reference(resumed=assignment.first_step > 0)
         report = stage.run()
         report.pop("faults", None)  # what they were is among the incidents
         report.pop("base", None)
-        report["held_out"] = stage.held_out(spec.steps)
+        report["held_out"] = stage.held_out(report["step"])
         names = [name for name, p in run.module.named_parameters() if p.requires_grad]
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
         report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
-        weights = engine.gathered_weights(run, keep=worker.is_main)
+        weights = stage.best_weights(report)
         if writer is not None:
             publication.publish_model(assignment, worker, weights, report, writer)
     finally:
@@ -122,16 +130,37 @@ class _Stage:
         self.report = _report_so_far(assignment) | {"base": _base(assignment).to_json()}
         self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
+        preference = assignment.preference
+        self.objective = PreferenceObjective(preference, self.image_mask_V) if preference else None
         self.clock, self.interval = (
             meters.ActivityClock(),
             meters.LossInterval(run.device, first_step=assignment.first_step),
         )
+        early = self.spec.early_stopping
+        self.stopper = EarlyStopper(early, self.report, assignment.output) if early else None
         self.utilization = meters.Utilization(run.module, run.device, self.spec.precision, worker.world)
+
+    def score_reference(self, resumed: bool) -> None:
+        """What the model at the start says of all pairs, where the loss takes it. Every worker calls it."""
+        if self.objective is None or self.objective.preference.loss == "orpo":
+            return
+        spec, assignment = self.spec, self.assignment
+        self.objective.reference = reference_scores(
+            self.engine,
+            self.objective.scores,
+            assignment.output,
+            sorted({spec.locate(uri) for uri in (*spec.mixture, *spec.held_out.values())}),
+            assignment.inputs,
+            self.worker.rank,
+            self.worker.world,
+            spec.data.reader(),
+            resumed,
+        )
 
     def run(self) -> dict[str, Any]:
         """All steps, with metrics and checkpoints; the report so far."""
         spec, first = self.spec, self.assignment.first_step
-        if first >= spec.steps:
+        if first >= spec.steps or self.stopped:
             return self.report
         if self.worker.is_main:
             self.utilization.measure()
@@ -142,29 +171,52 @@ class _Stage:
             for step, group in self._timed(_micro_batches(self.worker)):
                 supervisor.check_step(step)
                 seen += self._step(supervisor, step, group)
-                self._save(supervisor, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps)
+                last = step + 1 == spec.steps or self.stopped
+                self._save(supervisor, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or last)
+                if last:
+                    break
         self.report["tokens_per_second"] = seen / max(time.monotonic() - began, 1e-9)
         return self.report
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the held-out loss has not fallen for long enough."""
+        return self.stopper is not None and self.stopper.stopped
+
+    def best_weights(self, report: dict[str, Any]) -> dict[str, Any]:
+        """On the first worker all weights at the end, or those that had the lowest held-out loss. Every worker calls
+        it."""
+        weights = engine.gathered_weights(self.engine, keep=self.worker.is_main)
+        best, last = self.stopper.best if self.stopper else None, report.get("held_out_loss", math.inf)
+        if self.stopper is None or best is None or last <= best:
+            return weights
+        report |= {"held_out_loss": best, "best_step": report["early"]["step"]}
+        return self.stopper.restored(weights) if self.worker.is_main else weights
 
     def held_out(self, done: int, supervisor: Supervisor | None = None) -> dict[str, dict[str, float]]:
         """Losses on held-out data, by its name; logged by the first worker. Every worker calls it."""
         losses_of = {}
         for name, uri in self.spec.held_out.items():
             place = self.spec.locate(uri)
-            losses_of[name] = held_out.measure(
-                self.engine,
-                place,
-                self.image_mask_V,
-                self.worker.rank,
-                self.worker.world,
-                supervisor.beat if supervisor is not None else None,
-                self.spec.data.reader(),
-            )
+            with self.objective.apart() if self.objective else nullcontext():
+                losses_of[name] = held_out.measure(
+                    self.engine,
+                    place,
+                    self.image_mask_V,
+                    self.worker.rank,
+                    self.worker.world,
+                    supervisor.beat if supervisor is not None else None,
+                    self.spec.data.reader(),
+                    self.objective.losses if self.objective else engine.losses,
+                )
+                if self.objective:
+                    losses_of[name] = {"loss": losses_of[name]["loss"]} | self.objective.metrics()
         means = [values["loss"] for values in losses_of.values() if "loss" in values]
         if means:
             self.report["held_out_loss"] = sum(means) / len(means)
         for name, values in losses_of.items():
-            more = values | {key.replace("loss", "perplexity"): meters.exponential(v) for key, v in values.items()}
+            perplexities = {key.replace("loss", "perplexity"): meters.exponential(v) for key, v in values.items()}
+            more = values if self.objective else values | perplexities
             self._log({f"held_out/{name}/{key}": value for key, value in more.items()}, done)
         return losses_of
 
@@ -180,8 +232,11 @@ class _Stage:
         last = done == spec.steps
         reports = done % spec.log_every == 0 or last or step == assignment.first_step
         with self.clock("compute"):
-            counts = engine.count_tokens(group, self.image_mask_V, self.engine.device)
-            seeds = (spec.seed, assignment.offset + step) if assignment.config.dropout else None
+            if self.objective:
+                counts = self.objective.count(group, self.engine.device)
+            else:
+                counts = engine.count_tokens(group, self.image_mask_V, self.engine.device)
+            seeds = (spec.seed, assignment.offset + step) if assignment.drops else None
             judged: list[tuple[float | None, faults.Cause | None]] = []
 
             def accept(sums_3: torch.Tensor) -> bool:
@@ -199,6 +254,7 @@ class _Stage:
                 seeds,
                 measure=reports and self.worker.is_main,
                 accept=accept,
+                losses_of=self.objective.losses if self.objective else None,
             )
             norm = engine.gradient_norm(self.engine)
         (loss, cause), trained = judged[0], 0.0
@@ -208,8 +264,11 @@ class _Stage:
             self.faults.guard.record_good(loss)
             self.interval.add(local, counts)
             trained = counts.tokens
-            self.report["tokens"]["text"] += counts.text
-            self.report["tokens"]["image"] += counts.image
+            if self.objective:
+                self.report["pairs"] = self.report.get("pairs", 0.0) + counts.text
+            else:
+                self.report["tokens"]["text"] += counts.text
+                self.report["tokens"]["image"] += counts.image
         else:
             self._handle_bad_step(supervisor, done, cause, loss)
         if reports:
@@ -220,6 +279,9 @@ class _Stage:
     def _report(self, done: int, rate: float, norm: float, stability: dict[str, float]) -> None:
         """Log an interval's metrics and begin the next. Every worker calls it."""
         metrics = self.interval.metrics(self.spec.z_loss)
+        if self.objective:  # of pairs, which have no perplexity and no modality
+            metrics = {name: metrics[name] for name in ("loss", "tokens_per_second") if name in metrics}
+            metrics |= self.objective.metrics()
         self.report |= {key: metrics[key] for key in ("loss", "loss_text", "loss_image") if key in metrics}
         speed, steps = metrics["tokens_per_second"], done - self.interval.first_step
         whole = time.monotonic() - self.interval.began
@@ -233,21 +295,27 @@ class _Stage:
         self.interval = meters.LossInterval(self.engine.device, first_step=done)
 
     def _evaluate(self, supervisor: Supervisor, done: int) -> None:
-        """Held-out losses and samples where they are due before the end."""
+        """Held-out losses, samples and tasks where they are due before the end."""
         spec = self.spec
+        tasks_every = spec.evaluation.every if spec.evaluation else None
         due = [every is not None and done % every == 0 and done < spec.steps for every in
-               (spec.held_out_every, spec.samples_every)]  # fmt: skip
+               (spec.held_out_every, spec.samples_every if spec.samples else None, tasks_every)]  # fmt: skip
         if not any(due):
             return
         began = time.monotonic()
         with self.clock("evaluation"):
             if due[0] and spec.held_out:
                 self.held_out(done, supervisor)
-            if due[1] and spec.samples:
+                if self.stopper is not None and self.stopper.record(done, self.report["held_out_loss"]):
+                    weights = engine.gathered_weights(self.engine, keep=self.worker.is_main)
+                    names = {name for name, p in self.engine.module.named_parameters() if p.requires_grad}
+                    if self.worker.is_main:
+                        self.stopper.keep({name: weight for name, weight in weights.items() if name in names})
+            if due[1] or due[2]:
                 supervisor.beat()
                 weights = engine.gathered_weights(self.engine, keep=self.worker.is_main)
                 if self.writer is not None:
-                    publication.log_samples(self.assignment, self.worker, weights, self.writer, done)
+                    publication.log_samples(self.assignment, self.worker, weights, self.writer, done, (due[1], due[2]))
                 supervisor.beat()
         self.interval.paused += time.monotonic() - began
 
@@ -315,19 +383,3 @@ def _micro_batches(worker: Worker) -> Any:
     from calumma.platform.streaming.tensors import micro_batches
 
     return micro_batches(ray.train.get_dataset_shard("train"), worker.rank, worker.world)
-
-
-def _log_inputs(assignment: Assignment, worker: Worker, writer: BackgroundWriter) -> None:
-    """What the run is made of: code, environment, data and parent."""
-    spec = assignment.spec
-    writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")
-    data = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
-    for place, weight in data.items():
-        if (manifest := Manifest.find(place)) is not None:
-            summary = manifest.model_dump(mode="json", exclude={"files"}) | {"files": len(manifest.files)}
-            record = {"uri": place, "fingerprint": assignment.inputs.get(place), "weight": weight, "manifest": summary}
-            writer.log_dict(record, f"data/{place.rstrip('/').rpartition('/')[2]}.json")
-    others = {uri: mark for uri, mark in assignment.inputs.items() if uri not in data}
-    writer.log_data({uri: mark for uri, mark in assignment.inputs.items() if uri in data}, "training")
-    if others:
-        writer.log_data(others, "starting point and tokenizers")

@@ -16,14 +16,15 @@ from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import Manifest
-from calumma.platform.tokenizing.specification import TokenizeSpecification
+from calumma.platform.tokenizing.specification import PREFERENCES, PreferenceTokensSpecification, TokenizeSpecification
 from calumma.platform.tracking import registry
 from calumma.platform.tracking.fingerprints import fingerprints
+from calumma.platform.tracking.mirrors import require_clients
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import Assignment, Checkpoint
 from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.publication import MODEL_FOLDER
-from calumma.platform.training.specification import TrainSpecification
+from calumma.platform.training.specification import FinetuneSpecification, Preference, TrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.trainable import parameters
 
@@ -36,6 +37,7 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
     Raises SpecificationError, in the terms of the specification; also when the output has another training's
     checkpoints.
     """
+    require_clients(spec.tracking)
     _check_token_shards(spec)
     vocabulary = _read_vocabulary(spec)
     initial = _initial_directory(spec)
@@ -106,6 +108,7 @@ def _check_token_shards(spec: TrainSpecification) -> None:
             )
         if not manifest.row_groups:
             raise SpecificationError(f"{field}: {spec.locate(uri)} holds {manifest.kind!r} without token shards")
+        _check_kind(spec, field, spec.locate(uri), manifest)
         for modality, place in tokenizers.items():
             recorded = _tokenized_with(manifest, f"{modality}_tokenizer", place)
             if recorded and current[place] and recorded != current[place]:
@@ -115,13 +118,42 @@ def _check_token_shards(spec: TrainSpecification) -> None:
                 )
 
 
+def _check_kind(spec: TrainSpecification, field: str, uri: str, manifest: Manifest) -> None:
+    """Pairs are for learning from preferences, all else is not."""
+    preference = preference_of(spec)
+    if preference is None and manifest.kind == PREFERENCES:
+        raise SpecificationError(
+            f"{field}: {uri} holds pairs of answers, the unwanted ones among them; say how to learn from them in "
+            "`preference` of the job finetune"
+        )
+    if preference is None:
+        return
+    if manifest.kind != PREFERENCES:
+        raise SpecificationError(
+            f"{field}: {uri} holds {manifest.kind!r}, and `preference` takes pairs: the job tokenize_preferences "
+            "makes them"
+        )
+    if {"text_weight", "image_weight"} <= preference.model_fields_set:
+        lacking = [name for name in ("text", "image") if not manifest.report.get(f"trained_{name}")]
+        if lacking and preference.text_weight and preference.image_weight:
+            raise SpecificationError(
+                f"preference: text_weight and image_weight balance two modalities, and no answer in {uri} has a token "
+                f"of {lacking[0]}; leave them away, or look at the pairs"
+            )
+
+
+def preference_of(spec: TrainSpecification) -> Preference | None:
+    return spec.preference if isinstance(spec, FinetuneSpecification) else None
+
+
 def _tokenized_with(manifest: Manifest, field: str, place: str) -> str | None:
     """The fingerprint that a tokenizer had when the token shards were made, if their manifest records one.
 
     It is recorded under the tokenizer's location of then, which the job's specification tells: all may have moved.
     """
+    kind = PreferenceTokensSpecification if manifest.kind == PREFERENCES else TokenizeSpecification
     try:
-        made_by = TokenizeSpecification.model_validate(manifest.specification)
+        made_by = kind.model_validate(manifest.specification)
     except ValidationError:
         return manifest.inputs.get(place)
     return manifest.inputs.get(made_by.locate(getattr(made_by, field)))
@@ -168,7 +200,7 @@ def _initial_directory(spec: TrainSpecification) -> str | None:
 
 
 def _model_config(spec: TrainSpecification, vocabulary: Vocabulary, initial: str | None) -> ModelConfig:
-    """The architecture: the given one or that of `initial`, with the vocabulary's size and the given dropout."""
+    """The architecture: the given one or that of `initial`, with the vocabulary's size, the given dropout and mask."""
     if initial is not None:
         config: ModelConfig = _read_config("initial", storage.join(initial, model_config.FILE), "pretrain", ModelConfig)
     else:
@@ -181,7 +213,12 @@ def _model_config(spec: TrainSpecification, vocabulary: Vocabulary, initial: str
             "leave model.vocabulary_size away to take the vocabulary's"
         )
     dropout = config.dropout if spec.dropout is None else spec.dropout
-    return config.model_copy(update={"vocabulary_size": size, "dropout": dropout})
+    apart = config.mask_documents if spec.mask_documents is None else spec.mask_documents
+    if preference_of(spec) is not None:
+        if not apart and spec.mask_documents is False:
+            raise SpecificationError("mask_documents: pairs stand side by side, and must be told apart; leave it away")
+        apart = True
+    return config.model_copy(update={"vocabulary_size": size, "dropout": dropout, "mask_documents": apart})
 
 
 def _continued_checkpoint(spec: TrainSpecification) -> Checkpoint | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from calumma.model.adapters.files import FOLDER as ADAPTER_FOLDER
+from calumma.model.adapters.files import write_adapter
 from calumma.model.document import Document, Text
 from calumma.model.transformer import Transformer
 from calumma.platform import storage
@@ -31,6 +33,22 @@ if TYPE_CHECKING:
 MODEL_FOLDER = "model"  # folder of the model directory in a stage's output
 
 
+def log_inputs(assignment: Assignment, worker: Worker, writer: BackgroundWriter) -> None:
+    """What the run is made of: code, environment, data and parent."""
+    spec = assignment.spec
+    writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")
+    data = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
+    for place, weight in data.items():
+        if (manifest := Manifest.find(place)) is not None:
+            summary = manifest.model_dump(mode="json", exclude={"files"}) | {"files": len(manifest.files)}
+            record = {"uri": place, "fingerprint": assignment.inputs.get(place), "weight": weight, "manifest": summary}
+            writer.log_dict(record, f"data/{place.rstrip('/').rpartition('/')[2]}.json")
+    others = {uri: mark for uri, mark in assignment.inputs.items() if uri not in data}
+    writer.log_data({uri: mark for uri, mark in assignment.inputs.items() if uri in data}, "training")
+    if others:
+        writer.log_data(others, "starting point and tokenizers")
+
+
 def log_checkpoint(writer: BackgroundWriter, uri: str, report: dict[str, Any], names: Iterable[str]) -> None:
     """A checkpoint is in storage: a model of the run's in MLflow, with the metrics of its report that have `names`."""
     done = int(report["step"])
@@ -46,7 +64,7 @@ def log_checkpoint(writer: BackgroundWriter, uri: str, report: dict[str, Any], n
 def publish_model(
     assignment: Assignment, worker: Worker, weights: dict[str, Tensor], report: dict[str, Any], writer: BackgroundWriter
 ) -> None:
-    """Write the model directory to storage, its manifest last, and log sample answers."""
+    """Write the model directory, and adapters, to storage, manifests last, and log sample answers."""
     spec = assignment.spec
     uri = storage.join(assignment.output, MODEL_FOLDER)
     with _model_directory(assignment, weights) as local:
@@ -61,16 +79,39 @@ def publish_model(
             report=report,
             inputs=assignment.inputs,
         ).write(uri)
-        if spec.samples:
-            _log_answers(assignment, worker, local, writer, "")
+        _log_answers(assignment, worker, local, writer, "", report["step"])
+    if spec.lora is not None:
+        _publish_adapter(assignment, weights)
+
+
+def _publish_adapter(assignment: Assignment, weights: dict[str, Tensor]) -> None:
+    """What was trained, as PEFT reads it, with a manifest."""
+    spec = assignment.spec
+    assert spec.lora is not None
+    uri = storage.join(assignment.output, ADAPTER_FOLDER)
+    adapter = parameters.adapter_of(weights, spec, assignment.vocabulary)
+    with tempfile.TemporaryDirectory(prefix="calumma-adapter-") as local:
+        folder = Path(local) / ADAPTER_FOLDER
+        write_adapter(folder, adapter, spec.initial, spec.lora.dropout, spec.lora.rank_stabilized)
+        storage.delete(uri)
+        storage.upload(str(folder), uri)
+        entries = [catalog.local_entry(path, str(folder)) for path in sorted(folder.iterdir())]
+    Manifest(
+        kind=ADAPTER_FOLDER, files=entries, specification=spec.model_dump(mode="json"), inputs=assignment.inputs
+    ).write(uri)
 
 
 def log_samples(
-    assignment: Assignment, worker: Worker, weights: dict[str, Tensor], writer: BackgroundWriter, done: int
+    assignment: Assignment,
+    worker: Worker,
+    weights: dict[str, Tensor],
+    writer: BackgroundWriter,
+    done: int,
+    due: tuple[bool, bool],
 ) -> None:
-    """Sample answers of the weights after `done` steps."""
+    """Sample answers of the weights after `done` steps, and their evaluation, whichever of the two is due."""
     with _model_directory(assignment, weights) as local:
-        _log_answers(assignment, worker, local, writer, f"step-{done:08d}")
+        _log_answers(assignment, worker, local, writer, f"step-{done:08d}", done, due)
 
 
 @contextmanager
@@ -91,12 +132,30 @@ def _model_directory(assignment: Assignment, weights: dict[str, Tensor]) -> Iter
         yield Path(local)
 
 
-def _log_answers(assignment: Assignment, worker: Worker, local: Path, writer: BackgroundWriter, folder: str) -> None:
-    """Answers to the specification's prompts: a picture of each below samples/, their texts below answers/."""
+def _log_answers(
+    assignment: Assignment,
+    worker: Worker,
+    local: Path,
+    writer: BackgroundWriter,
+    folder: str,
+    done: int,
+    due: tuple[bool, bool] = (True, True),
+) -> None:
+    """Answers to the specification's prompts: a picture of each below samples/, their texts below answers/; and the
+    measures of its tasks."""
     from calumma.model import load
 
     spec = assignment.spec
+    sampled, evaluated = bool(spec.samples) and due[0], spec.evaluation is not None and due[1]
+    if not (sampled or evaluated):
+        return
     model = load(local, worker.device)
+    if evaluated:
+        from calumma.platform.training.evaluation import evaluate
+
+        writer.log({f"evaluation/{name}": value for name, value in evaluate(model, spec).items()}, done)
+    if not sampled:
+        return
     answers = samples.sample_answers(model, spec.samples, spec.job == "finetune", spec.seed)
     for number, (prompt, answer) in enumerate(zip(spec.samples, answers, strict=True)):
         writer.log_image(samples.render_answer(prompt, answer), storage.join("samples", folder, f"{number:02d}.png"))

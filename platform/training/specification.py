@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from calumma.model.config import ImageLossConfig, ImageTokenizerConfig, ModelConfig
+from calumma.platform.evaluation.specification import EvaluationTask
 from calumma.platform.specification import JobSpecification, Section
 from calumma.platform.streaming.specification import MixtureSpecification
 
@@ -96,13 +97,24 @@ class Optimizer(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters (arXiv 2106.09685): W + alpha / rank * up @ down with W frozen; merged into W at the end."""
+    """Low-rank adapters (arXiv 2106.09685): W + scale * up @ down with W frozen. They are written in PEFT's format
+    beside the model in which they are merged into W."""
 
     rank: int = Field(8, ge=1, description="of each adapter")
     alpha: float = Field(16.0, gt=0, description="scale: an adapter counts alpha / rank")
+    rank_stabilized: bool = Field(
+        False, description="an adapter counts alpha / sqrt(rank): high ranks learn as fast as low ones (2312.03732)"
+    )
+    dora: bool = Field(False, description="a trained magnitude for every output channel (DoRA, arXiv 2402.09353)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of an adapter's input, in training")
     targets: list[str] = Field(
         ["blocks.*"], min_length=1, description="names of linear layers with * and ?, say blocks.*.attention.*"
     )
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's two matrices counts."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
 
 class Offload(Section):
@@ -137,11 +149,38 @@ class Schedule(Section):
         return self
 
 
+class EarlyStopping(Section):
+    """End a stage when the mean of its held-out losses falls no more, with the weights that had the lowest."""
+
+    patience: int = Field(3, ge=1, description="measurements without a lower loss after which it ends")
+    min_delta: float = Field(0.0, ge=0, description="a loss that is lower by less is not lower")
+
+
+class StageEvaluation(Section):
+    """Tasks of the job `evaluate`, answered by the model in training; their measures are metrics of the run."""
+
+    tasks: list[EvaluationTask] = Field(min_length=1)
+    judge_training: str | None = Field(
+        None, description="curated images with captions as labels, for the classifier of drawn images"
+    )
+    every: int | None = Field(None, ge=1, description="steps between two evaluations; null: only at the end")
+    batch: int = Field(32, ge=1, description="prompts answered at once")
+
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        drawing = [task.name for task in self.tasks if task.kind != "recognition"]
+        if drawing and self.judge_training is None:
+            raise ValueError(f"the tasks {', '.join(drawing)} draw, and `judge_training` is not given")
+        return self
+
+
 class TrainSpecification(MixtureSpecification):
     """One training stage on packed token shards; writes checkpoints and a model directory."""
 
     held_out: dict[str, str] = Field({}, description="name -> token shards whose loss is measured, at the end at least")
     held_out_every: int | None = Field(None, ge=1, description="steps between two measurements; null: only at the end")
+    evaluation: StageEvaluation | None = Field(None, description="tasks that are answered while it trains; null: none")
+    early_stopping: EarlyStopping | None = Field(None, description="by the held-out losses; null: all steps are taken")
     text_tokenizer: str = Field(
         "tokenizers/text", description="folder of a trained one, or a model directory: that of the token shards"
     )
@@ -156,6 +195,11 @@ class TrainSpecification(MixtureSpecification):
         None, description="architecture, or {preset: name} and what differs from it; required without `initial`"
     )
     dropout: float | None = Field(None, ge=0, lt=1, description="overrides the model's")
+    mask_documents: bool | None = Field(
+        None,
+        description="attend within a document only, so that each is learned as if it stood alone; overrides the "
+        "model's",
+    )
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2, which keeps logits small")
@@ -199,6 +243,8 @@ class TrainSpecification(MixtureSpecification):
             raise ValueError("give exactly one of `model` (train from scratch) and `initial` (start from a stage)")
         if self.continue_schedule and self.initial is None:
             raise ValueError("`continue_schedule` needs `initial`")
+        if self.early_stopping and not (self.held_out and self.held_out_every):
+            raise ValueError("`early_stopping` needs `held_out`, and `held_out_every` to measure it")
         if self.alias and not self.register_as:
             raise ValueError("`alias` needs `register_as`")
         if self.trainable is not None and not self.trainable:
@@ -225,12 +271,50 @@ class PretrainSpecification(TrainSpecification):
     job: Literal["pretrain"] = "pretrain"
 
 
+class Preference(Section):
+    """Learning from pairs of a wanted and an unwanted answer, interleaved ones too: an answer's log-probability is the
+    sum of its tokens', text and image codes, by their weights.
+
+    dpo (arXiv 2305.18290): -log sigmoid(beta x margin), where the margin is how much more the log-probability of the
+    chosen answer has grown over the reference, the model at the start, than the rejected one's. ipo (arXiv 2310.12036):
+    (margin - 1 / (2 beta))^2, of means over tokens, as TRL has it. orpo (arXiv 2403.07691), which needs no reference:
+    the chosen answer's loss, plus beta x -log sigmoid of the difference of their log-odds.
+    """
+
+    loss: Literal["dpo", "ipo", "orpo"] = Field("dpo", description="what is minimized")
+    beta: float = Field(0.1, gt=0, description="how strongly a pair pulls; for orpo how much the odds count")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs taken to be the wrong way round; dpo")
+    text_weight: float = Field(1.0, ge=0, description="of a text token in an answer's log-probability")
+    image_weight: float = Field(1.0, ge=0, description="of an image code in it; images have many")
+    chosen_weight: float = Field(
+        0.0, ge=0, description="times the chosen answer's mean loss, added: keeps it likely; dpo and ipo"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.text_weight and not self.image_weight:
+            raise ValueError("text_weight and image_weight are both 0: nothing would be learned")
+        return self
+
+
 class FinetuneSpecification(TrainSpecification):
-    """Supervised fine-tuning on packed conversations, the loss on answers only (paper section 3)."""
+    """Supervised fine-tuning on packed conversations, the loss on answers only (paper section 3); or, with
+    `preference`, on pairs of answers."""
 
     job: Literal["finetune"] = "finetune"
+    preference: Preference | None = Field(
+        None, description="learn from pairs: token shards of the job tokenize_preferences"
+    )
     schedule: Schedule = Schedule(kind="cosine", warmup_steps=0)
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if self.preference and (self.rows_per_pass or 2) % 2:
+            raise ValueError(
+                f"rows_per_pass: pairs stand in two rows each, so it must be even; given {self.rows_per_pass}"
+            )
+        return self
 
 
 class AblateSpecification(JobSpecification):

@@ -27,7 +27,7 @@ from calumma.platform.training.group.chart import worker_groups, worker_range
 from calumma.platform.training.group.control import FirstStep, worker_control
 from calumma.platform.training.group.fit import fit
 from calumma.platform.training.preparation import prepare
-from calumma.platform.training.publication import MODEL_FOLDER
+from calumma.platform.training.publication import ADAPTER_FOLDER, MODEL_FOLDER
 from calumma.platform.training.specification import TrainSpecification
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
             verify=reader.verify,
             cache=reader.cache,
             rows=spec.rows_per_pass,
-            whole=assignment.config.dropout > 0,  # what is dropped belongs to a pass
+            whole=assignment.whole_passes,
         )
     except PlanError as error:
         raise SpecificationError(f"mixture: {error}") from error
@@ -108,11 +108,12 @@ def _publish_stage(original: TrainSpecification, assignment: Assignment, report:
     """Register the model if asked to, then write the stage's manifest, with the specification as it was given."""
     spec = assignment.spec
     uri = storage.join(assignment.output, MODEL_FOLDER)
-    model = Manifest.read(uri)
     if spec.register_as:
         report["model_uri"] = registry.register(spec.tracking, spec.register_as, uri, assignment.run.id, spec.alias)
-    files = [entry.model_copy(update={"path": f"{MODEL_FOLDER}/{entry.path}"}) for entry in model.files]
-    files.append(FileEntry.from_bytes(f"{MODEL_FOLDER}/{MANIFEST}", storage.read_bytes(storage.join(uri, MANIFEST))))
+    files = _entries(assignment.output, MODEL_FOLDER)
+    if spec.lora is not None:
+        files += _entries(assignment.output, ADAPTER_FOLDER)
+        report["adapter"] = ADAPTER_FOLDER
     others = [spec.locate(held) for held in spec.held_out.values()]
     others += [spec.locate(original.mixture_of.stage)] if original.mixture_of else []
     manifest = Manifest(
@@ -124,3 +125,10 @@ def _publish_stage(original: TrainSpecification, assignment: Assignment, report:
     )
     manifest.write(assignment.output)
     return manifest
+
+
+def _entries(output: str, folder: str) -> list[FileEntry]:
+    """The files of a published folder of the output, its manifest among them."""
+    uri = storage.join(output, folder)
+    files = [entry.model_copy(update={"path": f"{folder}/{entry.path}"}) for entry in Manifest.read(uri).files]
+    return [*files, FileEntry.from_bytes(f"{folder}/{MANIFEST}", storage.read_bytes(storage.join(uri, MANIFEST)))]

@@ -92,6 +92,8 @@ def locate_directory(model: str, settings: Tracking | None = None) -> str:
     if not storage.exists(source):
         raise ServeError(f"there is no model directory at {source}{origin}")
     missing = missing_files(lambda name: storage.exists(storage.join(source, name)))
+    if missing and storage.exists(storage.join(source, "adapter_config.json")):
+        raise ServeError(f"{source}{origin} is an adapter: serve the model that it was trained on, with --adapter")
     if missing:
         raise ServeError(f"{source}{origin} is not a whole model directory: {', '.join(missing)} missing")
     return source
@@ -102,9 +104,18 @@ def locate_servable(model: ModelSettings) -> str:
     source = locate_directory(model.model, model.tracking)
     try:
         require_heads(model, source)
+        require_adapters(model, source)
     except ValueError as error:
         raise ServeError(str(error)) from error
     return source
+
+
+def require_adapters(model: ModelSettings, source: str) -> None:
+    """Raises ValueError where an adapter is none for the model at a path or URI."""
+    if model.adapters and ("://" not in source or source.startswith(("s3://", "file://"))):
+        from calumma.serve.replica.model_loading import read_adapters
+
+        read_adapters(model, ModelConfig.model_validate_json(storage.read_bytes(storage.join(source, config.FILE))))
 
 
 def require_memory(model: ModelSettings, source: str, total: int | None = None) -> None:

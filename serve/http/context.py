@@ -10,6 +10,7 @@ from dataclasses import replace
 from calumma.serve.batches.store import OwnerStore, Store
 from calumma.serve.http.access.caller import current_caller
 from calumma.serve.http.access.drain import Drain
+from calumma.serve.http.adapters import adapted_backends, adapted_models
 from calumma.serve.http.facts import ModelFacts
 from calumma.serve.http.image_loader import ImageLoader, ImageSource, LoadedImages
 from calumma.serve.http.metrics import Metrics
@@ -28,8 +29,9 @@ class ServingContext:
     def __init__(self, backends: Mapping[str, Backend], settings: ServeSettings, drain: Drain) -> None:
         """backends: by the model's name. Raises ValueError on a safety policy that cannot be made."""
         self.settings, self.metrics, self.drain = settings, Metrics(), drain
-        self.backends, self.facts = backends, ModelFacts(backends)
-        self.models = {model.name: model for model in settings.models}
+        self.models = {model.name: model for model in settings.models} | adapted_models(settings.models)
+        self.backends = {**backends, **adapted_backends(backends, settings.models)}
+        self.facts = ModelFacts(self.backends)
         self.image_loader = ImageLoader(settings.limits, settings.remote_images)
         self._policy = load_policy(settings.safety)
 

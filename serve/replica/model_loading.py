@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from calumma.model.adapters.files import CONFIG, FOLDER, read_adapter
 from calumma.model.config import ModelConfig
 from calumma.model.generation import Shard, read_shard
 from calumma.model.loading import described, with_context
+from calumma.model.ops.adapter import Adapter
 from calumma.model.transformer import Transformer
+from calumma.platform import storage
 from calumma.serve.settings import ModelSettings
 
 
@@ -30,6 +33,17 @@ def read_own_weights(directory: str | Path, settings: ModelSettings, shard: Shar
     """The Transformer, or this rank's shard of it."""
     device, dtype = device_and_dtype(settings)
     return read_shard(directory, shard or Shard(), device, dtype, settings.dtype == "int8", settings.context)
+
+
+def read_adapters(settings: ModelSettings, config: ModelConfig) -> dict[str, Adapter]:
+    """The model's adapters by name. Raises AdapterError, StorageError."""
+    found = {}
+    for name, place in settings.adapters.items():
+        if not storage.exists(storage.join(place, CONFIG)) and storage.exists(storage.join(place, FOLDER, CONFIG)):
+            place = storage.join(place, FOLDER)
+        with storage.local_copy(place) as folder:
+            found[name] = read_adapter(folder, config)
+    return found
 
 
 def without_weights(directory: Path, *_: Any, context: int | None = None) -> Transformer:

@@ -132,7 +132,9 @@ class EngineReplica:
                 yield EventBatch([started, Finished("length", TokenCount())])
                 return
             asked = self._params(request, params)
-            engine_request = Request(request.id, tokens, asked, request.tenant, request.priority, request.salt)
+            engine_request = Request(
+                request.id, tokens, asked, request.tenant, request.priority, request.salt, request.adapter
+            )
         except ValueError as error:
             param = error.param if isinstance(error, UnknownTokenId) else request.param
             yield EventBatch([RequestFailed(400, str(error), param=param)])

@@ -2,9 +2,10 @@
 
 A block is free, referenced by one or more sequences, or idle: referenced by nobody, but kept with what it holds until
 its room is needed, the longest unused first. What a block holds is found by content: the chain of digests of the full
-blocks before it, and its own tokens. The chain begins with the request's salt: requests of different salts find nothing
-of each other, and cannot tell by the time that an answer takes what others have asked. Sequences share full blocks; of
-a block that agrees only in part, or that is not full, a sequence takes a copy, because it will write the rest itself.
+blocks before it, and its own tokens. The chain begins with the request's salt and adapter: requests of different ones
+find nothing of each other, and cannot tell by the time that an answer takes what others have asked. Sequences share
+full blocks; of a block that agrees only in part, or that is not full, a sequence takes a copy, because it will write
+the rest itself.
 
 Only what is verified, to be numbers, can be found by others. What is not is cleared when its blocks are given back:
 attention multiplies what it masks by 0, and 0 times NaN is NaN.
@@ -201,8 +202,11 @@ class BlockManager:
         return block
 
 
-def root_of(salt: bytes) -> bytes:
-    """Where the chains of requests of a salt begin."""
+def root_of(salt: bytes, adapter: str = "") -> bytes:
+    """Where the chains of requests of a salt and an adapter begin: what one adapter computes is of no use to others."""
+    if adapter:
+        salt = blake2b(adapter.encode(), digest_size=16, person=b"adapter").digest() + salt
+        return blake2b(salt, digest_size=16, person=b"adapted").digest()
     return blake2b(salt, digest_size=16, person=b"root").digest() if salt else b""
 
 

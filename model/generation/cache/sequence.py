@@ -12,6 +12,7 @@ class Sequence:
     root: what its chain of digests begins with; sequences of different roots find nothing of each other.
     verified: the first so many of them are known to be numbers. lives: how often its blocks were taken from it.
     charged: so many of them its tenant has been charged for, once, however often they are computed.
+    adapter: the number of the adapter that computes it, 0 for the plain model.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -23,6 +24,7 @@ class Sequence:
     lives: int = 0
     charged: int = 0
     root: bytes = b""
+    adapter: int = 0
 
     @property
     def pending(self) -> int:

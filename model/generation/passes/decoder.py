@@ -5,12 +5,12 @@ no calls of modules, and projections of the same input are one product where a c
 Weights are read when the decoder is made.
 
 Shape suffixes: T tokens of a pass, D width, N heads, K key-value heads, Q both, H head size, P pairs of a head (H/2), C
-columns of the vocabulary.
+columns of the vocabulary, F feed-forward width, X outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,8 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calumma.model.generation.passes.adapters import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QUERY_KEY_VALUE,
+    Adapted,
+    AdapterBank,
+    plain,
+)
 from calumma.model.generation.passes.attention import PagedAttention
 from calumma.model.generation.tensor_parallel import Shard
+from calumma.model.ops.adapter import Adapter
 from calumma.model.ops.int8 import Int8Matrix, Matrix, beside, linear
 from calumma.model.transformer import Transformer, TransformerBlock
 
@@ -48,9 +58,12 @@ class LayerWeights:
 
 
 class Decoder:
-    """`shard`: what of every matrix this process has; all of it by default."""
+    """`shard`: what of every matrix this process has; all of it by default. `adapters`: by name, that some tokens may
+    be computed with; not in a group."""
 
-    def __init__(self, transformer: Transformer, shard: Shard | None = None) -> None:
+    def __init__(
+        self, transformer: Transformer, shard: Shard | None = None, adapters: Mapping[str, Adapter] | None = None
+    ) -> None:
         config = transformer.config
         self.transformer, self.shard = transformer, shard or Shard()
         heads, kv_heads = self.shard.heads(config)
@@ -61,22 +74,27 @@ class Decoder:
         self._copied = total // self.shard.count <= FUSED_BYTES
         blocks = enumerate(cast(Iterable[TransformerBlock], transformer.blocks))
         self.layers = [self._layer(f"blocks.{number}", block) for number, block in blocks]
+        self.adapters = AdapterBank(transformer, adapters) if adapters else None
         self.head = self._head() if self.shard.count > 1 else None
         self._packed: dict[tuple[int, int], Tensor | None] = {}  # of the head, by first and last column
         self._complex_rope = torch.view_as_complex(transformer.rope)
 
-    def hidden(self, tokens_T: Tensor, paged: PagedAttention) -> Tensor:
-        """LongTensor [T] -> FloatTensor [T, D], what the output projection reads; keys and values go into the cache."""
+    def hidden(self, tokens_T: Tensor, paged: PagedAttention, adapters_T: Tensor | None = None) -> Tensor:
+        """LongTensor [T] -> FloatTensor [T, D], what the output projection reads; keys and values go into the cache.
+        adapters: LongTensor [T], the number of each token's adapter; None where all are 0."""
+        adapted = self.adapters.of(adapters_T) if self.adapters and adapters_T is not None else plain
         x_TD = self._embed(tokens_T)
         rope_T1P = self._complex_rope[paged.positions_T][:, None]
         for number, layer in enumerate(self.layers):
             if self.swin:
-                x_TD = x_TD + self._norm(self._attention(x_TD, rope_T1P, number, layer, paged), layer.attention_norm)
-                x_TD = x_TD + self._norm(self._feed_forward(x_TD, layer), layer.feed_forward_norm)
+                a_TD = self._attention(x_TD, rope_T1P, number, layer, paged, adapted)
+                x_TD = x_TD + self._norm(a_TD, layer.attention_norm)
+                x_TD = x_TD + self._norm(self._feed_forward(x_TD, number, layer, adapted), layer.feed_forward_norm)
             else:
                 normal_TD = self._norm(x_TD, layer.attention_norm)
-                x_TD = x_TD + self._attention(normal_TD, rope_T1P, number, layer, paged)
-                x_TD = x_TD + self._feed_forward(self._norm(x_TD, layer.feed_forward_norm), layer)
+                x_TD = x_TD + self._attention(normal_TD, rope_T1P, number, layer, paged, adapted)
+                normal_TD = self._norm(x_TD, layer.feed_forward_norm)
+                x_TD = x_TD + self._feed_forward(normal_TD, number, layer, adapted)
         return self._norm(x_TD, self.transformer.norm.weight)
 
     def logits(self, x_RD: Tensor, columns: slice | None = None) -> Tensor:
@@ -126,9 +144,16 @@ class Decoder:
         return own[where].clone()
 
     def _attention(
-        self, x_TD: Tensor, rope_T1P: Tensor, number: int, layer: LayerWeights, paged: PagedAttention
+        self,
+        x_TD: Tensor,
+        rope_T1P: Tensor,
+        number: int,
+        layer: LayerWeights,
+        paged: PagedAttention,
+        adapted: Adapted,
     ) -> Tensor:
-        projected = _projected(x_TD, layer.query_key_value, layer.query_key_value_bias)
+        products = [linear(x_TD, weight) for weight in layer.query_key_value]
+        projected = _with_bias(adapted(number, QUERY_KEY_VALUE, x_TD, products), layer.query_key_value_bias)
         Q = self.heads + self.kv_heads
         if len(projected) == 1:
             qkv_TXH = projected[0].view(len(x_TD), -1, self.head_size)
@@ -145,13 +170,17 @@ class Decoder:
         turned_TQP = torch.view_as_complex(qk_TQH.float().unflatten(-1, (-1, 2))) * rope_T1P
         qk_TQH = torch.view_as_real(turned_TQP).flatten(-2).type_as(x_TD)
         out_TX = paged.attend(number, qk_TQH[:, : self.heads], qk_TQH[:, self.heads :], v_TKH)
-        out_TD = self.shard.sum(linear(out_TX, layer.output))
+        [out_TD] = adapted(number, OUTPUT, out_TX, [linear(out_TX, layer.output)])
+        out_TD = self.shard.sum(out_TD)
         return out_TD if layer.output_bias is None else out_TD + layer.output_bias
 
-    def _feed_forward(self, x_TD: Tensor, layer: LayerWeights) -> Tensor:
-        projected = _projected(x_TD, layer.gate_up, layer.gate_up_bias)
+    def _feed_forward(self, x_TD: Tensor, number: int, layer: LayerWeights, adapted: Adapted) -> Tensor:
+        products = [linear(x_TD, weight) for weight in layer.gate_up]
+        projected = _with_bias(adapted(number, GATE_UP, x_TD, products), layer.gate_up_bias)
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
-        down_TD = self.shard.sum(linear(F.silu(gate) * up, layer.down))
+        hidden_TF = F.silu(gate) * up
+        [down_TD] = adapted(number, DOWN, hidden_TF, [linear(hidden_TF, layer.down)])
+        down_TD = self.shard.sum(down_TD)
         return down_TD if layer.down_bias is None else down_TD + layer.down_bias
 
     def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
@@ -211,10 +240,10 @@ class Decoder:
         return (whole if whole.is_cuda else whole.t().contiguous().t(),)
 
 
-def _projected(x_TD: Tensor, weights: FusedProjection, biases: tuple[Tensor, ...] | None) -> list[Tensor]:
+def _with_bias(projected: list[Tensor], biases: tuple[Tensor, ...] | None) -> list[Tensor]:
     if biases is None:
-        return [linear(x_TD, weight) for weight in weights]
-    return [linear(x_TD, weight) + bias for weight, bias in zip(weights, biases, strict=True)]
+        return projected
+    return [output + bias for output, bias in zip(projected, biases, strict=True)]
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:

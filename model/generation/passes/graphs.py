@@ -58,7 +58,8 @@ class CudaGraphs:
         positions = [sequence.cached + step for sequence, _ in pairs]
         slots = [s.blocks[p // size] * size + p % size for (s, _), p in zip(pairs, positions, strict=True)]
         tables = [(s.blocks + [spare] * M)[:M] for s, _ in pairs] + [[spare] * M] * missing
-        fixed.fill(tokens_T, positions + [0] * missing, slots + [spare * size] * missing, tables)
+        adapters = (layout.adapters or [0] * len(pairs)) + [0] * missing
+        fixed.fill(tokens_T, positions + [0] * missing, slots + [spare * size] * missing, tables, adapters)
         if tokens_T.is_cuda and fixed.graph is None and self.decoder.shard.count == 1 and self.recording:
             self.recording = False  # where it fails, for lack of memory, it is not tried again
             self._pool = fixed.record(self._pool)
@@ -68,20 +69,29 @@ class CudaGraphs:
 
 class FixedShapePass:
     """One token of each of B sequences with M blocks each, the inputs in `tokens_B`, `positions_B`, `slots_B`,
-    `tables_BM`; the output in `out_BD` once it is recorded."""
+    `adapters_B`, `tables_BM`; the output in `out_BD` once it is recorded."""
 
     def __init__(self, decoder: Decoder, cache: PagedCache, B: int, M: int) -> None:
         self.decoder, self.cache, self.B, self.M = decoder, cache, B, M
         self.device = cache.store.device
-        self.tokens_B, self.positions_B, self.slots_B = torch.zeros(3, B, dtype=torch.long, device=self.device)
+        inputs = torch.zeros(4, B, dtype=torch.long, device=self.device)
+        self.tokens_B, self.positions_B, self.slots_B, self.adapters_B = inputs
         self.tables_BM = torch.zeros(B, M, dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out_BD: Tensor | None = None
 
-    def fill(self, tokens_T: Tensor, positions: list[int], slots: list[int], tables: list[list[int]]) -> None:
+    def fill(
+        self, tokens_T: Tensor, positions: list[int], slots: list[int], tables: list[list[int]], adapters: list[int]
+    ) -> None:
         self.tokens_B[: len(tokens_T)].copy_(tokens_T)
         self.tokens_B[len(tokens_T) :].zero_()
-        for held, given in ((self.positions_B, positions), (self.slots_B, slots), (self.tables_BM, tables)):
+        given_of = (
+            (self.positions_B, positions),
+            (self.slots_B, slots),
+            (self.tables_BM, tables),
+            (self.adapters_B, adapters),
+        )
+        for held, given in given_of:
             held.copy_(torch.tensor(given), non_blocking=True)  # or the host would wait for the pass before
 
     def compute(self) -> Tensor:
@@ -92,7 +102,7 @@ class FixedShapePass:
         bias_BL.masked_fill_(~seen_BL, float("-inf"))
         group = AttentionGroup(self.B, 1, self.tables_BM.flatten(), bias_BL[:, None, None])
         paged = PagedAttention(self.cache, self.positions_B, self.slots_B, [group], own_memory=True)
-        return self.decoder.hidden(self.tokens_B, paged)
+        return self.decoder.hidden(self.tokens_B, paged, self.adapters_B if self.decoder.adapters else None)
 
     def record(self, pool: Any) -> Any:
         """Record `compute` in the memory pool of those recorded before, of which only one runs at a time; gives the

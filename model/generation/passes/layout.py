@@ -20,7 +20,8 @@ TOGETHER = 8
 class BatchLayout:
     """Where the tokens of a pass stand: sequences with few new tokens first, alike ones together.
 
-    tokens: of all sequences, side by side. last: index of each sequence's last token in them, by the sequence's id().
+    tokens: of all sequences, side by side. adapters: the number of each token's adapter; empty where all are computed
+    by the plain model. last: index of each sequence's last token in them, by the sequence's id().
     """
 
     def __init__(self, pairs: list[tuple[Sequence, int]], block_size: int) -> None:
@@ -36,10 +37,14 @@ class BatchLayout:
             else:
                 self.groups.append([pair])
         self.tokens: list[int] = []
+        self.adapters: list[int] = []
+        adapted = any(sequence.adapter for sequence, _ in pairs)
         self.last: dict[int, int] = {}
         for sequence, count in (pair for group in self.groups for pair in group):
             self.tokens += sequence.tokens[sequence.cached : sequence.cached + count]
             self.last[id(sequence)] = len(self.tokens) - 1
+            if adapted:
+                self.adapters += [sequence.adapter] * count
 
     def step(
         self, cache: PagedCache, step: int, device: torch.device, contiguous: ContiguousCache | None = None

@@ -158,7 +158,8 @@ class ModelRunner:
         x_TD = self.graphs.hidden(tokens_T, layout, step) if self.graphs is not None else None
         if x_TD is not None:
             return x_TD
-        return self.decoder.hidden(tokens_T, layout.step(self.cache, step, self.device, self.contiguous))
+        adapters_T = self._tensor(layout.adapters) if layout.adapters else None
+        return self.decoder.hidden(tokens_T, layout.step(self.cache, step, self.device, self.contiguous), adapters_T)
 
     def _masks(self, texts: list[RequestState]) -> tuple[Tensor | None, dict[int, Failure]]:
         """Bits of the ids that may come in each text, None where nobody asks for less than all; and the rows for which

@@ -50,18 +50,20 @@ class Base:
 
 @dataclass(frozen=True)
 class Described:
-    """A Transformer as it is trained, without memory; what adapters start as; which rows the image head has."""
+    """A Transformer as it is trained, without memory; what adapters start as; which rows the image head has; of which
+    matrices magnitudes are the lengths of rows."""
 
     model: Transformer
     drawn: Mapping[str, Tensor]
     rows_of: Mapping[str, tuple[str, list[int], int]]
+    lengths_of: Mapping[str, tuple[str, int]]
 
     def source(self, config: ModelConfig, base: Base, device: torch.device) -> WeightSource:
         """Raises StorageError."""
         plain: WeightSource = (
             SeededWeights(config, base.seed, device) if base.initial is None else DirectoryWeights(base.initial)
         )
-        return AddedWeights(plain, self.drawn, self.rows_of)
+        return AddedWeights(plain, self.drawn, self.rows_of, self.lengths_of)
 
 
 def describe(config: ModelConfig, spec: TrainSpecification, vocabulary: Vocabulary) -> Described:
@@ -70,7 +72,7 @@ def describe(config: ModelConfig, spec: TrainSpecification, vocabulary: Vocabula
         model = Transformer(config)
     model = parameters.set_trainable(model, spec, vocabulary)
     drawn = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
-    return Described(model, drawn, parameters.added_rows(model, vocabulary))
+    return Described(model, drawn, parameters.added_rows(model, vocabulary), parameters.lengths_of_rows(model))
 
 
 def initialize(

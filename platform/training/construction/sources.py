@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple, Protocol
 
@@ -88,13 +88,16 @@ class DirectoryWeights:
 
 @dataclass(frozen=True)
 class AddedWeights:
-    """Those of a source, and what training adds to them: adapters as they were drawn, and the image rows of the
-    output, which begin as the rows that they stand for."""
+    """Those of a source, and what training adds to them: adapters as they were drawn, their magnitudes, which begin as
+    the lengths of the rows of a matrix, and the image rows of the output, which begin as the rows that they stand for.
+    """
 
     plain: WeightSource
     drawn: Mapping[str, Tensor]
     rows_of: Mapping[str, tuple[str, list[int], int]]
     """Parameter -> the matrix it is rows of, which, and their width."""
+    lengths_of: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Parameter -> the matrix whose rows it is the lengths of, and their width."""
 
     def fill(self, wanted: Sequence[Wanted]) -> None:
         plain = []
@@ -104,6 +107,11 @@ class AddedWeights:
                 target.copy_(self.drawn[name].reshape(-1)[offset : offset + target.numel()])
             elif name in self.rows_of:
                 plain += list(_rows(want, *self.rows_of[name]))
+            elif name in self.lengths_of:
+                matrix, width = self.lengths_of[name]
+                rows = torch.empty(target.numel() * width, device=target.device)
+                self.plain.fill([Wanted(matrix, offset * width, rows)])
+                target.copy_(rows.view(-1, width).norm(dim=1))
             else:
                 plain.append(want)
         self.plain.fill(plain)

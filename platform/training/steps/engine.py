@@ -239,6 +239,7 @@ def step(
     dropout: tuple[int, int] | None = None,
     measure: bool = False,
     accept: Callable[[Tensor], bool] | None = None,
+    losses_of: Callable[..., Loss] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward, backward and one optimizer step over this worker's micro-batches of a global batch.
 
@@ -246,6 +247,7 @@ def step(
     the same step. `dropout`, (seed, step), makes that true of dropped activations too: each micro-batch is seeded by
     its number in the global batch. `accept` is given the sums over all workers before the weights move; when it
     returns False, weights and optimizer stay as they are. They do so as well when the gradient is not finite.
+    `losses_of`: what is minimized, in place of `losses`.
     Returns this worker's float64 Tensor [3]: summed text and image losses (nats) and log(Z)^2; and, with `measure`, the
     stability instruments of its first micro-batch (model/ops/stability.py).
     """
@@ -256,7 +258,8 @@ def step(
     for turn, batch in enumerate(group):
         if dropout is not None:
             torch.manual_seed(hash((*dropout, batch.number)) % 2**63)
-        loss = losses(engine, batch, image_mask_V, z_loss=z_loss, normalizer=normalizer, measure=measure and turn == 0)
+        settings = {"z_loss": z_loss, "normalizer": normalizer, "measure": measure and turn == 0}
+        loss = (losses_of or losses)(engine, batch, image_mask_V, **settings)
         # A copy: handed the forward pass's own result, DeepSpeed divides the gradient by the number of micro-batches
         # after all, without ZeRO and at stage 1 in bfloat16 (0.19.8: where it does not scale the loss itself, its hooks
         # on the result run before the one that marks the loss as scaled).

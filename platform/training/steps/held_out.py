@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calumma.model.ops.loss import Loss
 from calumma.platform.shards.row_groups import MicroBatch, RowGroupReader, all_micro_batches, context_of
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training.steps.engine import losses, sum_over_workers
@@ -35,10 +36,12 @@ def measure(
     world: int,
     beat: Callable[[], None] | None = None,
     reader: RowGroupReader = RowGroupReader(),
+    losses_of: Callable[..., Loss] = losses,
 ) -> dict[str, float]:
     """Mean loss (nats a token) over the trained tokens below `uri`: `loss`, and `loss_text`, `loss_image` where there
     are such tokens. Every worker calls it, runs as many forward passes and gets the same answer. `beat` is called after
-    each of them. Raises StorageError, ManifestError, and ShardError for what is not as its manifest says."""
+    each of them. `losses_of`: what is measured, in place of `losses`. Raises StorageError, ManifestError, and
+    ShardError for what is not as its manifest says."""
     manifest = Manifest.read(uri)
     micro_batches, reader = all_micro_batches(uri, manifest), replace(reader, context=context_of(manifest))
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
@@ -47,7 +50,7 @@ def measure(
         for turn in range(-(-len(micro_batches) // world)):
             index = turn * world + rank
             batch = read_row_group(reader, micro_batches[index]) if index < len(micro_batches) else _EMPTY
-            loss_sums = losses(engine, batch, image_mask_V).sums
+            loss_sums = losses_of(engine, batch, image_mask_V).sums
             sums += torch.stack(
                 [loss_sums.text_nll, loss_sums.text_count, loss_sums.image_nll, loss_sums.image_count]
             ).double()

@@ -1,7 +1,8 @@
 """Low-rank adapters on linear layers (LoRA, arXiv 2106.09685), in names that the plain model's weights keep.
 
-A layer `blocks.0.attention.query` still holds its `weight`, now frozen, and gets `lora_down` and `lora_up` beside it,
-so that ZeRO 3 gathers all three together. `merge_adapters` turns them into the plain weight again.
+A layer `blocks.0.attention.query` still holds its `weight`, now frozen, and gets `lora_down` and `lora_up` beside it
+(and `lora_magnitude`), so that ZeRO 3 gathers all of them together. `merge_adapters` turns them into the plain weight
+again.
 
 Shape suffixes: I inputs, O outputs, R rank.
 """
@@ -15,29 +16,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calumma.model.ops.adapter import Adapter, LayerAdapter
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.specification import Lora
 
-DOWN, UP = "lora_down", "lora_up"
+DOWN, UP, MAGNITUDE = "lora_down", "lora_up", "lora_magnitude"
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with frozen weight plus alpha / rank * up @ down. It starts out as the layer that it replaces."""
+    """A linear layer with frozen weight plus scale * up @ down. It starts out as the layer that it replaces.
 
-    def __init__(self, plain: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
+    With a magnitude each output channel is brought to a length of its own (DoRA): the length that it has without one
+    counts as a constant when gradients are taken (arXiv 2402.09353, section 4.3). Dropout is of the adapter's input.
+    """
+
+    def __init__(self, plain: nn.Linear, lora: Lora, generator: torch.Generator) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
         self.bias = plain.bias  # trained or not as it was
-        self.scale = scale
-        down_RI = torch.empty(rank, plain.in_features).uniform_(-1, 1, generator=generator)
+        self.scale, self.dropout = lora.scale, lora.dropout
+        down_RI = torch.empty(lora.rank, plain.in_features).uniform_(-1, 1, generator=generator)
         self.lora_down = nn.Parameter(
             down_RI * plain.in_features**-0.5
         )  # the paper's code: kaiming_uniform_(a=5 ** 0.5)
-        self.lora_up = nn.Parameter(torch.zeros(plain.out_features, rank))
+        self.lora_up = nn.Parameter(torch.zeros(plain.out_features, lora.rank))
+        self.lora_magnitude = nn.Parameter(plain.weight.detach().norm(dim=1)) if lora.dora else None
 
     def forward(self, input: Tensor) -> Tensor:
-        low_rank = F.linear(F.linear(input, self.lora_down), self.lora_up)
-        return F.linear(input, self.weight, self.bias) + self.scale * low_rank
+        dropped = F.dropout(input, self.dropout, self.training) if self.dropout else input
+        low_rank = F.linear(F.linear(dropped, self.lora_down), self.lora_up)
+        if self.lora_magnitude is None:
+            return F.linear(input, self.weight, self.bias) + self.scale * low_rank
+        output = (F.linear(input, self.weight) + self.scale * low_rank) * (self.lora_magnitude / self._lengths())
+        return output if self.bias is None else output + self.bias
+
+    @torch.no_grad()
+    def _lengths(self) -> Tensor:
+        """FloatTensor [O] of the weight with the adapter in it."""
+        return (self.weight + self.scale * (self.lora_up @ self.lora_down)).norm(dim=1)
 
 
 def target_layers(model: nn.Module, lora: Lora) -> list[str]:
@@ -60,18 +76,28 @@ def add_adapters(model: nn.Module, lora: Lora, seed: int) -> None:
         parent, _, own = name.rpartition(".")
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Linear)
-        setattr(model.get_submodule(parent), own, LoraLinear(plain, lora.rank, lora.alpha / lora.rank, generator))
+        setattr(model.get_submodule(parent), own, LoraLinear(plain, lora, generator))
+
+
+def adapter_of(weights: Mapping[str, Tensor], scale: float) -> Adapter:
+    """The adapters among the weights of a model in training."""
+    layers = {}
+    for name in [name for name in weights if name.endswith(f".{DOWN}")]:
+        layer = name.removesuffix(f".{DOWN}")
+        magnitude_O = weights.get(f"{layer}.{MAGNITUDE}")
+        layers[layer] = LayerAdapter(weights[name], weights[f"{layer}.{UP}"], scale, magnitude_O)
+    return Adapter(layers)
 
 
 def merge_adapters(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Weights without adapters: each weight plus its adapter's product in float32, rounded once to its own dtype."""
-    plain = {name: weight for name, weight in weights.items() if not name.endswith((f".{DOWN}", f".{UP}"))}
-    for name in [name for name in weights if name.endswith(f".{DOWN}")]:
-        layer = name.removesuffix(f".{DOWN}")
-        down_RI, up_OR, weight_OI = weights[name], weights[f"{layer}.{UP}"], weights[f"{layer}.weight"]
-        low_rank_OI = scale * (up_OR.float() @ down_RI.float())
-        plain[f"{layer}.weight"] = (weight_OI.float() + low_rank_OI).to(weight_OI.dtype)
-    return plain
+    """Weights without adapters: each weight with its adapter in float32, rounded once to its own dtype."""
+    plain = {name: weight for name, weight in weights.items() if not is_part(name)}
+    return adapter_of(weights, scale).merged(plain)
+
+
+def is_part(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return name.rpartition(".")[2] in (DOWN, UP, MAGNITUDE)
 
 
 def name_patterns(names: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ Shape suffixes: V vocabulary, D width, K image ids.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calumma.model.ops import stability
-from calumma.model.ops.loss import linear_loss
+from calumma.model.ops.adapter import Adapter
+from calumma.model.ops.loss import linear_logprobs, linear_loss
 from calumma.model.transformer import Output, Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.specification import SpecificationError
@@ -48,6 +50,8 @@ class ImageHead(Output):
         weight_VD = self.weight.index_copy(0, self.get_buffer("ids_K"), self.image_rows)
         if not loss:
             return F.linear(input, weight_VD if columns is None else weight_VD[columns]).float()
+        if loss.pop("scores", False):
+            return linear_logprobs(input, weight_VD, loss["targets_BT"], loss["rows_R"])
         measured = stability.output(input.flatten(0, 1), loss["rows_R"], weight_VD) if measure else None
         return *linear_loss(input, weight_VD, **loss), measured
 
@@ -95,7 +99,7 @@ def check_trainable(model: Transformer, spec: TrainSpecification) -> None:
 
 def plain_weights(weights: Mapping[str, Tensor], spec: TrainSpecification, vocabulary: Vocabulary) -> dict[str, Tensor]:
     """The weights of an ordinary Transformer: adapters merged, image rows put back in their places."""
-    merged = lora.merge_adapters(weights, spec.lora.alpha / spec.lora.rank) if spec.lora else dict(weights)
+    merged = lora.merge_adapters(weights, spec.lora.scale) if spec.lora else dict(weights)
     if (rows_KD := merged.pop(_IMAGE_ROWS, None)) is not None:
         ids_K = torch.tensor(vocabulary.image_ids, device=rows_KD.device)
         merged["output.weight"] = merged["output.weight"].index_copy(0, ids_K, rows_KD)
@@ -108,9 +112,29 @@ def added_rows(model: nn.Module, vocabulary: Vocabulary) -> dict[str, tuple[str,
     return {name: ("output.weight", vocabulary.image_ids, size) for name, size in width.items()}
 
 
+def lengths_of_rows(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """Parameters that begin as the lengths of a matrix's rows: which matrix, and how wide it is."""
+    return {
+        f"{name}.{lora.MAGNITUDE}": (f"{name}.weight", module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, lora.LoraLinear) and module.lora_magnitude is not None
+    }
+
+
+def adapter_of(weights: Mapping[str, Tensor], spec: TrainSpecification, vocabulary: Vocabulary) -> Adapter:
+    """What was trained, beside the weights that it starts from: adapters, and the weights that were trained whole."""
+    assert spec.lora is not None
+    plain = plain_weights(
+        {name: weight for name, weight in weights.items() if not lora.is_part(name)}, spec, vocabulary
+    )
+    patterns = [*_patterns(spec), *(["output.weight"] if IMAGE_HEAD in spec.trainable_names else [])]
+    whole = {name: weight for name, weight in plain.items() if any(fnmatchcase(name, each) for each in patterns)}
+    return replace(lora.adapter_of(weights, spec.lora.scale), whole=whole)
+
+
 def is_added(name: str) -> bool:
     """Whether a parameter of this name is one that a plain model has not."""
-    return name == _IMAGE_ROWS or name.rpartition(".")[2] in (lora.DOWN, lora.UP)
+    return name == _IMAGE_ROWS or lora.is_part(name)
 
 
 def _patterns(spec: TrainSpecification) -> list[str]:

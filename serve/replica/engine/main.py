@@ -29,7 +29,7 @@ from calumma.serve.replica.engine.messages import Abort, Close, EngineFailed, Ou
 from calumma.serve.replica.engine.thread import EngineThread, requests_in_step
 from calumma.serve.replica.engine.watchdog import StepCounter
 from calumma.serve.replica.memory import memory_budget
-from calumma.serve.replica.model_loading import read_own_weights
+from calumma.serve.replica.model_loading import read_adapters, read_own_weights
 from calumma.serve.replica.tensor_parallel import barrier, join_process_group
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,8 @@ def load_model(start: Start) -> tuple[LoadedModel, dict[str, object]]:
         transformer = read_own_weights(start.directory, start.settings, shard)
         barrier(shard)
     images = ImageTokenizerConfig.read(Path(start.directory) / IMAGE_TOKENIZER)
+    if start.settings.adapters:
+        options["adapters"] = read_adapters(start.settings, transformer.config)
     options["memory"] = memory_budget(start.settings, transformer.config, images)
     vocabulary, tokenizer = Vocabulary.read(start.directory), TextTokenizer.read(start.directory)
     return LoadedModel(transformer, vocabulary, tokenizer, images.codes_per_image), options

@@ -60,7 +60,10 @@ def conversations(
     """
     marks = Marks(mark, other_marks)
     yield from drafts(
-        records(file, _columns), lambda row: _conversation(row, marks, unmarked == "first", file.notes), file, KNOWN
+        records(file, _columns),
+        lambda row: conversation_segments(row, marks, unmarked == "first", file.notes),
+        file,
+        KNOWN,
     )
 
 
@@ -68,7 +71,8 @@ def _columns(present: list[str]) -> Sequence[str]:
     return [n for n in present if n in KNOWN]
 
 
-def _conversation(row: dict[str, Any], marks: Marks, unmarked_first: bool, notes: Notes) -> list[DraftSegment]:
+def conversation_segments(row: dict[str, Any], marks: Marks, unmarked_first: bool, notes: Notes) -> list[DraftSegment]:
+    """The segments of a record. Raises Malformed."""
     found = exchange(row)
     if not NOT_READ.isdisjoint(row) and (media := [field for field in OTHER_MEDIA if row.get(field)]):
         raise Malformed(f"has `{media[0]}`, which is not read")

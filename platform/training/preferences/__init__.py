@@ -1,0 +1,1 @@
+"""Learning from preferences: the losses of pairs, and what the reference model says of each answer, kept."""
