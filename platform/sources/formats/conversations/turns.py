@@ -168,12 +168,11 @@ class _Turns:
 
 def _plain_turn(turn: Any) -> Said | None:
     """What a turn says that has nothing but a speaker and words, where there are no tools: most turns are so."""
-    if isinstance(turn, dict) and len(turn) == 2:
-        for by, field in PLAIN:
-            role, words = SPEAKERS.get(str(turn.get(by))), turn.get(field)
-            if role is not None and isinstance(words, str):
-                return Said(role, words)
-    return None
+    if not isinstance(turn, dict) or len(turn) != 2:
+        return None
+    by, field = PLAIN[0] if "from" in turn else PLAIN[1]
+    role, words = SPEAKERS.get(str(turn.get(by))), turn.get(field)
+    return Said(role, words) if role is not None and isinstance(words, str) else None
 
 
 def _has_tools(turn: Any) -> bool:

@@ -22,6 +22,7 @@ from calumma.platform.storage import StorageError
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 64 << 10  # bytes that are read at once
 LARGEST = 1 << 30  # bytes of a member
+LARGEST_COPY = 64 << 30  # bytes of a packed archive with hard links; links to what stands behind are bad
 MAGIC, MAGIC_AT = b"ustar", 257
 LONG_NAME, LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
 EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -239,9 +240,11 @@ class _Archive:
         if self._links is None:
             self._unpacked = self._unpack()
             self._links = _contents(self._unpacked)
-        if target not in self._links:
+        if plain_name(target) not in self._links:
             return Member(name, b"", f"is a hard link to {target}, which is not in the archive")
-        offset, size = self._links[target]
+        offset, size = self._links[plain_name(target)]
+        if size > LARGEST and self._file.codec is not None:
+            return Member(name, b"", f"is longer than {LARGEST:,} bytes")
         place = self._unpacked.tell()
         self._unpacked.seek(offset)
         data = self._unpacked.read(size)
@@ -255,9 +258,9 @@ class _Archive:
         copy = tempfile.TemporaryFile(prefix="calumma-")  # noqa: SIM115 (lives as long as the archive is read)
         content = _Bytes(File(self._file.uri, io.BufferedReader(_Apart(self._file.raw), CHUNK), self._file.images))
         while True:
-            if part := content.take(CHUNK):
+            if copy.tell() < LARGEST_COPY and (part := content.take(CHUNK)):
                 copy.write(part)
-            elif content.damage is None or content.ends:
+            elif content.damage is None or content.ends or copy.tell() >= LARGEST_COPY:
                 return cast(Any, copy)
             else:
                 content.go_on()
@@ -370,7 +373,7 @@ def _contents(raw: io.BufferedIOBase) -> dict[str, tuple[int, int]]:
         with tarfile.open(fileobj=cast(Any, raw), mode="r:", errors="surrogateescape", encoding="utf-8") as tar:
             while (member := tar.next()) is not None:
                 if member.isreg() and member.offset_data + member.size <= whole:
-                    found[member.name] = (member.offset_data, member.size)
+                    found[plain_name(member.name)] = (member.offset_data, member.size)
                 cast(Any, tar).members.clear()
     except (tarfile.TarError, EOFError, ValueError):
         pass  # links to what stands behind damage are bad

@@ -169,7 +169,7 @@ def test_hard_links_are_what_they_link_to_and_symbolic_ones_are_counted(tmp_path
     members: list[Member] = [
         ("0.png", png(1)),
         ("0.txt", b"one"),
-        link("1.png", "0.png"),
+        link("1.png", "./0.png"),
         ("1.txt", b"two"),
         link("2.png", "nowhere.png"),
         ("2.txt", b"three"),
