@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
-from calumma.platform.sources.files import BadInput
+from calumma.platform.sources.files import BadInput, File
 from calumma.platform.sources.formats.records import rows
 from calumma.platform.sources.reading import read_file
 
@@ -405,3 +406,26 @@ def test_no_damage_stops_the_reader_of_arrays(
     if not changes and len(content) > 1 + int(share * len(content)):
         assert len(bad(items)) == 1
         assert texts(items) == [f"{n}x" for n in range(len(items) - 1)]
+
+
+ODD = st.sampled_from(['}, {"text": "', '"', "\\", "}, {", "]", "[{", "\u2028é", "\ud800", '{"text":', ","])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | ODD | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD | st.just("text"), inner, max_size=3),
+    max_leaves=6,
+)
+RECORDS = st.lists(
+    st.dictionaries(st.sampled_from(["text", "id", "turns"]), VALUES, min_size=1) | st.integers(), max_size=30
+)
+
+
+@given(records=RECORDS, indent=st.sampled_from([None, 0, 1]), ascii=st.booleans())
+def test_an_array_has_the_records_of_its_lines(records: list[Any], indent: int | None, ascii: bool) -> None:
+    def file(name: str, text: str) -> File:
+        return File(name, io.BytesIO(text.encode("utf-8", "surrogatepass")), "")
+
+    array = file("a.json", json.dumps(records, indent=indent, ensure_ascii=ascii))
+    lines = file("a.jsonl", "".join(json.dumps(record, ensure_ascii=ascii) + "\n" for record in records))
+    found = [row.reason if isinstance(row, BadInput) else row[1] for row in rows.json_rows(array)]
+    assert found == [row.reason if isinstance(row, BadInput) else row[1] for row in rows.json_rows(lines)]
+    assert [row for row in found if isinstance(row, dict)] == [record for record in records if isinstance(record, dict)]
