@@ -22,7 +22,7 @@ from calumma.model.document import Document, Image, Segment
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Draft, Item, Malformed, Reference
 from calumma.platform.sources.frames import frame_count, may_have_frames
-from calumma.platform.sources.names import valid_words
+from calumma.platform.sources.names import escaped, valid_words
 from calumma.platform.sources.notes import Notes
 
 PREFETCH = 32  # references, and documents, that are fetched ahead: object storage answers slowly, but many at a time
@@ -48,7 +48,7 @@ def resolve_references(
     they cannot be had are counted in `notes`, and those below the source's `location` are named there as read. Raises
     StorageError."""
     notes = Notes() if notes is None else notes
-    below = _place(location) + "/" if location is not None else None
+    below = _place(storage.literal_folder(location)) + "/" if location is not None else None
     refers = below is not None and f"{_place(base)}/".startswith(below)
     base = base if storage.is_remote(base) else str(storage.local_path(base))  # no %2e%2e of a file:// URI
     pool = ThreadPoolExecutor(THREADS)  # starts no thread where there are no references
@@ -104,7 +104,8 @@ def _item(item: Draft | Document | BadInput, images: list[Fetched], source: str,
 
 def _place(uri: str) -> str:
     """A URI in the one form in which it is compared with others."""
-    return uri.rstrip("/") if storage.is_remote(uri) else posixpath.normpath(storage.local_path(uri).absolute())
+    remote = storage.is_remote(uri)
+    return escaped(uri.rstrip("/") if remote else posixpath.normpath(storage.local_path(uri).absolute()))
 
 
 def unread(others: Mapping[str, Any], notes: Notes) -> list[str]:

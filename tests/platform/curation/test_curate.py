@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -297,15 +298,16 @@ def test_what_is_not_read_is_told_by_name() -> None:
 def test_images_that_records_refer_to_are_read_and_others_are_counted(
     tmp_path: Path, here: list[str], phases: bool
 ) -> None:
+    folder = tmp_path / os.fsdecode(b"raw \xe9")  # a name that is no UTF-8
     for name in ("img/1.png", "img/2.PNG", "unused.png", "notes.txt"):
-        path = tmp_path / "raw" / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(len(name)))
     turns = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "this"}]
     write_lines(
-        tmp_path / "raw/a.jsonl", [{"image": f"img/{n}", "conversations": turns} for n in ("1.png", "./2.PNG", "1.png")]
+        folder / "a.jsonl", [{"image": f"img/{n}", "conversations": turns} for n in ("1.png", "./2.PNG", "1.png")]
     )
-    source = {"name": "turns", "format": "conversations", "location": "raw"}
+    source = {"name": "turns", "format": "conversations", "location": "raw*"}
     run_curate(curation(tmp_path, sources=[source], **({"duplicates": {}} if phases else {})))
     report = Manifest.read(str(tmp_path / "curated/turns")).report
     assert report["unread"] == {"files": {".png": 1, ".txt": 1}}
