@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
@@ -158,6 +159,9 @@ def report(
     output: Annotated[
         str | None, typer.Option(help="Folder of report.html and report.json. Default: STUDY/report.")
     ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Leave out an annotator's judgements; repeats.")
+    ] = None,
     database: DatabaseURL = None,
 ) -> None:
     """What the judgements amount to, as a page and as JSON: votes, agreement, strengths, who seems to have guessed."""
@@ -166,7 +170,7 @@ def report(
         from calumma.platform.study.report.publish import publish, summary
 
         with _opened(folder, database) as (study, db):
-            found, place = publish(study, db, output)
+            found, place = publish(study, db, output, without or [])
         for line in summary(found):
             typer.echo(line)
         typer.echo(f"the report: {place}/report.html")
@@ -178,7 +182,9 @@ def report(
 def export(
     folder: Folder,
     output: Annotated[str, typer.Argument(metavar="FILE", help="The file to write, or s3://….")],
-    format: Annotated[Format, typer.Option(help="preferences: pairs for fine-tuning by DPO.")] = "jsonl",
+    format: Annotated[
+        Format, typer.Option(metavar="FORMAT", help="jsonl, label-studio, argilla, or preferences: pairs for DPO.")
+    ] = "jsonl",
     database: DatabaseURL = None,
 ) -> None:
     """Write items and judgements for another tool, or preferences as pairs that `finetune` trains on."""
@@ -196,7 +202,7 @@ def export(
 def bring(
     folder: Folder,
     file: Annotated[str, typer.Argument(metavar="FILE", help="What another tool has exported.")],
-    format: Annotated[Format, typer.Option(help="jsonl, label-studio or argilla.")] = "jsonl",
+    format: Annotated[Format, typer.Option(metavar="FORMAT", help="jsonl, label-studio or argilla.")] = "jsonl",
     database: DatabaseURL = None,
 ) -> None:
     """Take judgements that were made elsewhere; those that are there already change nothing."""
@@ -245,11 +251,14 @@ def _asking(study: Study, red_team: bool) -> Iterator[Ask | None]:
             stack.enter_context(embedded())
         patient = [s.model_copy(update={"patience": min(s.patience, ASTRAY)}) for s in spec.systems]
         systems = {s.title: stack.enter_context(open_system(s, spec.resources, spec.tracking)) for s in patient}
+        # An endpoint answers many at once; our engines take one list of prompts after the other.
+        turn = {s.title: contextlib.nullcontext() if s.url else threading.Lock() for s in patient}
 
         def ask(name: str, conversation: Document) -> Document:
             seed = str(len(conversation.segments))
             try:
-                (answer,) = systems[name].answer([Prompt(conversation, sampling(spec, seed))])
+                with turn[name]:
+                    (answer,) = systems[name].answer([Prompt(conversation, sampling(spec, seed))])
             except UnusableSystem as error:
                 raise SystemAway(str(error)) from error
             if answer.error:

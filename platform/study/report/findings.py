@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from calumma.platform.study.items import Item
 from calumma.platform.study.judgement import FULFILMENTS, LABELS, Kind, Rating
@@ -49,6 +49,7 @@ class Findings:
     reliability: list[Reliability] = field(default_factory=list)
     safety: list[Labelled] = field(default_factory=list)
     harms: dict[str, dict[str, int]] = field(default_factory=dict)  # of dialogues: harm, label
+    left_out: tuple[str, ...] = ()  # annotators
     notes: list[tuple[str, str, str]] = field(default_factory=list)  # annotator, item, note
 
 
@@ -107,13 +108,7 @@ def find(
     found.reliability.extend(
         _reliability(ratings, lambda rating: {rating.item: _order(rating, items[rating.item])}, (FIRST, SAME, SECOND))
     )
-    return _with(found, left=share(sided.count("left"), len(sided)), strengths=strengths(systems, results))
-
-
-def _with(found: Findings, **changes: object) -> Findings:
-    from dataclasses import replace
-
-    return replace(found, **changes)  # type: ignore[arg-type]
+    return replace(found, left=share(sided.count("left"), len(sided)), strengths=strengths(systems, results))
 
 
 def _groups(items: Mapping[str, Item], mixed_modal: Mapping[str, bool]) -> dict[str, list[Item]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from calumma.platform import storage
@@ -22,14 +22,27 @@ COLOURS = {"fully": "var(--kept)", "partly": "var(--dropped)", "not": "var(--bad
 LABEL_COLOURS = {"safe": "var(--kept)", "unsafe": "var(--dropped)", "unsure": "var(--bad)"}
 
 
-def publish(study: Study, database: Database, output: str | None = None) -> tuple[Findings, str]:
-    """Write `report.html` and `report.json`; what they say, and the folder they are in. Raises StorageError."""
+class Unknown(ValueError):
+    """Somebody who has judged nothing of the study."""
+
+
+def publish(
+    study: Study, database: Database, output: str | None = None, without: Sequence[str] = ()
+) -> tuple[Findings, str]:
+    """Write `report.html` and `report.json`; what they say, and the folder they are in. `without`: annotators whose
+    judgements are left out. Raises StorageError, and Unknown for a name that has none."""
     spec = study.specification
+    ratings, dialogues = study.ratings(database).all(), Dialogues(database, spec.name, spec.names).all()
+    names = {one.annotator for one in ratings} | {one.annotator for one in dialogues}
+    if unknown := sorted(set(without) - names):
+        raise Unknown(f"{', '.join(unknown)} has judged nothing; there are {', '.join(sorted(names)) or 'none'}")
+    ratings = [one for one in ratings if one.annotator not in without]
+    dialogues = [one for one in dialogues if one.annotator not in without]
     found = find(
         spec.name, spec.kind, spec.names, spec.annotators, study.items,
-        {prompt.id: prompt.mixed_modal for prompt in study.prompts.values()}, study.ratings(database).all(),
-        Dialogues(database, spec.name, spec.names).all(), spec.issues,
+        {prompt.id: prompt.mixed_modal for prompt in study.prompts.values()}, ratings, dialogues, spec.issues,
     )  # fmt: skip
+    found = replace(found, left_out=tuple(without))
     place = (output or storage.join(study.folder, "report")).rstrip("/")
     data = json.dumps(as_json(found), indent=1, ensure_ascii=False).encode()
     storage.write_bytes(storage.join(place, "report.json"), data)

@@ -105,6 +105,14 @@ def test_damage_that_can_still_be_read_is_found_at_the_end(directory: str) -> No
     assert len(list(read_shard(uri))) == len(DOCUMENTS)  # nobody says what it should be
 
 
+def test_small_shards_are_read_from_memory() -> None:
+    data = document_shards.to_parquet(DOCUMENTS)
+    assert document_shards.from_parquet(data, "here.parquet") == DOCUMENTS
+    for damaged in (data[:-100], data[:1000] + b"x" * 500 + data[1500:], b""):
+        with pytest.raises(ShardError, match=r"here\.parquet cannot be read"):
+            document_shards.from_parquet(damaged, "here.parquet")
+
+
 def test_what_is_not_trained_is_kept_and_costs_other_shards_nothing(tmp_path: Path) -> None:
     plain = Document((Text("q", "user"), Text("a", "assistant")))
     masked = Document((Text("q", "user"), Text("a", "assistant", trained=False), Image(b"x", None, "assistant", False)))

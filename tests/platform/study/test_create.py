@@ -134,3 +134,10 @@ def test_more_than_two_systems_are_compared_in_pairs_and_safety_judges_each_alon
     assert sorted({item.systems for item in study.items.values()}) == [("a", "b"), ("a", "c"), ("b", "c")]
     safety = made(tmp_path, systems=systems[:1], kind="safety", output=str(tmp_path / "safety"))
     assert {item.systems for item in safety.items.values()} == {("a",)}
+
+
+def test_a_study_may_be_in_object_storage_with_its_judgements_elsewhere(tmp_path: Path, s3: str) -> None:
+    study = made(tmp_path, output=f"{s3}/study")
+    assert study.answer("ours", "p1").text.startswith("An answer to: Question 1?")
+    with pytest.raises(SpecificationError, match="cannot hold a database; name one: --database postgresql"):
+        _ = study.default_database

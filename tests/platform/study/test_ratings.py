@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -31,21 +32,17 @@ POSTGRES = shutil.which("postgres") and next(
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server's database."""
     if not POSTGRES:
         pytest.skip("no PostgreSQL on this machine: apt install postgresql")
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="calumma-postgres-"))  # pytest's own folders are closed to other users
     as_user: dict[str, Any] = {}
     if os.getuid() == 0:  # the server refuses root
         import pwd
 
         found = pwd.getpwnam("postgres")
         as_user = {"user": found.pw_uid, "group": found.pw_gid, "extra_groups": []}
-        for place in (folder, *folder.parents):
-            if place == Path("/tmp"):
-                break
-            place.chmod(0o755)
         os.chown(folder, found.pw_uid, found.pw_gid)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,11 +50,12 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     data = folder / "data"
     run: dict[str, Any] = {"check": True, "capture_output": True, "cwd": folder, **as_user}
     subprocess.run([f"{POSTGRES}/initdb", "-D", data, "-A", "trust", "-U", "calumma", "--no-sync"], **run)
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    options = f"-p {port} -c fsync=off -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
     start = [f"{POSTGRES}/pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start"]
     subprocess.run(start, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **as_user)
     yield f"postgresql://calumma@127.0.0.1:{port}/postgres"
     subprocess.run([f"{POSTGRES}/pg_ctl", "-D", data, "-m", "immediate", "stop"], **run)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

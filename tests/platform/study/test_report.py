@@ -6,10 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from calumma.platform.study.folder import Study
 from calumma.platform.study.judgement import AnswerJudgement, Judgement, Rating
 from calumma.platform.study.report.findings import MIXED, NONE, TEXT, find
-from calumma.platform.study.report.publish import as_json, publish, summary
+from calumma.platform.study.report.publish import Unknown, as_json, publish, summary
 from calumma.platform.study.store.dialogues import Dialogue, Dialogues
 from calumma.platform.study.store.tables import Database
 
@@ -38,6 +40,15 @@ def test_votes_agreement_and_issues_of_a_study(study: Study, database: Database)
     lines = "\n".join(summary(found))
     assert "ours against rival: 100.0 %" in lines
     assert "12 judgements by 3 people, 4 of 4 items have 3" in lines
+
+
+def test_an_annotators_judgements_may_be_left_out(study: Study, database: Database) -> None:
+    study.ratings(database).bring(judged(study))
+    found, place = publish(study, database, without=["ben"])
+    assert (found.judgements, found.complete) == (8, 0)
+    assert "Without the judgements of ben." in Path(place, "report.html").read_text()
+    with pytest.raises(Unknown, match="eve has judged nothing; there are ann, ben, cleo"):
+        publish(study, database, without=["eve"])
 
 
 def test_a_study_without_any_judgement_has_a_report_too(study: Study, database: Database) -> None:
