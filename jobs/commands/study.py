@@ -95,7 +95,7 @@ def invite(
     def body() -> None:
         with _opened(folder, database) as (study, db):
             ratings = study.ratings(db)
-            for name in names or []:
+            for name in dict.fromkeys(names or []):
                 _require_name(name)
                 if revoke:
                     typer.echo(f"{name}: {'ended' if ratings.revoke(name) else 'was not invited'}")

@@ -23,6 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    make_url,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
@@ -109,14 +110,13 @@ class Database:
     """url: SQLAlchemy's, say `sqlite:////data/ratings.db` or `postgresql://user@host/name`. Raises DatabaseUnusable."""
 
     def __init__(self, url: str) -> None:
-        self.shown = url
+        self.shown = _without_password(url)
         try:
             self._engine = _engine(url)
-            self.shown = self._engine.url.render_as_string(hide_password=True)
             METADATA.create_all(self._engine)
         except (ArgumentError, NoSuchModuleError) as error:
             raise DatabaseUnusable(
-                f"{url!r} is no database's URL; write sqlite:////absolute/file.db or postgresql://user@host/name"
+                f"{self.shown!r} is no database's URL; write sqlite:////absolute/file.db or postgresql://user@host/name"
             ) from error
         except (DBAPIError, ImportError) as error:
             reason = error.orig if isinstance(error, DBAPIError) else error
@@ -133,6 +133,13 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+def _without_password(url: str) -> str:
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url.partition("@")[0].rpartition(":")[0] + ":***@…" if "@" in url else url
 
 
 def _engine(url: str) -> Engine:

@@ -193,6 +193,7 @@ def test_another_study_of_the_same_name_is_refused(url: str) -> None:
     ("url", "said"),
     [
         ("nonsense", "is no database's URL"),
+        ("postgre://calumma:secret@127.0.0.1/nothing", "is no database's URL"),
         ("sqlite:////nowhere/at/all.db", "cannot be used: unable to open"),
         ("postgresql://calumma:secret@127.0.0.1:1/nothing", "cannot be used"),
     ],
