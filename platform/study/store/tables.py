@@ -120,7 +120,8 @@ class Database:
             ) from error
         except (DBAPIError, ImportError) as error:
             reason = error.orig if isinstance(error, DBAPIError) else error
-            raise DatabaseUnusable(f"the database {self.shown} cannot be used: {reason}") from error
+            told = " ".join(str(reason).split())  # PostgreSQL's have several lines
+            raise DatabaseUnusable(f"the database {self.shown} cannot be used: {told}") from error
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
