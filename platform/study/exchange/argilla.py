@@ -58,7 +58,9 @@ def records(study: Study, by_item: Mapping[str, Sequence[Rating]]) -> list[dict[
         responses: dict[str, list[dict[str, Any]]] = {}
         for rating in by_item[item.id]:
             for name, value in said(rating, shown).items():
-                responses.setdefault(name, []).append({"value": value, "user_id": str(_user(rating.annotator))})
+                responses.setdefault(name, []).append(
+                    {"value": value, "user_id": str(_user(rating.annotator)), "status": "submitted"}
+                )
         people = {str(_user(rating.annotator)): rating.annotator for rating in by_item[item.id]}
         found.append(
             {
@@ -94,6 +96,8 @@ def ratings(study: Study, given: Sequence[Mapping[str, Any]]) -> list[Rating]:
         answers: dict[str, dict[str, Any]] = {}
         for question, responses in (record.get("responses") or {}).items():
             for response in responses:
+                if response.get("status") in ("draft", "discarded"):
+                    continue
                 answers.setdefault(str(response["user_id"]), {})[question] = response["value"]
         for user, says in answers.items():
             try:

@@ -140,6 +140,8 @@ def test_records_of_argilla_keep_people_apart_by_their_uuids(study: Study) -> No
     }  # fmt: skip
     first, second = argilla.ratings(study, [{"id": item.id, "fields": {}, "responses": responses}])
     assert (first.annotator, second.annotator) == tuple(users)
+    drafts = {name: [{**one, "status": "draft"} for one in given] for name, given in responses.items()}
+    assert argilla.ratings(study, [{"id": item.id, "fields": {}, "responses": drafts}]) == []
     assert (first.preferred, second.preferred) == (item.shown(0)[0], None)
 
 
