@@ -109,6 +109,7 @@ def test_a_reload_while_the_model_answers_loses_nothing(
         page.wait_for_timeout(20)
     page.reload()
     expect(page.locator(".turn.user")).to_have_text("Slowly", timeout=PATIENCE)
+    expect(page.locator(".turn.assistant")).to_have_count(0)
     page.locator("#retry").click()
     expect(page.locator("#told")).to_contain_text("answering already", timeout=PATIENCE)
     model.free.set()
