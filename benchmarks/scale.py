@@ -52,11 +52,15 @@ class Measured:
     """The layout of groups of several sizes."""
 
     def __init__(self, shards: int, sizes: list[int]) -> None:
-        began = time.perf_counter()
         uri = "s3://simulated/tokens"
-        self.config = PlanDataConfig(0, {uri: 1.0}, {uri: manifest(shards)}, 1024, 0, STEPS)
+        manifests = {uri: manifest(shards)}
+        began = time.perf_counter()
+        self.config = PlanDataConfig(0, {uri: 1.0}, manifests, 1024, 0, STEPS)
         self.making = time.perf_counter() - began
         self.plan_bytes = len(pickle.dumps(self.config.plan, protocol=5))
+        began = time.perf_counter()
+        self.config.configure({}, 1, None, None)  # the first group's start puts the plan, and imports Ray Data
+        self.start = time.perf_counter() - began
         self.layout: dict[int, float] = {}
         for world in sizes:
             began = time.perf_counter()
@@ -118,6 +122,7 @@ def table(found: Measured, shards: int) -> list[str]:
     slowest = max(found.layout.values())
     rows = [
         ("plan made", f"{found.making:.1f} s", f"{shards:,} shards"),
+        ("first group: plan put, Ray Data imported", f"{found.start:.1f} s", "once"),
         ("plan, once a machine", f"{found.plan_bytes / 1e6:.1f} MB", ""),
         ("dataset, to each worker", f"{found.dataset_bytes / 1e3:.1f} kB", f"of {most:,}"),
         ("layout a worker", f"{1000 * slowest:.1f} ms", "at most, < 100 ms"),

@@ -131,11 +131,14 @@ def _machines(spec: JobSpecification, nodes: str | None, cluster: Path | None) -
 
 def _show(config: Path, found: list[Forecast], rates: Rates) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     best, console = found[0], Console(highlight=False)
     table = Table(
-        "", title=f"{config}: {best.workers} workers on {best.machines} x {best.machine}", title_justify="left"
+        "",
+        title=f"{escape(str(config))}: {best.workers} workers on {best.machines} x {best.machine}",
+        title_justify="left",
     )
     table.add_column("", justify="right")
     table.add_column("")
@@ -143,12 +146,12 @@ def _show(config: Path, found: list[Forecast], rates: Rates) -> None:
         table.add_row(*row)
     console.print(table)
     for warning in best.warnings:
-        console.print(f"[yellow]mind[/] {warning}", soft_wrap=True)
+        console.print(f"[yellow]mind[/] {escape(warning)}", soft_wrap=True)
     for problem in best.problems:
-        console.print(f"[red]does not fit[/] {problem}", soft_wrap=True, markup=True)
+        console.print(f"[red]does not fit[/] {escape(str(problem))}", soft_wrap=True)
     for other in found[1:]:
-        said = "; ".join(map(str, other.problems)) or f"{other.time.days:,.1f} days" if other.time else "fits"
-        console.print(f"[dim]on {other.machines} x {other.machine} instead: {said}[/]", soft_wrap=True)
+        said = "; ".join(map(str, other.problems)) or (f"{other.time.days:,.1f} days" if other.time else "fits")
+        console.print(f"[dim]on {other.machines} x {other.machine} instead: {escape(said)}[/]", soft_wrap=True)
     if best.fits:
         console.print("[green]fits[/]")
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from calumma.platform.specification import Resources, SpecificationError
 
+_KIND = "accelerator_type:"  # with which Ray's resource of a kind of GPU begins
+
 
 class ClusterError(RuntimeError):
     """A cluster that cannot be started or reached; the message says what was tried and what to do."""
@@ -25,6 +27,8 @@ class Capacity:
     cpus: float
     gpus: float
     description: str
+    accelerators: frozenset[str] | None = None
+    """Kinds of GPUs, by Ray's names; none where they are not known."""
 
 
 def cores() -> int:
@@ -59,7 +63,8 @@ def cluster_capacity() -> Capacity:
     import ray
 
     total = _with_autoscaler(ray.cluster_resources())
-    return Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), "the cluster")
+    kinds = frozenset(name.removeprefix(_KIND) for name in total if name.startswith(_KIND))
+    return Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), "the cluster", kinds)
 
 
 def require_workers(resources: Resources) -> int:
@@ -72,6 +77,10 @@ def require_workers(resources: Resources) -> int:
 
 def workers_that_fit(resources: Resources, capacity: Capacity) -> int:
     """`require_workers` against a known capacity."""
+    wanted, kinds = resources.accelerator, capacity.accelerators
+    if wanted is not None and resources.gpus_per_worker and kinds is not None and wanted not in kinds:
+        others = ", ".join(sorted(kinds)) or "no GPUs"
+        raise SpecificationError(f"resources.accelerator: {capacity.description} has no {wanted}, but {others}")
     workers = math.floor((capacity.cpus - 1) / resources.cpus_per_worker + 1e-9)
     if resources.gpus_per_worker:
         workers = min(workers, math.floor(capacity.gpus / resources.gpus_per_worker + 1e-9))

@@ -58,10 +58,22 @@ def pass_rows(division: Division, world: int) -> int:
 def activations(spec: TrainSpecification, config: ModelConfig, rows: int) -> float:
     """Bytes kept between the forward and the backward pass of so many sequences."""
     element, tokens = _element(spec), rows * config.context
-    block = shape.block_bytes(config, element) + shape.backward_bytes(config, element)
-    if spec.checkpoint_activations:
-        return tokens * (config.layers * shape.input_bytes(config, element) + block)
-    return tokens * (config.layers * shape.block_bytes(config, element) + shape.backward_bytes(config, element))
+    block, backward = shape.block_bytes(config, element), shape.backward_bytes(config, element)
+    if not spec.checkpoint_activations:
+        return tokens * (config.layers * block + backward)
+    kept = shape.product_bytes if selective(spec) else shape.input_bytes
+    return tokens * (config.layers * kept(config, element) + block + backward)
+
+
+def selective(spec: TrainSpecification) -> bool:
+    """Whether recomputation keeps the results of matrix products."""
+    return str(spec.checkpoint_activations) == "selective"
+
+
+def wire_bytes(settings: dict[str, Any], element: int) -> int:
+    """Of an element of a gradient that crosses workers."""
+    kinds = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2}
+    return kinds.get(str(settings.get("communication_data_type")), element)
 
 
 def gpu_memory(
@@ -80,7 +92,8 @@ def gpu_memory(
         master = 0  # the weights are their own
     weights = element * divided(model, 3)
     gradients = (4 if stage else element) * divided(trained, 2)
-    bucket = element * min(zero["reduce_bucket_size"], trained)
+    elements, wire = min(zero["reduce_bucket_size"], trained), wire_bytes(settings, element)
+    bucket = elements * (element * (2 if zero.get("overlap_comm") else 1) + (wire if wire != element else 0))
     gathered = element * min(sizes.total, _LIVE + sizes.largest) + bucket if stage == 3 and world > 1 else 0
     # The optimizer steps on float32 gradients that it joins, when nothing of the passes is left.
     stepped = 4 * min(divided(trained, 1), _SUB_GROUP if stage == 3 else divided(trained, 1))

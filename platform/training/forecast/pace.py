@@ -13,6 +13,7 @@ from calumma.model.config import ModelConfig
 from calumma.platform.streaming.division import Division
 from calumma.platform.training.forecast import shape
 from calumma.platform.training.forecast.machines import GBIT, Machine
+from calumma.platform.training.forecast.memory import selective, wire_bytes
 from calumma.platform.training.forecast.shape import Sizes
 from calumma.platform.training.specification import TrainSpecification
 
@@ -23,6 +24,7 @@ START = (
     90.0  # seconds from a lost worker to one that computes, without what it reads: notice, processes, libraries, NCCL
 )
 DAY = 86400.0
+REUSED = 1e9  # parameters within which ZeRO 3 keeps gathered what is used again, `stage3_max_reuse_distance`
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,16 @@ def network_bytes(
     if world == 1:
         return 0.0
     sizes, element = Sizes.of(config, spec), 4 if spec.precision == "float32" else 2
-    wire = {"fp32": 4, "float32": 4}.get(str(settings.get("communication_data_type")), element)
-    gradients, weights = wire * sizes.trained, element * (sizes.total + sizes.added)
+    gradients, weights = wire_bytes(settings, element) * sizes.trained, element * (sizes.total + sizes.added)
     if spec.zero_stage == 0:
-        sent = 2.0 * gradients  # all-reduce: reduce-scatter and all-gather
-    elif spec.zero_stage == 1:
-        sent = gradients + element * sizes.trained
-    elif spec.zero_stage == 2:  # every pass hands its gradients to their owners
-        sent = passes * gradients + element * sizes.trained
-    else:  # weights come for the forward, the backward and a second forward pass
-        sent = passes * (gradients + weights * (3 if spec.checkpoint_activations else 2))
+        sent = 2.0 * gradients  # all-reduce: each part to its owner, and back from there
+    elif spec.zero_stage < 3:  # all-reduce as well (`use_multi_rank_bucket_allreduce`): once, or after every pass
+        sent = 2.0 * gradients * (passes if spec.zero_stage == 2 else 1) + element * sizes.trained
+    else:  # weights come for the forward and the backward pass; for a second forward pass too where a block is large
+        block = sum(rows * columns for rows, columns in shape.block_matrices(config).values())
+        again = spec.checkpoint_activations and 2 * block > REUSED
+        gathers = 1 if sizes.total <= REUSED else passes * (3 if again else 2)
+        sent = passes * gradients + gathers * weights
     return sent * (world - 1) / world
 
 
@@ -93,7 +95,8 @@ def times(
     peak = gpu.float32 if spec.precision == "float32" else gpu.bfloat16
     tokens = division.sequences * config.context
     busiest = division.most(world) * config.context
-    arithmetic = busiest * shape.flops_per_token(config, spec.checkpoint_activations) / (peak * rates.utilization)
+    recompute = bool(spec.checkpoint_activations) and not selective(spec)
+    arithmetic = busiest * shape.flops_per_token(config, recompute) / (peak * rates.utilization)
     sent = network_bytes(spec, config, settings, world, passes)
     link = gpu.link if count == 1 else min(gpu.link, machine.network / machine.gpus)
     network = sent / (link * LINK_SHARE)

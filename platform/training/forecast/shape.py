@@ -33,12 +33,19 @@ def block_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _block_norms(config: ModelConfig) -> dict[str, int]:
-    norms = {"attention_norm.weight": config.width, "feed_forward_norm.weight": config.width}
-    if config.query_key_norm:
-        for name, heads in (("query", config.heads), ("key", config.kv_heads)):
-            norms |= {f"attention.{name}_norm.{part}": heads * config.head_size for part in ("weight", "bias")}
-    return norms
+def _block_vectors(config: ModelConfig) -> dict[str, int]:
+    """Norms and biases."""
+    found = {"attention_norm.weight": config.width, "feed_forward_norm.weight": config.width}
+    for name, heads in (("query", config.heads), ("key", config.kv_heads)):
+        if config.query_key_norm == "rms":
+            found[f"attention.{name}_norm.weight"] = config.head_size
+        elif config.query_key_norm:
+            found |= {f"attention.{name}_norm.{part}": heads * config.head_size for part in ("weight", "bias")}
+    for name, (rows, _) in block_matrices(config).items():
+        biased = config.feed_forward_bias if name.startswith("feed_forward") else config.query_key_value_bias
+        if config.attention_output_bias if name == "attention.output" else biased:
+            found[f"{name}.bias"] = rows
+    return found
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -46,8 +53,9 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     sizes = {"embedding.weight": config.vocabulary_size * config.width}
     for layer in range(config.layers):
         sizes |= {f"blocks.{layer}.{k}.weight": a * b for k, (a, b) in block_matrices(config).items()}
-        sizes |= {f"blocks.{layer}.{name}": size for name, size in _block_norms(config).items()}
-    return sizes | {"norm.weight": config.width, "output.weight": config.vocabulary_size * config.width}
+        sizes |= {f"blocks.{layer}.{name}": size for name, size in _block_vectors(config).items()}
+    sizes["norm.weight"] = config.width
+    return sizes if config.tied else sizes | {"output.weight": config.vocabulary_size * config.width}
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,9 @@ def block_bytes(config: ModelConfig, element: int) -> int:
     norms = 2 * (8 * D + 4)  # the input and the scaled input in float32, and the scale
     inputs = 2 * element * D  # of query, key and value; of gate and up
     attention = element * (2 * NH + 2 * KH) + 4 * config.heads  # q, k, v, the result; log-sum-exp
-    if config.query_key_norm:  # before and after the scaling to 1; mean and scale
+    if config.query_key_norm == "rms":  # as of the other norms
+        attention += 8 * (NH + KH) + 4 * (config.heads + config.kv_heads)
+    elif config.query_key_norm:  # before and after the scaling to 1; mean and scale
         attention += element * 2 * (NH + KH) + element * 2 * (config.heads + config.kv_heads)
     feed_forward = element * 4 * config.ffn_width  # gate, up, SiLU of gate, product
     dropped = 2 * element * D if config.dropout else 0
@@ -105,6 +115,13 @@ def block_bytes(config: ModelConfig, element: int) -> int:
 def input_bytes(config: ModelConfig, element: int) -> int:
     """Bytes of a block's input for each token: all that recomputation keeps of it."""
     return element * config.width
+
+
+def product_bytes(config: ModelConfig, element: int) -> int:
+    """Bytes for each token of a block's input and of the results of its matrix products and of attention: what
+    selective recomputation keeps."""
+    D, NH, KH = config.width, config.heads * config.head_size, config.kv_heads * config.head_size
+    return element * (3 * D + 2 * NH + 2 * KH + 2 * config.ffn_width) + 4 * config.heads
 
 
 def backward_bytes(config: ModelConfig, element: int) -> int:

@@ -256,3 +256,11 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_kind_of_gpu_that_the_cluster_has_none_of_is_told() -> None:
+    asked = Resources(workers=2, gpus_per_worker=1, accelerator="H100")
+    mixed = Capacity(64, 8, "the cluster", frozenset({"H100", "L40S"}))
+    assert capacity.workers_that_fit(asked, mixed) == capacity.workers_that_fit(asked, NODE) == 2
+    with pytest.raises(SpecificationError, match=r"^resources\.accelerator: the cluster has no H100, but L40S$"):
+        capacity.workers_that_fit(asked, Capacity(64, 8, "the cluster", frozenset({"L40S"})))

@@ -10,7 +10,7 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from calumma.model.config import PRESETS, ModelConfig
-from calumma.model.ops.attention import rope_table
+from calumma.model.ops.rope import rope_table
 from calumma.model.transformer import Transformer, TransformerBlock
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.forecast import shape
@@ -26,6 +26,15 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "34B": {"preset": "chameleon-34b"},
     "without query-key norm": {"preset": "calumma-1.3b", "query_key_norm": False},
     "small": {"preset": "calumma-20m"},
+    "Qwen's": {
+        "preset": "calumma-1.3b",
+        "kv_heads": 4,
+        "own_head_size": 64,
+        "query_key_norm": "rms",
+        "query_key_value_bias": True,
+        "tied": True,
+    },
+    "with all biases": {"preset": "calumma-20m", "attention_output_bias": True, "feed_forward_bias": True},
 }
 
 
@@ -40,9 +49,9 @@ def training(micro_batch: int = 2, model: str = "chameleon-34b", **fields: Any) 
 # -- sizes, beside the real model --
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_parameters_and_arithmetic_are_the_models(name: str) -> None:
-    config = ModelConfig(**PRESETS[name])
+@pytest.mark.parametrize("shape_of", [*PRESETS.values(), *BLOCKS.values()], ids=[*PRESETS, *BLOCKS])
+def test_parameters_and_arithmetic_are_the_models(shape_of: dict[str, Any]) -> None:
+    config = ModelConfig(**shape_of)
     with torch.device("meta"):
         model = Transformer(config)
     assert shape.parameters(config) == {name: p.numel() for name, p in model.named_parameters()}

@@ -16,6 +16,8 @@ from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.specification import SpecificationError, validate
+from calumma.platform.training.forecast import shape as shape_of
+from calumma.platform.training.forecast.pace import network_bytes
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
@@ -175,6 +177,29 @@ def taken(spec: PretrainSpecification, rank: int, world: int, plan: list[tuple[i
     return parameters.plain_weights(engine.gathered_weights(run, keep=True), spec, VOCABULARY)
 
 
+def sent_and_foretold(stage: int, world: int) -> tuple[float, float]:
+    """Bytes that a worker sends in a step of three passes: by DeepSpeed's own log of its collectives, in rings; and by
+    the forecast."""
+    from deepspeed.comm import comm
+
+    shape = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn_width": 384, "context": 16}
+    log = {"comms_logger": {"enabled": True, "prof_all": True, "verbose": False}}
+    spec = specification(zero_stage=stage, precision="bfloat16", micro_batches=3 * world, model=shape, deepspeed=log)
+    config = spec.model.model_copy(update={"vocabulary_size": SHAPE.vocabulary_size})
+    run = engine.initialize(Transformer(config).initialize(0), spec, world, passes=3)
+    mask_V, group = VOCABULARY.mask(IMAGE_IDS), [rows(0, number) for number in range(3)]
+    for _ in range(3):  # the first ones also tell the workers about each other
+        comm.comms_logger.reset_data()
+        engine.step(run, group, engine.count_tokens(group, mask_V, run.device), mask_V, Z_LOSS, world)
+    sent, part = 0.0, (world - 1) / world
+    shares = {"all_reduce": 2 * part, "reduce_scatter_tensor": part, "all_gather_into_tensor": part * world}
+    for name, sizes in comm.comms_logger.get_raw_data().items():
+        sent += sum(shares.get(name, 1.0) * size * count for size, (count, *_) in sizes.items())
+    comm.comms_logger.enabled = False
+    settings = engine.deepspeed_config(spec, world, sum(shape_of.parameters(config).values()), 3)
+    return sent, network_bytes(spec, config, settings, world, passes=3)
+
+
 NORMS: list[float] = []  # of the first step of each call of `taken` in this process
 
 
@@ -207,6 +232,7 @@ def work(rank: int, world: int, folder: str) -> None:
     plan = [(step, "taken") for step in range(3)]
     found["kept"] = taken(specification(**offloaded | {"offload": {}}), rank, world, plan)
     found["offloaded"] = taken(specification(**offloaded), rank, world, plan)
+    found["sent"] = [sent_and_foretold(stage, world) for stage in (0, 1, 2, 3)]
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
 
@@ -323,3 +349,9 @@ def test_the_specification_with_all_of_it_is_plain_data() -> None:
     spec = specification(lora={"rank": 2}, trainable=["image_head"], faults={"action": "roll_back"}, zero_stage=3)
     assert PretrainSpecification.model_validate(json.loads(spec.model_dump_json())) == spec
     assert Path("/nowhere/stage") == Path(spec.locate(spec.output))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_forecast_knows_what_a_step_sends(found: dict[str, Any], stage: int) -> None:
+    sent, foretold = found["sent"][stage]
+    assert foretold == pytest.approx(sent, rel=0.1)
