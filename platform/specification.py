@@ -75,7 +75,7 @@ class Resources(Section):
     """What the job asks of the cluster. A range of workers grows and shrinks with it while training runs."""
 
     workers: Annotated[int, Field(ge=0)] | WorkerRange = Field(
-        1, description="0: in the job's own process, without a cluster (curate and tokenize; for tests and notebooks)"
+        1, description="0: in the job's own process, without a cluster (curate, tokenize and evaluate_suite)"
     )
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs, or a fraction")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs; training takes whole ones")
@@ -94,7 +94,8 @@ class Resources(Section):
         return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
 
 
-IN_PROCESS = ("curate", "tokenize", "tokenize_preferences")  # jobs that need no cluster when resources.workers is 0
+# Jobs that need no cluster when resources.workers is 0.
+IN_PROCESS = ("curate", "tokenize", "tokenize_preferences", "evaluate_suite")
 
 
 class JobSpecification(Section):

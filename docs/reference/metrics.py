@@ -130,6 +130,7 @@ RUNS: dict[str, dict[str, str]] = {
         "TASK_words": "Share whose words are right.",
         "TASK_digits": "Share of pictures that show what their word says.",
     },
+    "evaluate_suite": {"TASK/METRIC": "Each figure of each task: a share in 0..1 unless the page says otherwise."},
     "ablate": {"MEASURE/VARIANT/RATE": "Each curve: a measure of a variant at a learning rate."},
     "quickstart": {"documents/SOURCE": "Documents written.", "seconds_a_question": "Mean time of an answer over HTTP."},
 }

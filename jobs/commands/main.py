@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from calumma.jobs.commands import data, exchange, exchange_adapters, job, serve, study
+from calumma.jobs.commands import data, evaluate, exchange, exchange_adapters, job, serve, study
 from calumma.jobs.commands.chat import chat
 from calumma.jobs.commands.doctor import doctor
 from calumma.jobs.commands.finetune import finetune
@@ -22,6 +22,7 @@ app.command("plan", epilog=EPILOG)(plan)
 app.command("finetune")(finetune)
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(serve.app, name="serve")
 app.add_typer(study.app, name="study")
 app.add_typer(exchange.import_app, name="import")

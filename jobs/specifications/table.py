@@ -7,6 +7,7 @@ import importlib
 from calumma.platform.cluster.runner import Job
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.evaluation.specification import EvaluateSpecification
+from calumma.platform.evaluation.suite.specification import SuiteSpecification
 from calumma.platform.specification import JobSpecification
 from calumma.platform.tokenizing.specification import (
     PreferenceTokensSpecification,
@@ -29,6 +30,7 @@ JOBS: dict[str, type[JobSpecification]] = {
     "pretrain": PretrainSpecification,
     "finetune": FinetuneSpecification,
     "evaluate": EvaluateSpecification,
+    "evaluate_suite": SuiteSpecification,
     "ablate": AblateSpecification,
 }
 

@@ -16,8 +16,10 @@ SIGMA = 6.0  # CIDEr-D: how much a difference in length may be
 BETA = 1.2  # ROUGE-L: how much more recall counts
 TINY, SMALL = 1e-15, 1e-9  # BLEU's own guards against zeros
 
-# What stays of a caption: everything but these (Stanford's names of brackets and quotes among them).
-PUNCTUATION = frozenset(("''", "'", "``", "`", "(", ")", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'))
+# What stays of a caption: everything but these. Brackets stay, under Stanford's names for them: the reference removes
+# only those in capitals, and its tokenizer writes all in small letters.
+PUNCTUATION = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'))
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
 _TOKEN = re.compile(
     r"""(?:[a-z]\.){2,}            # u.s.
     | \b(?:mr|mrs|ms|dr|st|jr|sr|vs|prof|no|inc|co|corp|ltd|etc)\.(?=\s+\S)
@@ -44,7 +46,7 @@ def words_of(caption: str) -> Words:
             found += [*_slashed(match["word"]), match["rest"].replace("’", "'")]
         else:
             found += _slashed(token)
-    return [token for token in found if token not in PUNCTUATION]
+    return [BRACKETS.get(token, token) for token in found if token not in PUNCTUATION]
 
 
 def _slashed(token: str) -> Words:

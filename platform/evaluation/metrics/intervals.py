@@ -26,7 +26,8 @@ def wilson(right: float, count: int) -> Interval:
     share, z2 = right / count, Z**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+    low = 0.0 if right == 0 else middle - half
+    return Interval(low, 1.0 if right == count else middle + half)
 
 
 def bootstrap(

@@ -18,7 +18,8 @@ from calumma.model.generation.request import Mode
 @dataclass(frozen=True)
 class Sampling:
     """How a prompt is answered. `max_tokens` counts text; images come beside, at most `max_images` of them where the
-    mode is interleaved. `stop`: texts before which an answer of text ends. Images are drawn with the paper's guidance.
+    mode is interleaved. `stop`: texts before which an answer of text ends. `cut_front`: a prompt of text that is too
+    long for an engine loses its front, as lm-evaluation-harness has it. Images are drawn with the paper's guidance.
     """
 
     mode: Mode = "text"
@@ -28,6 +29,7 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     max_images: int = 4
+    cut_front: bool = False
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class ModelWorker:
         return self._model.config.context
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        encoded = [self._encode(prompt.document) for prompt in prompts]
+        encoded = [self._encode(prompt) for prompt in prompts]
         requests: list[tuple[list[int], SamplingParams]] = []
         stops: list[tuple[str, ...]] = []
         for prompt, ids in zip(prompts, encoded, strict=True):
@@ -143,12 +143,16 @@ class ModelWorker:
             scores.append(Score(sum(entry.value for entry in scored), count, likeliest))
         return scores
 
-    def _encode(self, document: Document) -> list[int] | str:
+    def _encode(self, prompt: Prompt) -> list[int] | str:
         """A prompt's ids, or why it has none."""
         try:
-            return self._model.encoder.encode(document, complete=False).ids
+            ids = self._model.encoder.encode(prompt.document, complete=False).ids
         except ValueError as error:  # UnreadableImage
             return str(error)
+        room = self.context - prompt.sampling.max_tokens
+        if prompt.sampling.cut_front and len(ids) > room > 1:
+            ids = [ids[0], *ids[1 - room :]]
+        return ids
 
     def _params(self, sampling: Sampling) -> SamplingParams:
         from calumma.model.answering import supported_params

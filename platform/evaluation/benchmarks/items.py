@@ -1,0 +1,89 @@
+"""What all benchmarks have in common: items to be asked, and what their answers were worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from calumma.model.document import Document, Image, Segment, Text
+from calumma.platform.evaluation.metrics.intervals import Interval, of_mean
+from calumma.platform.evaluation.systems.prompts import Answer, Sampling
+
+
+class BenchmarkDataError(ValueError):
+    """A benchmark's files that are missing, half there or of another form; the message names location and file."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `text`: what of it would be known to a model trained on it (question and answer), for the check of
+    contamination. `samples`: answers wanted, drawn with seeds of their own where more than one."""
+
+    id: str
+    prompt: Document
+    sampling: Sampling
+    expected: Any
+    text: str
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One item's verdict: a value for each metric, and what is shown of it."""
+
+    values: dict[str, float]
+    said: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A task's figures. `values`: of each item, in order, for intervals and paired tests; `metrics` has their means and
+    what is measured of all items together. Figures are shares in [0, 1] unless `unit` says otherwise."""
+
+    metrics: dict[str, float]
+    values: dict[str, list[float]]
+    graded: list[Graded]
+    notes: list[str] = field(default_factory=list)
+
+    def interval(self, metric: str) -> Interval | None:
+        values = self.values.get(metric)
+        return of_mean(values) if values else None
+
+
+Answers = Sequence[Sequence[Answer]]  # of each item, as many as it has samples
+
+
+def measured(graded: Sequence[Graded], together: dict[str, float] | None = None, notes: Sequence[str] = ()) -> Measured:
+    """The means of what items have, and what is measured of all `together`."""
+    names = list(dict.fromkeys(name for one in graded for name in one.values))
+    values = {name: [one.values[name] for one in graded if name in one.values] for name in names}
+    metrics = {name: sum(each) / len(each) for name, each in values.items()}
+    return Measured({**metrics, **(together or {})}, values, list(graded), list(notes))
+
+
+Grade = Callable[[Sequence[Item], Answers], Measured]
+
+
+def few_shots(examples: Sequence[Sequence[Segment]], question: Sequence[Segment]) -> Document:
+    """A plain document: examples with their answers, then the question, to be continued. Without examples it is a
+    conversation, which models after fine-tuning expect."""
+    if not examples:
+        return Document(tuple(question)).with_role("user")
+    return Document(tuple(segment for example in examples for segment in example) + tuple(question))
+
+
+def shown(document: Document, words: int = 400) -> str:
+    """A document as one line; pictures as a mark."""
+    parts = [s.text if isinstance(s, Text) else "[picture]" for s in document.segments]
+    text = " ".join(" ".join(parts).split())
+    return text if len(text) <= words else text[:words] + "…"
+
+
+def first_text(answers: Sequence[Answer]) -> str:
+    return answers[0].document.text if answers else ""
+
+
+def pictures(answers: Sequence[Answer]) -> list[Image]:
+    return answers[0].document.images if answers else []

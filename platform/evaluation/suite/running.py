@@ -1,0 +1,383 @@
+"""A suite's run: all data checked, then task after task asked, graded, and written down.
+
+Invariants: no model is loaded before every task's data was read; a finished task is not measured again while what it
+was measured from is the same; answers are written before they are graded, a part at a time, so that neither a kill nor
+a judge that is away loses any. The manifest comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calumma.model.document import Image
+from calumma.platform import storage
+from calumma.platform.cluster.progress import Progress
+from calumma.platform.evaluation.benchmarks import drawing, safety
+from calumma.platform.evaluation.benchmarks.harness import TextTask
+from calumma.platform.evaluation.benchmarks.items import Answers, BenchmarkDataError, Item, Measured, shown
+from calumma.platform.evaluation.benchmarks.registry import BENCHMARKS, Benchmark
+from calumma.platform.evaluation.benchmarks.specification import SuiteTask
+from calumma.platform.evaluation.judges.kinds import Judge, open_judge
+from calumma.platform.evaluation.judges.specification import JudgeSpecification
+from calumma.platform.evaluation.suite import presets
+from calumma.platform.evaluation.suite.results import (
+    TASKS,
+    Sample,
+    SuiteResults,
+    TaskResult,
+    read_answers,
+    write_answers,
+)
+from calumma.platform.evaluation.suite.specification import MINIATURE, SuiteSpecification
+from calumma.platform.evaluation.systems.opening import open_system
+from calumma.platform.evaluation.systems.prompts import Answer, Prompt, System
+from calumma.platform.specification import SpecificationError
+
+if TYPE_CHECKING:
+    from calumma.platform.storage.manifest import Manifest
+    from calumma.platform.tracking.run import Run
+
+PART = 256  # answers that a kill may cost
+SHOWN = 6  # samples of a task on the page
+THUMBNAIL = 160
+DEFAULT_JUDGES = {"keywords": JudgeSpecification(kind="keywords")}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task whose data is there: items to be asked, rows for the harness, or pictures to be copied."""
+
+    task: SuiteTask
+    benchmark: Benchmark
+    items: list[Item]
+    text: TextTask | None = None
+    pictures: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        return self.text.texts if self.text is not None else [item.text for item in self.items]
+
+
+def evaluate_suite(spec: SuiteSpecification, run: Run, progress: Progress) -> Manifest:
+    """Raises BenchmarkDataError, SpecificationError, UnusableSystem, StorageError, TrackingError."""
+    from calumma.platform.evaluation.suite.report import PAGE, RESULTS, write_page
+    from calumma.platform.storage.manifest import FileEntry, Manifest, file_entries
+    from calumma.platform.tracking.fingerprints import fingerprints
+
+    output = spec.output_uri
+    inputs = fingerprints(_read_from(spec), spec.tracking)
+    prepared, left_out = prepare(spec, progress)
+    held = _contamination(spec, prepared, progress)
+    with ExitStack() as stack:
+        runner = _Runner(spec, output, stack, progress, len(prepared), inputs)
+        results = [runner.result(number, one, held.get(one.task.name)) for number, one in enumerate(prepared)]
+    found = SuiteResults(system=spec.system.title, suite=spec.suite, run=run.id, tasks=results, left_out=left_out)
+    page = write_page(output, found)
+    metrics = {f"{one.name}/{name}": value for one in results for name, value in one.metrics.items()}
+    run.log_metrics(metrics)
+    run.log_dict(
+        found.model_dump(mode="json", exclude={"tasks": {"__all__": {"samples", "values", "ids"}}}), "results.json"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder, "report.html")
+        local.write_text(page, encoding="utf-8")
+        run.log_artifact(local)
+    report = {**metrics, "run": run.id, "left_out": left_out}
+    files = [FileEntry.from_bytes(name, storage.read_bytes(storage.join(output, name))) for name in (PAGE, RESULTS)]
+    own = {f"{one.name}.{kind}" for one in results for kind in ("json", "jsonl")}
+    for entry in file_entries(storage.join(output, TASKS)):
+        if entry.path in own:
+            files.append(entry.model_copy(update={"path": f"{TASKS}/{entry.path}"}))
+    values = spec.model_dump(mode="json")
+    manifest = Manifest(kind="suite", files=files, specification=values, report=report, inputs=inputs)
+    manifest.write(output)
+    return manifest
+
+
+def _read_from(spec: SuiteSpecification) -> list[str]:
+    model = spec.system.model
+    own = [] if model is None else [model if model.startswith("models:") else spec.locate(model)]
+    data = [] if spec.data == MINIATURE else [spec.locate(spec.data)]
+    return [*own, *data, *map(spec.locate, spec.training)]
+
+
+# -- before a model is loaded
+
+
+def prepare(spec: SuiteSpecification, progress: Progress) -> tuple[list[Prepared], dict[str, str]]:
+    """Every task's data, read and checked; and what is left out, with the reason.
+
+    All that is missing is told at once: raises BenchmarkDataError, unless `skip_missing`; SpecificationError."""
+    tasks = presets.chosen_tasks(spec)
+    prepared: list[Prepared] = []
+    wrong: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for number, task in enumerate(tasks):
+        progress(number / len(tasks) / 20, 1, f"data of {task.name}")
+        reason = _not_for(spec, task)
+        if reason is not None:
+            left_out[task.name] = reason
+            continue
+        try:
+            prepared.append(_prepared(spec, task))
+        except BenchmarkDataError as error:
+            wrong[task.name] = str(error)
+    if wrong and not spec.skip_missing:
+        lines = [f"  {name}: {reason}" for name, reason in wrong.items()]
+        raise BenchmarkDataError("\n".join([
+            f"the data of {len(wrong)} of {len(tasks)} tasks cannot be used:", *lines,
+            "Fetch it (calumma evaluate data fetch), choose others by `only`, or leave these out by `skip_missing`",
+        ]))  # fmt: skip
+    if not prepared:
+        raise SpecificationError("no task is left to be done: " + "; ".join((*wrong.values(), *left_out.values())))
+    return prepared, {**left_out, **wrong}
+
+
+def _not_for(spec: SuiteSpecification, task: SuiteTask) -> str | None:
+    """Why a task of the suite cannot be done with this system and these judges; None where it can."""
+    benchmark = BENCHMARKS[task.benchmark]
+    if benchmark.way == "tokenizer" and spec.system.model is None:
+        return "an endpoint does not give its image tokenizer"
+    if benchmark.needs == "a judge of pictures" and not _judges(spec, task, sees=True):
+        return "no judge is named that looks at pictures (`judges`, of the kind endpoint or model)"
+    return None
+
+
+def _judges(spec: SuiteSpecification, task: SuiteTask, sees: bool) -> dict[str, JudgeSpecification]:
+    """Those who look at a task's answers, or pictures."""
+    named = {name: spec.judges[name] for name in task.judges} if task.judges else dict(spec.judges)
+    if sees:
+        return {name: judge for name, judge in named.items() if judge.kind in ("endpoint", "model")}
+    return named or DEFAULT_JUDGES
+
+
+def data_location(spec: SuiteSpecification, task: SuiteTask) -> str:
+    from calumma.platform.evaluation.miniatures.write import ensure_miniatures
+
+    if spec.data != MINIATURE:
+        base = spec.locate(spec.data)
+    else:
+        base = storage.join(spec.locate("evaluations"), MINIATURE)
+        ensure_miniatures(base)
+    if task.data is None or "/" not in task.data:
+        return storage.join(base, task.data or task.name)
+    return spec.locate(task.data)
+
+
+def _prepared(spec: SuiteSpecification, task: SuiteTask) -> Prepared:
+    location, benchmark = data_location(spec, task), BENCHMARKS[task.benchmark]
+    if benchmark.way == "harness":
+        return Prepared(task, benchmark, [], TextTask(task, location))
+    if benchmark.way == "tokenizer":
+        return Prepared(task, benchmark, [], pictures=tuple(drawing.read_pictures(task, location)))
+    assert benchmark.read is not None
+    return Prepared(task, benchmark, benchmark.read(task, location, spec.seed))
+
+
+def _contamination(spec: SuiteSpecification, prepared: Sequence[Prepared], progress: Progress) -> dict[str, list[bool]]:
+    if not spec.training:
+        return {}
+    from calumma.platform.evaluation.suite.contamination import contaminated
+
+    texts = {one.task.name: one.texts for one in prepared if one.texts}
+    return contaminated(texts, [spec.locate(location) for location in spec.training], progress)
+
+
+# -- one task after the other
+
+
+class _Runner:
+    """Measures tasks. The system is opened by the first task that needs it, judges by the first that asks them."""
+
+    def __init__(
+        self,
+        spec: SuiteSpecification,
+        output: str,
+        stack: ExitStack,
+        progress: Progress,
+        tasks: int,
+        inputs: dict[str, str],
+    ) -> None:
+        self._spec, self._output, self._stack, self._progress = spec, output, stack, progress
+        self._tasks, self._inputs = tasks, inputs
+        self._opened: System | None = None
+        self._judges: dict[str, Judge] = {}
+        self._note = ""
+        self._number = 0
+
+    def result(self, number: int, one: Prepared, held: list[bool] | None) -> TaskResult:
+        """The task's figures, of an earlier run where nothing of what they are made from has changed."""
+        key = self._key(one)
+        self._number, self._note = number, one.task.name
+        before = TaskResult.find(self._output, one.task.name)
+        count = None if held is None else sum(held)
+        if before is not None and before.key == key:
+            if before.contaminated != count:
+                before = before.model_copy(update={"contaminated": count})
+                before.write(self._output)
+            return before
+        self._tell(0, 1)
+        begin = time.monotonic()
+        answers: list[list[Answer]] = []
+        if one.text is not None:
+            found = one.text.measure(self._system, self._tell)
+        elif one.pictures:
+            model = self._spec.system.model
+            assert model is not None
+            location = model if model.startswith("models:") else self._spec.locate(model)
+            found = drawing.reconstruct(location, self._spec.tracking, one.pictures, one.task.weights)
+        else:
+            answers = self._answers(one, key)
+            found = self._graded(one, answers)
+        result = _result(one, key, found, answers, time.monotonic() - begin, count)
+        result.write(self._output)
+        return result
+
+    def _tell(self, done: int, total: int) -> None:
+        share = (self._number + done / max(1, total)) / self._tasks
+        self._progress(share, 1, f"{self._note}: {done:,} of {total:,}" if done else self._note)
+
+    def _told(self, line: str) -> None:
+        self._progress((self._number + 0.5) / self._tasks, 1, f"{self._note}: {line}")
+
+    @property
+    def _system(self) -> System:
+        if self._opened is None:
+            spec = self._spec.system
+            if spec.model is not None and not spec.model.startswith("models:"):
+                spec = spec.model_copy(update={"model": self._spec.locate(spec.model)})
+            opened = open_system(spec, self._spec.resources, self._spec.tracking, self._told)
+            self._opened = self._stack.enter_context(opened)
+        return self._opened
+
+    def _judge(self, name: str, spec: JudgeSpecification) -> Judge:
+        if name not in self._judges:
+            self._judges[name] = open_judge(spec, self._spec.tracking, self._told)
+            self._stack.callback(self._judges[name].close)
+        return self._judges[name]
+
+    def _key(self, one: Prepared) -> str:
+        """Of all that the figures depend on."""
+        items = [[i.id, shown(i.prompt, 1 << 20), _digests(i), str(i.sampling), str(i.expected)] for i in one.items]
+        judges = _judges(self._spec, one.task, one.benchmark.needs == "a judge of pictures")
+        system = self._spec.system.model_dump(exclude={"name", "concurrency", "timeout", "patience", "batch"})
+        values = [
+            one.task.model_dump(mode="json"), system, self._inputs.get(self._model), items, one.texts, one.pictures,
+            {name: judge.model_dump(mode="json") for name, judge in judges.items()}, self._spec.seed,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def _model(self) -> str:
+        model = self._spec.system.model or ""
+        return model if model.startswith("models:") or not model else self._spec.locate(model)
+
+    def _answers(self, one: Prepared, key: str) -> list[list[Answer]]:
+        answers = read_answers(self._output, one.task.name, key)[: len(one.items)]
+        while len(answers) < len(one.items):
+            part = one.items[len(answers) : len(answers) + PART]
+            before = len(answers)
+            found = self._system.answer(
+                [Prompt(item.prompt, item.sampling) for item in part],
+                lambda done, _, before=before: self._tell(before + done, len(one.items)),  # type: ignore[misc]
+            )
+            answers += [[answer] for answer in found]
+            write_answers(self._output, one.task.name, key, answers)
+        return answers
+
+    def _graded(self, one: Prepared, answers: Answers) -> Measured:
+        spec, benchmark = self._spec, one.benchmark
+        if one.task.benchmark == "safety":
+            exchanges = [
+                (item.prompt.text, each[0].document.text) for item, each in zip(one.items, answers, strict=True)
+            ]
+            judges = _judges(spec, one.task, sees=False)
+            verdicts = {name: list(self._judge(name, judge).safety(exchanges)) for name, judge in judges.items()}
+            return safety.grade_safety(one.items, answers, verdicts)  # type: ignore[arg-type]
+        if one.task.benchmark == "drawing":
+            weights = {name: spec.locate(location) for name, location in one.task.weights.items()}
+            return drawing.grade_drawing(one.items, answers, weights)
+        if one.task.benchmark in ("following", "interleaved"):
+            seeing = _judges(spec, one.task, sees=True)
+            ask = None
+            if seeing:
+                name, judge = next(iter(seeing.items()))
+                ask = self._judge(name, judge).shows
+            if one.task.benchmark == "interleaved":
+                return drawing.grade_interleaved(one.items, answers, ask)
+            assert ask is not None
+            return drawing.grade_following(one.items, answers, ask)
+        assert benchmark.grade is not None
+        return benchmark.grade(one.items, answers)
+
+
+def _digests(item: Item) -> list[str]:
+    """Of the prompt's pictures."""
+    return [hashlib.sha256(i.data if isinstance(i.data, bytes) else i.png()).hexdigest() for i in item.prompt.images]
+
+
+def _result(
+    one: Prepared, key: str, found: Measured, answers: Answers, seconds: float, contaminated: int | None
+) -> TaskResult:
+    every = [answer for each in answers for answer in each]
+    tokens = {name: sum(getattr(a, f"{name}_tokens") for a in every) for name in ("prompt", "text", "image")}
+    headline = presets.metric_of(one.task.name, one.benchmark.headline, found.metrics)
+    failed = [answer.error for answer in every if answer.error is not None]
+    notes = found.notes + ([f"{len(failed)} prompts were not answered, the first: {failed[0]}"] if failed else [])
+    intervals = {name: interval for name in found.values if (interval := found.interval(name)) is not None}
+    return TaskResult(
+        name=one.task.name,
+        benchmark=one.task.benchmark,
+        key=key,
+        headline=headline,
+        metrics=found.metrics,
+        intervals={name: (value.low, value.high) for name, value in intervals.items()},
+        ids=[item.id for item in one.items] or [str(number) for number in range(len(found.graded))],
+        values=found.values,
+        failures=len(failed),
+        shots=one.task.shots,
+        seconds=seconds,
+        tokens=tokens if every else {},
+        notes=notes,
+        samples=_samples(one, found, answers),
+        contaminated=contaminated,
+    )
+
+
+def _samples(one: Prepared, found: Measured, answers: Answers) -> list[Sample]:
+    samples = []
+    for number, graded in enumerate(found.graded[:SHOWN]):
+        question = shown(one.items[number].prompt, 600) if one.items else ""
+        asked = [] if not one.items else [_thumbnail(image) for image in one.items[number].prompt.images[-1:]]
+        drawn = [] if not answers else [_thumbnail(image) for image in answers[number][0].document.images[:4]]
+        samples.append(
+            Sample(
+                question=question,
+                asked=asked,
+                said=graded.said[:600],
+                drawn=drawn,
+                expected=graded.expected[:300],
+                values=graded.values,
+            )
+        )
+    return samples
+
+
+def _thumbnail(image: Image) -> str:
+    import io
+
+    from calumma.platform.reports.templates import data_url
+
+    picture = image.open()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return data_url(buffer.getvalue())
