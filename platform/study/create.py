@@ -20,7 +20,7 @@ from calumma.platform.evaluation.systems.prompts import Answer, Prompt, Sampling
 from calumma.platform.evaluation.systems.specification import SystemSpecification
 from calumma.platform.shards.documents import to_parquet
 from calumma.platform.study.prompts import Prompt as StudyPrompt
-from calumma.platform.study.prompts import read_prompts
+from calumma.platform.study.prompts import read_prompts, storable
 from calumma.platform.study.specification import StudySpecification
 
 STUDY = "study.json"
@@ -66,13 +66,16 @@ def create(
         wanted = [prompt for prompt in prompts if files[system.title][prompt.id] not in there]
         if not wanted:
             continue
-        progress(done.kept + done.asked, total, system.title)
+
+        def told(answered: int, title: str = system.title) -> None:
+            progress(done.kept + done.asked + answered, total, title)
+
+        told(0)
         try:
             with opened(system) as answering:
                 step = ROUND * (system.concurrency if system.url else system.batch)
                 for start in range(0, len(wanted), step):
-                    _ask(spec, system.title, answering, wanted[start : start + step], files[system.title], done)
-                    progress(done.kept + done.asked, total, system.title)
+                    _ask(spec, system.title, answering, wanted[start : start + step], files[system.title], done, told)
         except UnusableSystem as error:
             away[system.title] = str(error)
     if away or (done.failed and not leave_out):
@@ -88,8 +91,10 @@ def _ask(
     prompts: list[StudyPrompt],
     files: dict[str, str],
     done: Created,
+    told: Callable[[int], None],
 ) -> None:
-    answers = system.answer([Prompt(p.conversation, sampling(spec, p.id)) for p in prompts])
+    asked = [Prompt(p.conversation, sampling(spec, p.id)) for p in prompts]
+    answers = system.answer(asked, lambda answered, _: told(answered))
     for prompt, answer in zip(prompts, answers, strict=True):
         try:
             given = _given(answer)
@@ -108,7 +113,7 @@ def _given(answer: Answer) -> list[Segment]:
     segments: list[Segment] = []
     for s in answer.document.segments:
         if isinstance(s, Text):
-            segments.append(Text(s.text, "assistant"))
+            segments.append(Text(storable(s.text), "assistant"))
         else:
             try:
                 segments.append(Image(Image(s.open()).png(), None, "assistant"))

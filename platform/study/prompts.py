@@ -98,7 +98,7 @@ def _prompt(record: dict[str, Any], categories: tuple[str, ...], folder: str | N
     segments = [segment for message in messages for segment in _message(message, folder)]
     if not segments or segments[-1].role != "user":
         raise _Wrong("the last turn must be the user's")
-    return Prompt(str(identity), category, Document(tuple(segments)))
+    return Prompt(storable(str(identity)), category, Document(tuple(segments)))
 
 
 def _message(message: Any, folder: str | None) -> list[Segment]:
@@ -119,7 +119,7 @@ def segments_of(content: Any, role: Role, folder: str | None = None) -> list[Seg
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             if part["text"]:
-                segments.append(Text(part["text"], role))
+                segments.append(Text(storable(part["text"]), role))
         elif kind in ("image_url", "image"):
             value = part.get(kind)
             value = value.get("url") if isinstance(value, dict) else value
@@ -155,6 +155,11 @@ def _png(data: bytes) -> bytes:
         return Image(Image(data).open()).png()
     except UnreadableImage as error:
         raise _Wrong(str(error)) from error
+
+
+def storable(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON may carry and no file can."""
+    return text.encode(errors="replace").decode()
 
 
 def as_parts(segments: Any) -> list[dict[str, Any]]:

@@ -72,6 +72,14 @@ def test_a_system_that_is_away_loses_nothing(tmp_path: Path) -> None:
     assert len(Study(spec.output).items) == 40
 
 
+def test_halves_of_surrogate_pairs_which_json_may_carry_stop_nothing(tmp_path: Path) -> None:
+    spec = specification(tmp_path)
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write('\n{"id": "half", "prompt": "What is \\ud83d?"}\n')
+    create(spec, opener=known_systems)
+    assert Study(spec.output).prompts["half"].conversation.text == "What is ??"
+
+
 def test_a_prompt_that_a_system_does_not_answer_is_told_and_may_be_left_out(tmp_path: Path) -> None:
     spec = specification(tmp_path)
 
