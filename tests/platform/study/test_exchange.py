@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from calumma.platform.sources.preferences import Pair, read_pairs
 from calumma.platform.study.exchange import argilla, label_studio
 from calumma.platform.study.exchange.table import Unreadable, read, write
 from calumma.platform.study.folder import Study
 from calumma.platform.study.judgement import AnswerJudgement, Judgement, Rating
+from calumma.platform.study.prompts import as_parts
 from calumma.platform.study.store.ratings import StudyError
 from calumma.platform.study.store.tables import Database
 
@@ -181,6 +183,14 @@ def test_preferences_become_pairs_of_the_winners_and_losers_words_and_pictures(s
         "text",
         "image_url",
     }
+    read = list(read_pairs(str(file)))  # as training on preferences reads them
+    for pair, found in zip(pairs, read, strict=True):
+        assert isinstance(found, Pair)
+        for document, name in ((found.chosen, "chosen"), (found.rejected, "rejected")):
+            *_, answer = document.turns()
+            assert answer.role == "assistant"
+            assert as_parts(answer.segments) == pair[name][0]["content"]
+    assert sum(len(found.chosen.images) for found in read if isinstance(found, Pair)) == 5
     tied = [
         Rating(r.item, r.annotator, r.systems, r.judgement.model_copy(update={"preference": "same"}))
         for r in judged(study)
