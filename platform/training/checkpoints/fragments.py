@@ -119,10 +119,9 @@ class OwnedState:
         for name in states:
             if name != MASTER and name not in kept:
                 kept[name] = torch.zeros_like(flat.key, dtype=torch.float32, requires_grad=False)
-        if not any("step" in group for group in self._optimizer.param_groups):
-            # one of its own for each: torch's optimizers raise it in place
-            torchs = isinstance(self._optimizer, torch.optim.Adam)
-            kept["step"] = torch.tensor(float(step)) if torchs else step
+        # one of its own for each: torch's optimizers raise it in place
+        torchs = type(self._optimizer).__module__.startswith("torch.optim")
+        kept["step"] = torch.tensor(float(step)) if torchs else step
 
     def settle(self) -> None:
         """The master weights were written by every worker: let all workers compute with them."""

@@ -30,7 +30,6 @@ from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group import control, notice, supervisor
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.images import data
-from calumma.platform.training.images import loop as image_loop
 from calumma.platform.training.images.loop import Loop
 from calumma.platform.training.images.objective import ImageTraining, StepMeasures
 from calumma.platform.training.specification import ImageTokenizerSpecification
@@ -310,7 +309,7 @@ def test_a_roll_back_returns_to_the_last_checkpoint_and_goes_on_with_other_image
     assert (incident["step"], incident["back_to"], incident["resumed_after"]) == (13, 10, 14)
     found = catalog.newest(str(tmp_path), lambda manifest: manifest.report["step"] == 10)
     assert found is not None
-    kept = image_loop._read_state(found)
+    kept = resumption.read_whole(found)
     assert all(equal(after[0][name], kept[name]) for name in ("tokenizer", "discriminator", "average", "used"))
     assert not equal(after[0]["generator"], kept["generator"])
     assert 14 not in log.losses
