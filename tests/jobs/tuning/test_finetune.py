@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from calumma.jobs.commands.main import app
 from calumma.model import load
+from calumma.model.convert import export_hugging_face
 from calumma.platform.specification import Tracking
 from calumma.platform.tracking import registry
 
@@ -57,12 +58,14 @@ def test_pairs_of_answers_are_learned_from(ray_cluster: None, model_directory: P
     data, out, mlflow = tmp_path / "pairs.jsonl", tmp_path / "preferred", f"sqlite:///{tmp_path}/mlflow.db"
     pairs = [{"prompt": f"Question {n}?", "chosen": f"answer {n}", "rejected": "no answer"} for n in range(14)]
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    words = ["finetune", str(model_directory), str(data), "--out", str(out), "--steps", "6", "--lr", "0.01"]
+    export_hugging_face(model_directory, tmp_path / "hf")  # as a checkpoint of others comes
+    words = ["finetune", str(tmp_path / "hf"), str(data), "--out", str(out), "--steps", "6", "--lr", "0.01"]
     words += ["--tracking-uri", mlflow, "--held-out", "0.3", "--beta", "0.5"]
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 0, found.output
     assert "100.0% of the pairs the right way round" in found.output
     assert len(list((out / "tuned" / "reference").iterdir())) == 1  # of all pairs, kept
+    assert not load(out / "base").image_tokenizer.config.decoder
     spec = yaml.safe_load((out / "finetune.yaml").read_text())
     assert spec["preference"] == {"beta": 0.5}
     assert "already done, kept" in CliRunner().invoke(app, words).output
