@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from calumma.jobs.tuning.fitting import fitted
 from calumma.jobs.tuning.split import HELD_OUT, TRAIN, Parts
 from calumma.model.config import ModelConfig
 from calumma.platform.curation.specification import CurateSpecification
@@ -86,6 +87,24 @@ class Machine:
 
     cores: int
     gpus: int
+    kind: str | None = None
+    """Of its GPUs, where it is one that a forecast can be made for."""
+    memory: float | None = None
+    """Bytes of its own."""
+
+    @classmethod
+    def here(cls) -> Machine:
+        from calumma.model.devices import find_gpu
+        from calumma.platform.cluster import capacity
+
+        gpus = capacity.gpus()
+        if not gpus:
+            return cls(capacity.cores(), 0)
+        import psutil
+        import torch
+
+        found = find_gpu(torch.cuda.get_device_name(0))
+        return cls(capacity.cores(), gpus, found[0] if found else None, psutil.virtual_memory().total)
 
     @property
     def device(self) -> str:
@@ -164,9 +183,10 @@ def training(
     batch = options.batch or max(1, min(USUAL_BATCH, round(parts.train * options.epochs / USUAL_STEPS)))
     a_micro_batch = parts.train / row_groups
     micro_batches = min(row_groups, max(1, round(batch / a_micro_batch)))
+    micro_batches = max(micro_batches, math.ceil(machine.gpus / tokens.micro_batch))  # a row for every GPU
     steps = options.steps or max(1, math.ceil(options.epochs * row_groups / micro_batches))
     rate = options.learning_rate or usual_rate(base.config.width, options.lora is not None, pairs)
-    return FinetuneSpecification(
+    spec = FinetuneSpecification(
         **options.shared(**machine.training),
         mixture={f"{tokens.output}/{TRAIN}": 1.0},
         held_out={"examples": f"{tokens.output}/{HELD_OUT}"} if parts.held_out else {},
@@ -191,6 +211,9 @@ def training(
         register_as=options.registered,
         alias=options.alias,
     )
+    if machine.kind is None:
+        return spec
+    return fitted(spec, base.config, tokens.micro_batch, machine.kind, machine.gpus, machine.memory)
 
 
 def usual_rate(width: int, adapters: bool, pairs: bool = False) -> float:

@@ -18,7 +18,7 @@ from calumma.model import config as model_config
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.directory import IMAGE_TOKENIZER, missing_files
 from calumma.platform import storage
-from calumma.platform.cluster import capacity, connection, runner
+from calumma.platform.cluster import connection, runner
 from calumma.platform.cluster.progress import Display, Progress
 from calumma.platform.specification import JobSpecification, SpecificationError
 from calumma.platform.tokenizing.specification import PreferenceTokensSpecification, TokenizeSpecification
@@ -76,7 +76,7 @@ def finetune(
     """Do all steps, or those that are not done yet. Raises WrongExamples, SpecificationError, and what the jobs do."""
     from calumma.jobs.tuning import samples
 
-    machine = Machine(capacity.cores(), capacity.gpus())
+    machine = Machine.here()
     options.out.mkdir(parents=True, exist_ok=True)
     with display.step("look at the examples") as progress:
         pairs = examples.are_preferences(options.data)

@@ -9,7 +9,8 @@ import pytest
 
 from calumma.jobs.tuning.settings import Base, Machine, Options, context_for, tokenization, training, usual_rate
 from calumma.jobs.tuning.split import Parts
-from calumma.model.config import ModelConfig
+from calumma.model.config import ModelConfig, preset
+from calumma.platform.specification import SpecificationError
 
 SHAPE = ModelConfig(layers=2, width=256, heads=4, kv_heads=4, ffn_width=512, context=4096, vocabulary_size=512)
 BASE = Base("models:/base@champion", "/models/base", SHAPE, 16)
@@ -49,3 +50,22 @@ def test_adapters_and_narrow_models_learn_faster() -> None:
     assert usual_rate(2000, adapters=True) == 5e-4
     assert usual_rate(4096, adapters=True) == pytest.approx(2.9e-4)
     assert usual_rate(128, adapters=False) > 4e-4
+
+
+@pytest.mark.parametrize(
+    ("lora", "kind", "gpus", "stage"),
+    [(16, "H100", 1, 1), (16, "L40S", 1, 1), (None, "H100", 8, 1), (None, "A100-SXM4-40GB", 8, 2)],
+)
+def test_a_7b_gets_what_the_plan_says_fits(lora: int | None, kind: str, gpus: int, stage: int) -> None:
+    """Only what memory asks for: each stage above the first sends more, computing activations again takes longer."""
+    base = replace(BASE, config=preset("chameleon-7b"))
+    options, machine = replace(OPTIONS, lora=lora), Machine(16, gpus, kind)
+    tokens = tokenization(options, base, PARTS, machine)
+    assert training(options, base, PARTS, tokens, 40, machine).zero_stage == stage
+
+
+def test_what_no_setting_fits_is_refused_with_what_would() -> None:
+    base, machine = replace(BASE, config=preset("chameleon-34b")), Machine(16, 1, "L4")
+    tokens = tokenization(OPTIONS, base, PARTS, machine)
+    with pytest.raises(SpecificationError, match=r"1 x L4 cannot train the model: .* low-rank adapters \(--lora 16\)"):
+        training(OPTIONS, base, PARTS, tokens, 40, machine)
