@@ -22,7 +22,13 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["Which digit is this? seven", "Draw a three.", "answer Question 1 2 3?"] * 20
     vocabulary = train_text_tokenizer(texts, root, vocabulary_size=320, image_codes=16)
     shape = ImageTokenizerConfig(
-        resolution=8, codebook_size=16, embedding=8, base_channels=8, multipliers=[1, 1], residual_blocks=1
+        resolution=8,
+        codebook_size=16,
+        embedding=8,
+        base_channels=32,
+        multipliers=[1, 1],
+        residual_blocks=1,
+        norm_groups=32,
     )
     ImageTokenizer(shape).save(root / "image")
     config = ModelConfig(
