@@ -42,7 +42,7 @@ SETTINGS = {
     "ipo": Preference(loss="ipo", beta=0.5, chosen_weight=0.2),
     "orpo": Preference(loss="orpo", beta=0.5),
 }
-RATES = {"dpo": 5e-5, "ipo": 1e-4, "orpo": 1e-4}
+RATES = {"dpo": 5e-4, "ipo": 5e-4, "orpo": 5e-4}
 
 
 def main() -> None:
@@ -50,10 +50,10 @@ def main() -> None:
     parser.add_argument("storage", type=Path, help="the storage of a finished quickstart")
     parser.add_argument("--model", type=Path, help="default: that of the quickstart's fine-tuning")
     parser.add_argument("--losses", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--questions", type=int, default=200, help="of training, to be answered")
+    parser.add_argument("--questions", type=int, default=400, help="of training, to be answered")
     parser.add_argument("--samples", type=int, default=4, help="answers to each")
-    parser.add_argument("--seeds", type=int, default=6, help="answers to each held-out question")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=4, help="answers to each held-out question")
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rate", type=float, help="learning rate; default: of the loss")
     parser.add_argument("--workdir", type=Path, help="keep pairs and models here; default: a folder that is removed")
     given = parser.parse_args()
