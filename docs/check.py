@@ -27,9 +27,18 @@ from docs.reference import metrics
 
 PAGES = Path(__file__).resolve().parent / "pages"
 GUIDES = (
-    "data", "pretraining", "finetuning", "study", "measuring",
-    "serving", "protection", "cluster", "watching", "failures",
-)  # fmt: skip
+    "data",
+    "pretraining",
+    "finetuning",
+    "extending",
+    "study",
+    "measuring",
+    "serving",
+    "protection",
+    "cluster",
+    "watching",
+    "failures",
+)
 PATIENCE = 1200.0  # seconds for one block, on a machine that has other work
 PORTS = {8000: "serve", 5000: "show MLflow", 8010: "serve a study"}
 

@@ -23,10 +23,12 @@ from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Role, Segment, Text, Turn
 from calumma.model.images import preprocess, to_image
-from calumma.model.tokenizers.chat import ChatTemplate, Run, Special
+from calumma.model.tokenizers.chat import SPECIAL, ChatTemplate, Run, Special
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text import HuggingFaceTokenizer, TextTokenizer
 from calumma.model.vocabulary import Vocabulary
+
+PICTURE = "\ue003"  # an image, in a conversation as text
 
 
 class EncodedDocument(NamedTuple):
@@ -196,6 +198,8 @@ class DocumentEncoder:
         Where the ids hold an end of turn, roles alternate from `user` on, as `encode` writes them; `role` is given to
         all segments when they hold none.
         """
+        if self._chat is not None and (conversation := self._decoded_chat(self._chat, ids)) is not None:
+            return conversation
         vocabulary, code_of = self.vocabulary, self.vocabulary.code_of
         roles: list[Role | None] = ["user", "assistant"] if vocabulary.end_turn in ids[:-1] else [role, role]
         segments: list[Segment] = []
@@ -224,6 +228,46 @@ class DocumentEncoder:
             elif codes is None and token != vocabulary.end_image:
                 text.append(token)
         flush()
+        return Document(tuple(segments))
+
+    def _decoded_chat(self, chat: ChatTemplate, ids: Sequence[int]) -> Document | None:
+        """A conversation that a chat template has written; None where it has not."""
+        v, code_of = self.vocabulary, self.vocabulary.code_of
+        special = set(v.special_ids)
+        written: list[str] = []
+        images: list[list[int]] = []
+        text: list[int] = []
+        codes: list[int] | None = None
+        for token in [*ids, v.eos]:
+            if token in code_of:
+                if codes is not None:
+                    codes.append(code_of[token])
+                continue
+            if codes is not None and token == v.end_image and len(codes) == self.image_length:
+                written.append(PICTURE)
+                images.append(codes)
+            codes = None
+            if token not in special:
+                text.append(token)
+                continue
+            written.append(self.text_tokenizer.decode(text))
+            text.clear()
+            if token == v.begin_image:
+                codes = []
+            elif token != v.end_image:
+                written.append(SPECIAL.format(token))
+        end = SPECIAL.format(v.eos)
+        turns = chat.spoken("".join(written).removesuffix(end))
+        if turns is None:
+            return None
+        pictures = iter(images)
+        segments: list[Segment] = []
+        for role, said in turns:
+            for number, part in enumerate(said.split(PICTURE)):
+                if number:
+                    segments.append(Image(self.decode_image(next(pictures)), role=role))
+                if part:
+                    segments.append(Text(part, role))
         return Document(tuple(segments))
 
     def decode_image(self, codes: Sequence[int]) -> PILImage.Image:

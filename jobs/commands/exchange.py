@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,7 +48,7 @@ class AddedNorm(StrEnum):
 
 @import_app.command("hf")
 def import_hf(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face Chameleon folder.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face Chameleon folder, or hf://org/name.")],
     destination: Destination,
     vqgan: Annotated[
         Path | None,
@@ -68,8 +69,9 @@ def import_hf(
         settings = None
         if checkpoint is not None:
             settings = read_yaml(vqgan_config or checkpoint.with_name("vqgan.yaml"))
-        import_hugging_face(source, destination, checkpoint, settings, int(shard * GIBIBYTE), progress)
-        if checkpoint is None:
+        with local_model(source) as folder:
+            draws = import_hugging_face(folder, destination, checkpoint, settings, int(shard * GIBIBYTE), progress)
+        if not draws:
             typer.echo("the model reads images and draws none: no decoder was given (--vqgan)", err=True)
 
     run_conversion("import", destination, convert)
@@ -105,14 +107,24 @@ def import_meta_release(
 def export_hf(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A model directory.")],
     destination: Destination,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Upload it to this repository of Hugging Face's hub, made if it is new."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see a repository that is new.")] = False,
     shard: Shard = 4.0,
 ) -> None:
     """Export for transformers' ChameleonForConditionalGeneration, with tokenizer and processor."""
 
     def convert(progress: Progress) -> None:
         from calumma.model.convert import export_hugging_face
+        from calumma.platform.storage import hub
 
+        if push is not None:
+            hub.require_name(push)
         export_hugging_face(source, destination, int(shard * GIBIBYTE), progress)
+        if push is not None:
+            typer.echo(hub.upload_model(destination, push, private=not public))
 
     run_conversion("export", destination, convert)
 
@@ -120,7 +132,10 @@ def export_hf(
 @extend_app.command("hf")
 def extend_hf(
     source: Annotated[
-        Path, typer.Argument(metavar="TEXT_MODEL", help="A Hugging Face folder of a Llama, Mistral, Qwen 2, 2.5 or 3.")
+        str,
+        typer.Argument(
+            metavar="TEXT_MODEL", help="A Hugging Face folder, or hf://org/name, of a Llama, Mistral, Qwen 2, 2.5 or 3."
+        ),
     ],
     image_tokenizer: Annotated[
         Path,
@@ -154,24 +169,33 @@ def extend_hf(
     def convert(progress: Progress) -> None:
         from calumma.model.convert import extend_hugging_face
 
-        made = extend_hugging_face(
-            source,
-            out,
-            image_tokenizer,
-            context=context,
-            untie=untie,
-            query_key_norm=None if query_key_norm is None else query_key_norm.value,
-            chat_template=chat_template,
-            spread=spread,
-            seed=seed,
-            shard_bytes=int(shard * GIBIBYTE),
-            progress=progress,
-        )
+        with local_model(source) as folder:
+            made = extend_hugging_face(
+                folder,
+                out,
+                image_tokenizer,
+                context=context,
+                untie=untie,
+                query_key_norm=None if query_key_norm is None else query_key_norm.value,
+                chat_template=chat_template,
+                spread=spread,
+                seed=seed,
+                shard_bytes=int(shard * GIBIBYTE),
+                progress=progress,
+            )
         for line in made.told:
             typer.echo(line, err=True)
         typer.echo(f"{made.further} ids follow the text model's {made.config.vocabulary_size - made.further}", err=True)
 
     run_conversion("extend", out, convert)
+
+
+@contextmanager
+def local_model(source: str) -> Iterator[Path]:
+    """A folder that is given, or the copy of a repository of Hugging Face's hub. Raises StorageError."""
+    from calumma.platform.storage import hub
+
+    yield hub.download_model(source) if source.startswith("hf://") else Path(source)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.convert import image_tokenizer, text
+from calumma.model.convert.folders import require_head, require_weights
 from calumma.model.convert.names import (
     ConversionError,
     Progress,
@@ -31,6 +32,7 @@ from calumma.model.weights import SHARD_BYTES, LazyTensor, Weights, open_weights
 
 # Fields whose other values no model of ours can have, with transformers' defaults, and its defaults of the rest.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 DEFAULTS = {
     "vocab_size": 65536,
     "hidden_size": 4096,
@@ -50,32 +52,54 @@ def import_hugging_face(
     vqgan_settings: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
-) -> None:
-    """Write a model directory from a Hugging Face one. Weights keep their dtype.
+) -> bool:
+    """Write a model directory from a Hugging Face one. Weights keep their dtype. Whether it can draw images.
 
-    The decoder of images, which is not in it, comes from Meta's `vqgan.ckpt` (`vqgan`) with its `vqgan.yaml`, read into
-    a dictionary (`vqgan_settings`). Without it the model reads images and cannot draw them. Raises ConversionError.
+    The decoder of images, which transformers leaves out and Anole puts into `model.vqmodel`, comes from Meta's
+    `vqgan.ckpt` (`vqgan`) with its `vqgan.yaml`, read into a dictionary (`vqgan_settings`), where it is not there;
+    so does the whole image tokenizer of a checkpoint without. Without a decoder the model reads images and cannot draw
+    them. Raises ConversionError.
     """
     source = Path(source)
+    require_weights(source)
     settings = {**DEFAULTS, **FIXED, **text.read_json(source / "config.json")}
     config = config_of(settings, str(source / "config.json"))
     weights = open_source(source)
+    require_head(source, weights)
     of_images = {name: entry for name, entry in weights.items() if name.startswith(image_tokenizer.HUGGING_FACE_PREFIX)}
     of_text = {name: entry for name, entry in weights.items() if name not in of_images}
     transformer = to_ours(of_text, config, str(source))
-    image_config = image_tokenizer.of_hugging_face(
-        settings.get("vq_config") or {}, f"{source / 'config.json'}: vq_config"
-    )
-    table = image_tokenizer.hugging_face_names(image_config)
-    images: Weights = image_tokenizer.renamed(of_images, table, image_config, str(source))
-    if vqgan is not None:
-        image_config, images = _with_decoder(images, image_config, Path(vqgan), vqgan_settings or {})
+    image_config, images = _image_tokenizer(source, settings, of_images, vqgan, vqgan_settings or {})
     with atomic_folder(destination) as folder:
         vocabulary = text.import_tokenizer(source / "tokenizer.json", config.vocabulary_size, folder)
         image_tokenizer.require_codes(str(source), vocabulary, image_config)
         config.save(folder)
         image_tokenizer.write_image_tokenizer(image_config, images, folder / IMAGE_TOKENIZER)
         write_weights(folder, transformer, shard_bytes, progress)
+    return image_config.decoder
+
+
+def _image_tokenizer(
+    source: Path,
+    settings: Mapping[str, Any],
+    weights: dict[str, LazyTensor],
+    vqgan: str | Path | None,
+    vqgan_settings: Mapping[str, Any],
+) -> tuple[ImageTokenizerConfig, Weights]:
+    """Of the folder, of Meta's checkpoint, or of both."""
+    if not weights:
+        if vqgan is None:
+            raise ConversionError(
+                f"{source} has no image tokenizer ({image_tokenizer.HUGGING_FACE_PREFIX}...): give Meta's vqgan.ckpt, "
+                "or its folder, by --vqgan"
+            )
+        return image_tokenizer.open_vqgan(Path(vqgan), vqgan_settings)
+    config = image_tokenizer.of_hugging_face(settings.get("vq_config") or {}, f"{source / 'config.json'}: vq_config")
+    decodes = any(name.startswith(f"{image_tokenizer.HUGGING_FACE_PREFIX}decoder.") for name in weights)
+    config = config.model_copy(update={"decoder": decodes})
+    table = image_tokenizer.hugging_face_names(config, decodes)
+    images = image_tokenizer.renamed(weights, table, config, str(source))
+    return (config, images) if vqgan is None else _with_decoder(images, config, Path(vqgan), vqgan_settings)
 
 
 def _with_decoder(
@@ -83,7 +107,7 @@ def _with_decoder(
 ) -> tuple[ImageTokenizerConfig, Weights]:
     """The whole image tokenizer of Meta's checkpoint, when it is the one whose encoder was given."""
     found_config, found = image_tokenizer.open_vqgan(checkpoint, settings)
-    if found_config.model_copy(update={"decoder": False}) != config:
+    if found_config.model_copy(update={"decoder": config.decoder}) != config:
         raise ConversionError(
             f"{checkpoint} is of another shape than the image tokenizer it should complete: it is {found_config!r}, "
             f"that is {config!r}"
@@ -157,6 +181,15 @@ def open_source(directory: Path) -> dict[str, LazyTensor]:
 
 def config_of(settings: Mapping[str, Any], where: str) -> ModelConfig:
     """Our configuration for a Hugging Face config.json. Raises ConversionError."""
+    if settings.get("model_type") in TEXT_MODELS:
+        raise ConversionError(
+            f"{where}: model_type {settings['model_type']!r} is a text model: `calumma extend hf` makes it mixed-modal"
+        )
+    if settings.get("tie_word_embeddings"):
+        raise ConversionError(
+            f"{where}: tie_word_embeddings true: Chameleon's output projection is not its embedding. If lm_head.weight "
+            "is in the weights, set it to false; else save the model anew with an lm_head of its own"
+        )
     require_same(where, settings, {"model_type": "chameleon", **FIXED})
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))

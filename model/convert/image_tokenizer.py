@@ -1,6 +1,6 @@
 """Names of the image tokenizer's weights: ours, Meta's (`vqgan.ckpt`, key `state_dict`) and Hugging Face's.
 
-Tensors are the same in all three; only names differ, and Hugging Face holds no decoder.
+Tensors are the same in all three; only names differ, and Hugging Face holds no decoder (Anole's folders do).
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def meta_names(config: ImageTokenizerConfig) -> dict[str, str]:
     return {name: RENAMED.get(name, name) for name in ours}
 
 
-def hugging_face_names(config: ImageTokenizerConfig) -> dict[str, str]:
-    """Our name -> the name in a Hugging Face Chameleon directory; the decoder's weights are not there."""
+def hugging_face_names(config: ImageTokenizerConfig, decoder: bool = False) -> dict[str, str]:
+    """Our name -> the name in a Hugging Face Chameleon directory, where the decoder's weights are not; but in Anole's
+    (`decoder`), under the names that they have in VQGAN."""
     return {
         ours: HUGGING_FACE_PREFIX + theirs
         for ours, theirs in meta_names(config).items()
-        if not theirs.startswith("decoder.")
+        if decoder or not theirs.startswith("decoder.")
     }
 
 

@@ -65,8 +65,9 @@ def names(tokenizer: dict[str, Any]) -> dict[str, int]:
     return {**tokenizer["model"]["vocab"], **added}
 
 
-def vocabulary_of(tokenizer: dict[str, Any], size: int, where: str) -> Vocabulary:
-    """The id space of a tokenizer.json for a model of `size` ids.
+def vocabulary_of(tokenizer: dict[str, Any], size: int, where: str, separator: str | None = None) -> Vocabulary:
+    """The id space of a tokenizer.json for a model of `size` ids. separator: what ends a turn where the release's name
+    for it is missing.
 
     Added tokens that no table names, names `<reserved...>` and ids without a name are reserved: no text. Raises
     ConversionError that lists special names and image codes that are missing.
@@ -76,21 +77,25 @@ def vocabulary_of(tokenizer: dict[str, Any], size: int, where: str) -> Vocabular
     ids = names(tokenizer)
     if PLACEHOLDER in ids:
         ids.setdefault(SPECIALS["unknown"], ids[PLACEHOLDER])  # as `export_tokenizer` writes it without a reserved id
+    named = dict(SPECIALS)
+    if named["end_turn"] not in ids and separator is not None:
+        named["end_turn"] = separator
     codes = {code: token for name, token in ids.items() if (code := code_of(name)) is not None}
-    missing = [name for name in SPECIALS.values() if name not in ids]
+    missing = [name for name in named.values() if name not in ids]
     missing += [name_of(code) for code in range(max(codes, default=0)) if code not in codes]
     if missing or not codes:
         lacking = abridged(missing) if missing else "the image codes IMGIMG...Z"
-        raise ConversionError(f"{where}: names of the public release's vocabulary are missing: {lacking}")
+        hint = "; sep_token in tokenizer_config.json may name it" if missing == [SPECIALS["end_turn"]] else ""
+        raise ConversionError(f"{where}: names of the public release's vocabulary are missing: {lacking}{hint}")
     if max(ids.values()) >= size:
         raise ConversionError(f"{where} has id {max(ids.values())}, the model only {size} ids")
-    taken = {*codes.values(), *(ids[name] for name in SPECIALS.values())}
+    taken = {*codes.values(), *(ids[name] for name in named.values())}
     reserved = {token["id"] for token in tokenizer.get("added_tokens") or []}
     reserved |= {token for name, token in ids.items() if RESERVED.fullmatch(name) or name == PLACEHOLDER}
     reserved |= set(range(size)) - set(ids.values())
     return Vocabulary(
         size=size,
-        **{ours: ids[theirs] for ours, theirs in SPECIALS.items()},
+        **{ours: ids[theirs] for ours, theirs in named.items()},
         image_codes=[codes[code] for code in range(len(codes))],
         reserved=sorted(reserved - taken),
     )
@@ -98,7 +103,10 @@ def vocabulary_of(tokenizer: dict[str, Any], size: int, where: str) -> Vocabular
 
 def import_tokenizer(path: Path, size: int, destination: Path) -> Vocabulary:
     """Write `text_tokenizer.json` and `vocabulary.json` from a tokenizer.json. Raises ConversionError."""
-    vocabulary = vocabulary_of(read_json(path), size, str(path))
+    settings = path.with_name("tokenizer_config.json")
+    separator = read_json(settings).get("sep_token") if settings.is_file() else None
+    separator = separator.get("content") if isinstance(separator, dict) else separator
+    vocabulary = vocabulary_of(read_json(path), size, str(path), separator)
     try:
         tokenizer = HuggingFaceTokenizer(path.read_text(encoding="utf-8"), vocabulary)
     except ValueError as error:
@@ -113,7 +121,8 @@ def export_tokenizer(directory: Path) -> dict[str, Any]:
     tokenizer, vocabulary = TextTokenizer.read(directory), Vocabulary.read(directory)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         document: dict[str, Any] = json.loads(tokenizer.content)
-        renamed = {}
+        known = SPECIALS["end_turn"] in names(document)
+        renamed = {} if known else {vocabulary.end_turn: SPECIALS["end_turn"]}
     else:
         assert isinstance(tokenizer, SentencepieceTokenizer)
         document = _of_sentencepiece(tokenizer.processor, vocabulary)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calumma.model.config import FILE, ImageTokenizerConfig, ModelConfig, RopeScaling
 from calumma.model.convert import text
+from calumma.model.convert.folders import require_head, require_weights
 from calumma.model.convert.hugging_face import open_source, to_ours
 from calumma.model.convert.names import IGNORED, ConversionError, Progress, require_same, shapes
 from calumma.model.convert.publish import atomic_folder
@@ -73,6 +74,7 @@ def extend_hugging_face(
     the model shares the embedding. spread: see `further_rows`. Raises ConversionError.
     """
     source, image_tokenizer = Path(source), Path(image_tokenizer)
+    require_weights(source)
     settings = text.read_json(source / "config.json")
     told: list[str] = []
     config = config_of(settings, str(source / "config.json"), told)
@@ -197,12 +199,7 @@ def _of_text(found: dict[str, LazyTensor], config: ModelConfig, source: Path) ->
         found = {name if name == "lm_head.weight" else f"model.{name}": entry for name, entry in found.items()}
     if config.tied:
         return {name: entry for name, entry in found.items() if name != "lm_head.weight"}
-    if "lm_head.weight" not in found:
-        raise ConversionError(
-            f"{source} has no lm_head.weight, and its config.json does not tie it to the embedding: it is a base model "
-            "without a head. Save it with its head (AutoModelForCausalLM), or set tie_word_embeddings to true if the "
-            "two are one"
-        )
+    require_head(source, found)
     return {name: entry for name, entry in found.items() if not IGNORED.fullmatch(name)}
 
 

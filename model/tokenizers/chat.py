@@ -20,12 +20,13 @@ import jinja2.sandbox
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 
-from calumma.model.document import Document, Text, Turn
+from calumma.model.document import Document, Role, Text, Turn
 from calumma.model.tokenizers.text import HuggingFaceTokenizer, TextTokenizer
 from calumma.model.vocabulary import ChatFormat
 
 MARK = "\ue000{}\ue001"  # of characters for private use, which no template writes
 MARKS = re.compile("\ue000(\\d+)\ue001")
+SPECIAL = "\ue002{}\ue001"  # a special id, in a conversation as text
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not valid: {error}") from error
         self._asks = self._render([("user", MARK.format(0))], ask=True).partition(MARK.format(0))[2]
+        self._literals: list[str] | None = None
 
     @classmethod
     def of(cls, chat: ChatFormat | None, tokenizer: TextTokenizer) -> ChatTemplate | None:
@@ -85,6 +87,32 @@ class ChatTemplate:
         """The special id that ends an answer, if one does."""
         pieces = self.pieces(Document((Text("?", "user"), Text("!", "assistant"))), complete=True)
         return next((piece.token for piece in pieces if isinstance(piece, Special) and piece.trained), None)
+
+    def spoken(self, written: str) -> list[tuple[Role, str]] | None:
+        """The inverse of `pieces`: what each turn says of a conversation in which special ids stand as SPECIAL; None
+        where it is none that the template has written."""
+        if self._literals is None:
+            probe = [("user", MARK.format(0)), ("assistant", MARK.format(1)), ("user", MARK.format(2))]
+            between = [self._with_ids(text) for text in MARKS.split(self._render(probe, ask=False))[::2]]
+            last = MARKS.split(self._render(probe[:2], ask=False))[-1]
+            self._literals = [*between, self._with_ids(last), self._with_ids(self._asks)]
+        begins, answered, asked, unanswered, last, asks = self._literals
+        if not written.startswith(begins):
+            return None
+        turns: list[tuple[Role, str]] = []
+        rest = written.removeprefix(begins)
+        while True:
+            said, mark, rest = _parted(rest, (answered, asks, unanswered))
+            turns.append(("user", said))
+            if not mark or not rest:
+                return turns
+            said, mark, rest = _parted(rest, (asked, last))
+            turns.append(("assistant", said))
+            if mark != asked or not rest:
+                return turns
+
+    def _with_ids(self, literal: str) -> str:
+        return self._specials.sub(lambda found: SPECIAL.format(self._names[found[0]]), literal)
 
     def pieces(self, document: Document, complete: bool) -> list[Piece]:
         """What a conversation is written as; not `complete`: up to where the model answers. Answers are trained, and
@@ -104,7 +132,8 @@ class ChatTemplate:
             answers = turn is not None and turn.role == "assistant"
             asked = len(self._asks) if answers and literal.startswith(self._asks) else len(literal)
             writer.write(literal[:asked], False)
-            writer.write(literal[asked:], True)  # what the template puts before an answer, but not when it asks for one
+            # what the template puts before an answer, but not when it asks for one
+            writer.write(literal[asked:], turn is not None and turn.segments[0].trained)
             for text, trained in _contents(turn) if turn is not None else ():
                 if text is None:
                     writer.picture(trained and answers)
@@ -127,6 +156,15 @@ class ChatTemplate:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
         except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"the model's chat template fails on this conversation: {error!r}") from error
+
+
+def _parted(text: str, marks: tuple[str, ...]) -> tuple[str, str, str]:
+    """A text at the first of some marks; at the end of the text where there is none."""
+    places = [(text.find(mark), -len(mark), mark) for mark in marks if mark and mark in text]
+    if not places:
+        return text, "", ""
+    at, _, mark = min(places)
+    return text[:at], mark, text[at + len(mark) :]
 
 
 def _marked(turn: Turn, number: int) -> str:

@@ -61,7 +61,8 @@ class ImageTokenizer(nn.Module):
         """LongTensor [B, N]: the codebook entry nearest to each latent (squared distance)."""
         flat = latents_BNE.flatten(0, 1)
         weight_KE = self.codebook.weight
-        distance = weight_KE.square().sum(1) - 2 * flat @ weight_KE.t()
+        with torch.autocast(flat.device.type, enabled=False):  # in bfloat16 near codes are not told apart
+            distance = weight_KE.square().sum(1) - 2 * flat @ weight_KE.t()
         return distance.argmin(1).view(latents_BNE.shape[:2])
 
     @torch.inference_mode()
@@ -77,11 +78,11 @@ class ImageTokenizer(nn.Module):
         """
         if codes_BN.shape[1] != self.config.codes_per_image:
             raise ValueError(f"an image has {self.config.codes_per_image} codes, found {codes_BN.shape[1]}")
-        return self._decode(self.codebook(codes_BN))
+        grid = self.config.grid
+        return self._decode(self.codebook(codes_BN), (grid, grid))
 
-    def _decode(self, quantized_BNE: Tensor) -> Tensor:
-        decoder, grid = self.require_decoder(), self.config.grid
-        return decoder(self.post_quant_conv(quantized_BNE.transpose(1, 2).unflatten(2, (grid, grid))))
+    def _decode(self, quantized_BNE: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.require_decoder()(self.post_quant_conv(quantized_BNE.transpose(1, 2).unflatten(2, grid)))
 
     def require_decoder(self) -> ImageDecoder:
         """The decoder. Raises MissingDecoder, which says what to do, where there is none."""
@@ -94,12 +95,16 @@ class ImageTokenizer(nn.Module):
         return self.decoder
 
     def forward(self, images_BCHW: Tensor) -> Reconstruction:
-        """Reconstruct with the straight-through gradient (VQ-VAE, arXiv 1711.00937, section 3.2)."""
-        latents = self.latents(images_BCHW)
+        """Reconstruct with the straight-through gradient (VQ-VAE, arXiv 1711.00937, section 3.2), in float32 but for
+        the networks under autocast. Images of any size that the encoder's levels divide."""
+        map_BEhw = self.quant_conv(self.encoder(images_BCHW)).float()
+        latents = map_BEhw.flatten(2).transpose(1, 2)
         codes = self.nearest(latents.detach())
         quantized = self.codebook(codes)
         return Reconstruction(
-            x_BCHW=self._decode(latents + (quantized - latents).detach()),
+            x_BCHW=self._decode(
+                latents + (quantized - latents).detach(), (map_BEhw.shape[2], map_BEhw.shape[3])
+            ).float(),
             codes_BN=codes,
             codebook_loss=F.mse_loss(quantized, latents.detach()),
             commitment_loss=F.mse_loss(latents, quantized.detach()),
@@ -124,8 +129,8 @@ class ImageTokenizer(nn.Module):
         """
         dead = (~used_K).nonzero()[:, 0]
         if len(dead):
-            latents = self.latents(images_BCHW).flatten(0, 1)
-            codes = self.config.codes_per_image
+            latents_BNE = self.quant_conv(self.encoder(images_BCHW)).flatten(2).transpose(1, 2)
+            latents, codes = latents_BNE.flatten(0, 1), latents_BNE.shape[1]
             pick = torch.randint((batch or len(images_BCHW)) * codes, (len(dead),), generator=generator)
             pick = pick.to(latents.device) - first * codes
             mine = (pick >= 0) & (pick < len(latents))

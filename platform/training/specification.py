@@ -30,6 +30,40 @@ class Faults(Section):
     )
 
 
+class Schedule(Section):
+    """Linear warm-up, then decay to `final` x the peak over `total_steps` (default: the stage's own steps)."""
+
+    kind: Literal["exponential", "cosine", "constant"] = Field("exponential", description="how the rate decays")
+    warmup_steps: int = Field(4000, ge=0, description="steps in which it rises from 0")
+    total_steps: int | None = Field(None, ge=1, description="the length of the whole schedule over all stages")
+    final: float = Field(0.01, ge=0, le=1, description="share of the peak at the end")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.kind == "exponential" and self.final == 0:
+            raise ValueError("final: an exponential decay never reaches 0; give a small share, say 0.001")
+        return self
+
+
+class ImageOptimizer(Section):
+    """AdamW of the image tokenizer; `learning_rate` stands beside it."""
+
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(0.99, ge=0, lt=1, description="decay of the mean of their squares")
+    eps: float = Field(1e-8, gt=0, description="added to the divisor")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of a network's gradient")
+
+
+class ImageAugmentation(Section):
+    """What a step sees of an image. None by default: the mirror image of a text or a digit is another."""
+
+    mirror: float = Field(0.0, ge=0, le=1, description="chance that an image is mirrored")
+    smallest_crop: float = Field(
+        1.0, gt=0, le=1, description="a random square of at least this share of a side, brought to full size; 1: none"
+    )
+
+
 class ImageTokenizerSpecification(JobSpecification):
     """Trains the VQ image tokenizer under Ray Train; writes config.json, model.safetensors and a manifest."""
 
@@ -41,6 +75,17 @@ class ImageTokenizerSpecification(JobSpecification):
     steps: int = Field(ge=1, description="optimizer steps")
     batch: int = Field(ge=1, description="images a step, whatever the number of workers")
     learning_rate: float = Field(1e-3, gt=0, description="its peak: a short warm-up, then a cosine")
+    optimizer: ImageOptimizer = ImageOptimizer()
+    schedule: Schedule | None = Field(
+        None, description="of the learning rate; null: a cosine to 0.02 of it after a warm-up of 100 steps or a tenth"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the networks' passes; codes, losses and weights are float32 in both"
+    )
+    augmentation: ImageAugmentation = ImageAugmentation()
+    resolutions: list[int] = Field(
+        [], description="sizes of which each step draws one, so that the tokenizer knows more than `model.resolution`"
+    )
     commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
     loss: ImageLossConfig = ImageLossConfig()
     sampling_weight: str | None = Field(
@@ -51,6 +96,10 @@ class ImageTokenizerSpecification(JobSpecification):
     memory_gib: float = Field(
         2.0, gt=0, description="decoded images that all workers together hold; of more, a random sample is trained on"
     )
+    stream: bool = Field(
+        False, description="read images while training goes on, each once a pass, in place of holding them in memory"
+    )
+    stream_window: int = Field(4096, ge=1, description="encoded images that are held and shuffled together by `stream`")
     faults: Faults = Faults()
     checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
     log_every: int | None = Field(None, ge=1, description="null: after every fiftieth of the steps")
@@ -68,6 +117,15 @@ class ImageTokenizerSpecification(JobSpecification):
                 f"{self.model.resolution}: set loss.discriminator_layers lower, or leave the adversarial or the "
                 "perceptual loss out"
             )
+        step = self.model.downsampling
+        for size in self.resolutions:
+            if size % step or not max(step, self.loss.smallest) <= size <= self.model.resolution:
+                raise ValueError(
+                    f"resolutions: {size} must be a multiple of {step} from {max(step, self.loss.smallest)} to "
+                    f"model.resolution, {self.model.resolution}"
+                )
+        if self.stream and self.sampling_weight is not None:
+            raise ValueError("sampling_weight: images are drawn by weight from memory alone; leave `stream` out")
         if self.batch < self.resources.max_workers:
             raise ValueError(
                 f"batch: {self.batch} images cannot be shared by {self.resources.max_workers} workers "
@@ -134,21 +192,6 @@ class Offload(Section):
         return self
 
 
-class Schedule(Section):
-    """Linear warm-up, then decay to `final` x the peak over `total_steps` (default: the stage's own steps)."""
-
-    kind: Literal["exponential", "cosine", "constant"] = Field("exponential", description="how the rate decays")
-    warmup_steps: int = Field(4000, ge=0, description="steps in which it rises from 0")
-    total_steps: int | None = Field(None, ge=1, description="the length of the whole schedule over all stages")
-    final: float = Field(0.01, ge=0, le=1, description="share of the peak at the end")
-
-    @model_validator(mode="after")
-    def _reachable(self) -> Self:
-        if self.kind == "exponential" and self.final == 0:
-            raise ValueError("final: an exponential decay never reaches 0; give a small share, say 0.001")
-        return self
-
-
 class EarlyStopping(Section):
     """End a stage when the mean of its held-out losses falls no more, with the weights that had the lowest."""
 
@@ -178,7 +221,12 @@ class TrainSpecification(MixtureSpecification):
     """One training stage on packed token shards; writes checkpoints and a model directory."""
 
     held_out: dict[str, str] = Field({}, description="name -> token shards whose loss is measured, at the end at least")
-    held_out_every: int | None = Field(None, ge=1, description="steps between two measurements; null: only at the end")
+    held_out_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between two measurements, and one before the first step of what has an `initial`; null: "
+        "only at the end",
+    )
     evaluation: StageEvaluation | None = Field(None, description="tasks that are answered while it trains; null: none")
     early_stopping: EarlyStopping | None = Field(None, description="by the held-out losses; null: all steps are taken")
     text_tokenizer: str = Field(
@@ -205,7 +253,8 @@ class TrainSpecification(MixtureSpecification):
     z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2, which keeps logits small")
     trainable: str | list[str] | None = Field(
         None,
-        description="`all`, `image_head` (the output rows of image ids), names of parameters with * and ?, or a list "
+        description="`all`, `image_head` (the output rows of image ids), `image_rows` (all rows that an extended text "
+        "model got: of image ids, begin and end, in embedding and output), names of parameters with * and ?, or a list "
         "of these. null: all, or with `lora` only its adapters",
     )
     lora: Lora | None = None

@@ -15,7 +15,7 @@ from calumma.model.config import ModelConfig
 if TYPE_CHECKING:
     from calumma.platform.training.specification import TrainSpecification
 
-_IMAGE_ROWS = 8192  # of `trainable: image_head`, where the vocabulary is not at hand
+_IMAGE_ROWS = 8192  # of `trainable: image_head` or `image_rows`, where the vocabulary is not at hand
 
 
 def block_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -82,8 +82,9 @@ class Sizes:
             trained = total
         else:
             trained = sum(size for name, size in sizes.items() if any(fnmatchcase(name, part) for part in names))
-            if "image_head" in names:
-                trained += min(_IMAGE_ROWS, config.vocabulary_size) * config.width
+            if "image_head" in names or "image_rows" in names:
+                matrices = 1 if "image_head" in names or config.tied else 2
+                trained += matrices * min(_IMAGE_ROWS, config.vocabulary_size) * config.width
         return cls(total, trained + added, added, max(sizes.values()))
 
 

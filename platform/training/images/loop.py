@@ -27,9 +27,11 @@ from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.supervisor import Supervisor
 from calumma.platform.training.group.worker import Worker, set_up_worker
 from calumma.platform.training.images import data
+from calumma.platform.training.images.augmentation import seen_in_step
 from calumma.platform.training.images.data import Pool
 from calumma.platform.training.images.measure import ReconstructionErrors, comparison, measure_reconstruction
 from calumma.platform.training.images.objective import ImageTraining, StepMeasures
+from calumma.platform.training.images.streaming import ImageStream
 from calumma.platform.training.specification import Schedule
 from calumma.platform.training.steps import faults, meters
 from calumma.platform.training.steps.schedule import learning_rate
@@ -59,8 +61,12 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")
             writer.log_data(assignment.inputs, "training")
         loop = Loop(assignment, worker, writer)
-        loop.run()
-        return loop.publish()
+        try:
+            loop.run()
+            return loop.publish()
+        finally:
+            if isinstance(loop.pool, ImageStream):
+                loop.pool.close()
     except Stopped as stopped:
         return {"stopped": str(stopped)}
     finally:
@@ -74,7 +80,11 @@ class Loop:
     def __init__(self, assignment: ImageAssignment, worker: Worker, writer: BackgroundWriter | None) -> None:
         self.assignment, self.worker, self.writer = assignment, worker, writer
         spec = self.spec = assignment.spec
-        self.pool = Pool(data.read_pool(spec, spec.documents, worker), worker, data.load_weight_function(spec))
+        self.pool: Pool | ImageStream
+        if spec.stream:
+            self.pool = ImageStream(spec, worker, assignment.first_step)
+        else:
+            self.pool = Pool(data.read_pool(spec, spec.documents, worker), worker, data.load_weight_function(spec))
         self.held_out = data.read_pool(spec, spec.held_out, worker) if spec.held_out else None
         self.training = ImageTraining(spec, worker)
         self.report: dict[str, Any] = {"step": 0, "schedule_step": 0, "seconds": 0.0}
@@ -82,7 +92,8 @@ class Loop:
             self.training.load(resumption.read_whole(assignment.resume))
             self.report = {k: v for k, v in assignment.resume.manifest.report.items() if k in _RESUMED_FIELDS}
         self.faults = faults.FaultHandler(spec.faults, self.report, spec.steps)
-        self.schedule = Schedule(kind="cosine", warmup_steps=min(100, spec.steps // 10), final=0.02)
+        usual = Schedule(kind="cosine", warmup_steps=min(100, spec.steps // 10), final=0.02)
+        self.schedule = spec.schedule or usual
         self.period = max(1, spec.steps // _PERIODS)
         self.clock = meters.ActivityClock()
         self.began = time.monotonic() - self.report["seconds"]
@@ -122,7 +133,7 @@ class Loop:
     def _step(self, supervisor: Supervisor, step: int) -> None:
         spec, training, done = self.spec, self.training, step + 1
         with self.clock("data"):
-            x = data.as_floats(self.pool.take(self.pool.draw(spec.batch, training.generator)))
+            x = seen_in_step(data.as_floats(self._images()), spec, step, training.first)
         rate = learning_rate(step, spec.learning_rate, self.schedule, spec.steps)
         with self.clock("compute"):
             measures = training.compute_gradients(x, step)
@@ -143,6 +154,12 @@ class Loop:
         self._log(metrics, done)
         if spec.held_out_every is not None and done % spec.held_out_every == 0 and not last:
             self._evaluate(supervisor, done)
+
+    def _images(self) -> Tensor:
+        """ByteTensor [B, 3, H, W]: this worker's share of the next global batch."""
+        if isinstance(self.pool, ImageStream):
+            return self.pool.take()
+        return self.pool.take(self.pool.draw(self.spec.batch, self.training.generator))
 
     def _end_period(self, done: int, x_BCHW: Tensor) -> dict[str, float]:
         """Count the codes in use, and move the others; every worker calls it."""

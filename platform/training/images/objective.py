@@ -22,9 +22,7 @@ from calumma.platform import storage
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.images.data import batch_shares
-from calumma.platform.training.specification import ImageTokenizerSpecification
-
-_GRADIENT_CLIP = 1.0  # norm of a gradient
+from calumma.platform.training.specification import ImageOptimizer, ImageTokenizerSpecification
 
 
 def load_perceptual_loss(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
@@ -73,10 +71,11 @@ class ImageTraining:
             self.average = CodebookAverage(
                 self.tokenizer.codebook.weight.detach(), spec.loss.ema_decay, self.all_reduce
             )
-        self._networks = {"tokenizer": _Network(self.tokenizer, spec.learning_rate, (0.9, 0.99), alone)}
+        betas = (spec.optimizer.beta1, spec.optimizer.beta2)
+        self._networks = {"tokenizer": _Network(self.tokenizer, spec.learning_rate, betas, alone, spec.optimizer)}
         if objective.discriminator is not None:
             peak = spec.loss.discriminator_learning_rate or spec.learning_rate
-            self._networks["discriminator"] = _Network(objective.discriminator, peak, (0.5, 0.9), alone)
+            self._networks["discriminator"] = _Network(objective.discriminator, peak, (0.5, 0.9), alone, spec.optimizer)
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.used_K = torch.zeros(spec.model.codebook_size, device=worker.device)
         """Above 0: codes used in this period (see `begin_period`), at least by this worker's images."""
@@ -84,6 +83,14 @@ class ImageTraining:
         """Whether the codebook was moved onto latents of real images."""
         self._reconstruction: Reconstruction | None = None
         self._discriminated = False
+
+    @property
+    def first(self) -> int:
+        """The place of this worker's first image in the global batch."""
+        return self._first
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bfloat16")
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +103,8 @@ class ImageTraining:
             self.restart(x_BCHW)
             self.started = True
         main, critic = self._networks["tokenizer"], self._networks.get("discriminator")
-        reconstruction = main.model(x_BCHW)
+        with self._precision():
+            reconstruction = main.model(x_BCHW)
         losses = self.objective.tokenizer(reconstruction, x_BCHW, step, self.tokenizer.last_layer)
         parts, norms = dict(losses.parts), [main.backward(losses.total * self._weight)]
         self._reconstruction, self._discriminated = (
@@ -104,7 +112,8 @@ class ImageTraining:
             critic is not None and self.objective.discriminator_active(step),
         )
         if critic is not None and self._discriminated:
-            loss = discriminator_loss(critic.model, reconstruction, x_BCHW)
+            with self._precision():
+                loss = discriminator_loss(critic.model, reconstruction, x_BCHW)
             norms.append(critic.backward(loss * self._weight))
             parts["discriminator_loss"] = loss.detach()
         values = torch.stack([losses.total.detach(), *parts.values()])
@@ -186,17 +195,21 @@ class ImageTraining:
 class _Network:
     """A network with its optimizer, and its gradients averaged over the workers."""
 
-    def __init__(self, module: nn.Module, peak: float, betas: tuple[float, float], alone: bool) -> None:
-        self.module, self.peak = module, peak
+    def __init__(
+        self, module: nn.Module, peak: float, betas: tuple[float, float], alone: bool, settings: ImageOptimizer
+    ) -> None:
+        self.module, self.peak, self._clip = module, peak, settings.gradient_clip
         self._trained = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self._trained, lr=peak, betas=betas, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(
+            self._trained, lr=peak, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
         self.model: nn.Module = module if alone else DistributedDataParallel(module)
 
     def backward(self, loss: Tensor) -> Tensor:
         """The gradient, clipped; its norm before."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        return torch.nn.utils.clip_grad_norm_(self._trained, _GRADIENT_CLIP)
+        return torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
 
     def step(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

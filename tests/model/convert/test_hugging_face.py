@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calumma.model import Image, Text, generate, load
@@ -271,3 +271,53 @@ def test_the_decoder_of_another_image_tokenizer_is_refused(plain: Path, tmp_path
     settings["model"]["params"]["ddconfig"]["resolution"] = 32
     with pytest.raises(ConversionError, match="of another shape"):
         import_hugging_face(plain, tmp_path / "ours", checkpoint, settings)
+
+
+# --- folders as others publish them ---------------------------------------------------------------------------------
+
+
+def test_a_decoder_within_the_folder_is_imported(plain: Path, tmp_path: Path) -> None:
+    """Anole's layout: all of VQGAN under `model.vqmodel`."""
+    theirs = transformers.ChameleonForConditionalGeneration.from_pretrained(plain)
+    checkpoint, settings = vqgan(theirs, tmp_path)
+    import_hugging_face(plain, tmp_path / "expected", checkpoint, settings)
+    anole = Path(shutil.copytree(plain, tmp_path / "anole"))
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    decoder = {f"model.vqmodel.{name}": value for name, value in state.items() if name.startswith("decoder.")}
+    save_file(load_file(anole / "model.safetensors") | decoder, anole / "model.safetensors", {"format": "pt"})
+    assert import_hugging_face(anole, tmp_path / "ours")
+    for name in ("config.json", "model.safetensors"):
+        ours, expected = (tmp_path / each / IMAGE_TOKENIZER / name for each in ("ours", "expected"))
+        assert ours.read_bytes() == expected.read_bytes()
+    import_hugging_face(anole, tmp_path / "both", checkpoint, settings)
+    assert (tmp_path / "both/model.safetensors").read_bytes() == (tmp_path / "ours/model.safetensors").read_bytes()
+
+
+def test_a_folder_without_an_image_tokenizer_takes_metas(plain: Path, tmp_path: Path) -> None:
+    theirs = transformers.ChameleonForConditionalGeneration.from_pretrained(plain)
+    checkpoint, settings = vqgan(theirs, tmp_path)
+    import_hugging_face(plain, tmp_path / "expected", checkpoint, settings)
+    bare = Path(shutil.copytree(plain, tmp_path / "bare"))
+    kept = {k: v for k, v in load_file(bare / "model.safetensors").items() if not k.startswith("model.vqmodel.")}
+    save_file(kept, bare / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConversionError, match=r"has no image tokenizer .*--vqgan"):
+        import_hugging_face(bare, tmp_path / "ours")
+    import_hugging_face(bare, tmp_path / "ours", checkpoint, settings)
+    for name in ("model.safetensors", f"{IMAGE_TOKENIZER}/model.safetensors", f"{IMAGE_TOKENIZER}/config.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+def test_another_separator_is_what_the_tokenizers_configuration_names(plain: Path, tmp_path: Path) -> None:
+    import json
+
+    renamed = Path(shutil.copytree(plain, tmp_path / "renamed"))
+    content = (renamed / "tokenizer.json").read_text().replace("<reserved08706>", "<turn>")
+    (renamed / "tokenizer.json").write_text(content)
+    with pytest.raises(ConversionError, match=r"missing: <reserved08706>; sep_token in tokenizer_config\.json"):
+        import_hugging_face(renamed, tmp_path / "ours")
+    (renamed / "tokenizer_config.json").write_text(json.dumps({"sep_token": {"content": "<turn>"}}))
+    import_hugging_face(renamed, tmp_path / "ours")
+    import_hugging_face(plain, tmp_path / "expected")
+    assert (tmp_path / "ours/vocabulary.json").read_bytes() == (tmp_path / "expected/vocabulary.json").read_bytes()
+    export_hugging_face(tmp_path / "ours", tmp_path / "exported")
+    assert "<reserved08706>" in (tmp_path / "exported/tokenizer.json").read_text()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calumma.model import load
 from calumma.model.config import ModelConfig
-from calumma.model.convert import ConversionError, export_hugging_face, import_hugging_face
+from calumma.model.convert import ConversionError, export_hugging_face, extend_hugging_face, import_hugging_face
 from calumma.model.directory import IMAGE_TOKENIZER, save_model
 from calumma.model.transformer import Transformer
 
@@ -31,14 +31,14 @@ def changed(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> N
 def test_missing_and_unknown_names_are_listed(copy: Path, tmp_path: Path) -> None:
     def change(weights: dict[str, Tensor]) -> None:
         del weights["model.layers.1.self_attn.q_norm.bias"]
-        del weights["lm_head.weight"]
+        del weights["model.norm.weight"]
         weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)  # known, and not needed
 
     changed(copy, change)
     with pytest.raises(ConversionError) as told:
         import_hugging_face(copy, tmp_path / "ours")
-    assert "2 missing: lm_head.weight, model.layers.1.self_attn.q_norm.bias" in str(told.value)
+    assert "2 missing: model.layers.1.self_attn.q_norm.bias, model.norm.weight" in str(told.value)
     assert "1 unknown: model.layers.0.self_attn.q_proj.bias" in str(told.value)
     assert "inv_freq" not in str(told.value)
 
@@ -58,7 +58,8 @@ def test_other_shapes_are_listed(copy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"model_type": "llama"}, "model_type 'llama' is a text model: `calumma extend hf`"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
@@ -107,7 +108,7 @@ def test_a_model_without_query_key_norm_is_not_exported(model_directory: Path, t
     save_model(
         tmp_path / "model", Transformer(config).initialize(0), model_directory, model_directory / IMAGE_TOKENIZER
     )
-    with pytest.raises(ConversionError, match="without query-key normalization"):
+    with pytest.raises(ConversionError, match="no Chameleon with query_key_norm False"):
         export_hugging_face(tmp_path / "model", tmp_path / "hf")
 
 
@@ -139,3 +140,34 @@ def test_nothing_is_overwritten(case: Any, tmp_path: Path) -> None:
         import_hugging_face(case.hugging_face, tmp_path / "ours")
     with pytest.raises(ConversionError, match="exists already"):
         export_hugging_face(case.ours, tmp_path / "ours" / "config.json")
+
+
+def test_folders_that_hold_something_else_say_what_to_do(copy: Path, tmp_path: Path) -> None:
+    def told(folder: Path) -> str:
+        with pytest.raises(ConversionError) as error:
+            import_hugging_face(folder, tmp_path / "ours")
+        with pytest.raises(ConversionError) as again:
+            extend_hugging_face(folder, tmp_path / "ours", tmp_path)
+        if folder != copy:
+            assert str(again.value) == str(error.value)
+        return str(error.value)
+
+    assert "there is no folder" in told(tmp_path / "nowhere")
+    adapter, pickled, quantized = (tmp_path / name for name in ("adapter", "pickled", "quantized"))
+    for folder, name in ((adapter, "adapter_model.safetensors"), (pickled, "pytorch_model.bin"), (quantized, "m.gguf")):
+        folder.mkdir()
+        (folder / name).touch()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert "holds an adapter (PEFT) and no model: convert org/base" in told(adapter)
+    assert "pytorch_model.bin" in told(pickled)
+    assert "safe_serialization=True" in told(pickled)
+    assert "GGUF (m.gguf)" in told(quantized)
+    changed(copy, lambda weights: weights.pop("lm_head.weight"))
+    assert "it is a base model without a head" in told(copy)
+
+
+def test_tied_weights_say_what_to_do(copy: Path, tmp_path: Path) -> None:
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    with pytest.raises(ConversionError, match=r"tie_word_embeddings true: .* If lm_head.weight is in the weights, set"):
+        import_hugging_face(copy, tmp_path / "ours")

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image as PILImage
 
 from calumma.model import Image, MixedModalModel, Text, load
 from calumma.model.convert import extend_hugging_face
 from calumma.model.convert.text_model import Extension
-from calumma.model.document import Document
+from calumma.model.document import Document, without_layout
 from tests.model.convert.text_models import CODES, families, make_text_model, save_image_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -58,8 +59,6 @@ def test_image_ids_follow_the_text_models(case: Case) -> None:
     assert v.size == own + case.made.further
     assert not set(v.text_ids) & {*range(own, v.size)}
     picture = torch.zeros(16, 16, 3, dtype=torch.uint8).numpy()
-    from PIL import Image as PILImage
-
     ids = case.ours.encode(Document((Text("a seven"), Image(PILImage.fromarray(picture)))))
     assert ids.count(v.begin_image) == 1
     assert sum(token >= v.image_codes[0] for token in ids) == case.ours.image_length
@@ -84,3 +83,50 @@ def test_conversations_are_written_as_transformers_writes_them(case: Case, talk:
     if not asks and ours[-1] == case.ours.vocabulary.eos and theirs[-1] != ours[-1]:
         ours = ours[:-1]
     assert tokenizer.convert_ids_to_tokens(ours) == tokenizer.convert_ids_to_tokens(theirs)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_conversations_with_images_survive_encoding(case: Case, complete: bool) -> None:
+    picture = Image(PILImage.new("RGB", (16, 16), (200, 10, 10)), role="user")
+    talk = [Text("What is this? <|im_end|>[/INST]", "user"), picture, Text("A digit? Grüße 三", "user")]
+    if complete:
+        talk += [Text("It is a", "assistant"), Image(picture.data, role="assistant"), Text("seven.", "assistant")]
+    talk += [Text("And\n\nthis?", "user")] if not complete else []
+    document = Document(tuple(without_layout(talk)))
+    found = case.ours.decode(case.ours.encode(document, complete=complete))
+    expected = [(s.role, s.text if isinstance(s, Text) else None) for s in document.segments]
+    if not complete:
+        expected = [
+            ("user", "What is this? <|im_end|>[/INST]"),
+            ("user", None),
+            ("user", "A digit? Grüße 三And\n\nthis?"),
+        ]
+    assert [(s.role, s.text if isinstance(s, Text) else None) for s in found.segments] == expected
+
+
+def test_answers_are_trained_with_what_ends_them(case: Case) -> None:
+    document = Document(
+        (Text("Draw", "user"), Text(" a seven ", "assistant"), Text("Why", "user"), Text("so", "assistant"))
+    )
+    [encoded] = case.ours.encoder.encode_many([document])
+    v = case.ours.vocabulary
+    trained = [token for token, kept in zip(encoded.ids, encoded.trained, strict=True) if kept]
+    chat = case.ours.encoder._chat
+    assert chat is not None
+    assert trained.count(chat.closing()) == 2  # type: ignore[arg-type]
+    said = case.ours.text_tokenizer.decode(trained)
+    assert "a seven" in said
+    assert "so" in said
+    assert not {"Draw", "Why", "assistant", "user"} & set(said.replace("seven", "seven ").split())
+    unread = Document((Text("Draw", "user"), Text("a seven", "assistant", trained=False)))
+    assert not any(case.ours.encoder.encode_many([unread])[0].trained)
+    assert v.eos in encoded.ids[-2:]
+
+
+def test_new_rows_are_drawn_about_the_mean_of_the_texts(case: Case) -> None:
+    v, own = case.ours.vocabulary, case.theirs.config.vocab_size
+    rows = case.ours.transformer.embedding.weight.detach()
+    text = rows[[token for token in v.text_ids if token < own]]
+    off = rows[own:] - text.mean(0)
+    assert off.abs().max() < 0.1 * text.std()
+    assert len(off.unique(dim=0)) == len(off)

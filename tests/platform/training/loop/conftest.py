@@ -166,6 +166,7 @@ DROPOUT = {
     "held_out": {"packed": "tokens/packed"},
     "log_every": 1,
 }
+AS_TEXT_MODELS = {"query_key_norm": "rms", "own_head_size": 12, "query_key_value_bias": True, "tied": True}
 SCENARIOS: dict[str, list[tuple[dict[str, Any], Script]]] = {
     "plain": [(PLAIN, {})],
     "continued": [(PLAIN | {"initial": "stages/plain", "model": None, "continue_schedule": True}, {})],
@@ -195,6 +196,23 @@ SCENARIOS: dict[str, list[tuple[dict[str, Any], Script]]] = {
     "lora, killed": [
         ({"lora": {"rank": 4}, "initial": "stages/straight", "model": None, "zero_stage": 3}, {"dies": 15}),
         ({"lora": {"rank": 4}, "initial": "stages/straight", "model": None, "zero_stage": 3}, {}),
+    ],
+    "text model": [
+        (
+            {
+                "model": SHAPE.model_dump(exclude={"vocabulary_size"}) | AS_TEXT_MODELS,
+                "held_out": {"counting": "tokens/held-out"},
+                "samples": ["one two"],
+            },
+            {},
+        )
+    ],
+    "text model, rows": [
+        (
+            {"trainable": "image_rows", "lora": {"rank": 4}, "initial": "stages/text model", "model": None}
+            | {"zero_stage": 3, "precision": "bfloat16", "steps": 4},
+            {},
+        )
     ],
     "image head": [
         ({"trainable": "image_head", "initial": "stages/straight", "model": None, "precision": "bfloat16"}, {})

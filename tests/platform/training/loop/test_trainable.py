@@ -40,6 +40,19 @@ def test_an_image_head_changes_the_rows_of_image_ids_alone(scenarios: Any, root:
     assert (~same).nonzero()[:, 0].tolist() == vocabulary.image_ids
 
 
+def test_a_model_as_text_models_are_learns_and_then_its_rows_of_images_alone(scenarios: Any, root: str) -> None:
+    assert scenarios.history("text model", "loss")[STEPS] < 0.8 * scenarios.history("text model", "loss")[2]
+    scenarios.report("text model, rows")
+    found, before = scenarios.weights("text model, rows"), scenarios.weights("text model")
+    assert found.keys() == before.keys()
+    assert "output.weight" not in found
+    same = (found["embedding.weight"].float() == before["embedding.weight"].bfloat16().float()).all(dim=1)
+    vocabulary = Vocabulary.read(f"{root}/tokenizers/text")
+    assert (~same).nonzero()[:, 0].tolist() == sorted(
+        [vocabulary.begin_image, vocabulary.end_image, *vocabulary.image_ids]
+    )
+
+
 def test_another_choice_of_what_is_trained_cannot_go_on_with_an_optimizer(scenarios: Any) -> None:
     scenarios.report("straight")
     fields = {"initial": "stages/straight", "model": None, "continue_schedule": True, "lora": {"rank": 2}}

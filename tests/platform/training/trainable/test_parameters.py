@@ -21,6 +21,11 @@ VOCABULARY = Vocabulary(
     size=50, pad=0, bos=1, eos=2, unknown=3, begin_image=4, end_image=5, end_turn=6, image_codes=IMAGE_IDS
 )
 
+BIASES = {"query_key_value_bias": True, "attention_output_bias": True, "feed_forward_bias": True}
+# As text models have it that were extended.
+TEXT = SHAPE.model_copy(update={"tied": True, "query_key_norm": "rms", **BIASES})
+UNTIED = TEXT.model_copy(update={"tied": False})
+
 Stage = Callable[..., PretrainSpecification]
 
 
@@ -30,6 +35,8 @@ Stage = Callable[..., PretrainSpecification]
         ({"trainable": "blocks.9.*"}, r"trainable: 'blocks\.9\.\*' .* there are blocks\.\*\.attention\.key\.weight"),
         ({"trainable": ["image_head", "output.*"]}, "trains output.weight as a whole, of which `image_head` is a part"),
         ({"lora": {"targets": ["output"]}}, r"lora\.targets: 'output' .* there are blocks\.\*\.attention\.key"),
+        ({"trainable": ["image_rows", "embedding.*"]}, "trains embedding.weight as a whole, of which `image_rows` is"),
+        ({"trainable": ["image_rows", "image_head"]}, "`image_head` is a part of `image_rows`; choose one"),
         ({"lora": {}, "trainable": "blocks.0.*"}, "as a whole, for which lora.targets asks for an adapter"),
     ],
 )
@@ -53,6 +60,45 @@ def test_what_is_added_changes_nothing_before_it_is_trained(stage: Stage, fields
     found = parameters.plain_weights(prepared.state_dict(), spec, VOCABULARY)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("shape", [TEXT, UNTIED])
+def test_rows_of_images_and_adapters_beside_biases_are_trained_alone(stage: Stage, shape: ModelConfig) -> None:
+    spec = stage(lora={"rank": 3}, trainable="image_rows")
+    plain = Transformer(shape).initialize(0)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    before, tokens = {name: weight.clone() for name, weight in plain.state_dict().items()}, torch.arange(50)[None, 20:]
+    expected = plain(tokens)
+    model = parameters.set_trainable(plain, spec, VOCABULARY)
+    assert torch.equal(model(tokens), expected)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {
+        "image_rows",
+        "lora_down",
+        "lora_up",
+    }
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    logits = model(tokens[:, :-1])
+    assert isinstance(logits, torch.Tensor)
+    torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]).backward()
+    optimizer.step()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found = parameters.plain_weights(weights, spec, VOCABULARY)
+    assert found.keys() == before.keys()
+    rows = torch.zeros(50, dtype=torch.bool)
+    rows[[4, 5, *IMAGE_IDS]] = True
+    for name in {"embedding.weight", "output.weight"} & found.keys():
+        assert (found[name] != before[name]).any(1).tolist() == rows.tolist()
+    merged = Transformer(shape)
+    merged.load_state_dict(found)
+    torch.testing.assert_close(merged(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_that_is_the_embedding_has_no_head_of_its_own(stage: Stage) -> None:
+    with pytest.raises(SpecificationError, match="`image_head` trains rows of the output projection alone"):
+        parameters.check_trainable(Transformer(TEXT), stage(trainable="image_head"))
 
 
 def test_merged_adapters_say_what_the_adapted_model_says(stage: Stage) -> None:
