@@ -61,8 +61,10 @@ def _metavar(argument: Any) -> str:
 
 def _option(option: Any) -> tuple[str, str, str]:
     annotation = option.type_descriptor.annotation
-    annotation = next(iter(get_args(annotation)), annotation)  # of an option that repeats
-    given = "" if option.is_flag else f" {option.metavar or VALUES.get(annotation, annotation.__name__.upper())}"
+    choices = get_args(annotation)
+    annotation = next(iter(choices), annotation)  # of an option that repeats
+    kind = "|".join(choices) if isinstance(annotation, str) else VALUES.get(annotation, annotation.__name__.upper())
+    given = "" if option.is_flag else f" {option.metavar or kind}"
     told, _, settled = (option.help or "").partition("  [default: ")
     meaning = plain(told)
     if option.envvar:

@@ -73,7 +73,8 @@ def model_hub(hub: Hub) -> Iterator[Hub]:
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
                 if name in hub.repositories:
-                    self.fail(409, "", "You already created this model repo")
+                    told = {"error": "You already created this model repo", "url": f"{hub.endpoint}/{name}"}
+                    self.answer(told, 409)
                     return
                 hub.repositories[name], hub.private[name] = {}, bool(asked.get("private"))
                 self.answer({"url": f"{hub.endpoint}/{name}", "name": name})
