@@ -22,6 +22,7 @@ RUNTIME = 2e9
 FRAGMENTS = 0.03  # of everything else
 CHUNK_BYTES = 256 << 20  # of logits, model/ops/loss.py
 _LIVE = 1_000_000_000  # parameters that ZeRO 3 keeps gathered, `stage3_max_live_parameters`
+_PREFETCH = 50_000_000  # and that it gathers ahead, `stage3_prefetch_bucket_size`
 _SUB_GROUP = 1_000_000_000  # elements that ZeRO 3 steps at a time, `sub_group_size`
 _PROCESS = 4e9  # bytes of a worker's process: libraries, page-locked buffers, the batches read ahead
 
@@ -94,7 +95,7 @@ def gpu_memory(
     gradients = (4 if stage else element) * divided(trained, 2)
     elements, wire = min(zero["reduce_bucket_size"], trained), wire_bytes(settings, element)
     bucket = elements * (element * (2 if zero.get("overlap_comm") else 1) + (wire if wire != element else 0))
-    gathered = element * min(sizes.total, _LIVE + sizes.largest) + bucket if stage == 3 and world > 1 else 0
+    gathered = element * (min(sizes.total, _LIVE + sizes.largest) + _PREFETCH) if stage == 3 and world > 1 else 0
     # The optimizer steps on float32 gradients that it joins, when nothing of the passes is left.
     stepped = 4 * min(divided(trained, 1), _SUB_GROUP if stage == 3 else divided(trained, 1))
     on_gpu = master + moments
