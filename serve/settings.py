@@ -150,7 +150,10 @@ class ModelSettings(Section):
         "on CPUs, and on GPUs bfloat16, or int8 where there is no room for more",
     )
     speculative: int = Field(
-        0, ge=0, description="image codes drafted ahead by speculative Jacobi decoding; 0: none. A seed's codes change"
+        0,
+        ge=0,
+        description="image codes drafted ahead (speculative Jacobi decoding), fewer the more images are drawn at once; "
+        "0: none. A seed gives other images than with 0, the same with any other number",
     )
     cuda_graphs: bool | None = Field(
         None,

@@ -51,8 +51,9 @@ class Engine:
     alike.
     prefill_tokens: most prompt tokens a step takes in, so that a long prompt does not hold up those who are answering.
     image_burst: most codes a step draws at once when all requests are within images and none is waiting to be taken in.
-    jacobi_window: image codes that speculative Jacobi decoding drafts ahead and verifies in one pass; 0 draws one code
-    a pass. Codes come from the same distribution, but a seed gives others than without it.
+    jacobi_window: image codes that speculative Jacobi decoding drafts ahead and verifies in one pass, fewer the more
+    images are drawn at once; 0 draws one code a pass. Codes come from the same distribution, but a seed gives others
+    than with 0; any two other windows give the same.
     cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so on a GPU. On
     a CPU, or in a group, they run unrecorded. A shape is recorded when it first occurs, which takes a moment.
     constraints: compiles the grammars that requests ask for (`calumma.model.tokenizers.grammar.GrammarCompiler`), in

@@ -89,7 +89,7 @@ class SamplingParams:
     the same tokens, the n-th of them by the n-th random numbers of the seed. None and -1 draw one.
     prefix: ids the answer begins with, as if they had been drawn: whole images, text, and at the end perhaps an image
     begun, as (begin_image,) for an answer with an image first. An answer cut anywhere and given back as a prefix goes
-    on as it would have (drafts of Jacobi decoding aside); the prefix is reported again.
+    on as it would have; the prefix is reported again.
     stop_ids: text ids that end the answer, as eos and end_turn do. min_tokens: so many ids of the answer come before
     any of these. ignore_eos: neither eos nor end_turn comes.
     allowed_ids: the only ids that may come in text, eos and begin_image among them where they may. bad_words: sequences

@@ -36,10 +36,12 @@ def lay_out(scheduled: list[ScheduledRequest], block_size: int, first_code: int)
             del sequence.tokens[length:]
 
 
-def verify_drafts(batch: ImageBatch, p_RC: Tensor, logprobs_RC: Tensor, first_code: int) -> list[RunnerOutput]:
+def verify_drafts(
+    batch: ImageBatch, p_RC: Tensor, logprobs_RC: Tensor, first_code: int, most: int
+) -> list[RunnerOutput]:
     """The accepted codes of each request's draft, and one code more. p: what each draw's code is distributed as;
-    logprobs: what is reported. A request whose logits are no numbers fails; a draft after which they are none is not
-    looked at."""
+    logprobs: what is reported. most: codes that each drafts next. A request whose logits are no numbers fails; a draft
+    after which they are none is not looked at."""
     finite = p_RC.isfinite().all(-1).tolist()
     outputs, begin = [], 0
     for state in batch.states:
@@ -50,7 +52,7 @@ def verify_drafts(batch: ImageBatch, p_RC: Tensor, logprobs_RC: Tensor, first_co
             outputs.append(RunnerOutput(state, [], [], NOT_FINITE))
             begin = end
             continue
-        accepted = state.drafts.verify(p_RC[begin : begin + sound], state.codes_left)
+        accepted = state.drafts.verify(p_RC[begin : begin + sound], state.answered, state.codes_left, most)
         rows_RC = logprobs_RC[begin : begin + len(accepted)]
         columns_R1 = torch.tensor(accepted, device=rows_RC.device)[:, None]
         values = rows_RC.gather(1, columns_R1)[:, 0].tolist()

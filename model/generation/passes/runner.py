@@ -32,6 +32,8 @@ from calumma.model.generation.sampling.sampler import IMAGE, TEXT, Sampler, Samp
 from calumma.model.generation.scheduler import ScheduledRequest
 from calumma.model.vocabulary import Vocabulary
 
+DRAFTED = 128  # most codes that all sequences of a pass draft together: more requests than gain by it draft none
+
 
 class ModelRunner:
     """The decoder, its cache of `blocks` blocks, and the sampler of `seats` requests.
@@ -96,7 +98,7 @@ class ModelRunner:
         for item in scheduled:
             state = item.state
             if self.window and item.samples and state.drawing and state.drafts is None:
-                state.drafts = JacobiDraft(state.seed, state.answered, self.window)
+                state.drafts = JacobiDraft(state.seed, self.window)
         layout = lay_out(scheduled, self.cache.block_size, self._first_code)
         ready = [item.state for item in scheduled if item.samples]
         texts = [state for state in ready if not state.drawing and state.tokens_left]
@@ -199,7 +201,8 @@ class ModelRunner:
         self, images: ImageBatch, logits_RC: Tensor, seats_R: Tensor, metadata: SamplingMetadata
     ) -> list[RunnerOutput]:
         p_RC, logprobs_RC = self.sampler.image_probabilities(logits_RC, seats_R, metadata)
-        outputs = verify_drafts(images, self.decoder.shard.broadcast(p_RC), logprobs_RC, self._first_code)
+        most = DRAFTED // sum(len(state.sequences) for state in images.states)
+        outputs = verify_drafts(images, self.decoder.shard.broadcast(p_RC), logprobs_RC, self._first_code, most)
         self.drafted += len(images.draws) - len(images.states)
         self.accepted += sum(len(output.tokens) - 1 for output in outputs)
         return outputs

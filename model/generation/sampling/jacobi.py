@@ -1,12 +1,16 @@
-"""Speculative Jacobi decoding of image codes (arXiv 2410.01699): several codes a pass, none from another distribution.
+"""Speculative Jacobi decoding of image codes (arXiv 2410.01699) with drafts that are coupled: several codes a pass,
+none from another distribution, and the same codes whatever is drafted.
 
-A request within an image keeps a draft of its next codes, each drawn from a known distribution q. A pass computes the
-distributions p of all of them at once. A code x is accepted with probability min(1, p(x) / q(x)); at the first that is
-not, one is drawn from the excess of p over q instead, so that the result is distributed as p. What follows is drafted
-anew, from the p that this pass computed for its place after codes that were rejected: the draft improves as the codes
-before it settle.
+A request within an image keeps a draft of its next codes. A pass computes the distributions of all of them at once, and
+each is drawn by a race: every code of the vocabulary has an exponential random number, a function of the seed and the
+place in the answer alone, and the least number over its probability wins, which is a draw from the distribution. So
+- a draw is what the draft has as soon as the codes before it are right: it is accepted up to the first that differs,
+  which is right, too, for all before it are;
+- what is drafted and whether, and who shares the batch, changes no code but for rounding;
+- where codes before a place change, its distribution does and its numbers stay, and mostly the same code wins again
+  (the coupling of Daliri, Musco and Suresh, arXiv 2408.07978; of consecutive drafts, arXiv 2510.24211).
 
-Shape suffixes: W drafted codes, C columns of the vocabulary.
+Shape suffixes: X codes drafted and one more, C columns of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,45 +18,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calumma.model.generation.sampling.categorical import draw
-from calumma.model.generation.sampling.randomness import uniform
+from calumma.model.generation.sampling.randomness import exponential
 
 
 class JacobiDraft:
-    """A request's draft: `codes`, drawn from q_WC row by row.
+    """A request's draft: `codes`. `verify` replaces it and changes nothing in place: a copy taken before is what it
+    was."""
 
-    All numbers come from a stream of the seed for the image that begins at a `place` of the answer, a fixed count a
-    pass, so its codes depend on its seed alone. `verify` replaces what it holds and changes nothing in place: a copy
-    taken before is what it was.
-    """
-
-    def __init__(self, seed: int, place: int, window: int) -> None:
-        self.seed, self.place, self.window = seed, place, window
+    def __init__(self, seed: int, window: int) -> None:
+        self.seed, self.window = seed, window
         self.codes: list[int] = []  # columns, not ids
-        self._passes = 0
-        self._q_WC = torch.empty(0, 0)
+        self._numbers: dict[int, Tensor] = {}  # of places that are looked at again: [C] each
 
-    def verify(self, p_XC: Tensor, left: int) -> list[int]:
-        """p_XC: FloatTensor [W + 1, C], for each drafted code, or the first of them, and the one after; left: codes the
-        image lacks. The codes that are accepted, and one more; the next are drafted."""
-        numbers = uniform(self.seed, self._passes, 1, 3 * (self.window + 1), stream=1 + self.place)
-        accept, replace, propose = numbers.view(3, -1).to(p_XC.device)
-        self._passes += 1
-        W = len(p_XC) - 1
+    def verify(self, p_XC: Tensor, place: int, left: int, most: int | None = None) -> list[int]:
+        """The codes that are accepted, and one more; the next are drafted, at most so many.
+
+        p_XC: FloatTensor [X, C], for each drafted code, or the first of them, and the one after. place: of the first in
+        the answer. left: codes that the image lacks.
+        """
+        X = len(p_XC)
+        drawn = self._race(p_XC, place)
         accepted = 0
-        if W:
-            place_W, code_W = torch.arange(W, device=p_XC.device), torch.tensor(self.codes[:W], device=p_XC.device)
-            accepted_W = accept[:W] * self._q_WC[place_W, code_W] < p_XC[place_W, code_W]
-            accepted = int(accepted_W.long().cumprod(0).sum())
-        target_C = p_XC[accepted]
-        if accepted < W:
-            target_C = (target_C - self._q_WC[accepted]).clamp(min=0)
-            if not bool(target_C.sum() > 0):  # p and q are one but for rounding
-                target_C = p_XC[accepted]
-        codes = [*self.codes[:accepted], int(draw(target_C[None].clone(), None, replace[accepted : accepted + 1]))]
-        ahead = max(0, min(self.window, left - len(codes) - 1))
-        # place n + 1 + k was computed in row n + k; beyond the last, what comes next is expected to be like it
-        rows = torch.arange(ahead, device=p_XC.device).add(len(codes)).clamp(max=W)
-        self._q_WC = p_XC[rows]
-        self.codes = draw(self._q_WC.clone(), None, propose[:ahead])[:, 0].tolist() if ahead else []
+        while accepted < X - 1 and drawn[accepted] == self.codes[accepted]:
+            accepted += 1
+        codes, rest = drawn[: accepted + 1], drawn[accepted + 1 :]
+        ahead = max(0, min(self.window, self.window if most is None else most, left - len(codes) - 1))
+        further = max(0, ahead - len(rest))  # beyond the last, what comes next is expected to be like it
+        self.codes = rest[:ahead] + self._race(p_XC[-1:].expand(further, -1), place + X)
+        self._numbers = {at: numbers for at, numbers in self._numbers.items() if at >= place + len(codes)}
+        return codes
+
+    def _race(self, p_XC: Tensor, place: int) -> list[int]:
+        """A code of each row, from the numbers of the places from `place` on."""
+        if not len(p_XC):
+            return []
+        for at in range(place, place + len(p_XC)):
+            if at not in self._numbers:
+                self._numbers[at] = exponential(self.seed, at, p_XC.shape[1], stream=1).to(p_XC.device)
+        numbers_XC = torch.stack([self._numbers[at] for at in range(place, place + len(p_XC))])
+        codes: list[int] = (p_XC / numbers_XC).argmax(-1).tolist()
         return codes

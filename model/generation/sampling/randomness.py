@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.random import Philox
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 8  # words of 32 bits that a counter gives
@@ -21,10 +22,22 @@ BITS = 24  # of a float32 in 0..1
 def uniform(seed: int, first: int, count: int, width: int, stream: int = 0) -> Tensor:
     """FloatTensor [N, X] on the CPU, multiples of 2^-24 in 0..1, 1 not among them: the numbers of draws `first` to
     `first + count - 1`, `width` each. Seeds are equal modulo 2^64. Streams of a seed have nothing in common."""
+    words_NX = _words(seed, first, count, width, stream)
+    return torch.from_numpy((words_NX >> (32 - BITS)).astype(np.float32) * np.float32(2.0**-BITS))
+
+
+def exponential(seed: int, number: int, width: int, stream: int) -> Tensor:
+    """FloatTensor [X] on the CPU, above 0 (and, one in 2^25, infinite): the numbers of a draw, exponentially
+    distributed with mean 1. Small ones are as fine as large ones."""
+    words_X = _words(seed, number, 1, width, stream)[0]
+    return torch.from_numpy(((words_X + 0.5) * -(2.0**-32)).astype(np.float32)).log1p_().neg_()
+
+
+def _words(seed: int, first: int, count: int, width: int, stream: int) -> NDArray[np.uint64]:
+    """[N, X] words of 32 bits."""
     blocks = -(-width // BLOCK)
     counter = (stream << 64) + first * blocks
     generator = Philox(key=seed % 2**64, counter=(counter - 1) % 2**256)  # it counts before it gives
     words_N = generator.random_raw(count * blocks * BLOCK // 2)
     halves_N2 = np.stack([words_N & 0xFFFFFFFF, words_N >> 32], axis=-1)
-    numbers_NX = (halves_N2 >> (32 - BITS)).astype(np.float32).reshape(count, -1)[:, :width]
-    return torch.from_numpy(numbers_NX * np.float32(2.0**-BITS))
+    return halves_N2.reshape(count, -1)[:, :width]

@@ -50,10 +50,7 @@ class Detokenizer:
     through here from its beginning, and what has been sent of it is left out.
     """
 
-    def __init__(
-        self, model: EngineModel, request: GenerationRequest, on_output: OnOutput, whole_images: bool = False
-    ) -> None:
-        """whole_images: an image cannot be continued, it is to be drawn again from its begin."""
+    def __init__(self, model: EngineModel, request: GenerationRequest, on_output: OnOutput) -> None:
         self.request, self.on_output = request, on_output
         self.text_tokens = 0
         self.image_tokens = 0
@@ -66,7 +63,6 @@ class Detokenizer:
         self._checkpoint = max(1, model.image_length // PROGRESS_STEPS)
         self._report_every = self._checkpoint if request.progress else 0
         self._preview_at = {(k + 1) * self._length // (request.previews + 1) for k in range(request.previews)}
-        self._whole_images = whole_images
         continuation = request.continuation or Continuation()
         self._sent, self._known = continuation.events, len(continuation.tokens)  # left to be left out
         self._untold: list[int] = []  # ids that no Answered has had
@@ -85,8 +81,6 @@ class Detokenizer:
         """The ids that another replica can go on from, where they are worth a message: with other outputs, or after
         some codes of an image."""
         ready = len(self._untold)
-        if self._codes is not None and self._whole_images:
-            ready -= len(self._codes)
         if self.request.logprobs is not None:  # an id that is given is not scored again
             ready -= self._stream.pending
         if ready <= 0 or not (news or ready >= self._checkpoint):

@@ -42,7 +42,6 @@ class EngineThread:
         called on any thread when a request is taken in or refused. options: further ones of the engine."""
         self._model, self._after_step, self._after_submit = model, after_step, after_submit
         self._heartbeat = HEARTBEAT if options.get("shard") is not None else None
-        self._drafts = bool(options.get("jacobi_window"))  # an image's codes then depend on where its drafts begin
         self._compiler = GrammarCompiler(model.text_tokenizer, model.vocabulary)
         self._engine = Engine(
             model.transformer,
@@ -139,7 +138,7 @@ class EngineThread:
             on_output(RequestFailed(500, f"the request could not be taken in: {type(error).__name__}"))
         else:
             on_output(Admitted())
-            self._requests[engine_request.id] = Detokenizer(self._model, request, on_output, self._drafts)
+            self._requests[engine_request.id] = Detokenizer(self._model, request, on_output)
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:

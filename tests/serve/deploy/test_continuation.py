@@ -129,11 +129,8 @@ class ScriptedEngine:
     failure: Exception | None = None
     running = waiting = 0
 
-    def __init__(
-        self, model: MixedModalModel, answer: list[int], steps: list[int], together: list[int], whole_images: bool
-    ) -> None:
+    def __init__(self, model: MixedModalModel, answer: list[int], steps: list[int], together: list[int]) -> None:
         self.model, self.answer, self.steps, self.together = model, answer, steps, together
-        self.whole_images = whole_images
         self.drawn = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -146,7 +143,7 @@ class ScriptedEngine:
 
     async def _post(self, given: int, request: GenerationRequest, on_output: OnOutput) -> None:
         outputs = [Admitted()]
-        detokenizer = Detokenizer(self.model, request, outputs.append, self.whole_images)
+        detokenizer = Detokenizer(self.model, request, outputs.append)
         for event in self._events(given):
             outputs += detokenizer.process(event)
             if isinstance(outputs[-1], Finished):
@@ -201,9 +198,8 @@ def scripted(
     answer: list[int],
     steps: list[int] | None = None,
     together: list[int] | None = None,
-    whole_images: bool = False,
 ) -> tuple[EngineReplica, ScriptedEngine]:
-    engine = ScriptedEngine(model, answer, steps or [1], together or [1], whole_images)
+    engine = ScriptedEngine(model, answer, steps or [1], together or [1])
     return EngineReplica(model, coder=Coder(), engine=engine, device="cpu"), engine
 
 
@@ -227,13 +223,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("whole_images", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_may_die_after_any_batch(model: MixedModalModel, kind: str, whole_images: bool) -> None:
+def test_it_may_die_after_any_batch(model: MixedModalModel, kind: str) -> None:
     text = model.text_tokenizer.encode
     broken = text("日")[:2]  # a character that never comes whole
     answer = [*text("Count é"), *broken, *text("日, "), *image(model, 3), *text("xy é seven"), *text("日 and on")]
-    replica, _ = scripted(model, answer, whole_images=whole_images)
+    replica, _ = scripted(model, answer)
     request = request_of(**KINDS[kind])
     batches = 0
 
@@ -260,7 +255,7 @@ def test_whatever_is_answered_and_however_they_die(model: MixedModalModel, data:
     parts = st.one_of(texts, st.builds(lambda code: image(model, code), st.integers(0, 15)))
     answer = list(itertools.chain(*data.draw(st.lists(parts, max_size=4))))
     numbers = st.lists(st.integers(1, 9), min_size=1, max_size=4)
-    steps, together, whole_images = data.draw(numbers), data.draw(numbers), data.draw(st.booleans())
+    steps, together = data.draw(numbers), data.draw(numbers)
     stop = (model.text_tokenizer.decode(answer[1:3]),) if data.draw(st.booleans()) and answer[2:] else ()
     request = request_of(
         stop=tuple(one for one in stop if one),
@@ -268,10 +263,10 @@ def test_whatever_is_answered_and_however_they_die(model: MixedModalModel, data:
         previews=data.draw(st.integers(0, 3)),
         progress=data.draw(st.booleans()),
     )
-    replica, _ = scripted(model, answer, whole_images=whole_images)
+    replica, _ = scripted(model, answer)
     whole = output_of(run(request, replica.generate_batches))
     lives = data.draw(st.lists(st.one_of(st.none(), st.integers(3, 12)), max_size=6))  # long enough for some gain
-    replica, _ = scripted(model, answer, steps, together, whole_images)
+    replica, _ = scripted(model, answer, steps, together)
     found = output_of(run(request, dying(replica, iter(lives))))
     if not (isinstance(found.last, RequestFailed) and found.last.status == 503):  # three in a row gained nothing
         assert found == whole
@@ -284,9 +279,6 @@ def test_what_has_come_is_not_drawn_again(model: MixedModalModel) -> None:
     replica, engine = scripted(model, answer)
     run(request_of(), dying(replica, iter([middle])))
     assert 8 <= engine.drawn - len(answer) <= 10, "the other half of the codes"
-    replica, engine = scripted(model, answer, whole_images=True)
-    run(request_of(progress=True), dying(replica, iter([middle])))
-    assert engine.drawn - len(answer) == 17, "all codes of the image, and its end"
 
 
 def test_a_request_that_nobody_gets_on_with_is_given_up(model: MixedModalModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from calumma.model.generation import SamplingParams, nth_seed
 from calumma.model.generation.sampling.jacobi import JacobiDraft
-from calumma.model.generation.sampling.randomness import BLOCK, uniform
+from calumma.model.generation.sampling.randomness import BLOCK, exponential, uniform
 
 ZERO = (0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B)  # key and counter 0
 seeds = st.integers(-(2**63), 2**64 - 1)
@@ -75,13 +77,26 @@ def test_numbers_are_spread_evenly() -> None:
     assert float(((counts - 500) ** 2 / 500).sum()) < 149
 
 
-def test_drafts_of_several_images_have_numbers_of_their_own() -> None:
+def test_drafts_of_several_places_have_numbers_of_their_own() -> None:
     """And none of them those of the draws."""
     flat = torch.full((1, 64), 1 / 64)
-    codes = {JacobiDraft(1, place, 0).verify(flat, 9)[0] for place in range(20)}
+    codes = {JacobiDraft(1, 0).verify(flat, place, 9)[0] for place in range(20)}
     assert len(codes) > 10
-    again = [JacobiDraft(1, 7, 0).verify(flat, 9) for _ in range(2)]
+    again = [JacobiDraft(1, 0).verify(flat, 7, 9) for _ in range(2)]
     assert again[0] == again[1]
+
+
+def test_exponential_numbers_win_races_as_often_as_they_should() -> None:
+    """A million draws from unequal weights: beyond 29.9 one in 10,000 exact samplers with 8 codes; and their tail."""
+    p = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.08, 0.04, 0.0299, 0.0001])
+    numbers = torch.stack([exponential(3, place, 8 * 1000, 1) for place in range(1000)]).view(-1, 8)
+    counts = (p / numbers).argmax(-1).bincount(minlength=8).double()
+    assert float(((counts - 1e6 * p) ** 2 / (1e6 * p)).sum()) < 29.9
+    assert bool((numbers > 0).all())
+    for least in (1.0, 5.0):
+        assert float((numbers > least).double().mean()) == pytest.approx(math.exp(-least), rel=0.01)
+    several = [exponential(seed, place, 8, stream) for seed in (0, 2**40) for place in (0, 1) for stream in (1, 2)]
+    assert len({tuple(one.tolist()) for one in several}) == 8
 
 
 def test_seeds_of_several_answers_follow_each_other_and_wrap() -> None:
