@@ -61,9 +61,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     hidden = Decoder.hidden
 
-    def counted(self: Decoder, tokens_T: Tensor, paged: Any) -> Tensor:
+    def counted(self: Decoder, tokens_T: Tensor, paged: Any, *adapters: Any) -> Tensor:
         seen.append(len(tokens_T))
-        return hidden(self, tokens_T, paged)
+        return hidden(self, tokens_T, paged, *adapters)
 
     monkeypatch.setattr(Decoder, "hidden", counted)
     return seen

@@ -213,11 +213,11 @@ def test_who_is_shed_is_the_newest_and_only_while_memory_is_short(monkeypatch: p
     """A pass of more than three requests does not fit."""
     hidden, tried = Decoder.hidden, []
 
-    def limited(self: Decoder, tokens_T: Tensor, paged: Any) -> Tensor:
+    def limited(self: Decoder, tokens_T: Tensor, paged: Any, *adapters: Any) -> Tensor:
         tried.append(len(tokens_T))
         if len(tokens_T) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return hidden(self, tokens_T, paged)
+        return hidden(self, tokens_T, paged, *adapters)
 
     monkeypatch.setattr(Decoder, "hidden", limited)
     engine = Engine(tiny(), V, N)
@@ -237,10 +237,10 @@ def test_who_is_shed_is_the_newest_and_only_while_memory_is_short(monkeypatch: p
 def test_of_several_tenants_the_one_with_most_is_shed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = Decoder.hidden
 
-    def limited(self: Decoder, tokens_T: Tensor, paged: Any) -> Tensor:
+    def limited(self: Decoder, tokens_T: Tensor, paged: Any, *adapters: Any) -> Tensor:
         if len(tokens_T) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return hidden(self, tokens_T, paged)
+        return hidden(self, tokens_T, paged, *adapters)
 
     monkeypatch.setattr(Decoder, "hidden", limited)
     engine = Engine(tiny(), V, N)
