@@ -14,7 +14,7 @@ class JudgeSpecification(Section):
     """Who looks at answers. `keywords`: a policy of words; `classifier`: a text classifier of transformers;
     `endpoint`: a model behind an OpenAI-compatible API, say Llama Guard behind vLLM; `model`: one of ours."""
 
-    kind: Literal["keywords", "classifier", "endpoint", "model"]
+    kind: Literal["keywords", "classifier", "endpoint", "model"] = Field(description="what looks at the answers")
     policy: str | None = Field(
         None, description="keywords: a YAML file, category -> patterns; none: the one that ships"
     )

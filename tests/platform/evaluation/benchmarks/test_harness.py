@@ -33,7 +33,6 @@ PAIRS = [
     ("Question: What keeps bread soft? Answer:", " a warm room."),
     ("Question: What keeps bread soft? Answer: ", "the moon"),
     ("Ice", " melts in a warm room; the moon sends sunlight back."),
-    ("word " * 60, " at the end"),
 ]
 
 
