@@ -76,7 +76,10 @@ def model_hub(hub: Hub) -> Iterator[Hub]:
                     told = {"error": "You already created this model repo", "url": f"{hub.endpoint}/{name}"}
                     self.answer(told, 409)
                     return
-                hub.repositories[name], hub.private[name] = {}, bool(asked.get("private"))
+                hub.repositories[name], hub.private[name] = (
+                    {},
+                    asked.get("visibility") == "private" or bool(asked.get("private")),
+                )
                 self.answer({"url": f"{hub.endpoint}/{name}", "name": name})
             elif path.endswith("/info/lfs/objects/batch"):
                 upload = [
