@@ -29,7 +29,7 @@ class RopeScaling(_Shape):
     `yarn`: by a ramp between `beta_slow` and `beta_fast` turns of it, the attention logits warmed (arXiv 2309.00071).
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn"] = Field(description="which frequencies are stretched, and how")
     factor: float = Field(ge=1, description="by which the context grew")
     original_context: int | None = Field(None, ge=2, description="before it; `llama3` and `yarn` need it")
     low_frequency: float = Field(1.0, gt=0, description="`llama3`: turns below which a wave is stretched whole")
