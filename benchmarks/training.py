@@ -121,7 +121,7 @@ def bare(root: str, given: argparse.Namespace, threads: int) -> dict[str, float]
     assert spec.model is not None
     size = json.loads(Path(root, "tokenizers/text/vocabulary.json").read_text())["size"]
     transformer = Transformer(spec.model.model_copy(update={"vocabulary_size": size})).initialize(0).to(device)
-    if spec.compile:
+    if spec.compiled:
         transformer.compile_blocks()
     o = spec.optimizer
     groups = engine.parameter_groups(transformer, o.weight_decay)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calumma.model.document import Document
 from calumma.model.generation.engine import Engine
+from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.request import Request, SamplingParams
 from calumma.model.tokenizers.grammar import GrammarCompiler
 
@@ -33,9 +34,12 @@ def generate(
     params: SamplingParams | list[SamplingParams],
     max_sequences: int = 16,
     progress: Callable[[float, float], object] | None = None,
+    decoder: Decoder | None = None,
+    beat: Callable[[], object] = lambda: None,
 ) -> list[Document]:
     """Continue each prompt, with the same parameters or its own; the answers only, in the prompts' order.
 
+    `decoder`: in place of the model's own (see Engine). `beat` is called after every pass.
     An answer to a conversation has the role "assistant". progress(done, total) counts finished answers. The
     transformer's training mode is as before when it returns. Raises ValueError (PromptTooLong for one) that names the
     prompt by its number, from 1, before anything is computed; MissingDecoder as `drawable` does; FloatingPointError
@@ -48,7 +52,10 @@ def generate(
     encoded = model.encoder.encode_many(prompts, complete=False)
     trained = model.transformer.training
     compiler = GrammarCompiler(model.text_tokenizer, model.vocabulary)
-    engine = Engine(model.transformer, model.vocabulary, model.image_length, max_sequences, constraints=compiler)
+    options: dict[str, Any] = {} if decoder is None else {"decoder": decoder, "cuda_graphs": False}
+    engine = Engine(
+        model.transformer, model.vocabulary, model.image_length, max_sequences, constraints=compiler, **options
+    )
     try:
         for number, (prompt, own) in enumerate(zip(encoded, each, strict=True), start=1):
             try:
@@ -58,7 +65,9 @@ def generate(
         answers: dict[str, list[int]] = {str(number): [] for number in range(1, len(prompts) + 1)}
         done = 0
         while engine.has_work:
-            for event in engine.step():
+            events = engine.step()
+            beat()
+            for event in events:
                 answers[event.request_id] += event.tokens
                 if event.failure is not None:
                     wrong = FloatingPointError if event.failure.kind == "not finite" else RuntimeError

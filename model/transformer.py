@@ -9,19 +9,21 @@ head (H/2), F feed-forward width, V vocabulary, R trained tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from calumma.model.config import ModelConfig
 from calumma.model.ops import stability
 from calumma.model.ops.attention import Mask, attend, document_mask, rotate
 from calumma.model.ops.loss import Loss, linear_logprobs, linear_loss, trained_rows
 from calumma.model.ops.rope import rope_table
+
+Recompute = Literal["none", "products", "all"]  # what of a block is kept: all; products' results; its input alone
 
 
 class HeadNorm(nn.Module):
@@ -92,6 +94,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.dropout = config.dropout
         self.swin = config.norm_order == "swin"
+        self.recompute: Recompute = "none"
 
     def forward(
         self,
@@ -101,6 +104,20 @@ class TransformerBlock(nn.Module):
         measure: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream after this block, and `stability.BLOCK` of it where asked for."""
+        given = (x_BTD, rope_BTP2, mask, measure)
+        if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
+            return self._compute(*given)
+        kept: dict[str, Any] = {} if self.recompute == "all" else {"context_fn": _keep_products}
+        found: tuple[Tensor, Tensor | None] = checkpoint(self._compute, *given, use_reentrant=False, **kept)
+        return found
+
+    def _compute(
+        self,
+        x_BTD: Tensor,
+        rope_BTP2: Tensor,
+        mask: Mask,
+        measure: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         a_BTD = x_BTD if self.swin else self.attention_norm(x_BTD)
         a_BTD, measured = self.attention(a_BTD, rope_BTP2, mask, measure)
         a_BTD = self.attention_norm(a_BTD) if self.swin else a_BTD
@@ -111,6 +128,17 @@ class TransformerBlock(nn.Module):
             f_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
         x_BTD = x_BTD + F.dropout(f_BTD, self.dropout, self.training)
         return x_BTD, None if measured is None else stability.block(measured, x_BTD)
+
+
+def _keep_products() -> Any:
+    """Of a recomputed block the results of matrix products and of attention are kept: little arithmetic comes again."""
+    ops = torch.ops.aten
+    kept = [
+        ops.mm.default, ops.addmm.default, ops.bmm.default, ops._scaled_dot_product_flash_attention.default,
+        ops._scaled_dot_product_efficient_attention.default, ops._scaled_dot_product_cudnn_attention.default,
+        ops._scaled_dot_product_flash_attention_for_cpu.default,
+    ]  # fmt: skip
+    return create_selective_checkpoint_contexts(kept)
 
 
 class Output(nn.Linear):
@@ -160,7 +188,6 @@ class Transformer(nn.Module):
         self.output = Output(config, self.embedding)
         self.register_buffer("rope", torch.empty(0), persistent=False)
         self.rebuild_rope(self.embedding.weight.device)
-        self._recompute = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts of the module; bf16 cannot hold positions beyond 256, so the table is made anew instead."""
@@ -179,10 +206,12 @@ class Transformer(nn.Module):
         if self.config.tied:
             self.output.weight = self.embedding.weight
 
-    def checkpoint_activations(self, on: bool = True) -> Self:
+    def checkpoint_activations(self, on: bool | Literal["selective"] = True) -> Self:
         """In training keep each block's input alone and compute the rest again in the backward pass: a third more
-        arithmetic in the blocks for a fraction of their memory (arXiv 1604.06174)."""
-        self._recompute = on
+        arithmetic in the blocks for a fraction of their memory (arXiv 1604.06174). `selective` keeps the results of
+        matrix products and attention too: hardly more arithmetic, half the memory (arXiv 2205.05198)."""
+        for block in cast(Iterable[TransformerBlock], self.blocks):
+            block.recompute = "products" if on == "selective" else "all" if on else "none"
         return self
 
     def compile_blocks(self, **options: Any) -> Self:
@@ -282,10 +311,8 @@ class Transformer(nn.Module):
         if segments_BT is not None and self.config.mask_documents:
             mask = document_mask(segments_BT)
         x_BTD, measured = self.embedding(tokens_BT), []
-        recompute = self._recompute and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            given = (x_BTD, rope_BTP2, mask, measure)
-            x_BTD, found = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
+            x_BTD, found = block(x_BTD, rope_BTP2, mask, measure)
             if found is not None:
                 measured.append(found)
         return self.norm(x_BTD), measured

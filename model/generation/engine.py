@@ -62,6 +62,7 @@ class Engine:
     first is used as ever and closed in the end, the others `follow` it. The transformer is whole, or what `read_shard`
     gives.
     adapters: by name, those that requests may be answered with, all of them in the same passes; not in a group.
+    decoder: in place of the transformer's own, whose configuration is all that is read then (passes/streamed.py).
     The transformer is put into evaluation mode. `add`, `abort` and what tells the state may be called from other
     threads while one thread calls `step`.
     """
@@ -85,6 +86,7 @@ class Engine:
         shard: Shard | None = None,
         memory: MemoryBudget | None = None,
         adapters: Mapping[str, Adapter] | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         longest = transformer.config.context
         self.context = longest if context is None else context
@@ -111,7 +113,7 @@ class Engine:
         graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
         if adapters and shard is not None:
             raise ValueError("adapters are served beside a model that one process has, not one that is sharded")
-        decoder = Decoder(transformer.eval(), shard, adapters)
+        decoder = decoder or Decoder(transformer.eval(), shard, adapters)
         self._adapters = {name: number for number, name in enumerate(adapters or (), start=1)}
         if cache_tokens is None and memory is not None:
             cache_tokens = positions_that_fit(

@@ -25,7 +25,9 @@ from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.construction import build
 from calumma.platform.training.errors import Stopped, TrainingFailed
+from calumma.platform.training.group.entry import watchdog_of
 from calumma.platform.training.group.supervisor import Supervisor
+from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker, set_up_worker
 from calumma.platform.training.preferences.objective import PreferenceObjective
 from calumma.platform.training.preferences.reference import reference_scores
@@ -56,11 +58,17 @@ _RESUMED_FIELDS = (
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's loop: train, measure, publish the model directory; the stage's report (on every rank)."""
     assignment: Assignment = config["assignment"]
+    limit = assignment.spec.resources.recovery.hang_seconds
+    with watchdog_of(config, limit, storage.join(assignment.output, "stacks")) as watchdog:
+        return _train(assignment, watchdog)
+
+
+def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
     worker = set_up_worker()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     spec = assignment.spec
     torch.manual_seed(spec.seed)
-    run = start_engine(assignment, worker)
+    run = start_engine(assignment, worker, watchdog)
     writer = None
     if worker.is_main:
         config = spec.model_dump(mode="json")
@@ -69,19 +77,25 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     try:
         if writer is not None:
             publication.log_inputs(assignment, worker, writer)
-        stage = _Stage(assignment, worker, run, writer)
+        stage = _Stage(assignment, worker, run, writer, watchdog)
         stage.score_reference(resumed=assignment.first_step > 0)
         report = stage.run()
         report.pop("faults", None)  # what they were is among the incidents
         report.pop("base", None)
+        watchdog.enter("held-out measurement")
         report["held_out"] = stage.held_out(report["step"])
         names = [name for name, p in run.module.named_parameters() if p.requires_grad]
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
         report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
         weights = stage.best_weights(report)
+        sampled = bool(spec.samples) and "best_step" in report  # the engine's weights are not those to be published
+        if spec.samples and not sampled:
+            watchdog.enter("samples")
+            publication.log_samples(assignment, run, writer, None, watchdog.beat)
+        watchdog.enter("publishing")
         if writer is not None:
-            publication.publish_model(assignment, worker, weights, report, writer)
+            publication.publish_model(assignment, worker, weights, report, writer, sampled, watchdog.beat)
     finally:
         if writer is not None:
             writer.close()
@@ -98,16 +112,19 @@ def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:
         return {"stopped": str(stopped)}
 
 
-def start_engine(assignment: Assignment, worker: Worker) -> DeepSpeedEngine:
+def start_engine(assignment: Assignment, worker: Worker, watchdog: Watchdog) -> DeepSpeedEngine:
     """The engine of this worker, with the weights of the checkpoint to start from, of `initial`, or of the seed."""
     spec, start = assignment.spec, assignment.start_checkpoint
+    watchdog.enter("building the engine")
     described = build.describe(assignment.config, spec, assignment.vocabulary)
     passes = assignment.division.passes(worker.world) if assignment.division else None
     run = build.initialize(described, spec, worker.world, worker.device, passes)
     source = described.source(assignment.config, _base(assignment), worker.device)
-    build.fill(run, source, trained=start is None)
+    watchdog.enter("reading weights")
+    build.fill(run, source, trained=start is None, beat=watchdog.beat)
     if start is not None:
-        resumption.load(run, start)
+        resumption.load(run, start, beat=watchdog.beat)
+    watchdog.enter("starting")
     return run
 
 
@@ -123,9 +140,15 @@ class _Stage:
     """The steps of one worker, from where the stage stands to its end."""
 
     def __init__(
-        self, assignment: Assignment, worker: Worker, run: DeepSpeedEngine, writer: BackgroundWriter | None
+        self,
+        assignment: Assignment,
+        worker: Worker,
+        run: DeepSpeedEngine,
+        writer: BackgroundWriter | None,
+        watchdog: Watchdog,
     ) -> None:
         self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
+        self.watchdog = watchdog
         self.spec = assignment.spec
         self.report = _report_so_far(assignment) | {"base": _base(assignment).to_json()}
         self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
@@ -165,7 +188,7 @@ class _Stage:
         if self.worker.is_main:
             self.utilization.measure()
         began, seen = time.monotonic(), 0.0
-        with Supervisor(self.engine, self.assignment, self.worker, self._published) as supervisor:
+        with Supervisor(self.engine, self.assignment, self.worker, self._published, self.watchdog) as supervisor:
             if spec.faults.action == "roll_back" and first == 0:
                 self._save(supervisor, 0, due=True)  # something to go back to
             if first == 0 and self.assignment.initial and spec.held_out_every and spec.held_out:
@@ -188,14 +211,14 @@ class _Stage:
     def best_weights(self, report: dict[str, Any]) -> dict[str, Any]:
         """On the first worker all weights at the end, or those that had the lowest held-out loss. Every worker calls
         it."""
-        weights = engine.gathered_weights(self.engine, keep=self.worker.is_main)
+        weights = engine.gathered_weights(self.engine, keep=self.worker.is_main, beat=self.watchdog.beat)
         best, last = self.stopper.best if self.stopper else None, report.get("held_out_loss", math.inf)
         if self.stopper is None or best is None or last <= best:
             return weights
         report |= {"held_out_loss": best, "best_step": report["early"]["step"]}
         return self.stopper.restored(weights) if self.worker.is_main else weights
 
-    def held_out(self, done: int, supervisor: Supervisor | None = None) -> dict[str, dict[str, float]]:
+    def held_out(self, done: int) -> dict[str, dict[str, float]]:
         """Losses on held-out data, by its name; logged by the first worker. Every worker calls it."""
         losses_of = {}
         for name, uri in self.spec.held_out.items():
@@ -207,7 +230,7 @@ class _Stage:
                     self.image_mask_V,
                     self.worker.rank,
                     self.worker.world,
-                    supervisor.beat if supervisor is not None else None,
+                    self.watchdog.beat,
                     self.spec.data.reader(),
                     self.objective.losses if self.objective else engine.losses,
                 )
@@ -275,7 +298,7 @@ class _Stage:
             self._handle_bad_step(supervisor, done, cause, loss)
         if reports:
             self._report(done, rate, norm, {name: float(value) for name, value in stability.items()})
-        self._evaluate(supervisor, done)
+        self._evaluate(done)
         return trained
 
     def _report(self, done: int, rate: float, norm: float, stability: dict[str, float]) -> None:
@@ -296,7 +319,7 @@ class _Stage:
         self._log(metrics, done)
         self.interval = meters.LossInterval(self.engine.device, first_step=done)
 
-    def _evaluate(self, supervisor: Supervisor, done: int) -> None:
+    def _evaluate(self, done: int) -> None:
         """Held-out losses, samples and tasks where they are due before the end."""
         spec = self.spec
         tasks_every = spec.evaluation.every if spec.evaluation else None
@@ -307,18 +330,19 @@ class _Stage:
         began = time.monotonic()
         with self.clock("evaluation"):
             if due[0] and spec.held_out:
-                self.held_out(done, supervisor)
+                self.held_out(done)
                 if self.stopper is not None and self.stopper.record(done, self.report["held_out_loss"]):
-                    weights = engine.gathered_weights(self.engine, keep=self.worker.is_main)
+                    weights = engine.gathered_weights(self.engine, keep=self.worker.is_main, beat=self.watchdog.beat)
                     names = {name for name, p in self.engine.module.named_parameters() if p.requires_grad}
                     if self.worker.is_main:
                         self.stopper.keep({name: weight for name, weight in weights.items() if name in names})
-            if due[1] or due[2]:
-                supervisor.beat()
-                weights = engine.gathered_weights(self.engine, keep=self.worker.is_main)
+            if due[1]:
+                publication.log_samples(self.assignment, self.engine, self.writer, done, self.watchdog.beat)
+            if due[2]:
+                weights = engine.gathered_weights(self.engine, keep=self.worker.is_main, beat=self.watchdog.beat)
                 if self.writer is not None:
-                    publication.log_samples(self.assignment, self.worker, weights, self.writer, done, (due[1], due[2]))
-                supervisor.beat()
+                    publication.log_evaluation(self.assignment, self.worker, weights, self.writer, done)
+                self.watchdog.beat()
         self.interval.paused += time.monotonic() - began
 
     def _handle_bad_step(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float | None) -> None:
@@ -337,7 +361,9 @@ class _Stage:
         assignment = self.assignment
         with self.clock("checkpoint"):
             supervisor.wait_until_published()
-            checkpoint = resumption.load_newest(self.engine, assignment.output, self.spec, assignment.inputs)
+            checkpoint = resumption.load_newest(
+                self.engine, assignment.output, self.spec, assignment.inputs, beat=self.watchdog.beat
+            )
             if checkpoint is None:
                 place = catalog.checkpoints_folder(assignment.output)
                 raise TrainingFailed(f"there is no checkpoint in {place} to roll back to")

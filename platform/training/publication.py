@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from calumma.model.adapters.files import FOLDER as ADAPTER_FOLDER
 from calumma.model.adapters.files import write_adapter
+from calumma.model.directory import MixedModalModel
 from calumma.model.document import Document, Text
+from calumma.model.encoding import DocumentEncoder
+from calumma.model.generation.passes.streamed import StreamedDecoder
+from calumma.model.loading import described
+from calumma.model.tokenizers.image import ImageTokenizer
+from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.storage.manifest import MANIFEST, Manifest
@@ -25,9 +32,12 @@ from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.training import samples
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.group.worker import Worker
+from calumma.platform.training.specification import TrainSpecification
 from calumma.platform.training.trainable import parameters
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
     from calumma.platform.training.assignment import Assignment
 
 MODEL_FOLDER = "model"  # folder of the model directory in a stage's output
@@ -62,16 +72,28 @@ def log_checkpoint(writer: BackgroundWriter, uri: str, report: dict[str, Any], n
 
 
 def publish_model(
-    assignment: Assignment, worker: Worker, weights: dict[str, Tensor], report: dict[str, Any], writer: BackgroundWriter
+    assignment: Assignment,
+    worker: Worker,
+    weights: dict[str, Tensor],
+    report: dict[str, Any],
+    writer: BackgroundWriter,
+    sampled: bool,
+    beat: Callable[[], object],
 ) -> None:
-    """Write the model directory, and adapters, to storage, manifests last, and log sample answers."""
+    """Write the model directory, and adapters, to storage, manifests last; log the measures of its tasks, and where
+    it is `sampled`, its answers. `beat` is called as it goes on."""
+    from calumma.model import load
+
     spec = assignment.spec
     uri = storage.join(assignment.output, MODEL_FOLDER)
     with _model_directory(assignment, weights) as local:
         files = sorted(path for path in local.rglob("*") if path.is_file())
-        entries = [catalog.local_entry(path, str(local)) for path in files]
+        entries = []
         storage.delete(storage.join(uri, MANIFEST))
-        storage.upload(str(local), uri)
+        for path in files:
+            entries.append(catalog.local_entry(path, str(local)))
+            storage.upload(path, storage.join(uri, entries[-1].path))
+            beat()
         Manifest(
             kind=MODEL_FOLDER,
             files=entries,
@@ -79,7 +101,13 @@ def publish_model(
             report=report,
             inputs=assignment.inputs,
         ).write(uri)
-        _log_answers(assignment, worker, local, writer, "", report["step"])
+        if sampled or spec.evaluation is not None:
+            model = load(local, worker.device)
+            if spec.evaluation is not None:
+                _log_measures(spec, model, writer, report["step"])
+            if sampled:
+                answers = samples.sample_answers(model, spec.samples, spec.job == "finetune", spec.seed)
+                _log_answers(spec, answers, writer, "")
     if spec.lora is not None:
         _publish_adapter(assignment, weights)
 
@@ -103,15 +131,45 @@ def _publish_adapter(assignment: Assignment, weights: dict[str, Tensor]) -> None
 
 def log_samples(
     assignment: Assignment,
-    worker: Worker,
-    weights: dict[str, Tensor],
-    writer: BackgroundWriter,
-    done: int,
-    due: tuple[bool, bool],
+    engine: DeepSpeedEngine,
+    writer: BackgroundWriter | None,
+    done: int | None,
+    beat: Callable[[], object],
 ) -> None:
-    """Sample answers of the weights after `done` steps, and their evaluation, whichever of the two is due."""
+    """Sample answers of the weights after `done` steps (none: at the end), from the weights where they are: no second
+    model is loaded beside them. Every worker calls it; the first has a writer. A picture of each answer goes below
+    samples/, their texts below answers/."""
+    spec, folder = assignment.spec, "" if done is None else f"step-{done:08d}"
+    model = _tokenizers(assignment, engine.device)
+    weights = samples.TrainedWeights(engine, spec, assignment.vocabulary)
+    decoder = StreamedDecoder(assignment.config, weights, engine.device)
+    answers = samples.sample_answers(model, spec.samples, spec.job == "finetune", spec.seed, decoder, beat)
+    if writer is None:
+        return
+    _log_answers(spec, answers, writer, folder)
+
+
+def log_evaluation(
+    assignment: Assignment, worker: Worker, weights: dict[str, Tensor], writer: BackgroundWriter, done: int
+) -> None:
+    """Measures of the specification's tasks after `done` steps, of a model loaded for them."""
+    from calumma.model import load
+
     with _model_directory(assignment, weights) as local:
-        _log_answers(assignment, worker, local, writer, f"step-{done:08d}", done, due)
+        _log_measures(assignment.spec, load(local, worker.device), writer, done)
+
+
+def _tokenizers(assignment: Assignment, device: torch.device) -> MixedModalModel:
+    """The stage's tokenizers beside a Transformer without memory."""
+    spec = assignment.spec
+    with (
+        storage.local_copy(spec.locate(spec.text_tokenizer)) as text_tokenizer,
+        storage.local_copy(spec.locate(spec.image_tokenizer)) as image_tokenizer,
+    ):
+        encoder = DocumentEncoder(
+            assignment.vocabulary, TextTokenizer.read(text_tokenizer), ImageTokenizer.read(image_tokenizer, device)
+        )
+    return MixedModalModel(described(assignment.config), encoder)
 
 
 @contextmanager
@@ -132,31 +190,13 @@ def _model_directory(assignment: Assignment, weights: dict[str, Tensor]) -> Iter
         yield Path(local)
 
 
-def _log_answers(
-    assignment: Assignment,
-    worker: Worker,
-    local: Path,
-    writer: BackgroundWriter,
-    folder: str,
-    done: int,
-    due: tuple[bool, bool] = (True, True),
-) -> None:
-    """Answers to the specification's prompts: a picture of each below samples/, their texts below answers/; and the
-    measures of its tasks."""
-    from calumma.model import load
+def _log_measures(spec: TrainSpecification, model: MixedModalModel, writer: BackgroundWriter, done: int) -> None:
+    from calumma.platform.training.evaluation import evaluate
 
-    spec = assignment.spec
-    sampled, evaluated = bool(spec.samples) and due[0], spec.evaluation is not None and due[1]
-    if not (sampled or evaluated):
-        return
-    model = load(local, worker.device)
-    if evaluated:
-        from calumma.platform.training.evaluation import evaluate
+    writer.log({f"evaluation/{name}": value for name, value in evaluate(model, spec).items()}, done)
 
-        writer.log({f"evaluation/{name}": value for name, value in evaluate(model, spec).items()}, done)
-    if not sampled:
-        return
-    answers = samples.sample_answers(model, spec.samples, spec.job == "finetune", spec.seed)
+
+def _log_answers(spec: TrainSpecification, answers: list[Document], writer: BackgroundWriter, folder: str) -> None:
     for number, (prompt, answer) in enumerate(zip(spec.samples, answers, strict=True)):
         writer.log_image(samples.render_answer(prompt, answer), storage.join("samples", folder, f"{number:02d}.png"))
     records = [

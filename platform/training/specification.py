@@ -271,10 +271,19 @@ class TrainSpecification(MixtureSpecification):
         description="sequences of a forward pass, at most: what a GPU has memory for; workers divide a global batch by "
         "sequences, or with dropout by whole passes. null: as many as were tokenized together",
     )
-    checkpoint_activations: bool = Field(
-        False, description="keep only each block's input and compute the rest again: slower, far less memory"
+    checkpoint_activations: bool | Literal["selective"] = Field(
+        False,
+        description="true: keep only each block's input and compute the rest again: slower, far less memory. "
+        "selective: keep the results of matrix products and attention too: hardly slower, half the memory",
     )
-    compile: bool = Field(False, description="torch.compile every block: minutes at the start, faster steps")
+    compile: bool | None = Field(
+        None, description="torch.compile every block: minutes at the start, faster steps; null: where workers have GPUs"
+    )
+    overlap_communication: bool | None = Field(
+        None,
+        description="exchange gradients and weights while others are computed, for a second buffer; "
+        "null: where workers have GPUs",
+    )
     offload: Offload = Offload()
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings that override ours")
     checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
@@ -305,6 +314,16 @@ class TrainSpecification(MixtureSpecification):
         if self.offload.weights != "none" and self.zero_stage != 3:
             raise ValueError(f"`offload.weights` needs `zero_stage: 3`, given {self.zero_stage}")
         return self
+
+    @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled."""
+        return self.resources.gpus_per_worker > 0 if self.compile is None else self.compile
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether communication overlaps with computation."""
+        return self.resources.gpus_per_worker > 0 if self.overlap_communication is None else self.overlap_communication
 
     @property
     def trainable_names(self) -> list[str]:

@@ -87,6 +87,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         data=None if finished else data,
         datasets=None if finished else PlanDataConfig.datasets(),
         control=worker_control(assignment.output),
+        stacks=storage.join(assignment.output, "stacks"),
     )
     groups = worker_groups(assignment)
     workers_at_end = groups[-1]["workers"] if groups else number

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from typing import Literal
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
@@ -123,15 +125,18 @@ def gradients(
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("recomputed", [True, "selective"])
 @pytest.mark.parametrize("norm_order", ["pre", "swin"])
-def test_recomputed_activations_give_the_same_gradients(norm_order: str) -> None:
+def test_recomputed_activations_give_the_same_gradients(
+    norm_order: str, recomputed: bool | Literal["selective"]
+) -> None:
     """With dropout: what is computed again drops the same."""
     model, tokens = build(dropout=0.3, norm_order=norm_order).train(), torch.randint(V, (2, 13))
     kept = gradients(model, tokens)
     calls = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
-    again = gradients(model.checkpoint_activations(), tokens)
+        block.attention.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = gradients(model.checkpoint_activations(recomputed), tokens)
     assert len(calls) == 2 * len(model.blocks)
     assert kept.keys() == again.keys() == dict(model.named_parameters()).keys()
     for name, gradient in kept.items():
@@ -140,10 +145,23 @@ def test_recomputed_activations_give_the_same_gradients(norm_order: str) -> None
     assert len(calls) == 3 * len(model.blocks)
 
 
+def test_selective_recomputation_multiplies_no_matrices_again() -> None:
+    model, tokens = build().train(), torch.randint(V, (2, 13))
+
+    def flops(recomputed: bool | Literal["selective"]) -> int:
+        with FlopCounterMode(display=False) as counted:
+            gradients(model.checkpoint_activations(recomputed), tokens)
+        return counted.get_total_flops()
+
+    assert flops(False) == flops("selective") < flops(True)
+
+
+@pytest.mark.parametrize("recomputed", [False, "selective"])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_blocks_give_the_same_gradients() -> None:
+def test_compiled_blocks_give_the_same_gradients(recomputed: bool | Literal["selective"]) -> None:
     model, tokens = build(layers=3).train(), torch.randint(V, (2, 9))
     plain = gradients(model, tokens)
+    model.checkpoint_activations(recomputed)
     names = list(model.state_dict())
     torch._dynamo.reset()
     counters.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -40,8 +40,14 @@ class _Request:
     copies: list[_Copy] = field(default_factory=list)
 
 
-def fill(folder: str, index: Index, fragments: Iterable[Fragment], states: Sequence[str]) -> None:
-    """Fill the fragments' states from the files in `folder`.
+def fill(
+    folder: str,
+    index: Index,
+    fragments: Iterable[Fragment],
+    states: Sequence[str],
+    beat: Callable[[], object] = lambda: None,
+) -> None:
+    """Fill the fragments' states from the files in `folder`; `beat` is called after every request.
 
     What is read besides is less than a piece at both ends of each range, and the checksums; in memory are a few
     requests of 8 MiB. Raises StorageError, Damaged where a checksum differs, ManifestError when something is missing.
@@ -59,7 +65,7 @@ def fill(folder: str, index: Index, fragments: Iterable[Fragment], states: Seque
                 )
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read") as pool:
         work = [
-            pool.submit(_read, storage.join(folder, name), index.files[name], requests)
+            pool.submit(_read, storage.join(folder, name), index.files[name], requests, beat)
             for name, found in copies.items()
             for requests in _shared(_requests(found, index.files[name]))
         ]
@@ -104,7 +110,7 @@ def _shared(requests: list[_Request]) -> Iterator[list[_Request]]:
         yield requests[first : first + share]
 
 
-def _read(uri: str, file: IndexedFile, requests: list[_Request]) -> None:
+def _read(uri: str, file: IndexedFile, requests: list[_Request], beat: Callable[[], object]) -> None:
     first, last = requests[0].begin // file.piece, -(-max(r.end for r in requests) // file.piece)
     table = storage.read_range(uri, file.begin + file.data_bytes + 4 * first, 4 * (last - first))
     checksums = np.frombuffer(table, "<u4")
@@ -122,6 +128,7 @@ def _read(uri: str, file: IndexedFile, requests: list[_Request]) -> None:
         for copy in request.copies:
             place = memoryview(held)[copy.begin - request.begin : copy.end - request.begin]
             copy.target.copy_(torch.frombuffer(place, dtype=copy.dtype))
+        beat()
 
 
 def _problem(data: bytes, piece: int, checksums: np.ndarray, begin: int) -> str | None:

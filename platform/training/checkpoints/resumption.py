@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _FREE_TO_CHANGE = {
     "tracking", "resources", "run_name", "steps", "checkpoint_every", "log_every", "held_out", "samples",
     "register_as", "alias", "checkpoint_activations", "compile", "data", "max_epochs", "zero_stage", "offload",
-    "held_out_every", "samples_every", "rows_per_pass",
+    "held_out_every", "samples_every", "rows_per_pass", "overlap_communication",
 }  # fmt: skip
 
 
@@ -110,9 +110,9 @@ def resumable_settings(specification: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+def load(engine: DeepSpeedEngine, checkpoint: Checkpoint, beat: Callable[[], object] = lambda: None) -> None:
     """Weights, optimizer and counters of a checkpoint into an engine, whatever number of workers and ZeRO stage wrote
-    it: each worker reads what it owns. Every worker calls it.
+    it: each worker reads what it owns. Every worker calls it; `beat` is called as it goes on.
 
     Raises Damaged on all of them when what one read is not what was written: the checkpoint is set aside then.
     StorageError when it cannot be read.
@@ -121,7 +121,7 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     try:
         index = Index.read(checkpoint.uri, checkpoint.manifest, checkpoint.manifest.report["folder"])
         for fragments in owned.filling(list(index.states), counters["step"]):
-            ranges.fill(checkpoint.files, index, fragments, list(index.states))
+            ranges.fill(checkpoint.files, index, fragments, list(index.states), beat)
     except (storage.StorageError, ManifestError) as error:
         failed = error
     try:
@@ -135,11 +135,17 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
         setattr(engine, name, counters[name])
 
 
-def load_newest(engine: DeepSpeedEngine, output: str, spec: Resumable, inputs: dict[str, str]) -> Checkpoint | None:
+def load_newest(
+    engine: DeepSpeedEngine,
+    output: str,
+    spec: Resumable,
+    inputs: dict[str, str],
+    beat: Callable[[], object] = lambda: None,
+) -> Checkpoint | None:
     """Load the newest checkpoint whose content is what was written, if there is one. Every worker calls it."""
     while (checkpoint := agreed_checkpoint(output, spec, inputs)) is not None:
         try:
-            load(engine, checkpoint)
+            load(engine, checkpoint, beat=beat)
         except storage.Damaged:  # set aside
             continue
         return checkpoint

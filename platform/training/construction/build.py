@@ -7,7 +7,7 @@ reads or draws the ranges that it owns (`fill`), and the workers hand round what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def initialize(
     model = described.model.checkpoint_activations(spec.checkpoint_activations)
     configuration = engines.deepspeed_config(spec, world, sum(p.numel() for p in model.parameters()))
     materialize(model, spec, device, configuration)
-    if spec.compile:
+    if spec.compiled:
         model.compile_blocks()
     return engines.initialize(model, spec, world, passes)
 
@@ -123,18 +123,20 @@ class _OwnParameters(nn.Module):
         self.own = nn.ParameterList(own)
 
 
-def fill(engine: DeepSpeedEngine, source: WeightSource, trained: bool = True) -> None:
+def fill(
+    engine: DeepSpeedEngine, source: WeightSource, trained: bool = True, beat: Callable[[], object] = lambda: None
+) -> None:
     """Fill the weights from a source, or those alone that are not `trained`: each worker what it owns. Every worker
-    calls it. Raises StorageError on all of them."""
+    calls it; `beat` is called as it goes on. Raises StorageError on all of them."""
     owned, frozen, failed = OwnedState(engine), _Frozen(engine), None
     if not trained and not frozen.parameters:
         return
     try:
         if not trained:
-            source.fill(frozen.wanted())
+            source.fill(frozen.wanted(), beat)
         for number, fragments in enumerate(owned.filling([MASTER], 0) if trained else ()):
             wanted = [Wanted(f.parameter, f.offset, f.states[MASTER]) for f in fragments]
-            source.fill(wanted + (frozen.wanted() if number == 0 else []))
+            source.fill(wanted + (frozen.wanted() if number == 0 else []), beat)
     except storage.StorageError as error:
         failed = error
     raise_on_all(failed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
@@ -33,8 +33,8 @@ class Wanted(NamedTuple):
 class WeightSource(Protocol):
     """The weights of an ordinary Transformer, or of one with what is added to it for training."""
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
-        """Raises StorageError where weights cannot be read or are not those of the model."""
+    def fill(self, wanted: Sequence[Wanted], beat: Callable[[], object] = lambda: None) -> None:
+        """`beat` is called as it goes on. Raises StorageError where weights cannot be read, or are another model's."""
         ...
 
 
@@ -46,13 +46,14 @@ class SeededWeights:
     seed: int
     device: torch.device
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[Wanted], beat: Callable[[], object] = lambda: None) -> None:
         by_name = _by_parameter(wanted)
         with torch.device("meta"):
             model = Transformer(self.config)
         for name, value in model.initial_weights(self.seed, self.device):
             for _, offset, target in by_name.get(name, ()):
                 target.copy_(value.view(-1)[offset : offset + target.numel()])
+            beat()
 
 
 class _Stored(NamedTuple):
@@ -71,7 +72,7 @@ class DirectoryWeights:
         self._uri = uri
         self._stored = {name: stored for file in _weight_files(uri) for name, stored in _header(file)}
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[Wanted], beat: Callable[[], object] = lambda: None) -> None:
         work: list[tuple[_Stored, int, Tensor]] = []
         for name, offset, target in wanted:
             stored = self._stored.get(name)
@@ -83,7 +84,7 @@ class DirectoryWeights:
             work += [(stored, offset + first, target[first : first + step]) for first in range(0, target.numel(), step)]
         with ThreadPoolExecutor(THREADS, thread_name_prefix="weights") as pool:
             for _ in pool.map(lambda item: _read(*item), work):
-                pass
+                beat()
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class AddedWeights:
     lengths_of: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     """Parameter -> the matrix whose rows it is the lengths of, and their width."""
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[Wanted], beat: Callable[[], object] = lambda: None) -> None:
         plain = []
         for want in wanted:
             name, offset, target = want
@@ -114,7 +115,7 @@ class AddedWeights:
                 target.copy_(rows.view(-1, width).norm(dim=1))
             else:
                 plain.append(want)
-        self.plain.fill(plain)
+        self.plain.fill(plain, beat)
 
 
 def _rows(want: Wanted, matrix: str, rows: list[int], width: int) -> Iterator[Wanted]:

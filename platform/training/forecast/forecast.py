@@ -223,7 +223,6 @@ def _too_large(training: Training, room: float, fewest: int, workers: int) -> Pr
         "optimizer": memory.optimizer,
         "activations": memory.activations,
         "buffers": memory.buffers,
-        "the sample model": memory.samples,
     }
     most = sorted(parts.items(), key=lambda part: -part[1])[:2]
     listed = ", ".join(f"{name} {_gb(size)}" for name, size in most)

@@ -37,14 +37,12 @@ class Memory:
     activations: float
     buffers: float
     """Buckets of collectives, gathered weights, the loss, what the runtime takes."""
-    samples: float
-    """A second model, on the first worker alone."""
 
     @property
     def total(self) -> float:
-        return (
-            self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.samples
-        ) + FRAGMENTS * (self.weights + self.gradients + self.optimizer + self.activations)
+        return (self.weights + self.gradients + self.optimizer + self.activations + self.buffers) + FRAGMENTS * (
+            self.weights + self.gradients + self.optimizer + self.activations
+        )
 
     @property
     def states(self) -> float:
@@ -112,7 +110,6 @@ def gpu_memory(
         optimizer=on_gpu,
         activations=max(passes, stepped - loss),
         buffers=bucket + gathered + loss + RUNTIME,
-        samples=element * sizes.total if spec.samples else 0,
     )
 
 

@@ -16,7 +16,7 @@ from calumma.platform.cluster.progress import Progress
 from calumma.platform.specification import Recovery, Resources
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.errors import Stopped, TrainingFailed
-from calumma.platform.training.group import console
+from calumma.platform.training.group import console, entry
 from calumma.platform.training.group.control import WorkerControl
 from calumma.platform.training.group.policies import (
     checkpoint_before_resizing,
@@ -63,9 +63,12 @@ def fit(
     data: DataConfig | None = None,
     datasets: dict[str, Any] | None = None,
     control: WorkerControl | None = None,
+    stacks: str,
 ) -> Any:
     """Run `loop(config)` on workers joined by torch.distributed; what the loop returned on rank 0.
 
+    A worker where nothing goes on for `recovery.hang_seconds`, from its first import to its end, is ended; its stack
+    traces go to the folder `stacks`.
     `workers` is their number or a range, in which it follows the size of the cluster. With a `control`, workers that
     fail are started again, and Ctrl-C and SIGTERM let them write a checkpoint first.
     Progress follows the run's metrics `step` and `loss`. Raises TrainingFailed, KeyboardInterrupt on Ctrl-C and
@@ -84,9 +87,13 @@ def fit(
         per_worker["GPU"] = resources.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="calumma-train-") as folder:  # our own checkpoints go to our own storage
         trainer = _trainer_class(control, resources.recovery, signals)(
-            loop,
-            train_loop_config=config,
-            torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+            entry.watched(loop, resources.recovery.hang_seconds, stacks),
+            train_loop_config={"payload": entry.packed(config)},
+            # What hangs is the watchdogs' business: whoever waits for a slow one must not fail before them.
+            torch_config=TorchConfig(
+                backend="nccl" if resources.gpus_per_worker else "gloo",
+                timeout_s=max(1800, round(1.5 * resources.recovery.hang_seconds)),
+            ),
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=resources.gpus_per_worker > 0,

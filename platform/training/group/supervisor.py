@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import time
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +16,7 @@ from calumma.platform import storage
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.checkpoints.saver import OnPublished, Replicated, Saver
 from calumma.platform.training.errors import Stopped, TrainingFailed
+from calumma.platform.training.group.entry import keep_stacks
 from calumma.platform.training.group.notice import Action, NoticeWatcher
 from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker
@@ -40,8 +40,10 @@ class Supervisor:
         assignment: Assignment | ImageAssignment,
         worker: Worker,
         published: OnPublished | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        """`published(uri, report)` is called by the first worker, from a background thread, for each checkpoint."""
+        """`published(uri, report)` is called by the first worker, from a background thread, for each checkpoint.
+        `watchdog`: the one that this worker has already; without it the steps get one of their own."""
         self._engine, self._assignment, self._worker, spec = engine, assignment, worker, assignment.spec
         self._checkpoints = catalog.checkpoints_folder(assignment.output)
         self._next = assignment.first_step
@@ -57,7 +59,9 @@ class Supervisor:
             catalog.retain(assignment.output, spec.resources.keep)
 
         self._saver = Saver(spec, assignment.inputs, published, keep_few)
-        self._watchdog = Watchdog(spec.resources.recovery.hang_seconds, self._save_stacks)
+        self._own_watchdog = watchdog is None
+        self._watchdog = watchdog or Watchdog(spec.resources.recovery.hang_seconds, self._save_stacks)
+        self._watchdog.place = f"step {self._next:08d}"
         self._notices = NoticeWatcher(self._checkpoints) if worker.is_main else None
 
     def __enter__(self) -> Self:
@@ -74,7 +78,8 @@ class Supervisor:
         finally:
             if self._notices is not None:
                 self._notices.close()
-            self._watchdog.close()
+            if self._own_watchdog:
+                self._watchdog.close()
             self._saver.close()
 
     def check_step(self, step: int) -> None:
@@ -90,7 +95,7 @@ class Supervisor:
         return. Raises Stopped when the notice says so, TrainingFailed when checkpoints cannot be written.
         """
         self._next = done
-        self._watchdog.beat()
+        self._watchdog.enter(f"step {done:08d}")
         action, why = self._agreed_action()
         if not due and action is None:
             return
@@ -138,9 +143,7 @@ class Supervisor:
         return action, own[1] if own else "another worker was told"
 
     def _save_stacks(self, text: str) -> None:
-        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        name = f"{now}-step-{self._next:08d}-worker-{self._worker.rank:05d}.txt"
-        storage.write_bytes(storage.join(self._assignment.output, "stacks", name), text.encode())
+        keep_stacks(storage.join(self._assignment.output, "stacks"), self._watchdog.place, text)
 
 
 def _preemption() -> Any:

@@ -32,6 +32,8 @@ class Watchdog:
         grace: float = _GRACE,
     ) -> None:
         self._limit, self._keep, self._end, self._grace = limit, keep, end, grace
+        self.place = "starting"
+        """What is being done, for whoever reads of its end."""
         self._stop = threading.Event()
         self._last = self._armed = time.monotonic()
         fallback = Path(tempfile.gettempdir(), f"calumma-stacks-{os.getpid()}.txt")
@@ -46,7 +48,14 @@ class Watchdog:
         if self._last - self._armed > self._limit / 10:
             self._arm()
 
+    def enter(self, place: str) -> None:
+        """Something else begins."""
+        self.place = place
+        self.beat()
+
     def close(self) -> None:
+        if self._stop.is_set():
+            return
         self._stop.set()
         faulthandler.cancel_dump_traceback_later()
         self._thread.join()
@@ -62,7 +71,7 @@ class Watchdog:
             idle = time.monotonic() - self._last
             if idle <= self._limit:
                 continue
-            message = f"no progress for {idle:.0f} s (the limit is {self._limit:g} s)"
+            message = f"no progress for {idle:.0f} s at {self.place} (the limit is {self._limit:g} s)"
             logger.error("%s: this worker is ended, and the group restarted", message)
             try:
                 self._keep(f"{message}\n\n{stacks()}")

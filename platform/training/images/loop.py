@@ -24,7 +24,9 @@ from calumma.platform.training import publication
 from calumma.platform.training.assignment import ImageAssignment
 from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.errors import Stopped, TrainingFailed
+from calumma.platform.training.group.entry import watchdog_of
 from calumma.platform.training.group.supervisor import Supervisor
+from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker, set_up_worker
 from calumma.platform.training.images import data
 from calumma.platform.training.images.augmentation import seen_in_step
@@ -48,6 +50,12 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     """The worker's loop, from the newest whole checkpoint that there is when this group starts; the report (on rank 0,
     elsewhere empty)."""
     submitted: ImageAssignment = config["assignment"]
+    limit = submitted.spec.resources.recovery.hang_seconds
+    with watchdog_of(config, limit, storage.join(submitted.output, "stacks")) as watchdog:
+        return _train(submitted, watchdog)
+
+
+def _train(submitted: ImageAssignment, watchdog: Watchdog) -> dict[str, Any]:
     worker = set_up_worker()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     assignment = replace(
@@ -60,9 +68,11 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         if writer is not None:
             writer.log_dict(provenance.environment() | {"workers": worker.world}, "environment.json")
             writer.log_data(assignment.inputs, "training")
-        loop = Loop(assignment, worker, writer)
+        watchdog.enter("reading images")
+        loop = Loop(assignment, worker, writer, watchdog)
         try:
             loop.run()
+            watchdog.enter("publishing")
             return loop.publish()
         finally:
             if isinstance(loop.pool, ImageStream):
@@ -77,8 +87,14 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 class Loop:
     """The steps of one worker, from where training stands to its end."""
 
-    def __init__(self, assignment: ImageAssignment, worker: Worker, writer: BackgroundWriter | None) -> None:
-        self.assignment, self.worker, self.writer = assignment, worker, writer
+    def __init__(
+        self,
+        assignment: ImageAssignment,
+        worker: Worker,
+        writer: BackgroundWriter | None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self.assignment, self.worker, self.writer, self.watchdog = assignment, worker, writer, watchdog
         spec = self.spec = assignment.spec
         self.pool: Pool | ImageStream
         if spec.stream:
@@ -104,7 +120,7 @@ class Loop:
         spec, first = self.spec, self.assignment.first_step
         if first >= spec.steps:
             return
-        with Supervisor(self.training, self.assignment, self.worker, self._published) as supervisor:
+        with Supervisor(self.training, self.assignment, self.worker, self._published, self.watchdog) as supervisor:
             if spec.faults.action == "roll_back" and first == 0:
                 self._save(supervisor, 0, due=True)  # something to go back to
             for step in range(first, spec.steps):
@@ -153,7 +169,7 @@ class Loop:
             metrics |= self._metrics(done, rate, measures if cause is None else None)
         self._log(metrics, done)
         if spec.held_out_every is not None and done % spec.held_out_every == 0 and not last:
-            self._evaluate(supervisor, done)
+            self._evaluate(done)
 
     def _images(self) -> Tensor:
         """ByteTensor [B, 3, H, W]: this worker's share of the next global batch."""
@@ -186,23 +202,25 @@ class Loop:
     def _new_interval(self, done: int) -> None:
         self._interval_step, self._interval_began, self._paused = done, time.monotonic(), 0.0
 
-    def _evaluate(self, supervisor: Supervisor, done: int) -> None:
+    def _evaluate(self, done: int) -> None:
         """Reconstruction on the way: its errors and a picture."""
         began = time.monotonic()
         with self.clock("evaluation"):
-            metrics = self._measured(supervisor)
+            metrics = self._measured()
             self._log({key: value for key, value in metrics.items() if isinstance(value, float)}, done)
             self._picture(f"samples/step-{done:08d}/reconstructions.png")
         self._paused += time.monotonic() - began
 
-    def _measured(self, supervisor: Supervisor | None = None) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         """Reconstruction of held-out images (of training images where there are none), and the share of codes that
         these and training images use; every worker calls it."""
-        beat = supervisor.beat if supervisor is not None else None
 
         def measured(images: Tensor) -> ReconstructionErrors:
             return measure_reconstruction(
-                self.training.tokenizer, images, all_reduce=self.training.all_reduce, beat=beat
+                self.training.tokenizer,
+                images,
+                all_reduce=self.training.all_reduce,
+                beat=self.watchdog.beat if self.watchdog else None,
             )
 
         trained = measured(self.pool.images[: -(-_MEASURED_IMAGES // self.worker.world)])

@@ -57,6 +57,7 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
         steps=spec.steps,
         progress=progress,
         control=worker_control(assignment.output),
+        stacks=storage.join(assignment.output, "stacks"),
     )
     files = [FileEntry.model_validate(entry) for entry in report.pop("files")]
     manifest = Manifest(

@@ -66,6 +66,7 @@ _OWN_FIELDS = {
     "gradient_accumulation_steps": "micro_batches",
     "scheduler": "schedule",
     "zero_optimization.stage": "zero_stage",
+    "zero_optimization.overlap_comm": "overlap_communication",
     "bf16.enabled": "precision",
     "fp16.enabled": "precision",
 }
@@ -84,6 +85,7 @@ def deepspeed_config(
         "stage": spec.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        "overlap_comm": spec.overlapped,
     }
     for name, device in (("offload_optimizer", spec.offload.optimizer), ("offload_param", spec.offload.weights)):
         if device != "none":
@@ -327,8 +329,11 @@ def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate
 
 
-def gathered_weights(engine: DeepSpeedEngine, keep: bool) -> dict[str, Tensor]:
-    """All weights on the CPU, where `keep` (elsewhere nothing); every worker must call it, ZeRO 3 gathers here."""
+def gathered_weights(
+    engine: DeepSpeedEngine, keep: bool, beat: Callable[[], object] = lambda: None
+) -> dict[str, Tensor]:
+    """All weights on the CPU, where `keep` (elsewhere nothing); every worker must call it, ZeRO 3 gathers here. `beat`
+    is called after each."""
     import deepspeed
 
     weights: dict[str, Tensor] = {}
@@ -337,6 +342,7 @@ def gathered_weights(engine: DeepSpeedEngine, keep: bool) -> dict[str, Tensor]:
         with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
             if keep:
                 weights[name] = parameter.detach().to("cpu", copy=True)
+        beat()
     return weights
 
 

@@ -310,12 +310,14 @@ def group_under_fire(
 
 
 def survives(tmp_path: Path, output: str, kills: int, **fields: Any) -> None:
-    """Groups one after the other until the last step is taken; what they saw is what a run saw that lost nobody."""
+    """Groups one after the other, each of another size and stage of ZeRO, until the last step is taken; what they saw
+    is what a run saw that lost nobody."""
     notes, last = str(tmp_path / "notes"), 15 * kills  # too far for fewer groups than that
     attempt, killed = 0, 0
     while not Path(f"{notes}-done").exists():
         try:
-            in_a_group(group_under_fire, 2, output, notes, attempt, last, killed < kills, fields)
+            stage = {"zero_stage": (3, 1, 2, 0)[attempt % 4]}
+            in_a_group(group_under_fire, 1 + attempt % 3, output, notes, attempt, last, killed < kills, fields | stage)
         except torch.multiprocessing.ProcessExitedException as ended:
             killed += ended.signal_name == "SIGKILL"
         except torch.multiprocessing.ProcessRaisedException:  # the other worker saw it first, or storage failed
@@ -331,7 +333,7 @@ def survives(tmp_path: Path, output: str, kills: int, **fields: Any) -> None:
     assert killed == kills
     assert sorted({step for _, _, step, *_ in seen}) == list(range(last))
     for _, _, step, loss, _ in seen:  # every time that a step was taken, not only the last
-        assert loss == pytest.approx(straight[step], rel=1e-6), f"step {step}"
+        assert loss == pytest.approx(straight[step], rel=1e-3), f"step {step}"
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])  # twenty: more than a minute

@@ -250,6 +250,8 @@ def work(rank: int, world: int, root: str, folder: str, runs: dict[str, list[Run
     loop.set_up_worker = lambda: Worker(rank, world, torch.device("cpu"))
     beats, beat = list[int](), Watchdog.beat
     Watchdog.beat = lambda dog: beats.append(1) or beat(dog)  # type: ignore[func-returns-value, method-assign]
+    places, enter = list[str](), Watchdog.enter
+    Watchdog.enter = lambda dog, place: places.append(place) or enter(dog, place)  # type: ignore[func-returns-value, method-assign]
     outcomes: dict[str, list[dict[str, Any]]] = {}
     for name, parts in (SCENARIOS if world == 1 else TOGETHER).items():
         outcomes[name] = []
@@ -257,13 +259,14 @@ def work(rank: int, world: int, root: str, folder: str, runs: dict[str, list[Run
             spec = specification(root, name, **fields)
             outcome: dict[str, Any] = {}
             beats.clear()
+            places.clear()
             try:
                 assignment = preparation.prepare(spec, run)
                 scripted(spec, script, assignment.first_step)
                 outcome["report"] = loop.train({"assignment": assignment})
             except Exception as error:
                 outcome["error"] = f"{type(error).__name__}: {error}"
-            outcomes[name].append(outcome | {"beats": len(beats)})
+            outcomes[name].append(outcome | {"beats": len(beats), "places": list(dict.fromkeys(places))})
     Path(folder, f"{rank} of {world}.json").write_text(json.dumps(outcomes))
 
 

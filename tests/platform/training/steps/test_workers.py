@@ -33,7 +33,7 @@ def untrained(shape: ModelConfig) -> Transformer:
     return Transformer(shape.model_copy(update={"vocabulary_size": SIZE})).initialize(0)
 
 
-Variants = dict[str, tuple[PretrainSpecification, bool]]  # the stage, and whether its activations are recomputed
+Variants = dict[str, PretrainSpecification]
 
 
 def work(rank: int, world: int, variants: Variants, folder: str) -> None:
@@ -45,14 +45,14 @@ def work(rank: int, world: int, variants: Variants, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world
     )
-    found = {name: take_steps(rank, world, *variant) for name, variant in variants.items()}
+    found = {name: take_steps(rank, world, spec) for name, spec in variants.items()}
     if rank == 0:
         torch.save(found, f"{folder}/{world}.pt")
 
 
-def take_steps(rank: int, world: int, spec: PretrainSpecification, recompute: bool) -> dict[str, Any]:
+def take_steps(rank: int, world: int, spec: PretrainSpecification) -> dict[str, Any]:
     assert spec.model is not None
-    run = engine.initialize(untrained(spec.model).checkpoint_activations(recompute), spec, world)
+    run = engine.initialize(untrained(spec.model).checkpoint_activations(spec.checkpoint_activations), spec, world)
     image_mask_V = torch.arange(SIZE) >= 40
     empty = HeldOutBatch(*(torch.zeros(0, 17, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
     seen = []
@@ -69,7 +69,17 @@ def take_steps(rank: int, world: int, spec: PretrainSpecification, recompute: bo
     return {"weights": engine.gathered_weights(run, keep=rank == 0), "seen": seen}
 
 
-VARIANTS = {"ZeRO 1": (1, False), "ZeRO 3": (3, False), "ZeRO 3, recomputed": (3, True)}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ZeRO 1": {"zero_stage": 1},
+    "ZeRO 2, overlapped": {"zero_stage": 2, "overlap_communication": True},
+    "ZeRO 3": {"zero_stage": 3},
+    "ZeRO 3, recomputed": {"zero_stage": 3, "checkpoint_activations": True},
+    "ZeRO 3, recomputed selectively, overlapped": {
+        "zero_stage": 3,
+        "checkpoint_activations": "selective",
+        "overlap_communication": True,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +89,19 @@ def found(
     """What one worker and what two have seen."""
     folder = tmp_path_factory.mktemp("workers")
     optimizer = {"learning_rate": 0.01, "eps": 1e-3}
-    variants = {name: (stage(zero_stage=zero, optimizer=optimizer), again) for name, (zero, again) in VARIANTS.items()}
+    variants = {name: stage(optimizer=optimizer, **fields) for name, fields in VARIANTS.items()}
     for world in (1, 2):
         torch.multiprocessing.spawn(work, (world, variants, str(folder)), nprocs=world)
     return {world: torch.load(folder / f"{world}.pt") for world in (1, 2)}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_setting_takes_the_steps_of_the_plain_one(found: dict[int, dict[str, Any]], name: str) -> None:
+    """Recomputation, overlap and the stage of ZeRO change no step, on one worker and on two."""
+    for world in (1, 2):
+        assert found[world][name]["seen"] == [
+            pytest.approx(values, rel=1e-5) for values in found[world]["ZeRO 1"]["seen"]
+        ]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
