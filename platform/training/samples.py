@@ -60,7 +60,7 @@ def sample_answers(
     documents = [Document((Text(prompt, "user" if conversation else None),)) for prompt in prompts]
     room = model.config.context - max(len(model.encode(document, complete=False)) for document in documents)
     params = SamplingParams(max_tokens=max(1, min(_MOST_TOKENS, room)), mode="interleaved", seed=seed)
-    return generate(model, documents, params, max_sequences=len(documents), decoder=decoder, beat=beat)
+    return generate(model, documents, params, max_sequences=3 * len(documents), decoder=decoder, beat=beat)
 
 
 def render_answer(prompt: str, answer: Document) -> PILImage.Image:
