@@ -66,7 +66,6 @@ _OWN_FIELDS = {
     "gradient_accumulation_steps": "micro_batches",
     "scheduler": "schedule",
     "zero_optimization.stage": "zero_stage",
-    "zero_optimization.overlap_comm": "overlap_communication",
     "bf16.enabled": "precision",
     "fp16.enabled": "precision",
 }

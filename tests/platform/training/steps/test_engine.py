@@ -61,6 +61,7 @@ def test_settings_become_deepspeeds_and_raw_ones_have_the_last_word() -> None:
     assert made["gradient_accumulation_steps"] == 2  # three micro-batches on two workers
     assert made["zero_optimization"] == {
         "stage": 3,
+        "overlap_comm": False,
         "reduce_bucket_size": 1000,
         "allgather_bucket_size": 1000,
         "offload_optimizer": {"device": "cpu"},
