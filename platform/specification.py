@@ -10,7 +10,7 @@ import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -59,7 +59,13 @@ class Recovery(Section):
     hang_seconds: float = Field(1800, gt=0, description="a worker without progress for so long is ended")
     resize_seconds: float = Field(60, gt=0, description="how often a range of workers looks for nodes that joined")
     stop_seconds: float = Field(
-        120, gt=0, description="how long the checkpoint on SIGTERM, Ctrl-C or before a resize may take"
+        120,
+        gt=0,
+        description="how long the checkpoint on SIGTERM, Ctrl-C or before a resize may take; three times what the last "
+        "one took where that is longer",
+    )
+    lease_seconds: float = Field(
+        60, gt=0, description="how long an output stays the run's that has it when nothing is heard of that run"
     )
 
 
@@ -69,6 +75,11 @@ class Retention(Section):
     last: int = Field(3, ge=1, description="the newest ones")
     every: int | None = Field(None, ge=1, description="those whose step is a multiple of it")
     best: int = Field(0, ge=0, description="those with the lowest loss")
+    when_full: Literal["fail", "prune"] = Field(
+        "fail",
+        description="where a disk has no room for the next: fail: it is not written, and three in a row end the run. "
+        "prune: all but the newest are deleted first",
+    )
 
 
 class Resources(Section):
@@ -192,7 +203,7 @@ def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
             if part in model.model_fields:
                 inner += _models_in(model.model_fields[part].annotation)
         models = inner or models
-    return sorted({name for model in models for name in model.model_fields})
+    return sorted({field.alias or name for model in models for name, field in model.model_fields.items()})
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

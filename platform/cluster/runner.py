@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from calumma.platform.cluster import capacity, connection
 from calumma.platform.cluster.progress import Progress, no_progress
-from calumma.platform.specification import JobSpecification
+from calumma.platform.specification import JobSpecification, with_absolute_storage
 
 if TYPE_CHECKING:
     from calumma.platform.storage.manifest import Manifest
@@ -53,20 +53,24 @@ def run_job(
     """Run a job on the cluster this process is connected to (see calumma.platform.cluster).
 
     Returns its manifest, and whether it was skipped because an equal specification's result is reusable; `force`
-    first deletes that result and any checkpoints to resume from. Raises SpecificationError, before anything is
-    tracked, when the cluster lacks what the job asks for. An exception of the job marks its MLflow run as failed and
-    goes on to the caller.
+    first deletes that result and any checkpoints to resume from. Before anything is tracked it raises
+    SpecificationError when the cluster lacks what the job asks for, and OutputTaken when another run is writing to the
+    output. An exception of the job marks its MLflow run as failed and goes on to the caller.
     """
     if not force and (done := reusable_result(spec)) is not None:
         return done, True
     capacity.require_workers(spec.resources)
-    if force:
-        delete_result(spec)
 
+    from calumma.platform.storage import lease
     from calumma.platform.tracking.job_run import job_run
 
-    with job_run(spec) as run:
-        return job(spec, run, progress), False
+    with lease.held(with_absolute_storage(spec).output_uri, spec.resources.recovery.lease_seconds) as owned:
+        if force:
+            delete_result(spec)
+        with job_run(spec) as run:
+            owned.tell(run.id)
+            run.fence = owned.fence
+            return job(spec, run, progress), False
 
 
 def run_on_own_cluster(

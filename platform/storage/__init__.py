@@ -7,7 +7,9 @@ deletions remove first. Every failure is a StorageError. `manifest` and `publish
 
 from calumma.platform.storage.files import (
     ContentCheck,
+    age,
     copy_to,
+    create,
     exists,
     files_beside,
     list_files,
@@ -38,8 +40,10 @@ __all__ = [
     "Listing",
     "NotFound",
     "StorageError",
+    "age",
     "check_writable",
     "copy_to",
+    "create",
     "delete",
     "download",
     "exists",

@@ -10,8 +10,15 @@ from typing import BinaryIO
 from calumma.platform.storage import filesystems
 from calumma.platform.storage.client import max_attempts, s3_client
 from calumma.platform.storage.error_translation import translated_errors
-from calumma.platform.storage.local import local_range, local_sizes, replace_file
-from calumma.platform.storage.s3 import beginning, object_reader, remote_range, remote_sizes
+from calumma.platform.storage.local import create_file, local_age, local_range, local_sizes, replace_file
+from calumma.platform.storage.s3 import (
+    beginning,
+    create_object,
+    object_age,
+    object_reader,
+    remote_range,
+    remote_sizes,
+)
 from calumma.platform.storage.uri import (
     BrokenRead,
     Damaged,
@@ -149,6 +156,35 @@ def write_bytes(uri: str, data: bytes) -> None:
             return
         bucket, key = bucket_and_key(uri)
         s3_client().put_object(Bucket=bucket, Key=key, Body=data)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write a whole file where there is none; whether it was: of several at once one alone does. Raises StorageError.
+
+    On S3 a conditional write (`If-None-Match: *`), on a file system a hard link; Arrow's file systems have neither, and
+    of two at the same moment both may believe it there, with the content of one.
+    """
+    refuse_to_write(uri, "write")
+    with translated_errors(uri, "write"):
+        if not is_remote(uri):
+            return create_file(local_path(uri), data)
+        if is_foreign(uri):
+            if next(filesystems.sizes(uri), None) is not None:
+                return False
+            filesystems.write(uri, io.BytesIO(data))
+            return True
+        return create_object(uri, data)
+
+
+def age(uri: str) -> float:
+    """Seconds since a file was written, by the clock of its storage alone (by this machine's, too, on Google's and
+    Azure's). Raises StorageError, NotFound."""
+    with translated_errors(uri, "look for"):
+        if not is_remote(uri):
+            return local_age(local_path(uri))
+        if is_foreign(uri):
+            return filesystems.age(uri)
+        return object_age(uri)
 
 
 def open_read(uri: str, buffer: int = 4 << 20) -> io.BufferedIOBase:

@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -67,6 +68,17 @@ def size(uri: str) -> int:
     if found.type != fs.FileType.File:
         raise FileNotFoundError(path)
     return int(found.size)
+
+
+def age(uri: str) -> float:
+    """Seconds since a file was written. Raises FileNotFoundError."""
+    import pyarrow.fs as fs
+
+    scheme, _, path = uri.partition("://")
+    entry = _arrow(scheme).get_file_info(path.strip("/"))
+    if entry.type != fs.FileType.File:
+        raise FileNotFoundError(uri)
+    return max(0.0, time.time() - entry.mtime_ns / 1e9)
 
 
 def open_file(uri: str, buffer: int) -> io.BufferedIOBase:

@@ -54,3 +54,31 @@ def replace_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def create_file(path: Path, data: bytes) -> bool:
+    """Write a local file where there is none; whether it was. It appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def local_age(path: Path) -> float:
+    """Seconds since a file was written, by the clock of its file system, which may be a server's."""
+    written = path.stat().st_mtime
+    probe = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        probe.touch()
+        return max(0.0, probe.stat().st_mtime - written)
+    finally:
+        probe.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
 
 from calumma.platform.storage.client import endpoint, s3_client
 from calumma.platform.storage.error_translation import translated_errors
@@ -63,6 +64,29 @@ def remote_range(uri: str, offset: int, length: int) -> bytes:
     if len(data) != length:
         raise BrokenRead(f"{len(data):,} bytes came where {length:,} were asked for")
     return data
+
+
+def create_object(uri: str, data: bytes) -> bool:
+    """Write an object where there is none; whether it was."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = bucket_and_key(uri)
+    try:
+        s3_client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+    except ClientError as error:
+        # 409: another conditional write of it is under way.
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
+            return False
+        raise
+    return True
+
+
+def object_age(uri: str) -> float:
+    """Seconds since an object was written, by the server's clock."""
+    bucket, key = bucket_and_key(uri)
+    found = s3_client().head_object(Bucket=bucket, Key=key)
+    now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return max(0.0, (now - found["LastModified"]).total_seconds())
 
 
 @functools.cache

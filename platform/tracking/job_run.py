@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from calumma.platform.specification import JobSpecification
 from calumma.platform.tracking.names import valid_names
-from calumma.platform.tracking.outbox import Outbox, send_pending
+from calumma.platform.tracking.outbox import PERMANENT_ERRORS, Outbox, send_pending
 from calumma.platform.tracking.run import Run
 from calumma.platform.tracking.server import (
     PARENT_TAG,
@@ -63,6 +63,28 @@ class JobRun(Run):
             return {"name": file.name, "folder": folder, "data": base64.b64encode(file.read_bytes()).decode()}
 
         self._deliver(lambda: super(JobRun, self).log_artifact(local_path, folder), "artifact", content)
+
+    def register(self, name: str, source: str, tags: dict[str, str], alias: str | None) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        from calumma.platform.tracking.registry import refusal
+
+        registered: list[str | None] = []
+
+        def send() -> None:
+            try:
+                registered.append(super(JobRun, self).register(name, source, tags, alias))
+            except MlflowException as error:
+                if error.error_code in PERMANENT_ERRORS:
+                    refused.append(refusal(self.uri, name, source, error))
+                    return
+                raise
+
+        refused: list[TrackingError] = []
+        self._deliver(send, "register", lambda: {"name": name, "source": source, "tags": tags, "alias": alias})
+        if refused:
+            raise refused[0]
+        return registered[0] if registered else None
 
     def set_terminated(self, status: str, milliseconds: int) -> None:
         """Mark the run, and the project's run above it, as ended."""

@@ -40,9 +40,12 @@ logger = logging.getLogger(__name__)
 _METRICS_A_BATCH = 1000  # MLflow's limit of one batched request (mlflow/utils/validation.py)
 _LONGEST_BACKOFF = 60.0  # seconds between two attempts at a server that is away
 _FLUSH_POLL = 0.05  # seconds between two looks at what waits, when somebody waits for it
+_SEND_INTERVAL = (
+    1.0  # seconds, at least, between two requests for what training logs: what comes meanwhile goes at once
+)
 _CLOSE_TIMEOUT = 30.0  # seconds that closing waits for a server that is away
 # With these the server says that it will never take an entry; anything else may pass.
-_PERMANENT_ERRORS = {
+PERMANENT_ERRORS = {
     "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "INVALID_STATE",
 }  # fmt: skip
 
@@ -98,7 +101,7 @@ class Outbox:
             try:
                 _send_entries(run, [entry for _, entry in batch])
             except Exception as error:
-                if getattr(error, "error_code", None) not in _PERMANENT_ERRORS:
+                if getattr(error, "error_code", None) not in PERMANENT_ERRORS:
                     raise
                 if len(batch) == 1:
                     self._refuse(batch[0][0], error)
@@ -132,7 +135,7 @@ class Outbox:
             try:
                 _send_entries(run, [entry])
             except Exception as error:
-                if getattr(error, "error_code", None) not in _PERMANENT_ERRORS:
+                if getattr(error, "error_code", None) not in PERMANENT_ERRORS:
                     raise
                 self._refuse(path, error)
             else:
@@ -259,6 +262,8 @@ class BackgroundWriter:
                     _delete_backup(self._backup, self._outbox.folder.name)
                 pause = 1.0
                 self._wake.wait()
+                self._flush_now.wait(_SEND_INTERVAL)
+                self._flush_now.clear()
             except Exception as error:  # MlflowException, requests', SQLAlchemy's: whatever it is, training goes on
                 if not self._away:
                     logger.warning("MLflow at %s is away, training goes on: %s", self._run.uri, error)
@@ -368,6 +373,8 @@ def _send_entries(run: Run, entries: list[dict[str, Any]]) -> None:
         run.log_tags(content["tags"])
     elif kind == "data":
         run.log_data(content["manifests"], content["context"])
+    elif kind == "register":
+        run.register(**content)
     elif kind == "end":
         run.client.set_terminated(run.id, content["status"], content["time"])
     else:

@@ -16,6 +16,7 @@ from calumma.platform.tracking.server import TrackingError, connect, resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
 
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
@@ -45,31 +46,47 @@ def register(tracking: Tracking, name: str, model_directory: str, run_id: str, a
     """
     from mlflow.exceptions import MlflowException
 
+    uri = resolve_uri(tracking)
+    source = copy_to_register(model_directory)
+    try:
+        return register_version(connect(uri), name, source, run_id, provenance.lineage(model_directory), alias)
+    except MlflowException as error:
+        raise refusal(uri, name, source, error) from error
+
+
+def copy_to_register(model_directory: str) -> str:
+    """Copy a model directory to where registered ones stay; the copy's URI. Raises StorageError."""
     from calumma.platform import storage
     from calumma.platform.storage.manifest import Manifest
 
-    uri = resolve_uri(tracking)
-    client = connect(uri)
     source = registered_copy(model_directory)
     if Manifest.find(model_directory) is not None and Manifest.find(source) is None:
         with storage.local_copy(model_directory) as files:
             storage.upload(files, source)
+    return source
+
+
+def register_version(
+    client: MlflowClient, name: str, source: str, run_id: str, tags: dict[str, str], alias: str | None
+) -> str:
+    """The version of `name` with this source and run, made where there is none; its `models:/` URI. Doing it twice
+    changes nothing. Raises what MLflow's client raises."""
+    from mlflow.exceptions import MlflowException
+
     try:
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        version = client.create_model_version(
-            name, source, run_id, provenance.lineage(model_directory), await_creation_for=0
-        )
-        if alias:
-            client.set_registered_model_alias(name, alias, version.version)
+        client.create_registered_model(name)
     except MlflowException as error:
-        raise TrackingError(
-            f"the model registry at {uri} did not take {source} as {name!r}: {error.message}"
-        ) from error
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = [v for v in client.search_model_versions(f"name = '{name}'") if (v.source, v.run_id) == (source, run_id)]
+    version = made[0] if made else client.create_model_version(name, source, run_id, tags, await_creation_for=0)
+    if alias:
+        client.set_registered_model_alias(name, alias, version.version)
     return f"models:/{name}@{alias}" if alias else f"models:/{name}/{version.version}"
+
+
+def refusal(uri: str, name: str, source: str, error: MlflowException) -> TrackingError:
+    return TrackingError(f"the model registry at {uri} did not take {source} as {name!r}: {error.message}")
 
 
 def model_source(uri: str, tracking: Tracking | None = None) -> str:

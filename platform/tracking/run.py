@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL.Image import Image
 
+    from calumma.platform.storage.lease import Fence
+
 
 _PARAMS_A_BATCH = 100  # MLflow's limit of one batched request (mlflow/utils/validation.py)
 
@@ -24,10 +26,17 @@ class Run:
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.id = uri, run_id
+        self.fence: Fence | None = None
+        """By which the run knows whether the output of its job is still its own; none where it was not settled."""
         self._client: MlflowClient | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "id": self.id, "_client": None}
+        return {"uri": self.uri, "id": self.id, "fence": self.fence, "_client": None}
+
+    def check_output(self) -> None:
+        """Before other runs can see what is written or deleted. Raises OutputTaken when the output is another's."""
+        if self.fence is not None:
+            self.fence.check()
 
     def plain(self) -> Run:
         """The same run, whose methods raise when the server does not take something."""
@@ -118,6 +127,13 @@ class Run:
     def log_dict(self, values: dict[str, Any], path: str) -> None:
         """A JSON artifact, say `checkpoints/step-00000100.json`."""
         self.client.log_dict(self.id, values, valid_name(path))
+
+    def register(self, name: str, source: str, tags: dict[str, str], alias: str | None) -> str | None:
+        """The model directory `source` as a version of a registered model that this run has made; its `models:/` URI,
+        or None where that follows later. Raises TrackingError when the registry refuses."""
+        from calumma.platform.tracking.registry import register_version
+
+        return register_version(self.client, name, source, self.id, tags, alias)
 
     def latest(self) -> dict[str, float]:
         """The newest value of every metric."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from calumma.model.config import ModelConfig
 from calumma.model.vocabulary import Vocabulary
@@ -60,7 +61,13 @@ class Assignment:
     continued: Checkpoint | None
     """Checkpoint of an earlier stage whose optimizer and schedule go on here."""
     resume: Checkpoint | None
-    """Checkpoint of this stage."""
+    """Checkpoint of this stage, or the origin of its branch."""
+    origin: Checkpoint | None = None
+    """Where this branch leaves another training: gone on from until there is a checkpoint of its own."""
+    branch: dict[str, Any] | None = None
+    """What is recorded of it: from where, of which run, what was changed."""
+    initial_checkpoint: Checkpoint | None = None
+    """Checkpoint whose weights are the starting point, in place of `initial`."""
     epochs_a_step: dict[str, float] = field(default_factory=dict)
     """Source -> the part of it that a step passes through."""
     division: Division | None = None
@@ -86,6 +93,11 @@ class Assignment:
         """Whether passes are the same on any number of workers: what is dropped belongs to one, and both sides of a
         pair are in one."""
         return self.drops or self.preference is not None
+
+    @property
+    def begins_branch(self) -> bool:
+        """Whether it starts at the branch's origin."""
+        return self.origin is not None and self.resume is not None and self.resume.uri == self.origin.uri
 
     @property
     def offset(self) -> int:

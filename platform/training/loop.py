@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calumma.platform import storage
+from calumma.platform.storage.manifest import Manifest
 from calumma.platform.tracking.mirrors import Mirrors
 from calumma.platform.tracking.names import flatten
 from calumma.platform.tracking.outbox import BackgroundWriter
@@ -50,8 +51,11 @@ _RESUMED_FIELDS = (
     "loss_image",
     "held_out_loss",
     "early",
+    "held_out_step",
+    "held_out_of",
     "faults",
     "incidents",
+    "branches",
 )
 
 
@@ -68,6 +72,8 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     spec = assignment.spec
     torch.manual_seed(spec.seed)
+    watchdog.enter("reading what it starts from")
+    _require_undamaged_start(assignment)
     run = start_engine(assignment, worker, watchdog)
     writer = None
     if worker.is_main:
@@ -83,12 +89,15 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
         report.pop("faults", None)  # what they were is among the incidents
         report.pop("base", None)
         watchdog.enter("held-out measurement")
-        report["held_out"] = stage.held_out(report["step"])
+        report["held_out"] = stage.last_held_out or stage.held_out(report["step"])
         names = [name for name, p in run.module.named_parameters() if p.requires_grad]
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
         report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
-        weights = stage.best_weights(report)
+        if spec.early_stopping:
+            weights = stage.best_weights(report)
+        else:
+            weights = _published_weights(assignment, run, worker, report, watchdog)
         sampled = bool(spec.samples) and "best_step" in report  # the engine's weights are not those to be published
         if spec.samples and not sampled:
             watchdog.enter("samples")
@@ -102,14 +111,37 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
     return report
 
 
+def _published_weights(
+    assignment: Assignment, run: DeepSpeedEngine, worker: Worker, report: dict[str, Any], watchdog: Watchdog
+) -> dict[str, torch.Tensor]:
+    """The weights of the model directory, on the first worker: of the last step, or of the best checkpoint. Every
+    worker calls it. Raises StorageError when the best one cannot be read."""
+    best = catalog.best(assignment.output) if assignment.spec.publish == "best" else None
+    report["published_step"] = best.step if best is not None else assignment.spec.steps
+    if best is None or best.step == assignment.spec.steps:
+        return engine.gathered_weights(run, keep=worker.is_main, beat=watchdog.beat)
+    report["held_out_loss"] = best.manifest.report["held_out_loss"]
+    resumption.load(run, best, beat=watchdog.beat)
+    return engine.gathered_weights(run, keep=worker.is_main, beat=watchdog.beat)
+
+
 def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs: the loop, from the newest whole checkpoint there is when this group starts."""
     assignment: Assignment = config["assignment"]
-    resume = resumption.agreed_checkpoint(assignment.output, assignment.spec, assignment.inputs)
+    assignment.run.check_output()
+    resume = resumption.agreed_checkpoint(assignment.output, assignment.spec, assignment.inputs, assignment.origin)
     try:
         return train(config | {"assignment": replace(assignment, resume=resume)})
     except Stopped as stopped:
         return {"stopped": str(stopped)}
+
+
+def _require_undamaged_start(assignment: Assignment) -> None:
+    """A model directory that is started from is what its manifest says; checkpoints are checked as they are read. Every
+    worker calls it. Raises TrainingFailed."""
+    initial = assignment.initial if assignment.start_checkpoint is None else None
+    if initial is not None and (manifest := Manifest.find(initial)) is not None:
+        resumption.require_undamaged(initial, manifest)
 
 
 def start_engine(assignment: Assignment, worker: Worker, watchdog: Watchdog) -> DeepSpeedEngine:
@@ -121,9 +153,13 @@ def start_engine(assignment: Assignment, worker: Worker, watchdog: Watchdog) -> 
     run = build.initialize(described, spec, worker.world, worker.device, passes)
     source = described.source(assignment.config, _base(assignment), worker.device)
     watchdog.enter("reading weights")
-    build.fill(run, source, trained=start is None, beat=watchdog.beat)
+    try:
+        build.fill(run, source, trained=start is None, beat=watchdog.beat)
+    except storage.Damaged as error:
+        raise TrainingFailed(f"{error}. Restore it from a copy, or start from another") from error
     if start is not None:
-        resumption.load(run, start, beat=watchdog.beat)
+        own = assignment.resume is not None and not assignment.begins_branch
+        resumption.load(run, start, own=own, beat=watchdog.beat)
     watchdog.enter("starting")
     return run
 
@@ -133,7 +169,8 @@ def _base(assignment: Assignment) -> build.Base:
     start = assignment.start_checkpoint
     if start is not None:
         return build.Base(**start.manifest.report["base"])
-    return build.Base(assignment.initial, assignment.spec.seed)
+    checkpoint = assignment.initial_checkpoint
+    return build.Base(checkpoint.uri if checkpoint else assignment.initial, assignment.spec.seed)
 
 
 class _Stage:
@@ -151,6 +188,7 @@ class _Stage:
         self.watchdog = watchdog
         self.spec = assignment.spec
         self.report = _report_so_far(assignment) | {"base": _base(assignment).to_json()}
+        self.last_held_out: dict[str, dict[str, float]] = {}
         self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
         preference = assignment.preference
@@ -238,7 +276,8 @@ class _Stage:
                     losses_of[name] = {"loss": losses_of[name]["loss"]} | self.objective.metrics()
         means = [values["loss"] for values in losses_of.values() if "loss" in values]
         if means:
-            self.report["held_out_loss"] = sum(means) / len(means)
+            self.report |= {"held_out_loss": sum(means) / len(means), "held_out_step": done}
+            self.report["held_out_of"] = {name: self.spec.locate(uri) for name, uri in self.spec.held_out.items()}
         for name, values in losses_of.items():
             perplexities = {key.replace("loss", "perplexity"): meters.exponential(v) for key, v in values.items()}
             more = values if self.objective else values | perplexities
@@ -325,12 +364,14 @@ class _Stage:
         tasks_every = spec.evaluation.every if spec.evaluation else None
         due = [every is not None and done % every == 0 and done < spec.steps for every in
                (spec.held_out_every, spec.samples_every if spec.samples else None, tasks_every)]  # fmt: skip
+        due[0] |= done == spec.steps and spec.publish == "best"  # before its checkpoint, which is compared by it
         if not any(due):
             return
         began = time.monotonic()
         with self.clock("evaluation"):
             if due[0] and spec.held_out:
-                self.held_out(done)
+                measured = self.held_out(done)
+                self.last_held_out = measured if done == spec.steps else {}
                 if self.stopper is not None and self.stopper.record(done, self.report["held_out_loss"]):
                     weights = engine.gathered_weights(self.engine, keep=self.worker.is_main, beat=self.watchdog.beat)
                     names = {name for name, p in self.engine.module.named_parameters() if p.requires_grad}
@@ -349,9 +390,14 @@ class _Stage:
         """A bad step. Raises TrainingFailed when there were too many in a row."""
 
         def failure_report() -> str:
-            place = catalog.checkpoints_folder(self.assignment.output)
+            supervisor.wait_until_published()
             return faults.divergence_report(
-                done, self.faults.incidents, self.spec.faults, self.spec.optimizer.learning_rate, place
+                done,
+                self.faults.incidents,
+                self.spec.faults,
+                self.spec.optimizer.learning_rate,
+                catalog.checkpoints_folder(self.assignment.output),
+                branch_from=catalog.newest_step(self.assignment.output),
             )
 
         self.faults.handle(done, cause, loss, self.writer, lambda: self._roll_back(supervisor), failure_report)
@@ -362,7 +408,7 @@ class _Stage:
         with self.clock("checkpoint"):
             supervisor.wait_until_published()
             checkpoint = resumption.load_newest(
-                self.engine, assignment.output, self.spec, assignment.inputs, beat=self.watchdog.beat
+                self.engine, assignment.output, self.spec, assignment.inputs, assignment.origin, self.watchdog.beat
             )
             if checkpoint is None:
                 place = catalog.checkpoints_folder(assignment.output)
@@ -400,9 +446,14 @@ class _Stage:
 
 
 def _report_so_far(assignment: Assignment) -> dict[str, Any]:
+    own = {"run": assignment.run.id, "architecture": assignment.config.model_dump(mode="json")}
     if assignment.resume is None:
-        return {"step": 0, "schedule_step": assignment.offset, "tokens": {"text": 0.0, "image": 0.0}}
-    return {key: value for key, value in assignment.resume.manifest.report.items() if key in _RESUMED_FIELDS}
+        return {"step": 0, "schedule_step": assignment.offset, "tokens": {"text": 0.0, "image": 0.0}} | own
+    report = {key: value for key, value in assignment.resume.manifest.report.items() if key in _RESUMED_FIELDS}
+    if assignment.begins_branch:
+        report["branches"] = [*report.get("branches", []), assignment.branch]
+        report["faults"] = report.get("faults", {}) | {"in_a_row": 0}  # with what was changed they count anew
+    return report | own
 
 
 def _micro_batches(worker: Worker) -> Any:

@@ -11,24 +11,27 @@ from pydantic import ValidationError
 from calumma.model import config as model_config
 from calumma.model import vocabulary as model_vocabulary
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
+from calumma.model.ops import stability
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.specification import SpecificationError
-from calumma.platform.storage.manifest import Manifest
+from calumma.platform.storage.manifest import Manifest, ManifestError
 from calumma.platform.tokenizing.specification import PREFERENCES, PreferenceTokensSpecification, TokenizeSpecification
-from calumma.platform.tracking import registry
+from calumma.platform.tracking import registry, server
 from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.mirrors import require_clients
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import Assignment, Checkpoint
-from calumma.platform.training.checkpoints import catalog, resumption
+from calumma.platform.training.checkpoints import branch, catalog, identity, room
 from calumma.platform.training.publication import MODEL_FOLDER
 from calumma.platform.training.specification import FinetuneSpecification, Preference, TrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.trainable import parameters
 
 logger = logging.getLogger(__name__)
+_METRICS = 28  # of each report, but for those of the layers
+_MOST_ROWS = 1_000_000  # metric values that SQLite may have of one run
 
 
 def prepare(spec: TrainSpecification, run: Run) -> Assignment:
@@ -40,8 +43,9 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
     require_clients(spec.tracking)
     _check_token_shards(spec)
     vocabulary = _read_vocabulary(spec)
-    initial = _initial_directory(spec)
-    config = _model_config(spec, vocabulary, initial)
+    start = _starting_checkpoint(spec)
+    initial = _initial_directory(spec) if start is None else None
+    config = _model_config(spec, vocabulary, initial, start)
     _check_samples(spec, config)
     output = spec.locate(spec.output)
     inputs = fingerprints(
@@ -50,15 +54,10 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
             spec.locate(spec.text_tokenizer),
             spec.locate(spec.image_tokenizer),
             *([initial] if initial else []),
+            *([start.uri] if start else []),
         ]
     )
-    resume = catalog.newest(output, resumption.made_by(spec, inputs))
-    if resume is None and (other := catalog.newest(output)) is not None:
-        raise SpecificationError(
-            f"output: {catalog.checkpoints_folder(output)} has checkpoints of another training, the newest after step "
-            f"{other.step}, which this one cannot go on with: {resumption.difference(other, spec, inputs)}. "
-            "Give another `output`, or run with --force, which discards them"
-        )
+    resume, origin, record = _resumed_checkpoint(spec, output, inputs, run)
     assignment = Assignment(
         spec=spec,
         config=config,
@@ -67,11 +66,55 @@ def prepare(spec: TrainSpecification, run: Run) -> Assignment:
         output=output,
         inputs=inputs,
         initial=initial,
-        continued=_continued_checkpoint(spec),
+        continued=_continued_checkpoint(spec, start),
         resume=resume,
+        origin=origin,
+        branch=record,
+        initial_checkpoint=start,
     )
     check_libraries(assignment)
+    warn_of_many_metrics(spec, config.layers)
     return assignment
+
+
+def _resumed_checkpoint(
+    spec: TrainSpecification, output: str, inputs: dict[str, str], run: Run
+) -> tuple[Checkpoint | None, Checkpoint | None, dict[str, Any] | None]:
+    """The checkpoint to go on with; of a branch its origin and what is recorded of it, too."""
+    own = catalog.newest(output, identity.made_by(spec, inputs))
+    origin, record = None, None
+    if spec.resume is not None:
+        try:
+            origin, record = branch.find_origin(spec, inputs, run)
+        except SpecificationError:
+            if own is None:  # else the branch goes on from its own, whatever became of where it began
+                raise
+    other = catalog.newest(output)
+    here = origin is not None and origin.uri == catalog.checkpoint_uri(output, origin.step)
+    if own is not None or here or other is None:
+        return own or origin, origin, record
+    step, folder = other.step, catalog.checkpoints_folder(output)
+    changed = identity.changes(other.manifest, spec, inputs)
+    way = f"resume.from: {step}, resume.allow: [{', '.join(changed)}], which is recorded as a branch"
+    raise SpecificationError(
+        f"output: {folder} has checkpoints of another training, the newest after step {step}, which this one cannot go "
+        f"on with: {identity.difference(other, spec, inputs)}. "
+        + (f"To go on from it all the same, give {way}; else another" if changed and origin is None else "Give another")
+        + " `output`, or run with --force, which discards them"
+    )
+
+
+def warn_of_many_metrics(spec: TrainSpecification, layers: int) -> int:
+    """Rows that the run will have in MLflow's database, about; a warning when they are too many for SQLite."""
+    rows = spec.steps // spec.log_every * (_METRICS + layers * len(stability.BLOCK))
+    if rows > _MOST_ROWS and server.database_file(server.resolve_uri(spec.tracking)) is not None:
+        fewer = max(spec.log_every * -(-rows // _MOST_ROWS), spec.log_every)
+        logger.warning(
+            "this run will log some %s metric values, and MLflow keeps them in SQLite, whose pages become slow from %s "
+            "on: give `tracking.uri` a server with PostgreSQL or MySQL, or log less often, say log_every: %d",
+            *(f"{rows:,}", f"{_MOST_ROWS:,}", fewer),
+        )
+    return rows
 
 
 def check_libraries(assignment: Assignment) -> None:
@@ -79,9 +122,21 @@ def check_libraries(assignment: Assignment) -> None:
     spec = assignment.spec
     engine.check_deepspeed_settings(spec)
     with torch.device("meta"):
-        parameters.check_trainable(Transformer(assignment.config), spec)
+        transformer = Transformer(assignment.config)
+        parameters.check_trainable(transformer, spec)
+    _check_room(assignment, sum(p.numel() for p in transformer.parameters()))
     if assignment.continued is not None:
         _check_continued(spec, assignment.continued)
+
+
+def _check_room(assignment: Assignment, parameters: int) -> None:
+    """Whether a disk has room for the model and the first checkpoint: float32 masters and two moments."""
+    state = 12 * parameters if "all" in assignment.spec.trainable_names else 0
+    if problem := room.lacking(assignment.output, (0 if assignment.resume else state) + 4 * parameters):
+        raise SpecificationError(
+            f"output: {problem}, and a checkpoint and the model directory need as much at least. Make room, or give "
+            "an `output` elsewhere"
+        )
 
 
 def _check_continued(spec: TrainSpecification, continued: Checkpoint) -> None:
@@ -196,13 +251,44 @@ def _initial_directory(spec: TrainSpecification) -> str | None:
         return storage.join(uri, MODEL_FOLDER)
     if storage.exists(storage.join(uri, model_config.FILE)):
         return uri
-    raise SpecificationError(f"initial: {uri} holds neither a finished stage nor a model directory")
+    raise SpecificationError(f"initial: {uri} holds neither a finished stage nor a model directory{_unfinished(uri)}")
 
 
-def _model_config(spec: TrainSpecification, vocabulary: Vocabulary, initial: str | None) -> ModelConfig:
+def _unfinished(output: str) -> str:
+    """What there is of a stage that has not ended, as the end of a sentence."""
+    end = catalog.newest(output)
+    if end is None:
+        return ""
+    steps = end.manifest.specification.get("steps")
+    return f"; its newest checkpoint is after step {end.step} of {steps}: finish the stage, or name {end.uri}"
+
+
+def _starting_checkpoint(spec: TrainSpecification) -> Checkpoint | None:
+    """The checkpoint that `initial` names, where it names one."""
+    if spec.initial is None or spec.initial.startswith("models:"):
+        return None
+    found = branch.checkpoint_at(spec.locate(spec.initial))
+    if found is not None and not spec.continue_schedule:
+        made_with = TrainSpecification.model_validate(found.manifest.specification)
+        if "all" not in made_with.trainable_names:
+            raise SpecificationError(
+                f"initial: {found.uri} holds what was trained of its model alone; name the model directory of that "
+                "stage, or go on with it by continue_schedule"
+            )
+    return found
+
+
+def _model_config(
+    spec: TrainSpecification, vocabulary: Vocabulary, initial: str | None, start: Checkpoint | None
+) -> ModelConfig:
     """The architecture: the given one or that of `initial`, with the vocabulary's size, the given dropout and mask."""
-    if initial is not None:
-        config: ModelConfig = _read_config("initial", storage.join(initial, model_config.FILE), "pretrain", ModelConfig)
+    if start is not None:
+        found = start.manifest.report.get("architecture") or start.manifest.specification.get("model")
+        if found is None:
+            raise SpecificationError(f"initial: {start.uri} does not say its architecture: name a model directory")
+        config = ModelConfig.model_validate(found)
+    elif initial is not None:
+        config = _read_config("initial", storage.join(initial, model_config.FILE), "pretrain", ModelConfig)
     else:
         assert spec.model is not None  # the specification has checked it
         config = spec.model
@@ -221,17 +307,35 @@ def _model_config(spec: TrainSpecification, vocabulary: Vocabulary, initial: str
     return config.model_copy(update={"vocabulary_size": size, "dropout": dropout, "mask_documents": apart})
 
 
-def _continued_checkpoint(spec: TrainSpecification) -> Checkpoint | None:
-    """The checkpoint whose optimizer and schedule this stage goes on with."""
-    if not spec.continue_schedule:
-        return None
+def _continued_checkpoint(spec: TrainSpecification, start: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint whose optimizer and schedule this stage goes on with: the end of the earlier stage, or the one
+    that `initial` names."""
+    if not spec.continue_schedule or start is not None:
+        return start if spec.continue_schedule else None
     assert spec.initial is not None  # the specification has checked it
-    checkpoint = None if spec.initial.startswith("models:") else catalog.newest(spec.locate(spec.initial))
-    if checkpoint is None:
+    stage = spec.locate(spec.initial)
+    steps = [] if spec.initial.startswith("models:") else catalog.published_steps(stage)
+    if not steps:
         raise SpecificationError(
             f"continue_schedule: {spec.initial} has no checkpoint to take optimizer and step count from"
         )
-    return checkpoint
+    uri = catalog.checkpoint_uri(stage, steps[0])
+    manifest = Manifest.read(uri)
+    stopped = manifest.report.get("early", {}).get("stopped")
+    end = steps[0] if stopped else int(manifest.specification.get("steps", steps[0]))
+    if steps[0] != end:
+        raise SpecificationError(
+            f"continue_schedule: the newest checkpoint of {stage} is after step {steps[0]} of {end}. Run that stage to "
+            f"its end again, or name a checkpoint in `initial`, say {uri}"
+        )
+    try:
+        manifest.verify(uri)
+    except ManifestError as error:
+        raise SpecificationError(
+            f"continue_schedule: the checkpoint at the end of {stage} is not whole: {error}. Restore it from a copy, "
+            "or delete it and run that stage to its end again"
+        ) from error
+    return Checkpoint(uri, manifest)
 
 
 def _check_samples(spec: TrainSpecification, config: ModelConfig) -> None:

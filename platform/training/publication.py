@@ -89,11 +89,13 @@ def publish_model(
     with _model_directory(assignment, weights) as local:
         files = sorted(path for path in local.rglob("*") if path.is_file())
         entries = []
+        assignment.run.check_output()
         storage.delete(storage.join(uri, MANIFEST))
         for path in files:
             entries.append(catalog.local_entry(path, str(local)))
             storage.upload(path, storage.join(uri, entries[-1].path))
             beat()
+        assignment.run.check_output()
         Manifest(
             kind=MODEL_FOLDER,
             files=entries,

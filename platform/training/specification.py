@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from calumma.model.config import ImageLossConfig, ImageTokenizerConfig, ModelConfig
 from calumma.platform.evaluation.specification import EvaluationTask
@@ -64,6 +64,21 @@ class ImageAugmentation(Section):
     )
 
 
+class Resume(Section):
+    """A branch of a training: on from one of its checkpoints, with some settings changed. It is recorded in MLflow."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    start: int | str = Field(
+        alias="from",
+        description="a step of this output's checkpoints, a checkpoint's folder, another stage's output, or the id of "
+        "an MLflow run: its newest",
+    )
+    allow: list[str] = Field(
+        [], description="fields that may differ from what it was made with, say [learning_rate, faults, mixture]"
+    )
+
+
 class ImageTokenizerSpecification(JobSpecification):
     """Trains the VQ image tokenizer under Ray Train; writes config.json, model.safetensors and a manifest."""
 
@@ -102,6 +117,9 @@ class ImageTokenizerSpecification(JobSpecification):
     stream_window: int = Field(4096, ge=1, description="encoded images that are held and shuffled together by `stream`")
     faults: Faults = Faults()
     checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
+    checkpoint_minutes: float | None = Field(
+        None, gt=0, description="minutes after which there is a checkpoint, too, whatever the number of steps"
+    )
     log_every: int | None = Field(None, ge=1, description="null: after every fiftieth of the steps")
     held_out_every: int | None = Field(
         None, ge=1, description="steps between two reconstructions of held-out images; null: only at the end"
@@ -236,8 +254,11 @@ class TrainSpecification(MixtureSpecification):
         "tokenizers/image", description="folder of a trained one, or `image_tokenizer` of a model directory"
     )
     initial: str | None = Field(
-        None, description="what to start from: output of an earlier stage, a model directory, or models:/name@alias"
+        None,
+        description="what to start from: output of an earlier stage, one of its checkpoints "
+        "(OUTPUT/checkpoints/step-…), a model directory, or models:/name@alias",
     )
+    resume: Resume | None = None
     continue_schedule: bool = Field(False, description="go on with the earlier stage's optimizer and step count")
     model: ModelConfig | None = Field(
         None, description="architecture, or {preset: name} and what differs from it; required without `initial`"
@@ -262,8 +283,19 @@ class TrainSpecification(MixtureSpecification):
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="of the forward and backward pass; masters are float32"
     )
+    float8: bool = Field(
+        False,
+        description="products of the blocks' linear layers in float8 (torchao, scaled by row): GPUs from H100 on",
+    )
+    gradient_reduction: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="in what gradients are summed over the workers; bfloat16 halves the traffic, and its sums are off "
+        "by 1 % at 64 workers, up to 25 % at 1,024",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="what workers divide: 1 the optimizer, 2 gradients too, 3 weights too"
+        2,
+        description="what workers divide: 1 the optimizer, 2 gradients too, 3 weights too; by default 2 in bfloat16, 1 "
+        "in float32",
     )
     rows_per_pass: int | None = Field(
         None,
@@ -287,16 +319,41 @@ class TrainSpecification(MixtureSpecification):
     offload: Offload = Offload()
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings that override ours")
     checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
+    checkpoint_minutes: float | None = Field(
+        None, gt=0, description="minutes after which there is a checkpoint, too, whatever the number of steps"
+    )
     log_every: int = Field(10, ge=1, description="steps between two reports of metrics")
     samples: list[str] = Field([], description="prompts whose answers are logged, as pictures, at the end at least")
     samples_every: int | None = Field(
         None, ge=1, description="steps between two sets of samples; null: only at the end"
     )
+    publish: Literal["last", "best"] = Field(
+        "last",
+        description="whose weights the model directory has: the last step's, or those of the checkpoint with the "
+        "lowest held-out loss",
+    )
     register_as: str | None = Field(None, description="name in the MLflow model registry")
     alias: str | None = Field(None, description="alias given to the registered version, say `champion`")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_stage(cls, values: Any) -> Any:
+        """In bfloat16 stage 1 keeps float32 gradients of all weights on every worker, stage 2 its part of them."""
+        if isinstance(values, dict) and "zero_stage" not in values and values.get("precision") == "float32":
+            return values | {"zero_stage": 1}
+        return values
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        if self.precision == "bfloat16" and self.zero_stage == 0:
+            raise ValueError(
+                "`zero_stage: 0` needs `precision: float32`: in bfloat16 DeepSpeed counts Adam's first step twice "
+                "there. Leave it away for stage 2, which takes the same steps"
+            )
+        if self.float8 and not self.resources.gpus_per_worker:
+            raise ValueError("`float8` needs GPUs: set `resources.gpus_per_worker`")
+        if self.float8 and self.precision != "bfloat16":
+            raise ValueError("`float8` needs `precision: bfloat16`: what is not in float8 stays in that")
         if (self.model is None) == (self.initial is None):
             raise ValueError("give exactly one of `model` (train from scratch) and `initial` (start from a stage)")
         if self.continue_schedule and self.initial is None:
@@ -305,6 +362,14 @@ class TrainSpecification(MixtureSpecification):
             raise ValueError("`early_stopping` needs `held_out`, and `held_out_every` to measure it")
         if self.alias and not self.register_as:
             raise ValueError("`alias` needs `register_as`")
+        if self.publish == "best" and (not self.held_out or self.held_out_every is None):
+            raise ValueError("`publish: best` needs `held_out` and `held_out_every`: it compares held-out losses")
+        if self.publish == "best" and self.held_out_every and self.checkpoint_every % self.held_out_every:
+            raise ValueError(
+                f"`publish: best` compares checkpoints by the loss of their own step: checkpoint_every "
+                f"({self.checkpoint_every}) must be a multiple of held_out_every ({self.held_out_every})"
+            )
+        self._check_resume()
         if self.trainable is not None and not self.trainable:
             raise ValueError("`trainable` names nothing; leave it away to train everything")
         if self.lora and "all" in self.trainable_names:
@@ -314,6 +379,13 @@ class TrainSpecification(MixtureSpecification):
         if self.offload.weights != "none" and self.zero_stage != 3:
             raise ValueError(f"`offload.weights` needs `zero_stage: 3`, given {self.zero_stage}")
         return self
+
+    def _check_resume(self) -> None:
+        fields = type(self).model_fields
+        known = {*fields, *Optimizer.model_fields, *Schedule.model_fields, *Faults.model_fields}
+        for name in self.resume.allow if self.resume else []:
+            if name.partition(".")[0] not in known:
+                raise ValueError(f"resume.allow: there is no field {name!r}; there are {', '.join(sorted(fields))}")
 
     @property
     def compiled(self) -> bool:

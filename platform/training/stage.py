@@ -16,12 +16,12 @@ from calumma.platform.cluster.progress import Progress
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import MANIFEST, FileEntry, Manifest
 from calumma.platform.streaming import mixture
-from calumma.platform.tracking import registry
+from calumma.platform.tracking import provenance, registry
 from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
 from calumma.platform.training import loop
 from calumma.platform.training.assignment import Assignment
-from calumma.platform.training.checkpoints import catalog
+from calumma.platform.training.checkpoints import branch, catalog
 from calumma.platform.training.group import notice
 from calumma.platform.training.group.chart import worker_groups, worker_range
 from calumma.platform.training.group.control import FirstStep, worker_control
@@ -72,8 +72,9 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     epochs = mixture.check_epochs(spec, data.plan)
     passed = {uri: count / spec.steps for uri, count in epochs.items()}
     assignment = replace(assignment, epochs_a_step=passed, division=data.plan.division)
-    _clear_output(assignment)
-    data.first_step = FirstStep(assignment.output, spec, assignment.inputs)  # asked by each group that starts
+    _begin(assignment)
+    # asked by each group that starts
+    data.first_step = FirstStep(assignment.output, spec, assignment.inputs, assignment.origin)
     finished = assignment.first_step >= spec.steps  # only what follows training is missing
     report = fit(
         loop.train_from_newest,
@@ -86,7 +87,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         progress=progress,
         data=None if finished else data,
         datasets=None if finished else PlanDataConfig.datasets(),
-        control=worker_control(assignment.output),
+        control=worker_control(assignment.output, run),
         stacks=storage.join(assignment.output, "stacks"),
     )
     groups = worker_groups(assignment)
@@ -97,20 +98,25 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     return _publish_stage(original, assignment, report)
 
 
-def _clear_output(assignment: Assignment) -> None:
-    """From here on the output is in the making: take away its manifest, and what killed uploads have left."""
+def _begin(assignment: Assignment) -> None:
+    """From here on the output is in the making: take away its manifest, and what killed uploads have left; record a
+    branch, and set aside what it leaves behind."""
+    assignment.run.check_output()
     storage.delete(storage.join(assignment.output, MANIFEST))
     notice.delete_notices(catalog.checkpoints_folder(assignment.output), notice.ACTIONS)
     if assignment.resume is None:
         storage.delete(catalog.checkpoints_folder(assignment.output))
+    elif assignment.begins_branch:
+        why = f"the run {assignment.run.id} goes on from {assignment.resume.uri}"
+        catalog.set_aside(assignment.output, assignment.resume.step, why)
+        branch.log_branch(assignment.run, assignment.branch or {})
 
 
 def _publish_stage(original: TrainSpecification, assignment: Assignment, report: dict[str, Any]) -> Manifest:
-    """Register the model if asked to, then write the stage's manifest, with the specification as it was given."""
-    spec = assignment.spec
+    """Write the stage's manifest, with the specification as it was given, then register the model if asked to: a
+    registry that is away takes nothing from a stage that is finished. Raises TrackingError when it refuses."""
+    spec, run = assignment.spec, assignment.run
     uri = storage.join(assignment.output, MODEL_FOLDER)
-    if spec.register_as:
-        report["model_uri"] = registry.register(spec.tracking, spec.register_as, uri, assignment.run.id, spec.alias)
     files = _entries(assignment.output, MODEL_FOLDER)
     if spec.lora is not None:
         files += _entries(assignment.output, ADAPTER_FOLDER)
@@ -124,7 +130,14 @@ def _publish_stage(original: TrainSpecification, assignment: Assignment, report:
         report={**report, "model": MODEL_FOLDER},
         inputs=assignment.inputs | fingerprints(others),
     )
+    run.check_output()
     manifest.write(assignment.output)
+    if spec.register_as:
+        source = registry.copy_to_register(uri)
+        registered = run.register(spec.register_as, source, provenance.lineage(uri), spec.alias)
+        if registered is not None:
+            manifest = manifest.model_copy(update={"report": manifest.report | {"model_uri": registered}})
+            manifest.write(assignment.output)
     return manifest
 
 

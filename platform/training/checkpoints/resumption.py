@@ -8,38 +8,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 
 from calumma.platform import storage
 from calumma.platform.storage.manifest import Manifest, ManifestError
 from calumma.platform.training.assignment import Checkpoint
-from calumma.platform.training.checkpoints import ranges
+from calumma.platform.training.checkpoints import identity, ranges
 from calumma.platform.training.checkpoints.agreement import gather_messages, raise_on_all
 from calumma.platform.training.checkpoints.catalog import find_damage, newest, quarantine
 from calumma.platform.training.checkpoints.fragments import OwnedState
 from calumma.platform.training.checkpoints.layout import Index
 from calumma.platform.training.checkpoints.saver import COUNTERS, REPLICATED_FILE
+from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.specification import Resumable
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-# What may differ between two runs that continue each other: nothing here changes a step that was already taken.
-_FREE_TO_CHANGE = {
-    "tracking", "resources", "run_name", "steps", "checkpoint_every", "log_every", "held_out", "samples",
-    "register_as", "alias", "checkpoint_activations", "compile", "data", "max_epochs", "zero_stage", "offload",
-    "held_out_every", "samples_every", "rows_per_pass", "overlap_communication",
-}  # fmt: skip
-
-
-def agreed_checkpoint(output: str, spec: Resumable, inputs: dict[str, str]) -> Checkpoint | None:
-    """The newest checkpoint to go on with, the same on all workers; every worker calls it.
+def agreed_checkpoint(
+    output: str, spec: Resumable, inputs: dict[str, str], origin: Checkpoint | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint to go on with, or else the `origin` of a branch, the same on all workers; every worker
+    calls it.
 
     Of one whose state is not partitioned the content is checked, a share by each worker, and a damaged one set aside.
     The others are checked where they are read (`load`).
     """
-    accept = made_by(spec, inputs)
+    accept = identity.made_by(spec, inputs)
     alone = not dist.is_initialized()
     rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     while True:
@@ -48,74 +43,41 @@ def agreed_checkpoint(output: str, spec: Resumable, inputs: dict[str, str]) -> C
             dist.broadcast_object_list(choice, src=0)
         checkpoint = choice[0]
         if checkpoint is None:
-            return None
+            return origin
         if "counters" in checkpoint.manifest.report:
             return checkpoint
-        problems = [message for message in gather_messages(find_damage(checkpoint, (rank, world))) if message]
+        found = find_damage(checkpoint.uri, checkpoint.manifest, (rank, world))
+        problems = [message for message in gather_messages(found) if message]
         if not problems:
             return checkpoint
         if rank == 0:
             quarantine(checkpoint, problems[0])
 
 
-def made_by(spec: Resumable, inputs: dict[str, str]) -> Callable[[Manifest], bool]:
-    """Whether a checkpoint was made by the same training: equal settings that matter, on equal data."""
-
-    def accept(manifest: Manifest) -> bool:
-        return (
-            _settings(manifest, spec) == resumable_settings(spec.model_dump(mode="json"))
-            and manifest.inputs == inputs
-            and int(manifest.report["step"]) <= spec.steps
-        )
-
-    return accept
+def require_undamaged(uri: str, manifest: Manifest) -> None:
+    """What is started from must be what its manifest says; every worker calls it, reads its share, and learns of the
+    others'. Raises TrainingFailed on all of them."""
+    alone = not dist.is_initialized()
+    share = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+    problems = [message for message in gather_messages(find_damage(uri, manifest, share)) if message]
+    if problems:
+        raise _damaged(uri, problems[0])
 
 
-def difference(checkpoint: Checkpoint, spec: Resumable, inputs: dict[str, str]) -> str:
-    """Why a specification does not go on with a checkpoint that `made_by` refuses."""
-    manifest = checkpoint.manifest
-    was, now = _settings(manifest, spec), resumable_settings(spec.model_dump(mode="json"))
-    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    if changed == ["steps"]:
-        return (
-            f"`steps` was {was['steps']} and is {now['steps']}, and without schedule.total_steps the decay is laid out "
-            "over them, so that is another training"
-        )
-    if changed:
-        return f"other settings ({', '.join(changed)})"
-    if manifest.inputs != inputs:
-        return f"other data or tokenizers ({', '.join(sorted(_changed_inputs(manifest.inputs, inputs)))})"
-    return f"it is to end after step {spec.steps}"
+def _damaged(uri: str, problem: object) -> TrainingFailed:
+    return TrainingFailed(
+        f"{uri} is damaged, and nothing is started from it: {problem}. Restore it from a copy, or start from another"
+    )
 
 
-def _settings(manifest: Manifest, spec: Resumable) -> dict[str, Any]:
-    """What a checkpoint was made with; fields that are newer than it have their defaults."""
-    try:
-        made_with = type(spec).model_validate(manifest.specification).model_dump(mode="json")
-    except ValidationError:
-        made_with = manifest.specification
-    return resumable_settings(made_with)
-
-
-def _changed_inputs(was: dict[str, str], now: dict[str, str]) -> set[str]:
-    return {uri for uri in was.keys() | now.keys() if was.get(uri) != now.get(uri)}
-
-
-def resumable_settings(specification: dict[str, Any]) -> dict[str, Any]:
-    """The part of a training specification that two runs must share for one to go on with the other's checkpoint."""
-    kept = {key: value for key, value in specification.items() if key not in _FREE_TO_CHANGE}
-    kept = {key: value for key, value in kept.items() if value is not None}  # as before there was such a field
-    if (kept.get("schedule") or {}).get("total_steps") is None:
-        kept["steps"] = specification.get("steps")  # the decay was laid out over them
-    return kept
-
-
-def load(engine: DeepSpeedEngine, checkpoint: Checkpoint, beat: Callable[[], object] = lambda: None) -> None:
+def load(
+    engine: DeepSpeedEngine, checkpoint: Checkpoint, own: bool = True, beat: Callable[[], object] = lambda: None
+) -> None:
     """Weights, optimizer and counters of a checkpoint into an engine, whatever number of workers and ZeRO stage wrote
     it: each worker reads what it owns. Every worker calls it; `beat` is called as it goes on.
 
-    Raises Damaged on all of them when what one read is not what was written: the checkpoint is set aside then.
-    StorageError when it cannot be read.
+    Raises Damaged on all of them when what one read is not what was written: the checkpoint is set aside then. Of one
+    that is not this training's `own` it raises TrainingFailed. StorageError when it cannot be read.
     """
     owned, counters, failed = OwnedState(engine), checkpoint.manifest.report["counters"], None
     try:
@@ -127,6 +89,8 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint, beat: Callable[[], obj
     try:
         raise_on_all(failed)
     except storage.Damaged as damage:
+        if not own:
+            raise _damaged(checkpoint.uri, damage) from damage
         if dist.get_rank() == 0:
             quarantine(checkpoint, str(damage))
         raise
@@ -140,12 +104,14 @@ def load_newest(
     output: str,
     spec: Resumable,
     inputs: dict[str, str],
+    origin: Checkpoint | None = None,
     beat: Callable[[], object] = lambda: None,
 ) -> Checkpoint | None:
-    """Load the newest checkpoint whose content is what was written, if there is one. Every worker calls it."""
-    while (checkpoint := agreed_checkpoint(output, spec, inputs)) is not None:
+    """Load the newest checkpoint whose content is what was written, or else the `origin` of a branch, if there is one.
+    Every worker calls it."""
+    while (checkpoint := agreed_checkpoint(output, spec, inputs, origin)) is not None:
         try:
-            load(engine, checkpoint, beat=beat)
+            load(engine, checkpoint, own=checkpoint != origin, beat=beat)
         except storage.Damaged:  # set aside
             continue
         return checkpoint

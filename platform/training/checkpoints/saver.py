@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import logging
 import os
 import tempfile
-import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from calumma.platform import storage
+from calumma.platform.storage.lease import Fence, OutputTaken
 from calumma.platform.storage.manifest import FileEntry, Manifest
-from calumma.platform.training.checkpoints import catalog, layout
+from calumma.platform.training.checkpoints import catalog, layout, room
 from calumma.platform.training.checkpoints.agreement import gather_messages
 from calumma.platform.training.checkpoints.fragments import OwnedState
 from calumma.platform.training.errors import TrainingFailed
@@ -38,7 +38,6 @@ OnPublished = Callable[[str, dict[str, Any]], None]
 REPLICATED_FILE = "state/whole.pt"  # file of a checkpoint whose state is not partitioned
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 _MOST_FAILURES = 3  # checkpoints in a row that could not be written; then training ends instead of going on unprotected
-_PART_POLL = 0.5  # seconds
 
 
 @runtime_checkable
@@ -58,7 +57,7 @@ class Replicated(Protocol):
 class Saver:
     """Checkpoints of this worker and its group: copied to host memory while training waits, written while it goes on.
 
-    Each worker writes its files and then a list of them; when all lists are there, the first worker writes the
+    Each worker writes its files; when all have (`announce`), they tell each other which, and the first writes the
     manifest. One checkpoint at a time: the next copy waits for the last writing. A context manager.
     """
 
@@ -68,16 +67,29 @@ class Saver:
         inputs: dict[str, str],
         published: OnPublished | None = None,
         retain: Callable[[], object] | None = None,
+        fence: Fence | None = None,
+        prune: Callable[[], object] | None = None,
     ) -> None:
+        """`published(uri, report)` and `retain()` are called by the first worker after each checkpoint, from a thread;
+        `prune()` before one that there is no room for; `fence`: nothing is published or deleted where the output is
+        another run's."""
+        self._prune, self._bytes = prune, 0
         self._spec, self._inputs, self._published, self._retain = spec, inputs, published, retain
+        self._fence = fence
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._memory = _HostMemory()
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
-        self._written: Future[None] | None = None
+        self._written: Future[list[FileEntry]] | None = None
         self._manifest: Future[None] | None = None
-        self._given_up = threading.Event()
+        self._open = False
+        """Whether there is a checkpoint that nobody has waited for."""
+        self._problem = ""
+        """Why it does not exist, as far as is known."""
         self._failures = 0
-        self._uri = ""
+        self._uri, self._save, self._device = "", "", torch.device("cpu")
+        self._report: dict[str, Any] = {}
+        self.write_seconds = 0.0
+        """How long the last checkpoint took from its copy to its manifest; known to the first worker."""
 
     def __enter__(self) -> Self:
         return self
@@ -95,8 +107,12 @@ class Saver:
             logger.warning("%s; training goes on with the one before it", error)
             if self._failures >= _MOST_FAILURES:
                 raise TrainingFailed(f"{self._failures} checkpoints in a row could not be written: {error}") from error
-        name = [uuid.uuid4().hex[:12]]
+        self._began, self._uri = time.monotonic(), uri
+        name = [uuid.uuid4().hex[:12], self._make_room(uri) if self._rank == 0 else ""]
         dist.broadcast_object_list(name, src=0)
+        self._open, self._problem, self._save = True, name[1], ""
+        if self._problem:
+            return
         save = storage.join(uri, name[0])
         report = copy.deepcopy(report) | {
             "world_size": self._world,
@@ -110,62 +126,97 @@ class Saver:
             owned = OwnedState(engine)
             report["counters"] = {"step": owned.step} | {name: int(getattr(engine, name)) for name in COUNTERS}
             files = self._memory.copy_owned(owned)
-        self._uri = uri
-        self._given_up = threading.Event()
+        self._save, self._report, self._device = save, report, engine.device
         self._written = self._executor.submit(self._write, files, save)
-        if self._rank == 0:
-            self._manifest = self._executor.submit(self._publish, uri, save, report, self._given_up)
+
+    def announce(self) -> None:
+        """Let the checkpoint be published once all have written their files; every worker calls it after each step."""
+        if self._written is None:
+            return
+        waiting = torch.tensor(0 if self._written.done() else 1, device=self._device)
+        if self._world > 1:
+            dist.all_reduce(waiting, op=dist.ReduceOp.MAX)
+        if not int(waiting):
+            self._gather()
 
     def wait_until_published(self) -> None:
         """Wait until the last checkpoint is published; every worker calls it. Raises StorageError on all of them when
         one could not write its part: then the checkpoint does not exist."""
-        if self._written is None:
+        if not self._open:
             return
-        failed = [message for message in gather_messages(_error_message(self._written)) if message]
-        self._written = None
+        self._open = False
+        if self._written is not None:
+            self._gather()
+        own = self._problem or (_error_message(self._manifest) if self._manifest is not None else "")
+        failed = [message for message in gather_messages(own) if message]
+        self._problem, self._manifest = "", None
         if failed:
-            self._given_up.set()
-        if not failed and self._rank == 0 and self._manifest is not None:
-            failed = [message] if (message := _error_message(self._manifest)) else []
-        failed = [message for message in gather_messages(failed[0] if failed else "") if message]
-        if failed:
+            self._delete_remains()
             raise storage.StorageError(f"the checkpoint {self._uri} was not written: {failed[0]}")
         self._failures = 0
 
     def close(self) -> None:
-        self._given_up.set()
         self._executor.shutdown(wait=True)
 
-    def _write(self, files: list[_File], save: str) -> None:
+    def _gather(self) -> None:
+        """Tell each other what was written; the first worker goes on to publish it. Every worker calls it."""
+        assert self._written is not None
+        own = (_error_message(self._written), [] if self._written.exception() else self._written.result())
+        self._written = None
+        parts: list[tuple[str, list[FileEntry]]] = [own] * self._world
+        if self._world > 1:
+            dist.all_gather_object(parts, own)
+        self._problem = next((problem for problem, _ in parts if problem), "")
+        if not self._problem and self._rank == 0:
+            entries = [entry for _, listed in parts for entry in listed]
+            self._manifest = self._executor.submit(self._publish, self._uri, entries, self._report)
+
+    def _make_room(self, uri: str) -> str:
+        """What is wrong with the room for as large a checkpoint as the last, with older ones pruned where that is asked
+        for; empty when nothing is."""
+        problem = room.lacking(uri, self._bytes)
+        if not problem or self._prune is None:
+            return problem
+        try:
+            self._prune()
+        except (storage.StorageError, OutputTaken) as error:
+            logger.warning("no room could be made: %s", error)
+        return room.lacking(uri, self._bytes)
+
+    def _delete_remains(self) -> None:
+        """What all workers have written of a checkpoint that does not exist: a full disk is to have room again."""
+        if self._rank == 0 and self._save:
+            try:
+                storage.delete(self._save)
+            except storage.StorageError as error:
+                logger.warning("what was written of the checkpoint %s could not be deleted: %s", self._uri, error)
+
+    def _write(self, files: list[_File], save: str) -> list[FileEntry]:
         entries = []
         for file in files:
             uri = storage.join(save, file.name)
             with _local_file(uri) as opened:
                 entries.append(file.write(opened))
-        listing = [entry.model_dump(mode="json") for entry in entries]
-        storage.write_bytes(_part_uri(save, self._rank), json.dumps(listing).encode())
+        return entries
 
-    def _publish(self, uri: str, save: str, report: dict[str, Any], given_up: threading.Event) -> None:
-        files: list[FileEntry] = []
-        for rank in range(self._world):
-            while not storage.exists(_part_uri(save, rank)):
-                if given_up.wait(_PART_POLL):
-                    return
-            listing = json.loads(storage.read_bytes(_part_uri(save, rank)))
-            files += [FileEntry.model_validate(entry) for entry in listing]
+    def _publish(self, uri: str, files: list[FileEntry], report: dict[str, Any]) -> None:
         entries = [entry.model_copy(update={"path": f"{report['folder']}/{entry.path}"}) for entry in files]
-        Manifest(
+        manifest = Manifest(
             kind=catalog.KIND,
             files=entries,
             specification=self._spec.model_dump(mode="json"),
             report=report,
             inputs=self._inputs,
-        ).write(uri)
+        )
+        catalog.publish(uri, manifest, self._fence)
+        self.write_seconds, self._bytes = time.monotonic() - self._began, manifest.bytes
         try:
             if self._retain is not None:
                 self._retain()
             if self._published is not None:
                 self._published(uri, report)
+        except OutputTaken:
+            raise
         except Exception as error:  # the checkpoint stands
             logger.warning("what follows the checkpoint %s failed: %s", uri, error)
 
@@ -266,11 +317,7 @@ def _local_file(uri: str) -> Iterator[BinaryIO]:
             storage.upload(path, uri)
 
 
-def _part_uri(save: str, rank: int) -> str:
-    return storage.join(save, "parts", f"{rank:05d}.json")
-
-
-def _error_message(future: Future[None]) -> str:
+def _error_message(future: Future[Any]) -> str:
     error = future.exception()
     return "" if error is None else f"{type(error).__name__}: {error}"
 

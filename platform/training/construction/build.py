@@ -19,10 +19,13 @@ from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
+from calumma.platform.storage.manifest import Manifest
+from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.checkpoints.agreement import raise_on_all
 from calumma.platform.training.checkpoints.fragments import MASTER, OwnedState
 from calumma.platform.training.construction.sources import (
     AddedWeights,
+    CheckpointWeights,
     DirectoryWeights,
     SeededWeights,
     Wanted,
@@ -30,6 +33,7 @@ from calumma.platform.training.construction.sources import (
 )
 from calumma.platform.training.specification import TrainSpecification
 from calumma.platform.training.steps import engine as engines
+from calumma.platform.training.steps import float8
 from calumma.platform.training.trainable import parameters
 
 if TYPE_CHECKING:
@@ -41,7 +45,7 @@ class Base:
     """What the weights are that are not trained, and those that a training starts from."""
 
     initial: str | None
-    """A model directory; none: fresh weights."""
+    """A model directory, or a checkpoint of a stage that trained all; none: fresh weights."""
     seed: int
 
     def to_json(self) -> dict[str, Any]:
@@ -60,9 +64,13 @@ class Described:
 
     def source(self, config: ModelConfig, base: Base, device: torch.device) -> WeightSource:
         """Raises StorageError."""
-        plain: WeightSource = (
-            SeededWeights(config, base.seed, device) if base.initial is None else DirectoryWeights(base.initial)
-        )
+        plain: WeightSource
+        if base.initial is None:
+            plain = SeededWeights(config, base.seed, device)
+        elif (manifest := Manifest.find(base.initial)) is not None and manifest.kind == catalog.KIND:
+            plain = CheckpointWeights(base.initial, manifest)
+        else:
+            plain = DirectoryWeights(base.initial)
         return AddedWeights(plain, self.drawn, self.rows_of, self.lengths_of)
 
 
@@ -80,6 +88,8 @@ def initialize(
 ) -> DeepSpeedEngine:
     """The engine of a described model. Its weights are not settled yet: `fill`, or load a checkpoint. `passes` as in
     `deepspeed_config`."""
+    if spec.float8:
+        float8.convert(described.model)
     model = described.model.checkpoint_activations(spec.checkpoint_activations)
     configuration = engines.deepspeed_config(spec, world, sum(p.numel() for p in model.parameters()))
     materialize(model, spec, device, configuration)

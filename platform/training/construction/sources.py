@@ -18,6 +18,10 @@ from calumma.model.transformer import Transformer
 from calumma.model.weights import DTYPES, FILE, INDEX
 from calumma.platform import storage
 from calumma.platform.storage.client import THREADS
+from calumma.platform.storage.manifest import Manifest, ManifestError
+from calumma.platform.training.checkpoints import ranges
+from calumma.platform.training.checkpoints.fragments import MASTER, Fragment
+from calumma.platform.training.checkpoints.layout import Index
 
 _REQUEST = 8 << 20  # bytes read at once, a thread
 
@@ -85,6 +89,27 @@ class DirectoryWeights:
         with ThreadPoolExecutor(THREADS, thread_name_prefix="weights") as pool:
             for _ in pool.map(lambda item: _read(*item), work):
                 beat()
+
+
+class CheckpointWeights:
+    """The weights in a checkpoint of a stage that trained all of them, checked as they are read."""
+
+    def __init__(self, uri: str, manifest: Manifest) -> None:
+        """Raises StorageError."""
+        self._folder = storage.join(uri, manifest.report["folder"])
+        try:
+            self._index = Index.read(uri, manifest, manifest.report["folder"])
+        except ManifestError as error:
+            raise storage.StorageError(str(error)) from error
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        fragments = [Fragment(w.parameter, w.offset, w.target.numel(), {MASTER: w.target}) for w in wanted]
+        try:
+            ranges.fill(self._folder, self._index, fragments, [MASTER])
+        except storage.Damaged as error:
+            raise storage.Damaged(f"{self._folder} is damaged, and nothing is started from it: {error}") from error
+        except ManifestError as error:
+            raise storage.StorageError(f"{self._folder} does not hold the weights of this model: {error}") from error
 
 
 @dataclass(frozen=True)

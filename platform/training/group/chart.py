@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from calumma.platform.training.assignment import Assignment
-from calumma.platform.training.checkpoints import catalog, resumption
+from calumma.platform.training.checkpoints import catalog, identity
 from calumma.platform.training.specification import Resumable
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def worker_range(spec: Resumable, number: int) -> int | tuple[int, int]:
 
 def worker_groups(assignment: Assignment | ImageAssignment) -> list[dict[str, Any]]:
     """The groups of workers that had a part in a training; a picture of them is logged when there were several."""
-    found = catalog.newest(assignment.output, resumption.made_by(assignment.spec, assignment.inputs))
+    found = catalog.newest(assignment.output, identity.made_by(assignment.spec, assignment.inputs))
     groups: list[dict[str, Any]] = found.manifest.report.get("groups", []) if found else []
     if len(groups) > 1:
         try:

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from calumma.platform.training.checkpoints import catalog, resumption
+from calumma.platform.tracking.run import Run
+from calumma.platform.training.assignment import Checkpoint
+from calumma.platform.training.checkpoints import catalog, identity
 from calumma.platform.training.group.notice import Action, none_pending, notify
 from calumma.platform.training.specification import TrainSpecification
+
+_GRACE = 3.0  # times that writing a checkpoint takes
 
 
 @dataclass(frozen=True)
@@ -21,22 +25,36 @@ class WorkerControl:
     """Ask for a checkpoint, or for one and to stop, with the reason."""
     acknowledged: Callable[[], bool]
     """Whether nothing that was asked for is left to do."""
+    write_seconds: Callable[[], float] = lambda: 0.0
+    """How long writing a checkpoint has taken lately."""
+
+    def grace(self, least: float) -> float:
+        """Seconds to wait for a checkpoint: it may have to wait for the one before it, and for a step."""
+        try:
+            return max(least, _GRACE * self.write_seconds())
+        except OSError:  # storage is away
+            return least
 
 
 class FirstStep:
     """Where the data of a group that starts now begin: asked by `PlanDataConfig` once its workers are there."""
 
-    def __init__(self, output: str, spec: TrainSpecification, inputs: dict[str, str]) -> None:
-        self._output, self._spec, self._inputs = output, spec, inputs
+    def __init__(
+        self, output: str, spec: TrainSpecification, inputs: dict[str, str], origin: Checkpoint | None = None
+    ) -> None:
+        self._output, self._spec, self._inputs, self._origin = output, spec, inputs, origin
 
     def __call__(self) -> int:
-        checkpoint = catalog.newest(self._output, resumption.made_by(self._spec, self._inputs))
+        checkpoint = catalog.newest(self._output, identity.made_by(self._spec, self._inputs)) or self._origin
         return checkpoint.step if checkpoint else 0
 
 
-def worker_control(output: str) -> WorkerControl:
-    """How the driver and Ray Train's controller reach the workers of the stage that writes to `output`."""
-    checkpoints = catalog.checkpoints_folder(output)
+def worker_control(output: str, run: Run | None = None) -> WorkerControl:
+    """How the driver of a run and Ray Train's controller reach the workers of the stage that writes to `output`."""
+    checkpoints, owner = catalog.checkpoints_folder(output), run.fence.token if run and run.fence else ""
     return WorkerControl(
-        partial(catalog.newest_step, output), partial(notify, checkpoints), partial(none_pending, checkpoints)
+        partial(catalog.newest_step, output),
+        partial(notify, checkpoints, owner),
+        partial(none_pending, checkpoints, owner),
+        partial(catalog.write_seconds, output),
     )

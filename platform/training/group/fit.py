@@ -181,9 +181,10 @@ def _trainer_class(control: WorkerControl | None, recovery: Recovery, signals: S
     return Trainer
 
 
-def _stop_on_signals(control: WorkerControl, grace: float, abort: Callable[[], None], signals: Signals) -> None:
-    """The first Ctrl-C or SIGTERM asks the workers for a checkpoint and to end, the second ends them, and so does
-    `grace` seconds without an answer. `_interruptible` restores the handlers."""
+def _stop_on_signals(control: WorkerControl, least: float, abort: Callable[[], None], signals: Signals) -> None:
+    """The first Ctrl-C or SIGTERM asks the workers for a checkpoint and to end, the second ends them, and so do
+    `least` seconds without an answer, or more where writing a checkpoint takes longer. `_interruptible` restores
+    the handlers."""
 
     def on_signal(number: int, frame: Any) -> None:
         signals.received.append(number)
@@ -197,6 +198,7 @@ def _stop_on_signals(control: WorkerControl, grace: float, abort: Callable[[], N
     def request_checkpoint(name: str) -> None:
         try:
             control.notify("stop", name)
+            grace = control.grace(least)
             if not wait_until(grace, lambda: signals.finished.is_set() or control.acknowledged()):
                 logger.warning("the workers have not answered in %g s: they are ended without a checkpoint", grace)
                 abort()

@@ -50,7 +50,11 @@ def failure_policy(config: Any, newest_step: Callable[[], int]) -> Any:
 
 def _not_retryable(error: BaseException) -> bool:
     # by name: where the error was unpickled its class may be another one
-    return type(getattr(error, "_base_exc", error)).__name__ in ("TrainingFailed", "SpecificationError")
+    return type(getattr(error, "_base_exc", error)).__name__ in (
+        "TrainingFailed",
+        "SpecificationError",
+        "OutputTaken",
+    )
 
 
 def checkpoint_before_resizing(control: WorkerControl, recovery: Recovery) -> Any:
@@ -73,8 +77,9 @@ def checkpoint_before_resizing(control: WorkerControl, recovery: Recovery) -> An
             self._healthy = False
             try:
                 control.notify("checkpoint", f"the group is resized to {resize_decision.num_workers} workers")
-                if not wait_until(recovery.stop_seconds, control.acknowledged):
-                    logger.warning("no checkpoint before resizing within %g s", recovery.stop_seconds)
+                grace = control.grace(recovery.stop_seconds)
+                if not wait_until(grace, control.acknowledged):
+                    logger.warning("no checkpoint before resizing within %g s", grace)
             except OSError as error:  # resizing goes on from an older checkpoint
                 logger.warning("no checkpoint before resizing: %s", error)
 

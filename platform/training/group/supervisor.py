@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from calumma.platform import storage
+from calumma.platform.specification import Retention
+from calumma.platform.storage.lease import OutputTaken
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.checkpoints.saver import OnPublished, Replicated, Saver
 from calumma.platform.training.errors import Stopped, TrainingFailed
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+_LATE, _TAKEN = 1, 4  # weaker and stronger than every action
 
 
 class Supervisor:
@@ -52,17 +55,28 @@ class Supervisor:
         zero_stage = engine.zero_optimization_stage()
         self.groups = [*earlier, {"step": self._next, "workers": worker.world, "zero_stage": zero_stage}]
         """Every group of workers that had a part in this stage: from which step on, how many workers."""
+        self._saved = time.monotonic()
+        self._deadline: float | None = None
         self.seconds = 0.0
         """How long training has stood still for checkpoints."""
 
         def keep_few() -> None:
-            catalog.retain(assignment.output, spec.resources.keep)
+            catalog.retain(assignment.output, keep, fence)
 
-        self._saver = Saver(spec, assignment.inputs, published, keep_few)
+        def prune() -> None:
+            catalog.retain(assignment.output, Retention(last=1, best=int(keep.best > 0)), fence)
+
+        keep = spec.resources.keep
+        if getattr(spec, "publish", "last") == "best":
+            keep = keep.model_copy(update={"best": max(keep.best, 1)})
+        fence = assignment.run.fence
+        self._saver = Saver(
+            spec, assignment.inputs, published, keep_few, fence, prune if keep.when_full == "prune" else None
+        )
         self._own_watchdog = watchdog is None
         self._watchdog = watchdog or Watchdog(spec.resources.recovery.hang_seconds, self._save_stacks)
         self._watchdog.place = f"step {self._next:08d}"
-        self._notices = NoticeWatcher(self._checkpoints) if worker.is_main else None
+        self._notices = NoticeWatcher(self._checkpoints, fence) if worker.is_main else None
 
     def __enter__(self) -> Self:
         return self
@@ -91,20 +105,25 @@ class Supervisor:
     def after_step(self, done: int, report: dict[str, Any], due: bool) -> None:
         """`done` steps were taken. Every worker calls it after every step with the same arguments.
 
-        A checkpoint is written when it is `due`, or asked for by a notice or a preemption: then it is published on
-        return. Raises Stopped when the notice says so, TrainingFailed when checkpoints cannot be written.
+        A checkpoint is written when it is `due`, by steps or by time, or asked for by a notice or a preemption: then it
+        is published on return. Raises Stopped when the notice says so, TrainingFailed when checkpoints cannot be
+        written, and OutputTaken when another run has the output.
         """
         self._next = done
         self._watchdog.enter(f"step {done:08d}")
-        action, why = self._agreed_action()
-        if not due and action is None:
+        self._saver.announce()
+        action, why, late = self._agreed_action()
+        if not due and not late and action is None:
             return
-        began = time.monotonic()
+        began = self._saved = time.monotonic()
         self._saver.save(
-            self._engine, catalog.checkpoint_uri(self._assignment.output, done), {**report, "groups": self.groups}
+            self._engine,
+            catalog.checkpoint_uri(self._assignment.output, done),
+            {**report, "groups": self.groups, "write_seconds": self._saver.write_seconds},
         )
         if action is not None:
             self.wait_until_published()
+            self._tell_of_deadline(done)
             if self._notices is not None:
                 self._notices.acknowledge(action)
         self.seconds += time.monotonic() - began
@@ -127,20 +146,47 @@ class Supervisor:
         except storage.StorageError as error:
             raise TrainingFailed(str(error)) from error
 
-    def _agreed_action(self) -> tuple[Action | None, str]:
-        """What this group is to do now: the strongest that any of its workers was told, the same on all."""
+    def _agreed_action(self) -> tuple[Action | None, str, bool]:
+        """What this group is to do now: the strongest that any of its workers was told, the same on all; why; and
+        whether it is time for a checkpoint."""
         own: tuple[Action, str] | None = self._notices.pending if self._notices is not None else None
         preemption = _preemption()
         if own is None and preemption is not None and preemption != self._preemption:
             own = ("checkpoint", "a node is about to be taken away")
+            self._warn_of_deadline(preemption)
         self._preemption = preemption
-        levels: dict[Action | None, int] = {None: 0, "checkpoint": 1, "stop": 2}
-        strongest = torch.tensor(levels[own[0] if own else None], device=self._engine.device)
+        minutes = self._assignment.spec.checkpoint_minutes
+        late = self._worker.is_main and minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        levels: dict[Action | None, int] = {None: _LATE if late else 0, "checkpoint": 2, "stop": 3}
+        taken = self._notices.taken if self._notices is not None else None
+        strongest = torch.tensor(_TAKEN if taken else levels[own[0] if own else None], device=self._engine.device)
         if self._worker.world > 1:
             dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
         level = int(strongest)
-        action = next(name for name, number in levels.items() if number == level)
-        return action, own[1] if own else "another worker was told"
+        if level == _TAKEN:
+            raise taken or OutputTaken(f"{self._assignment.output} belongs to another run now: this one writes no more")
+        action = next((name for name, number in levels.items() if name and number == level), None)
+        return action, own[1] if own else "another worker was told", level == _LATE
+
+    def _warn_of_deadline(self, preemption: Any) -> None:
+        """Before the checkpoint that a preemption asks for: whether there is time for it."""
+        self._deadline = preemption.deadline_ms / 1000 if preemption.deadline_ms else None
+        if self._deadline is None or not self._worker.is_main:
+            return
+        left, needed = self._deadline - time.time(), self._saver.write_seconds
+        if needed > left:
+            told = "a node is taken away in %.0f s, and writing a checkpoint took %.0f s: it may come too late"
+            logger.warning(told, left, needed)
+
+    def _tell_of_deadline(self, done: int) -> None:
+        """After it: whether it came in time."""
+        if self._deadline is None:
+            return
+        left, self._deadline = self._deadline - time.time(), None
+        if self._worker.is_main and left >= 0:
+            logger.warning("the checkpoint after step %d was written %.0f s before the node is taken away", done, left)
+        elif self._worker.is_main:
+            logger.error("the checkpoint after step %d came %.0f s after the node was to be taken away", done, -left)
 
     def _save_stacks(self, text: str) -> None:
         keep_stacks(storage.join(self._assignment.output, "stacks"), self._watchdog.place, text)

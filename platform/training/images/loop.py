@@ -43,7 +43,9 @@ _PERIODS = 50  # in which codes must be used, or are moved
 _RESTART_SHARE = 0.7  # share of the steps in which unused codes are moved; then the codebook settles
 _MEASURED_IMAGES = 20_000  # training images, at most, that count the codes in use
 _PICTURED_IMAGES = 16  # images in the picture of reconstructions
-_RESUMED_FIELDS = ("step", "schedule_step", "loss", "held_out_loss", "seconds", "faults", "incidents")
+_RESUMED_FIELDS = (
+    "step", "schedule_step", "loss", "held_out_loss", "held_out_step", "seconds", "faults", "incidents",
+)  # fmt: skip
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 def _train(submitted: ImageAssignment, watchdog: Watchdog) -> dict[str, Any]:
     worker = set_up_worker()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
+    submitted.run.check_output()
     assignment = replace(
         submitted, resume=resumption.agreed_checkpoint(submitted.output, submitted.spec, submitted.inputs)
     )
@@ -142,6 +145,7 @@ class Loop:
         with tempfile.TemporaryDirectory(prefix="calumma-image-tokenizer-") as folder:
             tokenizer.save(folder)
             report["files"] = [entry.model_dump(mode="json") for entry in file_entries(folder)]
+            self.assignment.run.check_output()
             delete_tokenizer(spec.locate(spec.output), KIND)
             storage.upload(folder, spec.locate(spec.output))
         return report
@@ -207,6 +211,7 @@ class Loop:
         began = time.monotonic()
         with self.clock("evaluation"):
             metrics = self._measured()
+            self.report["held_out_step"] = done
             self._log({key: value for key, value in metrics.items() if isinstance(value, float)}, done)
             self._picture(f"samples/step-{done:08d}/reconstructions.png")
         self._paused += time.monotonic() - began

@@ -18,7 +18,7 @@ from calumma.platform.tokenizing.text_tokenizer import check_output
 from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import ImageAssignment
-from calumma.platform.training.checkpoints import catalog, resumption
+from calumma.platform.training.checkpoints import catalog, identity
 from calumma.platform.training.group import notice
 from calumma.platform.training.group.chart import worker_groups, worker_range
 from calumma.platform.training.group.control import worker_control
@@ -56,7 +56,7 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
         run=run,
         steps=spec.steps,
         progress=progress,
-        control=worker_control(assignment.output),
+        control=worker_control(assignment.output, run),
         stacks=storage.join(assignment.output, "stacks"),
     )
     files = [FileEntry.model_validate(entry) for entry in report.pop("files")]
@@ -67,6 +67,7 @@ def train_image_tokenizer(spec: ImageTokenizerSpecification, run: Run, progress:
         report={**report, "groups": worker_groups(assignment), "run": run.id},
         inputs=fingerprints(read_from),
     )
+    run.check_output()
     manifest.write(output)
     return manifest
 
@@ -77,10 +78,10 @@ def prepare(spec: ImageTokenizerSpecification, run: Run) -> ImageAssignment:
     Raises SpecificationError where it did not.
     """
     place, inputs = spec.training, fingerprints([spec.locate(uri) for uri in spec.documents])
-    resume = catalog.newest(place, resumption.made_by(spec, inputs))
+    resume = catalog.newest(place, identity.made_by(spec, inputs))
     if resume is None and (other := catalog.newest(place)) is not None:
         folder, last = catalog.checkpoints_folder(place), int(other.manifest.specification.get("steps", 0))
-        why = resumption.difference(other, spec, inputs)
+        why = identity.difference(other, spec, inputs)
         if other.step < last:
             raise SpecificationError(
                 f"output: {folder} has checkpoints of another training, stopped after step {other.step} of {last}, "
@@ -88,6 +89,7 @@ def prepare(spec: ImageTokenizerSpecification, run: Run) -> ImageAssignment:
                 "them"
             )
         logger.info("%s has the checkpoints of a finished training with %s: they are discarded", folder, why)
+    run.check_output()
     notice.delete_notices(catalog.checkpoints_folder(place), notice.ACTIONS)
     if resume is None:
         storage.delete(catalog.checkpoints_folder(place))

@@ -68,6 +68,7 @@ _OWN_FIELDS = {
     "zero_optimization.stage": "zero_stage",
     "bf16.enabled": "precision",
     "fp16.enabled": "precision",
+    "communication_data_type": "gradient_reduction",
 }
 
 
@@ -104,8 +105,9 @@ def deepspeed_config(
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "checkpoint": {"tag_validation": "Ignore"},
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[spec.gradient_reduction],
     }
-    if bfloat16 and spec.zero_stage:  # without ZeRO, DeepSpeed keeps float32 masters but adds up gradients in bfloat16
+    if bfloat16:
         configuration["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(configuration, spec.deepspeed)
 

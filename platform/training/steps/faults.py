@@ -181,8 +181,10 @@ def divergence_report(
     folder: str,
     field: str = "optimizer.learning_rate",
     warmup: str | None = "schedule.warmup_steps",
+    branch_from: int = -1,
 ) -> str:
-    """Why the run ends, for the person who decides how to go on. `field` and `warmup` name the specification's."""
+    """Why the run ends, for the person who decides how to go on. `field` and `warmup` name the specification's;
+    `branch_from`: the step of the checkpoint to go on from with other settings, if there is one."""
     listing = "\n".join(f"  {incident.describe()}" for incident in incidents[-(rules.in_a_row + 1) :])
     spike = " or raise faults.spike_factor if these losses are what this data has" if rules.spike_factor else ""
     return (
@@ -190,4 +192,8 @@ def divergence_report(
         f"{listing}\n"
         f"Lower {field} (now {rate:g}), {f'lengthen {warmup}, ' if warmup else ''}look at the data of these "
         f"steps,{spike or ' or'} start again from an earlier checkpoint; those up to here stay in {folder}"
+        + (
+            f"\nWith another rate it goes on by resume: {{from: {branch_from}, allow: [learning_rate]}}"
+            * (branch_from > 0)
+        )
     )

@@ -1,6 +1,7 @@
 """Running one job: skipping, checking, tracking, and what the user is told when it goes wrong."""
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +14,8 @@ from calumma.jobs.specifications import table
 from calumma.platform import specification, storage
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.specification import JobSpecification, Resources, SpecificationError, Tracking
-from calumma.platform.storage import StorageError
+from calumma.platform.specification import JobSpecification, Recovery, Resources, SpecificationError, Tracking
+from calumma.platform.storage import StorageError, lease
 from calumma.platform.storage.manifest import FileEntry, Manifest
 
 
@@ -260,3 +261,39 @@ def test_a_job_file_runs_on_the_cluster_of_the_session(
     assert entry.main("count", ["--config", str(file)]) == 0
     assert (Path(spec.output_uri) / "number.txt").read_text() == "5"
     assert "count:  50%  half" in capsys.readouterr().err
+
+
+def test_an_output_that_another_run_writes_to_is_refused_before_anything_is_tracked_or_deleted(
+    spec: CountSpecification, count: Count, tmp_path: Path
+) -> None:
+    tracking = Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="taken")
+    own = spec.model_copy(update={"tracking": tracking})
+    runner.run_job(own, count.run)
+    runs = statuses(tracking)
+    with lease.held(spec.output_uri) as other:
+        other.tell("run-7")
+        with pytest.raises(lease.OutputTaken, match="is being written by the run run-7"):
+            runner.run_job(own, count.run, force=True)
+        assert runner.run_job(own, count.run)[1] is True, "what is finished can be read by everybody"
+    assert Manifest.find(spec.output_uri) is not None
+    assert count.ran == [7]
+    assert statuses(tracking) == runs
+
+
+def test_a_job_that_has_lost_its_output_fails_and_says_to_whom(
+    spec: CountSpecification, count: Count, tracking: Tracking
+) -> None:
+    """What it has begun is not published: the other's stands."""
+    fields = {"resources": Resources(recovery=Recovery(lease_seconds=0.6))}
+
+    def slow(spec: CountSpecification, run: Any, progress: Progress) -> Manifest:
+        later = lease.Owner.here(60).model_dump_json().encode()
+        assert storage.create(f"{spec.output_uri}.lease/{run.fence.epoch + 1:08d}.json", later)
+        time.sleep(60)
+        return count.run(spec, run, progress)
+
+    with pytest.raises(lease.OutputTaken, match="belongs to another run"):
+        runner.run_job(spec.model_copy(update=fields), slow)
+    assert count.ran == []
+    assert Manifest.find(spec.output_uri) is None
+    assert "KILLED" in statuses(tracking) or "FAILED" in statuses(tracking)

@@ -15,7 +15,7 @@ from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.streaming.mixture import check_epochs, resolve_mixture
 from calumma.platform.streaming.plan import Plan
-from calumma.platform.training.checkpoints import resumption
+from calumma.platform.training.checkpoints import identity
 from calumma.platform.training.specification import PretrainSpecification
 
 STAGE1 = {"tokens/text": 2.9, "tokens/pairs": 1.5, "tokens/interleaved": 0.4}
@@ -172,7 +172,7 @@ def test_checkpoints_of_before_these_fields_are_gone_on_with() -> None:
     old = spec.model_dump(mode="json")
     for added in ("mixture_of", "max_epochs", "data"):
         del old[added]
-    accept = resumption.made_by(spec, {})
+    accept = identity.made_by(spec, {})
     assert accept(Manifest(kind="checkpoint", specification=old, report={"step": 3}))
     old["mixture"] = {"tokens/text": 1.0}
     assert not accept(Manifest(kind="checkpoint", specification=old, report={"step": 3}))

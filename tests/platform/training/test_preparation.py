@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from calumma.platform.specification import SpecificationError
+from calumma.platform.specification import SpecificationError, Tracking
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.tokenizing.specification import TokenizeSpecification
 from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
+from calumma.platform.training import preparation
 from calumma.platform.training.preparation import prepare
 from calumma.platform.training.specification import (
     PretrainSpecification,
@@ -92,3 +93,14 @@ def test_token_shards_and_tokenizers_may_have_moved_since(
         prepare(spec, run)
     record_tokenizers(shards_of_its_own, {})  # nothing recorded, nothing to compare
     prepare(spec, run)
+
+
+def test_metrics_too_many_for_sqlite_are_warned_of(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    spec = stage(steps=600_000, log_every=10)
+    assert preparation.warn_of_many_metrics(spec, layers=48) == 60_000 * (28 + 48 * 4)
+    assert "some 13,200,000 metric values" in caplog.text
+    assert "log_every: 140" in caplog.text
+    caplog.clear()
+    preparation.warn_of_many_metrics(spec.model_copy(update={"log_every": 140}), layers=48)
+    preparation.warn_of_many_metrics(spec.model_copy(update={"tracking": Tracking(uri="http://host:5000")}), layers=48)
+    assert not caplog.records

@@ -34,7 +34,7 @@ def test_a_notice_to_stop_is_not_lost_beside_another(
 ) -> None:
     place = str(tmp_path)
     for action in order:
-        notice.notify(place, action, action)
+        notice.notify(place, "", action, action)
     notices = notice.NoticeWatcher(place, poll=0.01)
     wait_for(lambda: notices.pending is not None)
     assert notices.pending == ("stop", "stop")
@@ -48,9 +48,9 @@ def test_a_notice_to_stop_that_comes_during_a_checkpoint_is_followed_after_it(
 ) -> None:
     place = str(tmp_path)
     notices = notice.NoticeWatcher(place, poll=0.01)
-    notice.notify(place, "checkpoint", "the group is resized")
+    notice.notify(place, "", "checkpoint", "the group is resized")
     wait_for(lambda: notices.pending is not None)
-    notice.notify(place, "stop", "SIGTERM")
+    notice.notify(place, "", "stop", "SIGTERM")
     notices.acknowledge("checkpoint")
     assert not notice.none_pending(place)
     wait_for(lambda: notices.pending == ("stop", "SIGTERM"))

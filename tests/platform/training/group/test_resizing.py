@@ -85,7 +85,7 @@ def until(trained: Future[Any], happened: Callable[[], bool]) -> None:
 
 def stopped(trained: Future[Any], place: str) -> int:
     """Have training stop; how many steps it has taken."""
-    notice.notify(catalog.checkpoints_folder(place), "stop", "that is enough")
+    notice.notify(catalog.checkpoints_folder(place), "", "stop", "that is enough")
     with pytest.raises(Stopped, match="that is enough"):
         trained.result()
     return catalog.newest_step(place)

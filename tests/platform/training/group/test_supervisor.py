@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from calumma.platform import storage
+from calumma.platform.specification import Resources, Retention
+from calumma.platform.storage import lease
+from calumma.platform.storage.lease import OutputTaken
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.errors import Stopped
 from calumma.platform.training.group import control, notice, supervisor, watchdog
@@ -32,7 +37,7 @@ class Engine:
         return 1
 
 
-def assignment(output: str, first_step: int = 0, resume: Any = None, **recovery: Any) -> Any:
+def assignment(output: str, first_step: int = 0, resume: Any = None, fence: Any = None, **recovery: Any) -> Any:
     spec = PretrainSpecification.model_validate(
         {
             "storage": "/nowhere",
@@ -44,7 +49,8 @@ def assignment(output: str, first_step: int = 0, resume: Any = None, **recovery:
             "resources": {"recovery": recovery, "keep": {"last": 2}},
         }
     )
-    return SimpleNamespace(spec=spec, inputs={}, output=output, first_step=first_step, resume=resume)
+    run = SimpleNamespace(fence=fence)
+    return SimpleNamespace(spec=spec, inputs={}, output=output, first_step=first_step, resume=resume, run=run)
 
 
 def supervised(output: str, **given: Any) -> supervisor.Supervisor:
@@ -156,3 +162,72 @@ def test_a_group_that_starts_goes_on_from_the_newest_checkpoint_of_then(group_of
     with supervised(output) as stage:
         train(stage, 0, 10)
     assert first_step() == 10
+
+
+def test_checkpoints_come_by_time_too(group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every seven minutes, of steps of two; those by steps begin the time anew."""
+    now = [1000.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    given = assignment(str(tmp_path))
+    spec = given.spec.model_copy(update={"checkpoint_minutes": 7.0, "resources": Resources(keep=Retention(last=99))})
+    with supervisor.Supervisor(
+        Engine(),  # type: ignore[arg-type]
+        SimpleNamespace(**vars(given) | {"spec": spec}),  # type: ignore[arg-type]
+        Worker(0, 1, torch.device("cpu")),
+    ) as stage:
+
+        def step_of_two_minutes(done: int) -> None:
+            now[0] += 120
+
+        train(stage, 0, 16, step_of_two_minutes)
+    assert sorted(catalog.published_steps(str(tmp_path))) == [5, 9, 10, 14]
+
+
+@pytest.mark.parametrize(("left", "told"), [(500.0, "before the node is taken away"), (-20.0, "it may come too late")])
+def test_a_preemption_says_whether_its_checkpoint_came_in_time(
+    group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float, told: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    deadline = SimpleNamespace(deadline_ms=int((time.time() + left) * 1000), preempted_node_to_ranks={"node": [0]})
+    with supervised(str(tmp_path)) as stage:
+        train(stage, 0, 1)
+        monkeypatch.setattr(supervisor, "_preemption", lambda: deadline)
+        train(stage, 1, 3)
+    assert catalog.published_steps(str(tmp_path)) == [2]
+    assert told in caplog.text
+    assert ("after the node was to be taken away" in caplog.text) == (left < 0)
+
+
+def test_the_grace_for_a_checkpoint_follows_what_writing_one_takes(group_of_one: None, tmp_path: Path) -> None:
+    output = str(tmp_path)
+    line = control.worker_control(output)
+    assert line.grace(120) == 120
+    with supervised(output) as stage:
+        train(stage, 0, 10)
+        stage.wait_until_published()
+        stage._saver.write_seconds = 90.0
+        train(stage, 10, 20)
+    assert line.grace(120) == 270
+
+
+def test_a_run_that_has_lost_its_output_ends_without_a_checkpoint(
+    group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_for: WaitFor
+) -> None:
+    monkeypatch.setattr(notice, "_POLL", 0.02)
+    output = str(tmp_path / "stage")
+    with lease.held(output, 1e6) as owned:
+        with pytest.raises(OutputTaken, match="belongs to"):
+            lose(output, owned.fence, wait_for)
+        assert catalog.published_steps(output) == [10]
+
+
+def lose(output: str, fence: lease.Fence, wait_for: WaitFor) -> None:
+    with supervised(output, fence=fence) as stage:
+        train(stage, 0, 15)
+        stage.wait_until_published()
+        later = lease.Owner.here(60).model_dump_json().encode()
+        assert storage.create(f"{output}.lease/{fence.epoch + 1:08d}.json", later)
+        notices = stage._notices
+        assert notices is not None
+        wait_for(lambda: notices.taken is not None)
+        train(stage, 15, 30)

@@ -192,6 +192,32 @@ SCENARIOS: dict[str, list[tuple[dict[str, Any], Script]]] = {
     "back to the start": [({"faults": {"action": "roll_back"}}, {"loss": [2]})],
     "too many": [({"faults": {"in_a_row": 2}}, {"loss": [5, 6, 7]})],
     "too often back": [({"faults": {"action": "roll_back", "in_a_row": 1}, "checkpoint_every": 10}, {"loss": [3, 6]})],
+    "diverged": [
+        ({"faults": {"in_a_row": 2}}, {"loss": [9, 10, 11]}),
+        (
+            {
+                "faults": {"in_a_row": 2},
+                "optimizer": {"learning_rate": 0.01},
+                "resume": {"from": 8, "allow": ["learning_rate"]},
+            },
+            {},
+        ),
+    ],
+    "best": [
+        (
+            {
+                "held_out": {"counting": "tokens/held-out"},
+                "held_out_every": 2,
+                "publish": "best",
+                "steps": 10,
+                "schedule": {"kind": "constant", "warmup_steps": 0},
+            },
+            {"chaos": [9, 10]},
+        )
+    ],
+    "from a checkpoint": [
+        ({"initial": "stages/straight/checkpoints/step-00000016", "model": None, "steps": 4, "log_every": 1}, {})
+    ],
     "lora": [({"lora": {"rank": 4}, "initial": "stages/straight", "model": None, "zero_stage": 3}, {})],
     "lora, killed": [
         ({"lora": {"rank": 4}, "initial": "stages/straight", "model": None, "zero_stage": 3}, {"dies": 15}),
