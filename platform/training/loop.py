@@ -230,7 +230,7 @@ class _Stage:
             if spec.faults.action == "roll_back" and first == 0:
                 self._save(supervisor, 0, due=True)  # something to go back to
             if first == 0 and self.assignment.initial and spec.held_out_every and spec.held_out:
-                self.report["held_out_before"] = self.held_out(0, supervisor)  # what is to be kept, or to be bettered
+                self.report["held_out_before"] = self.held_out(0)  # what is to be kept, or to be bettered
             for step, group in self._timed(_micro_batches(self.worker)):
                 supervisor.check_step(step)
                 seen += self._step(supervisor, step, group)

@@ -102,10 +102,10 @@ class CheckpointWeights:
         except ManifestError as error:
             raise storage.StorageError(str(error)) from error
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[Wanted], beat: Callable[[], object] = lambda: None) -> None:
         fragments = [Fragment(w.parameter, w.offset, w.target.numel(), {MASTER: w.target}) for w in wanted]
         try:
-            ranges.fill(self._folder, self._index, fragments, [MASTER])
+            ranges.fill(self._folder, self._index, fragments, [MASTER], beat)
         except storage.Damaged as error:
             raise storage.Damaged(f"{self._folder} is damaged, and nothing is started from it: {error}") from error
         except ManifestError as error:
