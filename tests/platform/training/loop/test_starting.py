@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from calumma.platform.training import loop, stage
 from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.construction.sources import CheckpointWeights, Wanted
 from calumma.platform.training.errors import TrainingFailed
+from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.preparation import prepare
 
@@ -38,8 +40,15 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.fixture
+def dog() -> Iterator[Watchdog]:
+    dog = Watchdog(600.0, lambda stacks: None)
+    yield dog
+    dog.close()
+
+
 def test_a_flipped_bit_in_what_is_started_from_ends_the_stage_before_its_first_step(
-    group_of_one: None, scenarios: Any, earlier: Path, monkeypatch: pytest.MonkeyPatch
+    group_of_one: None, scenarios: Any, earlier: Path, dog: Watchdog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
@@ -55,15 +64,15 @@ def test_a_flipped_bit_in_what_is_started_from_ends_the_stage_before_its_first_s
     part = Path(continued.continued.files, "part-00000.safetensors")
     flip_a_bit(part)
     with pytest.raises(TrainingFailed, match=r"step-00000020 is damaged.*part-00000.* not what was written"):
-        loop.start_engine(continued, alone)
+        loop.start_engine(continued, alone, dog)
     assert catalog.newest_step(str(earlier)) == 20, "another stage's checkpoint is not set aside"
     flip_a_bit(part)
-    loop.start_engine(continued, alone)
+    loop.start_engine(continued, alone, dog)
 
     named = next_stage(scenarios, earlier / "checkpoints/step-00000016")
     flip_a_bit(Path(named.initial_checkpoint.files, "part-00000.safetensors"))
     with pytest.raises(TrainingFailed, match=r"step-00000016.* is damaged"):
-        loop.start_engine(named, alone)
+        loop.start_engine(named, alone, dog)
 
 
 def test_an_end_that_is_not_whole_is_refused_and_no_earlier_checkpoint_takes_its_place(

@@ -55,7 +55,7 @@ def test_the_watchdog_hears_of_steps_held_out_passes_and_samples(scenarios: Any)
     """Twenty steps; four passes over held-out rows at steps 8 and 16; before and after the samples of step 10."""
     (outcome,) = scenarios.outcomes["straight"]
     steps = [f"step {step:08d}" for step in range(1, STEPS + 1)]
-    before = ["building the engine", "reading weights", "starting"]
+    before = ["reading what it starts from", "building the engine", "reading weights", "starting"]
     assert outcome["places"] == [*before, *steps, "held-out measurement", "samples", "publishing"]
     assert outcome["beats"] >= len(outcome["places"]) + 2 * 4  # and at every held-out batch
 
