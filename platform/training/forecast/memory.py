@@ -60,8 +60,9 @@ def activations(spec: TrainSpecification, config: ModelConfig, rows: int) -> flo
     block, backward = shape.block_bytes(config, element), shape.backward_bytes(config, element)
     if not spec.checkpoint_activations:
         return tokens * (config.layers * block + backward)
-    kept = shape.product_bytes if selective(spec) else shape.input_bytes
-    return tokens * (config.layers * kept(config, element) + block + backward)
+    if selective(spec):  # the block that is computed again makes anew all but what is kept of it
+        return tokens * ((config.layers - 1) * shape.product_bytes(config, element) + block + backward)
+    return tokens * (config.layers * shape.input_bytes(config, element) + block + backward)
 
 
 def selective(spec: TrainSpecification) -> bool:
