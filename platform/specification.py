@@ -121,7 +121,7 @@ class JobSpecification(Section):
     def _workers(self) -> Self:
         if self.resources.workers == 0 and self.job not in IN_PROCESS:
             raise ValueError(
-                f"resources.workers: 0, which is work without a cluster, is for {' and '.join(IN_PROCESS)}; "
+                f"resources.workers: 0, which is work without a cluster, is for {', '.join(IN_PROCESS)} alone; "
                 f"give {self.job} at least 1"
             )
         return self

@@ -154,10 +154,10 @@ def test_metas_release(ours: Path, hugging_face: Path, vqgan: Path, tmp_path: Pa
 def test_errors_name_what_to_do(ours: Path, hugging_face: Path, vqgan: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(hugging_face, tmp_path / "hf"))
     weights = load_file(copy / "model.safetensors")
-    weights["surprise"] = weights.pop("lm_head.weight")
+    weights["surprise"] = weights.pop("model.norm.weight")
     save_file(weights, copy / "model.safetensors")
     told = refused("import", "hf", str(copy), str(tmp_path / "out"))
-    assert "1 missing: lm_head.weight; 1 unknown: surprise" in told
+    assert "1 missing: model.norm.weight; 1 unknown: surprise" in told
     assert "exists already" in refused("import", "hf", str(hugging_face), str(ours))
     assert "no config.json" in refused("import", "hf", str(tmp_path / "nowhere"), str(tmp_path / "out"))
     assert "no params.json" in refused(

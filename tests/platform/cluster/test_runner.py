@@ -1,6 +1,7 @@
 """Running one job: skipping, checking, tracking, and what the user is told when it goes wrong."""
 
 import sys
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -292,8 +293,12 @@ def test_a_job_that_has_lost_its_output_fails_and_says_to_whom(
         time.sleep(60)
         return count.run(spec, run, progress)
 
-    with pytest.raises(lease.OutputTaken, match="belongs to another run"):
-        runner.run_job(spec.model_copy(update=fields), slow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in several processes ignore
+    try:
+        with pytest.raises(lease.OutputTaken, match="belongs to another run"):
+            runner.run_job(spec.model_copy(update=fields), slow)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert count.ran == []
     assert Manifest.find(spec.output_uri) is None
     assert "KILLED" in statuses(tracking) or "FAILED" in statuses(tracking)
