@@ -159,7 +159,7 @@ def test_errors_name_what_to_do(ours: Path, hugging_face: Path, vqgan: Path, tmp
     told = refused("import", "hf", str(copy), str(tmp_path / "out"))
     assert "1 missing: model.norm.weight; 1 unknown: surprise" in told
     assert "exists already" in refused("import", "hf", str(hugging_face), str(ours))
-    assert "no config.json" in refused("import", "hf", str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    assert "there is no folder" in refused("import", "hf", str(tmp_path / "nowhere"), str(tmp_path / "out"))
     assert "no params.json" in refused(
         "import", "meta", str(hugging_face), str(tmp_path / "out"), "--tokenizer", str(vqgan)
     )

@@ -1,7 +1,7 @@
 """Running one job: skipping, checking, tracking, and what the user is told when it goes wrong."""
 
-import sys
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
