@@ -121,8 +121,12 @@ def test_the_one_who_lost_it_is_interrupted(tmp_path: Path) -> None:
             storage.create(f"{output}.lease/00000009.json", lease.Owner.here(60).model_dump_json().encode())
             time.sleep(60)
 
-    with pytest.raises(OutputTaken, match="belongs to another run"):
-        lose_it()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in several processes ignore
+    try:
+        with pytest.raises(OutputTaken, match="belongs to another run"):
+            lose_it()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert Path(f"{output}.lease/00000009.json").exists()
 
 

@@ -137,8 +137,9 @@ def test_a_registered_model_is_found_by_alias_and_by_version(server: Tracking, r
     assert (
         registry.register(server, "by-alias", str(model_directory), run.id, "champion") == "models:/by-alias@champion"
     )
-    assert registry.register(server, "by-alias", str(model_directory), run.id) == "models:/by-alias/2"
-    for uri in ("models:/by-alias@champion", "models:/by-alias/1", "models:/by-alias/2", str(model_directory)):
+    again = registry.register(server, "by-alias", str(model_directory), run.id)
+    assert again == "models:/by-alias/1", "one run's model is one version, however often it is sent"
+    for uri in ("models:/by-alias@champion", "models:/by-alias/1", str(model_directory)):
         with registry.resolve_model(uri, server) as path:
             assert path == model_directory
     assert run.client.get_model_version("by-alias", "1").run_id == run.id
@@ -159,7 +160,7 @@ def test_a_registered_version_outlives_the_next_training_of_its_folder(
 
     for weights in (b"first", b"second", b"second"):
         registry.register(server, "kept", published(weights), run.id)
-    for version, weights in ((1, b"first"), (2, b"second"), (3, b"second")):
+    for version, weights in ((1, b"first"), (2, b"second")):
         with registry.resolve_model(f"models:/kept/{version}", server) as path:
             assert (path / "model.safetensors").read_bytes() == weights
             assert Manifest.read(str(path)).kind == "model"
@@ -208,7 +209,9 @@ def test_a_server_that_cannot_be_used_is_an_error_that_names_it() -> None:
 def test_parameter_names_are_what_mlflow_accepts() -> None:
     flat = flatten({"a": {"b": [1, 2], "c d": {}}, "ü(x)": 1, "tracking": Tracking()})
     assert flat == {"a.b": [1, 2], "a.c d": {}, "ü_x_": 1, "tracking.uri": None, "tracking.experiment": "calumma"} | {
-        "tracking.project": None
+        "tracking.project": None,
+        "tracking.tensorboard": None,
+        "tracking.wandb": None,
     }
 
 
