@@ -267,7 +267,7 @@ def test_an_endpoint_that_does_not_answer_is_named(s3: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("uri", ["https://host/path"])
 def test_unknown_schemes_are_refused(uri: str) -> None:
-    with pytest.raises(storage.StorageError, match="is not known; use s3://, .* or a local path"):
+    with pytest.raises(storage.StorageError, match=r"is not known; use s3://, .* or a local path"):
         storage.read_bytes(uri)
 
 
