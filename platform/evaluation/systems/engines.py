@@ -74,7 +74,7 @@ class ClusterSystem(LocalSystem):
         capacity.require_workers(resources)
         self.name, self._size = spec.title, CHUNKS_A_BATCH * spec.batch
         actor: Any = ray.remote(ModelWorker).options(
-            num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2
+            num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
         )
         threads = max(1, round(resources.cpus_per_worker))
         self._starting: dict[Any, Any] = {}  # ping -> actor

@@ -188,7 +188,13 @@ def sent_and_foretold(stage: int, world: int) -> tuple[float, float]:
 
     shape = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn_width": 384, "context": 16}
     log = {"comms_logger": {"enabled": True, "prof_all": True, "verbose": False}}
-    spec = specification(zero_stage=stage, precision="bfloat16", micro_batches=3 * world, model=shape, deepspeed=log)
+    spec = specification(
+        zero_stage=stage,
+        precision="bfloat16" if stage else "float32",
+        micro_batches=3 * world,
+        model=shape,
+        deepspeed=log,
+    )
     config = spec.model.model_copy(update={"vocabulary_size": SHAPE.vocabulary_size})
     run = engine.initialize(Transformer(config).initialize(0), spec, world, passes=3)
     mask_V, group = VOCABULARY.mask(IMAGE_IDS), [rows(0, number) for number in range(3)]
