@@ -34,7 +34,8 @@ from calumma.platform.evaluation.tasks import Case, Grade, grade, make_case
 from calumma.platform.shards.documents import read_documents
 from calumma.platform.specification import JobSpecification, Tracking
 from calumma.platform.tokenizing.specification import PreferenceTokensSpecification
-from calumma.platform.training.specification import FinetuneSpecification, Preference
+from calumma.platform.training.sections import Preference
+from calumma.platform.training.specification import FinetuneSpecification
 
 TRAINING, HELD_OUT = "curated/chat_counting", "curated/ask_counting"
 SETTINGS = {

@@ -215,7 +215,7 @@ def listing(jobs: list[Any]) -> list[str]:
 
 def skipped_inputs(report: dict[str, Any]) -> list[str]:
     """Lines about the unreadable input that was skipped, a source each; none for jobs that read no raw input."""
-    from calumma.platform.curation.curate import describe_skipped
+    from calumma.platform.curation.source_job import describe_skipped
 
     descriptions = [describe_skipped(name, part) for name, part in report.get("sources", {}).items()]
     return [line for text in descriptions if text for line in text.splitlines()]

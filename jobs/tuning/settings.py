@@ -14,7 +14,8 @@ from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import Resources, Tracking
 from calumma.platform.tokenizing.specification import PreferenceTokensSpecification, TokenizeSpecification
-from calumma.platform.training.specification import FinetuneSpecification, Lora, Optimizer, Preference, Schedule
+from calumma.platform.training.sections import Lora, Optimizer, Preference, Schedule
+from calumma.platform.training.specification import FinetuneSpecification
 
 Packing = Literal["apart", "together", "off"]
 

@@ -13,34 +13,34 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image as PILImage
-from PIL import ImageOps
-
-from calumma.model.document import Document
 from calumma.platform import storage
 from calumma.platform.cluster import capacity
 from calumma.platform.cluster.progress import Progress
 from calumma.platform.cluster.tasks import map_in_order
 from calumma.platform.curation import tasks
-from calumma.platform.curation.counts import DocumentCounts
 from calumma.platform.curation.report import publish
 from calumma.platform.curation.report.findings import Findings
+from calumma.platform.curation.source_job import (
+    SourceJob,
+    describe_skipped,
+    failure,
+    metrics_of,
+    publish_source,
+    step_seconds,
+)
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.curation.steps import chain, decontaminate, duplicates, scoring, staging
-from calumma.platform.reports.contact_sheet import Cell, contact_sheet
 from calumma.platform.shards import documents as document_shards
-from calumma.platform.sources import notes, reading
-from calumma.platform.sources.references import unread
+from calumma.platform.sources import reading
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import Resources
 from calumma.platform.storage import publishing
-from calumma.platform.storage.manifest import FileEntry, Manifest
+from calumma.platform.storage.manifest import Manifest
 from calumma.platform.tracking.fingerprints import fingerprints, reusable_result
 
 if TYPE_CHECKING:
@@ -49,61 +49,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_TASKS = 1024  # a source; with more files than that, neighbours share a task
-SHOWN = 5  # bad inputs of a source that a message names; the manifest names more
-SAMPLES, SAMPLE_SIDE = 32, 72  # pictures on a contact sheet, and their width in pixels
 
 
 class TooMuchBadInput(ValueError):
     """More of a source is unreadable than its specification allows, or nothing of it is left."""
 
 
-StagedFile = tuple[str, int, int]  # path, first identity, documents
-
-
-@dataclass
-class _SourceJob:
-    """One source: its tasks, and their results so far."""
-
-    source: Source
-    number: int  # in the specification
-    output: str
-    specification: CurateSpecification  # that makes this source only: what its manifest records
-    fingerprint: str  # fingerprint of that specification and the input files
-    inputs: dict[str, str]
-    sizes: dict[str, int]
-    ignored: dict[str, reading.Unread]
-    tasks: list[dict[str, Any]]
-    counts: DocumentCounts = field(default_factory=DocumentCounts)
-    findings: Findings = field(default_factory=Findings)
-    entries: list[FileEntry] = field(default_factory=list)
-    staged: list[list[StagedFile]] = field(default_factory=list)  # of every task
-    unread_counted: bool = False
-
-    def count_unread(self) -> None:
-        """When all is read: what of the location is neither the format's nor referred to by its records."""
-        self.ignored = {uri: self.ignored[uri] for uri in unread(self.ignored, self.counts.notes)}
-        self.counts.notes.referred.clear()
-        if not self.unread_counted:
-            for kind, name in self.ignored.values():
-                self.counts.notes.skip(kind, name)
-        self.unread_counted = True
-
-    def add_result(self, result: dict[str, Any]) -> None:
-        """Add what a task returned."""
-        self.counts.add(DocumentCounts.model_validate(result["counts"]))
-        self.findings.add(Findings.model_validate(result["findings"]))
-        self.entries += [FileEntry.model_validate(entry) for entry in result.get("files", ())]
-
-    @property
-    def staged_files(self) -> list[StagedFile]:
-        return [part for task in self.staged for part in task]
-
-    @property
-    def documents_staged(self) -> int:
-        return sum(count for _, _, count in self.staged_files)
-
-
-_SourceTasks = list[tuple[_SourceJob, dict[str, Any]]]
+_SourceTasks = list[tuple[SourceJob, dict[str, Any]]]
 
 
 def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
@@ -129,7 +81,7 @@ def run(spec: CurateSpecification, run: Run, progress: Progress) -> Manifest:
     )
     manifest.write(output)
     publish.write(output, manifest, {w.source.name: w.findings for w in waiting}, run)
-    run.log_metrics(_metrics(manifest) | _step_seconds(waiting))
+    run.log_metrics(metrics_of(manifest) | step_seconds(waiting))
     return manifest
 
 
@@ -149,7 +101,7 @@ def _require_workers(spec: CurateSpecification, resources: Resources) -> None:
 # -- planning ---------------------------------------------------------------------------------------------------------
 
 
-def _plan(spec: CurateSpecification) -> list[_SourceJob]:
+def _plan(spec: CurateSpecification) -> list[SourceJob]:
     """The tasks of all sources. Raises SpecificationError when a location has no files of its format."""
     listed = {source.name: reading.require_files(source, spec.locate) for source in spec.sources}
     steps = (spec.licenses, spec.domains)
@@ -181,7 +133,7 @@ def _plan(spec: CurateSpecification) -> list[_SourceJob]:
             }
             for place, begin in enumerate(range(0, len(files), size))
         ]
-        job = _SourceJob(source, number, output, specification, fingerprint, inputs, sizes, ignored, source_tasks)
+        job = SourceJob(source, number, output, specification, fingerprint, inputs, sizes, ignored, source_tasks)
         jobs.append(job)
     return jobs
 
@@ -196,7 +148,7 @@ def _source_specification(spec: CurateSpecification, source: Source) -> CurateSp
     return spec.only([*earlier, source.name])
 
 
-def _reusable_results(spec: CurateSpecification, jobs: list[_SourceJob]) -> dict[str, Manifest]:
+def _reusable_results(spec: CurateSpecification, jobs: list[SourceJob]) -> dict[str, Manifest]:
     """Manifests of the sources that need not be made again."""
     published: dict[str, Manifest] = {}
     for w in jobs:
@@ -238,12 +190,12 @@ class _Curation:
     phase: int = 0
     phases: int = 1
 
-    def one_phase(self, jobs: list[_SourceJob]) -> dict[str, Manifest]:
+    def one_phase(self, jobs: list[SourceJob]) -> dict[str, Manifest]:
         """Raises TooMuchBadInput when all good sources are published."""
         pairs = [(w, {**task, "index": self.index}) for w in jobs for task in w.tasks]
         return self._run_and_publish(jobs, pairs, tasks.curate_files)
 
-    def in_phases(self, jobs: list[_SourceJob]) -> dict[str, Manifest]:
+    def in_phases(self, jobs: list[SourceJob]) -> dict[str, Manifest]:
         """Raises TooMuchBadInput after the first phase when any source is too bad, since others depend on it."""
         spec, root = self.spec, self.root
         compared = [w for w in jobs if chain.applies(spec.duplicates, w.source.name)]
@@ -256,7 +208,7 @@ class _Curation:
             rows.update(result["rows"])
         for w in jobs:
             w.count_unread()
-        if failures := [problem for w in jobs if (problem := _failure(spec, w, w.documents_staged))]:
+        if failures := [problem for w in jobs if (problem := failure(spec, w, w.documents_staged))]:
             raise TooMuchBadInput("\n".join(failures))
         for name, scorer in spec.scorers.items():
             scored = [
@@ -279,7 +231,7 @@ class _Curation:
         tasks.attach_originals([w.findings for w in jobs], [part for w in jobs for part in w.staged_files], root)
         return published
 
-    def _run_and_publish(self, jobs: list[_SourceJob], pairs: _SourceTasks, work: Any) -> dict[str, Manifest]:
+    def _run_and_publish(self, jobs: list[SourceJob], pairs: _SourceTasks, work: Any) -> dict[str, Manifest]:
         """Run the tasks that write shards. Raises TooMuchBadInput when all good sources are published."""
         published: dict[str, Manifest] = {}
         failures: list[str] = []
@@ -288,32 +240,32 @@ class _Curation:
             if task["place"] != w.tasks[-1]["place"]:
                 continue
             w.count_unread()
-            if problem := _failure(self.spec, w, w.counts.kept):
+            if problem := failure(self.spec, w, w.counts.kept):
                 failures.append(problem)
                 publishing.delete_files(storage.join(w.output, entry.path) for entry in w.entries)
                 continue
-            published[w.source.name] = manifest = _publish_source(w, self.run)
+            published[w.source.name] = manifest = publish_source(w, self.run)
             if skipped := describe_skipped(w.source.name, manifest.report):
                 logger.warning("%s", skipped)
         if failures:
             raise TooMuchBadInput("\n".join(failures))
         return published
 
-    def _staged_tasks(self, jobs: list[_SourceJob]) -> _SourceTasks:
+    def _staged_tasks(self, jobs: list[SourceJob]) -> _SourceTasks:
         return [
             (w, {**task, "staged": staged, "root": self.root})
             for w in jobs
             for task, staged in zip(w.tasks, w.staged, strict=True)
         ]
 
-    def _scoring_tasks(self, w: _SourceJob, name: str) -> Iterator[dict[str, Any]]:
+    def _scoring_tasks(self, w: SourceJob, name: str) -> Iterator[dict[str, Any]]:
         for path, _, _ in w.staged_files:
             scores = scoring.scores_uri(self.root, name, path)
             yield {"file": tasks.staged_documents_uri(self.root, path), "scores": scores, "output": w.output}
 
     def _run_file_tasks(
         self, pairs: _SourceTasks, work: Any, count: int
-    ) -> Iterator[tuple[_SourceJob, dict[str, Any], dict[str, Any]]]:
+    ) -> Iterator[tuple[SourceJob, dict[str, Any], dict[str, Any]]]:
         """Results of tasks over files, in order."""
         total = sum(len(task["files"]) for _, task in pairs)
         done = 0
@@ -337,87 +289,3 @@ class _Curation:
 
     def _report_progress(self, done: int, total: int, note: str) -> None:
         self.progress(self.phase * total + done, self.phases * total, note)
-
-
-def _failure(spec: CurateSpecification, w: _SourceJob, kept: int) -> str | None:
-    counts, name = w.counts.model_copy(update={"kept": kept}), w.source.name
-    share = counts.bad_share(sum(w.sizes.values()))
-    if counts.bad and share > spec.max_bad_share:
-        examples = "".join(f"\n  {bad.name}: {bad.reason}" for bad in counts.examples[:SHOWN])
-        return (
-            f"source {name!r}: {share:.2%} of the input is unreadable ({counts.bad:,} bad, {counts.read:,} read), more "
-            f"than max_bad_share allows ({spec.max_bad_share:.2%}); nothing of it was published. For example:{examples}"
-            "\nRepair or remove these, or raise max_bad_share."
-        )
-    if not kept:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.dropped.items()))
-        unread = "".join(f"; {line}" for line in notes.sentences(counts.report()))
-        return f"source {name!r}: no document is left of {counts.read:,} read" + (
-            f" ({reasons}){unread}" if reasons else unread
-        )
-    return None
-
-
-def describe_skipped(source: str, report: dict[str, Any]) -> str | None:
-    """A message on what of a source was bad or not read, from its part of the manifest's report; None for nothing."""
-    told = []
-    for count, examples, title in (
-        (report.get("bad", 0), "bad_inputs", "unreadable, skipped"),
-        (report.get("warned", 0), "warnings", "read in spite of a fault"),
-    ):
-        named = [f"{example['name']}: {example['reason']}" for example in report.get(examples, [])[:SHOWN]]
-        if count > len(named):
-            named.append(f"and {count - len(named):,} more (see {examples} in the source's manifest)")
-        if count:
-            told.append("\n  ".join([f"{count:,} {title}:", *named]))
-    return "\n".join(f"source {source!r}: {what}" for what in told + notes.sentences(report)) or None
-
-
-def _publish_source(w: _SourceJob, run: Run) -> Manifest:
-    manifest = Manifest(
-        kind=document_shards.CURATED,
-        files=w.entries,
-        specification=w.specification.model_dump(mode="json"),
-        report={
-            "fingerprint": w.fingerprint,
-            "files": len(w.sizes),
-            "files_ignored": len(w.ignored),
-            "bytes": sum(w.sizes.values()),
-            "bad_share": w.counts.bad_share(sum(w.sizes.values())),
-            **w.counts.report(),
-            "steps": {step: sum(reasons.values()) for step, reasons in w.findings.steps.items()},
-        },
-        inputs=w.inputs,
-    )
-    publishing.publish(w.output, manifest)
-    if w.counts.images:
-        run.log_image(sample_sheet(document_shards.read_documents(w.output)), f"samples/{w.source.name}.png")
-    return manifest
-
-
-def sample_sheet(documents: Iterable[Document]) -> PILImage.Image:
-    """A contact sheet of the first images, each over its caption or the words of its document."""
-    labelled = ((i, i.caption or d.text) for d in documents for i in d.images)
-    cells = [
-        # Square, because a sheet's cells are: nothing is stretched.
-        Cell(
-            ImageOps.pad(image.open(), (SAMPLE_SIDE, SAMPLE_SIDE), PILImage.Resampling.NEAREST), " ".join(words.split())
-        )
-        for image, words in islice(labelled, SAMPLES)
-    ]
-    return contact_sheet(cells, columns=8, side=SAMPLE_SIDE)
-
-
-def _step_seconds(jobs: list[_SourceJob]) -> dict[str, float]:
-    """Seconds of each step of each source. Not in the manifest: equal curations have equal manifests."""
-    return {f"{w.source.name}/seconds_{step}": seconds for w in jobs for step, seconds in w.findings.seconds.items()}
-
-
-def _metrics(manifest: Manifest) -> dict[str, float]:
-    numbers = ("read", "kept", "bad", "images", "characters")
-    metrics: dict[str, float] = {}
-    for name, report in manifest.report["sources"].items():
-        metrics |= {f"{name}/{number}": float(report[number]) for number in numbers}
-        metrics |= {f"{name}/dropped": float(sum(report["dropped"].values()))}
-        metrics |= {f"{name}/dropped_{step}": float(count) for step, count in report.get("steps", {}).items()}
-    return metrics

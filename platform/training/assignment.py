@@ -11,10 +11,10 @@ from calumma.platform import storage
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.streaming.division import Division
 from calumma.platform.tracking.run import Run
+from calumma.platform.training.sections import Preference
 from calumma.platform.training.specification import (
     FinetuneSpecification,
     ImageTokenizerSpecification,
-    Preference,
     TrainSpecification,
 )
 

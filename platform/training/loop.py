@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calumma.platform import storage
-from calumma.platform.storage.manifest import Manifest
 from calumma.platform.tracking.mirrors import Mirrors
 from calumma.platform.tracking.names import flatten
-from calumma.platform.tracking.outbox import BackgroundWriter
+from calumma.platform.tracking.writer import BackgroundWriter
 from calumma.platform.training import publication
 from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog, resumption
-from calumma.platform.training.construction import build
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.entry import watchdog_of
 from calumma.platform.training.group.supervisor import Supervisor
@@ -32,6 +30,7 @@ from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker, set_up_worker
 from calumma.platform.training.preferences.objective import PreferenceObjective
 from calumma.platform.training.preferences.reference import reference_scores
+from calumma.platform.training.starting import base_of, report_so_far, require_undamaged_start, start_engine
 from calumma.platform.training.steps import engine, faults, held_out, meters
 from calumma.platform.training.steps.early import EarlyStopper
 from calumma.platform.training.steps.schedule import learning_rate
@@ -39,24 +38,6 @@ from calumma.platform.training.trainable import parameters
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-
-_RESUMED_FIELDS = (
-    "step",
-    "schedule_step",
-    "tokens",
-    "pairs",
-    "loss",
-    "loss_text",
-    "loss_image",
-    "held_out_loss",
-    "early",
-    "held_out_step",
-    "held_out_of",
-    "faults",
-    "incidents",
-    "branches",
-)
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +54,7 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
     spec = assignment.spec
     torch.manual_seed(spec.seed)
     watchdog.enter("reading what it starts from")
-    _require_undamaged_start(assignment)
+    require_undamaged_start(assignment)
     run = start_engine(assignment, worker, watchdog)
     writer = None
     if worker.is_main:
@@ -136,43 +117,6 @@ def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:
         return {"stopped": str(stopped)}
 
 
-def _require_undamaged_start(assignment: Assignment) -> None:
-    """A model directory that is started from is what its manifest says; checkpoints are checked as they are read. Every
-    worker calls it. Raises TrainingFailed."""
-    initial = assignment.initial if assignment.start_checkpoint is None else None
-    if initial is not None and (manifest := Manifest.find(initial)) is not None:
-        resumption.require_undamaged(initial, manifest)
-
-
-def start_engine(assignment: Assignment, worker: Worker, watchdog: Watchdog) -> DeepSpeedEngine:
-    """The engine of this worker, with the weights of the checkpoint to start from, of `initial`, or of the seed."""
-    spec, start = assignment.spec, assignment.start_checkpoint
-    watchdog.enter("building the engine")
-    described = build.describe(assignment.config, spec, assignment.vocabulary)
-    passes = assignment.division.passes(worker.world) if assignment.division else None
-    run = build.initialize(described, spec, worker.world, worker.device, passes)
-    source = described.source(assignment.config, _base(assignment), worker.device)
-    watchdog.enter("reading weights")
-    try:
-        build.fill(run, source, trained=start is None, beat=watchdog.beat)
-    except storage.Damaged as error:
-        raise TrainingFailed(f"{error}. Restore it from a copy, or start from another") from error
-    if start is not None:
-        own = assignment.resume is not None and not assignment.begins_branch
-        resumption.load(run, start, own=own, beat=watchdog.beat)
-    watchdog.enter("starting")
-    return run
-
-
-def _base(assignment: Assignment) -> build.Base:
-    """Of the checkpoint to start from, whose weights that are not trained are not in it; or the starting weights."""
-    start = assignment.start_checkpoint
-    if start is not None:
-        return build.Base(**start.manifest.report["base"])
-    checkpoint = assignment.initial_checkpoint
-    return build.Base(checkpoint.uri if checkpoint else assignment.initial, assignment.spec.seed)
-
-
 class _Stage:
     """The steps of one worker, from where the stage stands to its end."""
 
@@ -187,7 +131,7 @@ class _Stage:
         self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
         self.watchdog = watchdog
         self.spec = assignment.spec
-        self.report = _report_so_far(assignment) | {"base": _base(assignment).to_json()}
+        self.report = report_so_far(assignment) | {"base": base_of(assignment).to_json()}
         self.last_held_out: dict[str, dict[str, float]] = {}
         self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
@@ -443,17 +387,6 @@ class _Stage:
     def _log(self, metrics: dict[str, float], done: int) -> None:
         if self.writer is not None:
             self.writer.log({key: value for key, value in metrics.items() if math.isfinite(value)}, done)
-
-
-def _report_so_far(assignment: Assignment) -> dict[str, Any]:
-    own = {"run": assignment.run.id, "architecture": assignment.config.model_dump(mode="json")}
-    if assignment.resume is None:
-        return {"step": 0, "schedule_step": assignment.offset, "tokens": {"text": 0.0, "image": 0.0}} | own
-    report = {key: value for key, value in assignment.resume.manifest.report.items() if key in _RESUMED_FIELDS}
-    if assignment.begins_branch:
-        report["branches"] = [*report.get("branches", []), assignment.branch]
-        report["faults"] = report.get("faults", {}) | {"in_a_row": 0}  # with what was changed they count anew
-    return report | own
 
 
 def _micro_batches(worker: Worker) -> Any:

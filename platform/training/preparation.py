@@ -25,7 +25,8 @@ from calumma.platform.tracking.run import Run
 from calumma.platform.training.assignment import Assignment, Checkpoint
 from calumma.platform.training.checkpoints import branch, catalog, identity, room
 from calumma.platform.training.publication import MODEL_FOLDER
-from calumma.platform.training.specification import FinetuneSpecification, Preference, TrainSpecification
+from calumma.platform.training.sections import Preference
+from calumma.platform.training.specification import FinetuneSpecification, TrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.trainable import parameters
 

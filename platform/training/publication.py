@@ -28,7 +28,7 @@ from calumma.model.transformer import Transformer
 from calumma.platform import storage
 from calumma.platform.storage.manifest import MANIFEST, Manifest
 from calumma.platform.tracking import provenance
-from calumma.platform.tracking.outbox import BackgroundWriter
+from calumma.platform.tracking.writer import BackgroundWriter
 from calumma.platform.training import samples
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.group.worker import Worker

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calumma.platform.training.specification import ImageAugmentation, ImageTokenizerSpecification
+from calumma.platform.training.sections import ImageAugmentation
+from calumma.platform.training.specification import ImageTokenizerSpecification
 
 
 def seen_in_step(x_BCHW: Tensor, spec: ImageTokenizerSpecification, step: int, first: int) -> Tensor:

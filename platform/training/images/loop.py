@@ -19,7 +19,7 @@ from calumma.platform import storage
 from calumma.platform.storage.manifest import file_entries
 from calumma.platform.tokenizing.text_tokenizer import delete_tokenizer
 from calumma.platform.tracking import provenance
-from calumma.platform.tracking.outbox import BackgroundWriter
+from calumma.platform.tracking.writer import BackgroundWriter
 from calumma.platform.training import publication
 from calumma.platform.training.assignment import ImageAssignment
 from calumma.platform.training.checkpoints import catalog, resumption
@@ -34,7 +34,7 @@ from calumma.platform.training.images.data import Pool
 from calumma.platform.training.images.measure import ReconstructionErrors, comparison, measure_reconstruction
 from calumma.platform.training.images.objective import ImageTraining, StepMeasures
 from calumma.platform.training.images.streaming import ImageStream
-from calumma.platform.training.specification import Schedule
+from calumma.platform.training.sections import Schedule
 from calumma.platform.training.steps import faults, meters
 from calumma.platform.training.steps.schedule import learning_rate
 

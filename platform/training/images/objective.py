@@ -22,7 +22,8 @@ from calumma.platform import storage
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.images.data import batch_shares
-from calumma.platform.training.specification import ImageOptimizer, ImageTokenizerSpecification
+from calumma.platform.training.sections import ImageOptimizer
+from calumma.platform.training.specification import ImageTokenizerSpecification
 
 
 def load_perceptual_loss(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:

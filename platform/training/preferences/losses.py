@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calumma.platform.training.specification import Preference
+from calumma.platform.training.sections import Preference
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from calumma.model.ops.loss import Loss, LossSums
 from calumma.platform.training.preferences.losses import AnswerScores, pair_losses
 from calumma.platform.training.preferences.reference import ReferenceScores
-from calumma.platform.training.specification import Preference
+from calumma.platform.training.sections import Preference
 from calumma.platform.training.steps.engine import Batch, Counts, sum_over_workers
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from calumma.platform import storage
-from calumma.platform.training.specification import EarlyStopping
+from calumma.platform.training.sections import EarlyStopping
 
 FOLDER = "best"
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from calumma.platform.tracking.outbox import BackgroundWriter
+from calumma.platform.tracking.writer import BackgroundWriter
 from calumma.platform.training.errors import TrainingFailed
-from calumma.platform.training.specification import Faults
+from calumma.platform.training.sections import Faults
 
 Cause = Literal["loss", "gradient", "spike"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from calumma.platform.training.specification import Schedule
+from calumma.platform.training.sections import Schedule
 
 
 def learning_rate(step: int, peak: float, schedule: Schedule, total_steps: int) -> float:

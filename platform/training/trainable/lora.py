@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from calumma.model.ops.adapter import Adapter, LayerAdapter
 from calumma.platform.specification import SpecificationError
-from calumma.platform.training.specification import Lora
+from calumma.platform.training.sections import Lora
 
 DOWN, UP, MAGNITUDE = "lora_down", "lora_up", "lora_magnitude"
 

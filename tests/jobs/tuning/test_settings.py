@@ -14,7 +14,7 @@ from calumma.platform.specification import SpecificationError
 
 SHAPE = ModelConfig(layers=2, width=256, heads=4, kv_heads=4, ffn_width=512, context=4096, vocabulary_size=512)
 BASE = Base("models:/base@champion", "/models/base", SHAPE, 16)
-OPTIONS = Options("models:/base@champion", "talks.jsonl", Path("/work/out"))
+OPTIONS = Options("models:/base@champion", "talks.jsonl", Path("/data/out"))
 PARTS = Parts(train=1000, held_out=50, tokens=200_000, longest=700)
 
 

@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Segment, Text
 from calumma.platform.cluster.progress import no_progress
-from calumma.platform.curation import curate
+from calumma.platform.curation import curate, source_job
 from calumma.platform.curation.curate import TooMuchBadInput
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.curation.steps.chain import StepChain, order_pair
@@ -273,10 +273,10 @@ def test_bad_input_is_skipped_counted_and_named(
 
 def test_a_message_about_bad_input_names_the_first_of_it() -> None:
     report = {"bad": 300, "bad_inputs": [{"name": f"a.tar: {n}.png", "reason": "torn"} for n in range(200)]}
-    told = curate.describe_skipped("pairs", report)
+    told = source_job.describe_skipped("pairs", report)
     assert told is not None
     assert told.splitlines()[5:] == ["  a.tar: 4.png: torn", "  and 295 more (see bad_inputs in the source's manifest)"]
-    assert curate.describe_skipped("pairs", {"bad": 0, "bad_inputs": []}) is None
+    assert source_job.describe_skipped("pairs", {"bad": 0, "bad_inputs": []}) is None
 
 
 def test_what_is_not_read_is_told_by_name() -> None:
@@ -284,7 +284,7 @@ def test_what_is_not_read_is_told_by_name() -> None:
     notes.skip("members", ".cls", 2)
     notes.lack("caption", 6)
     notes.warn("a.jsonl.gz", "512 bytes of zeros after its end")
-    told = curate.describe_skipped("pairs", {"read": 7, "bad": 0, **notes.report()})
+    told = source_job.describe_skipped("pairs", {"read": 7, "bad": 0, **notes.report()})
     assert told is not None
     assert told.splitlines() == [
         "source 'pairs': 1 read in spite of a fault:",

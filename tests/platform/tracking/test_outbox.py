@@ -26,9 +26,9 @@ from calumma.platform.specification import Tracking
 from calumma.platform.tracking import outbox
 from calumma.platform.tracking import server as server_module
 from calumma.platform.tracking.job_run import job_run
-from calumma.platform.tracking.outbox import BackgroundWriter
 from calumma.platform.tracking.run import Run
 from calumma.platform.tracking.server import TrackingError, resolve_uri
+from calumma.platform.tracking.writer import BackgroundWriter
 from calumma.platform.training.specification import PretrainSpecification
 
 

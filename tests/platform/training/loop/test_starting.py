@@ -15,7 +15,7 @@ import torch
 from calumma.platform import storage
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import Manifest
-from calumma.platform.training import loop, stage
+from calumma.platform.training import stage, starting
 from calumma.platform.training.checkpoints import catalog, resumption
 from calumma.platform.training.construction.sources import CheckpointWeights, Wanted
 from calumma.platform.training.errors import TrainingFailed
@@ -55,7 +55,7 @@ def start(rank: int, folder: str, continued: Any, named: Any) -> None:
         for _ in ("damaged", "mended"):
             flip_a_bit(part)
             try:
-                loop.start_engine(assignment, alone, dog)
+                starting.start_engine(assignment, alone, dog)
                 said.append("started")
             except TrainingFailed as error:
                 said.append(str(error))
@@ -66,10 +66,10 @@ def test_a_flipped_bit_in_what_is_started_from_ends_the_stage_before_its_first_s
     scenarios: Any, earlier: Path, tmp_path: Path
 ) -> None:
     weights = next_stage(scenarios, earlier)
-    loop._require_undamaged_start(weights)
+    starting.require_undamaged_start(weights)
     flip_a_bit(earlier / "model/model.safetensors")
     with pytest.raises(TrainingFailed, match=r"earlier/model is damaged.*model\.safetensors is not what"):
-        loop._require_undamaged_start(weights)
+        starting.require_undamaged_start(weights)
 
     continued = next_stage(scenarios, earlier, continue_schedule=True)
     assert continued.offset == 20

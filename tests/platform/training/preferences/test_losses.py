@@ -17,7 +17,7 @@ from calumma.platform.tokenizing.preferences import EncodedPair, pack_pairs
 from calumma.platform.training.preferences.losses import AnswerScores, pair_losses
 from calumma.platform.training.preferences.objective import PreferenceObjective
 from calumma.platform.training.preferences.reference import ReferenceScores, documents
-from calumma.platform.training.specification import Preference
+from calumma.platform.training.sections import Preference
 from calumma.platform.training.steps.held_out import HeldOutBatch
 
 SHAPE = ModelConfig(

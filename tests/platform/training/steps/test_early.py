@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from calumma.platform.training.specification import EarlyStopping
+from calumma.platform.training.sections import EarlyStopping
 from calumma.platform.training.steps.early import EarlyStopper
 
 

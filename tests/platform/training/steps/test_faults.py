@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.platform.training.specification import Faults
+from calumma.platform.training.sections import Faults
 from calumma.platform.training.steps import faults
 from calumma.platform.training.steps.faults import FaultHandler, Incident, LossGuard
 

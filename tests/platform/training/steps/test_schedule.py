@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calumma.platform.training.specification import Schedule
+from calumma.platform.training.sections import Schedule
 from calumma.platform.training.steps.schedule import learning_rate
 
 PEAK = 1e-3
