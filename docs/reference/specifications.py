@@ -23,8 +23,10 @@ def pages() -> dict[str, str]:
         own = [model for model in all_models(job)[1:] if model not in shared]
         found[f"jobs/{name}.md"] = _page(f"Job `{name}`", job, own, shared, f"{SHARED}.md")
     found[f"jobs/{SHARED}.md"] = _shared(shared)
-    found["serve.md"] = _serving(shared)
-    found["study.md"] = _study(shared)
+    serve = "`calumma serve start --config FILE` takes; options of the command win over it."
+    found["serve.md"] = _of_file("Settings of `calumma serve`", house.ServeSettings, shared, serve, "serve")
+    create = "`calumma study create SPECIFICATION` takes."
+    found["study.md"] = _of_file("Studies", house.StudySpecification, shared, create, "study")
     return found
 
 
@@ -73,26 +75,11 @@ def _shared(models: list[type[BaseModel]]) -> str:
     return f"# Sections that jobs share\n{_sections(models, _link(models, ''))}"
 
 
-def _serving(shared: list[type[BaseModel]]) -> str:
-    settings = house.ServeSettings
-    own = [model for model in all_models(settings)[1:] if model not in shared]
-    text = _page("Settings of `calumma serve`", settings, own, shared, f"jobs/{SHARED}.md")
-    told = (
-        "Fields of the YAML file that `calumma serve start --config FILE` takes; options of the command win over it.\n"
-        "The JSON schema is `jobs/recipes/schema/serve.json`."
-    )
-    return text.replace("\n\n", f"\n\n{told}\n\n", 1)
-
-
-def _study(shared: list[type[BaseModel]]) -> str:
-    study = house.StudySpecification
-    own = [model for model in all_models(study)[1:] if model not in shared]
-    text = _page("Studies", study, own, shared, f"jobs/{SHARED}.md")
-    told = (
-        "Fields of the YAML file that `calumma study create SPECIFICATION` takes. The JSON schema is\n"
-        "`jobs/recipes/schema/study.json`."
-    )
-    return text.replace("\n\n", f"\n\n{told}\n\n", 1)
+def _of_file(title: str, model: type[BaseModel], shared: list[type[BaseModel]], taken_by: str, schema: str) -> str:
+    """The page of a YAML file that is no job's. taken_by: the command, and what else there is to say."""
+    own = [each for each in all_models(model)[1:] if each not in shared]
+    told = f"Fields of the YAML file that {taken_by}\nThe JSON schema is `jobs/recipes/schema/{schema}.json`."
+    return _page(title, model, own, shared, f"jobs/{SHARED}.md").replace("\n\n", f"\n\n{told}\n\n", 1)
 
 
 def _more(model: type[BaseModel]) -> str:

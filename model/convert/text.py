@@ -170,15 +170,31 @@ def _of_sentencepiece(processor: sentencepiece.SentencePieceProcessor, vocabular
     rank = {token: -processor.get_score(token) for token in pieces.values()}
     mergeable = {token for token in vocabulary.text_ids if not processor.is_byte(token)}
     text = {piece: token for piece, token in pieces.items() if token in mergeable}
-    merges = sorted((rank[token], left, right) for piece, token in text.items() for left, right in splits(piece, text))
     space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    return bpe_document(processor, pieces, text, rank, space, added=[], fuse_unk=False)
+
+
+def bpe_document(
+    processor: sentencepiece.SentencePieceProcessor,
+    pieces: dict[str, int],
+    mergeable: dict[str, int],
+    rank: dict[int, float],
+    normalizer: dict[str, Any],
+    added: list[dict[str, Any]],
+    fuse_unk: bool,
+) -> dict[str, Any]:
+    """A tokenizer.json of a sentencepiece BPE model that falls back to bytes. pieces: all, with their ids. mergeable:
+    those that pairs of them are merged into, in the order of their `rank`."""
+    merges = sorted(
+        (rank[token], left, right) for piece, token in mergeable.items() for left, right in splits(piece, mergeable)
+    )
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [],
-        "normalizer": space,
+        "added_tokens": added,
+        "normalizer": normalizer,
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
@@ -188,7 +204,7 @@ def _of_sentencepiece(processor: sentencepiece.SentencePieceProcessor, vocabular
             "unk_token": processor.id_to_piece(processor.unk_id()),
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
-            "fuse_unk": False,
+            "fuse_unk": fuse_unk,
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": pieces,

@@ -124,40 +124,13 @@ def of_sentencepiece(processor: sentencepiece.SentencePieceProcessor) -> dict[st
     plain = [t for t in pieces.values() if t not in controls and not processor.is_byte(t)]
     text_pieces = {processor.id_to_piece(token): token for token in plain}
     rank = {token: -processor.get_score(token) for token in plain}
-    merges = sorted(
-        (rank[token], left, right)
-        for piece, token in text_pieces.items()
-        for left, right in text.splits(piece, text_pieces)
-    )
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    space, back = ({"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in ((" ", "▁"), ("▁", " ")))
-    steps: list[dict[str, Any]] = [space]
+    added = [{"id": token, "content": processor.id_to_piece(token), **flags, "special": True} for token in controls]
+    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if processor.encode("a", out_type=str)[0].startswith("▁"):
         steps.insert(0, {"type": "Prepend", "prepend": "▁"})
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": token, "content": processor.id_to_piece(token), **flags, "special": True} for token in controls
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": processor.id_to_piece(processor.unk_id()),
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": pieces,
-            "merges": [[left, right] for _, left, right in merges],
-        },
-    }
+    normalizer = {"type": "Sequence", "normalizers": steps}
+    return text.bpe_document(processor, pieces, text_pieces, rank, normalizer, added, fuse_unk=True)
 
 
 def _tokenizer_config(source: Path) -> dict[str, Any]:
