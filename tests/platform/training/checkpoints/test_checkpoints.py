@@ -336,7 +336,7 @@ def survives(tmp_path: Path, output: str, kills: int, **fields: Any) -> None:
     assert killed == kills
     assert sorted({step for _, _, step, *_ in seen}) == list(range(last))
     for _, _, step, loss, _ in seen:  # every time that a step was taken, not only the last
-        assert loss == pytest.approx(straight[step], rel=1e-3), f"step {step}"
+        assert loss == pytest.approx(straight[step], rel=1e-6), f"step {step}"
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])  # twenty: more than a minute
