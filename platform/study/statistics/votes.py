@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from calumma.platform.evaluation.metrics.intervals import bootstrap, wilson
+
 V = TypeVar("V", bound=Hashable)
-Z = 1.959963984540054  # of 95 %
 RESAMPLES = 4000
 
 
@@ -41,10 +41,8 @@ def share(count: int, total: int) -> Share:
     """Wilson's interval (J. Am. Stat. Assoc. 22, 1927): right also near 0 and 1, and for small counts."""
     if not total:
         return Share(0, 0, 0.0, 0.0)
-    p, z2 = count / total, Z * Z
-    middle = (p + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total))
-    return Share(count, total, max(0.0, middle - half), min(1.0, middle + half))
+    low, high = wilson(count, total)
+    return Share(count, total, low, high)
 
 
 def mean_share(values: Sequence[float]) -> Share:
@@ -57,13 +55,8 @@ def mean_share(values: Sequence[float]) -> Share:
         count = round(float(given.sum()))
         sure = share(count, len(given)) if given[0] in (0.0, 1.0) else share(round(len(given) / 2), len(given))
         return Share(float(given.sum()), len(given), sure.low, sure.high)
-    chance = np.random.default_rng(0)
-    means = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, 250):
-        drawn = chance.integers(0, len(given), (min(250, RESAMPLES - start), len(given)))
-        means[start : start + len(drawn)] = given[drawn].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Share(float(given.sum()), len(given), float(low), float(high))
+    low, high = bootstrap(values, resamples=RESAMPLES)
+    return Share(float(given.sum()), len(given), low, high)
 
 
 @dataclass(frozen=True)
