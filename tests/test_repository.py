@@ -193,6 +193,7 @@ def test_the_wheel_contains_recipes_playground_templates_and_license(wheel: zipf
         *(ROOT / "jobs" / "recipes").rglob("*.yaml"),
         *(ROOT / "jobs" / "recipes").rglob("*.json"),
         *(ROOT / "serve").rglob("*.html"),
+        *(ROOT / "serve").rglob("*.css"),
     ]
     data += [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.html.j2")]
     expected = {"calumma/" + file.relative_to(ROOT).as_posix() for file in data}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calumma.serve.http.playground.page import page_headers
+from calumma.serve.http.playground.page import page_headers, read_page
 
-PAGE = Path(__file__).with_name("study.html").read_text(encoding="utf-8")
+PAGE = read_page(Path(__file__).with_name("study.html"))
 PAGE_HEADERS = page_headers(PAGE)

@@ -7,7 +7,17 @@ import hashlib
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).with_name("playground.html").read_text(encoding="utf-8")
+LOOK = Path(__file__).with_name("look.css").read_text(encoding="utf-8")  # what all pages share: colours, controls
+
+
+def read_page(path: Path) -> str:
+    """A page of ours, with the look that all have."""
+    page = path.read_text(encoding="utf-8")
+    assert page.count("  /* look.css */\n") == 1, path
+    return page.replace("  /* look.css */\n", LOOK)
+
+
+PAGE = read_page(Path(__file__).with_name("playground.html"))
 
 
 def _hashes(page: str, tag: str) -> str:
