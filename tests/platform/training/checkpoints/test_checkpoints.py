@@ -312,15 +312,16 @@ def group_under_fire(
         Path(f"{notes}-done").touch()
 
 
-def survives(tmp_path: Path, output: str, kills: int, **fields: Any) -> None:
-    """Groups one after the other, each of another size and stage of ZeRO, until the last step is taken; what they saw
-    is what a run saw that lost nobody."""
+def survives(tmp_path: Path, output: str, kills: int, resized: bool = False, **fields: Any) -> None:
+    """Groups one after the other until the last step is taken; what they saw is what a run saw that lost nobody.
+    resized: each has another size and stage of ZeRO; their sums are rounded in other orders, which adds up."""
     notes, last = str(tmp_path / "notes"), 15 * kills  # too far for fewer groups than that
     attempt, killed = 0, 0
     while not Path(f"{notes}-done").exists():
         try:
-            stage = {"zero_stage": (3, 1, 2, 0)[attempt % 4]}
-            in_a_group(group_under_fire, 1 + attempt % 3, output, notes, attempt, last, killed < kills, fields | stage)
+            stage = {"zero_stage": (3, 1, 2, 0)[attempt % 4]} if resized else {}
+            world = 1 + attempt % 3 if resized else 2
+            in_a_group(group_under_fire, world, output, notes, attempt, last, killed < kills, fields | stage)
         except torch.multiprocessing.ProcessExitedException as ended:
             killed += ended.signal_name == "SIGKILL"
         except torch.multiprocessing.ProcessRaisedException:  # the other worker saw it first, or storage failed
@@ -336,12 +337,15 @@ def survives(tmp_path: Path, output: str, kills: int, **fields: Any) -> None:
     assert killed == kills
     assert sorted({step for _, _, step, *_ in seen}) == list(range(last))
     for _, _, step, loss, _ in seen:  # every time that a step was taken, not only the last
-        assert loss == pytest.approx(straight[step], rel=1e-6), f"step {step}"
+        assert loss == pytest.approx(straight[step], rel=1e-5 if resized else 1e-6), f"step {step}"
 
 
+@pytest.mark.parametrize("resized", [False, True])
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])  # twenty: more than a minute
-def test_workers_killed_at_random_and_failing_storage_never_cost_a_step(tmp_path: Path, kills: int) -> None:
-    survives(tmp_path, str(tmp_path / "stage"), kills)
+def test_workers_killed_at_random_and_failing_storage_never_cost_a_step(
+    tmp_path: Path, kills: int, resized: bool
+) -> None:
+    survives(tmp_path, str(tmp_path / "stage"), kills, resized)
 
 
 @pytest.mark.slow  # uploads of tens of megabytes to a server in this process: a minute and more
