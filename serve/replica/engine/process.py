@@ -74,6 +74,7 @@ class EngineProcess:
         self._unheard = False  # nothing has come since something was sent
         self._failing: frozenset[str] | None = None  # who was in the step that failed, where the engine knows
         self._lock = threading.Lock()  # of _requests and _closed
+        self._ending = threading.Lock()  # one at a time closes the connection: its number may be another's after that
         self._closed = False
         self._ready, self._ended = threading.Event(), threading.Event()
         self._stall, self._stacks = StallDetector(settings.stall_seconds), StackFile()
@@ -175,7 +176,8 @@ class EngineProcess:
         self._outgoing.put(None)
         for thread in self._threads:
             thread.join()
-        self._connection.close()
+        with self._ending:
+            self._connection.close()
 
     def _send(self) -> None:
         with contextlib.suppress(OSError):  # the receiving thread notices its end

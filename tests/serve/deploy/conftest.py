@@ -94,6 +94,7 @@ def settings(
     name_champion(registry, model_directory)
     pair = ModelSettings(model=str(cut), name="pair", tensor_parallel=2, cpus_per_replica=0.25, threads=1)
     tiny = {"model": "models:/tiny@champion", "name": "tiny", "tracking": Tracking(uri=registry), "image_coders": 1}
+    held = {"stall_seconds": None}  # a test holds its engine up by a signal, which would end it otherwise
     return ServeSettings(
         model=str(talkative),
         name="talkative",
@@ -104,7 +105,7 @@ def settings(
         max_sequences=FULL,
         stall_seconds=STALL,
         threads=1,
-        also=(ModelSettings(**tiny, cpus_per_replica=0.25, threads=1), pair),
+        also=(ModelSettings(**tiny, **held, cpus_per_replica=0.25, threads=1), pair),
         watch_seconds=1.0,
         batches=Batches(location=str(tmp_path_factory.mktemp("batches")), running=2),
     )
