@@ -17,6 +17,7 @@ from calumma.platform.storage import StorageError
 BUFFER = 1 << 20
 LICENSES = ("license", "licenses", "max_stars_repo_licenses", "detected_licenses")  # the last two: The Stack
 ABOUT_FIELDS = (*LICENSES, "url", "metadata", "meta")  # of any record: where its license and URL stand
+ABOUT = frozenset(ABOUT_FIELDS)
 
 
 class Malformed(ValueError):
@@ -68,7 +69,7 @@ class Draft:
     @classmethod
     def from_record(cls, segments: Sequence[DraftSegment], name: str, row: Mapping[str, Any] | None = None) -> Draft:
         """With the license and URL that a record, or the `metadata` or `meta` in it, tells."""
-        if row is None:
+        if row is None or ABOUT.isdisjoint(row):
             return cls(tuple(segments), name)
         return cls(tuple(segments), name, _first_value(row, LICENSES), _first_value(row, ("url",)))
 

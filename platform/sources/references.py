@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from calumma.model.document import Document, Image, Segment
+from calumma.model.document import Document, Image, Segment, Text
 from calumma.platform import storage
-from calumma.platform.sources.files import BadInput, Draft, Item, Malformed, Reference
+from calumma.platform.sources.files import BadInput, Draft, DraftSegment, Item, Malformed, Reference
 from calumma.platform.sources.frames import frame_count, may_have_frames
 from calumma.platform.sources.names import escaped, valid_words
 from calumma.platform.sources.notes import Notes
@@ -79,6 +79,9 @@ def _item(item: Draft | Document | BadInput, images: list[Fetched], source: str,
         return item
     if isinstance(item, Document):
         return replace(item, source=source)
+    about = {"name": valid_words(item.name)}
+    if item.segments and all(map(_is_text, item.segments)):
+        return Document(cast(tuple[Text, ...], item.segments), source, item.license, item.url, about)
     segments: list[Segment] = []
     fetched = iter(images)
     for part in item.segments:
@@ -99,7 +102,11 @@ def _item(item: Draft | Document | BadInput, images: list[Fetched], source: str,
     for segment in segments:
         if isinstance(segment, Image) and isinstance(segment.data, bytes) and may_have_frames(segment.data):
             notes.skip("frames", "beyond the first of an image", frame_count(segment.data) - 1)
-    return Document(tuple(segments), source, item.license, item.url, {"name": valid_words(item.name)})
+    return Document(tuple(segments), source, item.license, item.url, about)
+
+
+def _is_text(part: DraftSegment) -> bool:
+    return type(part) is Text
 
 
 def _place(uri: str) -> str:

@@ -28,6 +28,7 @@ from calumma.platform.sources.formats.conversations.turns import (
     WEIGHTS,
     Said,
     join_turns,
+    plain_segments,
     read_turns,
 )
 from calumma.platform.sources.formats.images.values import image_segment, is_missing
@@ -73,6 +74,8 @@ def _columns(present: list[str]) -> Sequence[str]:
 
 def conversation_segments(row: dict[str, Any], marks: Marks, unmarked_first: bool, notes: Notes) -> list[DraftSegment]:
     """The segments of a record. Raises Malformed."""
+    if (plain := plain_segments(row)) is not None:
+        return plain
     found = exchange(row)
     if not NOT_READ.isdisjoint(row) and (media := [field for field in OTHER_MEDIA if row.get(field)]):
         raise Malformed(f"has `{media[0]}`, which is not read")

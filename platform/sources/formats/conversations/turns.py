@@ -14,6 +14,8 @@ from typing import Any
 from calumma.model.document import Image, Role, Text
 from calumma.model.tokenizers.tool_calls import Tool, call_text, response_text, tools_text, without_marks
 from calumma.platform.sources.files import DraftSegment, Malformed, Reference, field_names, json_type
+from calumma.platform.sources.formats.conversations.exchanges import FIELDS, LISTS
+from calumma.platform.sources.formats.conversations.marks import has_none
 from calumma.platform.sources.notes import Notes
 
 SPEAKERS: dict[str, Role] = {
@@ -39,6 +41,10 @@ PLAIN = (("from", "value"), ("role", "content"))  # the fields of most turns
 OF_SYSTEM = frozenset(SYSTEM_FIELDS)
 OF_TOOLS = frozenset({*CALLS, *RESULTS})
 WITH_WEIGHT, UNREADABLE = frozenset(WEIGHTS), frozenset({*OTHER_MEDIA, *PARTLY})
+# What a record may have beside its list of turns that bears on how they are read.
+BESIDE_PLAIN = frozenset(
+    {*FIELDS, *SYSTEM_FIELDS, *IMAGE_FIELDS, *OTHER_MEDIA, *WEIGHTS, "tools", "captions", "kto_tag"}
+) - frozenset(LISTS)
 TURN_FIELDS = frozenset(
     {
         "from",
@@ -65,6 +71,31 @@ class Said:
     images: Mapping[str, Any] | None = None
     trained: bool = True
     system: bool = False
+
+
+def plain_segments(row: Mapping[str, Any]) -> list[DraftSegment] | None:
+    """The segments of a record of nothing but the words of users and assistants in turn, without a mark: most are so,
+    and need none of what all others are looked at for. None where it may have more."""
+    if not BESIDE_PLAIN.isdisjoint(row):
+        return None
+    given = [row[field] for field in LISTS if field in row]
+    if len(given) != 1 or type(given[0]) is not list or len(given[0]) < 2:
+        return None
+    segments: list[DraftSegment] = []
+    before: Role | None = None
+    for turn in given[0]:
+        if type(turn) is not dict or len(turn) != 2:
+            return None
+        by, field = PLAIN[0] if "from" in turn else PLAIN[1]
+        speaker, words = turn.get(by), turn.get(field)
+        if type(speaker) is not str or type(words) is not str or words.isspace() or not words or not has_none(words):
+            return None
+        role = SPEAKERS.get(speaker)
+        if role is None or role == before:
+            return None
+        segments.append(Text(words, role))
+        before = role
+    return segments
 
 
 def read_turns(turns: Sequence[Any], row: Mapping[str, Any], notes: Notes) -> list[Said]:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from calumma.model.document import Document, Text
 from calumma.platform.sources.files import BadInput, Item
+from calumma.platform.sources.formats.conversations import reader
 from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.reading import read_file
 
@@ -207,3 +210,44 @@ def test_what_is_not_read_is_refused_or_counted(tmp_path: Path) -> None:
     record = talk("q", "a", id=7, score=None)
     record["messages"][1] |= {"reasoning_content": "hm", "refusal": None}
     assert read(tmp_path, record)[2] == {"fields": {"id": 1}, "turn fields": {"reasoning_content": 1}}
+
+
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "human", "Assistant", "system", "tool", 3])},
+    optional={
+        "content": st.sampled_from(["one", "two", " ", "", "a < b", "<image>", "[IMG]", None, ["three"]]),
+        "value": st.sampled_from(["one", "two"]),
+        "from": st.sampled_from(["human", "gpt", None]),
+        "weight": st.sampled_from([0, 1, None]),
+    },
+)
+TALK = st.fixed_dictionaries(
+    {"messages": st.lists(TURN, max_size=4)},
+    optional={
+        "conversations": st.sampled_from([None, [], [{"from": "human", "value": "so?"}]]),
+        "system": st.sampled_from(["Be brief.", "", None]),
+        "train": st.booleans(),
+        "kto_tag": st.booleans(),
+        "label": st.just(False),
+        "video": st.just("a.mp4"),
+        "url": st.just("https://example.org"),
+        "tools": st.just([{"name": "look"}]),
+        "images": st.lists(st.just("0.jpg"), max_size=1),
+        "id": st.just(7),
+    },
+)
+
+
+@given(
+    talks=st.lists(
+        TALK | st.lists(st.sampled_from(["one", "two", " ", "<b>", "<image>"]), max_size=4).map(lambda t: talk(*t)),
+        max_size=5,
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+def test_plain_talk_is_read_as_any_other(tmp_path: Path, talks: list[dict[str, Any]]) -> None:
+    (tmp_path / "0.jpg").write_bytes(b"0")
+    found = read(tmp_path, *talks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "plain_segments", lambda row: None)
+        assert read(tmp_path, *talks) == found
