@@ -10,8 +10,9 @@ there are:
 - bombs: images of 64 million pixels in a few kilobytes, sixteen a request, six requests at once
 - choices: requests for 36 answers, six at once
 Each whole answer is compared with that of an engine that serves nobody else: right, wrong (another one), lost (without
-an end), error (events and statuses, but for 429: asked again). It tells the bystander's times before and during each
-attack, and the memory of the processes, by what they are, at the start and the end.
+an end), error (events and statuses, but for 429: asked again). It tells the bystander's times during each attack and as
+long before it, on the same replicas (which of them its prompt leads to, and who else is there, changes with them); and
+the memory of the processes, by what they are, at the start and the end.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from calumma.serve.settings import APIKey, ServeSettings
 NAME, PORT = "soak", 8766
 STALL_SECONDS = 8.0
 BYSTANDERS = 4
+BEFORE = "before"  # an attack
 
 
 def poisonable(directory: Path, folder: Path) -> tuple[Path, list[int]]:
@@ -183,11 +185,11 @@ def soak(directory: Path, prompt: list[int], options: argparse.Namespace) -> dic
         [sys.executable, __file__, "--bystander", given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     names = [name for name in ATTACKS if name in options.attacks.split(",")]
-    each = 60 * options.minutes / (len(names) + 1)
+    each = 60 * options.minutes / len(names)
     arenas: dict[str, Arena] = {}
     time.sleep(10.0)  # caches and pools are warm
     watch, at_start = MemoryWatch(), memory()
-    for name in ("before", *names):
+    for name in (part for attack in names for part in (f"{BEFORE} {attack}", attack)):
         arena = arenas[name] = Arena(url, keys["attacker"], prompt, alone, Tally())
         arena.begin = time.monotonic()
         arena.end = arena.begin + each
@@ -226,11 +228,15 @@ def show(found: dict[str, Any]) -> None:
     for who in ("clients", "bystander"):
         kinds = ("right", "wrong", "lost", "error", "refused (429)")
         print(f"| {who} | " + " | ".join(str(found[who].get(kind, 0)) for kind in kinds) + " |")
-    print("\n| attack | bystander's p50 | p99 | over before | what came of it |\n|---|---|---|---|---|")
-    before = found["p99"]["before"]
-    for name, p99 in found["p99"].items():
-        came = ", ".join(f"{number} {what}" for what, number in found["attacks"][name].items())
-        print(f"| {name} | {found['p50'][name]:.2f} s | {p99:.2f} s | {p99 / before:.2f} | {came} |")
+    print("\n| attack | bystander's p50 before, during | p99 before, during | ratio | what came of it |")
+    print("|---|---|---|---|---|")
+    for name, attacked in found["attacks"].items():
+        if f"{BEFORE} {name}" in found["p99"]:
+            (p50, p99), (calm50, calm99) = (
+                (found["p50"][part], found["p99"][part]) for part in (name, f"{BEFORE} {name}")
+            )
+            came = ", ".join(f"{number} {what}" for what, number in attacked.items())
+            print(f"| {name} | {calm50:.2f}, {p50:.2f} s | {calm99:.2f}, {p99:.2f} s | {p99 / calm99:.2f} | {came} |")
     print("\n| largest process, MiB | start | end | most |\n|---|---|---|---|")
     for role, numbers in found["memory"].items():
         print(f"| {role} | " + " | ".join("" if n is None else f"{n:.0f}" for n in numbers) + " |")
@@ -241,7 +247,7 @@ def main() -> None:
     parser.add_argument(
         "model", nargs="?", type=Path, help="model directory; default: random weights, the quickstart's shape"
     )
-    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--minutes", type=float, default=5.0, help="of attacks, and as many without (default: 5)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--attacks", default=",".join(ATTACKS))
     parser.add_argument("--json", type=Path, help="file for what was found")
