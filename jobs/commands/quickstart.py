@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from calumma.jobs.quickstart.course import Course
     from calumma.jobs.quickstart.steps import Options
 
 PORT = 8000
@@ -18,7 +19,8 @@ def quickstart(
     workdir: Annotated[
         Path | None,
         typer.Option(
-            help="Working folder: results, report, MLflow, logs. Default: quickstart; of --fast: quickstart-fast."
+            help="Working folder: results, report, MLflow, logs. Default: quickstart, with --colour: colour; "
+            "of --fast: the same and -fast."
         ),
     ] = None,
     storage: Annotated[
@@ -26,6 +28,9 @@ def quickstart(
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="A few steps of everything: tries the machinery, teaches the model nothing.")
+    ] = False,
+    colour: Annotated[
+        bool, typer.Option("--colour", help="Emoji of two open sets in place of digits: some forty minutes.")
     ] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server, or the next free one.")] = PORT,
 ) -> None:
@@ -36,14 +41,15 @@ def quickstart(
     from calumma.jobs.quickstart import report, steps
 
     console = Console(stderr=True)
-    workdir = workdir or Path("quickstart-fast" if fast else "quickstart")  # trying never replaces a real run
-    options = steps.Options(workdir, storage, fast, port)
+    course = _course(colour)
+    workdir = workdir or Path(f"{course.name}-fast" if fast else course.name)  # trying never replaces a real run
+    options = steps.Options(workdir, storage, fast, port, course)
 
     def body() -> None:
         outcome = steps.quickstart(options, console)
         results = report.write(outcome)
         out = Console()
-        out.print(report.table(results))
+        out.print(report.table(results, course))
         for what, place in report.places(results, workdir):
             out.print(f"[dim]{what}:[/dim]")
             out.print(f"  {place}", soft_wrap=True, highlight=False, markup=False)
@@ -59,10 +65,21 @@ def quickstart(
         raise typer.Exit(code)
 
 
+def _course(colour: bool) -> Course:
+    from calumma.jobs.quickstart.steps import DIGITS
+
+    if not colour:
+        return DIGITS
+    from calumma.jobs.emoji.course import COLOUR
+
+    return COLOUR
+
+
 def _resume_command(options: Options) -> str:
     """The command that resumes this one."""
     words = ["calumma", "quickstart", "--workdir", str(options.workdir)]
     words += ["--storage", options.storage] if options.storage else []
+    words += ["--colour"] if options.course.name != "quickstart" else []
     words += ["--fast"] if options.fast else []
     words += ["--port", str(options.port)] if options.port != PORT else []
     return shlex.join(words)

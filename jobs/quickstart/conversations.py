@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,17 +23,26 @@ COUNTING = ("Count from {first} to {last}, with pictures.", "Count from {first} 
 LONGEST_COUNT = 5
 
 
+class Shown(Protocol):
+    """A picture and what it shows."""
+
+    @property
+    def word(self) -> str: ...
+
+    def png(self) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Conversation:
     question: str
     answer: str
-    scans: tuple[Scan, ...] = ()
+    pictures: tuple[Shown, ...] = ()
 
     def row(self) -> dict[str, Any]:
         return {
             "conversations": [{"from": "human", "value": self.question}, {"from": "gpt", "value": self.answer}],
-            "images": [data_url(scan.png()) for scan in self.scans],
-            "captions": [scan.word for scan in self.scans],
+            "images": [data_url(p.png()) for p in self.pictures],
+            "captions": [p.word for p in self.pictures],
         }
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CAPTIONS = ("{digit}", "{a_digit}", "the digit {digit}", "a handwritten {digit}")
 OPENINGS = ("Counting from {first} to {last}.", "From {first} to {last}:")
+DIGITS = {"license": digits.LICENSE, "url": digits.URL}
 PYTHON = {"license": "PSF-2.0", "url": "https://docs.python.org/3/"}
 # Modules of plain, commented code, in this order until enough characters are found.
 # fmt: off
@@ -37,6 +38,10 @@ MODULES = (
     "configparser", "argparse", "pprint", "reprlib", "sched", "types",
 )
 # fmt: on
+
+
+RawFile = tuple[str, bytes, int]  # name, content, documents in it
+FileMakers = dict[str, Callable[[], Iterable[RawFile]]]  # by source: each has its folder
 
 
 class Sizes(Section):
@@ -86,13 +91,19 @@ def write_documents(storage_uri: str, fast: bool = False, progress: Progress = n
 
 def write(spec: DocumentsSpecification, progress: Progress = no_progress) -> Manifest:
     """Write the documents of a specification, a manifest for each source, and the whole's last. Raises StorageError."""
+    return write_sources(spec, _file_makers(spec), {"scans": _scan_report(spec)}, progress)
+
+
+def write_sources(
+    spec: JobSpecification, file_makers: FileMakers, report: dict[str, Any], progress: Progress = no_progress
+) -> Manifest:
+    """Write every source's files below the specification's output; `report` goes into its manifest."""
     from calumma.platform import storage
     from calumma.platform.storage.manifest import MANIFEST, FileEntry, Manifest
 
-    root = spec.locate(spec.output)
+    root = spec.output_uri
     storage.delete(storage.join(root, MANIFEST))
     specification = spec.model_dump(mode="json")
-    file_makers = _file_makers(spec)
     everything: list[FileEntry] = []
     documents: dict[str, int] = {}
     for done, (name, make_files) in enumerate(file_makers.items()):
@@ -107,7 +118,7 @@ def write(spec: DocumentsSpecification, progress: Progress = no_progress) -> Man
         source.write(folder)
         documents[name] = source.rows
         everything += [entry.model_copy(update={"path": f"{name}/{entry.path}"}) for entry in entries]
-    report = {"documents": documents, "scans": _scan_report(spec)}
+    report = {"documents": documents, **report}
     manifest = Manifest(kind="documents", files=everything, specification=specification, report=report)
     manifest.write(root)
     progress(len(file_makers), len(file_makers), f"{sum(documents.values()):,} documents")
@@ -144,10 +155,7 @@ def _scan_report(spec: DocumentsSpecification) -> dict[str, Any]:
     }
 
 
-RawFile = tuple[str, bytes, int]  # name, content, documents in it
-
-
-def _file_makers(spec: DocumentsSpecification) -> dict[str, Callable[[], Iterable[RawFile]]]:
+def _file_makers(spec: DocumentsSpecification) -> FileMakers:
     """Source name -> what makes its files. Each has its own random numbers: one source's size changes no other."""
     train, held_out = scans(spec)
     sizes = spec.sizes
@@ -158,10 +166,10 @@ def _file_makers(spec: DocumentsSpecification) -> dict[str, Callable[[], Iterabl
         return np.random.default_rng([spec.seed, stream])
 
     def exact(name: str, chosen: list[Scan]) -> Iterator[RawFile]:
-        return _tars(name, ((s.name, s.png(), s.word) for s in chosen), spec.samples_per_tar)
+        return tars(name, ((s.name, s.png(), s.word) for s in chosen), spec.samples_per_tar)
 
     def lines(name: str, rows: list[dict[str, Any]]) -> list[RawFile]:
-        return [(f"{name}.jsonl", _json_lines(rows), len(rows))]
+        return [(f"{name}.jsonl", json_lines(rows), len(rows))]
 
     def chat(name: str, make: Callable[[], list[talk.Conversation]]) -> Callable[[], list[RawFile]]:
         return lambda: lines(name, [c.row() for c in make()])
@@ -169,7 +177,7 @@ def _file_makers(spec: DocumentsSpecification) -> dict[str, Callable[[], Iterabl
     return {
         "scans_train": lambda: exact("scans_train", train),
         "scans_held_out": lambda: exact("scans_held_out", held_out),
-        "pairs": lambda: _tars("pairs", _pairs(train, sizes.copies, random(1)), spec.samples_per_tar),
+        "pairs": lambda: tars("pairs", _pairs(train, sizes.copies, random(1)), spec.samples_per_tar),
         "text": lambda: lines("text", [{"text": t, **PYTHON} for i, t in enumerate(sections) if i % 20]),
         "text_held_out": lambda: lines("text_held_out", [{"text": t, **PYTHON} for t in sections[::20]]),
         "code": lambda: lines("code", [{"text": t, **PYTHON} for t in sources]),
@@ -198,9 +206,11 @@ def _pairs(train: list[Scan], copies: int, random: np.random.Generator) -> Itera
         yield f"{scan.name}-{copy}", shown.png(), text
 
 
-def _tars(name: str, samples: Iterable[tuple[str, bytes, str]], samples_per_tar: int) -> Iterator[RawFile]:
-    """WebDataset shards: KEY.png, KEY.txt and KEY.json of each sample; equal input gives equal bytes."""
-    metadata = json.dumps({"license": digits.LICENSE, "url": digits.URL}).encode()
+def tars(
+    name: str, samples: Iterable[tuple[str, bytes, str]], samples_per_tar: int, about: dict[str, str] = DIGITS
+) -> Iterator[RawFile]:
+    """WebDataset shards: KEY.png, KEY.txt and KEY.json (`about`) of each sample; equal input gives equal bytes."""
+    metadata = json.dumps(about).encode()
     batch: list[tuple[str, bytes, str]] = []
     shard = 0
     for sample in samples:
@@ -237,9 +247,6 @@ class _ScanSampler:
 
 def _pages(train: list[Scan], count: int, random: np.random.Generator) -> list[RawFile]:
     """Parquet of `texts` and `images`, parallel lists with exactly one of the two set at each place."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     scan_of = _ScanSampler(train, random)
     spans = talk.counting_ranges()
     rows: dict[str, list[Any]] = {"texts": [], "images": [], "captions": [], "license": [], "url": []}
@@ -258,6 +265,14 @@ def _pages(train: list[Scan], count: int, random: np.random.Generator) -> list[R
             rows[column].append(value)
         rows["license"].append(digits.LICENSE)
         rows["url"].append(digits.URL)
+    return [("pages-00000.parquet", page_table(rows), count)]
+
+
+def page_table(rows: dict[str, list[Any]]) -> bytes:
+    """Parquet of the columns `texts`, `images`, `captions` (lists) and `license`, `url`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     strings = pa.list_(pa.string())
     schema = pa.schema(
         [("texts", strings), ("images", pa.list_(pa.binary())), ("captions", strings)]
@@ -265,7 +280,7 @@ def _pages(train: list[Scan], count: int, random: np.random.Generator) -> list[R
     )
     buffer = io.BytesIO()
     pq.write_table(pa.table(rows, schema=schema), buffer, compression="zstd")
-    return [("pages-00000.parquet", buffer.getvalue(), count)]
+    return buffer.getvalue()
 
 
 # -- text and code ----------------------------------------------------------------------------------------------------
@@ -315,7 +330,7 @@ def _first_characters(pieces: list[str], characters: int) -> list[str]:
     return kept
 
 
-def _json_lines(rows: list[dict[str, Any]]) -> bytes:
+def json_lines(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from calumma.jobs.quickstart import steps
-from calumma.jobs.quickstart.measures import MEASURED, TARGETS, goal, shown
+from calumma.jobs.quickstart.course import Course
 from calumma.jobs.quickstart.questions import Answer, AnswerPart
+from calumma.jobs.quickstart.steps import DIGITS
 from calumma.platform.cluster.progress import format_duration
 from calumma.platform.reports.charts import LineChart, Series, line_chart
 from calumma.platform.reports.templates import render
@@ -16,11 +16,6 @@ from calumma.platform.reports.templates import render
 TEMPLATE = "jobs/quickstart/report.html.j2"
 STAGES = ("stage1", "stage2", "finetune")
 LOSSES = {"loss_text": ("text tokens", "var(--text)"), "loss_image": ("image tokens", "var(--image)")}
-KINDS = {
-    "recognition": "Picture to word",
-    "generation": "Word to picture",
-    "interleaved": "Words and pictures in turn",
-}
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,7 @@ class Story:
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
     sheets: dict[str, bytes] = field(default_factory=dict)
     commands: list[tuple[str, str]] = field(default_factory=list)
+    course: Course = DIGITS
 
 
 @dataclass(frozen=True)
@@ -55,20 +51,23 @@ def page(story: Story) -> str:
     """The whole page."""
     seconds = story.results["seconds"]
     longest = max([*seconds.values(), 1e-9])
-    titles = {step.name: step.title for step in (*steps.STEPS, steps.CLUSTER)}
+    course = story.course
+    titles = course.titles
     return render(
         TEMPLATE,
         total=format_duration(sum(seconds.values())),
         fast=story.fast,
+        lead=course.lead,
         tiles=[
-            (_shown(story, name), f"{MEASURED[name]} (target {goal(name)})", _missed(story, name)) for name in TARGETS
+            (_shown(story, name), f"{course.measured[name]} (target {course.goal(name)})", _missed(story, name))
+            for name in course.targets
         ],
-        answers=[(title, [a for a in story.answers if a.kind == kind]) for kind, title in KINDS.items()],
+        answers=[(title, [a for a in story.answers if a.kind == kind]) for kind, title in course.kinds.items()],
         pieces_of=_pieces,
-        losses=_losses(story.curves),
+        losses=_losses(story.curves, titles),
         reconstruction=_reconstruction(story.curves),
         sheets=story.sheets,
-        results=[(title, _shown(story, name), _target(story, name)) for name, title in MEASURED.items()],
+        results=[(title, _shown(story, name), _target(story, name)) for name, title in course.measured.items()],
         model=f"{story.results['model_uri']} in {story.results['model_directory']}",
         seconds=[(titles[name], format_duration(value), 100 * value / longest) for name, value in seconds.items()],
         commands=story.commands,
@@ -76,17 +75,17 @@ def page(story: Story) -> str:
 
 
 def _shown(story: Story, name: str) -> str:
-    return shown(name, story.results[name])
+    return story.course.shown(name, story.results[name])
 
 
 def _missed(story: Story, name: str) -> bool:
-    return bool(story.results[name] < TARGETS[name])
+    return story.course.missed(name, story.results[name])
 
 
 def _target(story: Story, name: str) -> str:
-    if name not in TARGETS:
+    if name not in story.course.targets:
         return ""
-    return f"{goal(name)}: {'missed' if _missed(story, name) else 'reached'}"
+    return f"{story.course.goal(name)}: {'missed' if _missed(story, name) else 'reached'}"
 
 
 def _pieces(parts: Sequence[AnswerPart]) -> list[_Piece]:
@@ -102,9 +101,8 @@ def _pieces(parts: Sequence[AnswerPart]) -> list[_Piece]:
     return pieces
 
 
-def _losses(curves: dict[str, dict[str, Curve]]) -> LineChart | None:
+def _losses(curves: dict[str, dict[str, Curve]], titles: dict[str, str]) -> LineChart | None:
     """Text and image loss over all stages, one after the other."""
-    titles = {step.name: step.title for step in steps.STEPS}
     pieces: dict[str, list[list[tuple[float, float]]]] = {metric: [] for metric in LOSSES}
     bands: list[tuple[str, float]] = []
     begin = 0

@@ -8,9 +8,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from calumma.jobs.quickstart.conversations import COUNTING, DRAWING, IMAGE_MARK, RECOGNITION, data_url, with_article
+from calumma.jobs.quickstart.conversations import (
+    COUNTING,
+    DRAWING,
+    IMAGE_MARK,
+    RECOGNITION,
+    Shown,
+    data_url,
+    with_article,
+)
 from calumma.jobs.quickstart.digits import WORDS, Scan
 
+MODALITIES = {"recognition": ["text"], "generation": ["image"], "edit": ["image"], "interleaved": ["text", "image"]}
 TIMEOUT = 300  # seconds for one answer; starved machines are slow, not broken
 
 
@@ -20,13 +29,14 @@ class NoAnswer(RuntimeError):
 
 @dataclass(frozen=True)
 class Question:
-    kind: Literal["recognition", "generation", "interleaved"]
+    kind: Literal["recognition", "generation", "edit", "interleaved"]
     text: str
-    picture: Scan | None = None
+    picture: Shown | None = None
+    longest: int = 120  # tokens of an interleaved answer
 
     @property
     def modalities(self) -> list[str]:
-        return {"recognition": ["text"], "generation": ["image"], "interleaved": ["text", "image"]}[self.kind]
+        return MODALITIES[self.kind]
 
     def body(self, model: str, seed: int) -> dict[str, Any]:
         """The request's JSON: words are taken greedily, pictures sampled."""
@@ -39,7 +49,7 @@ class Question:
             "modalities": self.modalities,
             "temperature": 0.0,
             "repetition_penalty": 1.0,
-            "max_tokens": 120 if self.kind == "interleaved" else 40,
+            "max_tokens": self.longest if self.kind == "interleaved" else 40,
             "seed": seed,
         }
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calumma.jobs.quickstart import steps
-from calumma.jobs.quickstart.measures import FROM_IMAGE_TOKENIZER, MEASURED, TARGETS, goal, shown
+from calumma.jobs.quickstart.course import CLUSTER, FROM_IMAGE_TOKENIZER, Course
 from calumma.jobs.quickstart.page import STAGES, Curve, Story, page
-from calumma.jobs.quickstart.steps import QuickstartResult
+from calumma.jobs.quickstart.steps import DIGITS, QuickstartResult
 from calumma.platform import storage
 from calumma.platform.cluster.progress import format_duration
 
@@ -28,10 +28,11 @@ PAGE = "report.html"
 
 def results(outcome: QuickstartResult) -> dict[str, Any]:
     """What results.json holds. `seconds`: by step, of the call that ran it."""
+    course = outcome.options.course
     evaluated = outcome.manifests["evaluate"].report
     tokenizer = outcome.manifests["train_image_tokenizer"].report
-    values = {key: (tokenizer if key in FROM_IMAGE_TOKENIZER else evaluated)[key] for key in MEASURED}
-    order = [step.name for step in (steps.STEPS[0], steps.CLUSTER, *steps.STEPS[1:])]
+    values = {key: (tokenizer if key in FROM_IMAGE_TOKENIZER else evaluated)[key] for key in course.measured}
+    order = [step.name for step in (course.steps[0], CLUSTER, *course.steps[1:])]
     return {
         **values,
         "seconds": {name: outcome.seconds[name] for name in order if name in outcome.seconds},
@@ -46,6 +47,7 @@ def write(outcome: QuickstartResult) -> dict[str, Any]:
     folder = outcome.options.workdir
     storage.write_bytes(str(folder / RESULTS), f"{json.dumps(found, indent=1)}\n".encode())
     story = Story(
+        course=outcome.options.course,
         results=found,
         fast=outcome.options.fast,
         answers=steps.read_answers(outcome),
@@ -97,15 +99,11 @@ def _merged(run: Any, step: str) -> dict[str, Curve]:
 def sheets(outcome: QuickstartResult) -> dict[str, bytes]:
     """Title -> PNG: the evaluation's contact sheets, and the image tokenizer's reconstructions."""
     place = outcome.specifications["evaluate"].output_uri
-    titles = {
-        "generation": "Digits the model drew, each above the word it was asked for",
-        "interleaved": "Pictures in interleaved answers, each above the word the model put before it",
-        "recognition": "Held-out scans, each above the word the model read",
-    }
-    found = {title: storage.read_bytes(storage.join(place, f"{name}.png")) for name, title in titles.items()}
+    course = outcome.options.course
+    found = {title: storage.read_bytes(storage.join(place, f"{name}.png")) for name, title in course.sheets.items()}
     reconstructions = _artifact(outcome, "train_image_tokenizer", "samples/reconstructions.png")
     if reconstructions is not None:
-        found["Held-out scans (above) and what is left of them after the image tokenizer (below)"] = reconstructions
+        found[course.reconstructions] = reconstructions
     return found
 
 
@@ -135,24 +133,22 @@ def commands(outcome: QuickstartResult) -> list[tuple[str, str]]:
     ]
 
 
-def table(found: dict[str, Any]) -> Table:
+def table(found: dict[str, Any], course: Course = DIGITS) -> Table:
     """The closing table: what, measured, target, where to look."""
     from rich.table import Table
 
-    where = dict.fromkeys(MEASURED, PAGE)
-    where |= dict.fromkeys(("judge_accuracy", "interleaved_words", "interleaved_digits"), "MLflow: evaluate")
+    where = {name: PAGE if name in course.targets else "MLflow: evaluate" for name in course.measured}
     where |= dict.fromkeys(FROM_IMAGE_TOKENIZER, "MLflow: train_image_tokenizer")
     made = Table(title="calumma quickstart", title_justify="left")
     made.add_column("What")
     made.add_column("Measured", justify="right", no_wrap=True)
     made.add_column("Target", justify="right", no_wrap=True)
     made.add_column("Where to look")
-    for name, title in MEASURED.items():
-        target = goal(name) if name in TARGETS else ""
-        colour = "" if name not in TARGETS else "[green]" if found[name] >= TARGETS[name] else "[yellow]"
-        made.add_row(title, f"{colour}{shown(name, found[name])}", target, where[name])
+    for name, title in course.measured.items():
+        colour = "" if name not in course.targets else "[yellow]" if course.missed(name, found[name]) else "[green]"
+        made.add_row(title, f"{colour}{course.shown(name, found[name])}", course.goal(name), where[name])
     made.add_section()
-    titles = {step.name: step.title for step in (*steps.STEPS, steps.CLUSTER)}
+    titles = course.titles
     for name, seconds in found["seconds"].items():
         made.add_row(f"[dim]{titles[name]}", f"[dim]{format_duration(seconds)}", "", "")
     made.add_row("All steps", format_duration(sum(found["seconds"].values())), "", RESULTS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from calumma.jobs.quickstart import documents
+from calumma.jobs.quickstart.course import CLUSTER, FROM_IMAGE_TOKENIZER, Course, Step
 from calumma.jobs.quickstart.display import Board, Row
 from calumma.jobs.quickstart.documents import FAST, FULL, DocumentsSpecification
 from calumma.jobs.quickstart.questions import Answer, ask, questions
@@ -24,6 +25,7 @@ from calumma.jobs.specifications.reading import read_specification
 from calumma.jobs.specifications.table import JOBS, job_function
 from calumma.platform.cluster import connection, runner
 from calumma.platform.cluster.progress import Progress
+from calumma.platform.reports.contact_sheet import Cell
 from calumma.platform.specification import JobSpecification, SpecificationError, Tracking
 from calumma.platform.training.specification import FinetuneSpecification, TrainSpecification
 
@@ -34,21 +36,8 @@ if TYPE_CHECKING:
     from calumma.platform.storage.manifest import Manifest
     from calumma.platform.tracking.run import Run
 
-EXPERIMENT = "quickstart"
-RECIPES = "recipes/quickstart"
 OVERRIDES = "fast.yaml"  # what --fast changes, beside the recipes
 PORTS = 50  # how many ports from the wished one on are tried
-
-
-@dataclass(frozen=True)
-class Step:
-    """`name`: of the recipe, the MLflow run and the entry in results.json. `usual`: seconds on two ordinary cores."""
-
-    name: str
-    title: str
-    usual: float
-
-
 STEPS = (
     Step("documents", "Documents", 8),
     Step("curate", "Curation", 10),
@@ -61,9 +50,49 @@ STEPS = (
     Step("evaluate", "Evaluation", 18),
     Step("serve", "Serving and questions", 18),
 )
+MEASURED = {
+    "recognition_accuracy": "Recognition: held-out scan to word",
+    "generation_accuracy": "Generation: word to picture, judged",
+    "judge_accuracy": "The judge itself, on held-out scans",
+    "interleaved_valid": "Interleaved: alternation valid",
+    "interleaved_words": "Interleaved: all words right",
+    "interleaved_digits": "Interleaved: pictures right, judged",
+    **FROM_IMAGE_TOKENIZER,
+}
 
 
-CLUSTER = Step("cluster", "Ray cluster", 7)  # started once, before the first step that needs it
+def _documents(shared: dict[str, Any], fast: bool) -> DocumentsSpecification:
+    return DocumentsSpecification(**shared, sizes=FAST if fast else FULL)
+
+
+def _samples(spec: DocumentsSpecification) -> dict[str, list[Cell]]:
+    parts = zip(("train", "held_out"), documents.scans(spec), strict=True)
+    return {part: [Cell(s.picture(), s.word) for s in scans[:40]] for part, scans in parts}
+
+
+DIGITS = Course(
+    name="quickstart",
+    recipes="recipes/quickstart",
+    lead="evaluated on scans it had never seen",
+    steps=STEPS,
+    documents=_documents,
+    write=documents.write,
+    samples=_samples,
+    questions=lambda spec: questions(documents.scans(spec)[1]),
+    measured=MEASURED,
+    targets={"recognition_accuracy": 0.90, "generation_accuracy": 0.85, "interleaved_valid": 1.0},
+    kinds={
+        "recognition": "Picture to word",
+        "generation": "Word to picture",
+        "interleaved": "Words and pictures in turn",
+    },
+    sheets={
+        "generation": "Digits the model drew, each above the word it was asked for",
+        "interleaved": "Pictures in interleaved answers, each above the word the model put before it",
+        "recognition": "Held-out scans, each above the word the model read",
+    },
+    reconstructions="Held-out scans (above) and what is left of them after the image tokenizer (below)",
+)
 
 
 class AnswersSpecification(JobSpecification):
@@ -72,7 +101,7 @@ class AnswersSpecification(JobSpecification):
     job: Literal["serve"] = "serve"
     output: str = "answers"
     model: str
-    scans: DocumentsSpecification  # whose held-out scans are asked about
+    documents: str  # URI of those whose held-out pictures are asked about
 
 
 @dataclass(frozen=True)
@@ -83,6 +112,7 @@ class Options:
     storage: str | None = None
     fast: bool = False
     port: int = 8000
+    course: Course = DIGITS
 
     @property
     def root(self) -> str:
@@ -92,7 +122,9 @@ class Options:
 
     @property
     def tracking(self) -> Tracking:
-        return Tracking(uri=f"sqlite:///{self.workdir.absolute() / 'mlflow' / 'mlflow.db'}", experiment=EXPERIMENT)
+        return Tracking(
+            uri=f"sqlite:///{self.workdir.absolute() / 'mlflow' / 'mlflow.db'}", experiment=self.course.name
+        )
 
 
 @dataclass(frozen=True)
@@ -120,12 +152,12 @@ class QuickstartResult:
 def step_specification(step: str, options: Options) -> JobSpecification:
     """What a step does. Raises SpecificationError."""
     shared: dict[str, Any] = {"storage": options.root, "tracking": options.tracking}
-    documents_spec = DocumentsSpecification(**shared, sizes=FAST if options.fast else FULL)
+    documents_spec = options.course.documents(shared, options.fast)
     if step == "documents":
         return documents_spec
     if step == "serve":
-        return AnswersSpecification(**shared, model=_model_uri(options), scans=documents_spec)
-    recipes = resources.files("calumma.jobs") / RECIPES
+        return AnswersSpecification(**shared, model=_model_uri(options), documents=documents_spec.output_uri)
+    recipes = resources.files("calumma.jobs") / options.course.recipes
     with resources.as_file(recipes) as folder:
         file = folder / f"{step}.yaml"
         overrides = _flattened((yaml.safe_load((folder / OVERRIDES).read_text())[step] or {}) if options.fast else {})
@@ -159,12 +191,13 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
     Raises what the steps raise; KeyboardInterrupt leaves finished steps finished and no process behind.
     """
     options.workdir.mkdir(parents=True, exist_ok=True)
-    specs = {step.name: step_specification(step.name, options) for step in STEPS}
+    steps = options.course.steps
+    specs = {step.name: step_specification(step.name, options) for step in steps}
     step_times = _StepTimes(options.workdir / "seconds.json")
     manifests: dict[str, Manifest] = {}
     ran: list[str] = []
-    with Board(_display_rows(), console) as board, ExitStack() as stack:
-        for number, step in enumerate(STEPS):
+    with Board(_display_rows(steps), console) as board, ExitStack() as stack:
+        for number, step in enumerate(steps):
             spec = specs[step.name]
             if (reusable := _reusable_result(spec)) is not None:
                 manifests[step.name] = reusable
@@ -175,7 +208,7 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                     stack.enter_context(connection.embedded(lean=options.fast, logs=options.workdir / "logs"))
                 ran.append(CLUSTER.name)
                 step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
-            for later in STEPS[number + 1 :]:  # what they made came from what is about to be replaced
+            for later in steps[number + 1 :]:  # what they made came from what is about to be replaced
                 runner.delete_result(specs[later.name])
             if isinstance(spec, TrainSpecification) and _is_published(spec):
                 # A finished training by another recipe: its checkpoints are not to be continued.
@@ -189,8 +222,8 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
     return QuickstartResult(options, specs, manifests, dict(step_times.values), ran)
 
 
-def _display_rows() -> list[Row]:
-    first, *others = (Row(s.name, s.title, s.usual) for s in STEPS)
+def _display_rows(steps: Sequence[Step]) -> list[Row]:
+    first, *others = (Row(s.name, s.title, s.usual) for s in steps)
     return [first, Row(CLUSTER.name, CLUSTER.title, CLUSTER.usual), *others]
 
 
@@ -221,23 +254,22 @@ def _reusable_result(spec: JobSpecification) -> Manifest | None:
 
 
 def _run(spec: JobSpecification, options: Options, progress: Progress) -> Manifest:
-    if isinstance(spec, DocumentsSpecification):
-        return _tracked_documents(spec, progress)
+    if spec.job == "documents":
+        return _tracked_documents(spec, options.course, progress)
     if isinstance(spec, AnswersSpecification):
         return _tracked_answers(spec, options, progress)
     return runner.run_job(spec, job_function(spec.job), progress)[0]
 
 
-def _tracked_documents(spec: DocumentsSpecification, progress: Progress) -> Manifest:
-    from calumma.platform.reports.contact_sheet import Cell, contact_sheet
+def _tracked_documents(spec: JobSpecification, course: Course, progress: Progress) -> Manifest:
+    from calumma.platform.reports.contact_sheet import contact_sheet
     from calumma.platform.tracking.job_run import job_run
 
     with job_run(spec) as run:
-        manifest = documents.write(spec, progress)
+        manifest = course.write(spec, progress)
         run.log_metrics({f"documents/{name}": float(n) for name, n in manifest.report["documents"].items()})
-        for part, scans in zip(("train", "held_out"), documents.scans(spec), strict=True):
-            sheet = contact_sheet([Cell(s.picture(), s.word) for s in scans[:40]], columns=10)
-            run.log_image(sheet, f"samples/{part}.png")
+        for part, cells in course.samples(spec).items():
+            run.log_image(contact_sheet(cells, columns=10), f"samples/{part}.png")
         return manifest
 
 
@@ -250,8 +282,8 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
     from calumma.platform.tracking.fingerprints import fingerprints
     from calumma.platform.tracking.job_run import job_run
 
-    inputs = fingerprints([spec.model, spec.scans.output_uri], spec.tracking)
-    asked = questions(documents.scans(spec.scans)[1])
+    inputs = fingerprints([spec.model, spec.documents], spec.tracking)
+    asked = options.course.questions(step_specification("documents", options))
     answers: list[Answer] = []
     with job_run(spec) as run:
         progress(0, len(asked) + 1, f"deploying {spec.model}")

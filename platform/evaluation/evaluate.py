@@ -15,6 +15,7 @@ from calumma.model.document import Document, Text
 from calumma.model.generation.request import Mode
 from calumma.platform.cluster.progress import Progress
 from calumma.platform.evaluation.judge import Judge
+from calumma.platform.evaluation.likeness import Likeness
 from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
 from calumma.platform.evaluation.tasks import Case, Grade, Kind, grade, make_case, summary, texts_and_images
 from calumma.platform.reports.contact_sheet import Cell, contact_sheet
@@ -44,10 +45,13 @@ def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manif
 
     # Taken before anything is read, so that the next call notices what changes from here on.
     read_from = [task.documents for task in spec.tasks] + [spec.judge_training, spec.judge_held_out]
+    read_from += [spec.training_pictures] if spec.training_pictures else []
     inputs = fingerprints([_model_uri(spec), *map(spec.locate, read_from)], spec.tracking)
     progress(0, 1, "judge")
-    judge = Judge.train(_labelled_images(spec.locate(spec.judge_training)))
-    metrics = {"judge_accuracy": judge.accuracy(_labelled_images(spec.locate(spec.judge_held_out)))}
+    parts = spec.judge.parts
+    judge = Judge.train(_labelled_images(spec.locate(spec.judge_training)), spec.judge.features, max(1, len(parts)))
+    metrics = _judged(judge, _labelled_images(spec.locate(spec.judge_held_out)), parts)
+    likeness = _likeness(spec.locate(spec.training_pictures)) if spec.training_pictures else None
     tasks = {task.name: _cases(task, spec) for task in spec.tasks}
     answers = iter(_answers(spec, [c for cases in tasks.values() for c in cases], progress))
 
@@ -62,7 +66,10 @@ def evaluate(spec: EvaluateSpecification, run: Run, progress: Progress) -> Manif
         cases = tasks[task.name]
         task_answers = [next(answers) for _ in cases]
         grades = [grade(c, a, judge.classify) for c, a in zip(cases, task_answers, strict=True)]
-        metrics |= {f"{task.name}_{key}": value for key, value in summary(task.kind, grades).items()}
+        measures = summary(task.kind, grades, parts)
+        if likeness and task.kind == "generation":
+            measures |= _compared(likeness, cases, task_answers)
+        metrics |= {f"{task.name}_{key}": value for key, value in measures.items()}
         publish(f"{task.name}.jsonl", _lines(cases, grades), len(cases))
         sheet = _sheet(cases, task_answers, grades)
         run.log_image(sheet, f"evaluation/{task.name}.png")
@@ -160,6 +167,25 @@ def _cases(task: EvaluationTask, spec: EvaluateSpecification) -> list[Case]:
 
     documents = islice(read_documents(spec.locate(task.documents)), task.limit)
     return [make_case(task.kind, document) for document in documents]
+
+
+def _judged(judge: Judge, labelled: list[tuple[PILImage.Image, str]], parts: Sequence[str]) -> dict[str, float]:
+    """The judge itself: the share of pictures it is right about, and about each part of their labels."""
+    marks = judge.marks(labelled)
+    whole = {"judge_accuracy": sum(map(all, marks)) / len(marks)}
+    if len(parts) < 2:
+        return whole
+    return whole | {f"judge_{part}": sum(m[i] for m in marks) / len(marks) for i, part in enumerate(parts)}
+
+
+def _likeness(uri: str) -> Likeness:
+    return Likeness([picture for picture, _ in _labelled_images(uri)])
+
+
+def _compared(likeness: Likeness, cases: Sequence[Case], answers: Sequence[Document]) -> dict[str, float]:
+    drawn = [image.open() for answer in answers for image in answer.images[:1]]
+    real = [image.open() for case in cases for image in case.expected.images[:1]]
+    return likeness.measure(drawn, real)
 
 
 def _labelled_images(uri: str) -> list[tuple[PILImage.Image, str]]:

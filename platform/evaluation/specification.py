@@ -20,6 +20,17 @@ class EvaluationTask(Section):
     limit: int | None = Field(None, ge=1, description="cases, the first ones; none: all")
 
 
+class Classifier(Section):
+    """The independent classifier of drawn pictures."""
+
+    features: Literal["grey", "colour"] = Field(
+        "grey", description="what it sees of a picture: 8x8 shades of grey, or colours and the directions of edges"
+    )
+    parts: list[str] = Field(
+        [], description="names of the parts of a label, which stand with ` | ` between them; each is judged apart"
+    )
+
+
 class EvaluateSpecification(JobSpecification):
     """A model's answers to held-out conversations, judged by their words and by an independent classifier."""
 
@@ -28,5 +39,11 @@ class EvaluateSpecification(JobSpecification):
     tasks: list[EvaluationTask] = Field(min_length=1)
     judge_training: str = Field(description="curated images with captions as labels: trains the independent classifier")
     judge_held_out: str = Field(description="the same, held out: measures the classifier itself")
+    judge: Classifier = Classifier()
+    training_pictures: str | None = Field(
+        None,
+        description="curated images the model has learned from: drawn pictures are compared with them and with the "
+        "expected ones (Fréchet distance, nearest training picture)",
+    )
     batch: int = Field(32, ge=1, description="prompts answered at once")
     output: str = Field("evaluation", description="folder of answers, marks and contact sheets")

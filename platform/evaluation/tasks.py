@@ -13,6 +13,7 @@ from typing import Literal
 from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Text
+from calumma.platform.evaluation.judge import SEPARATOR, right_parts
 
 Kind = Literal["recognition", "generation", "interleaved"]
 Classifier = Callable[[Sequence[PILImage.Image]], list[str]]  # pictures -> the label each shows
@@ -24,7 +25,8 @@ class InvalidCase(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """`words`: what the answer should say, in order; with pictures, each word is also what its picture should show."""
+    """`words`: what the answer should say, in order; with pictures, each is also the label of its picture. Of a label
+    of several parts an interleaved answer says the first."""
 
     kind: Kind
     prompt: Document
@@ -34,12 +36,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Grade:
-    """How one answer was judged. `right` decides the task's headline; the other two are only of interleaved answers."""
+    """How one answer was judged. `right` decides the task's headline; words and digits are only of interleaved answers,
+    parts (of a label, each) of drawings."""
 
     right: bool
     answer: str
     words: bool = False
     digits: tuple[bool, ...] = ()
+    parts: tuple[bool, ...] = ()
 
 
 def make_case(kind: Kind, document: Document) -> Case:
@@ -71,7 +75,8 @@ def grade(case: Case, answer: Document, classify: Classifier) -> Grade:
     labels = tuple(classify([image.open() for image in answer.images]))
     if case.kind == "generation":
         right = len(labels) == 1 and labels[0] == case.words[0]
-        return Grade(right, " ".join(labels) or "no picture")
+        parts = right_parts(labels[0], case.words[0]) if len(labels) == 1 else ()
+        return Grade(right, " ".join(labels) or "no picture", parts=parts)
     return _grade_interleaved(case, answer, labels)
 
 
@@ -82,7 +87,8 @@ def _grade_interleaved(case: Case, answer: Document, labels: tuple[str, ...]) ->
     valid = alternates and len(pieces) == 2 * len(case.words)
     words = tuple(normalized_word(p.text) for p in pieces if isinstance(p, Text))
     digits = tuple(i < len(labels) and labels[i] == word for i, word in enumerate(case.words))
-    return Grade(valid, " ".join(words), words=words == case.words, digits=digits)
+    expected = tuple(label.split(SEPARATOR)[0].lower() for label in case.words)
+    return Grade(valid, " ".join(words), words=words == expected, digits=digits)
 
 
 def texts_and_images(answer: Document) -> list[Text | Image]:
@@ -99,8 +105,9 @@ def texts_and_images(answer: Document) -> list[Text | Image]:
     return pieces
 
 
-def summary(kind: Kind, grades: Sequence[Grade]) -> dict[str, float]:
-    """Shares in [0, 1] by name. An empty task has none: raises ValueError."""
+def summary(kind: Kind, grades: Sequence[Grade], parts: Sequence[str] = ()) -> dict[str, float]:
+    """Shares in [0, 1] by name; of drawings also those right in each of a label's parts, which are named. An empty task
+    has none: raises ValueError."""
     if not grades:
         raise ValueError(f"a {kind} task without cases cannot be summarized")
     right = fmean(m.right for m in grades)
@@ -110,4 +117,7 @@ def summary(kind: Kind, grades: Sequence[Grade]) -> dict[str, float]:
             "words": fmean(m.words for m in grades),
             "digits": fmean(d for m in grades for d in m.digits),
         }
+    if kind == "generation" and len(parts) > 1:
+        apart = {part: fmean(bool(m.parts) and m.parts[place] for m in grades) for place, part in enumerate(parts)}
+        return {"accuracy": right, **apart}
     return {"accuracy": right}

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from calumma.jobs.quickstart import report
-from calumma.jobs.quickstart.measures import MEASURED, TARGETS
 from calumma.jobs.quickstart.page import Curve, Story, page
 from calumma.jobs.quickstart.questions import Answer, AnswerPart
+from calumma.jobs.quickstart.steps import DIGITS, MEASURED
 
 PICTURE = "data:image/png;base64,iVBORw=="
 PLACE = f"/tmp/{'a-long-folder/' * 8}quickstart/storage/stages/finetuned/model"
@@ -86,7 +86,7 @@ def test_answers_stand_in_their_order_words_with_their_picture(results: dict[str
     ]
     assert "Which &lt;b&gt;digit&lt;/b&gt;?<img" in made
     assert "<em>(no answer)</em>" in made
-    assert "a held-out scan of seven" in made
+    assert "asked about: seven" in made
 
 
 def test_names_and_answers_cannot_become_markup(results: dict[str, Any]) -> None:
@@ -145,4 +145,4 @@ def test_paths_can_be_copied_whatever_the_width(results: dict[str, Any], columns
         "models:/calumma-quickstart@champion",
         PLACE,
     ]
-    assert set(TARGETS) <= set(MEASURED)
+    assert set(DIGITS.targets) <= set(MEASURED)

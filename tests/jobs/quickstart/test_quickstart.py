@@ -15,9 +15,8 @@ from typer.testing import CliRunner, Result
 
 from calumma.jobs.commands.quickstart import quickstart
 from calumma.jobs.quickstart import report, steps
-from calumma.jobs.quickstart.measures import MEASURED
 from calumma.jobs.quickstart.questions import Answer
-from calumma.jobs.quickstart.steps import Options
+from calumma.jobs.quickstart.steps import MEASURED, Options
 from calumma.model import load
 from calumma.model.document import Image
 from calumma.platform.cluster import runner
@@ -92,7 +91,7 @@ def test_the_model_directory_is_whole(workdir: Path) -> None:
 
 
 def test_mlflow_has_a_run_a_step(mlflow: MlflowClient) -> None:
-    experiment = mlflow.get_experiment_by_name(steps.EXPERIMENT)
+    experiment = mlflow.get_experiment_by_name(steps.DIGITS.name)
     assert experiment is not None
     runs = {run.info.run_name: run for run in mlflow.search_runs([experiment.experiment_id])}
     assert set(runs) == set(NAMES)
@@ -152,7 +151,7 @@ def test_a_second_call_skips_what_is_finished(workdir: Path, mlflow: MlflowClien
         assert f"{step.title}: already done" in done.output
     assert json.loads((workdir / report.RESULTS).read_text()) == before
     assert (workdir / report.PAGE).is_file()
-    experiment = mlflow.get_experiment_by_name(steps.EXPERIMENT)
+    experiment = mlflow.get_experiment_by_name(steps.DIGITS.name)
     assert experiment is not None
     assert len(mlflow.search_runs([experiment.experiment_id])) == len(NAMES)
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from calumma.jobs.emoji.course import COLOUR
+from calumma.jobs.emoji.documents import ColourDocumentsSpecification
 from calumma.jobs.quickstart import steps
 from calumma.jobs.quickstart.documents import FAST, FULL, DocumentsSpecification
 from calumma.jobs.quickstart.steps import Options
@@ -40,7 +42,7 @@ def pretrain(model: str, stage: str) -> PretrainSpecification:
 
 def test_there_is_a_recipe_for_every_job_and_model() -> None:
     assert {shipped(file).job for file in FILES} == set(JOBS)
-    assert {file.parent.name for file in FILES} == {"quickstart", "ablation", "extend", *MODELS}
+    assert {file.parent.name for file in FILES} == {"quickstart", "emoji", "ablation", "extend", *MODELS}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -105,13 +107,17 @@ def test_stage_2_halves_the_weights_of_stage_1_and_goes_on_with_it(model: str) -
 # -- the quickstart's own, as it runs them
 
 
-@pytest.fixture(params=[False, True], ids=["full", "fast"])
+@pytest.fixture(
+    params=[(course, fast) for course in (steps.DIGITS, COLOUR) for fast in (False, True)],
+    ids=lambda given: f"{given[0].name}{'-fast' if given[1] else ''}",
+)
 def options(request: pytest.FixtureRequest, tmp_path: Path) -> Options:
-    return Options(tmp_path / "quick start: a & b", fast=request.param)
+    course, fast = request.param
+    return Options(tmp_path / "quick start: a & b", fast=fast, course=course)
 
 
 def test_every_step_has_a_valid_specification_with_absolute_places(options: Options) -> None:
-    for step in steps.STEPS:
+    for step in options.course.steps:
         spec = steps.step_specification(step.name, options)
         assert Path(spec.storage) == options.workdir / "storage"
         assert spec.tracking.uri == f"sqlite:///{options.workdir}/mlflow/mlflow.db"
@@ -120,8 +126,9 @@ def test_every_step_has_a_valid_specification_with_absolute_places(options: Opti
 
 
 def test_fast_changes_every_size_and_names_every_recipe() -> None:
-    overrides: dict[str, Any] = yaml.safe_load((RECIPES / "quickstart" / steps.OVERRIDES).read_text())
-    assert set(overrides) == {file.stem for file in FILES if file.parent.name == "quickstart"}
+    for folder in ("quickstart", "emoji"):
+        overrides: dict[str, Any] = yaml.safe_load((RECIPES / folder / steps.OVERRIDES).read_text())
+        assert set(overrides) == {file.stem for file in FILES if file.parent.name == folder}
     full, fast = (steps.step_specification("stage1", Options(Path("w"), fast=f)) for f in (False, True))
     assert isinstance(full, PretrainSpecification)
     assert isinstance(fast, PretrainSpecification)
@@ -133,7 +140,7 @@ def test_fast_changes_every_size_and_names_every_recipe() -> None:
 
 def test_the_steps_fit_each_other(options: Options) -> None:
     """What a step reads is what an earlier one writes: names in recipes are typed by hand."""
-    spec = {step.name: steps.step_specification(step.name, options).model_dump() for step in steps.STEPS}
+    spec = {step.name: steps.step_specification(step.name, options).model_dump() for step in options.course.steps}
     written = {f"documents/{name}/" for name in documents_written(options)}
     assert {source["location"] for source in spec["curate"]["sources"]} == written
     curated = {f"curated/{source['name']}" for source in spec["curate"]["sources"]}
@@ -143,7 +150,11 @@ def test_the_steps_fit_each_other(options: Options) -> None:
     for name in ("stage1", "stage2", "finetune"):
         assert {*spec[name]["mixture"], *spec[name]["held_out"].values()} <= tokens
     judged = {spec["evaluate"][field] for field in ("judge_training", "judge_held_out")}
+    judged |= {spec["evaluate"]["training_pictures"]} - {None}
     assert {task["documents"] for task in spec["evaluate"]["tasks"]} | judged <= curated
+    measures = {f"{task['name']}_accuracy" for task in spec["evaluate"]["tasks"] if task["kind"] != "interleaved"}
+    assert measures <= set(options.course.measured)
+    assert {task["name"] for task in spec["evaluate"]["tasks"]} >= set(options.course.sheets)
     assert spec["train_text_tokenizer"]["image_codes"] == spec["train_image_tokenizer"]["model"]["codebook_size"]
     assert spec["stage1"]["model"]["context"] == spec["tokenize"]["context"]
     assert spec["stage2"]["initial"] == spec["stage1"]["output"]
@@ -153,9 +164,12 @@ def test_the_steps_fit_each_other(options: Options) -> None:
 
 
 def documents_written(options: Options) -> list[str]:
+    from calumma.jobs.emoji import documents as colour
     from calumma.jobs.quickstart import documents
 
     spec = steps.step_specification("documents", options)
+    if isinstance(spec, ColourDocumentsSpecification):
+        return list(colour._file_makers(spec, *colour.pictures(spec)))
     assert isinstance(spec, DocumentsSpecification)
     return list(documents._file_makers(spec))
 
@@ -166,5 +180,8 @@ def test_nothing_that_trains_reads_held_out_documents(options: Options) -> None:
         trained += steps.step_specification(name, options).model_dump()["documents"]
     for name in ("stage1", "stage2", "finetune"):
         trained += steps.step_specification(name, options).model_dump()["mixture"]
-    trained.append(steps.step_specification("evaluate", options).model_dump()["judge_training"])
-    assert not [uri for uri in trained if "held_out" in uri or "ask_" in uri]
+    assert not [uri for uri in trained if "held_out" in uri or "ask_" in uri or "judge_" in uri]
+    judged = steps.step_specification("evaluate", options).model_dump()["judge_training"]
+    assert judged not in trained
+    assert "held_out" not in judged
+    assert "ask_" not in judged
