@@ -59,11 +59,12 @@ class Picture:
         angle, scale = float(random.uniform(-10, 10)), float(random.uniform(0.8, 1))
         whole = self.picture()
         side = whole.width
-        shift = tuple(int(s) for s in np.rint(random.uniform(-0.05, 0.05, 2) * side))
+        right, down = (int(s) for s in np.rint(random.uniform(-0.05, 0.05, 2) * side))
         turned = whole.rotate(angle, PILImage.Resampling.BICUBIC, fillcolor="white")
         small = turned.resize((round(side * scale),) * 2, PILImage.Resampling.LANCZOS)
         ground = PILImage.new("RGB", whole.size, "white")
-        ground.paste(small, tuple((side - small.width) // 2 + s for s in shift))
+        margin = (side - small.width) // 2
+        ground.paste(small, (margin + right, margin + down))
         return Picture(self.thing, self.skin, self.style, self.group, self.keywords, _png(ground))
 
 
