@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from calumma.jobs.tuning.steps import Outcome
 
 
+BITS: dict[str | None, Literal[4, 8] | None] = {None: None, "4": 4, "8": 8}
+
+
 def finetune(
     model: Annotated[
         str,
@@ -33,6 +36,10 @@ def finetune(
         int | None, typer.Option("--lora", min=1, metavar="RANK", help="Train low-rank adapters; default: all weights.")
     ] = None,
     dora: Annotated[bool, typer.Option("--dora", help="Adapters with a magnitude of their own (DoRA).")] = False,
+    quantize: Annotated[
+        Literal["4", "8"] | None,
+        typer.Option(help="Bits of the frozen weights below --lora's adapters (QLoRA); default: as many as they have."),
+    ] = None,
     preference: Annotated[
         Literal["dpo", "ipo", "orpo"] | None,
         typer.Option(help="How to learn from pairs of a chosen and a rejected answer; default: dpo."),
@@ -83,7 +90,8 @@ def finetune(
         from calumma.platform.cluster.progress import Display
 
         options = Options(
-            model=model, data=data, out=out, lora=lora, dora=dora, preference=preference, beta=beta, epochs=epochs,
+            model=model, data=data, out=out, lora=lora, dora=dora, quantize=BITS[quantize],
+            preference=preference, beta=beta, epochs=epochs,
             steps=steps, learning_rate=learning_rate, batch=batch, context=context, packing=packing, held_out=held_out,
             max_bad_share=max_bad_share, samples=samples, name=name,
             tracking_uri=tracking_uri, seed=seed,

@@ -12,6 +12,7 @@ from calumma.platform.reports.charts import LineChart, Series, line_chart
 from calumma.platform.reports.templates import render
 from calumma.platform.tracking.run import Run
 from calumma.platform.tracking.server import resolve_uri
+from calumma.platform.training.sections import Lora
 
 if TYPE_CHECKING:
     from calumma.jobs.tuning.steps import Outcome
@@ -48,7 +49,7 @@ def page(outcome: Outcome) -> str:
         "steps": f"{spec.steps:,}",
         "passes over the examples": f"{passes:.1f}",
         "examples a step": f"{parts.train * passes / spec.steps:.1f}",
-        "adapters": "none, all weights" if spec.lora is None else f"rank {spec.lora.rank}, alpha {spec.lora.alpha:g}",
+        "adapters": _adapters(spec.lora),
         "precision": spec.precision,
     }
     return render(
@@ -61,6 +62,13 @@ def page(outcome: Outcome) -> str:
         serve=shlex.join(outcome.serve_command),
         jobs=["tokenize_preferences", "finetune"] if spec.preference else ["curate", "tokenize", "finetune"],
     )
+
+
+def _adapters(lora: Lora | None) -> str:
+    if lora is None:
+        return "none, all weights"
+    base = f", on weights of {lora.quantize} bits" if lora.quantize else ""
+    return f"rank {lora.rank}, alpha {lora.alpha:g}{base}"
 
 
 def _chart(outcome: Outcome) -> LineChart | None:

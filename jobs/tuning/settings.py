@@ -12,7 +12,7 @@ from calumma.jobs.tuning.split import HELD_OUT, TRAIN, Parts
 from calumma.model.config import ModelConfig
 from calumma.platform.curation.specification import CurateSpecification
 from calumma.platform.sources.specification import Source
-from calumma.platform.specification import Resources, Tracking
+from calumma.platform.specification import Resources, SpecificationError, Tracking
 from calumma.platform.tokenizing.specification import PreferenceTokensSpecification, TokenizeSpecification
 from calumma.platform.training.sections import Lora, Optimizer, Preference, Schedule
 from calumma.platform.training.specification import FinetuneSpecification
@@ -43,6 +43,7 @@ class Options:
     out: Path
     lora: int | None = None
     dora: bool = False
+    quantize: Literal[4, 8] | None = None
     preference: Literal["dpo", "ipo", "orpo"] | None = None
     beta: float = 0.1
     epochs: float = 3.0
@@ -203,7 +204,7 @@ def training(
         micro_batches=micro_batches,
         optimizer=Optimizer(learning_rate=rate, weight_decay=0.0 if options.lora else 0.1),
         schedule=Schedule(kind="cosine", warmup_steps=math.ceil(WARM_UP * steps), final=0.1),
-        lora=Lora(rank=options.lora, alpha=2.0 * options.lora, dora=options.dora) if options.lora else None,
+        lora=_adapters(options),
         precision="bfloat16" if machine.gpus else "float32",
         zero_stage=1,
         checkpoint_activations=machine.gpus > 0,
@@ -215,6 +216,16 @@ def training(
     if machine.kind is None:
         return spec
     return fitted(spec, base.config, tokens.micro_batch, machine.kind, machine.gpus, machine.memory)
+
+
+def _adapters(options: Options) -> Lora | None:
+    """Raises SpecificationError for what is asked of adapters without them."""
+    if options.lora is not None:
+        return Lora(rank=options.lora, alpha=2.0 * options.lora, dora=options.dora, quantize=options.quantize)
+    for name, given in (("--quantize", options.quantize), ("--dora", options.dora)):
+        if given:
+            raise SpecificationError(f"{name} is of low-rank adapters: give their rank, say --lora 16, too")
+    return None
 
 
 def usual_rate(width: int, adapters: bool, pairs: bool = False) -> float:

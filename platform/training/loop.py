@@ -34,7 +34,7 @@ from calumma.platform.training.starting import base_of, report_so_far, require_u
 from calumma.platform.training.steps import engine, faults, held_out, meters
 from calumma.platform.training.steps.early import EarlyStopper
 from calumma.platform.training.steps.schedule import learning_rate
-from calumma.platform.training.trainable import parameters
+from calumma.platform.training.trainable import parameters, quantized
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -73,6 +73,7 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
         report["held_out"] = stage.last_held_out or stage.held_out(report["step"])
         names = [name for name, p in run.module.named_parameters() if p.requires_grad]
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
+        sizes |= {name: weight.numel for name, weight in quantized.weights_of(run.module).items()}
         report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
         if spec.early_stopping:

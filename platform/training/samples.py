@@ -15,6 +15,7 @@ from calumma.model.document import Document, Image, Text
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.training.specification import TrainSpecification
 from calumma.platform.training.trainable.parameters import plain_weights
+from calumma.platform.training.trainable.quantized import dequantized
 
 if TYPE_CHECKING:
     from calumma.model import MixedModalModel
@@ -41,6 +42,7 @@ class TrainedWeights:
         cut = [parameter for parameter in own.values() if hasattr(parameter, "ds_id")]
         with deepspeed.zero.GatheredParameters(cut, enabled=bool(cut)):
             whole = {name: parameter.detach() for name, parameter in own.items()}
+            whole |= dequantized(self._engine.module, prefix)
             yield plain_weights(whole, self._spec, self._vocabulary)
 
 

@@ -99,6 +99,11 @@ class Lora(Section):
     )
     dora: bool = Field(False, description="a trained magnitude for every output channel (DoRA, arXiv 2402.09353)")
     dropout: float = Field(0.0, ge=0, lt=1, description="of an adapter's input, in training")
+    quantize: Literal[4, 8] | None = Field(
+        None,
+        description="bits of the frozen linear layers of the blocks while adapters are trained on them (QLoRA, arXiv "
+        "2305.14314; 4: NormalFloat, 8: whole numbers). null: they keep the training's precision",
+    )
     targets: list[str] = Field(
         ["blocks.*"], min_length=1, description="names of linear layers with * and ?, say blocks.*.attention.*"
     )

@@ -245,6 +245,10 @@ class TrainSpecification(MixtureSpecification):
             raise ValueError("`trainable` names nothing; leave it away to train everything")
         if self.lora and "all" in self.trainable_names:
             raise ValueError("`trainable: all` and `lora` contradict each other: adapters keep the weights frozen")
+        if self.lora and self.lora.quantize and self.initial is None:
+            raise ValueError("`lora.quantize` needs `initial`: there is nothing to keep in fresh weights")
+        if self.lora and self.lora.quantize and self.float8:
+            raise ValueError("`lora.quantize` and `float8` both say how the blocks' layers multiply; choose one")
         if self.offload.optimizer != "none" and self.zero_stage == 0:
             raise ValueError("`offload.optimizer` needs a `zero_stage` of 1, 2 or 3")
         if self.offload.weights != "none" and self.zero_stage != 3:

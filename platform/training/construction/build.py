@@ -23,6 +23,7 @@ from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.checkpoints.agreement import raise_on_all
 from calumma.platform.training.checkpoints.fragments import MASTER, OwnedState
+from calumma.platform.training.construction.quantizing import fill_quantized
 from calumma.platform.training.construction.sources import (
     AddedWeights,
     CheckpointWeights,
@@ -136,8 +137,9 @@ class _OwnParameters(nn.Module):
 def fill(
     engine: DeepSpeedEngine, source: WeightSource, trained: bool = True, beat: Callable[[], object] = lambda: None
 ) -> None:
-    """Fill the weights from a source, or those alone that are not `trained`: each worker what it owns. Every worker
-    calls it; `beat` is called as it goes on. Raises StorageError on all of them."""
+    """Fill the weights from a source, or those alone that are not `trained`: each worker what it owns, and what is
+    quantized whole. Every worker calls it; `beat` is called as it goes on. Raises StorageError on all of them."""
+    fill_quantized(engine.module, source, engine.device, beat)
     owned, frozen, failed = OwnedState(engine), _Frozen(engine), None
     if not trained and not frozen.parameters:
         return

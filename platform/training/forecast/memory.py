@@ -90,11 +90,12 @@ def gpu_memory(
     master, moments = 4 * divided(trained, 1), 8 * divided(trained, 1)
     if element == 4 and stage == 0:
         master = 0  # the weights are their own
-    weights = element * divided(model, 3)
+    weights = element * divided(model - sizes.quantized, 3)
     gradients = (4 if stage else element) * divided(trained, 2)
     elements, wire = min(zero["reduce_bucket_size"], trained), wire_bytes(settings, element)
     bucket = elements * (element * (2 if zero.get("overlap_comm") else 1) + (wire if wire != element else 0))
-    gathered = element * (min(sizes.total, _LIVE + sizes.largest) + _PREFETCH) if stage == 3 and world > 1 else 0
+    divisible = sizes.total - sizes.quantized
+    gathered = element * (min(divisible, _LIVE + sizes.largest) + _PREFETCH) if stage == 3 and world > 1 else 0
     # The optimizer steps on float32 gradients that it joins, when nothing of the passes is left.
     stepped = 4 * min(divided(trained, 1), _SUB_GROUP if stage == 3 else divided(trained, 1))
     on_gpu = master + moments
@@ -102,6 +103,9 @@ def gpu_memory(
         on_gpu, stepped, gradients = 0, 0, gradients if stage < 2 else 0
     if spec.offload.weights != "none":
         weights = 0
+    if spec.lora is not None and spec.lora.quantize is not None:
+        weights += shape.quantized_bytes(config, spec.lora.quantize, element, sizes.quantized)
+        gathered += shape.dequantizing_bytes(config, spec.lora.quantize, element)
     tokens = rows * config.context
     passes = activations(spec, config, rows)
     loss = shape.loss_bytes(config, element, tokens, CHUNK_BYTES)

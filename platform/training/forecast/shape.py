@@ -68,6 +68,8 @@ class Sizes:
     """Of `trained`: adapters, which are no part of the model's own."""
     largest: int
     """The largest module, which ZeRO 3 gathers whole."""
+    quantized: int = 0
+    """Of `total`: frozen weights in few bits, which ZeRO does not divide."""
 
     @classmethod
     def of(cls, config: ModelConfig, spec: TrainSpecification) -> Sizes:
@@ -85,7 +87,35 @@ class Sizes:
             if "image_head" in names or "image_rows" in names:
                 matrices = 1 if "image_head" in names or config.tied else 2
                 trained += matrices * min(_IMAGE_ROWS, config.vocabulary_size) * config.width
-        return cls(total, trained + added, added, max(sizes.values()))
+        if spec.lora is None or spec.lora.quantize is None:
+            return cls(total, trained + added, added, max(sizes.values()))
+        kept = [name for name in sizes if _is_frozen_matrix(name, config, names)]
+        largest = max(size for name, size in sizes.items() if name not in kept)
+        return cls(total, trained + added, added, largest, sum(sizes[name] for name in kept))
+
+
+def _is_frozen_matrix(name: str, config: ModelConfig, trained: list[str]) -> bool:
+    matrix = name.partition(".")[2].partition(".")[2].removesuffix(".weight")
+    return (
+        matrix in block_matrices(config)
+        and name.endswith(".weight")
+        and not any(fnmatchcase(name, pattern) for pattern in trained)
+    )
+
+
+def quantized_bytes(config: ModelConfig, bits: int, element: int, elements: int) -> float:
+    """Bytes of frozen weights in few bits (trainable/quantized.py), scales too: in 4 bits one of 8 bits for 64 weights,
+    and for 256 of these one of their own; in 8 bits a float32 for every output channel."""
+    if bits == 4:
+        return elements * (0.5 + 1 / 64 + element / (64 * 256))
+    rows, numbers = (sum(size) for size in zip(*((r, r * c) for r, c in block_matrices(config).values()), strict=True))
+    return elements * (1 + 4 * rows / numbers)
+
+
+def dequantizing_bytes(config: ModelConfig, bits: int, element: int) -> int:
+    """Bytes of the largest quantized matrix while a product brings it back: the matrix, and on the way to it, in 4
+    bits, an index of 8 bytes and two numbers for each of its own."""
+    return max(r * c for r, c in block_matrices(config).values()) * (element + (8 + 2 * element if bits == 4 else 4))
 
 
 def flops_per_token(config: ModelConfig, recompute: bool = False) -> float:

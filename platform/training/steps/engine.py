@@ -23,6 +23,7 @@ from calumma.model.ops.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.specification import TrainSpecification
+from calumma.platform.training.trainable import quantized
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -334,7 +335,7 @@ def gathered_weights(
     engine: DeepSpeedEngine, keep: bool, beat: Callable[[], object] = lambda: None
 ) -> dict[str, Tensor]:
     """All weights on the CPU, where `keep` (elsewhere nothing); every worker must call it, ZeRO 3 gathers here. `beat`
-    is called after each."""
+    is called after each. Quantized ones are those that the model computes with."""
     import deepspeed
 
     weights: dict[str, Tensor] = {}
@@ -343,6 +344,9 @@ def gathered_weights(
         with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
             if keep:
                 weights[name] = parameter.detach().to("cpu", copy=True)
+        beat()
+    for name, weight in quantized.weights_of(engine.module).items() if keep else ():
+        weights[name] = weight.dequantized(next(iter(weights.values())).dtype).cpu()
         beat()
     return weights
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from calumma.model.devices import find_gpu
 from calumma.model.transformer import Transformer
 from calumma.platform.training.steps import engine, held_out
+from calumma.platform.training.trainable import quantized
 
 _PROBE_SIZE = 1024  # rows of the square matrices that measure a device without an entry
 _PROBE_PRODUCTS, _PROBE_SECONDS = 5, 2.0  # products, or as many as there is time for
@@ -52,6 +53,7 @@ def flops_per_token(model: Transformer, context: int) -> float:
     layers: list[nn.Module] = [*model.blocks, model.output]
     for layer in layers:
         whole = sum(_parameter_count(p) for p in layer.parameters() if p.dim() > 1)
+        whole += sum(weight.numel for weight in quantized.weights_of(layer).values())
         trained = sum(_parameter_count(p) for p in layer.parameters() if p.dim() > 1 and p.requires_grad)
         attention = 0 if layer is model.output else 2 * config.heads * config.head_size * context
         below_or_within = below or _any_trained(layer)

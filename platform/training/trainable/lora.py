@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from calumma.model.ops.adapter import Adapter, LayerAdapter
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.sections import Lora
+from calumma.platform.training.trainable import quantized
 
 DOWN, UP, MAGNITUDE = "lora_down", "lora_up", "lora_magnitude"
 
@@ -28,7 +29,10 @@ class LoraLinear(nn.Linear):
 
     With a magnitude each output channel is brought to a length of its own (DoRA): the length that it has without one
     counts as a constant when gradients are taken (arXiv 2402.09353, section 4.3). Dropout is of the adapter's input.
+    With `lora.quantize` the frozen weight is `quantized`, and no parameter any more (trainable/quantized.py).
     """
+
+    quantized: quantized.QuantizedWeight | None
 
     def __init__(self, plain: nn.Linear, lora: Lora, generator: torch.Generator) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
@@ -41,19 +45,29 @@ class LoraLinear(nn.Linear):
         )  # the paper's code: kaiming_uniform_(a=5 ** 0.5)
         self.lora_up = nn.Parameter(torch.zeros(plain.out_features, lora.rank))
         self.lora_magnitude = nn.Parameter(plain.weight.detach().norm(dim=1)) if lora.dora else None
+        self.quantized = None
+        if lora.quantize is not None:
+            self.quantized = quantized.QuantizedWeight(lora.quantize, (self.out_features, self.in_features))
+            self.register_parameter("weight", None)
 
     def forward(self, input: Tensor) -> Tensor:
         dropped = F.dropout(input, self.dropout, self.training) if self.dropout else input
         low_rank = F.linear(F.linear(dropped, self.lora_down), self.lora_up)
         if self.lora_magnitude is None:
-            return F.linear(input, self.weight, self.bias) + self.scale * low_rank
-        output = (F.linear(input, self.weight) + self.scale * low_rank) * (self.lora_magnitude / self._lengths())
+            return self._plain(input, self.bias) + self.scale * low_rank
+        output = (self._plain(input, None) + self.scale * low_rank) * (self.lora_magnitude / self._lengths())
         return output if self.bias is None else output + self.bias
+
+    def _plain(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        if self.quantized is None:
+            return F.linear(input, self.weight, bias)
+        return quantized.product(input, self.quantized, bias)
 
     @torch.no_grad()
     def _lengths(self) -> Tensor:
         """FloatTensor [O] of the weight with the adapter in it."""
-        return (self.weight + self.scale * (self.lora_up @ self.lora_down)).norm(dim=1)
+        plain_OI = self.weight if self.quantized is None else self.quantized.dequantized(self.lora_up.dtype)
+        return (plain_OI + self.scale * (self.lora_up @ self.lora_down)).norm(dim=1)
 
 
 def target_layers(model: nn.Module, lora: Lora) -> list[str]:
@@ -70,13 +84,20 @@ def target_layers(model: nn.Module, lora: Lora) -> list[str]:
 
 
 def add_adapters(model: nn.Module, lora: Lora, seed: int) -> None:
-    """Put adapters, a function of the seed, on the targets in place. Raises SpecificationError as `target_layers`."""
+    """Put adapters, a function of the seed, on the targets in place; with `lora.quantize` every frozen linear layer of
+    the blocks is quantized. Raises SpecificationError as `target_layers`, and for what cannot be quantized."""
     generator = torch.Generator().manual_seed(seed)
     for name in target_layers(model, lora):
         parent, _, own = name.rpartition(".")
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Linear)
         setattr(model.get_submodule(parent), own, LoraLinear(plain, lora, generator))
+    if lora.quantize is None:
+        return
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, quantized.QuantizedLinear(module, lora.quantize))
 
 
 def adapter_of(weights: Mapping[str, Tensor], scale: float) -> Adapter:

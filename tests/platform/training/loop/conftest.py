@@ -166,6 +166,14 @@ DROPOUT = {
     "held_out": {"packed": "tokens/packed"},
     "log_every": 1,
 }
+QUANTIZED: dict[str, Any] = {
+    "lora": {"rank": 4, "quantize": 4},
+    "initial": "stages/straight",
+    "model": None,
+    "held_out": {"counting": "tokens/held-out"},
+    "held_out_every": 20,
+    "samples": ["one two"],
+}
 AS_TEXT_MODELS = {"query_key_norm": "rms", "own_head_size": 12, "query_key_value_bias": True, "tied": True}
 SCENARIOS: dict[str, list[tuple[dict[str, Any], Script]]] = {
     "plain": [(PLAIN, {})],
@@ -223,6 +231,8 @@ SCENARIOS: dict[str, list[tuple[dict[str, Any], Script]]] = {
         ({"lora": {"rank": 4}, "initial": "stages/straight", "model": None, "zero_stage": 3}, {"dies": 15}),
         ({"lora": {"rank": 4}, "initial": "stages/straight", "model": None, "zero_stage": 3}, {}),
     ],
+    "quantized": [(QUANTIZED, {})],
+    "quantized, killed": [(QUANTIZED | {"zero_stage": 3}, {"dies": 15}), (QUANTIZED | {"zero_stage": 3}, {})],
     "text model": [
         (
             {
@@ -250,6 +260,7 @@ TOGETHER: dict[str, list[tuple[dict[str, Any], Script]]] = {
     "skip, two workers": SCENARIOS["skip"],
     "back, two workers": SCENARIOS["back"],
     "dropout, two workers": SCENARIOS["dropout"],
+    "quantized, two workers": SCENARIOS["quantized"],
 }
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from torchao.quantization import to_nf4
 
+from calumma.model.adapters.files import read_adapter
+from calumma.model.config import ModelConfig
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training import preparation
+from calumma.platform.training.trainable import lora
 
 STEPS = 20
 
@@ -28,6 +34,37 @@ def test_adapters_that_are_killed_and_resumed_come_to_the_same_weights(scenarios
     scenarios.report("lora, killed")
     for name, weight in scenarios.weights("lora, killed").items():
         torch.testing.assert_close(weight, scenarios.weights("lora")[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", ["quantized, killed", "quantized, two workers"])
+def test_adapters_on_four_bits_come_to_the_same_weights_interrupted_and_on_two_workers(
+    scenarios: Any, other: str
+) -> None:
+    scenarios.report(other)
+    for name, weight in scenarios.weights(other).items():
+        torch.testing.assert_close(weight, scenarios.weights("quantized")[name], rtol=0, atol=1e-5)
+
+
+def test_adapters_on_four_bits_learn_and_are_all_that_a_checkpoint_holds(scenarios: Any, root: str) -> None:
+    report = scenarios.report("quantized")
+    assert report["held_out"]["counting"]["loss"] < report["held_out_before"]["counting"]["loss"]
+    assert report["parameters"] == scenarios.report("straight")["parameters"]
+    (index,) = Path(root, "stages/quantized/checkpoints/step-00000020").glob("*/index.parquet")
+    names = set(pq.read_table(index)["parameter"].to_pylist())
+    assert len(names) == 2 * 14
+    assert all(lora.is_part(name) for name in names)
+
+
+def test_the_model_of_four_bits_and_adapters_is_the_one_that_was_measured(scenarios: Any, root: str) -> None:
+    """Its weights are the dequantized ones with the adapter in them, by torchao and by PEFT's format."""
+    scenarios.report("quantized")
+    found, before = scenarios.weights("quantized"), scenarios.weights("straight")
+    adapter = read_adapter(f"{root}/stages/quantized/adapter", ModelConfig.read(f"{root}/stages/quantized/model"))
+    assert len(adapter.layers) == 14
+    for name, layer in adapter.layers.items():
+        weight_OI = before[f"{name}.weight"]
+        stored = to_nf4(weight_OI, 64, weight_OI.numel() // 64).get_original_weight()
+        torch.testing.assert_close(found[f"{name}.weight"], layer.merged(stored), rtol=0, atol=1e-6)
 
 
 def test_an_image_head_changes_the_rows_of_image_ids_alone(scenarios: Any, root: str) -> None:
