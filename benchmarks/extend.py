@@ -14,25 +14,63 @@ by transformers before and by calumma after.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+import calumma.jobs
+from calumma.jobs.specifications.reading import read_specification
+from calumma.jobs.specifications.table import JOBS, job_function
+from calumma.model import load
+from calumma.model.convert import extend_hugging_face
+from calumma.platform.cluster import connection, runner
+from calumma.platform.evaluation.specification import EvaluateSpecification
+from calumma.platform.specification import JobSpecification
+from calumma.platform.storage.manifest import Manifest
+
+RECIPE = Path(calumma.jobs.__file__).parent / "recipes/extend"
+STEPS = ("text", "extend", "tokenize", "rows", "all", "measure")
+TASKS = {"recognition": "ask_recognition", "generation": "ask_drawing", "interleaved": "ask_counting"}
+SOURCES = (
+    "pairs", "text", "text_held_out", "code", "pages", "chat_recognition", "chat_drawing", "chat_counting", "chat_text",
+)  # fmt: skip
+# As in the recipe, with the quickstart's names: pairs, what is interleaved, and a fifth of text so that text stays.
+ROWS_MIXTURE = {"tokens/pairs": 0.6, "tokens/pages": 0.15, "tokens/text": 0.15, "tokens/code": 0.1}
+ALL_MIXTURE = {
+    "tokens/chat_recognition": 0.45, "tokens/chat_drawing": 0.1, "tokens/chat_counting": 0.25, "tokens/text": 0.12,
+    "tokens/code": 0.04, "tokens/chat_text": 0.04,
+}  # fmt: skip
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 IDS, CONTEXT, ROWS = 12_288, 256, 16
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False,
 }  # fmt: skip
+
+
+class Sizes(NamedTuple):
+    """Passes over the text; steps of the text model (None: as many as that takes), and of the two steps of the recipe,
+    of 4,096 tokens; questions of each kind."""
+
+    epochs: int
+    text: int | None
+    rows: int
+    all: int
+    limit: int | None
+
+
+FULL, QUICK = Sizes(6, None, 60, 240, None), Sizes(1, 3, 2, 2, 8)
 
 
 def texts_of(storage: Path, *sources: str) -> list[str]:
@@ -58,6 +96,10 @@ def train_text_model(storage: Path, folder: Path, epochs: int, steps: int | None
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(training, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": SPECIALS[0], "pad_token": SPECIALS[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokens = [token for text in training for token in [*tokenizer.encode(text).ids, 0]]
     rows_NT = torch.tensor(tokens[: len(tokens) // (CONTEXT + 1) * (CONTEXT + 1)]).view(-1, CONTEXT + 1)
     torch.manual_seed(0)
@@ -87,9 +129,6 @@ def train_text_model(storage: Path, folder: Path, epochs: int, steps: int | None
             if found < best:
                 best = found
                 model.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": SPECIALS[0], "pad_token": SPECIALS[0]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
@@ -103,3 +142,133 @@ def text_loss(logits_of: Any, documents: Sequence[Sequence[int]]) -> float:
         total += F.cross_entropy(logits_TV, row_T[1:], reduction="sum").item()
         count += len(row_T) - 1
     return total / count
+
+
+# -- what becomes of it ------------------------------------------------------------------------------------------------
+
+
+def specifications(storage: Path, work: Path, sizes: Sizes) -> dict[str, JobSpecification]:
+    """The recipe's three jobs, with the quickstart's documents, on this machine; and the evaluation."""
+    extended = str(work / "extended")
+    place = {
+        "storage": str(work), "tracking": {"uri": f"sqlite:///{work}/mlflow.db", "experiment": "extend"},
+        "text_tokenizer": extended, "image_tokenizer": f"{extended}/image_tokenizer",
+    }  # fmt: skip
+    resources = {"workers": 1, "cpus_per_worker": 2}
+    documents = [f"{storage}/curated/{name}" for name in SOURCES]
+    training = {
+        "resources": resources, "held_out": {"text": "tokens/text_held_out"}, "micro_batches": 4, "max_epochs": 100,
+        "precision": "float32", "zero_stage": 1, "checkpoint_activations": False, "log_every": 5, "dropout": 0.1,
+        "mask_documents": True,
+    }  # fmt: skip
+    given = {
+        "tokenize": place | {
+            "resources": {"workers": 0}, "documents": documents, "context": CONTEXT, "micro_batch": 4,
+            "micro_batches_per_shard": 64, "image_batch": 64,
+        },
+        "rows": place | training | {
+            "mixture": ROWS_MIXTURE, "initial": extended, "steps": sizes.rows, "checkpoint_every": sizes.rows,
+            "held_out_every": sizes.rows, "schedule.warmup_steps": 10, "optimizer.learning_rate": 3e-3,
+        },
+        "all": place | training | {
+            "mixture": ALL_MIXTURE, "initial": "stages/rows", "steps": sizes.all, "checkpoint_every": 50,
+            "held_out_every": max(1, sizes.all // 4), "schedule.warmup_steps": 10, "schedule.final": 0.02,
+            "optimizer.learning_rate": 1e-3, "register_as": None,
+        },
+    }  # fmt: skip
+    found: dict[str, JobSpecification] = {}
+    for name, values in given.items():
+        kind = JOBS["tokenize" if name == "tokenize" else "pretrain"]
+        overrides = [f"{field}={json.dumps(value)}" for field, value in values.items()]
+        found[name] = read_specification(kind, RECIPE / f"{name}.yaml", overrides)
+    return found
+
+
+def evaluation(storage: Path, work: Path, model: Path, name: str, limit: int | None) -> EvaluateSpecification:
+    """The quickstart's own three tasks."""
+    tasks = [
+        {"name": kind, "kind": kind, "documents": f"{storage}/curated/{documents}", "limit": limit}
+        for kind, documents in TASKS.items()
+    ]
+    return EvaluateSpecification.model_validate(
+        {
+            "storage": str(work), "tracking": {"uri": f"sqlite:///{work}/mlflow.db", "experiment": "extend"},
+            "resources": {"workers": 1, "cpus_per_worker": 2}, "model": str(model), "tasks": tasks, "batch": 48,
+            "judge_training": f"{storage}/curated/scans_train", "judge_held_out": f"{storage}/curated/scans_held_out",
+            "output": f"evaluation-{name}",
+        }
+    )  # fmt: skip
+
+
+def losses_of_text(storage: Path, work: Path) -> tuple[float, float]:
+    """Of held-out text: the text model's, by transformers, and the tuned model's, over all its ids, by calumma."""
+    from tokenizers import Tokenizer
+    from transformers import Qwen3ForCausalLM
+
+    tokenizer = Tokenizer.from_file(str(work / "text-model/tokenizer.json"))
+    ids = [tokenizer.encode(text).ids for text in texts_of(storage, "text_held_out")]
+    before = Qwen3ForCausalLM.from_pretrained(work / "text-model").eval()
+    after = load(work / "stages/all/model").transformer.eval()
+    return (
+        text_loss(lambda row_BT: before(input_ids=row_BT).logits, ids),
+        text_loss(lambda row_BT: after(row_BT), ids),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("storage", type=Path, help="the storage of a finished quickstart")
+    parser.add_argument("--workdir", type=Path, required=True, help="where everything is kept, and gone on with")
+    parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step that is done")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything")
+    given = parser.parse_args()
+    storage, work, sizes = given.storage.absolute(), given.workdir.absolute(), QUICK if given.quick else FULL
+    work.mkdir(parents=True, exist_ok=True)
+    wanted = STEPS[: STEPS.index(given.until) + 1]
+    if not (work / "text-model/chat_template.jinja").is_file():
+        train_text_model(storage, work / "text-model", sizes.epochs, sizes.text)
+    if "extend" in wanted and not (work / "extended").is_dir():
+        made = extend_hugging_face(work / "text-model", work / "extended", storage / "tokenizers/image")
+        print(f"extended: {made.further} ids follow the text model's {IDS}", *made.told, sep="\n  ")
+    specs = specifications(storage, work, sizes) if "tokenize" in wanted else {}
+    if specs:
+        run(specs["tokenize"])
+    if "rows" not in wanted:
+        return
+    with connection.embedded(lean=True):
+        for name in ("rows", "all"):
+            if name in wanted:
+                report(name, run(specs[name]))
+        if "measure" in wanted:
+            measure(storage, work, sizes)
+
+
+def measure(storage: Path, work: Path, sizes: Sizes) -> None:
+    models = {"extended": work / "stages/all/model", "quickstart": storage / "stages/finetuned/model"}
+    for name, model in models.items():
+        if model.is_dir():
+            found = run(evaluation(storage, work, model, name, sizes.limit)).report
+            print(f"{name:11}{json.dumps(found)}")
+    before, after = losses_of_text(storage, work)
+    print(f"held-out text: {before:.4f} nats a token before, {after:.4f} after ({after / before - 1:+.1%})")
+
+
+def report(name: str, manifest: Manifest) -> None:
+    found = manifest.report
+    before, after = found.get("held_out_before", {}).get("text", {}), found["held_out"].get("text", {})
+    print(f"{name}: {found['seconds']:.0f} s, tokens {found['tokens']}; text {before} -> {after}", flush=True)
+
+
+def run(spec: JobSpecification) -> Manifest:
+    """A job's result, or that of a former call."""
+    done = runner.reusable_result(spec)
+    if done is not None:
+        return done
+    began = time.monotonic()
+    manifest: Manifest = runner.run_job(spec, job_function(spec.job))[0]
+    print(f"{spec.run_name or spec.job}: {time.monotonic() - began:.0f} s", flush=True)
+    return manifest
+
+
+if __name__ == "__main__":
+    main()

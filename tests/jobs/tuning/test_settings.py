@@ -69,3 +69,20 @@ def test_what_no_setting_fits_is_refused_with_what_would() -> None:
     tokens = tokenization(OPTIONS, base, PARTS, machine)
     with pytest.raises(SpecificationError, match=r"1 x L4 cannot train the model: .* low-rank adapters \(--lora 16\)"):
         training(OPTIONS, base, PARTS, tokens, 40, machine)
+
+
+def test_four_bits_bring_a_34b_to_a_gpu_that_adapters_alone_do_not() -> None:
+    base, machine = replace(BASE, config=preset("chameleon-34b")), Machine(16, 1, "A100", 512e9)
+    options = replace(OPTIONS, lora=16)
+    tokens = tokenization(options, base, PARTS, machine)
+    with pytest.raises(SpecificationError, match=r"frozen weights in 4 bits \(--quantize 4\) take less"):
+        training(options, base, PARTS, tokens, 40, machine)
+    spec = training(replace(options, quantize=4), base, PARTS, tokens, 40, machine)
+    assert spec.lora is not None
+    assert (spec.lora.rank, spec.lora.quantize) == (16, 4)
+
+
+def test_what_is_of_adapters_is_refused_without_them() -> None:
+    tokens = tokenization(OPTIONS, BASE, PARTS, Machine(4, 0))
+    with pytest.raises(SpecificationError, match="--quantize is of low-rank adapters: give their rank, say --lora 16"):
+        training(replace(OPTIONS, quantize=4), BASE, PARTS, tokens, 40, Machine(4, 0))
