@@ -2,12 +2,14 @@
 pictures is judged by the digits that it draws.
 
     python benchmarks/preference.py quickstart/storage                 # some ten minutes on two cores
-    python benchmarks/preference.py quickstart/storage --losses dpo --samples 4
+    python benchmarks/preference.py quickstart/storage --losses dpo --trainings 3 --seeds 12
 
 The pairs are the model's own answers to the questions of training: of one question an answer whose every digit the
 judge finds right, and one with a wrong digit or more; where it has none that is right, the training's own. The judge is
 a classifier trained on training scans. Then the model, before and after, answers the held-out questions with several
-seeds each. Everything is done by the jobs tokenize_preferences and finetune.
+seeds each, the same before and after, so that every answer has its counterpart: what is gained is the mean of their
+differences, over several trainings with other seeds, beside its standard error over the answers and the p-value of a
+paired t-test. Everything is done by the jobs tokenize_preferences and finetune.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from calumma.jobs.specifications.table import job_function
 from calumma.model import MixedModalModel, generate, load
@@ -53,7 +57,8 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--questions", type=int, default=400, help="of training, to be answered")
     parser.add_argument("--samples", type=int, default=4, help="answers to each")
-    parser.add_argument("--seeds", type=int, default=4, help="answers to each held-out question")
+    parser.add_argument("--seeds", type=int, default=12, help="answers to each held-out question")
+    parser.add_argument("--trainings", type=int, default=3, help="of each loss, with a seed of its own each")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rate", type=float, help="learning rate; default: of the loss")
     parser.add_argument("--workdir", type=Path, help="keep pairs and models here; default: a folder that is removed")
@@ -72,14 +77,18 @@ def main() -> None:
         print(
             f"{count} pairs; the judge is right of {judge.accuracy(_labelled(storage / 'curated/scans_held_out')):.3f}"
         )
-        before = measured(model, storage, judge, given.seeds)
-        print(_line("before", before, 0))
+        before = held_out_grades(model, storage, judge, given.seeds)
+        print(_line("before", measured(before), 0))
         with connection.embedded(lean=True):
             for loss in given.losses:
-                began = time.monotonic()
-                tuned = tune(work, base, loss, given.steps, given.rate or RATES[loss])
-                seconds = time.monotonic() - began
-                print(_line(loss, measured(load(tuned), storage, judge, given.seeds), seconds))
+                trained = []
+                for seed in range(given.trainings):
+                    began = time.monotonic()
+                    tuned = tune(work, base, loss, given.steps, given.rate or RATES[loss], seed)
+                    seconds = time.monotonic() - began
+                    trained.append(held_out_grades(load(tuned), storage, judge, given.seeds))
+                    print(_line(loss, measured(trained[-1]), seconds), flush=True)
+                print(f"{loss}: {gained(before, trained)}", flush=True)
 
 
 def make_pairs(
@@ -90,7 +99,7 @@ def make_pairs(
     cases = [make_case("interleaved", document) for document in documents]
     asked = [case for case in cases for _ in range(samples)]
     answers, grades = answered(model, asked, judge, seed=1_000)
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for number, case in enumerate(cases):
         own = slice(number * samples, (number + 1) * samples)
         several = list(zip(answers[own], grades[own], strict=True))
@@ -120,10 +129,28 @@ def answered(
     return answers, [grade(case, answer, judge.classify) for case, answer in zip(cases, answers, strict=True)]
 
 
-def measured(model: MixedModalModel, storage: Path, judge: Judge, seeds: int) -> dict[str, float]:
-    """Of the held-out questions, each with so many seeds."""
+def held_out_grades(model: MixedModalModel, storage: Path, judge: Judge, seeds: int) -> list[Grade]:
+    """Of answers to the held-out questions, each with so many seeds."""
     cases = [make_case("interleaved", document) for document in read_documents(str(storage / HELD_OUT))]
-    _, grades = answered(model, [case for case in cases for _ in range(seeds)], judge, seed=0)
+    return answered(model, [case for case in cases for _ in range(seeds)], judge, seed=0)[1]
+
+
+def gained(before: Sequence[Grade], trained: Sequence[Sequence[Grade]]) -> str:
+    """Points of digits right, answer by answer, of the mean of trainings over the model before them."""
+    from scipy.stats import ttest_1samp
+
+    weights = np.array([len(each.digits) for each in before], float)
+    rights = np.array([[sum(each.digits) for each in grades] for grades in (before, *trained)], float)
+    # of each answer, in digits, scaled so that their mean is the difference of shares
+    points = 100 * (rights[1:].mean(axis=0) - rights[0]) / weights.mean()
+    error, p = points.std(ddof=1) / len(points) ** 0.5, ttest_1samp(points, 0).pvalue
+    return (
+        f"{points.mean():+.1f} points of digits right, standard error {error:.1f} over {len(points)} answers, p {p:.2g}"
+    )
+
+
+def measured(grades: Sequence[Grade]) -> dict[str, float]:
+    """Shares of all answers or digits."""
     return {
         "valid": fmean(each.right for each in grades),
         "words": fmean(each.words for each in grades),
@@ -133,11 +160,12 @@ def measured(model: MixedModalModel, storage: Path, judge: Judge, seeds: int) ->
     }
 
 
-def tune(work: Path, base: Path, loss: str, steps: int, rate: float) -> Path:
+def tune(work: Path, base: Path, loss: str, steps: int, rate: float, seed: int) -> Path:
     """The tuned model's directory."""
     shared: dict[str, Any] = {"storage": str(work), "tracking": Tracking(uri=f"sqlite:///{work}/mlflow.db")}
     tokenizers = {"text_tokenizer": str(base), "image_tokenizer": str(base / "image_tokenizer")}
     shape = json.loads((base / "config.json").read_text())
+    output = f"{loss}-{seed}"
     _job(
         PreferenceTokensSpecification(
             **shared,
@@ -152,14 +180,14 @@ def tune(work: Path, base: Path, loss: str, steps: int, rate: float) -> Path:
     )
     spec = FinetuneSpecification(
         **shared, **tokenizers, resources={"workers": 1, "cpus_per_worker": 2}, mixture={"pairs/train": 1.0},
-        held_out={"pairs": "pairs/held_out"}, output=loss, initial=str(base), steps=steps, micro_batches=4,
+        held_out={"pairs": "pairs/held_out"}, output=output, initial=str(base), steps=steps, micro_batches=4,
         max_epochs=1000, dropout=0.0, preference=SETTINGS[loss], optimizer={"learning_rate": rate},
         schedule={"kind": "cosine", "warmup_steps": max(1, steps // 10), "final": 0.1}, precision="float32",
-        checkpoint_every=steps, log_every=max(1, steps // 10),
+        checkpoint_every=steps, log_every=max(1, steps // 10), seed=seed,
     )  # fmt: skip
     manifest = _job(spec)
-    print(f"  {loss}: held-out pairs {manifest.report['held_out'].get('pairs')}")
-    return work / loss / "model"
+    print(f"  {output}: held-out pairs {manifest.report['held_out'].get('pairs')}")
+    return work / output / "model"
 
 
 def _job(spec: JobSpecification) -> Any:

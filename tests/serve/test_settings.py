@@ -17,6 +17,13 @@ def test_settings_are_checked() -> None:
     assert ServeSettings(model="m", host="::1", port=81).url == "http://[::1]:81"
 
 
+def test_adapters_beside_a_sharded_model_are_refused_with_what_to_do() -> None:
+    with pytest.raises(
+        ValidationError, match=r"give tensor_parallel 1, or merge the adapter .*`calumma export merged`"
+    ):
+        ServeSettings(model="m", adapters={"poet": "/adapters/poet"}, tensor_parallel=2)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", "LocalHost"])
 def test_this_machine_alone_needs_no_keys(host: str) -> None:
     assert not ServeSettings(model="m", host=host).keys_needed

@@ -70,7 +70,7 @@ class ImageStream:
         sample = image_order(shards, spec.seed, 1)
         own = [*itertools.islice(sample, worker.rank, min(_MEASURED, 4 * spec.batch), worker.world)]
         self.images = torch.stack([self._bytes(image) for image in own]) if own else self._none()
-        self.size = 0
+        self.size = first_step * spec.batch
         """Images seen so far, of all workers."""
         self._skip = first_step * spec.batch
         self._ahead: deque[Future[Tensor]] = deque(self._reader.submit(self._read) for _ in range(_AHEAD))

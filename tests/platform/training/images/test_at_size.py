@@ -15,14 +15,17 @@ from PIL import Image as PILImage
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.platform import storage
 from calumma.platform.shards import documents as document_shards
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.training.group.worker import Worker
+from calumma.platform.training.images import data, measure
 from calumma.platform.training.images.augmentation import seen_in_step
 from calumma.platform.training.images.objective import ImageTraining
 from calumma.platform.training.images.streaming import ImageStream, image_order
 from calumma.platform.training.specification import ImageTokenizerSpecification
+from tests.platform.training.images import test_resume as interrupted
 
 ALONE = Worker(0, 1, torch.device("cpu"))
 SHAPE = ImageTokenizerConfig(
@@ -90,6 +93,29 @@ def test_any_number_of_workers_takes_the_same_batches_and_goes_on_where_one_was(
     parts = [taken(spec, Worker(rank, 3, torch.device("cpu")), 0, 9) for rank in range(3)]
     assert [[n for part in step for n in part] for step in zip(*parts, strict=True)] == alone
     assert taken(spec, ALONE, 4, 5) == alone[4:]
+
+
+def test_a_streamed_run_that_died_goes_on_bit_for_bit_and_leaves_the_tokenizer_it_measured(
+    root: Path, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"steps": 12, "checkpoint_every": 4, "held_out": ["pictures"], "output": "tokenizer"}
+    spec = specification(root, stream=True, stream_window=6, **values)
+    with interrupted.group_of_one():
+        straight, log = interrupted.train(spec, tmp_path / "straight")
+        with pytest.raises(interrupted.Died):
+            interrupted.train(spec, tmp_path / "died", at=interrupted.dying(9))
+        again, rest = interrupted.train(spec, tmp_path / "died")
+        assert rest.losses == {step: loss for step, loss in log.losses.items() if step > 8}
+        assert interrupted.equal(again.training.whole_state(), straight.training.whole_state())
+        report = again.publish()
+        for loop in (straight, again):
+            assert isinstance(loop.pool, ImageStream)
+            loop.pool.close()
+    assert report["training_images"] == 12 * 5  # seen, before it died too
+    read = ImageTokenizer.read(root / "tokenizer")
+    pixels = data.read_images(document_shards.read_documents(f"{root}/pictures"), 16)
+    measured = measure.measure_reconstruction(read, pixels).squared
+    assert measured == pytest.approx(report["image_reconstruction_error"], rel=1e-3)
 
 
 def test_what_a_step_sees_hangs_on_the_place_in_the_batch_alone() -> None:
