@@ -53,8 +53,8 @@ class QuantizedWeight:
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """FloatTensor [O, I]."""
         if self.bits == 8:
-            return self._stored.dequantize(dtype)  # type: ignore[no-any-return]
-        return self._stored.get_original_weight().to(dtype)  # type: ignore[no-any-return]
+            return self._stored.dequantize(dtype)
+        return self._stored.get_original_weight().to(dtype)
 
     def bytes(self) -> int:
         """That the stored numbers and their scales take."""
@@ -79,7 +79,7 @@ class QuantizedLinear(nn.Linear):
 @torch.compiler.disable
 def product(input: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """What a linear layer of this weight gives: FloatTensor [..., I] -> [..., O]."""
-    output: Tensor = _Product.apply(input, weight)  # type: ignore[no-untyped-call]
+    output: Tensor = _Product.apply(input, weight)
     return output if bias is None else output + bias
 
 
