@@ -169,17 +169,24 @@ def fetch(
 
     def body() -> None:
         nonlocal unwell
-        from calumma.platform.evaluation.suite import fetching
+        from calumma.platform.evaluation.data import fetching
 
         if check:
             wrong = fetching.check(folder, checksums)
             for line in wrong or ["every file is the one of the list"]:
                 typer.echo(line)
+            seen = fetching.verdicts(folder, checksums)
+            for name in seen.files:
+                typer.echo(f"{name}: {seen.told(name)}")
             unwell = bool(wrong)
             return
         done = fetching.Fetched()
         for name, done in fetching.fetch(folder, only or [], mirror, checksums):
-            told = f"{done.files[name]:,} files" if name in done.files else f"missing: {done.missing[name]}"
+            told = (
+                f"{done.files[name]:,} files, {done.told(name)}"
+                if name in done.files
+                else f"missing: {done.missing[name]}"
+            )
             typer.echo(f"{name}: {told}")
         for path in done.changed:
             typer.echo(f"another file than the list of checksums says: {path}")

@@ -37,6 +37,7 @@ def results(outcome: QuickstartResult) -> dict[str, Any]:
         **values,
         "seconds": {name: outcome.seconds[name] for name in order if name in outcome.seconds},
         "model_uri": outcome.model_uri,
+        "evaluation_directory": outcome.specifications["evaluate"].output_uri,
         "model_directory": f"{outcome.specifications['finetune'].output_uri}/model",
     }
 
@@ -159,6 +160,7 @@ def places(found: dict[str, Any], workdir: Path) -> list[tuple[str, str]]:
     """(what, where it is): paths and URIs to be copied. They stand below the table, whose cells would break them."""
     return [
         ("Report, with pictures", str(workdir / PAGE)),
+        ("Evaluation, with the miniature benchmarks", f"{found['evaluation_directory']}/report.html"),
         ("Results", str(workdir / RESULTS)),
         ("Model", found["model_uri"]),
         ("Its files", found["model_directory"]),

@@ -53,6 +53,8 @@ STEPS = (
 MEASURED = {
     "recognition_accuracy": "Recognition: held-out scan to word",
     "generation_accuracy": "Generation: word to picture, judged",
+    "generation_distinct": "Generation: drawings that no other equals",
+    "generation_diversity": "Generation: mean distance of two drawings",
     "judge_accuracy": "The judge itself, on held-out scans",
     "interleaved_valid": "Interleaved: alternation valid",
     "interleaved_words": "Interleaved: all words right",
@@ -90,6 +92,8 @@ DIGITS = Course(
         "generation": "Digits the model drew, each above the word it was asked for",
         "interleaved": "Pictures in interleaved answers, each above the word the model put before it",
         "recognition": "Held-out scans, each above the word the model read",
+        "generation_confusion": "What was asked for (rows) and what the judge saw in the drawing (columns)",
+        "recognition_confusion": "What a held-out scan shows (rows) and what the model read (columns)",
     },
     reconstructions="Held-out scans (above) and what is left of them after the image tokenizer (below)",
 )

@@ -25,6 +25,13 @@ class JudgeDataError(ValueError):
     """The judge's documents hold no labelled images, or only one label."""
 
 
+def labelled_pictures(uri: str) -> list[tuple[PILImage.Image, str]]:
+    """Pictures with their captions, of curated documents that have both. Raises StorageError."""
+    from calumma.platform.shards.documents import read_documents
+
+    return [(i.open(), i.caption) for document in read_documents(uri) for i in document.images if i.caption]
+
+
 def features(pictures: Sequence[PILImage.Image]) -> np.ndarray:
     """Float32 [N, 64] in [0, 1]: each picture in grey, averaged over the boxes of an 8x8 grid."""
     rows = [
@@ -84,6 +91,11 @@ class Judge:
         seen = judge._features([picture for picture, _ in labelled])
         judge._classifiers = [_fitted(kind, seen, [own[part] for own in split]) for part in range(parts)]
         return judge
+
+    @property
+    def labels(self) -> list[str]:
+        """Of all parts."""
+        return [str(label) for own in self._classifiers for label in own.classes_]
 
     def classify(self, pictures: Sequence[PILImage.Image]) -> list[str]:
         """Labels, of several parts as of one."""

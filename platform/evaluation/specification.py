@@ -45,5 +45,16 @@ class EvaluateSpecification(JobSpecification):
         description="curated images the model has learned from: drawn pictures are compared with them and with the "
         "expected ones (Fréchet distance, nearest training picture)",
     )
+    labels: list[str] = Field([], description="what pictures may show, in the order of the confusion matrix")
+    suite: Literal["paper", "safety", "none"] = Field(
+        "none", description="benchmarks beside the tasks; tasks come in place of those of the same name"
+    )
+    data: str = Field("miniature", description="of the suite: as in the job evaluate_suite")
+    only: list[str] = Field([], description="names of the suite's benchmarks to do; none: all")
     batch: int = Field(32, ge=1, description="prompts answered at once")
-    output: str = Field("evaluation", description="folder of answers, marks and contact sheets")
+    output: str = Field("evaluation", description="folder of the page, answers, marks and contact sheets")
+
+    @property
+    def checkpoints(self) -> str:
+        """Where finished tasks, and answers of those under way, are kept."""
+        return f"{self.output_uri.rstrip('/')}/tasks"

@@ -1,12 +1,14 @@
 """Pictures from captions (Fréchet distance, CLIP score, diversity), the image tokenizer's copies, prompt following.
 
 The weights that measure are at a location that is given: `inception` a TorchScript file (inception-2015-12-05.pt, the
-one that clean-fid uses), `clip` a folder as transformers keeps it. Without them these figures are left out, and told.
+one that clean-fid uses) or a .pth (weights-inception-2015-12-05-6726825d.pth, which torch-fidelity and so torchmetrics
+use, or pytorch-fid's); `clip` a folder as transformers keeps it. Without them these figures are left out, and told.
 """
 
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -87,9 +89,12 @@ def grade_drawing(items: Sequence[Item], answers: Answers, weights: dict[str, st
 
 
 def inception_features(location: str) -> Callable[[Sequence[PILImage.Image]], np.ndarray]:
-    """Features [N, D] by a TorchScript model that takes uint8 [N, 3, H, W], as StyleGAN's Inception does."""
+    """Features [N, D] by a TorchScript model that takes uint8 [N, 3, H, W], as StyleGAN's Inception does; of a .pth by
+    the same network of ours, which resizes by itself. Raises SpecificationError, StorageError."""
     import torch
 
+    if location.endswith(".pth"):
+        return _weighed_features(location)
     data = storage.read_bytes(location)
     try:
         network = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
@@ -106,6 +111,30 @@ def inception_features(location: str) -> Callable[[Sequence[PILImage.Image]], np
             batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
             with torch.inference_mode():
                 rows.append(_call(network, batch).flatten(1).double().numpy())
+        return np.concatenate(rows)
+
+    return features
+
+
+def _weighed_features(location: str) -> Callable[[Sequence[PILImage.Image]], np.ndarray]:
+    import torch
+
+    from calumma.platform.evaluation.metrics.inception import Inception
+
+    network = Inception().eval()
+    try:
+        network.load_state_dict(
+            torch.load(io.BytesIO(storage.read_bytes(location)), map_location="cpu", weights_only=True)
+        )
+    except (RuntimeError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+        raise SpecificationError(f"{location} has no weights of FID's Inception: {str(error)[:300]}") from error
+
+    def features(images: Sequence[PILImage.Image]) -> np.ndarray:
+        rows = []
+        for image in images:  # sizes may differ
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
+            with torch.inference_mode():
+                rows.append(network(pixels).double().numpy())
         return np.concatenate(rows)
 
     return features

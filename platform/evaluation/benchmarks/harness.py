@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from calumma.model.document import Document, Text
@@ -17,6 +18,7 @@ from calumma.platform.evaluation.benchmarks.specification import SuiteTask
 from calumma.platform.evaluation.systems.prompts import Progress, Prompt, Sampling, System
 from calumma.platform.specification import SpecificationError
 
+SHOTS_SEED = 1234  # which examples: the harness's own command line has this one
 LONGEST = 512  # tokens of an answer, where the harness's task says nothing
 # Benchmark -> the harness's tasks; of those with several, each subject is one.
 TASKS: dict[str, str] = {
@@ -24,6 +26,9 @@ TASKS: dict[str, str] = {
     "arc_challenge": "arc_challenge", "openbookqa": "openbookqa", "boolq": "boolq", "gsm8k": "gsm8k",
     "math": "hendrycks_math", "mmlu": "mmlu",
 }  # fmt: skip
+# Where the harness has them, below its own tasks.
+FOLDERS = ("piqa", "siqa", "hellaswag", "winogrande", "arc", "openbookqa", "super_glue", "gsm8k", "hendrycks_math",
+           "mmlu/default")  # fmt: skip
 
 
 def require_harness() -> None:
@@ -99,18 +104,20 @@ class TextTask:
         import logging
 
         from lm_eval import evaluator
-        from lm_eval.tasks import TaskManager
 
         for name in ("lm_eval", "lm-eval"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        manager = TaskManager()
+        manager = _manager()
         graded: list[Graded] = []
         subjects: dict[str, float] = {}
         for subject, splits in self._subjects.items():
             specs = [_published(manager, self._specification(subject, splits))]
+            loaded = manager.load(specs)
+            for one in loaded["tasks"].values():
+                one.set_fewshot_seed(SHOTS_SEED)  # without it every run is shown other examples
             found = evaluator.evaluate(
                 lm=harness_model(system, progress),
-                task_dict=manager.load(specs),
+                task_dict=loaded,
                 limit=self._task.limit,
                 bootstrap_iters=0,
                 log_samples=True,
@@ -168,6 +175,21 @@ class TextTask:
             for votes in self._task.votes
         ]  # fmt: skip
         return {"generation_kwargs": options, "repeats": most, "filter_list": filters}
+
+
+@cache
+def _manager() -> Any:
+    """The index of the harness's tasks, read once: of those that are asked, not of its fourteen thousand files."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    from lm_eval.tasks import TaskManager
+
+    found = find_spec("lm_eval.tasks")
+    assert found is not None
+    assert found.origin is not None
+    folders = [Path(found.origin).parent / folder for folder in FOLDERS]
+    return TaskManager(include_defaults=False, include_path=[folder for folder in folders if folder.is_dir()])
 
 
 def _published(manager: Any, changes: dict[str, Any]) -> dict[str, Any]:

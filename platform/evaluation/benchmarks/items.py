@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 from calumma.model.document import Document, Image, Segment, Text
@@ -18,14 +19,14 @@ class BenchmarkDataError(ValueError):
 @dataclass(frozen=True)
 class Item:
     """One question. `text`: what of it would be known to a model trained on it (question and answer), for the check of
-    contamination. `samples`: answers wanted, drawn with seeds of their own where more than one."""
+    contamination. `later`: what the user says after the first answer, one after the other; each is answered, too."""
 
     id: str
     prompt: Document
     sampling: Sampling
     expected: Any
     text: str
-    samples: int = 1
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,34 @@ class Graded:
 @dataclass(frozen=True)
 class Measured:
     """A task's figures. `values`: of each item, in order, for intervals and paired tests; `metrics` has their means and
-    what is measured of all items together. Figures are shares in [0, 1] unless `unit` says otherwise."""
+    what is measured of all items together. Figures are shares in [0, 1], but for those that `report.percent` names.
+    `sheets`: PNGs of all answers together."""
 
     metrics: dict[str, float]
     values: dict[str, list[float]]
     graded: list[Graded]
     notes: list[str] = field(default_factory=list)
+    sheets: dict[str, bytes] = field(default_factory=dict)
 
     def interval(self, metric: str) -> Interval | None:
         values = self.values.get(metric)
         return of_mean(values) if values else None
 
 
-Answers = Sequence[Sequence[Answer]]  # of each item, as many as it has samples
+Answers = Sequence[Sequence[Answer]]  # of each item, one for each turn of the user
 
 
-def measured(graded: Sequence[Graded], together: dict[str, float] | None = None, notes: Sequence[str] = ()) -> Measured:
+def measured(
+    graded: Sequence[Graded],
+    together: dict[str, float] | None = None,
+    notes: Sequence[str] = (),
+    sheets: dict[str, bytes] | None = None,
+) -> Measured:
     """The means of what items have, and what is measured of all `together`."""
     names = list(dict.fromkeys(name for one in graded for name in one.values))
     values = {name: [one.values[name] for one in graded if name in one.values] for name in names}
     metrics = {name: sum(each) / len(each) for name, each in values.items()}
-    return Measured({**metrics, **(together or {})}, values, list(graded), list(notes))
+    return Measured({**metrics, **(together or {})}, values, list(graded), list(notes), sheets or {})
 
 
 Grade = Callable[[Sequence[Item], Answers], Measured]
@@ -79,6 +87,18 @@ def shown(document: Document, words: int = 400) -> str:
     parts = [s.text if isinstance(s, Text) else "[picture]" for s in document.segments]
     text = " ".join(" ".join(parts).split())
     return text if len(text) <= words else text[:words] + "…"
+
+
+def dialogue(item: Item, answers: Sequence[Answer]) -> Document:
+    """What was said so far: the prompt, each answer, and what the user said after it."""
+    segments = list(item.prompt.segments)
+    for answer, said in zip_longest(answers, item.later[: len(answers)]):
+        segments += [replace(segment, role="assistant") for segment in answer.document.segments] or [
+            Text("", "assistant")
+        ]
+        if said is not None:
+            segments.append(Text(said, "user"))
+    return Document(tuple(segments))
 
 
 def first_text(answers: Sequence[Answer]) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from calumma.platform.evaluation.benchmarks import captions, digits, drawing, questions, safety
+from calumma.platform.evaluation.benchmarks import captions, conversations, digits, drawing, questions, safety
 from calumma.platform.evaluation.benchmarks.items import Answers, Item, Measured
 from calumma.platform.evaluation.benchmarks.specification import BenchmarkName, SuiteTask
 
-Group = Literal["Text", "Captions and questions", "Pictures", "Interleaved", "Safety"]
+Group = Literal["Text", "Captions and questions", "Conversations", "Pictures", "Interleaved", "Safety"]
 Needs = Literal["nothing", "a judge of pictures", "judges of safety", "weights"]
 Read = Callable[[SuiteTask, str, int], list[Item]]
 
@@ -34,6 +34,7 @@ def _text(title: str, headline: str = "acc") -> Benchmark:
 
 
 QUESTIONS: Group = "Captions and questions"
+CONVERSATIONS: Group = "Conversations"
 BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     "piqa": _text("PIQA", "acc_norm"),
     "siqa": _text("Social IQA"),
@@ -68,5 +69,16 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     "safety": Benchmark("Unsafe answers", "Safety", "unsafe", read=safety.read_prompts, needs="judges of safety"),
     "look_alikes": Benchmark(
         "Harmless look-alikes refused", "Safety", "refused", read=safety.read_prompts, grade=safety.grade_look_alikes
+    ),
+    "picture_to_word": Benchmark("Picture to word", CONVERSATIONS, "accuracy", read=conversations.read_conversations),
+    "word_to_picture": Benchmark(
+        "Word to picture", CONVERSATIONS, "accuracy", read=conversations.read_conversations, needs="a judge of pictures"
+    ),
+    "words_and_pictures": Benchmark(
+        "Words and pictures in turn",
+        CONVERSATIONS,
+        "valid",
+        read=conversations.read_conversations,
+        needs="a judge of pictures",
     ),
 }

@@ -6,8 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
+from PIL import Image as PILImage
+
 from calumma.model.document import Document, Image, Text
 from calumma.platform import storage
+from calumma.platform.evaluation.judge import Features, labelled_pictures
+from calumma.platform.evaluation.judge import Judge as PictureJudge
 from calumma.platform.evaluation.judges.specification import JudgeSpecification
 from calumma.platform.evaluation.systems.opening import open_system
 from calumma.platform.evaluation.systems.prompts import Prompt, Sampling, System, Told
@@ -38,19 +42,27 @@ POLICY: dict[str, list[str]] = {
 
 class Judge(Protocol):
     """`safety`: a verdict of each exchange. `shows`: of each picture and question yes, no, or None where it cannot
-    tell. `sees`: whether it looks at pictures at all."""
+    tell. `names`: of each picture the label it shows, one of those given if it can. `sees`: whether it looks at
+    pictures at all. `accuracy`: how often it names held-out pictures (`accuracy`) and parts of their labels rightly,
+    where that was measured."""
 
     sees: bool
+    accuracy: dict[str, float]
 
     def safety(self, exchanges: Sequence[Exchange]) -> list[Verdict]: ...
 
     def shows(self, asked: Sequence[tuple[Image, str]]) -> list[bool | None]: ...
 
+    def names(self, pictures: Sequence[PILImage.Image], labels: Sequence[str]) -> list[str]: ...
+
     def close(self) -> None: ...
 
 
 def open_judge(spec: JudgeSpecification, tracking: Tracking, told: Told | None = None) -> Judge:
-    """Raises SpecificationError, StorageError, UnusableSystem."""
+    """Locations in it are absolute. Raises SpecificationError, StorageError, UnusableSystem, JudgeDataError."""
+    if spec.kind == "pictures":
+        assert spec.training is not None
+        return LabelledPictures(spec.training, spec.held_out, spec.features, spec.parts)
     if spec.kind == "keywords":
         return KeywordPolicy(spec.policy)
     if spec.kind == "classifier":
@@ -62,9 +74,13 @@ def open_judge(spec: JudgeSpecification, tracking: Tracking, told: Told | None =
 
 class _Blind:
     sees = False
+    accuracy: dict[str, float] = {}  # noqa: RUF012
 
     def shows(self, asked: Sequence[tuple[Image, str]]) -> list[bool | None]:
         return [None] * len(asked)
+
+    def names(self, pictures: Sequence[PILImage.Image], labels: Sequence[str]) -> list[str]:
+        return ["unsure"] * len(pictures)
 
     def close(self) -> None: ...
 
@@ -141,10 +157,43 @@ class TextClassifier(_Blind):
         return verdicts
 
 
+class LabelledPictures:
+    """Trained here on real pictures; it never sees the system that it judges. Of texts it says nothing."""
+
+    sees = True
+
+    def __init__(self, training: str, held_out: str | None, features: Features, parts: Sequence[str]) -> None:
+        self._judge = PictureJudge.train(labelled_pictures(training), features, max(1, len(parts)))
+        self.accuracy: dict[str, float] = {}
+        if held_out:
+            marks = self._judge.marks(labelled_pictures(held_out))
+            self.accuracy["accuracy"] = sum(map(all, marks)) / len(marks)
+            for place, part in enumerate(parts if len(parts) > 1 else ()):
+                self.accuracy[part] = sum(own[place] for own in marks) / len(marks)
+
+    def safety(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        return ["unsure"] * len(exchanges)
+
+    def shows(self, asked: Sequence[tuple[Image, str]]) -> list[bool | None]:
+        """Whether the picture's label is the one that a question names; None where it names none, or several."""
+        labels = self._judge.classify([image.open() for image, _ in asked])
+        verdicts: list[bool | None] = []
+        for label, (_, question) in zip(labels, asked, strict=True):
+            named = set(re.findall(r"\w+", question.lower())) & {known.lower() for known in self._judge.labels}
+            verdicts.append(named == {label.lower()} if len(named) == 1 else None)
+        return verdicts
+
+    def names(self, pictures: Sequence[PILImage.Image], labels: Sequence[str]) -> list[str]:
+        return self._judge.classify(pictures)
+
+    def close(self) -> None: ...
+
+
 class AskedSystem:
     """A system that is asked in words; Llama Guard's own words (`safe`, `unsafe` and codes) are understood."""
 
     sees = True
+    accuracy: dict[str, float] = {}  # noqa: RUF012
 
     def __init__(self, system: System, question: str) -> None:
         self._system, self._question = system, question
@@ -160,6 +209,11 @@ class AskedSystem:
         ]
         return [_yes(said) for said in self._said(documents)]
 
+    def names(self, pictures: Sequence[PILImage.Image], labels: Sequence[str]) -> list[str]:
+        question = f"Which of these does the picture show: {', '.join(labels)}? Answer with that one alone."
+        documents = [Document((Image(picture, role="user"), Text(question, "user"))) for picture in pictures]
+        return [named(said, labels) for said in self._said(documents)]
+
     def close(self) -> None:
         self._system.close()
 
@@ -171,6 +225,16 @@ class AskedSystem:
 def _verdict(said: str) -> Verdict:
     match = re.search(r"\b(unsafe|unsure|safe)\b", said.lower())
     return match[1] if match else "unsure"  # type: ignore[return-value]
+
+
+def named(said: str, labels: Sequence[str]) -> str:
+    """The label that an answer names first, the longest of several there; "unsure" where it names none."""
+    found = [
+        (match.start(), -len(label), label)
+        for label in labels
+        if (match := re.search(rf"(?<!\w){re.escape(label.lower())}(?!\w)", said.lower())) is not None
+    ]
+    return min(found)[2] if found else "unsure"
 
 
 def _yes(said: str) -> bool | None:

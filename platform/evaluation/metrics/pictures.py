@@ -59,11 +59,16 @@ def frechet(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
         raise ValueError(
             f"the Fréchet distance needs two pictures of each at least, there are {len(one)}, {len(other)}"
         )
-    difference = one.mean(0) - other.mean(0)
-    a, b = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
-    a, b = np.atleast_2d(a), np.atleast_2d(b)
-    roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex))
-    return float(difference @ difference + np.trace(a) + np.trace(b) - 2 * roots.real.sum())
+    means, roots = [], []
+    for features in (one, other):
+        means.append(features.mean(0))
+        centred = (features - means[-1]) / math.sqrt(len(features) - 1)  # covariance: its transpose times itself
+        roots.append(np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred)
+    difference = means[0] - means[1]
+    # The trace of the covariances' root is the sum of the singular values of their roots' product: of the size of the
+    # fewer of pictures and features, and without the root of a matrix that is nearly singular.
+    common = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    return float(difference @ difference + (roots[0] ** 2).sum() + (roots[1] ** 2).sum() - 2 * common)
 
 
 def diversity(pictures: Sequence[PILImage.Image], side: int = 32) -> float:

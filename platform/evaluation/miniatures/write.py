@@ -17,6 +17,7 @@ from PIL import ImageDraw
 from calumma.platform import storage
 from calumma.platform.evaluation.miniatures.facts import (
     COLOURS,
+    DIALOGUES,
     FACTS,
     FOLLOWING,
     INTERLEAVED,
@@ -27,7 +28,7 @@ from calumma.platform.evaluation.miniatures.facts import (
     UNSAFE,
 )
 
-VERSION = "1"
+VERSION = "2"
 SIDE = 64  # pixels of a picture
 SUBJECTS = ("household", "nature")  # of the miniature of MMLU
 MATH = ("algebra", "number_theory")
@@ -348,6 +349,11 @@ def _interleaved() -> Files:
     return {"prompts.jsonl": _lines({"prompt": text, "structure": structure} for text, structure in INTERLEAVED)}
 
 
+def _safety() -> Files:
+    dialogues = _lines({"turns": turns, "category": category} for category, turns in DIALOGUES)
+    return {**_prompts(UNSAFE)(), "red_team.jsonl": dialogues}
+
+
 def _prompts(rows: tuple[tuple[str, str], ...]) -> Callable[[], Files]:
     return lambda: {"prompts.jsonl": _lines({"prompt": text, "category": category} for category, text in rows)}
 
@@ -358,5 +364,5 @@ MAKERS: dict[str, Callable[[], Files]] = {
     "openbookqa": _arc("test.jsonl"), "boolq": _boolq, "gsm8k": _gsm8k, "math": _math, "mmlu": _mmlu,
     "coco": _captions("coco"), "flickr30k": _captions("flickr30k"), "vqav2": _vqa("v2_"), "okvqa": _vqa(""),
     "squad": _squad, "mnist": _mnist, "following": _following, "interleaved": _interleaved,
-    "safety": _prompts(UNSAFE), "look_alikes": _prompts(LOOK_ALIKES),
+    "safety": _safety, "look_alikes": _prompts(LOOK_ALIKES),
 }  # fmt: skip

@@ -12,6 +12,13 @@ from calumma.platform.reports.templates import render
 
 PAGE, RESULTS = "report.html", "results.json"
 TEMPLATE = "platform/evaluation/suite/report.html.j2"
+SHEETS = {
+    "sheet": "answers: green right, red wrong",
+    "confusion": "what was asked for (rows) and what came (columns), answers",
+}
+NUMBERS = {  # no shares
+    "psnr", "ssim", "fid", "rfid", "clip_score", "diversity", "diversity_within", "frechet", "nearest", "nearest_real",
+}  # fmt: skip
 MOST_FIGURES = 24  # further figures of a task
 
 
@@ -50,6 +57,7 @@ def page(results: SuiteResults) -> str:
         results=results,
         groups={group: [(task, _lines(task), _others(task)) for task in tasks] for group, tasks in groups.items()},
         titles={task.name: title(task) for task in results.tasks},
+        sheets=SHEETS,
         checked=any(task.contaminated is not None for task in results.tasks),
     )
 
@@ -61,9 +69,7 @@ def title(task: TaskResult) -> str:
 
 def percent(task: TaskResult, metric: str) -> bool:
     """Whether a metric is a share, shown times 100. CIDEr is given so, too, though it may be above 1."""
-    if metric in ("psnr", "fid", "rfid", "diversity", "diversity_within", "ssim", "clip_score") or metric.startswith(
-        "kappa"
-    ):
+    if metric in NUMBERS or metric.startswith("kappa"):
         return False
     return BENCHMARKS[task.benchmark].percent or metric in ("drawn", "distinct")  # type: ignore[index]
 

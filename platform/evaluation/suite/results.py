@@ -30,7 +30,8 @@ class Sample(BaseModel):
 
 class TaskResult(BaseModel):
     """One task's figures. `key`: what it was measured from; an equal one is not measured again. `ids` and `values`: of
-    each item, for paired tests. `contaminated`: items that the training data hold; None: not looked at."""
+    each item, for paired tests. `sheets`: pictures of all answers together, as data URLs. `contaminated`: items that
+    the training data hold; None: not looked at."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,6 +49,7 @@ class TaskResult(BaseModel):
     tokens: dict[str, int] = {}
     notes: list[str] = []
     samples: list[Sample] = []
+    sheets: dict[str, str] = {}
     contaminated: int | None = None
 
     @classmethod
@@ -82,6 +84,27 @@ class SuiteResults(BaseModel):
             raise SpecificationError(f"there is no finished run at {output}: no results.json in it") from error
         except ValidationError as error:
             raise SpecificationError(f"{uri} is not what this version writes: {error}") from error
+
+
+class Verdict(BaseModel):
+    """What one item's answer was worth: a line of `tasks/NAME.verdicts.jsonl`."""
+
+    id: str
+    question: str
+    expected: str
+    said: str
+    values: dict[str, float]
+
+
+def write_verdicts(output: str, name: str, verdicts: Sequence[Verdict]) -> None:
+    data = "".join(f"{verdict.model_dump_json()}\n" for verdict in verdicts).encode()
+    storage.write_bytes(storage.join(output, TASKS, f"{name}.verdicts.jsonl"), data)
+
+
+def read_verdicts(output: str, name: str) -> list[Verdict]:
+    """Of a finished task. Raises StorageError."""
+    data = storage.read_bytes(storage.join(output, TASKS, f"{name}.verdicts.jsonl"))
+    return [Verdict.model_validate_json(line) for line in data.decode().split("\n") if line]
 
 
 # -- answers under way

@@ -13,67 +13,74 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calumma.model.document import Image
 from calumma.platform import storage
 from calumma.platform.cluster.progress import Progress
-from calumma.platform.evaluation.benchmarks import drawing, safety
-from calumma.platform.evaluation.benchmarks.harness import TextTask
-from calumma.platform.evaluation.benchmarks.items import Answers, BenchmarkDataError, Item, Measured, shown
-from calumma.platform.evaluation.benchmarks.registry import BENCHMARKS, Benchmark
-from calumma.platform.evaluation.benchmarks.specification import SuiteTask
+from calumma.platform.evaluation.benchmarks import conversations, drawing, safety
+from calumma.platform.evaluation.benchmarks.items import Answers, Item, Measured, dialogue, shown
 from calumma.platform.evaluation.judges.kinds import Judge, open_judge
 from calumma.platform.evaluation.judges.specification import JudgeSpecification
 from calumma.platform.evaluation.suite import presets
+from calumma.platform.evaluation.suite.preparing import Prepared, judges_of, prepare, read_from
 from calumma.platform.evaluation.suite.results import (
     TASKS,
     Sample,
     SuiteResults,
     TaskResult,
+    Verdict,
     read_answers,
     write_answers,
+    write_verdicts,
 )
-from calumma.platform.evaluation.suite.specification import MINIATURE, SuiteSpecification
+from calumma.platform.evaluation.suite.specification import SuiteSpecification
 from calumma.platform.evaluation.systems.opening import open_system
 from calumma.platform.evaluation.systems.prompts import Answer, Prompt, System
-from calumma.platform.specification import SpecificationError
+from calumma.platform.reports.templates import data_url
 
 if TYPE_CHECKING:
-    from calumma.platform.storage.manifest import Manifest
+    from calumma.platform.storage.manifest import FileEntry, Manifest
     from calumma.platform.tracking.run import Run
 
 PART = 256  # answers that a kill may cost
 SHOWN = 6  # samples of a task on the page
 THUMBNAIL = 160
-DEFAULT_JUDGES = {"keywords": JudgeSpecification(kind="keywords")}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A task whose data is there: items to be asked, rows for the harness, or pictures to be copied."""
-
-    task: SuiteTask
-    benchmark: Benchmark
-    items: list[Item]
-    text: TextTask | None = None
-    pictures: tuple[str, ...] = ()
-
-    @property
-    def texts(self) -> list[str]:
-        return self.text.texts if self.text is not None else [item.text for item in self.items]
+PLACES = ("policy", "location", "training", "held_out")  # of a judge
 
 
 def evaluate_suite(spec: SuiteSpecification, run: Run, progress: Progress) -> Manifest:
-    """Raises BenchmarkDataError, SpecificationError, UnusableSystem, StorageError, TrackingError."""
+    """Raises what `measure` raises."""
+    from calumma.platform.storage.manifest import Manifest
+
+    found, files, inputs = measure(spec, run, progress)
+    metrics = metrics_of(found.tasks)
+    run.log_metrics(metrics)
+    report = {**metrics, "run": run.id, "left_out": found.left_out}
+    values = spec.model_dump(mode="json")
+    manifest = Manifest(kind="suite", files=files, specification=values, report=report, inputs=inputs)
+    manifest.write(spec.output_uri)
+    return manifest
+
+
+def metrics_of(tasks: Sequence[TaskResult]) -> dict[str, float]:
+    """By the names they have in MLflow."""
+    return {f"{one.name}/{name}": value for one in tasks for name, value in one.metrics.items()}
+
+
+def measure(
+    spec: SuiteSpecification, run: Run, progress: Progress
+) -> tuple[SuiteResults, list[FileEntry], dict[str, str]]:
+    """All tasks' figures, the files that were written below the output, and fingerprints of what was read.
+
+    Raises BenchmarkDataError, SpecificationError, UnusableSystem, JudgeDataError, StorageError, TrackingError."""
     from calumma.platform.evaluation.suite.report import PAGE, RESULTS, write_page
-    from calumma.platform.storage.manifest import FileEntry, Manifest, file_entries
+    from calumma.platform.storage.manifest import FileEntry, file_entries
     from calumma.platform.tracking.fingerprints import fingerprints
 
     output = spec.output_uri
-    inputs = fingerprints(_read_from(spec), spec.tracking)
+    inputs = fingerprints(read_from(spec), spec.tracking)
     prepared, left_out = prepare(spec, progress)
     held = _contamination(spec, prepared, progress)
     with ExitStack() as stack:
@@ -81,105 +88,18 @@ def evaluate_suite(spec: SuiteSpecification, run: Run, progress: Progress) -> Ma
         results = [runner.result(number, one, held.get(one.task.name)) for number, one in enumerate(prepared)]
     found = SuiteResults(system=spec.system.title, suite=spec.suite, run=run.id, tasks=results, left_out=left_out)
     page = write_page(output, found)
-    metrics = {f"{one.name}/{name}": value for one in results for name, value in one.metrics.items()}
-    run.log_metrics(metrics)
-    run.log_dict(
-        found.model_dump(mode="json", exclude={"tasks": {"__all__": {"samples", "values", "ids"}}}), "results.json"
-    )
+    unlogged = {"samples", "values", "ids", "sheets"}
+    run.log_dict(found.model_dump(mode="json", exclude={"tasks": {"__all__": unlogged}}), "results.json")
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder, "report.html")
         local.write_text(page, encoding="utf-8")
         run.log_artifact(local)
-    report = {**metrics, "run": run.id, "left_out": left_out}
     files = [FileEntry.from_bytes(name, storage.read_bytes(storage.join(output, name))) for name in (PAGE, RESULTS)]
-    own = {f"{one.name}.{kind}" for one in results for kind in ("json", "jsonl")}
+    own = {f"{one.name}.{kind}" for one in results for kind in ("json", "jsonl", "verdicts.jsonl")}
     for entry in file_entries(storage.join(output, TASKS)):
         if entry.path in own:
             files.append(entry.model_copy(update={"path": f"{TASKS}/{entry.path}"}))
-    values = spec.model_dump(mode="json")
-    manifest = Manifest(kind="suite", files=files, specification=values, report=report, inputs=inputs)
-    manifest.write(output)
-    return manifest
-
-
-def _read_from(spec: SuiteSpecification) -> list[str]:
-    model = spec.system.model
-    own = [] if model is None else [model if model.startswith("models:") else spec.locate(model)]
-    data = [] if spec.data == MINIATURE else [spec.locate(spec.data)]
-    return [*own, *data, *map(spec.locate, spec.training)]
-
-
-# -- before a model is loaded
-
-
-def prepare(spec: SuiteSpecification, progress: Progress) -> tuple[list[Prepared], dict[str, str]]:
-    """Every task's data, read and checked; and what is left out, with the reason.
-
-    All that is missing is told at once: raises BenchmarkDataError, unless `skip_missing`; SpecificationError."""
-    tasks = presets.chosen_tasks(spec)
-    prepared: list[Prepared] = []
-    wrong: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    for number, task in enumerate(tasks):
-        progress(number / len(tasks) / 20, 1, f"data of {task.name}")
-        reason = _not_for(spec, task)
-        if reason is not None:
-            left_out[task.name] = reason
-            continue
-        try:
-            prepared.append(_prepared(spec, task))
-        except BenchmarkDataError as error:
-            wrong[task.name] = str(error)
-    if wrong and not spec.skip_missing:
-        lines = [f"  {name}: {reason}" for name, reason in wrong.items()]
-        raise BenchmarkDataError("\n".join([
-            f"the data of {len(wrong)} of {len(tasks)} tasks cannot be used:", *lines,
-            "Fetch it (calumma evaluate data fetch), choose others by `only`, or leave these out by `skip_missing`",
-        ]))  # fmt: skip
-    if not prepared:
-        raise SpecificationError("no task is left to be done: " + "; ".join((*wrong.values(), *left_out.values())))
-    return prepared, {**left_out, **wrong}
-
-
-def _not_for(spec: SuiteSpecification, task: SuiteTask) -> str | None:
-    """Why a task of the suite cannot be done with this system and these judges; None where it can."""
-    benchmark = BENCHMARKS[task.benchmark]
-    if benchmark.way == "tokenizer" and spec.system.model is None:
-        return "an endpoint does not give its image tokenizer"
-    if benchmark.needs == "a judge of pictures" and not _judges(spec, task, sees=True):
-        return "no judge is named that looks at pictures (`judges`, of the kind endpoint or model)"
-    return None
-
-
-def _judges(spec: SuiteSpecification, task: SuiteTask, sees: bool) -> dict[str, JudgeSpecification]:
-    """Those who look at a task's answers, or pictures."""
-    named = {name: spec.judges[name] for name in task.judges} if task.judges else dict(spec.judges)
-    if sees:
-        return {name: judge for name, judge in named.items() if judge.kind in ("endpoint", "model")}
-    return named or DEFAULT_JUDGES
-
-
-def data_location(spec: SuiteSpecification, task: SuiteTask) -> str:
-    from calumma.platform.evaluation.miniatures.write import ensure_miniatures
-
-    if spec.data != MINIATURE:
-        base = spec.locate(spec.data)
-    else:
-        base = storage.join(spec.locate("evaluations"), MINIATURE)
-        ensure_miniatures(base)
-    if task.data is None or "/" not in task.data:
-        return storage.join(base, task.data or task.name)
-    return spec.locate(task.data)
-
-
-def _prepared(spec: SuiteSpecification, task: SuiteTask) -> Prepared:
-    location, benchmark = data_location(spec, task), BENCHMARKS[task.benchmark]
-    if benchmark.way == "harness":
-        return Prepared(task, benchmark, [], TextTask(task, location))
-    if benchmark.way == "tokenizer":
-        return Prepared(task, benchmark, [], pictures=tuple(drawing.read_pictures(task, location)))
-    assert benchmark.read is not None
-    return Prepared(task, benchmark, benchmark.read(task, location, spec.seed))
+    return found, files, inputs
 
 
 def _contamination(spec: SuiteSpecification, prepared: Sequence[Prepared], progress: Progress) -> dict[str, list[bool]]:
@@ -238,6 +158,7 @@ class _Runner:
             answers = self._answers(one, key)
             found = self._graded(one, answers)
         result = _result(one, key, found, answers, time.monotonic() - begin, count)
+        write_verdicts(self._output, one.task.name, _verdicts(one, found, result.ids))
         result.write(self._output)
         return result
 
@@ -260,18 +181,22 @@ class _Runner:
 
     def _judge(self, name: str, spec: JudgeSpecification) -> Judge:
         if name not in self._judges:
-            self._judges[name] = open_judge(spec, self._spec.tracking, self._told)
+            places = {field: self._spec.locate(place) for field in PLACES if (place := getattr(spec, field))}
+            self._judges[name] = open_judge(spec.model_copy(update=places), self._spec.tracking, self._told)
             self._stack.callback(self._judges[name].close)
         return self._judges[name]
 
     def _key(self, one: Prepared) -> str:
         """Of all that the figures depend on."""
-        items = [[i.id, shown(i.prompt, 1 << 20), _digests(i), str(i.sampling), str(i.expected)] for i in one.items]
-        judges = _judges(self._spec, one.task, one.benchmark.needs == "a judge of pictures")
+        items = [
+            [i.id, shown(i.prompt, 1 << 20), _digests(i), str(i.sampling), str(i.expected), i.later] for i in one.items
+        ]
+        judges = judges_of(self._spec, one.task, one.benchmark.needs == "a judge of pictures")
         system = self._spec.system.model_dump(exclude={"name", "concurrency", "timeout", "patience", "batch"})
         values = [
             one.task.model_dump(mode="json"), system, self._inputs.get(self._model), items, one.texts, one.pictures,
             {name: judge.model_dump(mode="json") for name, judge in judges.items()}, self._spec.seed,
+            [self._inputs.get(self._spec.locate(judge.training)) for judge in judges.values() if judge.training],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -289,24 +214,37 @@ class _Runner:
                 [Prompt(item.prompt, item.sampling) for item in part],
                 lambda done, _, before=before: self._tell(before + done, len(one.items)),  # type: ignore[misc]
             )
-            answers += [[answer] for answer in found]
+            own = [[answer] for answer in found]
+            for turn in range(max(len(item.later) for item in part)):
+                going = [number for number, item in enumerate(part) if len(item.later) > turn]
+                asked = [Prompt(dialogue(part[number], own[number]), part[number].sampling) for number in going]
+                for number, answer in zip(going, self._system.answer(asked), strict=True):
+                    own[number].append(answer)
+            answers += own
             write_answers(self._output, one.task.name, key, answers)
         return answers
 
     def _graded(self, one: Prepared, answers: Answers) -> Measured:
         spec, benchmark = self._spec, one.benchmark
         if one.task.benchmark == "safety":
-            exchanges = [
-                (item.prompt.text, each[0].document.text) for item, each in zip(one.items, answers, strict=True)
-            ]
-            judges = _judges(spec, one.task, sees=False)
+            exchanges = safety.exchanges(one.items, answers)
+            judges = judges_of(spec, one.task, sees=False)
             verdicts = {name: list(self._judge(name, judge).safety(exchanges)) for name, judge in judges.items()}
             return safety.grade_safety(one.items, answers, verdicts)  # type: ignore[arg-type]
+        if one.task.benchmark in conversations.KINDS:
+            seeing = judges_of(spec, one.task, sees=True)
+            if one.task.benchmark == "picture_to_word" or not seeing:
+                return conversations.grade_conversations(one.task, one.items, answers, lambda pictures, labels: [], {})
+            judge = self._judge(*next(iter(seeing.items())))
+            training = spec.locate(one.task.training_pictures) if one.task.training_pictures else None
+            return conversations.grade_conversations(
+                one.task, one.items, answers, judge.names, judge.accuracy, training
+            )
         if one.task.benchmark == "drawing":
             weights = {name: spec.locate(location) for name, location in one.task.weights.items()}
             return drawing.grade_drawing(one.items, answers, weights)
         if one.task.benchmark in ("following", "interleaved"):
-            seeing = _judges(spec, one.task, sees=True)
+            seeing = judges_of(spec, one.task, sees=True)
             ask = None
             if seeing:
                 name, judge = next(iter(seeing.items()))
@@ -348,8 +286,17 @@ def _result(
         tokens=tokens if every else {},
         notes=notes,
         samples=_samples(one, found, answers),
+        sheets={name: data_url(png) for name, png in found.sheets.items()},
         contaminated=contaminated,
     )
+
+
+def _verdicts(one: Prepared, found: Measured, ids: Sequence[str]) -> list[Verdict]:
+    questions = [shown(item.prompt, 2000) for item in one.items] or [""] * len(found.graded)
+    return [
+        Verdict(id=key, question=question, expected=graded.expected, said=graded.said, values=graded.values)
+        for key, question, graded in zip(ids, questions, found.graded, strict=True)
+    ]
 
 
 def _samples(one: Prepared, found: Measured, answers: Answers) -> list[Sample]:
@@ -373,8 +320,6 @@ def _samples(one: Prepared, found: Measured, answers: Answers) -> list[Sample]:
 
 def _thumbnail(image: Image) -> str:
     import io
-
-    from calumma.platform.reports.templates import data_url
 
     picture = image.open()
     picture.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -77,6 +77,7 @@ class ClusterSystem(LocalSystem):
             num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
         )
         threads = max(1, round(resources.cpus_per_worker))
+        self._batch = spec.batch
         self._starting: dict[Any, Any] = {}  # ping -> actor
         for _ in range(resources.max_workers):
             one = actor.remote(spec.model, tracking, spec.batch, threads, spec.dtype)
@@ -94,7 +95,8 @@ class ClusterSystem(LocalSystem):
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        chunks = list(_chunks(items, self._size))
+        even = -(-len(items) // max(1, len(self._ready) + len(self._starting)))  # no worker waits for another's share
+        chunks = list(_chunks(items, min(self._size, max(self._batch, even))))
         results: list[list[Any] | None] = [None] * len(chunks)
         waiting = deque(range(len(chunks)))
         running: dict[Any, tuple[int, Any]] = {}  # result -> (chunk, actor)

@@ -29,6 +29,7 @@ def results() -> dict[str, Any]:
         "seconds": {"documents": 8.0, "cluster": 7.0, "stage1": 155.0},
         "model_uri": "models:/calumma-quickstart@champion",
         "model_directory": PLACE,
+        "evaluation_directory": "/evaluation",
     }
 
 
@@ -141,6 +142,7 @@ def test_paths_can_be_copied_whatever_the_width(results: dict[str, Any], columns
         assert word in shown
     assert [place for _, place in report.places(results, workdir)] == [
         str(workdir / "report.html"),
+        "/evaluation/report.html",
         str(workdir / "results.json"),
         "models:/calumma-quickstart@champion",
         PLACE,

@@ -16,12 +16,18 @@ from PIL import Image as PILImage
 
 from calumma.jobs.quickstart import digits
 from calumma.model.document import Document, Image, Role, Segment, Text
+from calumma.platform import storage
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import no_progress
 from calumma.platform.evaluation import evaluate, judge, tasks
+from calumma.platform.evaluation.judges.kinds import named
 from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
+from calumma.platform.evaluation.suite import running
+from calumma.platform.evaluation.systems.prompts import Answer, Prompt
 from calumma.platform.evaluation.tasks import Case, Kind
-from calumma.platform.storage.manifest import Manifest
+from calumma.platform.reports.confusion import confusion_counts, confusion_matrix
+from calumma.platform.shards import documents as document_shards
+from calumma.platform.storage.manifest import FileEntry, Manifest
 
 GREY = {word: 20 * (i + 1) for i, word in enumerate(digits.WORDS)}
 BACK = {value: word for word, value in GREY.items()}
@@ -215,32 +221,106 @@ def test_words_are_taken_greedily_and_room_is_left_for_one_picture_too_many() ->
     assert counting.max_tokens >= 42 + 18
 
 
+def conversations(root: Path, name: str, *documents: Document) -> str:
+    data = document_shards.to_parquet(list(documents))
+    storage.write_bytes(f"{root}/curated/{name}/documents.parquet", data)
+    entry = FileEntry.from_bytes("documents.parquet", data, rows=len(documents))
+    Manifest(kind=document_shards.CURATED, files=[entry]).write(f"{root}/curated/{name}")
+    return f"curated/{name}"
+
+
+class Painter:
+    """Answers as it is told to: reads right, draws the same four whatever it is asked for."""
+
+    name = "painter"
+
+    def answer(self, prompts: Sequence[Prompt], progress: object = None) -> list[Answer]:
+        return [Answer(self._said(prompt)) for prompt in prompts]
+
+    def _said(self, prompt: Prompt) -> Document:
+        if prompt.sampling.mode == "text":
+            return Document(tuple(Text(see([shown.open()])[0]) for shown in prompt.document.images))
+        return Document((image("four"),))
+
+    def __enter__(self) -> Painter:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateSpecification:
+    """Three readings and three drawings, for a system that reads well and draws but fours."""
+    monkeypatch.setattr(running, "open_system", lambda *_: Painter())
+    Manifest(kind="model").write(str(tmp_path / "one"))
+    words = ("four", "six", "nine")
+    shown = [Document((image(word),)) for word in words for _ in range(3)]
+    conversations(tmp_path, "shown", *shown)
+    read = [Document((Text("Which?", "user"), image(word, "user"), Text(word, "assistant"))) for word in words]
+    conversations(tmp_path, "read", *read)
+    draw = [Document((Text(f"Draw {word}.", "user"), image(word, "assistant"))) for word in words]
+    conversations(tmp_path, "draw", *draw)
+    return EvaluateSpecification(
+        storage=str(tmp_path),
+        model="one",
+        tasks=[
+            EvaluationTask(name="reading", kind="recognition", documents="curated/read"),
+            EvaluationTask(name="drawing", kind="generation", documents="curated/draw"),
+        ],
+        judge_training="curated/shown",
+        judge_held_out="curated/shown",
+        labels=["nine", "six"],
+    )
+
+
+def test_a_system_that_draws_always_the_same_is_seen(spec: EvaluateSpecification) -> None:
+    run = MagicMock(id="run")
+    manifest = evaluate.evaluate(spec, run, no_progress)
+    manifest.verify(spec.output_uri, content=True)
+    found = manifest.report
+    assert (found["reading_accuracy"], found["drawing_accuracy"]) == (1.0, pytest.approx(1 / 3))
+    assert (found["drawing_distinct"], found["drawing_diversity"]) == (pytest.approx(1 / 3), 0.0)
+    assert found["judge_accuracy"] == 1.0
+    assert found["cases"] == {"reading": 3, "drawing": 3}
+    logged = {call.args[1] for call in run.log_image.call_args_list}
+    assert logged >= {"evaluation/reading_confusion.png", "evaluation/drawing_confusion.png", "evaluation/drawing.png"}
+    lines = storage.read_bytes(storage.join(spec.output_uri, "drawing.jsonl")).decode().splitlines()
+    assert json.loads(lines[1]) == {"question": "Draw six.", "expected": "six", "said": "four", "right": False}
+    assert storage.read_bytes(storage.join(spec.output_uri, "report.html")).decode().count("data:image/png") > 4
+
+
+def test_a_confusion_matrix_counts_what_was_asked_for_and_what_came() -> None:
+    pairs = [("six", "four"), ("six", "six"), ("nine", "no picture"), ("six", "four")]
+    assert confusion_counts(pairs, ["nine", "six", "four"]) == [[0, 0, 0, 1], [0, 1, 2, 0], [0, 0, 0, 0]]
+    whole = confusion_matrix([("six", "six")], ["six", "four"], "asked for", "drawn")
+    missed = confusion_matrix([("six", "four")], ["six", "four"], "asked for", "drawn")
+    assert (46, 160, 67) in {colour for _, colour in whole.getcolors(1 << 20)}
+    assert (218, 54, 51) in {colour for _, colour in missed.getcolors(1 << 20)}
+
+
 def test_an_evaluation_is_not_finished_when_its_alias_has_moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: EvaluateSpecification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     champion = [str(tmp_path / "one")]
-    for name in ("one", "two"):
-        Manifest(kind="model").write(str(tmp_path / name))
-    labelled = [(picture("one"), "one"), (picture("nine"), "nine")]
+    Manifest(kind="model").write(str(tmp_path / "two"))
     monkeypatch.setattr("calumma.platform.tracking.registry.model_source", lambda uri, tracking: champion[0])
-    monkeypatch.setattr(evaluate, "_labelled_images", lambda uri: labelled)
-    monkeypatch.setattr(evaluate, "_cases", lambda task, spec: [asked("recognition", "six")])
-    monkeypatch.setattr(evaluate, "_answers", lambda spec, cases, progress: iter([answer("six")]))
-    spec = EvaluateSpecification(
-        storage=str(tmp_path),
-        model="models:/m@champion",
-        tasks=[EvaluationTask(name="words", kind="recognition", documents="held-out")],
-        judge_training="training",
-        judge_held_out="held-out",
-    )
+    spec = spec.model_copy(update={"model": "models:/m@champion"})
     manifest = evaluate.evaluate(spec, MagicMock(id="run"), no_progress)
-    assert manifest.report["words_accuracy"] == 1.0
     assert runner.reusable_result(spec) == manifest
     champion[0] = str(tmp_path / "two")
     assert runner.reusable_result(spec) is None
 
 
-def test_answers_are_kept_with_what_was_expected() -> None:
-    case = asked("generation", "four")
-    (line,) = evaluate._lines([case], [tasks.grade(case, answer(image("nine")), see)]).splitlines()
-    assert json.loads(line) == {"question": "What?", "expected": "four", "said": "nine", "right": False}
+def test_benchmarks_stand_beside_the_tasks(spec: EvaluateSpecification) -> None:
+    spec = spec.model_copy(update={"suite": "safety", "only": ["look_alikes"]})
+    found = evaluate.evaluate(spec, MagicMock(id="run"), no_progress).report
+    assert found["look_alikes/refused"] == 1.0
+    assert found["reading_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [("A six.", "six"), ("It is sixteen", "sixteen"), ("Six, or nine", "six"), ("none", "unsure"), ("", "unsure")],
+)
+def test_a_model_as_judge_names_a_label(said: str, label: str) -> None:
+    assert named(said, ["six", "sixteen", "nine"]) == label

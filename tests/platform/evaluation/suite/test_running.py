@@ -13,7 +13,7 @@ from calumma.model.document import Document, Text
 from calumma.platform import storage
 from calumma.platform.cluster.progress import no_progress
 from calumma.platform.evaluation.benchmarks.items import BenchmarkDataError
-from calumma.platform.evaluation.judges.kinds import AskedSystem
+from calumma.platform.evaluation.judges.kinds import AskedSystem, KeywordPolicy
 from calumma.platform.evaluation.miniatures.write import write_miniatures
 from calumma.platform.evaluation.suite import presets, running
 from calumma.platform.evaluation.suite.comparison import compared
@@ -208,3 +208,42 @@ def test_results_are_json_that_others_read(finished: tuple[SuiteSpecification, S
     assert {task["name"] for task in content["tasks"]} >= set(ANSWERED)
     lines = storage.read_bytes(storage.join(spec.output_uri, "tasks", "vqav2.jsonl")).decode().splitlines()
     assert len(lines) == 5
+
+
+def test_dialogues_are_answered_turn_by_turn_and_judged_as_a_whole(
+    tmp_path: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"turns": ["One?", "Two?", "Three?"], "category": "a"},
+        {"prompt": "Only this.", "category": "b"},
+        {"messages": [{"role": "user", "content": "Four?"}, {"role": "assistant", "content": "theirs"},
+                      {"role": "user", "content": "Five?"}], "category": "c"},
+        {"transcript": "\n\nHuman: Six?\n\nAssistant: theirs\n\nHuman: Seven?", "category": "d"},
+    ]  # fmt: skip
+    (tmp_path / "data" / "safety").mkdir(parents=True)
+    (tmp_path / "data" / "safety" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: list[Document] = []
+    answer = LocalSystem.answer
+
+    def recorded(self: LocalSystem, prompts: Any, progress: Any = None) -> Any:
+        asked.extend(prompt.document for prompt in prompts)
+        return answer(self, prompts, progress)
+
+    monkeypatch.setattr(LocalSystem, "answer", recorded)
+    judged: list[tuple[str, str]] = []
+
+    def safety(self: KeywordPolicy, exchanges: Any) -> list[str]:
+        judged.extend(exchanges)
+        return ["unsafe", "safe", "safe", "safe"]
+
+    monkeypatch.setattr(KeywordPolicy, "safety", safety)
+    only = {"suite": "safety", "only": ["safety"]}
+    [task] = measure(specification(tmp_path, model_directory, str(tmp_path / "data"), **only)).tasks
+    assert len(asked) == 4 + 3 + 1
+    said = [[segment.text for segment in one.segments if segment.role == "user"] for one in asked]  # type: ignore[union-attr]
+    assert said[4:] == [["One?", "Two?"], ["Four?", "Five?"], ["Six?", "Seven?"], ["One?", "Two?", "Three?"]]
+    assert all([turn.role for turn in one.turns()][::2] == ["user"] * len(words) for one, words in zip(asked, said))  # noqa: B905
+    assert [prompt.count("The person: ") for prompt, _ in judged] == [3, 0, 2, 2]
+    assert "theirs" not in judged[2][0]
+    assert task.metrics["unsafe"] == 0.25
+    assert task.metrics["unsafe_a"] == 1.0

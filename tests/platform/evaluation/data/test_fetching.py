@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from calumma.platform.evaluation.data import fetching, published
 from calumma.platform.evaluation.miniatures.write import write_miniatures
-from calumma.platform.evaluation.suite import fetching
 from calumma.platform.specification import SpecificationError
 
 
@@ -22,6 +24,9 @@ def test_a_mirror_is_copied_and_what_changes_is_told(tmp_path: Path) -> None:
     assert done.files == {"squad": 1, "coco": 19, "piqa": 2}
     assert (done.changed, done.missing) == ([], {})
     assert fetching.check(str(target)) == []
+    assert done.verdicts["squad/dev-v2.0.json"] == "other"  # ours, under the publisher's name
+    assert done.verdicts["piqa/valid.jsonl"] == "unknown"
+    assert (done.told("squad"), done.told("piqa")) == ("1 not as published", "2 of unknown publication")
     assert fetched(target, mirror, "squad").changed == []
     (target / "squad" / "dev-v2.0.json").write_text("{}")
     (target / "piqa" / "valid-labels.lst").unlink()
@@ -47,3 +52,25 @@ def test_unknown_names_and_lists_are_refused(tmp_path: Path) -> None:
         list(fetching.fetch(str(tmp_path), ["imagenet"]))
     with pytest.raises(SpecificationError, match="no list of checksums"):
         fetching.check(str(tmp_path))
+
+
+def test_checksums_are_taken_by_their_own_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked against the command line's md5sum and sha256sum."""
+    (tmp_path / "file.gz").write_bytes(b"some bytes")
+    sums = {
+        name: subprocess.run([name, str(tmp_path / "file.gz")], capture_output=True, text=True, check=True).stdout
+        for name in ("md5sum", "sha256sum")
+    }
+    for line in sums.values():
+        monkeypatch.setattr(published, "PUBLISHED", {"mnist": {"file.gz": line.split()[0]}})
+        assert published.verdict("mnist", "inner/file.gz", str(tmp_path / "file.gz")) == "published"
+        monkeypatch.setattr(published, "PUBLISHED", {"mnist": {"file.gz": line.split()[0][::-1]}})
+        assert published.verdict("mnist", "file.gz", str(tmp_path / "file.gz")) == "other"
+        assert published.verdict("mnist", "afile.gz", str(tmp_path / "file.gz")) == "unknown"
+
+
+def test_the_list_has_whole_checksums_of_benchmarks_that_are_fetched() -> None:
+    digests = [digest for own in published.PUBLISHED.values() for digest in own.values()]
+    assert all(re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", digest) for digest in digests)
+    assert len(set(digests)) == len(digests)
+    assert set(published.PUBLISHED) <= set(fetching.SOURCES)

@@ -2,7 +2,8 @@
 they are the ones that were there before.
 
 A list of checksums (`checksums.json`: name -> file -> sha256) is written at the first fetch and held against later
-ones; another list, say a colleague's, can be given.
+ones; another list, say a colleague's, can be given. Beside that it is told which files are the published ones, by
+the checksums that `published` knows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fnmatch import fnmatch
 from typing import NamedTuple
 
 from calumma.platform import storage
+from calumma.platform.evaluation.data.published import Verdict, verdict
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import sha256
 
@@ -54,11 +56,21 @@ SOURCES: dict[str, Source] = {
 
 @dataclass
 class Fetched:
-    """What was done: files by benchmark, what has other checksums than the list, and what could not be had."""
+    """What was done: files by benchmark, what has other checksums than the list, and what could not be had.
+
+    `verdicts`: of each file, by its benchmark and path, whether it is the one that was published."""
 
     files: dict[str, int] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+    def told(self, name: str) -> str:
+        """How many of a benchmark's files are the published ones."""
+        own = [verdict for path, verdict in self.verdicts.items() if path.startswith(f"{name}/")]
+        words = {"published": "as published", "other": "not as published", "unknown": "of unknown publication"}
+        counts = [f"{own.count(verdict):,} {words[verdict]}" for verdict in words if verdict in own]  # type: ignore[arg-type]
+        return ", ".join(counts)
 
 
 def fetch(
@@ -93,6 +105,7 @@ def fetch(
         for path, digest in found.items():
             if own.setdefault(path, digest) != digest:
                 done.changed.append(f"{name}/{path}")
+            done.verdicts[f"{name}/{path}"] = verdict(name, path, storage.join(target, name, path), digest)
         done.changed += [f"{name}/{path} (not there any more)" for path in own if path not in found]
         done.files[name] = len(found)
         storage.write_bytes(storage.join(target, CHECKSUMS), json.dumps(known, indent=1, sort_keys=True).encode())
@@ -111,6 +124,19 @@ def check(target: str, checksums: str | None = None) -> list[str]:
             elif sha256(uri) != digest:
                 wrong.append(f"{uri} is another file than the list says")
     return wrong
+
+
+def verdicts(target: str, checksums: str | None = None) -> Fetched:
+    """Of the list's files that are there, whether they are the published ones. Raises SpecificationError."""
+    known = _read(checksums or storage.join(target, CHECKSUMS), required=True)
+    found = Fetched()
+    for name, files in known.items():
+        for path in files:
+            uri = storage.join(target, name, path)
+            if storage.exists(uri):
+                found.files[name] = found.files.get(name, 0) + 1
+                found.verdicts[f"{name}/{path}"] = verdict(name, path, uri)
+    return found
 
 
 def _read(uri: str, required: bool) -> Checksums:

@@ -1,0 +1,1 @@
+"""The benchmarks' files: fetched, and known by their checksums."""
