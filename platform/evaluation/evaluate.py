@@ -85,7 +85,7 @@ def suite_specification(spec: EvaluateSpecification) -> SuiteSpecification:
         tasks=[
             SuiteTask(
                 name=task.name,
-                benchmark=BENCHMARK_OF[task.kind],  # type: ignore[arg-type]
+                benchmark=BENCHMARK_OF[task.kind],
                 data=spec.locate(task.documents),
                 limit=task.limit,
                 labels=spec.labels,

@@ -69,7 +69,7 @@ class Fetched:
         """How many of a benchmark's files are the published ones."""
         own = [verdict for path, verdict in self.verdicts.items() if path.startswith(f"{name}/")]
         words = {"published": "as published", "other": "not as published", "unknown": "of unknown publication"}
-        counts = [f"{own.count(verdict):,} {words[verdict]}" for verdict in words if verdict in own]  # type: ignore[arg-type]
+        counts = [f"{own.count(verdict):,} {words[verdict]}" for verdict in words if verdict in own]
         return ", ".join(counts)
 
 

@@ -63,7 +63,10 @@ def frechet(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     for features in (one, other):
         means.append(features.mean(0))
         centred = (features - means[-1]) / math.sqrt(len(features) - 1)  # covariance: its transpose times itself
-        roots.append(np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred)
+        root: NDArray[np.float64] = centred
+        if len(centred) > centred.shape[1]:
+            root = np.asarray(np.linalg.qr(centred, mode="r"))
+        roots.append(root)
     difference = means[0] - means[1]
     # The trace of the covariances' root is the sum of the singular values of their roots' product: of the size of the
     # fewer of pictures and features, and without the root of a matrix that is nearly singular.

@@ -235,10 +235,10 @@ class _Runner:
             seeing = judges_of(spec, one.task, sees=True)
             if one.task.benchmark == "picture_to_word" or not seeing:
                 return conversations.grade_conversations(one.task, one.items, answers, lambda pictures, labels: [], {})
-            judge = self._judge(*next(iter(seeing.items())))
+            namer = self._judge(*next(iter(seeing.items())))
             training = spec.locate(one.task.training_pictures) if one.task.training_pictures else None
             return conversations.grade_conversations(
-                one.task, one.items, answers, judge.names, judge.accuracy, training
+                one.task, one.items, answers, namer.names, namer.accuracy, training
             )
         if one.task.benchmark == "drawing":
             weights = {name: spec.locate(location) for name, location in one.task.weights.items()}

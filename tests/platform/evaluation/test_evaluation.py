@@ -27,6 +27,7 @@ from calumma.platform.evaluation.systems.prompts import Answer, Prompt
 from calumma.platform.evaluation.tasks import Case, Kind
 from calumma.platform.reports.confusion import confusion_counts, confusion_matrix
 from calumma.platform.shards import documents as document_shards
+from calumma.platform.specification import Resources
 from calumma.platform.storage.manifest import FileEntry, Manifest
 
 GREY = {word: 20 * (i + 1) for i, word in enumerate(digits.WORDS)}
@@ -248,29 +249,38 @@ class Painter:
     def __exit__(self, *_: object) -> None: ...
 
 
-@pytest.fixture
-def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateSpecification:
-    """Three readings and three drawings, for a system that reads well and draws but fours."""
-    monkeypatch.setattr(running, "open_system", lambda *_: Painter())
-    Manifest(kind="model").write(str(tmp_path / "one"))
+def conversation_specification(root: Path, model: str) -> EvaluateSpecification:
+    """Three readings, three drawings, one telling, answered in this process."""
     words = ("four", "six", "nine")
-    shown = [Document((image(word),)) for word in words for _ in range(3)]
-    conversations(tmp_path, "shown", *shown)
+    conversations(root, "shown", *(Document((image(word),)) for word in words for _ in range(3)))
     read = [Document((Text("Which?", "user"), image(word, "user"), Text(word, "assistant"))) for word in words]
-    conversations(tmp_path, "read", *read)
+    conversations(root, "read", *read)
     draw = [Document((Text(f"Draw {word}.", "user"), image(word, "assistant"))) for word in words]
-    conversations(tmp_path, "draw", *draw)
+    conversations(root, "draw", *draw)
+    told = [segment for word in words[:2] for segment in (Text(word, "assistant"), image(word, "assistant"))]
+    conversations(root, "tell", Document((Text("Tell.", "user"), *told)))
     return EvaluateSpecification(
-        storage=str(tmp_path),
-        model="one",
+        storage=str(root),
+        resources=Resources(workers=0),
+        model=model,
         tasks=[
             EvaluationTask(name="reading", kind="recognition", documents="curated/read"),
             EvaluationTask(name="drawing", kind="generation", documents="curated/draw"),
+            EvaluationTask(name="telling", kind="interleaved", documents="curated/tell"),
         ],
         judge_training="curated/shown",
         judge_held_out="curated/shown",
         labels=["nine", "six"],
     )
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateSpecification:
+    """For a system that reads well and draws but fours."""
+    monkeypatch.setattr(running, "open_system", lambda *_: Painter())
+    Manifest(kind="model").write(str(tmp_path / "one"))
+    found = conversation_specification(tmp_path, "one")
+    return found.model_copy(update={"tasks": found.tasks[:2]})
 
 
 def test_a_system_that_draws_always_the_same_is_seen(spec: EvaluateSpecification) -> None:
@@ -324,3 +334,14 @@ def test_benchmarks_stand_beside_the_tasks(spec: EvaluateSpecification) -> None:
 )
 def test_a_model_as_judge_names_a_label(said: str, label: str) -> None:
     assert named(said, ["six", "sixteen", "nine"]) == label
+
+
+def test_a_model_is_asked_all_three_kinds_without_a_cluster(tmp_path: Path, model_directory: Path) -> None:
+    spec = conversation_specification(tmp_path, str(model_directory))
+    manifest = evaluate.evaluate(spec, MagicMock(id="run"), no_progress)
+    found = manifest.report
+    assert found["cases"] == {"reading": 3, "drawing": 3, "telling": 1}
+    assert found["drawing_distinct"] > 0
+    assert {"telling_valid", "telling_words", "telling_digits", "reading_accuracy", "judge_accuracy"} <= set(found)
+    assert "no picture" not in storage.read_bytes(storage.join(spec.output_uri, "drawing.jsonl")).decode()
+    assert runner.reusable_result(spec) == manifest

@@ -120,6 +120,20 @@ def test_strengths_are_those_of_choix(seed: int) -> None:
         assert found[name].low <= found[name].value <= found[name].high
 
 
+# Of arena-rank 0.1.1, which wants versions of its own of numpy and JAX: run once on the same games.
+ARENA_RANK = [
+    {"s0": -0.0047539, "s1": -0.3678415, "s2": 0.9227179, "s3": -0.0134925, "s4": -0.53663},
+    {"s0": 0.2641322, "s1": 0.7064246, "s2": -0.4563275, "s3": -1.0464483, "s4": 0.532219},
+    {"s0": 0.2916991, "s1": 0.1551369, "s2": -0.4571426, "s3": -1.2714009, "s4": 1.2817075},
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_strengths_are_those_of_arena_rank(seed: int) -> None:
+    found = strengths([f"s{n}" for n in range(5)], games(5, 120, seed))
+    assert {one.system: one.value for one in found} == pytest.approx(ARENA_RANK[seed], abs=1e-4)
+
+
 def test_a_system_that_always_wins_has_a_finite_strength() -> None:
     found = strengths(["a", "b", "c"], [("a", "b", 1.0), ("a", "c", 1.0), ("b", "c", 0.5)] * 10)
     assert found[0].system == "a"
