@@ -247,3 +247,26 @@ def test_dialogues_are_answered_turn_by_turn_and_judged_as_a_whole(
     assert "theirs" not in judged[2][0]
     assert task.metrics["unsafe"] == 0.25
     assert task.metrics["unsafe_a"] == 1.0
+
+
+def test_an_endpoint_is_measured_as_the_model_behind_it(
+    tmp_path: Path, model_directory: Path, server_url: str, benchmarks: str
+) -> None:
+    """Our server over HTTP: words, log-probabilities and pictures in both directions."""
+    only = ["squad", "vqav2", "mnist_drawn", "interleaved", *(["piqa"] if HARNESS else [])]
+    here = measure(specification(tmp_path / "here", model_directory, benchmarks, only=only, limit=3))
+    there = measure(
+        specification(tmp_path / "there", model_directory, benchmarks, only=only, limit=3, system={"url": server_url})
+    )
+    assert there.system
+    tasks = {task.name: task for task in there.tasks}
+    assert set(tasks) == set(only)
+    for task in here.tasks:
+        assert tasks[task.name].failures == 0, tasks[task.name].notes
+        if task.name not in ("mnist_drawn", "interleaved"):  # words and choices by likelihood have no chance in them
+            assert tasks[task.name].values == task.values
+    assert tasks["mnist_drawn"].tokens["image"] >= 3 * 16
+    assert all(sample.drawn for sample in tasks["mnist_drawn"].samples)
+    assert tasks["vqav2"].tokens["prompt"] > 0
+    rows = {row.title: row for row in compared(here, there)}
+    assert float(rows["SQuAD"].p) == 1
