@@ -30,8 +30,15 @@ def quickstart(
         bool, typer.Option("--fast", help="A few steps of everything: tries the machinery, teaches the model nothing.")
     ] = False,
     colour: Annotated[
-        bool, typer.Option("--colour", help="Emoji of two open sets in place of digits: some forty minutes.")
+        bool, typer.Option("--colour", help="Emoji of two open sets in place of digits; takes longer.")
     ] = False,
+    large: Annotated[
+        bool, typer.Option("--large", help="With --colour: all things at 256x256, for a GPU; hours.")
+    ] = False,
+    sets: Annotated[
+        Path | None,
+        typer.Option(help="With --colour: a folder of sets by calumma.jobs.emoji.rasterize; default: those that ship."),
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server, or the next free one.")] = PORT,
 ) -> None:
     """Make documents, train tokenizers and a small model, evaluate it, serve it, ask it. Resumes what was begun."""
@@ -42,8 +49,14 @@ def quickstart(
 
     console = Console(stderr=True)
     course = _course(colour)
-    workdir = workdir or Path(f"{course.name}-fast" if fast else course.name)  # trying never replaces a real run
-    options = steps.Options(workdir, storage, fast, port, course)
+    if ((large or sets) and not colour) or (large and fast):
+        raise typer.BadParameter("--large and --sets are for --colour, and --large is not --fast")
+    workdir = workdir or Path(
+        f"{course.name}{'-fast' if fast else '-large' if large else ''}"
+    )  # trying never replaces a real run
+    options = steps.Options(
+        workdir, storage, fast, port, course, large, str(sets.expanduser().absolute()) if sets else None
+    )
 
     def body() -> None:
         outcome = steps.quickstart(options, console)
@@ -81,5 +94,7 @@ def _resume_command(options: Options) -> str:
     words += ["--storage", options.storage] if options.storage else []
     words += ["--colour"] if options.course.name != "quickstart" else []
     words += ["--fast"] if options.fast else []
+    words += ["--large"] if options.large else []
+    words += ["--sets", options.sets] if options.sets else []
     words += ["--port", str(options.port)] if options.port != PORT else []
     return shlex.join(words)

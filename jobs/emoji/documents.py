@@ -51,6 +51,28 @@ class Sizes(Section):
 
 
 FULL = Sizes()
+LARGE = Sizes(
+    groups=[
+        "Activities",
+        "Animals & Nature",
+        "Food & Drink",
+        "Objects",
+        "Smileys & Emotion",
+        "Symbols",
+        "Travel & Places",
+    ],
+    things=1200,
+    with_skins=24,
+    pairs=120_000,
+    pages=20_000,
+    recognition=60_000,
+    styles=8_000,
+    drawing=60_000,
+    edits=30_000,
+    stories=16_000,
+    keywords=6_000,
+    asked=480,
+)
 FAST = Sizes(
     things=12,
     with_skins=2,

@@ -13,6 +13,7 @@ from calumma.platform.specification import JobSpecification
 
 if TYPE_CHECKING:
     from calumma.jobs.quickstart.questions import Question
+    from calumma.jobs.quickstart.steps import Options
     from calumma.platform.cluster.progress import Progress
     from calumma.platform.reports.contact_sheet import Cell
     from calumma.platform.storage.manifest import Manifest
@@ -38,8 +39,8 @@ FROM_IMAGE_TOKENIZER = {
 class Course:
     """`name`: of the MLflow experiment and the usual working folder. `recipes`: their folder below calumma.jobs.
 
-    `documents(shared, fast)` is the first step's specification from fields that all share; `write` does it, `samples`
-    gives pictures to look at by part, `questions` what is asked at the end; these three take that specification.
+    `documents(shared, options)` is the first step's specification from fields that all share; `write` does it,
+    `samples` gives pictures to look at by part, `questions` what is asked at the end; these three take it.
     `measured`: metric -> what it is, first the evaluation's; `targets` what is meant to be reached; `plain` those that
     are no shares. `kinds`: kind of question -> title; `sheets`: the evaluation's sheet -> title.
     """
@@ -48,7 +49,7 @@ class Course:
     recipes: str
     lead: str
     steps: tuple[Step, ...]
-    documents: Callable[[dict[str, Any], bool], JobSpecification]
+    documents: Callable[[dict[str, Any], Options], JobSpecification]
     write: Callable[[Any, Progress], Manifest]
     samples: Callable[[Any], dict[str, list[Cell]]]
     questions: Callable[[Any], list[Question]]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from calumma.platform.tracking.run import Run
 
 OVERRIDES = "fast.yaml"  # what --fast changes, beside the recipes
+LARGE = "large.yaml"  # what --large changes
 PORTS = 50  # how many ports from the wished one on are tried
 STEPS = (
     Step("documents", "Documents", 8),
@@ -63,8 +64,8 @@ MEASURED = {
 }
 
 
-def _documents(shared: dict[str, Any], fast: bool) -> DocumentsSpecification:
-    return DocumentsSpecification(**shared, sizes=FAST if fast else FULL)
+def _documents(shared: dict[str, Any], options: Options) -> DocumentsSpecification:
+    return DocumentsSpecification(**shared, sizes=FAST if options.fast else FULL)
 
 
 def _samples(spec: DocumentsSpecification) -> dict[str, list[Cell]]:
@@ -110,13 +111,16 @@ class AnswersSpecification(JobSpecification):
 
 @dataclass(frozen=True)
 class Options:
-    """`storage`: URI or folder; default: below the working folder. `port`: of the server, or the next free one."""
+    """`storage`: URI or folder; default: below the working folder. `port`: of the server, or the next free one.
+    `large`: for a GPU; `sets`: a folder of pictures in place of those that ship, where the course has such."""
 
     workdir: Path
     storage: str | None = None
     fast: bool = False
     port: int = 8000
     course: Course = DIGITS
+    large: bool = False
+    sets: str | None = None
 
     @property
     def root(self) -> str:
@@ -156,7 +160,7 @@ class QuickstartResult:
 def step_specification(step: str, options: Options) -> JobSpecification:
     """What a step does. Raises SpecificationError."""
     shared: dict[str, Any] = {"storage": options.root, "tracking": options.tracking}
-    documents_spec = options.course.documents(shared, options.fast)
+    documents_spec = options.course.documents(shared, options)
     if step == "documents":
         return documents_spec
     if step == "serve":
@@ -164,7 +168,8 @@ def step_specification(step: str, options: Options) -> JobSpecification:
     recipes = resources.files("calumma.jobs") / options.course.recipes
     with resources.as_file(recipes) as folder:
         file = folder / f"{step}.yaml"
-        overrides = _flattened((yaml.safe_load((folder / OVERRIDES).read_text())[step] or {}) if options.fast else {})
+        changed = OVERRIDES if options.fast else LARGE if options.large else None
+        overrides = _flattened((yaml.safe_load((folder / changed).read_text())[step] or {}) if changed else {})
         overrides |= {"storage": options.root, "tracking": options.tracking.model_dump(), "run_name": step}
         job = yaml.safe_load(file.read_text())["job"]
         # JSON is YAML: values survive whatever characters they hold

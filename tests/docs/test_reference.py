@@ -14,7 +14,9 @@ from docs import house
 from docs.reference import commands, environment, fields, http, metrics, schemas, specifications
 
 ROOT = house.ROOT
-RECIPES = sorted(file for file in (ROOT / "jobs/recipes").rglob("*.yaml") if file.name != "fast.yaml")
+RECIPES = sorted(
+    file for file in (ROOT / "jobs/recipes").rglob("*.yaml") if file.name not in ("fast.yaml", "large.yaml")
+)
 MODELS = [*house.JOBS.values(), house.ServeSettings, house.StudySpecification]
 
 

@@ -24,7 +24,7 @@ from calumma.platform.tokenizing.specification import TokenizeSpecification
 from calumma.platform.training.specification import FinetuneSpecification, PretrainSpecification
 
 RECIPES = Path(str(resources.files("calumma.jobs"))) / "recipes"
-FILES = sorted(p for p in RECIPES.rglob("*.yaml") if p.name != steps.OVERRIDES)
+FILES = sorted(p for p in RECIPES.rglob("*.yaml") if p.name not in (steps.OVERRIDES, steps.LARGE))
 MODELS = {"chameleon-7b": 2**23, "chameleon-34b": 3 * 2**22}  # tokens a global batch, paper section 2.3
 MICRO_BATCH = 2  # sequences; the recipes' head says so
 
@@ -108,12 +108,12 @@ def test_stage_2_halves_the_weights_of_stage_1_and_goes_on_with_it(model: str) -
 
 
 @pytest.fixture(
-    params=[(course, fast) for course in (steps.DIGITS, COLOUR) for fast in (False, True)],
-    ids=lambda given: f"{given[0].name}{'-fast' if given[1] else ''}",
+    params=[(steps.DIGITS, ""), (steps.DIGITS, "fast"), (COLOUR, ""), (COLOUR, "fast"), (COLOUR, "large")],
+    ids=lambda given: "-".join(filter(None, (given[0].name, given[1]))),
 )
 def options(request: pytest.FixtureRequest, tmp_path: Path) -> Options:
-    course, fast = request.param
-    return Options(tmp_path / "quick start: a & b", fast=fast, course=course)
+    course, size = request.param
+    return Options(tmp_path / "quick start: a & b", fast=size == "fast", course=course, large=size == "large")
 
 
 def test_every_step_has_a_valid_specification_with_absolute_places(options: Options) -> None:
@@ -126,9 +126,9 @@ def test_every_step_has_a_valid_specification_with_absolute_places(options: Opti
 
 
 def test_fast_changes_every_size_and_names_every_recipe() -> None:
-    for folder in ("quickstart", "emoji"):
-        overrides: dict[str, Any] = yaml.safe_load((RECIPES / folder / steps.OVERRIDES).read_text())
-        assert set(overrides) == {file.stem for file in FILES if file.parent.name == folder}
+    for folder, file in (("quickstart", steps.OVERRIDES), ("emoji", steps.OVERRIDES), ("emoji", steps.LARGE)):
+        overrides: dict[str, Any] = yaml.safe_load((RECIPES / folder / file).read_text())
+        assert set(overrides) == {recipe.stem for recipe in FILES if recipe.parent.name == folder}
     full, fast = (steps.step_specification("stage1", Options(Path("w"), fast=f)) for f in (False, True))
     assert isinstance(full, PretrainSpecification)
     assert isinstance(fast, PretrainSpecification)
