@@ -60,6 +60,12 @@ class Options:
     tracking_uri: str | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises SpecificationError for what is asked of adapters without them."""
+        for name, given in (("--quantize", self.quantize), ("--dora", self.dora)):
+            if given and self.lora is None:
+                raise SpecificationError(f"{name} is of low-rank adapters: give their rank, say --lora 16, too")
+
     @property
     def root(self) -> str:
         return str(self.out.expanduser().absolute())
@@ -219,13 +225,9 @@ def training(
 
 
 def _adapters(options: Options) -> Lora | None:
-    """Raises SpecificationError for what is asked of adapters without them."""
-    if options.lora is not None:
-        return Lora(rank=options.lora, alpha=2.0 * options.lora, dora=options.dora, quantize=options.quantize)
-    for name, given in (("--quantize", options.quantize), ("--dora", options.dora)):
-        if given:
-            raise SpecificationError(f"{name} is of low-rank adapters: give their rank, say --lora 16, too")
-    return None
+    if options.lora is None:
+        return None
+    return Lora(rank=options.lora, alpha=2.0 * options.lora, dora=options.dora, quantize=options.quantize)
 
 
 def usual_rate(width: int, adapters: bool, pairs: bool = False) -> float:
