@@ -35,6 +35,7 @@ from calumma.platform import storage
 from calumma.platform.cluster import capacity, connection
 from calumma.platform.cluster.progress import no_progress
 from calumma.platform.shards import documents as document_shards
+from calumma.platform.shards.row_groups import RowGroupReader
 from calumma.platform.specification import Tracking
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.tokenizing.specification import TextTokenizerSpecification, TokenizeSpecification
@@ -43,6 +44,8 @@ from calumma.platform.tracking.run import Run
 from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.group.worker import THREADS_VARIABLE
 from calumma.platform.training.specification import PretrainSpecification
+from calumma.platform.training.standby.copies import Copies
+from calumma.platform.training.standby.keeper import Keeper
 from calumma.platform.training.steps import engine, held_out
 
 SMALL = {"layers": 6, "width": 256, "heads": 4, "kv_heads": 4, "ffn_width": 768}
@@ -129,10 +132,8 @@ def bare(root: str, given: argparse.Namespace, threads: int) -> dict[str, float]
     place = f"{root}/tokens/text"
     plan = Plan(spec.seed, {place: 1.0}, {place: Manifest.read(place)}, spec.micro_batches)
     image_mask_V = torch.zeros(size, dtype=torch.bool, device=device)
-    steps = [
-        [held_out.read_row_group(found.shard, found.row_group) for found in plan.step(step)]
-        for step in range(given.steps)
-    ]
+    reader = RowGroupReader(plan.context)
+    steps = [[held_out.read_row_group(reader, found) for found in plan.step(step)] for step in range(given.steps)]
     speeds, began, tokens = [], time.perf_counter(), 0
     for done, batches in enumerate(steps, start=1):
         trained = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
@@ -197,12 +198,20 @@ def stalls(given: argparse.Namespace, threads: int) -> dict[str, float]:
                 whole.append(time.perf_counter() - began)
                 storage.delete(catalog.checkpoint_uri(folder, turn))
         size = Path(folder, "plain.pt").stat().st_size
+        keeper, held = Keeper("here"), []
+        copies = Copies(lambda: [keeper], every=1, first=0)
+        for turn in range(1, given.turns + 3):
+            began = time.perf_counter()
+            copies.after_step(run, turn, {"step": turn})
+            held.append(time.perf_counter() - began)
+        keeper.close()
     # the first copy also allocates the memory that the others use again
     return {
         "stall": min(stopped[1:]),
         "first": stopped[0],
         "plain": min(plain[1:]),
         "published": min(whole[1:]),
+        "held": min(held[2:]),  # the first two fill their slots' pages
         "bytes": float(size),
     }
 
@@ -237,28 +246,30 @@ def whole_stage(root: str, given: argparse.Namespace, workers: int) -> dict[str,
     return found
 
 
-def killed(root: str, given: argparse.Namespace) -> dict[str, float]:
-    """Seconds from kill -9 of a worker to the end of the next optimizer step, and what part of it Ray and imports had:
-    everything up to the worker's first look at the checkpoint."""
+def killed(root: str, given: argparse.Namespace, recovery: dict[str, Any]) -> dict[str, float]:
+    """Seconds from kill -9 of a worker to the end of the next optimizer step, and steps that were taken twice."""
     from calumma.platform.training.stage import run_stage
 
-    every = 5
-    spec = specification(root, given, output="stages/killed", steps=30, checkpoint_every=every, log_every=1)
-    place, at = spec.locate("stages/killed"), list[float]()
+    every, output = 5, f"stages/killed-{len(recovery)}"
+    spec = specification(root, given, output=output, steps=30, checkpoint_every=every, log_every=1)
+    resources = spec.resources.model_dump() | {"recovery": recovery}
+    spec = PretrainSpecification.model_validate(spec.model_dump() | {"resources": resources})
+    place, at = spec.locate(output), list[float]()
 
     def kill() -> None:
         workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
         at.append(time.time())
-        workers[-1].kill()
+        min(workers, key=lambda worker: worker.create_time()).kill()  # the others are spares
 
     once(lambda: catalog.newest_step(place) >= every, kill)
     with job_run(spec) as run:
-        run_stage(spec, run, no_progress)
+        manifest = run_stage(spec, run, no_progress)
     (moment,) = at
+    before = [m.step for m in run.client.get_metric_history(run.id, "loss") if m.timestamp / 1000 <= moment]
     after = [m.timestamp / 1000 for m in run.client.get_metric_history(run.id, "loss") if m.timestamp / 1000 > moment]
     # what was still on its way to MLflow when the worker died comes at once; the new group's first step after a gap
     gaps = [(later - earlier, later) for earlier, later in zip([moment, *sorted(after)], sorted(after), strict=False)]
-    return {"seconds": max(gaps)[1] - moment}
+    return {"seconds": max(gaps)[1] - moment, "lost": max(before) - manifest.report["groups"][-1]["step"]}
 
 
 def once(happened: Callable[[], bool], act: Callable[[], None]) -> None:
@@ -298,6 +309,10 @@ def table(root: str, given: argparse.Namespace) -> None:
     row("training stands still", f"{stall['stall']:.3f} s, {ratio:.3f} of it", verdict(ratio, 0.25, below=True))
     row("the same, first checkpoint of a process", f"{stall['first']:.3f} s")
     row("until it is published", f"{stall['published']:.3f} s")
+    row(
+        "training stands still for a copy in memory",
+        f"{stall['held']:.3f} s, {stall['held'] / stall['plain']:.3f} of it",
+    )
     if given.only == "stalls":
         return
     corpus(root, given.context, given.micro_batch)
@@ -307,7 +322,8 @@ def table(root: str, given: argparse.Namespace) -> None:
     with connection.embedded(lean=True):
         one = whole_stage(root, given, 1)
         two = None if given.gpus == 1 else whole_stage(root, given, 2)
-        kill = killed(root, given)
+        kill = killed(root, given, {})
+        kept = killed(root, given, {"copy_every": 1, "spares": True})
     loop = max(before, in_a_process("bare", root, threads)["tokens_per_second"])
     row("bare PyTorch loop", f"{loop:.0f} tokens/s")
     share = one["tokens_per_second"] / loop
@@ -318,7 +334,8 @@ def table(root: str, given: argparse.Namespace) -> None:
     row("waiting for data", f"{one['waiting']:.2%} of a step", verdict(one["waiting"], 0.02, below=True))
     if given.gpus and "mfu" in one:
         row("model FLOP utilization", f"{one['mfu']:.1%}", "torchtitan: 33-39 % (H100, 8B)")
-    row("kill -9 to the next optimizer step", f"{kill['seconds']:.1f} s")
+    row("kill -9 to the next optimizer step", f"{kill['seconds']:.1f} s, {kill['lost']} steps taken twice")
+    row("the same from memory", f"{kept['seconds']:.1f} s, {kept['lost']}", verdict(kept["seconds"], 2, below=True))
 
 
 def main() -> None:

@@ -64,6 +64,17 @@ class Recovery(Section):
         description="how long the checkpoint on SIGTERM, Ctrl-C or before a resize may take; three times what the last "
         "one took where that is longer",
     )
+    copy_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between two copies of the training state in the memory of its host and of another, from "
+        "which a group that has lost workers goes on; null: it goes on from the newest checkpoint",
+    )
+    spares: bool = Field(
+        False,
+        description="a process on every host that has imported everything, to take the place of a lost worker; where "
+        "workers have no GPUs",
+    )
     lease_seconds: float = Field(
         60, gt=0, description="how long an output stays the run's that has it when nothing is heard of that run"
     )

@@ -30,6 +30,7 @@ from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker, set_up_worker
 from calumma.platform.training.preferences.objective import PreferenceObjective
 from calumma.platform.training.preferences.reference import reference_scores
+from calumma.platform.training.standby import recall
 from calumma.platform.training.starting import base_of, report_so_far, require_undamaged_start, start_engine
 from calumma.platform.training.steps import engine, faults, held_out, meters
 from calumma.platform.training.steps.early import EarlyStopper
@@ -112,6 +113,8 @@ def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:
     assignment: Assignment = config["assignment"]
     assignment.run.check_output()
     resume = resumption.agreed_checkpoint(assignment.output, assignment.spec, assignment.inputs, assignment.origin)
+    if assignment.spec.resources.recovery.copy_every is not None:
+        resume = recall.agreed(assignment.run.id, beyond=resume.step if resume else 0) or resume
     try:
         return train(config | {"assignment": replace(assignment, resume=resume)})
     except Stopped as stopped:

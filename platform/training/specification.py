@@ -216,6 +216,11 @@ class TrainSpecification(MixtureSpecification):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        if self.resources.recovery.copy_every is not None and "nvme" in (self.offload.optimizer, self.offload.weights):
+            raise ValueError(
+                "`resources.recovery.copy_every` copies the state in memory, and with `offload: nvme` it is on a disk: "
+                "leave one of the two away"
+            )
         if self.precision == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
                 "`zero_stage: 0` needs `precision: float32`: in bfloat16 DeepSpeed counts Adam's first step twice "

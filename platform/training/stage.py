@@ -74,7 +74,10 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     assignment = replace(assignment, epochs_a_step=passed, division=data.plan.division)
     _begin(assignment)
     # asked by each group that starts
-    data.first_step = FirstStep(assignment.output, spec, assignment.inputs, assignment.origin)
+    copied = spec.resources.recovery.copy_every is not None
+    data.first_step = FirstStep(
+        assignment.output, spec, assignment.inputs, assignment.origin, run.id if copied else None
+    )
     finished = assignment.first_step >= spec.steps  # only what follows training is missing
     report = fit(
         loop.train_from_newest,
@@ -87,8 +90,9 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         progress=progress,
         data=None if finished else data,
         datasets=None if finished else PlanDataConfig.datasets(),
-        control=worker_control(assignment.output, run),
+        control=worker_control(assignment.output, run, copied),
         stacks=storage.join(assignment.output, "stacks"),
+        copies=True,
     )
     groups = worker_groups(assignment)
     workers_at_end = groups[-1]["workers"] if groups else number

@@ -12,6 +12,9 @@ from calumma.platform.training.construction import build
 from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker
+from calumma.platform.training.standby import recall
+from calumma.platform.training.standby.keeper import find_keeper, keeper_name
+from calumma.platform.training.standby.recall import Held
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -56,11 +59,24 @@ def start_engine(assignment: Assignment, worker: Worker, watchdog: Watchdog) -> 
         build.fill(run, source, trained=start is None, beat=watchdog.beat)
     except storage.Damaged as error:
         raise TrainingFailed(f"{error}. Restore it from a copy, or start from another") from error
-    if start is not None:
+    if isinstance(start, Held):
+        _recall(run, start, assignment.run.id)
+    elif start is not None:
         own = assignment.resume is not None and not assignment.begins_branch
         resumption.load(run, start, own=own, beat=watchdog.beat)
     watchdog.enter("starting")
     return run
+
+
+def _recall(run: DeepSpeedEngine, held: Held, identifier: str) -> None:
+    """The state of a copy in memory. Where it cannot be read all copies are given up, and the group starts over."""
+    import ray
+
+    try:
+        recall.load(run, held, keeper_name(identifier, ray.get_runtime_context().get_node_id()), find_keeper)
+    except recall.CopyLost:
+        recall.give_up(identifier)
+        raise
 
 
 def base_of(assignment: Assignment) -> build.Base:

@@ -15,6 +15,7 @@ from calumma.platform.streaming.division import Division
 from calumma.platform.training.forecast import shape
 from calumma.platform.training.forecast.shape import Sizes
 from calumma.platform.training.specification import TrainSpecification
+from calumma.platform.training.standby.segment import SLOTS
 
 # What a GPU's memory holds beside tensors: CUDA's context and kernels, NCCL's buffers, and what the allocator cannot
 # join. A GPU's memory as CUDA tells it is some percent above its name's: the two are taken to cancel.
@@ -24,6 +25,7 @@ CHUNK_BYTES = 256 << 20  # of logits, model/ops/loss.py
 _LIVE = 1_000_000_000  # parameters that ZeRO 3 keeps gathered, `stage3_max_live_parameters`
 _PREFETCH = 50_000_000  # and that it gathers ahead, `stage3_prefetch_bucket_size`
 _SUB_GROUP = 1_000_000_000  # elements that ZeRO 3 steps at a time, `sub_group_size`
+_SPARE = 1e9  # of a process that has only imported everything
 _PROCESS = 4e9  # bytes of a worker's process: libraries, page-locked buffers, the batches read ahead
 
 
@@ -123,16 +125,21 @@ def host_memory(
 ) -> float:
     """Bytes of a host with `local` workers of `world`, when the first of them publishes."""
     sizes, element = Sizes.of(config, spec), _element(spec)
-    offloaded = 0.0
+    held = 0.0
     if spec.offload.optimizer == "cpu":
-        offloaded += 16 * sizes.trained * local / world
+        held += 16 * sizes.trained * local / world
     if spec.offload.weights == "cpu":
-        offloaded += element * (sizes.total + sizes.added) * local / world
+        held += element * (sizes.total + sizes.added) * local / world
     published = (2 * element + 4) * sizes.total  # the first worker gathers the weights, and saves them as a model
     on_cpu = 0.0
+    recovery = spec.resources.recovery
+    if recovery.copy_every is not None:  # master and moments in two slots, on the own host and on another
+        held += 12 * SLOTS * sizes.trained * local / world * (2 if local < world else 1)
+    if recovery.spares and not spec.resources.gpus_per_worker:
+        held += _SPARE
     if not spec.resources.gpus_per_worker:
         on_cpu = gpu_memory(spec, config, settings, world, 1).total * local
-    return _PROCESS * local + offloaded + on_cpu + published
+    return _PROCESS * local + held + on_cpu + published
 
 
 def _element(spec: TrainSpecification) -> int:

@@ -11,6 +11,7 @@ from calumma.platform.training.assignment import Checkpoint
 from calumma.platform.training.checkpoints import catalog, identity
 from calumma.platform.training.group.notice import Action, none_pending, notify
 from calumma.platform.training.specification import TrainSpecification
+from calumma.platform.training.standby import recall
 
 _GRACE = 3.0  # times that writing a checkpoint takes
 
@@ -20,7 +21,7 @@ class WorkerControl:
     """What a loop that can resume lets others ask of it. All are called in other processes: they must be picklable."""
 
     newest_step: Callable[[], int]
-    """Steps of its newest checkpoint."""
+    """Steps of its newest checkpoint, or copy in memory."""
     notify: Callable[[Action, str], None]
     """Ask for a checkpoint, or for one and to stop, with the reason."""
     acknowledged: Callable[[], bool]
@@ -40,20 +41,31 @@ class FirstStep:
     """Where the data of a group that starts now begin: asked by `PlanDataConfig` once its workers are there."""
 
     def __init__(
-        self, output: str, spec: TrainSpecification, inputs: dict[str, str], origin: Checkpoint | None = None
+        self,
+        output: str,
+        spec: TrainSpecification,
+        inputs: dict[str, str],
+        origin: Checkpoint | None = None,
+        copied: str | None = None,
     ) -> None:
+        """`copied`: the run whose state is copied in memory, which may be further."""
+        self._copied = copied
         self._output, self._spec, self._inputs, self._origin = output, spec, inputs, origin
 
     def __call__(self) -> int:
         checkpoint = catalog.newest(self._output, identity.made_by(self._spec, self._inputs)) or self._origin
-        return checkpoint.step if checkpoint else 0
+        return max(checkpoint.step if checkpoint else 0, recall.newest_step(self._copied) if self._copied else 0)
 
 
-def worker_control(output: str, run: Run | None = None) -> WorkerControl:
+def _newest_step(output: str, copied: str | None) -> int:
+    return max(catalog.newest_step(output), recall.newest_step(copied) if copied else -1)
+
+
+def worker_control(output: str, run: Run | None = None, copied: bool = False) -> WorkerControl:
     """How the driver of a run and Ray Train's controller reach the workers of the stage that writes to `output`."""
     checkpoints, owner = catalog.checkpoints_folder(output), run.fence.token if run and run.fence else ""
     return WorkerControl(
-        partial(catalog.newest_step, output),
+        partial(_newest_step, output, run.id if copied and run else None),
         partial(notify, checkpoints, owner),
         partial(none_pending, checkpoints, owner),
         partial(catalog.write_seconds, output),

@@ -13,19 +13,23 @@ from datetime import UTC, datetime
 from typing import Any
 
 from calumma.platform.training.group.watchdog import Watchdog
+from calumma.platform.training.standby.leaving import leave_group
 
 WATCHDOG = "watchdog"  # key of the watchdog in what a loop is given
 
 
-def watched(loop: Callable[[dict[str, Any]], Any], limit: float, stacks: str) -> Callable[[dict[str, Any]], Any]:
+def watched(
+    loop: Callable[[dict[str, Any]], Any], limit: float, stacks: str, used_again: bool = False
+) -> Callable[[dict[str, Any]], Any]:
     """The same loop, ended on a worker where nothing goes on for `limit` seconds; stack traces go to the folder
-    `stacks`. It is given `{"payload": packed(config)}`, and hands the loop its watchdog besides."""
+    `stacks`. It is given `{"payload": packed(config)}`, and hands the loop its watchdog besides. `used_again`: a
+    process whose loop has failed may run it again, in another group."""
     packed_loop = packed(loop)
 
     def run(config: dict[str, Any]) -> Any:
         from calumma.platform.training.group.entry import run_packed
 
-        return run_packed(packed_loop, config["payload"], limit, stacks)
+        return run_packed(packed_loop, config["payload"], limit, stacks, used_again)
 
     return run
 
@@ -51,13 +55,18 @@ def watchdog_of(config: dict[str, Any], limit: float, stacks: str) -> Iterator[W
         dog.close()
 
 
-def run_packed(packed_loop: bytes, payload: bytes, limit: float, stacks: str) -> Any:
+def run_packed(packed_loop: bytes, payload: bytes, limit: float, stacks: str, used_again: bool = False) -> Any:
     dog = Watchdog(limit, lambda text: keep_stacks(stacks, dog.place, text))
     try:
         dog.enter("importing")
         loop, config = pickle.loads(packed_loop), pickle.loads(payload)
         dog.enter("starting")
         return loop({**config, WATCHDOG: dog})
+    except BaseException as error:
+        if used_again:
+            dog.enter("leaving the group")
+            leave_group(error)
+        raise
     finally:
         dog.close()
 

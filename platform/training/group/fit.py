@@ -24,6 +24,7 @@ from calumma.platform.training.group.policies import (
     scaling_policy,
     wait_until,
 )
+from calumma.platform.training.standby.processes import Standby, standby_callback
 
 if TYPE_CHECKING:
     from ray.train import DataConfig
@@ -64,13 +65,15 @@ def fit(
     datasets: dict[str, Any] | None = None,
     control: WorkerControl | None = None,
     stacks: str,
+    copies: bool = False,
 ) -> Any:
     """Run `loop(config)` on workers joined by torch.distributed; what the loop returned on rank 0.
 
     A worker where nothing goes on for `recovery.hang_seconds`, from its first import to its end, is ended; its stack
     traces go to the folder `stacks`.
     `workers` is their number or a range, in which it follows the size of the cluster. With a `control`, workers that
-    fail are started again, and Ctrl-C and SIGTERM let them write a checkpoint first.
+    fail are started again, and Ctrl-C and SIGTERM let them write a checkpoint first. `copies`: the loop can go on from
+    copies of its state in memory.
     Progress follows the run's metrics `step` and `loss`. Raises TrainingFailed, KeyboardInterrupt on Ctrl-C and
     SystemExit on SIGTERM, and in all cases leaves no worker behind.
     """
@@ -82,12 +85,19 @@ def fit(
     resizing: dict[str, Any] = {}
     if elastic:
         resizing["elastic_resize_monitor_interval_s"] = resources.recovery.resize_seconds
+    recovery = resources.recovery
+    callbacks = [checkpoint_before_resizing(control, recovery)] if control and elastic else []
+    copied, spares = copies and recovery.copy_every is not None, recovery.spares and not resources.gpus_per_worker
+    stands_by = control is not None and (copied or spares)
+    if stands_by:
+        standby = Standby(entry.packed(loop) if spares else None, run.id if copied else None)
+        callbacks.append(standby_callback(standby))
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="calumma-train-") as folder:  # our own checkpoints go to our own storage
-        trainer = _trainer_class(control, resources.recovery, signals)(
-            entry.watched(loop, resources.recovery.hang_seconds, stacks),
+        trainer = _trainer_class(control, recovery, signals)(
+            entry.watched(loop, recovery.hang_seconds, stacks, used_again=stands_by and spares),
             train_loop_config={"payload": entry.packed(config)},
             # What hangs is the watchdogs' business: whoever waits for a slow one must not fail before them.
             torch_config=TorchConfig(
@@ -105,7 +115,7 @@ def fit(
                 name=name,
                 storage_path=folder,
                 failure_config=FailureConfig(max_failures=resources.recovery.restarts if control else 0),
-                callbacks=[checkpoint_before_resizing(control, resources.recovery)] if control and elastic else [],
+                callbacks=callbacks,
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
             dataset_config=data,
@@ -115,7 +125,7 @@ def fit(
         with (
             console.progress_from_metrics(run, name, steps, progress),
             _interruptible(signals),
-            _start_timeout_set(patience),
+            _ray_train_settings(patience, look_seconds(resources.max_workers) if stands_by else None),
         ):
             try:
                 result = trainer.fit()
@@ -134,17 +144,24 @@ def fit(
 
 
 @contextmanager
-def _start_timeout_set(seconds: str) -> Iterator[None]:
-    """Ray Train's limit for the length of a block; what the user has set himself stays."""
-    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = seconds
+def _ray_train_settings(start_timeout: str, look: float | None) -> Iterator[None]:
+    """Ray Train's settings for the length of a block; what the user has set himself stays."""
+    settings = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start_timeout}
+    if look is not None:
+        settings["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = f"{look:g}"
+    own = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(own)
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in own:
+            del os.environ[name]
+
+
+def look_seconds(workers: int) -> float:
+    """Seconds between two looks of the controller at its workers, each of which is a call to every one: more than
+    Ray's 2 s would not be, and less for few."""
+    return min(2.0, 0.1 + workers / 500)
 
 
 def _trainer_class(control: WorkerControl | None, recovery: Recovery, signals: Signals) -> Any:

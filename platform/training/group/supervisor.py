@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,6 +23,9 @@ from calumma.platform.training.group.entry import keep_stacks
 from calumma.platform.training.group.notice import Action, NoticeWatcher
 from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker
+from calumma.platform.training.standby.copies import Copies
+from calumma.platform.training.standby.keeper import keepers_here
+from calumma.platform.training.standby.recall import Held
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -77,6 +81,9 @@ class Supervisor:
         self._watchdog = watchdog or Watchdog(spec.resources.recovery.hang_seconds, self._save_stacks)
         self._watchdog.place = f"step {self._next:08d}"
         self._notices = NoticeWatcher(self._checkpoints, fence) if worker.is_main else None
+        self._copies = self._copies_in_memory()
+        self._owed = isinstance(assignment.resume, Held) and self._behind(assignment.first_step)
+        """Whether a checkpoint is missing: one that was being written when the last group was lost."""
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +118,8 @@ class Supervisor:
         """
         self._next = done
         self._watchdog.enter(f"step {done:08d}")
+        self._copy(done, report)
+        due, self._owed = due or self._owed, False
         self._saver.announce()
         action, why, late = self._agreed_action()
         if not due and not late and action is None:
@@ -134,6 +143,37 @@ class Supervisor:
             )
         if action is not None:
             logger.warning("checkpoint after step %d: %s", done, why)
+
+    def _copies_in_memory(self) -> Copies | None:
+        every = self._assignment.spec.resources.recovery.copy_every
+        if every is None or isinstance(self._engine, Replicated):
+            return None
+        return Copies(partial(keepers_here, self._assignment.run.id), every, self._assignment.first_step)
+
+    def _copy(self, done: int, report: dict[str, Any]) -> None:
+        """The state in memory, where that is wanted. What fails there leaves the storage as it is."""
+        if self._copies is None:
+            return
+        stage = self._engine.zero_optimization_stage()
+        told = {"world_size": self._worker.world, "zero_stage": stage, "groups": self.groups}
+        try:
+            self._copies.after_step(self._engine, done, report | told)
+        except Exception as error:  # Ray's, the operating system's
+            logger.warning(
+                "the state is copied in memory no more, only to storage: %s: %s", type(error).__name__, error
+            )
+            self._copies = None
+
+    def _behind(self, step: int) -> bool:
+        """Whether storage has not the checkpoint that was due last before a step. The same on all workers."""
+        every = self._assignment.spec.checkpoint_every
+        behind = torch.tensor(
+            int(self._worker.is_main and catalog.newest_step(self._assignment.output) < step // every * every)
+        )
+        if self._worker.world > 1:
+            behind = behind.to(self._engine.device)
+            dist.all_reduce(behind, op=dist.ReduceOp.MAX)
+        return bool(behind)
 
     def beat(self) -> None:
         """There is progress, outside of steps."""

@@ -13,11 +13,13 @@ from calumma.model.config import PRESETS, ModelConfig
 from calumma.model.ops.rope import rope_table
 from calumma.model.transformer import Transformer, TransformerBlock
 from calumma.platform.specification import SpecificationError
+from calumma.platform.training.checkpoints import layout
 from calumma.platform.training.forecast import shape
 from calumma.platform.training.forecast.forecast import Training, forecast
 from calumma.platform.training.forecast.machines import INSTANCES, Machines, parse_nodes
 from calumma.platform.training.forecast.memory import activations, gpu_memory
 from calumma.platform.training.specification import PretrainSpecification
+from calumma.platform.training.standby.segment import SLOTS, Part
 from calumma.platform.training.steps import meters
 
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -176,6 +178,17 @@ def test_what_does_not_fit_is_told_with_what_would(changes: dict[str, Any], node
         fields = yaml.safe_load("{" + problem.advice.removeprefix("set ").split(", which")[0] + "}")
         followed = on(nodes, **{**changes, **fields})
         assert followed.memory.total <= followed.gpu_memory >= followed.memory_of_fewest
+
+
+def test_copies_in_memory_take_what_their_memory_does() -> None:
+    """Of eight workers of a host, and as many again of the host whose copies it has."""
+    resources = {"workers": 64, "gpus_per_worker": 1, "cpus_per_worker": 8, "recovery": {"copy_every": 1}}
+    more = training(resources=resources).host(64, 8) - training().host(64, 8)
+    states = dict.fromkeys(("fp32", "exp_avg", "exp_avg_sq"), torch.float32)
+    numel = sum(shape.parameters(ModelConfig(**PRESETS["chameleon-34b"])).values()) // 64
+    _, found = layout.part_layout([("weight", 0, numel)], states, ["weight"])
+    part = Part("group", 0, 64, found, states, ("weight",))
+    assert more == pytest.approx(2 * 8 * SLOTS * part.slot_bytes, rel=1e-3)
 
 
 def test_workers_without_a_place_or_work_are_told() -> None:

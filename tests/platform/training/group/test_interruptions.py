@@ -19,6 +19,7 @@ from calumma.platform.training.specification import (
     PretrainSpecification,
 )
 from calumma.platform.training.stage import run_stage
+from calumma.platform.training.standby import recall
 
 Stage = Callable[..., PretrainSpecification]
 When = Callable[[Callable[[], bool], Callable[[], object]], threading.Thread]
@@ -48,6 +49,35 @@ def test_a_killed_worker_changes_nothing(
     assert groups[0]["step"] == 0
     assert 20 <= groups[1]["step"] < 80
     assert sorted(killed) == sorted(straight) == list(range(1, 81))
+    assert killed == pytest.approx(straight, rel=1e-6)
+
+
+@pytest.mark.cluster
+def test_a_killed_worker_is_back_from_memory_without_a_lost_step(
+    ray_cluster: None, stage: Stage, when: When, training_workers: TrainingWorkers, losses: Losses
+) -> None:
+    """kill -9 where storage has no checkpoint at all: the group goes on from the copies in memory, from the newest step
+    that was held when the worker died or a later one, and every loss is that of the run that lost nobody."""
+    plain = {"steps": 40, "checkpoint_every": 40, "log_every": 1, "samples": [], "held_out": {}}
+    held: list[int] = []
+    found: list[dict[int, float]] = []
+    for output, recovery in (("stages/plain", {}), ("stages/held", {"copy_every": 1, "spares": True})):
+        resources = {"workers": 2, "cpus_per_worker": 1, "recovery": recovery}
+        spec = stage(output=output, **plain, resources=resources)
+        with job_run(spec) as run:
+
+            def kill(run: Run = run) -> None:
+                held.append(recall.newest_step(run.id))
+                training_workers()[0].kill()
+
+            if recovery:
+                when(lambda run=run: recall.newest_step(run.id) >= 10, kill)
+            manifest = run_stage(spec, run, no_progress)
+        found.append(losses(run))
+    straight, killed = found
+    groups = manifest.report["groups"]
+    assert [group["workers"] for group in groups] == [2, 2]
+    assert 10 <= held[0] <= groups[1]["step"] < 40
     assert killed == pytest.approx(straight, rel=1e-6)
 
 
