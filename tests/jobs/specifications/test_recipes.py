@@ -154,7 +154,8 @@ def test_the_steps_fit_each_other(options: Options) -> None:
     assert {task["documents"] for task in spec["evaluate"]["tasks"]} | judged <= curated
     measures = {f"{task['name']}_accuracy" for task in spec["evaluate"]["tasks"] if task["kind"] != "interleaved"}
     assert measures <= set(options.course.measured)
-    assert {task["name"] for task in spec["evaluate"]["tasks"]} >= set(options.course.sheets)
+    sheets = {sheet.removesuffix("_confusion") for sheet in options.course.sheets}
+    assert {task["name"] for task in spec["evaluate"]["tasks"]} >= sheets
     assert spec["train_text_tokenizer"]["image_codes"] == spec["train_image_tokenizer"]["model"]["codebook_size"]
     assert spec["stage1"]["model"]["context"] == spec["tokenize"]["context"]
     assert spec["stage2"]["initial"] == spec["stage1"]["output"]
