@@ -37,10 +37,16 @@ try:
     import torch
     from torch import Tensor
 
+    from calumma.model.config import ModelConfig
     from calumma.model.devices import find_gpu
     from calumma.model.generation import Engine, Request, SamplingParams
-    from calumma.model.generation.passes import backends
+    from calumma.model.generation.attention import dense
+    from calumma.model.generation.attention.choice import readers
+    from calumma.model.generation.attention.packages import FLASH_PAGE
+    from calumma.model.generation.attention.paged import PageReader, RecordableReader
+    from calumma.model.generation.cache.paged import PagedCache
     from calumma.model.ops.attention import attend, document_mask
+    from calumma.model.ops.native import NativeKernels
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error.name} is missing: pip install torch pydantic pillow") from error
 
@@ -94,11 +100,53 @@ def parity(device: str, quick: bool) -> Iterator[Row]:
         if device != "cpu":
             blocks = document_mask(segments_BT, flex=True)
             yield compared(f"FlexAttention, documents, {shape}", within, attend, q, k, v, blocks)
+        yield from reader_parity(device, dtype, heads, kv_heads)
         bias_B11T = torch.zeros(2, 1, 1, T, device=device, dtype=dtype)
-        for function in (backends.attend_fused, backends.attend_by_products):
+        for function in (dense.attend_fused, dense.attend_by_products):
             name = f"decoder's {function.__name__.removeprefix('attend_')}, {shape}"
             yield compared(name, exact[:, :, -1].flatten(1), function, q[:, :, -1], k, v, bias_B11T)
     yield from paged_parity(device, quick)
+
+
+def reader_parity(device: str, dtype: torch.dtype, heads: int, kv_heads: int) -> Iterator[Row]:
+    """What reads pages where they are, of all that is installed: prompts and single tokens side by side, and single
+    ones as a recorded pass asks for them."""
+    config = ModelConfig(layers=1, width=heads * 64, heads=heads, kv_heads=kv_heads, ffn_width=8)
+    generator = torch.Generator().manual_seed(1)
+    for page in (32, FLASH_PAGE):
+        cache = PagedCache(config, 12, page, device, dtype)
+        cache.store.copy_(torch.randn(cache.store.shape, generator=generator))
+        tables, counts, lengths = [[7, 2, 11], [7, 5], [3, 1], [10]], [1, 40, 1, 9], [2 * page + 3, page + 9, page, 9]
+        q_TNH = torch.randn(sum(counts), heads, 64, generator=generator).to(device, dtype)
+        exact = torch.cat([
+            reference(*(each.transpose(0, 1)[None] for each in (q, *found)), _last(len(q), length))[0].transpose(0, 1)
+            for q, table, length in zip(q_TNH.split(counts), tables, lengths, strict=True)
+            for found in [[each[table].flatten(0, 1)[:length] for each in cache.by_block[0]]]
+        ]).flatten(1)  # fmt: skip
+        native = NativeKernels.of(cache.store)
+        for name, reader in readers(cache, heads, native):
+            told = f"{name} by pages of {page}, {heads} heads on {kv_heads}"
+            yield compared(told, exact, _by_pages, reader, cache, tables, counts, lengths, q_TNH)
+            if isinstance(reader, RecordableReader):
+                last_B = torch.tensor(counts, device=device).cumsum(0) - 1
+                padded = torch.tensor([(own + [0] * 3)[:3] for own in tables], device=device)
+                at_B = torch.tensor(lengths, device=device) - 1
+                told = f"{told}, as recorded"
+                yield compared(told, exact[last_B.cpu()], _as_recorded, reader, cache, padded, at_B, q_TNH[last_B])
+
+
+def _by_pages(reader: PageReader, cache: PagedCache, *given: Any) -> Tensor:
+    *batch, q_TNH = given
+    return reader.prepare(cache, *batch)(0, q_TNH)
+
+
+def _as_recorded(reader: RecordableReader, cache: PagedCache, tables: Tensor, at_B: Tensor, q_BNH: Tensor) -> Tensor:
+    return reader.prepare_fixed(cache, tables, at_B)(0, q_BNH)
+
+
+def _last(tokens: int, length: int) -> Tensor:
+    """BoolTensor [1, tokens, length]: what the last tokens of a sequence see."""
+    return (torch.arange(length) <= torch.arange(length - tokens, length)[:, None])[None]
 
 
 def paged_parity(device: str, quick: bool) -> Iterator[Row]:

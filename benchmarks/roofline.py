@@ -2,9 +2,11 @@
 
 A step of B texts must read all weights but the embedding, and B contexts of keys and values; and it multiplies each of
 B states with all of them. So it takes bytes / bandwidth or operations / rate at least, whichever is longer. Both limits
-are measured beside it in the same process: the fastest of some copies, and the best matrix product. Images: one guided
-by three branches alone, its pixels included, and 16 at once. Weights are random. `--quick` is a smoke test of the
-script.
+are measured beside it in the same process: the fastest of some copies, and the best matrix product. Long contexts: the
+passes alone (all but the sampler and the scheduler) over random keys and values, by our kernels and by PyTorch's alone,
+in turns; and with a prefix that all share, over those of one. Images: one guided by three branches alone, its pixels
+included, and 16 at once. Weights are random. `--busy` is for a machine with other work: one thread, and the seconds it
+computes instead of those that pass. `--quick` is a smoke test of the script.
 """
 
 from __future__ import annotations
@@ -12,13 +14,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
+from calumma.model.generation.attention.choice import fastest
+from calumma.model.generation.cache.contiguous import ContiguousCache
+from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.cache.sequence import Sequence
+from calumma.model.generation.passes.decoder import Decoder
+from calumma.model.generation.passes.layout import BatchLayout
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.vocabulary import Vocabulary
 
@@ -26,6 +34,9 @@ benchmark = importlib.import_module("engine")  # benchmarks/engine.py: a script'
 training = importlib.import_module("model")
 COPIED = 1 << 28  # bytes: more than any cache holds
 GPU_TARGETS = {1: 0.75, 32: 0.6}
+CPU_TARGETS = {1: 0.8, 32: 0.6}
+LONG = 2048  # positions of a long context
+CLOCKS: list[Callable[[], float]] = [time.perf_counter]
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ def bandwidth(device: str) -> float:
 def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return CLOCKS[-1]()
 
 
 def decoding(engine: Engine, shapes: benchmark.Shapes, batch: int) -> tuple[float, float]:
@@ -109,6 +120,63 @@ def texts(shapes: benchmark.Shapes, limits: Limits, batch: int) -> Iterator[benc
         f"{share:.0%} ({1e3 * work.seconds(limits):.2f} : {1e3 * seconds:.2f} ms; {batch / seconds:,.0f} tokens/s)",
         wanted,
     )
+
+
+@torch.inference_mode()
+def long_contexts(shapes: benchmark.Shapes, limits: Limits) -> Iterator[benchmark.Row]:
+    """Passes of a token a sequence, by both kernels; and of sequences with their own contexts and a shared one."""
+    prompt = shapes.prompt if shapes.preset == "calumma-20m" else LONG
+    shapes = replace(shapes, layers=min(shapes.layers, 2), prompt=prompt)
+    transformer, size = benchmark.fresh(shapes), 32
+    config, length = transformer.config, min(LONG, transformer.config.context - 8)
+    blocks, most = -(-length // size), max(CPU_TARGETS)
+    decoders = {kernels: Decoder(transformer, kernels=kernels) for kernels in ("auto", "torch")}
+    weight = decoders["auto"].embedding
+    cache = PagedCache(config, blocks * most, size, weight.device, weight.dtype)
+    cache.store.copy_(torch.randn(cache.store.shape[3:]))
+    tables = torch.randperm(cache.blocks).view(most, blocks).tolist()
+    numbers = getattr(torch, shapes.dtype).itemsize
+
+    def passes(kernels: str, tables: list[list[int]]) -> Callable[[], float]:
+        decoder = decoders[kernels]
+        _, reader = fastest(config, decoder.heads, cache, decoder.operations.native)
+        contiguous = ContiguousCache(cache) if reader is None and shapes.device == "cpu" else None
+        sequences = [Sequence([0] * length, length - 4, table) for table in tables]
+
+        def seconds() -> float:
+            best = float("inf")
+            for number in range(3):
+                for sequence in sequences:
+                    sequence.cached = length - 4 + number
+                began = _now(shapes.device)
+                layout = BatchLayout([(sequence, 1) for sequence in sequences], size)
+                tokens_T = torch.tensor(layout.tokens, device=shapes.device)
+                paged = layout.step(cache, 0, torch.device(shapes.device), contiguous, reader)
+                decoder.logits(decoder.hidden(tokens_T, paged))
+                best = min(best, _now(shapes.device) - began)
+            return best
+
+        return seconds
+
+    name = f"{shapes.preset}, {config.layers} layers, {shapes.vocabulary:,} ids, {shapes.dtype}, context {length}"
+    for batch, target in CPU_TARGETS.items():
+        least = Work.of(config, batch, length, numbers).seconds(limits)
+        ours, theirs = benchmark.fastest(2, passes("auto", tables[:batch]), passes("torch", tables[:batch]))
+        wanted = training.verdict(least / ours, target) if shapes.device == "cpu" else "for information"
+        told = f"{least / ours:.0%} ({1e3 * least:.2f} : {1e3 * ours:.2f} ms)"
+        yield f"{name}, batch {batch}", "least time of a pass over its time", told, wanted
+        told = f"{least / theirs:.0%} ({1e3 * theirs:.2f} ms)"
+        yield f"{name}, batch {batch}, PyTorch's kernels", "the same", told, "for information"
+    for batch in (8, most):
+        shared = [[*tables[0][:-1], table[-1]] for table in tables[:batch]]
+        one, own = benchmark.fastest(2, passes("auto", shared), passes("auto", tables[:batch]))
+        told = f"{one / own:.2f} ({1e3 * one:.2f} : {1e3 * own:.2f} ms)"
+        yield (
+            f"{name}, batch {batch}",
+            "a pass with a shared prefix over one with own contexts",
+            told,
+            "for information",
+        )
 
 
 def images(shapes: benchmark.Shapes, tokenizer: ImageTokenizer) -> Iterator[benchmark.Row]:
@@ -156,19 +224,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether the script works, not how fast")
+    parser.add_argument("--busy", action="store_true", help="one thread, and the seconds that it computes")
+    parser.add_argument("--only", choices=["text", "long", "images"], help="one part alone")
     given = parser.parse_args()
+    if given.busy:
+        torch.set_num_threads(1)
+        CLOCKS.append(time.process_time)
     shapes, picture = shapes_of(given.device, given.quick)
     case = replace(shapes.case(), tokens=4096)
-    limits = Limits(bandwidth(given.device), training.ceiling(case))
+    limits = Limits(bandwidth(given.device), training.ceiling(case, CLOCKS[-1]))
     print(f"Machine: {training.machine(given.device)}; ", end="")
     print(f"{limits.bandwidth / 1e9:,.0f} GB/s, {limits.operations / 1e9:,.0f} GFLOP/s in {shapes.dtype}\n")
     print("| case | measured | calumma | target |\n| --- | --- | --- | --- |", flush=True)
-    for batch in GPU_TARGETS:
-        for row in texts(shapes, limits, batch):
-            print(f"| {' | '.join(row)} |", flush=True)
     tokenizer = ImageTokenizer(picture).to(given.device, getattr(torch, shapes.dtype)).eval()
-    for row in images(shapes, tokenizer):
-        print(f"| {' | '.join(row)} |", flush=True)
+    parts = {
+        "text": (row for batch in GPU_TARGETS for row in texts(shapes, limits, batch)),
+        "long": long_contexts(shapes, limits),
+        "images": images(shapes, tokenizer),
+    }
+    for part in [given.only] if given.only else parts:
+        for row in parts[part]:
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,11 @@ def test_our_platform_is_never_imported_by_its_bare_name() -> None:
 # --- pins and packages ---------------------------------------------------------------------------------------------
 
 
+UNPINNED = ("clients", "gpu")  # have pins of their own; are compiled for the torch that is there
+
+
 def requirements() -> list[Requirement]:
-    extras = [more for name, more in PROJECT["project"]["optional-dependencies"].items() if name != "clients"]
+    extras = [more for name, more in PROJECT["project"]["optional-dependencies"].items() if name not in UNPINNED]
     return [
         Requirement(text) for text in [*PROJECT["project"]["dependencies"], *(one for more in extras for one in more)]
     ]
@@ -194,6 +197,7 @@ def test_the_wheel_contains_recipes_playground_templates_and_license(wheel: zipf
         *(ROOT / "jobs" / "recipes").rglob("*.json"),
         *(ROOT / "serve").rglob("*.html"),
         *(ROOT / "serve").rglob("*.css"),
+        *(ROOT / "model").rglob("*.cpp"),
     ]
     data += [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.html.j2")]
     expected = {"calumma/" + file.relative_to(ROOT).as_posix() for file in data}

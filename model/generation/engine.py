@@ -31,6 +31,7 @@ from calumma.model.generation.scheduler import Scheduler
 from calumma.model.generation.statistics import Counters, Statistics
 from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.ops.adapter import Adapter
+from calumma.model.ops.fused import Kernels
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
@@ -54,14 +55,16 @@ class Engine:
     jacobi_window: image codes that speculative Jacobi decoding drafts ahead and verifies in one pass, fewer the more
     images are drawn at once; 0 draws one code a pass. Codes come from the same distribution, but a seed gives others
     than with 0; any two other windows give the same.
-    cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so on a GPU. On
-    a CPU, or in a group, they run unrecorded. A shape is recorded when it first occurs, which takes a moment.
+    cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so on a GPU. All
+    are recorded as the engine is made. On a CPU, or in a group without NCCL, they run unrecorded.
     constraints: compiles the grammars that requests ask for (`calumma.model.tokenizers.grammar.GrammarCompiler`), in
     every process of a group alike; without it they are refused.
     shard: this process's shard in a group that shares the model (tensor parallelism): all make the same engine; the
     first is used as ever and closed in the end, the others `follow` it. The transformer is whole, or what `read_shard`
     gives.
     adapters: by name, those that requests may be answered with, all of them in the same passes; not in a group.
+    kernels: of the CPU: `native` takes our own throughout, with which the bits of an answer's log-probabilities do not
+    depend on its company where prompts are taken in whole; `auto` whichever are measured to be faster as it starts.
     decoder: in place of the transformer's own, whose configuration is all that is read then (passes/streamed.py).
     The transformer is put into evaluation mode. `add`, `abort` and what tells the state may be called from other
     threads while one thread calls `step`.
@@ -87,6 +90,7 @@ class Engine:
         memory: MemoryBudget | None = None,
         adapters: Mapping[str, Adapter] | None = None,
         decoder: Decoder | None = None,
+        kernels: Kernels = "auto",
     ) -> None:
         longest = transformer.config.context
         self.context = longest if context is None else context
@@ -110,10 +114,10 @@ class Engine:
         if jacobi_window < 0:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
         self.image_burst = 1 if jacobi_window else image_burst
-        graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
+        graphs = transformer.embedding.weight.is_cuda if cuda_graphs is None else cuda_graphs
         if adapters and shard is not None:
             raise ValueError("adapters are served beside a model that one process has, not one that is sharded")
-        decoder = decoder or Decoder(transformer.eval(), shard, adapters)
+        decoder = decoder or Decoder(transformer.eval(), shard, adapters, kernels)
         self._adapters = {name: number for number, name in enumerate(adapters or (), start=1)}
         if cache_tokens is None and memory is not None:
             cache_tokens = positions_that_fit(

@@ -35,6 +35,11 @@ class Shard:
         """This process's shard in a group, torch.distributed's default one for None."""
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
+    @property
+    def recordable(self) -> bool:
+        """Whether a CUDA graph may hold what the group's processes say to each other."""
+        return self.count == 1 or dist.get_backend(self.group) == "nccl"
+
     def heads(self, config: ModelConfig) -> tuple[slice, slice]:
         """This shard's heads, and the key-value heads they attend to. Raises ValueError where one would have none."""
         K, grouped = config.kv_heads, config.heads // config.kv_heads

@@ -1,6 +1,6 @@
 """How much memory an engine needs, by arithmetic, and how many positions of the cache are worth how many bytes.
 
-A pass gathers the blocks of the sequences that attend together, of one layer at a time (passes/backends.py), so every
+A pass gathers the blocks of the sequences that attend together, of one layer at a time (attention/paged.py), so every
 position of the cache costs a little more than it takes itself.
 """
 

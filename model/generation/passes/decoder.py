@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calumma.model.generation.attention.paged import PagedAttention
 from calumma.model.generation.passes.adapters import (
     DOWN,
     GATE_UP,
@@ -27,16 +29,17 @@ from calumma.model.generation.passes.adapters import (
     AdapterBank,
     plain,
 )
-from calumma.model.generation.passes.attention import PagedAttention
 from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.ops.adapter import Adapter
-from calumma.model.ops.int8 import Int8Matrix, Matrix, beside, linear
-from calumma.model.transformer import Transformer, TransformerBlock
+from calumma.model.ops.fused import Kernels, Operations
+from calumma.model.ops.int8 import Int8Matrix, Matrix, beside
+from calumma.model.transformer import Output, Transformer, TransformerBlock
 
 # Most bytes of projections that are copied to lie side by side.
 FUSED_BYTES = 1 << 28
 # Fewest bytes of an output projection that is packed on a CPU: the caches hold less, in whatever order it is read.
 PACKED_BYTES = 1 << 22
+TRIED = 8  # layers with which products are measured
 FusedProjection = tuple[Matrix, ...]  # that read the same input; one, where they lie side by side
 
 
@@ -59,43 +62,52 @@ class LayerWeights:
 
 class Decoder:
     """`shard`: what of every matrix this process has; all of it by default. `adapters`: by name, that some tokens may
-    be computed with; not in a group."""
+    be computed with; not in a group. `kernels`: see `Operations`."""
 
     def __init__(
-        self, transformer: Transformer, shard: Shard | None = None, adapters: Mapping[str, Adapter] | None = None
+        self,
+        transformer: Transformer,
+        shard: Shard | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+        kernels: Kernels = "auto",
     ) -> None:
         config = transformer.config
         self.transformer, self.shard = transformer, shard or Shard()
         heads, kv_heads = self.shard.heads(config)
         self.heads, self.kv_heads = heads.stop - heads.start, kv_heads.stop - kv_heads.start
         self.embedding = self._slice("embedding.weight", transformer.embedding.weight)
-        self.head_size, self.eps, self.swin = config.head_size, config.norm_eps, config.norm_order == "swin"
+        self.head_size, self.swin = config.head_size, config.norm_order == "swin"
+        self.operations = self._operations(self.embedding, kernels)
         total = sum(p.numel() * p.element_size() for p in transformer.blocks.parameters())
         self._copied = total // self.shard.count <= FUSED_BYTES
         blocks = enumerate(cast(Iterable[TransformerBlock], transformer.blocks))
         self.layers = [self._layer(f"blocks.{number}", block) for number, block in blocks]
+        down = [layer.down for layer in self.layers if isinstance(layer.down, Tensor)]
+        if down:
+            self.operations.measure(down[:TRIED])
         self.adapters = AdapterBank(transformer, adapters) if adapters else None
         self.head = self._head() if self.shard.count > 1 else None
         self._packed: dict[tuple[int, int], Tensor | None] = {}  # of the head, by first and last column
-        self._complex_rope = torch.view_as_complex(transformer.rope)
+        self.rope_LP2 = transformer.rope
 
     def hidden(self, tokens_T: Tensor, paged: PagedAttention, adapters_T: Tensor | None = None) -> Tensor:
         """LongTensor [T] -> FloatTensor [T, D], what the output projection reads; keys and values go into the cache.
         adapters: LongTensor [T], the number of each token's adapter; None where all are 0."""
         adapted = self.adapters.of(adapters_T) if self.adapters and adapters_T is not None else plain
-        x_TD = self._embed(tokens_T)
-        rope_T1P = self._complex_rope[paged.positions_T][:, None]
+        x_TD, operations = self._embed(tokens_T), self.operations
+        more_TD: Tensor | None = None  # what the next norm adds to the residual stream first
         for number, layer in enumerate(self.layers):
             if self.swin:
-                a_TD = self._attention(x_TD, rope_T1P, number, layer, paged, adapted)
-                x_TD = x_TD + self._norm(a_TD, layer.attention_norm)
-                x_TD = x_TD + self._norm(self._feed_forward(x_TD, number, layer, adapted), layer.feed_forward_norm)
+                a_TD = self._attention(x_TD, number, layer, paged, adapted)
+                x_TD = x_TD + operations.norm(a_TD, layer.attention_norm)
+                f_TD = self._feed_forward(x_TD, number, layer, adapted)
+                x_TD = x_TD + operations.norm(f_TD, layer.feed_forward_norm)
             else:
-                normal_TD = self._norm(x_TD, layer.attention_norm)
-                x_TD = x_TD + self._attention(normal_TD, rope_T1P, number, layer, paged, adapted)
-                normal_TD = self._norm(x_TD, layer.feed_forward_norm)
-                x_TD = x_TD + self._feed_forward(normal_TD, number, layer, adapted)
-        return self._norm(x_TD, self.transformer.norm.weight)
+                x_TD, normal_TD = operations.add_norm(x_TD, more_TD, layer.attention_norm)
+                more_TD = self._attention(normal_TD, number, layer, paged, adapted)
+                x_TD, normal_TD = operations.add_norm(x_TD, more_TD, layer.feed_forward_norm)
+                more_TD = self._feed_forward(normal_TD, number, layer, adapted)
+        return operations.add_norm(x_TD, more_TD, self.transformer.norm.weight)[1]
 
     def logits(self, x_RD: Tensor, columns: slice | None = None) -> Tensor:
         """FloatTensor [R, C] of some states, all columns of the vocabulary or some; the caller's own to change."""
@@ -103,6 +115,11 @@ class Decoder:
         if self.head is not None:
             logits_RV = self.shard.gather(F.linear(x_RD, self.head).float())
             return logits_RV[:, columns].contiguous()
+        native = self.operations.native
+        if native is not None and type(self.transformer.output) is Output and len(x_RD) in self.operations.native_rows:
+            weight_CD = self.transformer.output.weight.detach()[columns]
+            if weight_CD.dtype == x_RD.dtype and native.multiplies(weight_CD):
+                return native.product(x_RD, weight_CD).float()
         if len(x_RD) > 1 and (packed := self._packed_head(columns)) is not None:
             return torch.ops.mkldnn._linear_pointwise(x_RD, packed, None, "none", [], "").float()
         logits_RC: Tensor = self.transformer.output(x_RD, columns=columns)
@@ -144,50 +161,37 @@ class Decoder:
         return own[where].clone()
 
     def _attention(
-        self,
-        x_TD: Tensor,
-        rope_T1P: Tensor,
-        number: int,
-        layer: LayerWeights,
-        paged: PagedAttention,
-        adapted: Adapted,
+        self, x_TD: Tensor, number: int, layer: LayerWeights, paged: PagedAttention, adapted: Adapted
     ) -> Tensor:
-        products = [linear(x_TD, weight) for weight in layer.query_key_value]
+        products = [self.operations.product(x_TD, weight) for weight in layer.query_key_value]
         projected = _with_bias(adapted(number, QUERY_KEY_VALUE, x_TD, products), layer.query_key_value_bias)
-        Q = self.heads + self.kv_heads
-        if len(projected) == 1:
-            qkv_TXH = projected[0].view(len(x_TD), -1, self.head_size)
-            qk_TQH, v_TKH = qkv_TXH[:, :Q], qkv_TXH[:, Q:]
-        else:
-            qk_TQH = torch.cat(projected[:2], dim=-1).view(len(x_TD), Q, self.head_size)
-            v_TKH = projected[2].view(len(x_TD), self.kv_heads, self.head_size)
-        if layer.norm is not None:
-            weight_QH, bias_QH = layer.norm
-            if bias_QH is None:
-                qk_TQH = F.rms_norm(qk_TQH, (self.head_size,), eps=self.eps) * weight_QH
-            else:
-                qk_TQH = torch.addcmul(bias_QH, F.layer_norm(qk_TQH, (self.head_size,), eps=1e-5), weight_QH)
-        turned_TQP = torch.view_as_complex(qk_TQH.float().unflatten(-1, (-1, 2))) * rope_T1P
-        qk_TQH = torch.view_as_real(turned_TQP).flatten(-2).type_as(x_TD)
-        out_TX = paged.attend(number, qk_TQH[:, : self.heads], qk_TQH[:, self.heads :], v_TKH)
-        [out_TD] = adapted(number, OUTPUT, out_TX, [linear(out_TX, layer.output)])
+        q_TNH = self.operations.norm_rotate(
+            projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1),
+            layer.norm,
+            self.rope_LP2,
+            paged.positions_T,
+            paged.slots_T,
+            *paged.cache.by_position[number],
+            self.heads,
+        )
+        out_TX = paged.attend(number, q_TNH)
+        [out_TD] = adapted(number, OUTPUT, out_TX, [self.operations.product(out_TX, layer.output)])
         out_TD = self.shard.sum(out_TD)
         return out_TD if layer.output_bias is None else out_TD + layer.output_bias
 
     def _feed_forward(self, x_TD: Tensor, number: int, layer: LayerWeights, adapted: Adapted) -> Tensor:
-        products = [linear(x_TD, weight) for weight in layer.gate_up]
+        products = [self.operations.product(x_TD, weight) for weight in layer.gate_up]
         projected = _with_bias(adapted(number, GATE_UP, x_TD, products), layer.gate_up_bias)
-        gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
-        hidden_TF = F.silu(gate) * up
-        [down_TD] = adapted(number, DOWN, hidden_TF, [linear(hidden_TF, layer.down)])
+        hidden_TF = self.operations.gate(projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1))
+        [down_TD] = adapted(number, DOWN, hidden_TF, [self.operations.product(hidden_TF, layer.down)])
         down_TD = self.shard.sum(down_TD)
         return down_TD if layer.down_bias is None else down_TD + layer.down_bias
 
-    def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
-        if x_TD.is_cuda or x_TD.dtype != torch.float32:
-            return F.rms_norm(x_TD, weight_D.shape, weight_D, self.eps)
-        scale_T1 = (x_TD * x_TD).mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # fewer calls than rms_norm's own
-        return (x_TD * scale_T1).mul_(weight_D)
+    def _operations(self, sample: Tensor, kernels: Kernels = "auto") -> Operations:
+        config = self.transformer.config
+        ffn = self.shard.slices("blocks.0.feed_forward.up.weight", config)[0]
+        multiple = gcd(config.width, self.head_size, ffn.stop - ffn.start)
+        return Operations(sample, multiple, self.head_size, config.norm_eps, kernels)
 
     def _layer(self, prefix: str, block: TransformerBlock) -> LayerWeights:
         own = {name: self._slice(f"{prefix}.{name}", weight) for name, weight in block.named_parameters()}
@@ -237,7 +241,7 @@ class Decoder:
             return (beside(quantized),)
         floats = [weight for weight in weights if isinstance(weight, Tensor)]
         whole = torch.cat(floats) if len(floats) > 1 else floats[0]
-        return (whole if whole.is_cuda else whole.t().contiguous().t(),)
+        return (whole if whole.is_cuda or self.operations.native is not None else whole.t().contiguous().t(),)
 
 
 def _with_bias(projected: list[Tensor], biases: tuple[Tensor, ...] | None) -> list[Tensor]:

@@ -15,8 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calumma.model.generation.attention.paged import (
+    AttentionGroup,
+    PagedAttention,
+    PageGroup,
+    PageReader,
+    RecordableReader,
+)
 from calumma.model.generation.cache.paged import PagedCache
-from calumma.model.generation.passes.attention import AttentionGroup, PagedAttention
 from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.passes.layout import BatchLayout
 
@@ -26,11 +32,13 @@ WARM_UP = 2
 
 
 class CudaGraphs:
-    """Passes by shape, each made when it is first asked for. The cache's last block is the one that nobody owns."""
+    """Passes by shape, each made when it is first asked for, or before (`prepare`). The cache's last block is the one
+    that nobody owns. `reader` reads pages where they are, if it can be recorded; else they are gathered."""
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, longest: int) -> None:
+    def __init__(self, decoder: Decoder, cache: PagedCache, longest: int, reader: PageReader | None = None) -> None:
         """longest: most blocks of a sequence."""
         self.decoder, self.cache = decoder, cache
+        self.reader = reader if isinstance(reader, RecordableReader) else None
         most = (1 << max(0, longest - 1).bit_length()).bit_length()
         self.blocks = sorted({min(1 << power, longest) for power in range(most)})
         self.passes: dict[tuple[int, int], FixedShapePass] = {}
@@ -40,6 +48,24 @@ class CudaGraphs:
     def clear(self) -> None:
         """Drop what is recorded, and its memory."""
         self.passes, self._pool = {}, None
+
+    def prepare(self, sequences: int) -> None:
+        """Record all shapes of up to so many sequences now, the largest first, whose memory the others use again."""
+        most = next((count for count in SEQUENCES if count >= sequences), SEQUENCES[-1])
+        for B in reversed([count for count in SEQUENCES if count <= most]):
+            for M in reversed(self.blocks):
+                self._record(self._pass(B, M))
+
+    def _pass(self, B: int, M: int) -> FixedShapePass:
+        if (B, M) not in self.passes:
+            self.passes[B, M] = FixedShapePass(self.decoder, self.cache, B, M, self.reader)
+        return self.passes[B, M]
+
+    def _record(self, fixed: FixedShapePass) -> None:
+        if fixed.graph is None and self.recording and self.decoder.shard.recordable:
+            self.recording = False  # where it fails, for lack of memory, it is not tried again
+            self._pool = fixed.record(self._pool)
+            self.recording = True
 
     def hidden(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor | None:
         """What `Decoder.hidden` gives for a layout's pass, to be read before the next; None where its shape is not to
@@ -51,19 +77,15 @@ class CudaGraphs:
         size = self.cache.block_size
         B = next(count for count in SEQUENCES if count >= len(pairs))
         M = next(count for count in self.blocks if count * size > longest)
-        if (B, M) not in self.passes:
-            self.passes[B, M] = FixedShapePass(self.decoder, self.cache, B, M)
-        fixed = self.passes[B, M]
+        fixed = self._pass(B, M)
         spare, missing = self.cache.blocks - 1, B - len(pairs)
         positions = [sequence.cached + step for sequence, _ in pairs]
         slots = [s.blocks[p // size] * size + p % size for (s, _), p in zip(pairs, positions, strict=True)]
         tables = [(s.blocks + [spare] * M)[:M] for s, _ in pairs] + [[spare] * M] * missing
         adapters = (layout.adapters or [0] * len(pairs)) + [0] * missing
         fixed.fill(tokens_T, positions + [0] * missing, slots + [spare * size] * missing, tables, adapters)
-        if tokens_T.is_cuda and fixed.graph is None and self.decoder.shard.count == 1 and self.recording:
-            self.recording = False  # where it fails, for lack of memory, it is not tried again
-            self._pool = fixed.record(self._pool)
-            self.recording = True
+        if tokens_T.is_cuda:
+            self._record(fixed)
         return fixed.run()[: len(pairs)]
 
 
@@ -71,8 +93,10 @@ class FixedShapePass:
     """One token of each of B sequences with M blocks each, the inputs in `tokens_B`, `positions_B`, `slots_B`,
     `adapters_B`, `tables_BM`; the output in `out_BD` once it is recorded."""
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, B: int, M: int) -> None:
-        self.decoder, self.cache, self.B, self.M = decoder, cache, B, M
+    def __init__(
+        self, decoder: Decoder, cache: PagedCache, B: int, M: int, reader: RecordableReader | None = None
+    ) -> None:
+        self.decoder, self.cache, self.B, self.M, self.reader = decoder, cache, B, M, reader
         self.device = cache.store.device
         inputs = torch.zeros(4, B, dtype=torch.long, device=self.device)
         self.tokens_B, self.positions_B, self.slots_B, self.adapters_B = inputs
@@ -96,13 +120,18 @@ class FixedShapePass:
 
     def compute(self) -> Tensor:
         """[B, D]: nothing in here depends on what the inputs hold, on the host."""
+        adapters_B = self.adapters_B if self.decoder.adapters else None
+        if self.reader is not None:
+            reads = self.reader.prepare_fixed(self.cache, self.tables_BM, self.positions_B)
+            paged = PagedAttention(self.cache, self.positions_B, self.slots_B, [PageGroup(self.B, reads)])
+            return self.decoder.hidden(self.tokens_B, paged, adapters_B)
         L = self.M * self.cache.block_size
         seen_BL = torch.arange(L, device=self.device) <= self.positions_B[:, None]
         bias_BL = torch.zeros(self.B, L, device=self.device, dtype=self.cache.store.dtype)
         bias_BL.masked_fill_(~seen_BL, float("-inf"))
         group = AttentionGroup(self.B, 1, self.tables_BM.flatten(), bias_BL[:, None, None])
         paged = PagedAttention(self.cache, self.positions_B, self.slots_B, [group], own_memory=True)
-        return self.decoder.hidden(self.tokens_B, paged, self.adapters_B if self.decoder.adapters else None)
+        return self.decoder.hidden(self.tokens_B, paged, adapters_B)
 
     def record(self, pool: Any) -> Any:
         """Record `compute` in the memory pool of those recorded before, of which only one runs at a time; gives the

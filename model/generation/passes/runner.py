@@ -14,8 +14,10 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from calumma.model.generation.attention.choice import fastest
 from calumma.model.generation.cache.contiguous import ContiguousCache
 from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.cache.sizing import BRANCHES
 from calumma.model.generation.cache.verification import Note, Verification, Written
 from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.passes.drafts import lay_out, verify_drafts
@@ -63,8 +65,13 @@ class ModelRunner:
             self.decoder.kv_heads,
         )
         self.sampler = Sampler(vocabulary, config.vocabulary_size, seats, context, weight.device)
-        self.contiguous = ContiguousCache(self.cache) if self.device.type == "cpu" else None
-        self.graphs = CudaGraphs(self.decoder, self.cache, -(-context // block_size)) if graphs else None
+        native = self.decoder.operations.native
+        _, self.reader = fastest(config, self.decoder.heads, self.cache, native)
+        gathers = self.device.type == "cpu" and self.reader is None
+        self.contiguous = ContiguousCache(self.cache) if gathers else None
+        self.graphs = CudaGraphs(self.decoder, self.cache, -(-context // block_size), self.reader) if graphs else None
+        if self.graphs is not None and self.device.type == "cuda":
+            self.graphs.prepare(BRANCHES * seats)
         self.vocabulary, self.window = vocabulary, window
         self.verification: Verification[RequestState] = Verification()
         self.computed = self.drafted = self.accepted = 0
@@ -157,11 +164,20 @@ class ModelRunner:
         return outputs
 
     def _hidden(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor:
-        x_TD = self.graphs.hidden(tokens_T, layout, step) if self.graphs is not None else None
-        if x_TD is not None:
-            return x_TD
+        recorded, others = layout.split() if self.graphs is not None else (None, None)
+        if self.graphs is not None and recorded is not None:
+            count = len(recorded.tokens)
+            x_TD = self.graphs.hidden(tokens_T[:count], recorded, step)
+            if x_TD is not None:
+                rest = [self._computed(tokens_T[count:], others, step)] if others is not None else []
+                return torch.cat([x_TD, *rest]) if rest else x_TD
+        return self._computed(tokens_T, layout, step)
+
+    def _computed(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor:
+        """`_hidden`, not recorded."""
         adapters_T = self._tensor(layout.adapters) if layout.adapters else None
-        return self.decoder.hidden(tokens_T, layout.step(self.cache, step, self.device, self.contiguous), adapters_T)
+        paged = layout.step(self.cache, step, self.device, self.contiguous, self.reader)
+        return self.decoder.hidden(tokens_T, paged, adapters_T)
 
     def _masks(self, texts: list[RequestState]) -> tuple[Tensor | None, dict[int, Failure]]:
         """Bits of the ids that may come in each text, None where nobody asks for less than all; and the rows for which

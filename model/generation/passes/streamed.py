@@ -51,14 +51,14 @@ class StreamedDecoder(Decoder):
             self._block = TransformerBlock(config)
         self.shard, self._weights = Lockstep(), weights
         self.heads, self.kv_heads, self.head_size = config.heads, config.kv_heads, config.head_size
-        self.eps, self.swin = config.norm_eps, config.norm_order == "swin"
+        self.swin = config.norm_order == "swin"
         self._copied, self.head, self._packed, self.adapters = False, None, {}, None
         with weights("norm.") as found:
             norm = found["norm.weight"].detach().to(device, copy=True)
         self.transformer.norm.weight = nn.Parameter(norm, requires_grad=False)
         self.embedding = torch.empty(0, dtype=norm.dtype, device=device)  # what else there is has no place of its own
-        rope_TP2 = rope_table(config.head_size, config.context, config.rope_theta, device, config.rope_scaling)
-        self._complex_rope = torch.view_as_complex(rope_TP2)
+        self.rope_LP2 = rope_table(config.head_size, config.context, config.rope_theta, device, config.rope_scaling)
+        self.operations = self._operations(self.embedding)
         self._head_name = "embedding.weight" if config.tied else "output.weight"
         self.layers = _Layers(self, config.layers)  # type: ignore[assignment]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams, StepFailed
+from calumma.model.generation.attention.paged import PagedAttention
 from calumma.model.generation.faults import MOST_IN_A_ROW, out_of_memory
 from calumma.model.generation.passes import prompt_scores, runner
-from calumma.model.generation.passes.attention import PagedAttention
 from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.passes.graphs import FixedShapePass
 from calumma.model.generation.request_state import RequestState

@@ -109,6 +109,21 @@ def test_an_answer_given_back_as_a_prompt_scores_as_in_training(transformer: Tra
         torch.testing.assert_close(torch.tensor(own), scores, rtol=0, atol=WITHIN)
 
 
+def test_with_native_kernels_the_bits_do_not_depend_on_company(transformer: Transformer) -> None:
+    """Of answers whose prompts are taken in whole, alone and with eleven others."""
+    asked = requests()
+    alone, together = (answered(Engine(transformer, V, N, kernels="native"), asked, each) for each in (False, True))
+    for request in asked:
+        one, other = (
+            [(e.tokens, e.logprobs, e.prompt_logprobs) for e in found[request.id]] for found in (alone, together)
+        )
+        flat = [
+            [(t, v) for tokens, values, _ in each for t, v in zip(tokens, values, strict=True)] for each in (one, other)
+        ]
+        assert flat[0] == flat[1]
+        assert one[0][2] == other[0][2]
+
+
 def _among_allowed(transformer: Transformer, row: list[int], request: Request) -> Tensor:
     """Of an answer's tokens, by the Transformer's logits of the ids that may come."""
     begin = len(request.tokens)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from calumma.model.config import ModelConfig
+from calumma.model.generation.attention.native import NativeReader
 from calumma.model.generation.cache.contiguous import ContiguousCache
 from calumma.model.generation.cache.paged import PagedCache
 from calumma.model.generation.cache.sequence import Sequence
@@ -45,8 +46,12 @@ def test_cached_passes_equal_the_full_forward(changes: dict[str, object], data: 
     cache = PagedCache(model.config, blocks=3 * -(-20 // size), block_size=size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoders, "FUSED_BYTES", data.draw(st.sampled_from([0, 1 << 20])))
-        decoder = Decoder(model)
+        decoder = Decoder(model, kernels=data.draw(st.sampled_from(["auto", "torch"])))
     keeper = ContiguousCache(cache) if data.draw(st.booleans()) else None
+    native = decoder.operations.native
+    reader = (
+        NativeReader(native, data.draw(st.sampled_from([1, 3, 16]))) if native and data.draw(st.booleans()) else None
+    )
     sequences = [Sequence(row.tolist(), 0, [next(blocks) for _ in range(-(-20 // size))]) for row in contexts]
     while any(sequence.pending for sequence in sequences):
         counts = data.draw(st.sampled_from([(1, 1, 1), (1, 1, 0), (0, 1, 5), (9, 1, 1), (3, 3, 3), (2, 0, 9)]))
@@ -55,7 +60,7 @@ def test_cached_passes_equal_the_full_forward(changes: dict[str, object], data: 
             (s, s.pending) for s in sequences if s.pending
         ]
         layout = BatchLayout(pairs, size)
-        states = decoder.hidden(torch.tensor(layout.tokens), layout.step(cache, 0, torch.device("cpu"), keeper))
+        states = decoder.hidden(torch.tensor(layout.tokens), layout.step(cache, 0, torch.device("cpu"), keeper, reader))
         found = decoder.logits(states)
         for sequence, count in pairs:
             last, row = layout.last[id(sequence)], sequences.index(sequence)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams
+from calumma.model.generation.attention.flex import FlexReader
 from calumma.model.generation.cache.sequence import Sequence
-from calumma.model.generation.passes.graphs import SEQUENCES
+from calumma.model.generation.passes.graphs import SEQUENCES, FixedShapePass
 from calumma.model.generation.passes.layout import BatchLayout
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
@@ -114,3 +115,56 @@ def test_recorded_passes_draw_the_same_tokens(transformer: Transformer) -> None:
     assert answers(fixed, 12) == answers(plain, 12)
     assert fixed._runner.graphs is not None
     assert all(each.graph is not None for each in fixed._runner.graphs.passes.values())
+
+
+def test_all_shapes_are_recorded_before_anything_is_asked(
+    transformer: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest first, in one pool of memory; what is asked for afterwards is there."""
+    recorded: list[tuple[int, int, Any]] = []
+    monkeypatch.setattr(
+        FixedShapePass, "record", lambda self, pool: recorded.append((self.B, self.M, pool)) or pool or "pool"
+    )
+    engine = Engine(transformer, V, N, block_size=8, max_sequences=2, cuda_graphs=True)
+    graphs = engine._runner.graphs
+    assert graphs is not None
+    graphs.prepare(6)
+    shapes = [(B, M) for B, M, _ in recorded]
+    assert shapes == [(B, M) for B in (8, 4, 2, 1) for M in (8, 4, 2, 1)]
+    assert [pool for *_, pool in recorded] == [None] + ["pool"] * (len(recorded) - 1)
+    made = dict(graphs.passes)
+    answers(engine, 6)
+    assert graphs.passes == made
+
+
+def test_in_mixed_passes_those_who_answer_are_recorded(transformer: Transformer) -> None:
+    engine = Engine(transformer, V, N, block_size=8, cuda_graphs=True, prefill_tokens=4)
+    engine.add(Request("0", [V.bos, 15], SamplingParams(30, seed=0)))
+    while not engine.step():
+        pass
+    graphs = engine._runner.graphs
+    assert graphs is not None
+    graphs.clear()
+    engine.add(Request("1", [V.bos, *range(15, 27)], SamplingParams(4, seed=1)))
+    engine.step()
+    assert [B for B, _ in graphs.passes] == [1], "with the other's prompt beside it"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_recorded_pass_reads_pages_where_they_are(transformer: Transformer) -> None:
+    """By tables on the device, filled up with others' blocks and the one that nobody owns."""
+    gathers, reads = (Engine(transformer, V, N, block_size=8, cache_tokens=64, cuda_graphs=True) for _ in range(2))
+    found = []
+    for engine, reader in ((gathers, None), (reads, FlexReader())):
+        graphs, cache = engine._runner.graphs, engine._runner.cache
+        assert graphs is not None
+        graphs.reader = reader
+        cache.store.normal_(generator=torch.Generator().manual_seed(0))
+        sequences = [
+            Sequence([V.bos, *range(15, 27)], cached, blocks)
+            for cached, blocks in ((9, [3, 5]), (1, [0, 4]), (7, [2, 3]))
+        ]
+        layout = BatchLayout([(sequence, 1) for sequence in sequences], cache.block_size)
+        with torch.no_grad():
+            found.append(graphs.hidden(torch.tensor(layout.tokens), layout, 0))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)

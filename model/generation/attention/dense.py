@@ -1,4 +1,5 @@
-"""The arithmetic of attention over gathered keys and values: the fused kernel of any device, and a faster one on CPUs.
+"""The arithmetic of attention over keys and values that lie side by side: the fused kernel of any device, a faster one
+on CPUs, and one for the tokens of a prompt that needs no mask.
 
 Shape suffixes: B sequences with T new tokens each, L keys, N heads, K key-value heads, G heads of a key-value head
 (N/K), H head size, X key-value heads of all sequences (B*K).
@@ -36,3 +37,18 @@ def attend_by_products(q_BNH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, bias_B11L:
     bias_X1L = bias_B11L.expand(-1, K, -1, -1).flatten(0, 1)
     weights_XGL = torch.baddbmm(bias_X1L, q_XGH, k_XLH.transpose(1, 2), alpha=H**-0.5).softmax(-1)
     return torch.bmm(weights_XGL, v_XLH).view(B, N * H)
+
+
+def attend_causal(q_TNH: Tensor, k_LKH: Tensor, v_LKH: Tensor) -> Tensor:
+    """The last T of a sequence's L tokens, each up to its own position, on a CPU: [T, N, H] -> [T, N*H]. Before the
+    first of them all is seen and from there on half: two products without a mask, put together by their sums (as
+    FlashAttention's parts, arXiv 2205.14135). Heads that share a key head are not repeated."""
+    T, L = len(q_TNH), len(k_LKH)
+    q, k, v = (each.transpose(0, 1)[None] for each in (q_TNH, k_LKH, v_LKH))
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    own_1NTH, own_1NT = fused(q, k[:, :, L - T :], v[:, :, L - T :], 0.0, True)
+    if T < L:
+        before_1NTH, before_1NT = fused(q, k[:, :, : L - T], v[:, :, : L - T], 0.0, False)
+        share_1NT1 = torch.sigmoid(own_1NT - before_1NT)[..., None]
+        own_1NTH = torch.lerp(before_1NTH.float(), own_1NTH.float(), share_1NT1).to(q_TNH.dtype)
+    return own_1NTH[0].transpose(0, 1).reshape(T, -1)
