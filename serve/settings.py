@@ -157,7 +157,7 @@ class ModelSettings(Section):
     )
     cuda_graphs: bool | None = Field(
         None,
-        description="record the passes of answers in progress as CUDA graphs; none: where one GPU holds a replica",
+        description="record the passes of answers in progress as CUDA graphs; none: on GPUs",
     )
     max_queued: int = Field(
         256,
