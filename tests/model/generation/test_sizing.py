@@ -127,7 +127,8 @@ def test_an_engine_fills_its_share_of_a_device_and_never_runs_out_of_memory(
     with device:
         device.hold(list(transformer.parameters()))
         memory = MemoryBudget(device, share=0.9)
-        engine = Engine(transformer, V, 4, max_sequences=6, prefill_tokens=64, memory=memory)
+        options: dict[str, Any] = {"max_sequences": 6, "prefill_tokens": 64, "memory": memory}
+        engine = Engine(transformer, V, 4, kernels="torch", **options)  # gathers, as is counted
         answers = run_engine(engine, *busy())
     now = engine.statistics
     assert {events[-1].finish for events in answers.values()} == {"length"}
