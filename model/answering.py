@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calumma.model.document import Document
+from calumma.model.generation.admission import positions_of
+from calumma.model.generation.cache.block_manager import BLOCK_SIZE
 from calumma.model.generation.engine import Engine
 from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.request import Request, SamplingParams
@@ -39,6 +41,7 @@ def generate(
 ) -> list[Document]:
     """Continue each prompt, with the same parameters or its own; the answers only, in the prompts' order.
 
+    At most `max_sequences` are answered at once, in a cache as large as those that need most of it fill.
     `decoder`: in place of the model's own (see Engine). `beat` is called after every pass.
     An answer to a conversation has the role "assistant". progress(done, total) counts finished answers. The
     transformer's training mode is as before when it returns. Raises ValueError (PromptTooLong for one) that names the
@@ -53,15 +56,26 @@ def generate(
     trained = model.transformer.training
     compiler = GrammarCompiler(model.text_tokenizer, model.vocabulary)
     options: dict[str, Any] = {} if decoder is None else {"decoder": decoder, "cuda_graphs": False}
+    requests = [
+        Request(str(number), prompt.ids, own) for number, (prompt, own) in enumerate(zip(encoded, each, strict=True), 1)
+    ]
+    together = max(1, min(max_sequences, len(requests)))
+    room = positions_of(requests, together, model.vocabulary, model.image_length, model.config.context)
     engine = Engine(
-        model.transformer, model.vocabulary, model.image_length, max_sequences, constraints=compiler, **options
+        model.transformer,
+        model.vocabulary,
+        model.image_length,
+        together,
+        cache_tokens=max(BLOCK_SIZE, room),
+        constraints=compiler,
+        **options,
     )
     try:
-        for number, (prompt, own) in enumerate(zip(encoded, each, strict=True), start=1):
+        for request in requests:
             try:
-                engine.add(Request(str(number), prompt.ids, own))
+                engine.add(request)
             except ValueError as error:
-                raise type(error)(f"prompt {number} of {len(prompts)}: {error}") from error
+                raise type(error)(f"prompt {request.id} of {len(prompts)}: {error}") from error
         answers: dict[str, list[int]] = {str(number): [] for number in range(1, len(prompts) + 1)}
         done = 0
         while engine.has_work:

@@ -167,6 +167,12 @@ class ModelSettings(Section):
     max_queued_per_key: int | None = Field(
         None, ge=1, description="the same for one API key; none: three quarters of max_queued"
     )
+    max_queued_tokens: int = Field(
+        2**22,
+        ge=1,
+        description="tokens of prompts that may wait in a replica, beside a context for each of max_sequences; more "
+        "get 429, but for keys with less than their even part",
+    )
     image_coders: int = Field(
         0, ge=0, description="most replicas of a deployment that codes and decodes images; 0: the engine's replicas do"
     )

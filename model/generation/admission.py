@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from calumma.model.generation.cache.block_manager import BLOCK_SIZE
 from calumma.model.generation.guidance import GuidanceWeights
 from calumma.model.generation.request import PromptTooLong, Request, SamplingParams
 from calumma.model.vocabulary import Vocabulary
@@ -74,6 +75,21 @@ class RequestLimits:
     def blocks(self, size: int) -> int:
         """Blocks of `size` positions that hold all sequences at their longest."""
         return sum(-(-length // size) for length in self.lengths)
+
+
+def positions_of(
+    requests: list[Request], together: int, vocabulary: Vocabulary, image_length: int, context: int
+) -> int:
+    """Positions of a cache, in blocks of BLOCK_SIZE, in which no `together` of some requests lack room; those that can
+    never be answered count nothing."""
+    needed = []
+    for request in requests:
+        try:
+            lengths = RequestLimits.of(request, vocabulary, image_length, context).lengths
+        except ValueError:  # it will be refused
+            continue
+        needed.append((1 + sum(-(-length // BLOCK_SIZE) for length in lengths)) * BLOCK_SIZE)  # one for first tokens
+    return sum(sorted(needed, reverse=True)[:together])
 
 
 def _check_ids(params: SamplingParams, vocabulary: Vocabulary) -> None:

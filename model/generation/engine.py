@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from calumma.model.generation.admission import RequestLimits
-from calumma.model.generation.cache.block_manager import BlockManager
+from calumma.model.generation.cache.block_manager import BLOCK_SIZE, BlockManager
 from calumma.model.generation.cache.device_memory import MemoryBudget
 from calumma.model.generation.cache.sizing import Workload
 from calumma.model.generation.constraint import ConstraintCompiler, GrammarTooLarge, TokenConstraint
@@ -27,6 +27,7 @@ from calumma.model.generation.passes.profiling import positions_that_fit
 from calumma.model.generation.passes.runner import ModelRunner
 from calumma.model.generation.request import Event, Failure, Request
 from calumma.model.generation.request_state import RequestState
+from calumma.model.generation.sampling.randomness import FILLED
 from calumma.model.generation.scheduler import Scheduler
 from calumma.model.generation.statistics import Counters, Statistics
 from calumma.model.generation.tensor_parallel import Shard
@@ -51,7 +52,8 @@ class Engine:
     block_size: positions of a block of it. prefix_cache: keep what is computed for requests, and branches, that begin
     alike.
     prefill_tokens: most prompt tokens a step takes in, so that a long prompt does not hold up those who are answering.
-    image_burst: most codes a step draws at once when all requests are within images and none is waiting to be taken in.
+    image_burst: most codes a step draws at once when all requests are within images and none is waiting to be taken in,
+    at most 64.
     jacobi_window: image codes that speculative Jacobi decoding drafts ahead and verifies in one pass, fewer the more
     images are drawn at once; 0 draws one code a pass. Codes come from the same distribution, but a seed gives others
     than with 0; any two other windows give the same.
@@ -81,7 +83,7 @@ class Engine:
         prefill_tokens: int = 2048,
         image_burst: int = 8,
         cache_tokens: int | None = None,
-        block_size: int = 32,
+        block_size: int = BLOCK_SIZE,
         prefix_cache: bool = True,
         jacobi_window: int = 0,
         cuda_graphs: bool | None = None,
@@ -113,7 +115,7 @@ class Engine:
         self.vocabulary, self.image_length, self.max_sequences = vocabulary, image_length, max_sequences
         if jacobi_window < 0:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
-        self.image_burst = 1 if jacobi_window else image_burst
+        self.image_burst = 1 if jacobi_window else min(image_burst, FILLED)
         graphs = transformer.embedding.weight.is_cuda if cuda_graphs is None else cuda_graphs
         if adapters and shard is not None:
             raise ValueError("adapters are served beside a model that one process has, not one that is sharded")
@@ -261,7 +263,7 @@ class Engine:
     def _seat(self, state: RequestState) -> None:
         if state.seated != state.seat:
             seen = state.penalized_ids if state.params.text.penalized else []
-            self._runner.sampler.seat(state.seat, state.params, state.seed, seen, state.answered, state.longest)
+            self._runner.sampler.seat(state.seat, state.params, state.seed, seen, state.answered)
             state.seated = state.seat
 
     def _accept(self, output: RunnerOutput) -> list[Event]:

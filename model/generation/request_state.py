@@ -66,7 +66,7 @@ class RequestState:
         self.weight = 1.0  # of the full context's logits
         self.phase: Phase = "text"
         self.answered = 0  # ids of the answer; the next one takes the random numbers of this index
-        self.longest = self.tokens_left = limits.tokens
+        self.tokens_left = limits.tokens
         self.images_left = limits.images
         self.codes_left = 0
         self.images_done = 0

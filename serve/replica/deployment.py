@@ -77,6 +77,7 @@ class EngineDeployment(EngineReplica):
             engine,
             device_and_dtype(settings)[0],
             settings.max_queued_per_key,
+            settings.max_queued_tokens,
         )
         self._name = serve.get_replica_context().replica_id.unique_id
         self._streams = 0

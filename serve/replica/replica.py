@@ -78,6 +78,7 @@ class EngineReplica:
         engine: EngineClient | None = None,
         device: str | None = None,
         max_queued_per_key: int | None = None,
+        max_queued_tokens: int = 2**22,
         **options: Any,
     ) -> None:
         """engine: a running one with this model, on `device`; else one is made here, on a thread, with `options`."""
@@ -86,6 +87,7 @@ class EngineReplica:
         self.device = device or str(model.device)
         self.max_sequences, self.max_queued_per_key = max_sequences, max_queued_per_key or max(1, max_queued * 3 // 4)
         self._line = Shares(max_sequences + max_queued)  # answers that run or wait
+        self._prompts = Shares(max_sequences * model.config.context + max_queued_tokens)  # their tokens
         self._encoder = PromptEncoder(model.vocabulary, model.text_tokenizer, model.image_tokenizer)
         self._own_coder = LocalImageCoder(self._encoder) if coder is None else None
         self.coder: ImageCoder = coder or self._own_coder  # type: ignore[assignment]
@@ -102,9 +104,7 @@ class EngineReplica:
         """`generate`, with the events that are there at a time together, and the ids from which another replica could
         continue the answer."""
         if request.continuation is None and (full := self._line.full(request.tenant, 1, self._line_of_one(request))):
-            whose = "requests of this API key" if full == "tenant" else "requests"
-            message = f"as many {whose} are in line already as may be; try again shortly"
-            yield EventBatch([RequestFailed(429, message, code=OVERLOADED)])
+            yield _line_is_full("requests of this API key" if full == "tenant" else "requests")
             return
         self._line.take(request.tenant)
         try:
@@ -139,6 +139,10 @@ class EngineReplica:
             param = error.param if isinstance(error, UnknownTokenId) else request.param
             yield EventBatch([RequestFailed(400, str(error), param=param)])
             return
+        if request.continuation is None and self._prompts.full(request.tenant, len(tokens)):
+            yield _line_is_full("prompt tokens")
+            return
+        self._prompts.take(request.tenant, len(tokens))
         ended = False
         try:
             self.engine.submit(engine_request, request, mailbox.post)
@@ -167,6 +171,7 @@ class EngineReplica:
                     yield batch
                 outputs = []
         finally:
+            self._prompts.give_back(request.tenant, len(tokens))
             if not ended:
                 self.engine.abort(request.id)
 
@@ -315,3 +320,8 @@ class EngineReplica:
         vocabulary = self.model.vocabulary
         image = sum(t in vocabulary.code_of or t in (vocabulary.begin_image, vocabulary.end_image) for t in tokens)
         return TokenCount(len(tokens) - image, image)
+
+
+def _line_is_full(what: str) -> EventBatch:
+    message = f"as many {what} are in line already as may be; try again shortly"
+    return EventBatch([RequestFailed(429, message, code=OVERLOADED)])

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
 
-from calumma.model import Document, Image, MixedModalModel, Text, generate
+from calumma.model import Document, Image, MixedModalModel, Text, answering, generate
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
 from calumma.model.encoding import DocumentEncoder
-from calumma.model.generation import PromptTooLong, SamplingParams
+from calumma.model.generation import Engine, PromptTooLong, SamplingParams
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Output, Transformer
@@ -85,6 +85,27 @@ def test_generate_answers_documents_with_documents(model: MixedModalModel) -> No
     assert [type(segment) for segment in answers[2].segments] == [Image]
     assert answers[2].images[0].open().size == (4, 4)
     assert generate(model, [], SamplingParams()) == []
+
+
+def test_generate_reserves_what_its_requests_need(model: MixedModalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no less: nobody gives room back, with three branches of an image each. One alone takes no sixteen contexts,
+    and its answer is that beside others."""
+    engines: list[Engine] = []
+
+    def make(*args: Any, **options: Any) -> Engine:
+        engines.append(Engine(*args, **options))
+        return engines[-1]
+
+    monkeypatch.setattr(answering, "Engine", make)
+    picture = PILImage.new("RGB", (4, 4), "red")
+    asked = [Document((Text("abc" * number, "user"), Image(picture, role="user"))) for number in range(1, 4)]
+    params = [SamplingParams(mode="image", seed=number) for number in range(3)]
+    answers = generate(model, asked, params)
+    [alone] = generate(model, asked[:1], params[:1])
+    assert alone.images[0].open().tobytes() == answers[0].images[0].open().tobytes()
+    assert [engine.statistics.counters.preemptions for engine in engines] == [0, 0]
+    assert [engine.max_sequences for engine in engines] == [3, 1]
+    assert engines[1].statistics.blocks * engines[1].statistics.block_size <= 4 * CONTEXT
 
 
 def test_generate_names_the_prompt_it_refuses(model: MixedModalModel) -> None:

@@ -21,6 +21,7 @@ from hashlib import blake2b
 
 from calumma.model.generation.cache.sequence import Sequence
 
+BLOCK_SIZE = 32  # positions of a block, unless an engine is told otherwise
 BlockContent = tuple[tuple[int, ...], int]  # the tokens of a block and its number
 
 

@@ -121,6 +121,8 @@ class ModelRunner:
         if image_rows is not None:
             image_inputs = self._tensor([[s.seat, s.answered] for s, _ in images.draws]).T
             images.to(self.device)
+        for state in (*texts, *images.states):
+            self.sampler.numbers.reserve(state.seat, state.answered + steps)
         tokens_T = self._tensor(layout.tokens)
         samples: list[SamplerOutput] = []
         outputs: list[RunnerOutput] = []

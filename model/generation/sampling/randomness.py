@@ -4,7 +4,7 @@ Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 
 (https://numpy.org/doc/stable/reference/random/bit_generators/philox.html): all 64 bits of a seed are its key, where
 torch's generators keep 32; and a draw is found without those before it, so that an answer goes on from any id of it.
 
-Shape suffixes: N draws, X numbers of a draw.
+Shape suffixes: N draws, X numbers of a draw, S seats.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 BLOCK = 8  # words of 32 bits that a counter gives
 BITS = 24  # of a float32 in 0..1
+FILLED = 64  # draws of a seat whose numbers are made at once, and the most that a step may look ahead
 
 
 def uniform(seed: int, first: int, count: int, width: int, stream: int = 0) -> Tensor:
@@ -24,6 +25,33 @@ def uniform(seed: int, first: int, count: int, width: int, stream: int = 0) -> T
     `first + count - 1`, `width` each. Seeds are equal modulo 2^64. Streams of a seed have nothing in common."""
     words_NX = _words(seed, first, count, width, stream)
     return torch.from_numpy((words_NX >> (32 - BITS)).astype(np.float32) * np.float32(2.0**-BITS))
+
+
+class SeatNumbers:
+    """The uniform numbers of the draws that each seat is at, on a device: of 2 * FILLED draws, whatever the answers'
+    length. `table_SNX` holds those of draw n in row n % (2 * FILLED)."""
+
+    def __init__(self, seats: int, width: int, device: torch.device) -> None:
+        self.table_SNX = torch.zeros(seats, 2 * FILLED, width, device=device)
+        self._width = width
+        self._seeds = [0] * seats
+        self._end = [0] * seats  # the draws of a seat before this one have been made, of which the last are kept
+
+    def seat(self, seat: int, seed: int, first: int) -> None:
+        """A request whose next draw is `first` takes a seat."""
+        self._seeds[seat], self._end[seat] = seed, first - first % FILLED
+
+    def reserve(self, seat: int, end: int) -> None:
+        """Have the numbers of the last FILLED draws before `end`, as far as the seat's request has come to them."""
+        while self._end[seat] < end:
+            first = self._end[seat]
+            row = first % (2 * FILLED)
+            self.table_SNX[seat, row : row + FILLED] = uniform(self._seeds[seat], first, FILLED, self._width)
+            self._end[seat] += FILLED
+
+    def of(self, seats_R: Tensor, number_R: Tensor) -> Tensor:
+        """FloatTensor [R, X]: the numbers of a draw of each seat."""
+        return self.table_SNX[seats_R, number_R % (2 * FILLED)]
 
 
 def exponential(seed: int, number: int, width: int, stream: int) -> Tensor:

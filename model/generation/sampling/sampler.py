@@ -1,7 +1,7 @@
 """Masks, penalties, temperature and filters for all rows of a phase at once, on the device.
 
-Per-request settings lie in tables of one row a seat; a step gathers its rows. Random numbers come from a table too:
-those of the request's seed fill its row when it is seated, and the n-th id of its answer takes the n-th few numbers. So
+Per-request settings lie in tables of one row a seat; a step gathers its rows. Random numbers come from a table too,
+which holds those of the draws that each seat is at: the n-th id of an answer takes the n-th few numbers of its seed. So
 a request's tokens depend on its seed alone, whoever shares the batch and however often it is preempted, and a step
 draws nothing.
 
@@ -24,7 +24,7 @@ from calumma.model.generation.request import MOST_LOGPROBS, SamplingParams
 from calumma.model.generation.sampling.adjustments import Adjusted, Adjustments
 from calumma.model.generation.sampling.categorical import TRIES, draw_by_rejection, largest
 from calumma.model.generation.sampling.filters import thresholds
-from calumma.model.generation.sampling.randomness import uniform
+from calumma.model.generation.sampling.randomness import SeatNumbers
 from calumma.model.vocabulary import Vocabulary
 
 TEXT, IMAGE = 0, 1
@@ -85,18 +85,16 @@ class Sampler:
         # temperature, top_p, min_p, top_k
         self.settings_SP4 = torch.zeros(seats, 2, 4, device=device)
         self.adjustments = Adjustments(seats, longest, vocabulary.pad, device)
-        self.uniform_SNX = torch.zeros(seats, longest + 1, TRIES + 1, device=device)
+        self.numbers = SeatNumbers(seats, TRIES + 1, device)
         self._room = torch.empty(0, device=device)
 
-    def seat(self, seat: int, params: SamplingParams, seed: int, seen: list[int], answered: int, longest: int) -> None:
-        """A request takes a seat: its settings, the ids that count for penalties so far, and the random numbers of the
-        ids `answered` to `longest - 1` of its answer take the seat's row."""
+    def seat(self, seat: int, params: SamplingParams, seed: int, seen: list[int], answered: int) -> None:
+        """A request takes a seat: its settings and the ids that count for penalties so far take the seat's row; the
+        next id of its answer is the one of this number."""
         rows = [[p.temperature, p.top_p, p.min_p, p.top_k] for p in (params.text, params.image)]
         self.settings_SP4[seat] = torch.tensor(rows)
         self.adjustments.seat(seat, params, seen)
-        if answered < longest:
-            numbers_NX = uniform(seed, answered, longest - answered, TRIES + 1)
-            self.uniform_SNX[seat, answered:longest] = numbers_NX.to(self.uniform_SNX.device)
+        self.numbers.seat(seat, seed, answered)
 
     def sample(
         self,
@@ -109,7 +107,8 @@ class Sampler:
     ) -> SamplerOutput:
         """One id for each row of a phase, from its logits of `columns[phase]`, which are overwritten.
 
-        seats_R: whose settings; number_R: which id of the answer (LongTensor [R]).
+        seats_R: whose settings; number_R: which id of the answer (LongTensor [R]), for which the caller has reserved
+        `numbers`.
         """
         offset = self.columns[phase].start
         logits_RC += self.bias[phase]
@@ -143,7 +142,7 @@ class Sampler:
             torch.sub(logits_RC, top_R1, out=scratch_RC).div_(torch.where(temperature_R1 > 0, temperature_R1, 1.0))
             scratch_RC.exp_()
             filters_3R = settings_R4[:, 1:].T if metadata.filtered else None
-            drawn_R1 = draw_by_rejection(scratch_RC, filters_3R, self.uniform_SNX[seats_R, number_R])
+            drawn_R1 = draw_by_rejection(scratch_RC, filters_3R, self.numbers.of(seats_R, number_R))
             token_R1 = torch.where(temperature_R1 > 0, drawn_R1, token_R1)
         adjusted.take_back(logits_RC)
         logprob_R = (logits_RC.gather(1, token_R1) - normalizer_R1)[:, 0]

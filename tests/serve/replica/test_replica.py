@@ -281,6 +281,31 @@ def test_as_many_requests_may_wait_as_the_settings_say(model: MixedModalModel) -
     assert seen["c"][0] is None, "whoever fills it"
 
 
+def test_prompts_in_line_are_bounded_by_their_tokens(model: MixedModalModel) -> None:
+    """Those of who would have no more than an even part find room; and what has ended makes room again."""
+    replica = EngineReplica(model, 1, max_queued_tokens=20)
+    room = CONTEXT + 20
+
+    async def fill() -> list[str]:
+        open_, refused = [], []
+        for number, tenant in enumerate("aaab"):
+            asked = GenerationRequest(str(number), (5,) * (CONTEXT // 2), params(0, "text"), 4, tenant=tenant)
+            open_.append(replica.generate(asked))
+            if isinstance(first := await anext(open_[-1]), RequestFailed):
+                refused.append(f"{tenant}{number}")
+                assert (first.status, first.message.split(" are ")[0]) == (429, "as many prompt tokens")
+        for output in open_:
+            await output.aclose()
+        return refused
+
+    try:
+        assert 2 * (CONTEXT // 2 + 1) <= room < 3 * (CONTEXT // 2)
+        assert run(fill()) == ["a2"]
+        assert run(fill()) == ["a2"], "what has ended has left"
+    finally:
+        replica.close()
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from calumma.model.generation import SamplingParams, nth_seed
 from calumma.model.generation.sampling.jacobi import JacobiDraft
-from calumma.model.generation.sampling.randomness import BLOCK, exponential, uniform
+from calumma.model.generation.sampling.randomness import BLOCK, FILLED, SeatNumbers, exponential, uniform
 
 ZERO = (0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B)  # key and counter 0
 seeds = st.integers(-(2**63), 2**64 - 1)
@@ -63,6 +63,24 @@ def test_a_draw_is_the_same_wherever_one_begins(seed: int, first: int, count: in
     assert torch.equal(uniform(seed, first, count, width), whole[first:])
     assert whole.shape == (first + count, width)
     assert bool(((whole >= 0) & (whole < 1)).all())
+
+
+@given(
+    begins=st.lists(st.tuples(st.integers(0, 1), seeds, st.integers(0, 2**20)), min_size=1, max_size=3),
+    steps=st.lists(st.integers(1, FILLED), max_size=12),
+)
+def test_a_seat_has_the_numbers_of_the_draws_it_is_at(begins: list[tuple[int, int, int]], steps: list[int]) -> None:
+    """However far it looks ahead, tried twice or not, and whatever it held before."""
+    numbers = SeatNumbers(2, 5, torch.device("cpu"))
+    for seat, seed, first in begins:
+        numbers.seat(seat, seed, first)
+        for count in steps:
+            numbers.reserve(seat, first + count)
+            numbers.reserve(seat, first + 1)
+            drawn = torch.arange(first, first + count)
+            assert torch.equal(numbers.of(torch.full((count,), seat), drawn), uniform(seed, first, count, 5))
+            first += count
+    assert numbers.table_SNX.shape == (2, 2 * FILLED, 5), "as large for answers of any length"
 
 
 def test_all_64_bits_of_a_seed_count_and_it_wraps() -> None:
