@@ -21,6 +21,7 @@ from calumma.model.generation.cache.device_memory import MemoryBudget
 from calumma.model.generation.cache.sizing import Workload
 from calumma.model.generation.constraint import ConstraintCompiler, GrammarTooLarge, TokenConstraint
 from calumma.model.generation.faults import FaultContainment, described
+from calumma.model.generation.passes.ahead import AheadPasses
 from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.passes.output import RunnerOutput
 from calumma.model.generation.passes.profiling import positions_that_fit
@@ -28,7 +29,7 @@ from calumma.model.generation.passes.runner import ModelRunner
 from calumma.model.generation.request import Event, Failure, Request
 from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.sampling.randomness import FILLED
-from calumma.model.generation.scheduler import Scheduler
+from calumma.model.generation.scheduler import ScheduledRequest, Scheduler
 from calumma.model.generation.statistics import Counters, Statistics
 from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.ops.adapter import Adapter
@@ -59,6 +60,8 @@ class Engine:
     than with 0; any two other windows give the same.
     cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so on a GPU. All
     are recorded as the engine is made. On a CPU, or in a group without NCCL, they run unrecorded.
+    ahead: issue the next pass before this one's ids are read, while all requests only go on; None does so on a GPU,
+    which would wait for the host. Events come a step later, and are the same.
     constraints: compiles the grammars that requests ask for (`calumma.model.tokenizers.grammar.GrammarCompiler`), in
     every process of a group alike; without it they are refused.
     shard: this process's shard in a group that shares the model (tensor parallelism): all make the same engine; the
@@ -87,6 +90,7 @@ class Engine:
         prefix_cache: bool = True,
         jacobi_window: int = 0,
         cuda_graphs: bool | None = None,
+        ahead: bool | None = None,
         constraints: ConstraintCompiler | None = None,
         shard: Shard | None = None,
         memory: MemoryBudget | None = None,
@@ -127,7 +131,7 @@ class Engine:
             )
         count = max_sequences * -(-self.context // block_size) if cache_tokens is None else cache_tokens // block_size
         self._runner = ModelRunner(
-            decoder, vocabulary, count, block_size, max_sequences, self.context, jacobi_window, graphs
+            decoder, vocabulary, image_length, count, block_size, max_sequences, self.context, jacobi_window, graphs
         )
         cache = self._runner.cache
         self._blocks = BlockManager(count, block_size, cache.copy, cache.clear, share=prefix_cache)
@@ -135,6 +139,8 @@ class Engine:
         self._containment = FaultContainment(self._runner)
         self._constraints = constraints
         self._shard = self._runner.decoder.shard
+        self.ahead = self._runner.device.type == "cuda" if ahead is None else ahead
+        self._ahead: AheadPasses | None = None  # one of which is not read, between steps
         self._counters = Counters()
         self._known: set[str] = set()
         self._arrivals = 0
@@ -238,7 +244,12 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self, commands: list[Command]) -> list[Event]:
-        events = self._apply(commands)
+        events: list[Event] = []
+        if self._ahead is not None:
+            events += self._go_on(self._ahead, again=not commands)
+            if self._ahead is not None:
+                return events
+        events += self._apply(commands)
         scheduled = self._scheduler.schedule()
         for item in scheduled:
             try:
@@ -251,14 +262,52 @@ class Engine:
             events += self._fail(state, Failure("error", described(fault)))
         if not scheduled:
             return events
+        if self.ahead and (ahead := self._start_ahead(scheduled)) is not None:
+            return events + self._go_on(ahead, again=True)
         outputs = self._containment.run(scheduled, self._scheduler.steps(scheduled, self.image_burst))
         self._counters.steps += 1
         for output in outputs:
             events += self._accept(output)
+        self._cache_full_blocks(scheduled)
+        return events
+
+    def _start_ahead(self, scheduled: list[ScheduledRequest]) -> AheadPasses | None:
+        """The first of passes that are issued ahead, where these requests allow that and not even more at once."""
+        if not all(item.samples and not item.draft and max(item.counts) == 1 for item in scheduled):
+            return None
+        bursts = self.image_burst > 1 and all(item.state.drawing for item in scheduled)
+        if bursts or (self._runner.window and any(item.state.drawing for item in scheduled)):
+            return None
+        if not self._scheduler.goes_on(scheduled, 0):
+            return None
+        ahead = AheadPasses(self._runner, scheduled)
+        if not self._containment.issue(ahead):
+            return None
+        self._counters.steps += 1
+        self._ahead = ahead
+        return ahead
+
+    def _go_on(self, ahead: AheadPasses, again: bool) -> list[Event]:
+        """Issue the next pass, where there is one, and read the one before."""
+        again = again and ahead.steady and self._scheduler.goes_on(ahead.items, ahead.unread)
+        again = again and self._containment.issue(ahead)
+        self._counters.steps += again
+        outputs = self._containment.read(ahead)
+        self._ahead = ahead if again and outputs is not None else None
+        events: list[Event] = []
+        for output in outputs or ():
+            slots = ahead.slots(output.state)
+            events += self._accept(output)
+            if output.state.finish and slots:  # what is written there may not be numbers, and others get the blocks
+                self._runner.cache.clear_positions(slots)
+        self._cache_full_blocks(ahead.items)
+        return events
+
+    def _cache_full_blocks(self, scheduled: list[ScheduledRequest]) -> None:
         for item in scheduled:
             for sequence in item.state.sequences:
-                self._blocks.cache_full_blocks(sequence)
-        return events
+                if sequence.verified >= (len(sequence.chain) + 1) * self._blocks.size:
+                    self._blocks.cache_full_blocks(sequence)
 
     def _seat(self, state: RequestState) -> None:
         if state.seated != state.seat:

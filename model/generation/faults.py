@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from typing import Literal
 
 import torch
 
+from calumma.model.generation.passes.ahead import AheadPasses
 from calumma.model.generation.passes.output import RunnerOutput
 from calumma.model.generation.passes.runner import ModelRunner
 from calumma.model.generation.request import Failure, FailureKind
@@ -70,6 +72,32 @@ class FaultContainment:
             outputs.append(RunnerOutput(newest.state, [], [], Failure("out of memory", message)))
             left.remove(newest)
         return outputs
+
+    def issue(self, ahead: AheadPasses) -> bool:
+        """Whether one more pass could be issued; where not, nothing has changed. Raises StepFailed."""
+        try:
+            ahead.issue()
+            return True
+        except Exception as error:
+            return self._gave_up(ahead, error)
+
+    def read(self, ahead: AheadPasses) -> list[RunnerOutput] | None:
+        """What a pass drew that was issued ahead; None where that cannot be had: nothing has changed then. Raises
+        StepFailed."""
+        try:
+            return ahead.read()
+        except Exception as error:
+            self._gave_up(ahead, error)
+            return None
+
+    def _gave_up(self, ahead: AheadPasses, error: Exception) -> Literal[False]:
+        """What went wrong goes wrong again in `run`, which finds out whom it is about."""
+        if self._runner.decoder.shard.count > 1:
+            raise StepFailed(_ids(ahead.items), error) from error
+        log.warning("a pass that was issued ahead is given up: %s", described(error))
+        if self._runner.contiguous is not None:
+            self._runner.contiguous.clear()
+        return False
 
     def _isolate(self, scheduled: list[ScheduledRequest], steps: int, fault: Exception) -> list[RunnerOutput] | None:
         """Find who is at fault, by halves, and run the others; None where it is nobody but the engine."""

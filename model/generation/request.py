@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from calumma.model.generation.constraint import Constraint
 
@@ -189,8 +189,7 @@ class Request:
     adapter: str = ""
 
 
-@dataclass(frozen=True)
-class Logprob:
+class Logprob(NamedTuple):
     """A token's natural log-probability, and those of the most likely ids, the most likely first."""
 
     value: float

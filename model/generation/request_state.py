@@ -7,8 +7,9 @@ drawn: only then do they take blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +24,7 @@ from calumma.model.generation.sampling.rules import TextRules
 from calumma.model.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
-class _Token:
+class _Token(NamedTuple):
     """One id of the answer, not reported yet."""
 
     id: int
@@ -62,6 +62,7 @@ class RequestState:
         root = root_of(request.salt, request.adapter)
         self.full = Sequence(list(request.tokens), root=root, adapter=adapter)
         self.branches: list[tuple[Sequence, float]] = []  # of the image that is being drawn, with their weights
+        self.sequences = [self.full]  # that take part in the next pass, the full context first, then the branches
         self.retired: list[Sequence] = []  # branches that have no further use: their blocks are to be released
         self.weight = 1.0  # of the full context's logits
         self.phase: Phase = "text"
@@ -80,7 +81,7 @@ class RequestState:
         self._unreported: list[_Token] = []
         self._stops = {vocabulary.eos, vocabulary.end_turn, *request.params.stop_ids}
         self._stop: _Token | None = None  # that ended the answer
-        self._prompt_reported = False
+        self._prompt_reported = self.params.prompt_logprobs is None
         prefix = self.params.prefix if limits.tokens else ()
         if self.params.mode == "image" and limits.tokens and not prefix:
             prefix = (vocabulary.begin_image,)
@@ -90,14 +91,16 @@ class RequestState:
             self._append(vocabulary.end_image, FORCED)
 
     @property
-    def sequences(self) -> list[Sequence]:
-        """Those that take part in the next pass, the full context first."""
-        return [self.full, *(sequence for sequence, _ in self.branches)]
-
-    @property
     def drawing(self) -> bool:
         """Whether the next id is an image code."""
         return self.phase == "image"
+
+    @property
+    def ids_ahead(self) -> int:
+        """So many of the next ids can be drawn before any of them is looked at, as far as the request knows."""
+        if self.drawing:
+            return 0 if self.drafts is not None else self.codes_left
+        return 0 if self.rules is not None else self.tokens_left
 
     @property
     def may_begin_image(self) -> bool:
@@ -139,6 +142,10 @@ class RequestState:
         return self._report()
 
     def _report(self) -> list[Event]:
+        if len(self._unreported) == 1 and self.finish is None and self._prompt_reported:  # what most steps bring
+            [token], self._unreported = self._unreported, []
+            top = [token.logprob.top] if self.params.logprobs else []
+            return [Event(self.request.id, [token.id], token.phase, None, [token.logprob.value], top)]
         events = []
         for phase, group in groupby(self._unreported, key=lambda token: token.phase):
             run = list(group)
@@ -151,7 +158,7 @@ class RequestState:
         made = []
         for phase, ids, values, top in events:
             prompt = None
-            if self.params.prompt_logprobs is not None and not self._prompt_reported and self.failure is None:
+            if not self._prompt_reported and self.failure is None:
                 prompt, self._prompt_reported = self.prompt_logprobs, True
             made.append(Event(self.request.id, ids, phase, None, values, top, prompt))
         if self.finish:
@@ -211,7 +218,9 @@ class RequestState:
             if weight != 0:
                 branch = Sequence(context, root=self.full.root, adapter=self.full.adapter)
                 self.branches.append((branch, weight))
+                self.sequences = [*self.sequences, branch]
 
     def _retire_branches(self) -> None:
         self.retired += [sequence for sequence, _ in self.branches]
         self.branches, self.weight, self.drafts = [], 1.0, None
+        self.sequences = [self.full]

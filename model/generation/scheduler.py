@@ -26,7 +26,7 @@ from calumma.model.generation.tenants import Tenant, Tenants
 FREE_TOKENS = 2
 
 
-@dataclass
+@dataclass(slots=True)
 class ScheduledRequest:
     """A request's share of a pass: the next `counts` tokens of each of its sequences.
 
@@ -99,6 +99,27 @@ class Scheduler:
             self._charge(item, steps)
         return steps
 
+    def goes_on(self, items: list[ScheduledRequest], unread: int) -> bool:
+        """Whether a pass can be issued in which these, all that run, draw one more id each, so many passes before it
+        being unread: nobody else can move or join meanwhile, nobody comes to an end or to another phase by its length,
+        what may be drawn depends on nothing that is unread, and there are blocks, which they get."""
+        states = [item.state for item in items]
+        if len(states) < len(self.running) or any(state.ids_ahead <= unread for state in states):
+            return False
+        if self._line:
+            waiting = self.tenants.next(set())
+            if self._seats or waiting is None or self.tenants.givers(waiting, 1, 0):
+                return False
+        sequences = [sequence for state in states for sequence in state.sequences]
+        if sum(self.blocks.missing(s, s.cached + unread + 1) for s in sequences) > self.blocks.available:
+            return False
+        for sequence in sequences:
+            self.blocks.grow(sequence, sequence.cached + unread + 1)
+        if unread:  # the first has been charged with its schedule
+            for item in items:
+                self._charge(item, unread + 1)
+        return True
+
     def finish(self, state: RequestState, failed: bool = False) -> None:
         """A request is done, aborted or failed: its blocks and seat are free."""
         if state.seat >= 0:
@@ -121,11 +142,12 @@ class Scheduler:
         return self.tenants.budgets(demands, self.budget)
 
     def _charge(self, item: ScheduledRequest, steps: int = 1) -> None:
-        tokens = 0
+        tokens, more = 0, item.draft + steps - 1
         for sequence, count in zip(item.state.sequences, item.counts, strict=True):
-            end = sequence.cached + count + item.draft + steps - 1
-            tokens += max(0, end - max(sequence.cached, sequence.charged))
-            sequence.charged = max(sequence.charged, end)
+            end, charged = sequence.cached + count + more, sequence.charged
+            if end > charged:
+                tokens += end - max(sequence.cached, charged)
+                sequence.charged = end
         self.tenants.charge(item.state, tokens)
 
     def _plan_alone(self, state: RequestState, budget: int, scheduled: list[ScheduledRequest]) -> int:
@@ -140,8 +162,15 @@ class Scheduler:
         lacks them."""
         if state.seat < 0:  # preempted meanwhile
             return budget
+        sequences = state.sequences
+        if len(sequences) == 1 and state.drafts is None:  # as of most requests at most steps
+            [only] = sequences
+            count = len(only.tokens) - only.cached
+            if 0 < count <= FREE_TOKENS and count + only.cached <= len(only.blocks) * self.blocks.size:
+                scheduled.append(ScheduledRequest(state, [count], True))
+                return budget
         counts = []
-        for sequence in state.sequences:
+        for sequence in sequences:
             count = sequence.pending
             if count > FREE_TOKENS:
                 count = count if count - 1 <= budget else budget
@@ -165,6 +194,8 @@ class Scheduler:
         """Start waiting requests while there are seats, and blocks for their contexts and first tokens, or others give
         theirs up for them. Nobody overtakes who is next, but for one: who shares a prefix with a request that is
         computing it waits until it is there."""
+        if not self._line:
+            return
         passed_over: set[int] = set()
         writing = {
             self.blocks.next_block(sequence)
@@ -258,5 +289,9 @@ class Scheduler:
 
 def _prompt_tokens(state: RequestState) -> int:
     """Tokens of a request that count for a pass's budget."""
-    pending = (sequence.pending for sequence in state.sequences)
-    return sum(count - 1 for count in pending if count > FREE_TOKENS)
+    tokens = 0
+    for sequence in state.sequences:
+        pending = len(sequence.tokens) - sequence.cached
+        if pending > FREE_TOKENS:
+            tokens += pending - 1
+    return tokens

@@ -42,6 +42,10 @@ class PagedCache:
         """Set what some blocks hold to 0, in every layer."""
         self.store[:, :, blocks] = 0
 
+    def clear_positions(self, slots: list[int]) -> None:
+        """Set what some positions hold to 0, in every layer; block * block_size + offset each."""
+        self.store.flatten(2, 3)[:, :, slots] = 0
+
     def forget_room(self) -> None:
         """Give the memory of `gather_buffer` back."""
         self._gathered = self.store.new_empty(2, 0)

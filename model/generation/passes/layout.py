@@ -75,7 +75,12 @@ class BatchLayout:
         positions: list[int] = []
         slots: list[int] = []
         for sequence, count in (pair for group in self.groups for pair in group):
-            own = range(sequence.cached + step, sequence.cached + step + count)
+            first = sequence.cached + step
+            if count == 1:
+                positions.append(first)
+                slots.append(sequence.blocks[first // size] * size + first % size)
+                continue
+            own = range(first, first + count)
             positions += own
             slots += [sequence.blocks[p // size] * size + p % size for p in own]
         # without waiting: the host issues passes ahead of the device

@@ -31,6 +31,32 @@ class RunnerOutput:
     failure: Failure | None = None
 
 
+class HostSample:
+    """A sample on its way to the host, behind what the device was given before and beside what it is given later.
+    top: most likely ids of a row."""
+
+    def __init__(self, sample: SamplerOutput) -> None:
+        self.top = 0 if sample.top_ids_RK is None else sample.top_ids_RK.shape[1]
+        parts = [sample.token_R, sample.logprob_R, sample.top_ids_RK, sample.top_logprobs_RK]
+        self._sample = SamplerOutput(*(None if part is None else _to_host(part) for part in parts))  # type: ignore[arg-type]
+        self._event: torch.cuda.Event | None = None
+        if sample.token_R.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> SamplerOutput:
+        """It, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._sample
+
+
+def _to_host(part: Tensor) -> Tensor:
+    if not part.is_cuda:
+        return part
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
+
+
 def read_samples(states: list[RequestState], samples: list[SamplerOutput], top: int) -> list[RunnerOutput]:
     """The samples of one or several passes, read from the device at once. top: most likely ids that were asked for. A
     request fails at the first of its ids that is BROKEN."""

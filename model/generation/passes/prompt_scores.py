@@ -19,10 +19,11 @@ PROMPT_ROWS = 256
 
 
 def score_prompt(item: ScheduledRequest, layout: BatchLayout, x_TD: Tensor, decoder: Decoder) -> None:
-    """Append the scores of the prompt's tokens that follow those of this pass, where the request asks for them."""
+    """Append the scores of the prompt's tokens that follow those of this pass, for a request that asks for them."""
     state, sequence = item.state, item.state.full
-    if state.params.prompt_logprobs is None or not item.counts[0]:
+    if not item.counts[0]:
         return
+    assert state.params.prompt_logprobs is not None
     prompt = state.request.tokens
     done = 1 + len(state.prompt_logprobs)  # of the prompt, the first has none
     begin, end = max(sequence.cached, done - 1), min(sequence.cached + item.counts[0], len(prompt) - 1)

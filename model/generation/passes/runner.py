@@ -10,6 +10,7 @@ R requests, C columns of the vocabulary.
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class ModelRunner:
         self,
         decoder: Decoder,
         vocabulary: Vocabulary,
+        image_length: int,
         blocks: int,
         block_size: int,
         seats: int,
@@ -72,7 +74,7 @@ class ModelRunner:
         self.graphs = CudaGraphs(self.decoder, self.cache, -(-context // block_size), self.reader) if graphs else None
         if self.graphs is not None and self.device.type == "cuda":
             self.graphs.prepare(BRANCHES * seats)
-        self.vocabulary, self.window = vocabulary, window
+        self.vocabulary, self.image_length, self.window = vocabulary, image_length, window
         self.verification: Verification[RequestState] = Verification()
         self.computed = self.drafted = self.accepted = 0
 
@@ -111,61 +113,89 @@ class ModelRunner:
         texts = [state for state in ready if not state.drawing and state.tokens_left]
         undrawn = [item for item in scheduled if not (item.samples and item.state.tokens_left)]
         images = ImageBatch([state for state in ready if state.drawing], layout)
-        text_rows = self._tensor([layout.last[id(s.full)] for s in texts]) if texts else None
-        image_rows = self._tensor(images.rows) if images.rows else None
-        text_metadata, image_metadata = sampling_metadata(texts, TEXT), sampling_metadata(images.states, IMAGE)
-        text_inputs = image_inputs = note = None
-        if texts:
-            known = [[s.seat, s.answered, len(s.penalized_prompt) + s.answered, s.may_begin_image] for s in texts]
-            text_inputs = self._tensor(known).T
+        text_rows = self.tensor([layout.last[id(s.full)] for s in texts]) if texts else None
+        image_rows = self.tensor(images.rows) if images.rows else None
+        text_metadata, image_metadata = self.metadata(texts, TEXT), self.metadata(images.states, IMAGE)
+        text_inputs = self.text_inputs(texts) if texts else None
+        image_inputs = note = None
         if image_rows is not None:
-            image_inputs = self._tensor([[s.seat, s.answered] for s, _ in images.draws]).T
+            image_inputs = self.image_inputs(images)
             images.to(self.device)
         for state in (*texts, *images.states):
             self.sampler.numbers.reserve(state.seat, state.answered + steps)
-        tokens_T = self._tensor(layout.tokens)
+        tokens_T = self.tensor(layout.tokens)
         samples: list[SamplerOutput] = []
         outputs: list[RunnerOutput] = []
         x_TD = torch.empty(0)
         for step in range(steps):
-            x_TD = self._hidden(tokens_T, layout, step)
+            x_TD = self.hidden(tokens_T, layout, step)
             self.computed += len(layout.tokens)
             if undrawn:
                 note = self._check(undrawn, layout, x_TD)
             if image_rows is None or image_inputs is None:
                 continue
-            logits_RC = images.guide(self.decoder.logits(x_TD[image_rows], self.sampler.columns[IMAGE]))
-            seats_R, number_R = image_inputs
             if self.window:
-                outputs = self._verify(images, logits_RC, seats_R, image_metadata)
+                outputs = self._verify(images, x_TD[image_rows], image_inputs[0], image_metadata)
                 break
-            samples.append(self.sampler.sample(logits_RC, IMAGE, seats_R, number_R + step, None, image_metadata))
-            self.decoder.shard.broadcast(samples[-1].token_R)
+            samples.append(self.draw_images(images, x_TD[image_rows], image_inputs, step, image_metadata))
             if step + 1 < steps:
                 drawn_B = images.repeat_for_branches(samples[-1].token_R.clamp(min=0))  # BROKEN is no id
                 tokens_T = tokens_T.index_copy(0, image_rows, drawn_B)
         if samples:
             outputs = read_samples(images.states, samples, image_metadata.top)
         if text_rows is not None and text_inputs is not None:
-            logits_RV = self.decoder.logits(x_TD[text_rows])
             mask_RW, refused = self._masks(texts)
-            seats_R, number_R, seen_R, begins_R = text_inputs
-            rows = TextRows(seen_R, begins_R.bool(), mask_RW)
-            sample = self.sampler.sample(logits_RV, TEXT, seats_R, number_R, rows, text_metadata)
-            self.decoder.shard.broadcast(sample.token_R)
+            sample = self.draw_texts(x_TD[text_rows], text_inputs, 0, text_metadata, mask_RW)
             drawn = read_samples(texts, [sample], text_metadata.top)
             for row, failure in refused.items():
                 drawn[row] = RunnerOutput(texts[row], [], [], failure)
             outputs += drawn
         for item in scheduled:
-            score_prompt(item, layout, x_TD, self.decoder)
+            if item.state.params.prompt_logprobs is not None:
+                score_prompt(item, layout, x_TD, self.decoder)
         self._count_cached(scheduled, outputs, steps)
         outputs += self._verified(undrawn, note, waited=bool(outputs) or self.device.type == "cpu")
         if self.graphs is not None and any(output.failure is not None for output in outputs):
             self.cache.clear([self.cache.blocks - 1])  # with which sequences are filled up
         return outputs
 
-    def _hidden(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor:
+    def text_inputs(self, texts: list[RequestState]) -> Tensor:
+        """LongTensor [4, R]: of each text its seat, the number of its next id and where that goes among those seen,
+        and how many ids are left to it where it may have images."""
+        known = [
+            [s.seat, s.answered, len(s.penalized_prompt) + s.answered, s.tokens_left if s.images_left > 0 else 0]
+            for s in texts
+        ]
+        return self.tensor(known).T
+
+    def image_inputs(self, images: ImageBatch) -> Tensor:
+        """LongTensor [2, R]: of each draw the seat, and the number of the request's next id."""
+        return self.tensor([[s.seat, s.answered] for s, _ in images.draws]).T
+
+    def draw_texts(
+        self, x_RD: Tensor, inputs_4R: Tensor, ahead: int, metadata: SamplingMetadata, mask_RW: Tensor | None = None
+    ) -> SamplerOutput:
+        """An id of each text, so many ids after the next."""
+        seats_R, number_R, seen_R, left_R = inputs_4R
+        begins_R = left_R - ahead >= self.image_length + 2
+        rows = TextRows(seen_R + ahead, begins_R, mask_RW)
+        if ahead and metadata.seen:
+            metadata = replace(metadata, seen=metadata.seen + ahead)
+        sample = self.sampler.sample(self.decoder.logits(x_RD), TEXT, seats_R, number_R + ahead, rows, metadata)
+        self.decoder.shard.broadcast(sample.token_R)
+        return sample
+
+    def draw_images(
+        self, images: ImageBatch, x_BD: Tensor, inputs_2R: Tensor, ahead: int, metadata: SamplingMetadata
+    ) -> SamplerOutput:
+        """A code of each image, so many codes after the next."""
+        logits_RC = images.guide(self.decoder.logits(x_BD, self.sampler.columns[IMAGE]))
+        seats_R, number_R = inputs_2R
+        sample = self.sampler.sample(logits_RC, IMAGE, seats_R, number_R + ahead, None, metadata)
+        self.decoder.shard.broadcast(sample.token_R)
+        return sample
+
+    def hidden(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor:
         recorded, others = layout.split() if self.graphs is not None else (None, None)
         if self.graphs is not None and recorded is not None:
             count = len(recorded.tokens)
@@ -176,8 +206,8 @@ class ModelRunner:
         return self._computed(tokens_T, layout, step)
 
     def _computed(self, tokens_T: Tensor, layout: BatchLayout, step: int) -> Tensor:
-        """`_hidden`, not recorded."""
-        adapters_T = self._tensor(layout.adapters) if layout.adapters else None
+        """`hidden`, not recorded."""
+        adapters_T = self.tensor(layout.adapters) if layout.adapters else None
         paged = layout.step(self.cache, step, self.device, self.contiguous, self.reader)
         return self.decoder.hidden(tokens_T, paged, adapters_T)
 
@@ -198,7 +228,7 @@ class ModelRunner:
             for sequence, count in zip(item.state.sequences, item.counts, strict=True)
             if count
         ]
-        rows_B = self._tensor([layout.last[id(each.sequence)] for each in written])
+        rows_B = self.tensor([layout.last[id(each.sequence)] for each in written])
         finite_B = x_TD[rows_B].isfinite().all(-1)
         return Note.of(self.decoder.shard.broadcast(finite_B.byte()), written)
 
@@ -216,8 +246,9 @@ class ModelRunner:
         return outputs
 
     def _verify(
-        self, images: ImageBatch, logits_RC: Tensor, seats_R: Tensor, metadata: SamplingMetadata
+        self, images: ImageBatch, x_BD: Tensor, seats_R: Tensor, metadata: SamplingMetadata
     ) -> list[RunnerOutput]:
+        logits_RC = images.guide(self.decoder.logits(x_BD, self.sampler.columns[IMAGE]))
         p_RC, logprobs_RC = self.sampler.image_probabilities(logits_RC, seats_R, metadata)
         most = DRAFTED // sum(len(state.sequences) for state in images.states)
         outputs = verify_drafts(images, self.decoder.shard.broadcast(p_RC), logprobs_RC, self._first_code, most)
@@ -229,11 +260,12 @@ class ModelRunner:
         """Note in each sequence how many of its tokens the cache now holds."""
         for item in scheduled:
             for sequence, count in zip(item.state.sequences, item.counts, strict=True):
-                sequence.cached += count + (steps - 1)
+                sequence.cached += count + steps - 1
         for output in outputs:
+            accepted = len(output.tokens) - 1 if self.window else 0
             for sequence in output.state.sequences:
-                if self.window:  # of a draft, the accepted codes are in the cache but for the last
-                    sequence.cached += max(0, len(output.tokens) - 1)
+                if accepted > 0:  # of a draft, the accepted codes are in the cache but for the last
+                    sequence.cached += accepted
                 if output.failure is None:
                     sequence.verified = sequence.cached
 
@@ -242,20 +274,20 @@ class ModelRunner:
         """The id of column 0 of the image phase."""
         return self.sampler.columns[IMAGE].start
 
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+    def tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
 
-
-def sampling_metadata(states: list[RequestState], phase: int) -> SamplingMetadata:
-    """What some of the requests ask of the sampler."""
-    sampling = [s.params.image if phase == IMAGE else s.params.text for s in states]
-    penalized = [s for s, each in zip(states, sampling, strict=True) if each.penalized]
-    return SamplingMetadata(
-        random=any(each.temperature > 0 for each in sampling),
-        filtered=any(each.filtered for each in sampling),
-        penalized=bool(penalized),
-        seen=max((len(s.penalized_prompt) + s.answered for s in penalized), default=0),
-        counted=any(s.params.text.counted for s in penalized),
-        biased=0 if phase == IMAGE else max((len(s.params.logit_bias) for s in states), default=0),
-        top=max((s.params.logprobs or 0 for s in states), default=0),
-    )
+    @staticmethod
+    def metadata(states: list[RequestState], phase: int) -> SamplingMetadata:
+        """What some of the requests ask of the sampler."""
+        sampling = [s.params.image if phase == IMAGE else s.params.text for s in states]
+        penalized = [s for s, each in zip(states, sampling, strict=True) if each.penalized]
+        return SamplingMetadata(
+            random=any(each.temperature > 0 for each in sampling),
+            filtered=any(each.filtered for each in sampling),
+            penalized=bool(penalized),
+            seen=max((len(s.penalized_prompt) + s.answered for s in penalized), default=0),
+            counted=any(s.params.text.counted for s in penalized),
+            biased=0 if phase == IMAGE else max((len(s.params.logit_bias) for s in states), default=0),
+            top=max((s.params.logprobs or 0 for s in states), default=0),
+        )

@@ -138,6 +138,7 @@ parameters = st.fixed_dictionaries(
             "block_size": st.sampled_from([4, 8]),
             "cache_tokens": st.sampled_from([256, 2048]),
             "cuda_graphs": st.booleans(),
+            "ahead": st.booleans(),
         }
     ),
 )

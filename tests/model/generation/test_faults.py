@@ -124,6 +124,7 @@ engines = st.fixed_dictionaries(
         "prefix_cache": st.booleans(),
         "cuda_graphs": st.booleans(),  # passes of fixed shapes, which are filled up
         "jacobi_window": st.sampled_from([0, 0, 2]),
+        "ahead": st.booleans(),
     }
 )
 

@@ -98,6 +98,7 @@ engines = st.fixed_dictionaries(
         "block_size": st.sampled_from([1, 4, 8]),
         "cache_tokens": st.sampled_from([184, 256, 1024]),
         "prefix_cache": st.booleans(),
+        "ahead": st.booleans(),
     }
 )
 
