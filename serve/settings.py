@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from calumma.platform.specification import Section, Tracking
 
 MEBIBYTE = 2**20
+GIGABYTE = 10**9
 NAME = r"^[A-Za-z0-9._-]+$"
 _NAMES = r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
 HostName = Annotated[str, Field(pattern=rf"^(\*|(\*\.)?{_NAMES}|\[?[0-9A-Fa-f]*(:[0-9A-Fa-f.]*){{2,}}\]?)$")]
@@ -143,6 +144,18 @@ class ModelSettings(Section):
     cache_tokens: int | None = Field(
         None, ge=1, description="positions of a replica's KV cache; none: as many as there is memory for"
     )
+    host_cache_gigabytes: float = Field(
+        0.0,
+        ge=0,
+        description="of the host's memory, of each replica, for what its KV cache gives up: requests that begin alike "
+        "find it there again",
+    )
+    disk_cache: str | None = Field(
+        None,
+        description="folder on each node for what is given up there, and for all of the KV cache when a replica ends: "
+        "later replicas of the same weights find it; it tells of prompts, as the cache does. none: no disk",
+    )
+    disk_cache_gigabytes: float = Field(16.0, gt=0, description="most that it may hold of a model's weights")
     prefill_tokens: int = Field(2048, ge=1, description="most prompt tokens that a step takes in")
     dtype: Literal["float32", "bfloat16", "int8"] | None = Field(
         None,
@@ -193,6 +206,12 @@ class ModelSettings(Section):
             raise ValueError("say which model to serve: a directory, s3://…, or models:/name@alias")
         return model
 
+    @field_validator("disk_cache")
+    @classmethod
+    def _folder(cls, folder: str | None) -> str | None:
+        """Replicas stand in other working directories."""
+        return None if folder is None else str(Path(folder).expanduser().absolute())
+
     @field_validator("adapters")
     @classmethod
     def _absolute(cls, adapters: dict[str, str]) -> dict[str, str]:
@@ -211,6 +230,8 @@ class ModelSettings(Section):
                 f"tensor_parallel {self.tensor_parallel}: its processes have a GPU each, so gpus_per_replica must be "
                 f"{self.tensor_parallel}, or 0 to compute on CPUs; given {self.gpus_per_replica:g}"
             )
+        if self.disk_cache is not None and self.tensor_parallel > 1:
+            raise ValueError("disk_cache is for a model that one process has: leave it out, or give tensor_parallel 1")
         if self.adapters and self.tensor_parallel > 1:
             raise ValueError(
                 "adapters are served beside a model that one process has: give tensor_parallel 1, or merge the adapter "
@@ -227,7 +248,17 @@ class ModelSettings(Section):
             "prefill_tokens": self.prefill_tokens,
             "jacobi_window": self.speculative,
             "cuda_graphs": self.cuda_graphs,
+            "host_cache": int(self.host_cache_gigabytes * GIGABYTE),
+            "disk_cache": self._disk_cache,
         }
+
+    @property
+    def _disk_cache(self) -> Any:
+        if self.disk_cache is None:
+            return None
+        from calumma.model.generation.cache.disk_blocks import DiskCache
+
+        return DiskCache(Path(self.disk_cache), int(self.disk_cache_gigabytes * GIGABYTE))
 
     @property
     def target_ongoing_requests(self) -> float:

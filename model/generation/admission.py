@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from calumma.model.config import ModelConfig
 from calumma.model.generation.cache.block_manager import BLOCK_SIZE
 from calumma.model.generation.guidance import GuidanceWeights
 from calumma.model.generation.request import PromptTooLong, Request, SamplingParams
@@ -75,6 +76,17 @@ class RequestLimits:
     def blocks(self, size: int) -> int:
         """Blocks of `size` positions that hold all sequences at their longest."""
         return sum(-(-length // size) for length in self.lengths)
+
+
+def check_sizes(config: ModelConfig, vocabulary: Vocabulary, **sizes: int) -> None:
+    """Whether an engine of a model can be as large as its options say. Raises ValueError."""
+    if not 2 <= sizes["context"] <= config.context:
+        raise ValueError(f"context {sizes['context']} must lie in 2..{config.context}, the model's")
+    if config.vocabulary_size < vocabulary.size:
+        raise ValueError(f"the model knows {config.vocabulary_size} ids, its vocabulary has {vocabulary.size}")
+    for name, value in sizes.items():
+        if value < (max(1, sizes["block_size"]) if name == "cache_tokens" else 1):
+            raise ValueError(f"{name} {value} must be 1 or more, and cache_tokens a block at least")
 
 
 def positions_of(

@@ -15,9 +15,11 @@ from dataclasses import replace
 
 import torch
 
-from calumma.model.generation.admission import RequestLimits
+from calumma.model.generation.admission import RequestLimits, check_sizes
+from calumma.model.generation.cache.below import below_statistics, host_blocks
 from calumma.model.generation.cache.block_manager import BLOCK_SIZE, BlockManager
 from calumma.model.generation.cache.device_memory import MemoryBudget
+from calumma.model.generation.cache.disk_blocks import DiskCache
 from calumma.model.generation.cache.sizing import Workload
 from calumma.model.generation.constraint import ConstraintCompiler, GrammarTooLarge, TokenConstraint
 from calumma.model.generation.faults import FaultContainment, described
@@ -70,6 +72,9 @@ class Engine:
     adapters: by name, those that requests may be answered with, all of them in the same passes; not in a group.
     kernels: of the CPU: `native` takes our own throughout, with which the bits of an answer's log-probabilities do not
     depend on its company where prompts are taken in whole; `auto` whichever are measured to be faster as it starts.
+    host_cache: bytes of the host's memory for blocks that the cache gives up, where requests find them again.
+    disk_cache: a folder for those that are given up there in turn, and for all of them when the engine is closed:
+    engines of the same weights find them; not in a group.
     decoder: in place of the transformer's own, whose configuration is all that is read then (passes/streamed.py).
     The transformer is put into evaluation mode. `add`, `abort` and what tells the state may be called from other
     threads while one thread calls `step`.
@@ -95,32 +100,31 @@ class Engine:
         shard: Shard | None = None,
         memory: MemoryBudget | None = None,
         adapters: Mapping[str, Adapter] | None = None,
+        host_cache: int = 0,
+        disk_cache: DiskCache | None = None,
         decoder: Decoder | None = None,
         kernels: Kernels = "auto",
     ) -> None:
-        longest = transformer.config.context
-        self.context = longest if context is None else context
-        if not 2 <= self.context <= longest:
-            raise ValueError(f"context {context} must lie in 2..{longest}, the model's")
-        if transformer.config.vocabulary_size < vocabulary.size:
-            raise ValueError(
-                f"the model knows {transformer.config.vocabulary_size} ids, its vocabulary has {vocabulary.size}"
-            )
-        for name, value in [
-            ("image_length", image_length),
-            ("max_sequences", max_sequences),
-            ("prefill_tokens", prefill_tokens),
-            ("image_burst", image_burst),
-            ("block_size", block_size),
-            ("cache_tokens", 1 if cache_tokens is None else cache_tokens // block_size),
-        ]:
-            if value < 1:
-                raise ValueError(f"{name} {value} must be 1 or more, and cache_tokens a block at least")
+        self.context = transformer.config.context if context is None else context
+        check_sizes(
+            transformer.config,
+            vocabulary,
+            context=self.context,
+            image_length=image_length,
+            max_sequences=max_sequences,
+            prefill_tokens=prefill_tokens,
+            image_burst=image_burst,
+            block_size=block_size,
+            cache_tokens=block_size if cache_tokens is None else cache_tokens,
+        )
         self.vocabulary, self.image_length, self.max_sequences = vocabulary, image_length, max_sequences
         if jacobi_window < 0:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
         self.image_burst = 1 if jacobi_window else min(image_burst, FILLED)
         graphs = transformer.embedding.weight.is_cuda if cuda_graphs is None else cuda_graphs
+        graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
+        if disk_cache is not None and shard is not None:
+            raise ValueError("blocks are kept on a disk of a model that one process has, not of one that is sharded")
         if adapters and shard is not None:
             raise ValueError("adapters are served beside a model that one process has, not one that is sharded")
         decoder = decoder or Decoder(transformer.eval(), shard, adapters, kernels)
@@ -134,7 +138,10 @@ class Engine:
             decoder, vocabulary, image_length, count, block_size, max_sequences, self.context, jacobi_window, graphs
         )
         cache = self._runner.cache
-        self._blocks = BlockManager(count, block_size, cache.copy, cache.clear, share=prefix_cache)
+        self._host_blocks = host_blocks(cache, transformer, adapters, host_cache, disk_cache)
+        self._blocks = BlockManager(
+            count, block_size, cache.copy, cache.clear, share=prefix_cache, below=self._host_blocks
+        )
         self._scheduler = Scheduler(self._blocks, max_sequences, prefill_tokens)
         self._containment = FaultContainment(self._runner)
         self._constraints = constraints
@@ -222,6 +229,9 @@ class Engine:
             waiting_tokens=sum(len(s.full.tokens) for s in waiting) + sum(len(request.tokens) for request in added),
             prefix_hit_tokens=blocks.hit_tokens,
             evictions=blocks.evictions,
+            prefix_tokens=blocks.looked_up_tokens,
+            restored_tokens=blocks.restored_tokens,
+            **below_statistics(self._host_blocks, blocks.size),
             counters=counters,
         )
 
@@ -238,7 +248,9 @@ class Engine:
             self._step(commands)
 
     def close(self) -> None:
-        """Let the group's other processes go."""
+        """Let the group's other processes go; write what the cache holds to the disk, where one is given."""
+        if self._host_blocks is not None:
+            self._host_blocks.close(self._blocks.held())
         if self._shard.index == 0:
             self._shard.broadcast_object(None)
 
@@ -298,10 +310,17 @@ class Engine:
         for output in outputs or ():
             slots = ahead.slots(output.state)
             events += self._accept(output)
-            if output.state.finish and slots:  # what is written there may not be numbers, and others get the blocks
-                self._runner.cache.clear_positions(slots)
+            if slots:
+                self._cut_back(output.state, slots, began=output.tokens[-1:] == [self.vocabulary.begin_image])
         self._cache_full_blocks(ahead.items)
         return events
+
+    def _cut_back(self, state: RequestState, slots: list[int], began: bool) -> None:
+        """Undo what a pass that is not read has done for a request that has come to an end, or began an image."""
+        if state.finish:  # what is written there may not be numbers, and others get the blocks
+            self._runner.cache.clear_positions(slots)
+        elif began:
+            self._runner.sampler.adjustments.forget(state.seat, len(state.penalized_prompt) + state.answered)
 
     def _cache_full_blocks(self, scheduled: list[ScheduledRequest]) -> None:
         for item in scheduled:

@@ -34,8 +34,10 @@ class Statistics:
     """A snapshot of an engine: what is going on now, then `Counters`.
 
     blocks_used: referenced by sequences; blocks_cached: referenced by none, but kept for their content; blocks_free:
-    neither. running_text, running_image: requests by the phase they are in. prefix_hit_tokens: of contexts, found in
-    the cache instead of computed. evictions: cached blocks given up for others.
+    neither. running_text, running_image: requests by the phase they are in. prefix_hit_tokens: of contexts, found
+    in the cache instead of computed, of all `prefix_tokens` that were looked up; restored_tokens: those of them that
+    were in the host's memory or on a disk, disk_restored_tokens: on a disk. evictions: cached blocks given up for
+    others. host_cache_bytes, disk_cache_bytes: held there; disk_damaged: files that were not sound.
     """
 
     blocks: int
@@ -48,6 +50,12 @@ class Statistics:
     waiting: int
     waiting_tokens: int
     prefix_hit_tokens: int
+    prefix_tokens: int
+    restored_tokens: int
+    disk_restored_tokens: int
+    host_cache_bytes: int
+    disk_cache_bytes: int
+    disk_damaged: int
     evictions: int
     counters: Counters
 

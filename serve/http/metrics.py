@@ -31,6 +31,12 @@ COUNTERS = {
     "aborted": "Requests given up",
     "preemptions": "Requests that gave their room back to others",
     "prefix_hit_tokens": "Context tokens found in the cache",
+    "prefix_tokens": "Context tokens looked up in the cache",
+    "prefix_restored_tokens": "Context tokens found in the host's memory or on a disk, of those found",
+    "prefix_disk_tokens": "Context tokens found on a disk, of those",
+    "disk_cache_damaged": "Files of the disk cache that were damaged",
+    "images_coded": "Images of prompts coded",
+    "images_known": "Images of prompts whose codes were known from an earlier prompt",
     "evictions": "Cached blocks given up for others",
     "drafted": "Image codes proposed by speculative decoding",
     "accepted": "Proposed image codes that were kept",
@@ -42,6 +48,8 @@ GAUGES = {
     "running_text": "Requests in a text phase",
     "running_image": "Requests in an image phase",
     "cache_used_ratio": "Share of the KV cache that requests hold",
+    "host_cache_bytes": "Bytes of the cache held in the host's memory",
+    "disk_cache_bytes": "Bytes of the cache held on the disk",
     "cache_kept_ratio": "Share of the KV cache that is kept for its content",
 }
 

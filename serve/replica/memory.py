@@ -151,7 +151,8 @@ def memory_budget(settings: ModelSettings, config: ModelConfig, images: ImageTok
         return MemoryBudget(CudaMemory(), share, part, part == 1, reserved, KEPT * contexts)
     part = 1 / (settings.min_replicas * settings.tensor_parallel)
     most = contexts if settings.memory is None else KEPT * contexts
-    return MemoryBudget(HostMemory(), share, part, False, coder_bytes(settings, images), most)
+    reserved = coder_bytes(settings, images) + settings.engine_options["host_cache"]
+    return MemoryBudget(HostMemory(), share, part, False, reserved, most)
 
 
 def _refusal(

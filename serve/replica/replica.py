@@ -47,6 +47,7 @@ from calumma.serve.replica.engine.client import (
 )
 from calumma.serve.replica.engine.thread import EngineThread
 from calumma.serve.replica.image_coder import ImageCoder, LocalImageCoder, PromptEncoder
+from calumma.serve.replica.image_codes import ImageCodeCache
 from calumma.serve.replica.mailbox import Mailbox
 from calumma.serve.replica.text_stream import TextStream
 from calumma.serve.shares import Shares
@@ -91,6 +92,7 @@ class EngineReplica:
         self._encoder = PromptEncoder(model.vocabulary, model.text_tokenizer, model.image_tokenizer)
         self._own_coder = LocalImageCoder(self._encoder) if coder is None else None
         self.coder: ImageCoder = coder or self._own_coder  # type: ignore[assignment]
+        self._image_codes = ImageCodeCache()
         self.engine = engine or EngineThread(model, max_sequences, **options)
 
     async def generate(self, request: GenerationRequest) -> OutputStream:
@@ -126,7 +128,7 @@ class EngineReplica:
             return
         mailbox: Mailbox[EngineOutput] = Mailbox(NOT_URGENT)
         try:
-            tokens = await self._encode(request.prompt)
+            tokens = await self._encode(request.prompt, request.salt)
             if request.max_tokens == 0 and not (request.echo and request.logprobs is not None):
                 started = Started(self._count(tokens), self._echo(request, tokens, None))
                 yield EventBatch([started, Finished("length", TokenCount())])
@@ -245,7 +247,12 @@ class EngineReplica:
 
     async def statistics(self) -> dict[str, dict[str, float]]:
         """Of this replica's engine."""
-        return {"local": self.engine.statistics()}
+        return {"local": self._statistics()}
+
+    def _statistics(self) -> dict[str, float]:
+        """Of its engine, and of the images of its prompts."""
+        coded = {"images_coded": self._image_codes.coded, "images_known": self._image_codes.known}
+        return {**self.engine.statistics(), **coded}
 
     async def tokenize(self, text: str) -> list[int]:
         """Token ids of a text; the names of bos and eos alone stand for those ids."""
@@ -265,7 +272,7 @@ class EngineReplica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called beside all requests, by Ray Serve and by deploy/control.py. Raises when the engine has failed."""
-        return {"facts": await self.describe(), "statistics": self.engine.statistics()}
+        return {"facts": await self.describe(), "statistics": self._statistics()}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve for the autoscaling policy (deploy/scaling.py)."""
@@ -276,14 +283,14 @@ class EngineReplica:
         if self._own_coder is not None:
             self._own_coder.close()
 
-    async def _encode(self, prompt: Document | tuple[int, ...]) -> list[int]:
+    async def _encode(self, prompt: Document | tuple[int, ...], salt: bytes) -> list[int]:
         """Token ids, from bos on. Raises ValueError (UnreadableImage is one)."""
         if not isinstance(prompt, Document):
             bos, size = self.model.vocabulary.bos, self.model.vocabulary.size
             if max(prompt) >= size:
                 raise ValueError(f"the prompt's ids must lie in 0..{size - 1}; found {max(prompt)}")
             return list(prompt) if prompt[0] == bos else [bos, *prompt]
-        codes = await self.coder.encode(prompt.images)
+        codes = await self._image_codes.encode(prompt.images, salt, self.coder.encode)
         return await asyncio.to_thread(self._encoder.ids, prompt, codes)
 
     def _echo(self, request: GenerationRequest, tokens: list[int], scores: list[Logprob] | None) -> TextDelta | None:

@@ -7,6 +7,8 @@ find nothing of each other, and cannot tell by the time that an answer takes wha
 full blocks; of a block that agrees only in part, or that is not full, a sequence takes a copy, because it will write
 the rest itself.
 
+What is evicted may be kept elsewhere (`below`, host_blocks.py) and is put back into a block when a context needs it.
+
 Only what is verified, to be numbers, can be found by others. What is not is cleared when its blocks are given back:
 attention multiplies what it masks by 0, and 0 times NaN is NaN.
 """
@@ -18,8 +20,22 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
+from typing import Protocol
 
 from calumma.model.generation.cache.sequence import Sequence
+
+
+class Below(Protocol):
+    """Where full blocks go that are evicted, by the digest of their chain."""
+
+    def keep(self, digest: bytes, block: int) -> None:
+        """Hold what a block holds."""
+        ...
+
+    def restore(self, digest: bytes, block: int) -> bool:
+        """Put it into a block again; false, and nothing happens, where it is not there."""
+        ...
+
 
 BLOCK_SIZE = 32  # positions of a block, unless an engine is told otherwise
 BlockContent = tuple[tuple[int, ...], int]  # the tokens of a block and its number
@@ -28,7 +44,9 @@ BlockContent = tuple[tuple[int, ...], int]  # the tokens of a block and its numb
 class BlockManager:
     """`count` blocks of `size` positions. copy(source, target) copies what a block holds, clear(blocks) sets it to 0.
 
-    share: whether what is written can be found by others (prefix caching).
+    share: whether what is written can be found by others (prefix caching). below: where evicted blocks are kept.
+    hit_tokens, restored_tokens: of contexts, found instead of computed, and those of them that were below;
+    looked_up_tokens: of all contexts that were looked up.
     """
 
     def __init__(
@@ -38,11 +56,13 @@ class BlockManager:
         copy: Callable[[int, int], None],
         clear: Callable[[list[int]], None],
         share: bool = True,
+        below: Below | None = None,
     ) -> None:
         self.count, self.size, self.share = count, size, share
         self.references = [0] * count
-        self.hit_tokens = 0  # found instead of computed
+        self.hit_tokens = self.restored_tokens = self.looked_up_tokens = 0
         self.evictions = 0
+        self._below = below if share else None
         self._copy, self._clear = copy, clear
         self._free = list(reversed(range(count)))
         self._idle: OrderedDict[int, None] = OrderedDict()  # the longest unused first
@@ -82,10 +102,13 @@ class BlockManager:
         """Give a sequence without blocks what the cache holds of its context, all but the last token at most: that is
         computed anew, for its logits."""
         sequence.attached = True
+        self.looked_up_tokens += len(sequence.tokens) - 1
         blocks, chain, partial = self._match(sequence)
         for block in blocks:
             self._reference(block)
         sequence.blocks, sequence.chain = blocks, chain
+        while self._below is not None and self._restore(sequence):
+            partial = self._next_match(sequence)
         sequence.cached = len(blocks) * self.size
         if partial is not None:
             source, length = partial
@@ -99,6 +122,42 @@ class BlockManager:
                 self._idle[source] = None
         sequence.verified = sequence.cached
         self.hit_tokens += sequence.cached
+
+    def _restore(self, sequence: Sequence) -> bool:
+        """Put the next block of a context into the cache, where it is below; then those after it that are here."""
+        before, own = self.next_block(sequence)
+        if len(own) < self.size or (len(sequence.chain) + 1) * self.size >= len(sequence.tokens) or not self.available:
+            return False
+        digest, block = _digest(before, own), self._allocate()
+        sequence.blocks.append(block)
+        if not self._below.restore(digest, block):  # type: ignore[union-attr]
+            sequence.blocks.pop()
+            self.references[block] = 0
+            self._free.append(block)
+            return False
+        self.restored_tokens += self.size
+        self._register(block, before, own)
+        sequence.chain.append(digest)
+        return True
+
+    def _next_match(self, sequence: Sequence) -> tuple[int, int] | None:
+        """Extend a context's blocks by full ones that are here; then one that agrees in part, as `_match`."""
+        limit = len(sequence.tokens) - 1
+        while True:
+            before, own = self.next_block(sequence)
+            begin = len(sequence.chain) * self.size
+            length, block = self._longest_match(before, own[: max(0, limit - begin)])
+            if length < self.size:
+                return (block, length) if length >= max(1, self.size // 4) else None
+            self._reference(block)
+            sequence.blocks.append(block)
+            sequence.chain.append(_digest(before, own))
+
+    def held(self) -> list[tuple[bytes, int]]:
+        """All full blocks that can be found, by the digests of their chains."""
+        found = ((_digest(before, own), block) for block, (before, own) in self._content.items())
+        whole = {block for block, (_, own) in self._content.items() if len(own) == self.size}
+        return [(digest, block) for digest, block in found if block in whole]
 
     def lookup(self, sequence: Sequence) -> tuple[int, int, tuple[bytes, tuple[int, ...]] | None]:
         """What attaching would find: the numbers of full blocks that sequences reference and of full blocks that are
@@ -196,7 +255,11 @@ class BlockManager:
         if self._free:
             block = self._free.pop()
         else:
-            block, _ = self._idle.popitem(last=False)
+            block = next(iter(self._idle))
+            before, own = self._content[block]
+            if self._below is not None and len(own) == self.size:
+                self._below.keep(_digest(before, own), block)
+            del self._idle[block]
             self._unregister(block)
             self.evictions += 1
         self.references[block] = 1

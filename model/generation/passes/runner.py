@@ -179,7 +179,7 @@ class ModelRunner:
         seats_R, number_R, seen_R, left_R = inputs_4R
         begins_R = left_R - ahead >= self.image_length + 2
         rows = TextRows(seen_R + ahead, begins_R, mask_RW)
-        if ahead and metadata.seen:
+        if ahead and metadata.penalized:
             metadata = replace(metadata, seen=metadata.seen + ahead)
         sample = self.sampler.sample(self.decoder.logits(x_RD), TEXT, seats_R, number_R + ahead, rows, metadata)
         self.decoder.shard.broadcast(sample.token_R)

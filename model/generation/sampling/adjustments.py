@@ -63,6 +63,10 @@ class Adjustments:
             self.biased_SK[seat, : len(ids)] = torch.tensor(ids)
             self.bias_SK[seat, : len(ids)] = torch.tensor(values, dtype=torch.float32)
 
+    def forget(self, seat: int, number: int) -> None:
+        """What was noted as the id of this number among those seen is none."""
+        self.seen_SN[seat, number] = self.nothing
+
     def apply(
         self,
         logits_RC: Tensor,

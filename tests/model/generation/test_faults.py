@@ -125,6 +125,7 @@ engines = st.fixed_dictionaries(
         "cuda_graphs": st.booleans(),  # passes of fixed shapes, which are filled up
         "jacobi_window": st.sampled_from([0, 0, 2]),
         "ahead": st.booleans(),
+        "host_cache": st.sampled_from([0, 20_000, 1_000_000]),
     }
 )
 

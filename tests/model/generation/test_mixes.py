@@ -99,6 +99,7 @@ engines = st.fixed_dictionaries(
         "cache_tokens": st.sampled_from([184, 256, 1024]),
         "prefix_cache": st.booleans(),
         "ahead": st.booleans(),
+        "host_cache": st.sampled_from([0, 20_000, 1_000_000]),
     }
 )
 

@@ -65,7 +65,7 @@ def test_codes_of_several_passes_are_read_together_and_nothing_else_is(
         pass
     passes: list[Any] = []
     monkeypatch.setattr(
-        engine._runner, "_hidden", lambda *a, hidden=engine._runner._hidden: passes.append(a) or hidden(*a)
+        engine._runner, "hidden", lambda *a, hidden=engine._runner.hidden: passes.append(a) or hidden(*a)
     )
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # the sampler takes the ways it takes there
     with Waits(monkeypatch) as waits:

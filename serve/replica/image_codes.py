@@ -1,0 +1,57 @@
+"""Codes of images that prompts have had, by what the images are: a picture that is asked about again is not coded
+again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from hashlib import blake2b
+
+from calumma.model.document import Image
+
+KNOWN_IMAGES = 1024  # codes of an image are some kilobytes
+
+
+class ImageCodeCache:
+    """Known to requests of the same salt alone, as what is computed for them is. coded, known: images since it was
+    made."""
+
+    def __init__(self, most: int = KNOWN_IMAGES) -> None:
+        self.most, self.coded, self.known = most, 0, 0
+        self._codes: OrderedDict[bytes, list[int]] = OrderedDict()
+
+    async def encode(
+        self, images: Sequence[Image], salt: bytes, code: Callable[[Sequence[Image]], Awaitable[list[list[int]]]]
+    ) -> list[list[int]]:
+        """The token ids of each image, those that are not known by `code`, each once."""
+        if not images:
+            return []
+        keys = [_key(image, salt) for image in images]
+        found = {key: self._codes[key] for key in keys if key in self._codes}
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
+        if new:
+            found |= dict(zip(new, await code(list(new.values())), strict=True))
+        self.coded += len(new)
+        self.known += len(images) - len(new)
+        for key in keys:
+            self._codes[key] = found[key]
+            self._codes.move_to_end(key)
+        while len(self._codes) > self.most:
+            self._codes.popitem(last=False)
+        return [found[key] for key in keys]
+
+
+def _key(image: Image, salt: bytes) -> bytes:
+    """Of its pixels, or its file; and of what else its codes depend on, whether it is padded or cropped."""
+    role = b"user" if image.role == "user" else b"other"
+    if isinstance(image.data, bytes):
+        head, content = b"file", image.data
+    else:
+        head, content = f"{image.data.mode} {image.data.size}".encode(), image.data.tobytes()
+        if image.data.mode == "P":
+            head += bytes(image.data.getpalette() or b"")
+    parts = [len(salt).to_bytes(4, "big"), salt, role, len(head).to_bytes(4, "big"), head, content]
+    whole = blake2b(digest_size=16)
+    for part in parts:
+        whole.update(part)
+    return whole.digest()
