@@ -36,6 +36,15 @@ class SamplingDefaults(Section):
     guidance_image: float = Field(
         1.2, ge=0, description="how far an image follows the images before it; 1: no guidance"
     )
+    guidance_begin: float = Field(
+        0.0, ge=0, le=1, description="the part of an image's codes from which on it is guided"
+    )
+    guidance_end: float = Field(
+        1.0, ge=0, le=1, description="the part up to which it is; codes that are not guided cost a third to a half"
+    )
+    guidance_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how guidance rises within that part; constant: it is there at once"
+    )
     max_images: int = Field(8, ge=1, description="images in one answer")
 
 

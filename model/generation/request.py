@@ -12,7 +12,9 @@ Mode = Literal["text", "image", "interleaved"]
 Phase = Literal["text", "image"]
 Finish = Literal["stop", "length", "aborted", "failed"]
 FailureKind = Literal["not finite", "out of memory", "no token", "error"]
+Schedule = Literal["constant", "linear", "cosine"]
 MODES: tuple[Mode, ...] = ("text", "image", "interleaved")
+SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine")
 MOST_LOGPROBS = 64
 MOST_PENALTY = 2.0  # OpenAI's range of presence and frequency penalties
 MOST_BIAS = 100.0  # and of logit biases
@@ -85,6 +87,10 @@ class SamplingParams:
     max_tokens: most tokens of the answer, all of an image's counted, the closing stop id not. 0 answers nothing and is
     for `prompt_logprobs` alone.
     guidance_text, guidance_image: scales of classifier-free guidance in image phases; 1 and 1 is none.
+    guidance_begin, guidance_end: the part of an image's codes that is guided, from 0 to 1 of them; others are drawn
+    from the full context alone, at a fraction of the cost (limited intervals: arXiv 2404.07724). guidance_schedule: how
+    the scales rise within that part from none: "constant": they are there at once; "linear"; "cosine", slow at both
+    ends (arXiv 2404.13040).
     seed: any integer of 64 bits, signed or not (-2 and 2**64 - 2 are one); the same seed, prompt and parameters give
     the same tokens, the n-th of them by the n-th random numbers of the seed. None and -1 draw one.
     prefix: ids the answer begins with, as if they had been drawn: whole images, text, and at the end perhaps an image
@@ -120,6 +126,9 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     constraint: Constraint | None = None
+    guidance_begin: float = 0.0
+    guidance_end: float = 1.0
+    guidance_schedule: Schedule = "constant"
 
     def __post_init__(self) -> None:
         if self.max_tokens < (1 if self.prompt_logprobs is None else 0):
@@ -136,6 +145,12 @@ class SamplingParams:
         for name in ("guidance_text", "guidance_image"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must be a finite number")
+        if not 0 <= self.guidance_begin <= self.guidance_end <= 1:
+            raise ValueError(
+                f"guidance_begin {self.guidance_begin} and guidance_end {self.guidance_end} must lie in 0..1, in order"
+            )
+        if self.guidance_schedule not in SCHEDULES:
+            raise ValueError(f"guidance_schedule {self.guidance_schedule!r} is not one of {', '.join(SCHEDULES)}")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             if count is not None and not 0 <= count <= MOST_LOGPROBS:

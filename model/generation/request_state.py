@@ -17,7 +17,7 @@ from calumma.model.generation.admission import RequestLimits, whole_images
 from calumma.model.generation.cache.block_manager import root_of
 from calumma.model.generation.cache.sequence import Sequence
 from calumma.model.generation.constraint import TokenConstraint
-from calumma.model.generation.guidance import GuidanceWeights
+from calumma.model.generation.guidance import GuidanceInterval, GuidanceWeights
 from calumma.model.generation.request import Event, Failure, Finish, Logprob, Phase, Request
 from calumma.model.generation.sampling.jacobi import JacobiDraft
 from calumma.model.generation.sampling.rules import TextRules
@@ -33,6 +33,7 @@ class _Token(NamedTuple):
 
 
 FORCED = Logprob(0.0)
+NONE = GuidanceInterval(GuidanceWeights(1.0, 0.0, 0.0), 0, 0, "constant")
 
 
 class RequestState:
@@ -64,7 +65,7 @@ class RequestState:
         self.branches: list[tuple[Sequence, float]] = []  # of the image that is being drawn, with their weights
         self.sequences = [self.full]  # that take part in the next pass, the full context first, then the branches
         self.retired: list[Sequence] = []  # branches that have no further use: their blocks are to be released
-        self.weight = 1.0  # of the full context's logits
+        self.guidance = NONE  # of the image that is being drawn
         self.phase: Phase = "text"
         self.answered = 0  # ids of the answer; the next one takes the random numbers of this index
         self.tokens_left = limits.tokens
@@ -96,10 +97,25 @@ class RequestState:
         return self.phase == "image"
 
     @property
+    def codes_alike(self) -> int:
+        """How many of the next codes are drawn from the same sequences."""
+        return self.guidance.alike(self.code, self.image_length)
+
+    @property
+    def code(self) -> int:
+        """The number of the next code in its image."""
+        return self.image_length - self.codes_left
+
+    def weights(self, code: int) -> tuple[float, ...]:
+        """What the logits of each of the sequences weigh at a code of the image."""
+        strength = self.guidance.strength(code)
+        return 1 + strength * (self.guidance.weights.full - 1), *(strength * weight for _, weight in self.branches)
+
+    @property
     def ids_ahead(self) -> int:
         """So many of the next ids can be drawn before any of them is looked at, as far as the request knows."""
         if self.drawing:
-            return 0 if self.drafts is not None else self.codes_left
+            return 0 if self.drafts is not None else self.codes_alike
         return 0 if self.rules is not None else self.tokens_left
 
     @property
@@ -196,6 +212,10 @@ class RequestState:
             self.codes_left -= 1
             for sequence, _ in self.branches:
                 sequence.tokens.append(token)
+            if self.code == self.guidance.stop:
+                self._retire_branches()
+            elif self.code == self.guidance.start:
+                self._open_branches()
             if self.codes_left == 0:
                 self._retire_branches()
                 if logprob is not FORCED:  # the end of a drawn image is no choice, so no pass is spent on it
@@ -211,16 +231,21 @@ class RequestState:
     def _begin_image(self) -> None:
         self.phase, self.codes_left = "image", self.image_length
         self.images_left -= 1
-        weights = GuidanceWeights.of(self.params, images_before=bool(self._images))
-        self.weight = weights.full
-        begin, bos = self.vocabulary.begin_image, self.vocabulary.bos
+        self.guidance = GuidanceInterval.of(self.params, bool(self._images), self.image_length)
+        if self.guidance.start == 0:
+            self._open_branches()
+
+    def _open_branches(self) -> None:
+        """With what there is of the image already."""
+        begin, bos, weights = self.vocabulary.begin_image, self.vocabulary.bos, self.guidance.weights
+        codes = self.full.tokens[len(self.full.tokens) - self.code :]
         for context, weight in (([bos, *self._images, begin], weights.images), ([bos, begin], weights.nothing)):
             if weight != 0:
-                branch = Sequence(context, root=self.full.root, adapter=self.full.adapter)
+                branch = Sequence(context + codes, root=self.full.root, adapter=self.full.adapter)
                 self.branches.append((branch, weight))
                 self.sequences = [*self.sequences, branch]
 
     def _retire_branches(self) -> None:
         self.retired += [sequence for sequence, _ in self.branches]
-        self.branches, self.weight, self.drafts = [], 1.0, None
+        self.branches, self.drafts = [], None
         self.sequences = [self.full]

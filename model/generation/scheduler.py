@@ -89,7 +89,7 @@ class Scheduler:
             item.samples and item.state.drawing and max(item.counts) == 1 for item in scheduled
         ):
             return 1
-        steps = min(most, *(item.state.codes_left for item in scheduled))
+        steps = min(most, *(item.state.codes_alike for item in scheduled))
         sequences = [sequence for item in scheduled for sequence in item.state.sequences]
         while sum(self.blocks.missing(s, s.cached + steps) for s in sequences) > self.blocks.available:
             steps -= 1

@@ -159,6 +159,9 @@ def sampling_params(request: SamplingFields, modalities: Collection[str], defaul
         given = getattr(request, field)
         return getattr(defaults, field) if given is None else given
 
+    begin, end = value("guidance_begin"), value("guidance_end")
+    if begin > end:
+        raise APIError(f"guidance_begin {begin:g} is after guidance_end {end:g}", param="guidance_begin")
     wanted = set(modalities)
     text = request if isinstance(request, TextFields) else TextFields()
     return SamplingParams(
@@ -181,6 +184,9 @@ def sampling_params(request: SamplingFields, modalities: Collection[str], defaul
         ),
         guidance_text=value("guidance_text"),
         guidance_image=value("guidance_image"),
+        guidance_begin=begin,
+        guidance_end=end,
+        guidance_schedule=request.guidance_schedule or defaults.guidance_schedule,
         seed=None if request.seed == RANDOM_SEED else request.seed,
         stop_ids=text.stop_token_ids,
         min_tokens=text.min_tokens,

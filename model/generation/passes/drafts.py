@@ -52,7 +52,7 @@ def verify_drafts(
             outputs.append(RunnerOutput(state, [], [], NOT_FINITE))
             begin = end
             continue
-        accepted = state.drafts.verify(p_RC[begin : begin + sound], state.answered, state.codes_left, most)
+        accepted = state.drafts.verify(p_RC[begin : begin + sound], state.answered, state.codes_alike, most)
         rows_RC = logprobs_RC[begin : begin + len(accepted)]
         columns_R1 = torch.tensor(accepted, device=rows_RC.device)[:, None]
         values = rows_RC.gather(1, columns_R1)[:, 0].tolist()

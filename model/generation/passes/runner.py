@@ -189,7 +189,7 @@ class ModelRunner:
         self, images: ImageBatch, x_BD: Tensor, inputs_2R: Tensor, ahead: int, metadata: SamplingMetadata
     ) -> SamplerOutput:
         """A code of each image, so many codes after the next."""
-        logits_RC = images.guide(self.decoder.logits(x_BD, self.sampler.columns[IMAGE]))
+        logits_RC = images.guide(self.decoder.logits(x_BD, self.sampler.columns[IMAGE]), ahead)
         seats_R, number_R = inputs_2R
         sample = self.sampler.sample(logits_RC, IMAGE, seats_R, number_R + ahead, None, metadata)
         self.decoder.shard.broadcast(sample.token_R)

@@ -120,6 +120,13 @@ class SamplingFields(RequestModel):
     guidance_image: float | None = Field(
         None, ge=0, le=100, description="how far an image follows the images before it; 1: no guidance"
     )
+    guidance_begin: float | None = Field(
+        None, ge=0, le=1, description="the part of an image's codes from which on it is guided"
+    )
+    guidance_end: float | None = Field(None, ge=0, le=1, description="the part up to which it is")
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = Field(
+        None, description="how guidance rises within that part; constant: it is there at once"
+    )
     max_images: int | None = Field(None, ge=1, le=64, description="images in the answer")
     priority: int | None = Field(
         None, description="above 0: others go first, whoever asks, and this request gets what they leave"

@@ -78,7 +78,19 @@ def asked(id: str, number: int, mode: Any, max_tokens: int, heat: float, guidanc
     return Request(
         id,
         PROMPTS[number],
-        SamplingParams(max_tokens, mode, 3, text, image, guidance, 1.2 if guidance > 1 else 1.0, seed=number),
+        SamplingParams(
+            max_tokens,
+            mode,
+            3,
+            text,
+            image,
+            guidance,
+            1.2 if guidance > 1 else 1.0,
+            seed=number,
+            guidance_begin=0.25 * (number // 2),
+            guidance_end=1 - 0.25 * (number % 2),
+            guidance_schedule="linear" if number == 3 else "constant",
+        ),
         **whose(id),
     )
 

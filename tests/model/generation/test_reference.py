@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -102,6 +104,15 @@ def draw(logits_V: Tensor, sampling: PhaseSampling, numbers: list[float]) -> int
     return token
 
 
+def strength(params: SamplingParams, code: int) -> float:
+    """Of guidance at a code, within its interval, as arXiv 2404.13040 has it rise."""
+    begin, end = round(params.guidance_begin * N), round(params.guidance_end * N)
+    if code not in range(begin, end):
+        return 0.0
+    part = (code + 1 - begin) / (end - begin)
+    return {"constant": 1.0, "linear": part, "cosine": 0.5 - 0.5 * math.cos(math.pi * part)}[params.guidance_schedule]
+
+
 @torch.no_grad()
 def reference(
     transformer: Transformer, prompt: list[int], params: SamplingParams
@@ -134,7 +145,10 @@ def reference(
             earlier = [token for image in before for token in image]
             i_V = logits([V.bos, *earlier, V.begin_image, *codes])
             u_V = logits([V.bos, V.begin_image, *codes])
-            f_V = u_V + params.guidance_image * (i_V - u_V) + params.guidance_text * (f_V - i_V)
+            by_image, by_text = (
+                1 + strength(params, len(codes)) * (s - 1) for s in (params.guidance_image, params.guidance_text)
+            )
+            f_V = u_V + by_image * (i_V - u_V) + by_text * (f_V - i_V)
         masked_V = torch.full_like(f_V, float("-inf"))
         masked_V[allowed] = f_V[allowed]
         chosen_V = masked_V.clone()
@@ -189,6 +203,35 @@ def test_tokens_equal_uncached_passes_with_the_papers_guidance(
         assert events[-1].finish == finish
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.5, 0.5), (0.75, 1.0)])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_guidance_of_a_part_of_an_image_equals_uncached_passes_and_frees_its_branches(
+    tiny: Tiny, interval: tuple[float, float], schedule: Any
+) -> None:
+    """Whether codes are drawn one by one, in bursts, ahead, or drafted."""
+    transformer = tiny(EAGER, 1)
+    params = SamplingParams(
+        30, "interleaved", 3, GREEDY, GREEDY_IMAGE, 4.0, 2.0, seed=1, guidance_begin=interval[0],
+        guidance_end=interval[1], guidance_schedule=schedule,
+    )  # fmt: skip
+    tokens, logprobs, _ = reference(transformer, PROMPTS["image"], params)
+    assert len(images_in(tokens)) >= 3
+    for options in ({"image_burst": 1}, {"image_burst": 8}, {"ahead": True, "image_burst": 1}, {"jacobi_window": 3}):
+        engine = engine_of(transformer, **options)
+        events = run(engine, Request("r", PROMPTS["image"], params))["r"]
+        assert tokens_of(events) == tokens
+        assert [value for event in events for value in event.logprobs] == pytest.approx(logprobs, abs=1e-3)
+        assert engine.statistics.blocks_used == 0
+    guided = round(interval[1] * N) - round(interval[0] * N)
+    engine, branches = engine_of(transformer, image_burst=1), list[int]()
+    engine.add(Request("r", PROMPTS["image"], replace(params, mode="image", prefix=())))
+    while engine.has_work:
+        engine.step()
+        branches += [len(state.branches) for state in engine._scheduler.running if state.drawing]
+    # seen after each code: those that the first is drawn with are there before
+    assert branches.count(2) == max(0, guided - (interval[0] == 0))
+
+
 def many(seeded: bool) -> list[Request]:
     requests = []
     for number, (mode, prompt) in enumerate((m, p) for m in ("text", "image", "interleaved") for p in PROMPTS.values()):
@@ -199,6 +242,9 @@ def many(seeded: bool) -> list[Request]:
             text=PhaseSampling(heat, 0.6 + 0.04 * number, 1.0 + 0.1 * (number % 3)),
             image=PhaseSampling(heat, 1.0 - 0.05 * number),
             guidance_text=1.0 + number % 3,
+            guidance_begin=0.25 * (number % 2),
+            guidance_end=1 - 0.25 * (number % 3),
+            guidance_schedule=cast(Any, ["constant", "linear", "cosine"][number % 3]),
             seed=number,
         )
         requests.append(Request(str(number), prompt, params))
