@@ -6,7 +6,7 @@ the same engine, in requests a second. Both sides take turns in one process, and
 neighbour on the machine only ever slows one down. Weights are random. `--model DIRECTORY` instead measures speculative
 Jacobi decoding on a trained model: the share of drafted codes that stand, and passes an image. `--busy` is for a
 machine with other work: one thread, and the seconds it computes instead of those that pass. `--quick` is a smoke test
-of the script.
+of the script. Host: what a process computes for a step beside the model and the draw, which answer at once there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from calumma.model.generation import Engine, Event, PhaseSampling, Request, SamplingParams
+from calumma.model.generation.sampling.sampler import SamplerOutput
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
@@ -182,6 +183,43 @@ def text(shapes: Shapes, count: int) -> Iterator[Row]:
     )
 
 
+def host(shapes: Shapes, count: int) -> Iterator[Row]:
+    """Of `count` texts, with and without passes issued ahead."""
+    vocabulary = shapes.ids(text_only=False)
+    steps = 8 if shapes.answer < 64 else shapes.answer // 2
+    for ahead in (False, True):
+        engine = Engine(fresh(shapes), vocabulary, shapes.image, count, ahead=ahead, cuda_graphs=False)
+        decoder, device = engine._runner.decoder, shapes.device
+        x_TD = torch.zeros(count * shapes.prompt, decoder.transformer.config.width, device=device)
+        logits_RC = torch.zeros(count, 1, device=device)
+        drawn = torch.full((count,), vocabulary.text_ids[-1], device=device), torch.zeros(count, device=device)
+        decoder.hidden = lambda tokens_T, *_, x_TD=x_TD: x_TD[: len(tokens_T)]  # type: ignore[method-assign]
+        decoder.logits = lambda x_RD, *_, found=logits_RC: found[: len(x_RD)]  # type: ignore[method-assign]
+        engine._runner.sampler.sample = (
+            lambda logits_RC, *_, drawn=drawn: SamplerOutput(  # type: ignore[method-assign]
+                *(each[: len(logits_RC)] for each in drawn)
+            )
+        )
+        seconds = []
+        for turn in range(shapes.turns):
+            for number, prompt in enumerate(shapes.prompts(count)):
+                engine.add(Request(f"{turn} {number}", prompt, SamplingParams(shapes.answer, seed=number)))
+            while engine.statistics.counters.text_tokens < count * (1 + turn * shapes.answer):
+                engine.step()
+            began = time.process_time()
+            for _ in range(steps):
+                engine.step()
+            seconds.append((time.process_time() - began) / steps)
+            while engine.has_work:
+                engine.step()
+        yield (
+            f"{count} texts" + (", passes issued ahead" if ahead else ""),
+            "host's time of a step beside the model and the draw",
+            f"{1000 * min(seconds):.2f} ms",
+            "<= 1 ms",
+        )
+
+
 def drafts(directory: str, device: str) -> Iterator[Row]:
     """Guided images of a trained model, with windows of several sizes."""
     from calumma.model import Document, Text, load
@@ -226,7 +264,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", action="store_true", help="one CPU thread, and its own seconds instead of the clock's"
     )
-    parser.add_argument("--only", choices=["mixed", "text"], help="one part alone")
+    parser.add_argument("--only", choices=["mixed", "text", "host"], help="one part alone")
     parser.add_argument("--model", help="a model directory: speculative decoding of its images instead")
     given = parser.parse_args()
     compared, together = shapes_of(given.device, given.quick)
@@ -242,8 +280,12 @@ def main() -> None:
     if given.model:
         rows = [drafts(given.model, given.device)]
     else:
-        rows += [text(compared, count) for count in (1, compared.together) if given.only != "mixed"]
-        rows += [mixed(shapes, shapes is together[0]) for shapes in together if given.only != "text"]
+        if given.only in (None, "text"):
+            rows += [text(compared, count) for count in (1, compared.together)]
+        if given.only in (None, "mixed"):
+            rows += [mixed(shapes, shapes is together[0]) for shapes in together]
+        if given.only in (None, "host"):
+            rows.append(host(replace(together[0], layers=1, answer=compared.answer // 2), 32))
     for row in chain.from_iterable(rows):
         print(f"| {' | '.join(row)} |", flush=True)
 

@@ -34,8 +34,8 @@ def below_statistics(held: HostBlocks | None, block_size: int) -> dict[str, int]
     disk = None if held is None else held.disk
     return {
         "disk_restored_tokens": 0 if held is None else held.disk_hits * block_size,
-        "host_cache_bytes": 0 if held is None else held.bytes,
-        "disk_cache_bytes": 0 if disk is None else disk.bytes,
+        "host_cache_bytes": 0 if held is None else held.held,
+        "disk_cache_bytes": 0 if disk is None else disk.held,
         "disk_damaged": 0 if disk is None else disk.damaged,
     }
 

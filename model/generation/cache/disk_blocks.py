@@ -60,8 +60,8 @@ class DiskBlocks:
         self._thread.start()
 
     @property
-    def bytes(self) -> int:
-        """On the disk now, as far as is known."""
+    def held(self) -> int:
+        """Bytes on the disk now, as far as is known."""
         with self._lock:
             return sum(self._index.values())
 

@@ -38,8 +38,8 @@ class HostBlocks:
         self.hits = self.disk_hits = 0
 
     @property
-    def bytes(self) -> int:
-        """Held now."""
+    def held(self) -> int:
+        """Bytes now."""
         return len(self._slots) * self.block_bytes
 
     def keep(self, digest: bytes, block: int) -> None:

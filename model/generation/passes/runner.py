@@ -30,12 +30,15 @@ from calumma.model.generation.passes.prompt_scores import score_prompt
 from calumma.model.generation.request import Failure
 from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.sampling.jacobi import JacobiDraft
+from calumma.model.generation.sampling.neighbours import NeighboursBySalt
 from calumma.model.generation.sampling.rules import masks_of
 from calumma.model.generation.sampling.sampler import IMAGE, TEXT, Sampler, SamplerOutput, SamplingMetadata, TextRows
 from calumma.model.generation.scheduler import ScheduledRequest
 from calumma.model.vocabulary import Vocabulary
 
-DRAFTED = 128  # most codes that all sequences of a pass draft together: more requests than gain by it draft none
+# Most codes that all sequences of a pass draft together: more requests than gain by it draft none. For a CPU a pass of
+# more tokens takes longer, so there several images share fewer (benchmarks/drafting.py).
+DRAFTED, DRAFTED_ON_CPU = 128, 8
 
 
 class ModelRunner:
@@ -75,6 +78,7 @@ class ModelRunner:
         if self.graphs is not None and self.device.type == "cuda":
             self.graphs.prepare(BRANCHES * seats)
         self.vocabulary, self.image_length, self.window = vocabulary, image_length, window
+        self.neighbours = NeighboursBySalt(image_length)
         self.verification: Verification[RequestState] = Verification()
         self.computed = self.drafted = self.accepted = 0
 
@@ -107,7 +111,9 @@ class ModelRunner:
         for item in scheduled:
             state = item.state
             if self.window and item.samples and state.drawing and state.drafts is None:
-                state.drafts = JacobiDraft(state.seed, self.window)
+                begun = state.full.tokens[len(state.full.tokens) - state.code :]
+                columns = [token - self._first_code for token in begun]
+                state.drafts = JacobiDraft(state.seed, self.window, self.neighbours.of(state.full.root), columns)
         layout = lay_out(scheduled, self.cache.block_size, self._first_code)
         ready = [item.state for item in scheduled if item.samples]
         texts = [state for state in ready if not state.drawing and state.tokens_left]
@@ -250,7 +256,8 @@ class ModelRunner:
     ) -> list[RunnerOutput]:
         logits_RC = images.guide(self.decoder.logits(x_BD, self.sampler.columns[IMAGE]))
         p_RC, logprobs_RC = self.sampler.image_probabilities(logits_RC, seats_R, metadata)
-        most = DRAFTED // sum(len(state.sequences) for state in images.states)
+        together = DRAFTED_ON_CPU if self.device.type == "cpu" and len(images.states) > 1 else DRAFTED
+        most = together // sum(len(state.sequences) for state in images.states)
         outputs = verify_drafts(images, self.decoder.shard.broadcast(p_RC), logprobs_RC, self._first_code, most)
         self.drafted += len(images.draws) - len(images.states)
         self.accepted += sum(len(output.tokens) - 1 for output in outputs)

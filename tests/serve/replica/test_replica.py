@@ -286,10 +286,10 @@ def test_prompts_in_line_are_bounded_by_their_tokens(model: MixedModalModel) -> 
     replica = EngineReplica(model, 1, max_queued_tokens=20)
     room = CONTEXT + 20
 
-    async def fill() -> list[str]:
+    async def fill(ids: str) -> list[str]:
         open_, refused = [], []
         for number, tenant in enumerate("aaab"):
-            asked = GenerationRequest(str(number), (5,) * (CONTEXT // 2), params(0, "text"), 4, tenant=tenant)
+            asked = GenerationRequest(f"{ids}{number}", (5,) * (CONTEXT // 2), params(0, "text"), 4, tenant=tenant)
             open_.append(replica.generate(asked))
             if isinstance(first := await anext(open_[-1]), RequestFailed):
                 refused.append(f"{tenant}{number}")
@@ -300,8 +300,8 @@ def test_prompts_in_line_are_bounded_by_their_tokens(model: MixedModalModel) -> 
 
     try:
         assert 2 * (CONTEXT // 2 + 1) <= room < 3 * (CONTEXT // 2)
-        assert run(fill()) == ["a2"]
-        assert run(fill()) == ["a2"], "what has ended has left"
+        assert run(fill("one")) == ["a2"]
+        assert run(fill("two")) == ["a2"], "what has ended has left"
     finally:
         replica.close()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Statistics
 from calumma.model.generation.sampling.jacobi import JacobiDraft
+from calumma.model.generation.sampling.neighbours import Neighbours
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
@@ -80,9 +81,11 @@ def following(codes: tuple[int, ...]) -> Tensor:
     return ROWS[(len(codes) + sum((place + 2) * code for place, code in enumerate(codes))) % len(ROWS)]
 
 
-def drafted(seed: int, windows: list[int], length: int, begin: int = 0) -> tuple[tuple[int, ...], int]:
+def drafted(
+    seed: int, windows: list[int], length: int, begin: int = 0, neighbours: Neighbours | None = None
+) -> tuple[tuple[int, ...], int]:
     """An image of the toy model that begins at a place of an answer, and its passes: each drafts at most so many."""
-    draft, image = JacobiDraft(seed, max(windows)), list[int]()
+    draft, image = JacobiDraft(seed, max(windows), neighbours), list[int]()
     for passes, most in enumerate(itertools.cycle(windows), 1):
         p_XC = torch.stack([following((*image, *draft.codes[:n])) for n in range(len(draft.codes) + 1)])
         image += draft.verify(p_XC, begin + len(image), length - len(image), most)
@@ -91,11 +94,13 @@ def drafted(seed: int, windows: list[int], length: int, begin: int = 0) -> tuple
     raise AssertionError
 
 
-def test_drafted_images_have_exactly_the_models_distribution() -> None:
+@pytest.mark.parametrize("learning", [False, True])
+def test_drafted_images_have_exactly_the_models_distribution(learning: bool) -> None:
     """By enumeration of all images: beyond 140 one in 10,000 exact samplers (81 images, those without a chance never).
     Codes of one image would be too alike, or too much unlike, if their numbers were not independent."""
-    length, count = 4, 20_000
-    observed = Counter(drafted(seed, [3], length)[0] for seed in range(count))
+    length, count = 4, 8_000 if learning else 20_000
+    neighbours = Neighbours(length) if learning else None
+    observed = Counter(drafted(seed, [3], length, neighbours=neighbours)[0] for seed in range(count))
     expected = {
         image: math.prod(float(following(image[:n])[code]) for n, code in enumerate(image))
         for image in itertools.product(range(3), repeat=length)
@@ -115,6 +120,49 @@ def test_what_is_drafted_changes_no_code(seed: int, windows: list[int], begin: i
     found, fewer = drafted(seed, windows, 20, begin)
     assert found == one_by_one
     assert fewer <= 20
+    for length in (20, 25):  # of images that are no squares, and that are
+        neighbours = Neighbours(length)
+        for _ in range(2):
+            assert drafted(seed, windows, 20, begin, neighbours)[0] == one_by_one
+
+
+def test_neighbours_are_those_of_the_grid_and_what_followed_them_is_expected_again() -> None:
+    neighbours, codes = Neighbours(9), [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert [neighbours.contexts(codes, at)[1] for at in (0, 1, 3, 4, 5)] == [
+        (-1, -1, -1),
+        (0, -1, -1),
+        (-1, 0, 1),
+        (3, 1, 2),
+        (4, 2, -1),
+    ]
+    assert Neighbours(8).contexts(codes, 4) == ((3,), (2, 3))
+    flat = torch.full((10,), 0.1)
+    assert torch.equal(neighbours.refine(flat, codes, 4), flat)
+    neighbours.learn(codes, 4)
+    assert int(neighbours.refine(flat, [0, 1, 2, 3], 4).argmax()) == 4
+    other = neighbours.refine(flat, [0, 1, 9, 3], 4)
+    assert int(other.argmax()) == 4, "by two of the three"
+    assert float(other.max() / other.sum()) < float((w := neighbours.refine(flat, codes, 4)).max() / w.sum())
+
+
+def test_drafts_that_learn_take_fewer_passes() -> None:
+    """Of a model whose codes hang on those above them, and on nothing that a first draft could know."""
+
+    def passes(neighbours: Neighbours | None) -> int:
+        count = 0
+        for seed in range(12):
+            draft, image = JacobiDraft(seed, 6, neighbours), list[int]()
+            while len(image) < 36:
+                rows = []
+                for number in range(len(draft.codes) + 1):
+                    context = (*image, *draft.codes[:number])
+                    likely = (3 * context[-1] + context[-6] + 1) % 8 if len(context) >= 6 else len(context)
+                    rows.append(torch.full((8,), 0.005).index_fill(0, torch.tensor(likely), 0.965))
+                image += draft.verify(torch.stack(rows), len(image), 36 - len(image))
+                count += 1
+        return count
+
+    assert passes(Neighbours(36)) < 0.8 * passes(None)
 
 
 # -- the engine with drafts --
