@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calumma.jobs.emoji import conversations as talk
 from calumma.jobs.emoji import documents
 from calumma.jobs.emoji.documents import FAST, FULL, LARGE, ColourDocumentsSpecification
 from calumma.jobs.emoji.pictures import Picture
 from calumma.jobs.quickstart.conversations import IMAGE_MARK
-from calumma.jobs.quickstart.course import FROM_IMAGE_TOKENIZER, Course, Step
+from calumma.jobs.quickstart.course import FROM_IMAGE_TOKENIZER, Course, Extent, Step
 from calumma.jobs.quickstart.questions import Question
 from calumma.platform.reports.contact_sheet import Cell
-
-if TYPE_CHECKING:
-    from calumma.jobs.quickstart.steps import Options
 
 LONGEST_STORY = 600  # tokens: two pictures of 256 codes, and their names
 SHARES = {
@@ -49,9 +46,9 @@ PLAIN = {
 }
 
 
-def _documents(shared: dict[str, Any], options: Options) -> ColourDocumentsSpecification:
-    sizes = FAST if options.fast else LARGE if options.large else FULL
-    return ColourDocumentsSpecification(**shared, sets=options.sets, sizes=sizes)
+def _documents(shared: dict[str, Any], extent: Extent) -> ColourDocumentsSpecification:
+    sizes = FAST if extent.fast else LARGE if extent.large else FULL
+    return ColourDocumentsSpecification(**shared, sets=extent.sets, sizes=sizes)
 
 
 def _samples(spec: ColourDocumentsSpecification) -> dict[str, list[Cell]]:

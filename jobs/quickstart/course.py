@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from calumma.platform.specification import JobSpecification
 
 if TYPE_CHECKING:
     from calumma.jobs.quickstart.questions import Question
-    from calumma.jobs.quickstart.steps import Options
     from calumma.platform.cluster.progress import Progress
     from calumma.platform.reports.contact_sheet import Cell
     from calumma.platform.storage.manifest import Manifest
@@ -35,11 +34,22 @@ FROM_IMAGE_TOKENIZER = {
 }
 
 
+class Extent(Protocol):
+    """How much of a course's data: see the quickstart's options."""
+
+    @property
+    def fast(self) -> bool: ...
+    @property
+    def large(self) -> bool: ...
+    @property
+    def sets(self) -> str | None: ...
+
+
 @dataclass(frozen=True)
 class Course:
     """`name`: of the MLflow experiment and the usual working folder. `recipes`: their folder below calumma.jobs.
 
-    `documents(shared, options)` is the first step's specification from fields that all share; `write` does it,
+    `documents(shared, extent)` is the first step's specification from fields that all share; `write` does it,
     `samples` gives pictures to look at by part, `questions` what is asked at the end; these three take it.
     `measured`: metric -> what it is, first the evaluation's; `targets` what is meant to be reached; `plain` those that
     are no shares. `kinds`: kind of question -> title; `sheets`: the evaluation's sheet -> title.
@@ -49,7 +59,7 @@ class Course:
     recipes: str
     lead: str
     steps: tuple[Step, ...]
-    documents: Callable[[dict[str, Any], Options], JobSpecification]
+    documents: Callable[[dict[str, Any], Extent], JobSpecification]
     write: Callable[[Any, Progress], Manifest]
     samples: Callable[[Any], dict[str, list[Cell]]]
     questions: Callable[[Any], list[Question]]

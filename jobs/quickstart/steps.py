@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from calumma.jobs.quickstart import documents
-from calumma.jobs.quickstart.course import CLUSTER, FROM_IMAGE_TOKENIZER, Course, Step
+from calumma.jobs.quickstart.course import CLUSTER, FROM_IMAGE_TOKENIZER, Course, Extent, Step
 from calumma.jobs.quickstart.display import Board, Row
 from calumma.jobs.quickstart.documents import FAST, FULL, DocumentsSpecification
 from calumma.jobs.quickstart.questions import Answer, ask, questions
@@ -64,8 +64,8 @@ MEASURED = {
 }
 
 
-def _documents(shared: dict[str, Any], options: Options) -> DocumentsSpecification:
-    return DocumentsSpecification(**shared, sizes=FAST if options.fast else FULL)
+def _documents(shared: dict[str, Any], extent: Extent) -> DocumentsSpecification:
+    return DocumentsSpecification(**shared, sizes=FAST if extent.fast else FULL)
 
 
 def _samples(spec: DocumentsSpecification) -> dict[str, list[Cell]]:
