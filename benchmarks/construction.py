@@ -26,7 +26,7 @@ from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
 from calumma.platform.training.checkpoints import catalog, resumption, saver
-from calumma.platform.training.construction import build
+from calumma.platform.training.construction import build, heap
 from calumma.platform.training.specification import PretrainSpecification
 from calumma.platform.training.steps import engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
@@ -102,15 +102,16 @@ def start(
     read = count_reads()
     before, began = resident("VmRSS"), time.monotonic()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
-    described = build.describe(config, spec, vocabulary)
-    run = build.initialize(described, spec, world, torch.device("cpu"))
-    if source == "seed":
-        base = build.Base(None, 0)
-        build.fill(run, described.source(config, base, torch.device("cpu")))
-    else:
-        found = catalog.newest(f"{folder}/stage")
-        assert found is not None
-        resumption.load(run, found)
+    base = build.Base(None, 0)
+    with heap.returned_at_once():  # as a stage starts
+        described = build.describe(config, spec, vocabulary)
+        run = build.initialize(described, spec, world, torch.device("cpu"))
+        if source == "seed":
+            build.fill(run, described.source(config, base, torch.device("cpu")))
+        else:
+            found = catalog.newest(f"{folder}/stage")
+            assert found is not None
+            resumption.load(run, found)
     result = {"peak": resident("VmHWM") - before, "seconds": time.monotonic() - began, "read": sum(read)}
     Path(folder, f"{number}-{rank}.json").write_text(json.dumps(result))
     if source == "seed":

@@ -8,7 +8,7 @@ from calumma.platform import storage
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import resumption
-from calumma.platform.training.construction import build
+from calumma.platform.training.construction import build, heap
 from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker
@@ -48,6 +48,11 @@ def require_undamaged_start(assignment: Assignment) -> None:
 
 def start_engine(assignment: Assignment, worker: Worker, watchdog: Watchdog) -> DeepSpeedEngine:
     """The engine of this worker, with the weights of the checkpoint to start from, of `initial`, or of the seed."""
+    with heap.returned_at_once():
+        return _start_engine(assignment, worker, watchdog)
+
+
+def _start_engine(assignment: Assignment, worker: Worker, watchdog: Watchdog) -> DeepSpeedEngine:
     spec, start = assignment.spec, assignment.start_checkpoint
     watchdog.enter("building the engine")
     described = build.describe(assignment.config, spec, assignment.vocabulary)

@@ -124,11 +124,18 @@ def _read(uri: str, file: IndexedFile, requests: list[_Request], beat: Callable[
                 data, file.piece, checksums[request.begin // file.piece - first :], request.begin
             ),
         )
-        held = bytearray(data)  # torch takes no memory that it may not write to
         for copy in request.copies:
-            place = memoryview(held)[copy.begin - request.begin : copy.end - request.begin]
-            copy.target.copy_(torch.frombuffer(place, dtype=copy.dtype))
+            _put(memoryview(data)[copy.begin - request.begin : copy.end - request.begin], copy)
         beat()
+
+
+def _put(place: memoryview, copy: _Copy) -> None:
+    """Bytes that were read into the tensor that wants them; without another copy where they are as it has them."""
+    target = copy.target
+    if target.device.type == "cpu" and target.dtype == copy.dtype and target.is_contiguous():
+        np.copyto(target.detach().view(torch.uint8).numpy(), np.frombuffer(place, np.uint8))
+    else:  # torch takes no memory that it may not write to
+        target.copy_(torch.frombuffer(bytearray(place), dtype=copy.dtype))
 
 
 def _problem(data: bytes, piece: int, checksums: np.ndarray, begin: int) -> str | None:
