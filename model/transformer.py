@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from calumma.model.config import ModelConfig
 from calumma.model.ops import stability
-from calumma.model.ops.attention import Mask, attend, document_mask, rotate
+from calumma.model.ops.attention import Mask, document_mask, rotate
 from calumma.model.ops.loss import Loss, linear_logprobs, linear_loss, trained_rows
 from calumma.model.ops.rope import rope_table
+from calumma.model.ops.sharing import Attend, SharedRows, attend_whole, part_of
 
 Recompute = Literal["none", "products", "all"]  # what of a block is kept: all; products' results; its input alone
 
@@ -43,6 +44,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_size = config.heads, config.kv_heads, config.head_size
+        self.attend: Attend = attend_whole
         bias = config.query_key_value_bias
         self.query = nn.Linear(config.width, config.heads * config.head_size, bias=bias)
         self.key = nn.Linear(config.width, config.kv_heads * config.head_size, bias=bias)
@@ -60,14 +62,12 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         q_BTNH = self.query(x_BTD).view(B, T, self.heads, self.head_size)
         k_BTKH = self.key(x_BTD).view(B, T, self.kv_heads, self.head_size)
-        v_BKTH = self.value(x_BTD).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)
+        v_BTKH = self.value(x_BTD).view(B, T, self.kv_heads, self.head_size)
         if self.normalize:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-        q_BNTH = rotate(q_BTNH, rope_BTP2).transpose(1, 2)
-        k_BKTH = rotate(k_BTKH, rope_BTP2).transpose(1, 2)
-        measured = stability.attention(q_BNTH, k_BKTH) if measure else None
-        out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, mask)
-        return self.output(out_BNTH.transpose(1, 2).reshape(B, T, -1)), measured
+        q_BTNH, k_BTKH = rotate(q_BTNH, rope_BTP2), rotate(k_BTKH, rope_BTP2)
+        out_BTNH, measured = self.attend(q_BTNH, k_BTKH, v_BTKH, mask, measure)
+        return self.output(out_BTNH.reshape(B, T, -1)), measured
 
 
 class FeedForward(nn.Module):
@@ -186,6 +186,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.output = Output(config, self.embedding)
+        self.shared: SharedRows | None = None
         self.register_buffer("rope", torch.empty(0), persistent=False)
         self.rebuild_rope(self.embedding.weight.device)
 
@@ -212,6 +213,14 @@ class Transformer(nn.Module):
         matrix products and attention too: hardly more arithmetic, half the memory (arXiv 2205.05198)."""
         for block in cast(Iterable[TransformerBlock], self.blocks):
             block.recompute = "products" if on == "selective" else "all" if on else "none"
+        return self
+
+    def share_rows(self, shared: SharedRows) -> Self:
+        """Compute a part of every row alone from now on, where other processes compute the others: what it is given
+        stays whole rows, what it gives (logits, losses, states) is of its part."""
+        self.shared = shared
+        for block in cast(Iterable[TransformerBlock], self.blocks):
+            block.attention.attend = shared.attend
         return self
 
     def compile_blocks(self, **options: Any) -> Self:
@@ -271,10 +280,13 @@ class Transformer(nn.Module):
         if targets is not None:
             if mask is None or image_mask is None:
                 raise ValueError("the loss needs targets, mask and image_mask")
+            targets, mask = part_of(targets, self.shared), part_of(mask, self.shared)
             rows_R = trained_rows(mask)
         x_BTD, measured = self._trunk(tokens_BT, segments_BT, measure and rows_R is not None)
         if rows_R is None:
             if needed is not None:
+                if self.shared is not None:
+                    raise ValueError("of rows that processes share no tokens can be picked")
                 x_BTD = x_BTD.gather(1, needed[..., None].expand(-1, -1, x_BTD.shape[-1]))
             return self.output(x_BTD)
         if scores:
@@ -310,6 +322,7 @@ class Transformer(nn.Module):
         rope_BTP2 = self.rope[None, :T]
         if segments_BT is not None and self.config.mask_documents:
             mask = document_mask(segments_BT)
+        rope_BTP2, tokens_BT = part_of(rope_BTP2, self.shared), part_of(tokens_BT, self.shared)
         x_BTD, measured = self.embedding(tokens_BT), []
         for block in self.blocks:
             x_BTD, found = block(x_BTD, rope_BTP2, mask, measure)

@@ -79,6 +79,12 @@ class Recovery(Section):
         60, gt=0, description="how long an output stays the run's that has it when nothing is heard of that run"
     )
 
+    @property
+    def collective_seconds(self) -> int:
+        """How long workers wait for each other in a collective: who waits for one that hangs must not fail before the
+        watchdog ends that."""
+        return max(1800, round(1.5 * self.hang_seconds))
+
 
 class Retention(Section):
     """Which checkpoints of a stage stay in storage; one reason is enough."""

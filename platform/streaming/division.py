@@ -3,6 +3,9 @@
 Every worker takes a run of neighbouring sequences, of which none has more than one unit more than another, and as many
 forward passes (ZeRO 3 gathers weights in each, and all workers with it). What is divided never depends on the number of
 workers, so any number of them takes the same optimizer step.
+
+Workers may share their sequences (training/steps/sequence.py): so many neighbours, by rank, are then one to the data,
+and each of them is given all that they have together.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ class Division:
     whole: bool = False
     """Never divide passes otherwise than by the global batch: pass n is sequences n*rows to (n+1)*rows - 1 on any
     number of workers. What is drawn for a pass, as dropout is, is then the same for all of them."""
+    sharing: int = 1
+    """Workers that share their sequences; a number of workers is a multiple of it."""
 
     def __post_init__(self) -> None:
-        if self.sequences < 1 or self.rows < 1:
-            raise ValueError(f"a division needs sequences and rows, found {self.sequences} and {self.rows}")
+        if self.sequences < 1 or self.rows < 1 or self.sharing < 1:
+            found = f"{self.sequences} and {self.rows}, shared by {self.sharing}"
+            raise ValueError(f"a division needs sequences and rows, found {found}")
 
     @property
     def unit(self) -> int:
@@ -38,12 +44,12 @@ class Division:
 
     def most(self, world: int) -> int:
         """Sequences of the worker that has most."""
-        return min(-(-self._units(self.sequences) // world) * self.unit, self.sequences)
+        return min(-(-self._units(self.sequences) // self._groups(world)) * self.unit, self.sequences)
 
     def bounds(self, total: int, rank: int, world: int) -> tuple[int, int]:
         """The sequences of a step of `total` that one worker takes, from and up to. The first workers take more."""
-        units = self._units(total)
-        begin, end = (-(-number * units // world) * self.unit for number in (rank, rank + 1))
+        units, groups, group = self._units(total), self._groups(world), rank // self.sharing
+        begin, end = (-(-number * units // groups) * self.unit for number in (group, group + 1))
         return min(begin, total), min(end, total)
 
     def pass_rows(self, begin: int, end: int, world: int) -> list[int]:
@@ -56,7 +62,13 @@ class Division:
 
     def efficiency(self, world: int) -> float:
         """Speed over that of workers that all have the same to do: the mean over the most."""
-        return self.sequences / (world * self.most(world))
+        return self.sequences / (self._groups(world) * self.most(world))
+
+    def _groups(self, world: int) -> int:
+        """Of workers that share their sequences."""
+        if world % self.sharing:
+            raise ValueError(f"{world} workers are no multiple of the {self.sharing} that share their sequences")
+        return world // self.sharing
 
     def _units(self, sequences: int) -> int:
         return -(-sequences // self.unit)

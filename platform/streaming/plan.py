@@ -87,9 +87,10 @@ class Plan:
         micro_batches: int,
         rows: int | None = None,
         whole: bool = False,
+        sharing: int = 1,
     ) -> None:
         """`mixture` and `manifests` are keyed by the URI of a directory of token shards; `rows` of a forward pass
-        (none: as the largest micro-batch) and `whole` are of the Division. Raises PlanError."""
+        (none: as the largest micro-batch), `whole` and `sharing` are of the Division. Raises PlanError."""
         if micro_batches < 1:
             raise PlanError(f"a step needs at least one micro-batch, asked for {micro_batches}")
         if not mixture:
@@ -123,7 +124,7 @@ class Plan:
             self._ordinal[places] = np.arange(len(places))
         self._last: tuple[int, list[MicroBatch]] = (0, [])  # what was looked up last, from which step on
         largest = self.most_sequences
-        self.division = Division(micro_batches * largest, rows or largest, whole)
+        self.division = Division(micro_batches * largest, rows or largest, whole, sharing)
 
     @property
     def totals(self) -> dict[str, int]:

@@ -70,11 +70,12 @@ class PlanDataConfig(DataConfig):
         cache: ShardCache | None = None,
         rows: int | None = None,
         whole: bool = False,
+        sharing: int = 1,
     ) -> None:
-        """Arguments of Plan, the last two too, and the steps. Whether to check what is read, and where to keep copies
+        """Arguments of Plan, the last three too, and the steps. Whether to check what is read, and where to keep copies
         of shards. Raises PlanError."""
         super().__init__(datasets_to_split="all")  # the workers wait for each other: one plan for all of them
-        self.plan = Plan(seed, mixture, manifests, micro_batches, rows, whole)
+        self.plan = Plan(seed, mixture, manifests, micro_batches, rows, whole, sharing)
         self._shared: ObjectRef[tuple[Plan, RowGroupReader]] | None = None
         self.reader = RowGroupReader(self.plan.context, verify, cache)
         self.first_step = first_step

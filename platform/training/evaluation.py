@@ -1,7 +1,9 @@
-"""Evaluation of a model in training: the tasks of the job `evaluate`, answered by the worker that has all weights."""
+"""Evaluation of a model in training: the tasks of the job `evaluate`, answered by all workers together from the weights
+that they hold, graded by one of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -13,15 +15,24 @@ from calumma.platform.training.specification import TrainSpecification
 
 if TYPE_CHECKING:
     from calumma.model import MixedModalModel
+    from calumma.model.generation.passes.decoder import Decoder
 
 
-def evaluate(model: MixedModalModel, spec: TrainSpecification) -> dict[str, float]:
-    """Shares of right answers, by task and measure. Raises JudgeDataError, InvalidCase, StorageError."""
+def evaluate(
+    model: MixedModalModel,
+    spec: TrainSpecification,
+    decoder: Decoder | None = None,
+    beat: Callable[[], object] = lambda: None,
+    graded: bool = True,
+) -> dict[str, float]:
+    """Shares of right answers, by task and measure, where they are `graded`. The weights are the model's, or those of a
+    `decoder`: then every worker calls it. `beat` is called as it goes on. Raises JudgeDataError, InvalidCase,
+    StorageError."""
     from calumma.model import generate
 
     asked = spec.evaluation
     assert asked is not None
-    judge = _judge(spec.locate(asked.judge_training)) if asked.judge_training else None
+    judge = _judge(spec.locate(asked.judge_training)) if asked.judge_training and graded else None
     found: dict[str, float] = {}
     for task in asked.tasks:
         documents = islice(read_documents(spec.locate(task.documents)), task.limit)
@@ -31,7 +42,10 @@ def evaluate(model: MixedModalModel, spec: TrainSpecification) -> dict[str, floa
             sampling_params(case, spec.seed + number, model.image_length, len(each.ids))
             for number, (case, each) in enumerate(zip(cases, expected, strict=True))
         ]
-        answers = generate(model, [case.prompt for case in cases], params, max_sequences=asked.batch)
+        prompts = [case.prompt for case in cases]
+        answers = generate(model, prompts, params, max_sequences=asked.batch, decoder=decoder, beat=beat)
+        if not graded:
+            continue
         classify = judge.classify if judge else lambda pictures: [""] * len(pictures)
         grades = [grade(case, answer, classify) for case, answer in zip(cases, answers, strict=True)]
         found |= {f"{task.name}_{key}": value for key, value in summary(task.kind, grades).items()}

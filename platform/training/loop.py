@@ -23,6 +23,8 @@ from calumma.platform.tracking.writer import BackgroundWriter
 from calumma.platform.training import publication
 from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog, resumption
+from calumma.platform.training.construction import build
+from calumma.platform.training.construction.sources import DirectoryWeights
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.entry import watchdog_of
 from calumma.platform.training.group.supervisor import Supervisor
@@ -32,8 +34,7 @@ from calumma.platform.training.preferences.objective import PreferenceObjective
 from calumma.platform.training.preferences.reference import reference_scores
 from calumma.platform.training.standby import recall
 from calumma.platform.training.starting import base_of, report_so_far, require_undamaged_start, start_engine
-from calumma.platform.training.steps import engine, faults, held_out, meters
-from calumma.platform.training.steps.early import EarlyStopper
+from calumma.platform.training.steps import early, engine, faults, held_out, meters, sequence
 from calumma.platform.training.steps.schedule import learning_rate
 from calumma.platform.training.trainable import parameters, quantized
 
@@ -78,34 +79,35 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
         report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
         if spec.early_stopping:
-            weights = stage.best_weights(report)
+            stage.return_to_best(report)
         else:
-            weights = _published_weights(assignment, run, worker, report, watchdog)
-        sampled = bool(spec.samples) and "best_step" in report  # the engine's weights are not those to be published
-        if spec.samples and not sampled:
+            _return_to_published(assignment, run, report, watchdog)
+        if spec.samples:
             watchdog.enter("samples")
             publication.log_samples(assignment, run, writer, None, watchdog.beat)
+        if spec.evaluation:
+            watchdog.enter("evaluation")
+            publication.log_evaluation(assignment, run, writer, report["step"], watchdog.beat)
         watchdog.enter("publishing")
+        weights = engine.gathered_weights(run, keep=worker.is_main, beat=watchdog.beat)
         if writer is not None:
-            publication.publish_model(assignment, worker, weights, report, writer, sampled, watchdog.beat)
+            publication.publish_model(assignment, weights, report, watchdog.beat)
     finally:
         if writer is not None:
             writer.close()
     return report
 
 
-def _published_weights(
-    assignment: Assignment, run: DeepSpeedEngine, worker: Worker, report: dict[str, Any], watchdog: Watchdog
-) -> dict[str, torch.Tensor]:
-    """The weights of the model directory, on the first worker: of the last step, or of the best checkpoint. Every
-    worker calls it. Raises StorageError when the best one cannot be read."""
+def _return_to_published(
+    assignment: Assignment, run: DeepSpeedEngine, report: dict[str, Any], watchdog: Watchdog
+) -> None:
+    """Let the engine have the weights of the model directory: of the last step, or of the best checkpoint. Every worker
+    calls it. Raises StorageError when the best one cannot be read."""
     best = catalog.best(assignment.output) if assignment.spec.publish == "best" else None
     report["published_step"] = best.step if best is not None else assignment.spec.steps
-    if best is None or best.step == assignment.spec.steps:
-        return engine.gathered_weights(run, keep=worker.is_main, beat=watchdog.beat)
-    report["held_out_loss"] = best.manifest.report["held_out_loss"]
-    resumption.load(run, best, beat=watchdog.beat)
-    return engine.gathered_weights(run, keep=worker.is_main, beat=watchdog.beat)
+    if best is not None and best.step != assignment.spec.steps:
+        report["held_out_loss"] = best.manifest.report["held_out_loss"]
+        resumption.load(run, best, beat=watchdog.beat)
 
 
 def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:
@@ -145,8 +147,8 @@ class _Stage:
             meters.ActivityClock(),
             meters.LossInterval(run.device, first_step=assignment.first_step),
         )
-        early = self.spec.early_stopping
-        self.stopper = EarlyStopper(early, self.report, assignment.output) if early else None
+        stopping = self.spec.early_stopping
+        self.stopper = early.EarlyStopper(stopping, self.report, assignment.output) if stopping else None
         self.utilization = meters.Utilization(run.module, run.device, self.spec.precision, worker.world)
 
     def score_reference(self, resumed: bool) -> None:
@@ -194,15 +196,15 @@ class _Stage:
         """Whether the held-out loss has not fallen for long enough."""
         return self.stopper is not None and self.stopper.stopped
 
-    def best_weights(self, report: dict[str, Any]) -> dict[str, Any]:
-        """On the first worker all weights at the end, or those that had the lowest held-out loss. Every worker calls
-        it."""
-        weights = engine.gathered_weights(self.engine, keep=self.worker.is_main, beat=self.watchdog.beat)
+    def return_to_best(self, report: dict[str, Any]) -> None:
+        """Let the engine have the weights that had the lowest held-out loss, where those at the end have a higher one.
+        Every worker calls it. Raises StorageError."""
         best, last = self.stopper.best if self.stopper else None, report.get("held_out_loss", math.inf)
         if self.stopper is None or best is None or last <= best:
-            return weights
+            return
         report |= {"held_out_loss": best, "best_step": report["early"]["step"]}
-        return self.stopper.restored(weights) if self.worker.is_main else weights
+        kept = DirectoryWeights(self.stopper.place, early.FILE)
+        build.fill(self.engine, kept, frozen=False, beat=self.watchdog.beat)
 
     def held_out(self, done: int) -> dict[str, dict[str, float]]:
         """Losses on held-out data, by its name; logged by the first worker. Every worker calls it."""
@@ -214,8 +216,8 @@ class _Stage:
                     self.engine,
                     place,
                     self.image_mask_V,
-                    self.worker.rank,
-                    self.worker.world,
+                    self.worker.rank // self.spec.sequence_parallel,
+                    self.worker.world // self.spec.sequence_parallel,
                     self.watchdog.beat,
                     self.spec.data.reader(),
                     self.objective.losses if self.objective else engine.losses,
@@ -247,7 +249,7 @@ class _Stage:
             if self.objective:
                 counts = self.objective.count(group, self.engine.device)
             else:
-                counts = engine.count_tokens(group, self.image_mask_V, self.engine.device)
+                counts = engine.count_tokens(group, self.image_mask_V, self.engine.device, spec.sequence_parallel)
             seeds = (spec.seed, assignment.offset + step) if assignment.drops else None
             judged: list[tuple[float | None, faults.Cause | None]] = []
 
@@ -264,10 +266,11 @@ class _Stage:
                 spec.z_loss,
                 self.worker.world,
                 seeds,
-                measure=reports and self.worker.is_main,
+                measure=reports and self.worker.rank < spec.sequence_parallel,
                 accept=accept,
                 losses_of=self.objective.losses if self.objective else None,
             )
+            stability = sequence.combined(self.engine, stability)
             norm = engine.gradient_norm(self.engine)
         (loss, cause), trained = judged[0], 0.0
         if cause is None and not math.isfinite(norm):
@@ -328,10 +331,7 @@ class _Stage:
             if due[1]:
                 publication.log_samples(self.assignment, self.engine, self.writer, done, self.watchdog.beat)
             if due[2]:
-                weights = engine.gathered_weights(self.engine, keep=self.worker.is_main, beat=self.watchdog.beat)
-                if self.writer is not None:
-                    publication.log_evaluation(self.assignment, self.worker, weights, self.writer, done)
-                self.watchdog.beat()
+                publication.log_evaluation(self.assignment, self.engine, self.writer, done, self.watchdog.beat)
         self.interval.paused += time.monotonic() - began
 
     def _handle_bad_step(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float | None) -> None:

@@ -27,7 +27,7 @@ from calumma.platform.training.checkpoints import branch, catalog, identity, roo
 from calumma.platform.training.publication import MODEL_FOLDER
 from calumma.platform.training.sections import Preference
 from calumma.platform.training.specification import FinetuneSpecification, TrainSpecification
-from calumma.platform.training.steps import engine
+from calumma.platform.training.steps import engine, sequence
 from calumma.platform.training.trainable import parameters
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,18 @@ def _resumed_checkpoint(
         + (f"To go on from it all the same, give {way}; else another" if changed and origin is None else "Give another")
         + " `output`, or run with --force, which discards them"
     )
+
+
+def require_divisible(spec: TrainSpecification, config: ModelConfig, context: int | None) -> None:
+    """Whether workers can share rows of so many tokens (none: as many as the model's context) as they are asked to.
+    Raises SpecificationError."""
+    size = spec.sequence_parallel
+    if found := sequence.indivisible(config, context or config.context, size):
+        divide = "do" if len(found) > 1 else "does"
+        raise SpecificationError(
+            f"sequence_parallel: {size} workers cannot share rows: {', '.join(found)} {divide} not divide by {size}. "
+            "Give a divisor of all of them"
+        )
 
 
 def warn_of_many_metrics(spec: TrainSpecification, layers: int) -> int:

@@ -1,6 +1,8 @@
-"""What follows training: the model directory in storage, and sample answers; and a checkpoint as a model in MLflow.
+"""What follows training: the model directory in storage; what the model answers, while it trains and at its end; and a
+checkpoint as a model in MLflow.
 
-One worker does it, with all weights in its host's memory.
+One worker publishes, with all weights in its host's memory. Answers come from the weights where they are, on all
+workers: no second model is loaded beside them.
 """
 
 from __future__ import annotations
@@ -72,18 +74,9 @@ def log_checkpoint(writer: BackgroundWriter, uri: str, report: dict[str, Any], n
 
 
 def publish_model(
-    assignment: Assignment,
-    worker: Worker,
-    weights: dict[str, Tensor],
-    report: dict[str, Any],
-    writer: BackgroundWriter,
-    sampled: bool,
-    beat: Callable[[], object],
+    assignment: Assignment, weights: dict[str, Tensor], report: dict[str, Any], beat: Callable[[], object]
 ) -> None:
-    """Write the model directory, and adapters, to storage, manifests last; log the measures of its tasks, and where
-    it is `sampled`, its answers. `beat` is called as it goes on."""
-    from calumma.model import load
-
+    """Write the model directory, and adapters, to storage, manifests last. `beat` is called as it goes on."""
     spec = assignment.spec
     uri = storage.join(assignment.output, MODEL_FOLDER)
     with _model_directory(assignment, weights) as local:
@@ -103,13 +96,6 @@ def publish_model(
             report=report,
             inputs=assignment.inputs,
         ).write(uri)
-        if sampled or spec.evaluation is not None:
-            model = load(local, worker.device)
-            if spec.evaluation is not None:
-                _log_measures(spec, model, writer, report["step"])
-            if sampled:
-                answers = samples.sample_answers(model, spec.samples, spec.job == "finetune", spec.seed)
-                _log_answers(spec, answers, writer, "")
     if spec.lora is not None:
         _publish_adapter(assignment, weights)
 
@@ -138,13 +124,10 @@ def log_samples(
     done: int | None,
     beat: Callable[[], object],
 ) -> None:
-    """Sample answers of the weights after `done` steps (none: at the end), from the weights where they are: no second
-    model is loaded beside them. Every worker calls it; the first has a writer. A picture of each answer goes below
-    samples/, their texts below answers/."""
+    """Sample answers of the weights after `done` steps (none: at the end). Every worker calls it; the first has a
+    writer. A picture of each answer goes below samples/, their texts below answers/."""
     spec, folder = assignment.spec, "" if done is None else f"step-{done:08d}"
-    model = _tokenizers(assignment, engine.device)
-    weights = samples.TrainedWeights(engine, spec, assignment.vocabulary)
-    decoder = StreamedDecoder(assignment.config, weights, engine.device)
+    model, decoder = _answering(assignment, engine)
     answers = samples.sample_answers(model, spec.samples, spec.job == "finetune", spec.seed, decoder, beat)
     if writer is None:
         return
@@ -152,13 +135,26 @@ def log_samples(
 
 
 def log_evaluation(
-    assignment: Assignment, worker: Worker, weights: dict[str, Tensor], writer: BackgroundWriter, done: int
+    assignment: Assignment,
+    engine: DeepSpeedEngine,
+    writer: BackgroundWriter | None,
+    done: int,
+    beat: Callable[[], object],
 ) -> None:
-    """Measures of the specification's tasks after `done` steps, of a model loaded for them."""
-    from calumma.model import load
+    """Measures of the specification's tasks after `done` steps. Every worker calls it; the first has a writer. Raises
+    as `evaluate`."""
+    from calumma.platform.training.evaluation import evaluate
 
-    with _model_directory(assignment, weights) as local:
-        _log_measures(assignment.spec, load(local, worker.device), writer, done)
+    model, decoder = _answering(assignment, engine)
+    found = evaluate(model, assignment.spec, decoder, beat, graded=writer is not None)
+    if writer is not None:
+        writer.log({f"evaluation/{name}": value for name, value in found.items()}, done)
+
+
+def _answering(assignment: Assignment, engine: DeepSpeedEngine) -> tuple[MixedModalModel, StreamedDecoder]:
+    """The stage's tokenizers beside a Transformer without memory, and what decodes with the engine's weights."""
+    weights = samples.TrainedWeights(engine, assignment.spec, assignment.vocabulary)
+    return _tokenizers(assignment, engine.device), StreamedDecoder(assignment.config, weights, engine.device)
 
 
 def _tokenizers(assignment: Assignment, device: torch.device) -> MixedModalModel:
@@ -190,12 +186,6 @@ def _model_directory(assignment: Assignment, weights: dict[str, Tensor]) -> Iter
     ):
         save_model(local, transformer, text_tokenizer, image_tokenizer)
         yield Path(local)
-
-
-def _log_measures(spec: TrainSpecification, model: MixedModalModel, writer: BackgroundWriter, done: int) -> None:
-    from calumma.platform.training.evaluation import evaluate
-
-    writer.log({f"evaluation/{name}": value for name, value in evaluate(model, spec).items()}, done)
 
 
 def _log_answers(spec: TrainSpecification, answers: list[Document], writer: BackgroundWriter, folder: str) -> None:

@@ -174,6 +174,12 @@ class TrainSpecification(MixtureSpecification):
         description="sequences of a forward pass, at most: what a GPU has memory for; workers divide a global batch by "
         "sequences, or with dropout by whole passes. null: as many as were tokenized together",
     )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="workers that share each row, for contexts too long for one: it must divide the model's heads and "
+        "key-value heads, the context, and the number of workers (DeepSpeed-Ulysses)",
+    )
     checkpoint_activations: bool | Literal["selective"] = Field(
         False,
         description="true: keep only each block's input and compute the rest again: slower, far less memory. "
@@ -246,6 +252,7 @@ class TrainSpecification(MixtureSpecification):
                 f"({self.checkpoint_every}) must be a multiple of held_out_every ({self.held_out_every})"
             )
         self._check_resume()
+        self._check_sharing()
         if self.trainable is not None and not self.trainable:
             raise ValueError("`trainable` names nothing; leave it away to train everything")
         if self.lora and "all" in self.trainable_names:
@@ -266,6 +273,15 @@ class TrainSpecification(MixtureSpecification):
         for name in self.resume.allow if self.resume else []:
             if name.partition(".")[0] not in known:
                 raise ValueError(f"resume.allow: there is no field {name!r}; there are {', '.join(sorted(fields))}")
+
+    def _check_sharing(self) -> None:
+        size, resources = self.sequence_parallel, self.resources
+        for number in {resources.min_workers, resources.max_workers}:
+            if number % size:
+                raise ValueError(
+                    f"sequence_parallel: {size} workers share each row, so resources.workers must be a multiple of "
+                    f"{size}; given {number}"
+                )
 
     @property
     def compiled(self) -> bool:
@@ -304,6 +320,11 @@ class FinetuneSpecification(TrainSpecification):
 
     @model_validator(mode="after")
     def _paired(self) -> Self:
+        if self.preference and self.sequence_parallel > 1:
+            raise ValueError(
+                "sequence_parallel: an answer's log-probability is of a whole row, and pairs are not learned from in "
+                "parts of rows; leave it away"
+            )
         if self.preference and (self.rows_per_pass or 2) % 2:
             raise ValueError(
                 f"rows_per_pass: pairs stand in two rows each, so it must be even; given {self.rows_per_pass}"

@@ -26,7 +26,7 @@ from calumma.platform.training.group import notice
 from calumma.platform.training.group.chart import worker_groups, worker_range
 from calumma.platform.training.group.control import FirstStep, worker_control
 from calumma.platform.training.group.fit import fit
-from calumma.platform.training.preparation import prepare
+from calumma.platform.training.preparation import prepare, require_divisible
 from calumma.platform.training.publication import ADAPTER_FOLDER, MODEL_FOLDER
 from calumma.platform.training.specification import TrainSpecification
 
@@ -44,7 +44,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
 
     began = time.monotonic()
     original, spec = spec, mixture.resolve_mixture(specification.with_absolute_storage(spec))
-    number = capacity.require_workers(spec.resources)
+    number = capacity.require_workers(spec.resources) // spec.sequence_parallel * spec.sequence_parallel
     assignment = prepare(spec, run)
     weights = {spec.locate(uri): weight for uri, weight in spec.mixture.items()}
     manifests = {uri: Manifest.read(uri) for uri in weights}
@@ -61,6 +61,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
             cache=reader.cache,
             rows=spec.rows_per_pass,
             whole=assignment.whole_passes,
+            sharing=spec.sequence_parallel,
         )
     except PlanError as error:
         raise SpecificationError(f"mixture: {error}") from error
@@ -69,6 +70,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
             f"the token shards hold sequences of {data.plan.context} tokens, the model's context is "
             f"{assignment.config.context}: tokenize with a smaller `context`, or enlarge `model.context`"
         )
+    require_divisible(spec, assignment.config, data.plan.context)
     epochs = mixture.check_epochs(spec, data.plan)
     passed = {uri: count / spec.steps for uri, count in epochs.items()}
     assignment = replace(assignment, epochs_a_step=passed, division=data.plan.division)
@@ -91,6 +93,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         data=None if finished else data,
         datasets=None if finished else PlanDataConfig.datasets(),
         control=worker_control(assignment.output, run, copied),
+        multiple=spec.sequence_parallel,
         stacks=storage.join(assignment.output, "stacks"),
         copies=True,
     )

@@ -21,7 +21,7 @@ _FREE_TO_CHANGE = {
     "tracking", "resources", "run_name", "steps", "checkpoint_every", "checkpoint_minutes", "log_every", "held_out",
     "samples", "register_as", "alias", "checkpoint_activations", "compile", "data", "max_epochs", "zero_stage",
     "offload", "held_out_every", "samples_every", "storage", "output", "publish", "mixture_of", "rows_per_pass",
-    "evaluation", "overlap_communication",
+    "evaluation", "overlap_communication", "sequence_parallel",
 }  # fmt: skip
 _LOCATIONS = ("text_tokenizer", "image_tokenizer", "documents", "mixture", "initial")
 

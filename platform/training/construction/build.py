@@ -135,24 +135,31 @@ class _OwnParameters(nn.Module):
 
 
 def fill(
-    engine: DeepSpeedEngine, source: WeightSource, trained: bool = True, beat: Callable[[], object] = lambda: None
+    engine: DeepSpeedEngine,
+    source: WeightSource,
+    trained: bool = True,
+    frozen: bool = True,
+    beat: Callable[[], object] = lambda: None,
 ) -> None:
-    """Fill the weights from a source, or those alone that are not `trained`: each worker what it owns, and what is
-    quantized whole. Every worker calls it; `beat` is called as it goes on. Raises StorageError on all of them."""
-    fill_quantized(engine.module, source, engine.device, beat)
-    owned, frozen, failed = OwnedState(engine), _Frozen(engine), None
-    if not trained and not frozen.parameters:
+    """Fill the weights that are trained, those that are not, or both from a source: each worker what it owns, and what
+    is quantized whole. The optimizer of those trained begins anew. Every worker calls it; `beat` is called as it goes
+    on. Raises StorageError on all of them."""
+    if frozen:
+        fill_quantized(engine.module, source, engine.device, beat)
+    owned, others, failed = OwnedState(engine), _Frozen(engine), None
+    if not trained and not others.parameters:
         return
     try:
         if not trained:
-            source.fill(frozen.wanted(), beat)
+            source.fill(others.wanted(), beat)
         for number, fragments in enumerate(owned.filling([MASTER], 0) if trained else ()):
             wanted = [Wanted(f.parameter, f.offset, f.states[MASTER]) for f in fragments]
-            source.fill(wanted + (frozen.wanted() if number == 0 else []), beat)
+            source.fill(wanted + (others.wanted() if number == 0 and frozen else []), beat)
     except storage.StorageError as error:
         failed = error
     raise_on_all(failed)
-    frozen.settle()
+    if frozen:
+        others.settle()
     owned.settle()
 
 

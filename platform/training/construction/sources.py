@@ -69,12 +69,13 @@ class _Stored(NamedTuple):
 
 
 class DirectoryWeights:
-    """The safetensors of a model directory in any storage."""
+    """The safetensors of a model directory in any storage, or one file of a folder."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, file: str | None = None) -> None:
         """Raises StorageError."""
         self._uri = uri
-        self._stored = {name: stored for file in _weight_files(uri) for name, stored in _header(file)}
+        files = _weight_files(uri) if file is None else [storage.join(uri, file)]
+        self._stored = {name: stored for place in files for name, stored in _header(place)}
 
     def fill(self, wanted: Sequence[Wanted], beat: Callable[[], object] = lambda: None) -> None:
         work: list[tuple[_Stored, int, Tensor]] = []

@@ -75,7 +75,8 @@ class Training:
     @property
     def division(self) -> Division:
         sequences = self.spec.micro_batches * self.micro_batch
-        return Division(sequences, self.spec.rows_per_pass or self.micro_batch, self.config.dropout > 0)
+        rows = self.spec.rows_per_pass or self.micro_batch
+        return Division(sequences, rows, self.config.dropout > 0, self.spec.sequence_parallel)
 
     def settings(self, world: int) -> dict[str, Any]:
         """DeepSpeed's."""
@@ -105,7 +106,7 @@ def forecast(training: Training, machines: Machines, rates: Rates = Rates()) -> 
     spec, config, machine = training.spec, training.config, machines.machine
     workers, problems = _place(spec, machines)
     fewest, sizes, division = spec.resources.min_workers, Sizes.of(config, spec), training.division
-    problems += _idle(training)
+    problems += _idle(training) + _indivisible(training)
     count = _used(spec, machines, workers)
     local, warnings = -(-workers // count), list[str]()
     memory, smallest = training.gpu(workers), training.gpu(fewest)
@@ -164,7 +165,8 @@ def _place(spec: JobSpecification, machines: Machines) -> tuple[int, list[Proble
     resources, room = spec.resources, _room(spec, machines)
     offered = room * machines.count
     if offered >= resources.min_workers:
-        return max(1, min(offered, resources.max_workers)), []
+        multiple = spec.sequence_parallel if isinstance(spec, TrainSpecification) else 1
+        return max(1, min(offered, resources.max_workers) // multiple * multiple), []
     each = f"{resources.gpus_per_worker:g} GPU and {resources.cpus_per_worker:g} CPU each"
     asked = f"at least {resources.min_workers} workers with {each} are asked for, {machines.count} x "
     message = f"{asked}{machines.machine.name} have room for {offered}"
@@ -184,20 +186,32 @@ def _used(spec: JobSpecification, machines: Machines, workers: int) -> int:
 def _idle(training: Training) -> list[Problem]:
     """More workers are asked for than a global batch has parts."""
     division, asked = training.division, training.spec.resources.max_workers
-    parts = -(-division.sequences // division.unit)
+    parts = -(-division.sequences // division.unit) * division.sharing
     if asked <= parts:
         return []
     what = "sequences" if division.unit == 1 else f"passes of {division.unit} sequences"
+    if division.sharing > 1:
+        what += f", each for {division.sharing} workers"
     advice = f"set resources.workers to at most {parts}"
     if division.unit > 1:
-        advice += f", or rows_per_pass: 1 for {division.sequences} parts"
+        advice += f", or rows_per_pass: 1 for {division.sequences * division.sharing} parts"
     return [
         Problem(
             "resources.workers",
-            f"a global batch has {parts} {what}, {asked - parts} of {asked} workers would be idle",
+            f"a global batch has {parts // division.sharing} {what}, {asked - parts} of {asked} workers would be idle",
             advice,
         )
     ]
+
+
+def _indivisible(training: Training) -> list[Problem]:
+    """What workers cannot share as they are asked to."""
+    from calumma.platform.training.steps.sequence import indivisible
+
+    size, config = training.spec.sequence_parallel, training.config
+    found = ", ".join(indivisible(config, config.context, size))
+    advice = "give a divisor of heads, key-value heads and context"
+    return [Problem("sequence_parallel", f"{size} workers cannot share {found}", advice)] if found else []
 
 
 def _uneven(division: Division, workers: int) -> str:

@@ -57,9 +57,11 @@ def pass_rows(division: Division, world: int) -> int:
 
 
 def activations(spec: TrainSpecification, config: ModelConfig, rows: int) -> float:
-    """Bytes kept between the forward and the backward pass of so many sequences."""
-    element, tokens = _element(spec), rows * config.context
+    """Bytes that a worker keeps between the forward and the backward pass of so many sequences."""
+    element, tokens = _element(spec), rows * config.context / spec.sequence_parallel
     block, backward = shape.block_bytes(config, element), shape.backward_bytes(config, element)
+    if spec.sequence_parallel > 1:
+        block += shape.shared_bytes(config, element)
     if not spec.checkpoint_activations:
         return tokens * (config.layers * block + backward)
     if selective(spec):  # the block that is computed again makes anew all but what is kept of it
@@ -108,7 +110,7 @@ def gpu_memory(
     if spec.lora is not None and spec.lora.quantize is not None:
         weights += shape.quantized_bytes(config, spec.lora.quantize, element, sizes.quantized)
         gathered += shape.dequantizing_bytes(config, spec.lora.quantize, element)
-    tokens = rows * config.context
+    tokens = -(-rows * config.context // spec.sequence_parallel)
     passes = activations(spec, config, rows)
     loss = shape.loss_bytes(config, element, tokens, CHUNK_BYTES)
     return Memory(

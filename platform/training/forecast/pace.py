@@ -78,6 +78,15 @@ def network_bytes(
     return sent * (world - 1) / world
 
 
+def exchanged_bytes(spec: TrainSpecification, config: ModelConfig, rows: int) -> float:
+    """What each worker sends in a step to those that share its `rows` with it: in each block queries, keys, values and
+    attention's result, there and back, and there again where they are recomputed."""
+    size, element = spec.sequence_parallel, 4 if spec.precision == "float32" else 2
+    token = 2 * element * config.head_size * (config.heads + config.kv_heads)
+    turns = 3 if spec.checkpoint_activations else 2
+    return rows * config.context / size * config.layers * token * turns * (size - 1) / size
+
+
 def times(
     spec: TrainSpecification,
     config: ModelConfig,
@@ -94,22 +103,25 @@ def times(
     gpu, sizes, passes = machine.kind, Sizes.of(config, spec), division.passes(world)
     peak = gpu.float32 if spec.precision == "float32" else gpu.bfloat16
     tokens = division.sequences * config.context
-    busiest = division.most(world) * config.context
+    busiest = division.most(world) * config.context / division.sharing
     recompute = bool(spec.checkpoint_activations) and not selective(spec)
     arithmetic = busiest * shape.flops_per_token(config, recompute) / (peak * rates.utilization)
     sent = network_bytes(spec, config, settings, world, passes)
-    link = gpu.link if count == 1 else min(gpu.link, machine.network / machine.gpus)
-    network = sent / (link * LINK_SHARE)
+    outside = min(gpu.link, machine.network / machine.gpus)
+    network = sent / ((gpu.link if count == 1 else outside) * LINK_SHARE)
+    exchanged = exchanged_bytes(spec, config, division.most(world))
+    # neighbours by rank are on one machine as long as it has room for all that share rows
+    exchange = exchanged / ((gpu.link if division.sharing <= machine.gpus else outside) * LINK_SHARE)
     overlapped = settings["zero_optimization"].get("overlap_comm", spec.zero_stage == 3)
-    step = max(arithmetic, network) if overlapped else arithmetic + network
+    step = exchange + (max(arithmetic, network) if overlapped else arithmetic + network)
     state = (4 if spec.precision == "float32" else 2) * (sizes.total + sizes.added) + 12 * sizes.trained
     writing = state / (count * rates.storage)
     every = min(spec.checkpoint_every, spec.steps)
     days = (spec.steps * step + spec.steps / every * writing) / DAY
     return Time(
         arithmetic_seconds=arithmetic,
-        network_bytes=sent,
-        network_seconds=network,
+        network_bytes=sent + exchanged,
+        network_seconds=network + exchange,
         step_seconds=step,
         efficiency=division.efficiency(world),
         tokens_per_second=tokens / step,

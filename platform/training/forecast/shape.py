@@ -143,6 +143,12 @@ def block_bytes(config: ModelConfig, element: int) -> int:
     return norms + inputs + attention + feed_forward + dropped
 
 
+def shared_bytes(config: ModelConfig, element: int) -> int:
+    """What autograd keeps besides where workers share rows: attention's result twice, of some heads of all tokens and
+    of all heads of some."""
+    return element * config.heads * config.head_size
+
+
 def input_bytes(config: ModelConfig, element: int) -> int:
     """Bytes of a block's input for each token: all that recomputation keeps of it."""
     return element * config.width

@@ -66,14 +66,15 @@ def fit(
     control: WorkerControl | None = None,
     stacks: str,
     copies: bool = False,
+    multiple: int = 1,
 ) -> Any:
     """Run `loop(config)` on workers joined by torch.distributed; what the loop returned on rank 0.
 
     A worker where nothing goes on for `recovery.hang_seconds`, from its first import to its end, is ended; its stack
     traces go to the folder `stacks`.
-    `workers` is their number or a range, in which it follows the size of the cluster. With a `control`, workers that
-    fail are started again, and Ctrl-C and SIGTERM let them write a checkpoint first. `copies`: the loop can go on from
-    copies of its state in memory.
+    `workers` is their number or a range, in which it follows the size of the cluster, in multiples of `multiple`.
+    With a `control`, workers that fail are started again, and Ctrl-C and SIGTERM let them write a checkpoint first.
+    `copies`: the loop can go on from copies of its state in memory.
     Progress follows the run's metrics `step` and `loss`. Raises TrainingFailed, KeyboardInterrupt on Ctrl-C and
     SystemExit on SIGTERM, and in all cases leaves no worker behind.
     """
@@ -96,13 +97,12 @@ def fit(
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="calumma-train-") as folder:  # our own checkpoints go to our own storage
-        trainer = _trainer_class(control, recovery, signals)(
+        trainer = _trainer_class(control, recovery, signals, multiple)(
             entry.watched(loop, recovery.hang_seconds, stacks, used_again=stands_by and spares),
             train_loop_config={"payload": entry.packed(config)},
-            # What hangs is the watchdogs' business: whoever waits for a slow one must not fail before them.
             torch_config=TorchConfig(
                 backend="nccl" if resources.gpus_per_worker else "gloo",
-                timeout_s=max(1800, round(1.5 * resources.recovery.hang_seconds)),
+                timeout_s=resources.recovery.collective_seconds,
             ),
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -164,7 +164,7 @@ def look_seconds(workers: int) -> float:
     return min(2.0, 0.1 + workers / 500)
 
 
-def _trainer_class(control: WorkerControl | None, recovery: Recovery, signals: Signals) -> Any:
+def _trainer_class(control: WorkerControl | None, recovery: Recovery, signals: Signals, multiple: int) -> Any:
     """Ray's TorchTrainer with our failure policy and signals, where there is a control; and without the
     placement-group cleaner where there is no dashboard to ask.
 
@@ -186,7 +186,7 @@ def _trainer_class(control: WorkerControl | None, recovery: Recovery, signals: S
             if control is not None:
                 arguments["failure_policy"] = failure_policy(self.run_config.failure_config, control.newest_step)
             if isinstance(self.scaling_config.num_workers, tuple):
-                arguments["scaling_policy"] = scaling_policy(self.scaling_config)
+                arguments["scaling_policy"] = scaling_policy(self.scaling_config, multiple)
             return super()._initialize_and_run_controller(**arguments)
 
         def _register_sigint_handler(self, controller: Any) -> None:

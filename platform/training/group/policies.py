@@ -86,8 +86,9 @@ def checkpoint_before_resizing(control: WorkerControl, recovery: Recovery) -> An
     return CheckpointBeforeResizing()
 
 
-def scaling_policy(config: Any) -> Any:
-    """Ray Train's elastic policy, which sees nodes come and go sooner, and does not count on a node that was just lost.
+def scaling_policy(config: Any, multiple: int = 1) -> Any:
+    """Ray Train's elastic policy, which sees nodes come and go sooner, and does not count on a node that was just lost;
+    groups have a multiple of `multiple` workers.
 
     Ray's takes its count from an actor that looks at the cluster every 20 s. And Ray needs 15 s to declare a node dead:
     a group that starts over meanwhile would wait for a place on that node.
@@ -115,6 +116,9 @@ def scaling_policy(config: Any) -> Any:
                 self._unreachable_since = time.monotonic()
                 logger.warning("no answer from %s: waiting until Ray knows whether it is lost", ", ".join(lost))
             return time.monotonic() - self._unreachable_since < _UNREACHABLE_LIMIT
+
+        def _count_possible_workers(self, reserved_resources: Any) -> int:
+            return int(super()._count_possible_workers(reserved_resources)) // multiple * multiple
 
         def _get_reserved_resources(self) -> Any:
             since = time.monotonic() - self._latest_reserved_resources_query_time

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from calumma.platform import storage
 from calumma.platform.training.sections import EarlyStopping
 
-FOLDER = "best"
+FOLDER, FILE = "best", "weights.safetensors"
 
 
 class EarlyStopper:
@@ -20,7 +20,7 @@ class EarlyStopper:
 
     def __init__(self, settings: EarlyStopping, report: dict[str, Any], output: str) -> None:
         self._settings, self._report = settings, report
-        self._place = storage.join(output, FOLDER, "weights.safetensors")
+        self.place = storage.join(output, FOLDER)
 
     @property
     def stopped(self) -> bool:
@@ -43,9 +43,7 @@ class EarlyStopper:
         return improved
 
     def keep(self, weights: dict[str, Tensor]) -> None:
-        """Those that are trained. Raises StorageError."""
-        storage.write_bytes(self._place, save({name: weight.contiguous() for name, weight in weights.items()}))
-
-    def restored(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All weights, with those that were kept. Raises StorageError."""
-        return weights | load(storage.read_bytes(self._place))
+        """Those that are trained, as `FILE` at `place`. Raises StorageError."""
+        storage.write_bytes(
+            storage.join(self.place, FILE), save({name: weight.contiguous() for name, weight in weights.items()})
+        )

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ from calumma.model.ops.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.specification import TrainSpecification
+from calumma.platform.training.steps import sequence
 from calumma.platform.training.trainable import quantized
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ _OWN_FIELDS = {
     "bf16.enabled": "precision",
     "fp16.enabled": "precision",
     "communication_data_type": "gradient_reduction",
+    "sequence_parallel_size": "sequence_parallel",
+    "data_parallel_size": "sequence_parallel",
 }
 
 
@@ -171,7 +175,7 @@ def _error_text(error: Exception) -> str:
 
 def micro_batches_a_worker(spec: TrainSpecification, world: int) -> int:
     """Micro-batches each worker runs a step; the short ones add empty ones."""
-    return -(-spec.micro_batches // world)
+    return -(-spec.micro_batches * spec.sequence_parallel // world)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -217,20 +221,22 @@ def initialize(model: Transformer, spec: TrainSpecification, world: int, passes:
     configuration = deepspeed_config(spec, world, parameters, passes)
     optimizer = None if "optimizer" in configuration else _adamw(model, spec)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration, dist_init_required=False)
+    sequence.share_rows(model, spec.sequence_parallel, timedelta(seconds=spec.resources.recovery.collective_seconds))
     engine.module.rebuild_rope(engine.device)  # DeepSpeed has rounded it to bfloat16 with the weights
     if engine.optimizer is engine.basic_optimizer:
         engine.clip_fp32_gradients = lambda: _clip_gradients(engine)
     return engine
 
 
-def count_tokens(group: list[Any], image_mask_V: Tensor, device: torch.device) -> Counts:
-    """What all workers together train on in this step: one all_reduce, before any backward pass."""
+def count_tokens(group: list[Any], image_mask_V: Tensor, device: torch.device, sharing: int = 1) -> Counts:
+    """What all workers together train on in this step: one all_reduce, before any backward pass. `sharing`: workers
+    that were given the same rows."""
     local = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in group:
         targets, mask = batch.tokens[:, 1:].to(device), batch.mask[:, 1:].to(device)
         image = (image_mask_V[targets] & mask).sum()
         local += torch.stack([mask.sum() - image, image, (batch.segments[:, 1:].to(device) >= 0).sum()])
-    return Counts(*sum_over_workers(local).tolist())
+    return Counts(*(sum_over_workers(local) / sharing).tolist())
 
 
 def step(
@@ -249,8 +255,9 @@ def step(
 
     The loss is the sum over all workers' trained tokens divided by their global count, so any number of workers takes
     the same step. `dropout`, (seed, step), makes that true of dropped activations too: each micro-batch is seeded by
-    its number in the global batch. `accept` is given the sums over all workers before the weights move; when it
-    returns False, weights and optimizer stay as they are. They do so as well when the gradient is not finite.
+    its number in the global batch (and, where workers share rows, by that of the part). `accept` is given the sums over
+    all workers before the weights move; when it returns False, weights and optimizer stay as they are. They do so as
+    well when the gradient is not finite.
     `losses_of`: what is minimized, in place of `losses`.
     Returns this worker's float64 Tensor [3]: summed text and image losses (nats) and log(Z)^2; and, with `measure`, the
     stability instruments of its first micro-batch (model/ops/stability.py).
@@ -261,7 +268,8 @@ def step(
     normalizer = max(counts.trained, 1.0) / world
     for turn, batch in enumerate(group):
         if dropout is not None:
-            torch.manual_seed(hash((*dropout, batch.number)) % 2**63)
+            part = () if engine.module.shared is None else (engine.module.shared.number,)
+            torch.manual_seed(hash((*dropout, batch.number, *part)) % 2**63)
         settings = {"z_loss": z_loss, "normalizer": normalizer, "measure": measure and turn == 0}
         loss = (losses_of or losses)(engine, batch, image_mask_V, **settings)
         # A copy: handed the forward pass's own result, DeepSpeed divides the gradient by the number of micro-batches
@@ -308,12 +316,14 @@ def _clip_gradients(engine: DeepSpeedEngine) -> None:
 
 def losses(model: Any, batch: Batch, image_mask_V: Tensor, **settings: Any) -> Loss:
     """Forward pass of a Transformer, under DeepSpeed or not, on the mask's device over one micro-batch; an empty one
-    costs two tokens and weighs nothing. `settings`: z_loss, normalizer and measure of `Transformer.forward`."""
+    costs two tokens, or one for each worker that shares it, and weighs nothing. `settings`: z_loss, normalizer and
+    measure of `Transformer.forward`."""
     device = image_mask_V.device
     tokens, mask, segments = batch.tokens, batch.mask, batch.segments
     if not tokens.shape[0]:
-        tokens = torch.zeros(1, 3, dtype=torch.long)
-        mask, segments = torch.zeros(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.long)
+        length = 3 if model.shared is None else model.shared.size + 1
+        tokens, segments = torch.zeros(2, 1, length, dtype=torch.long)
+        mask = torch.zeros(1, length, dtype=torch.bool)
     tokens, mask, segments = tokens.to(device), mask.to(device), segments.to(device)
     found: Loss = model(
         tokens[:, :-1],

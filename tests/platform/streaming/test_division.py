@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,25 @@ def test_every_sequence_is_one_workers_and_in_one_pass(division: Division, world
         assert sum(rows) == end - begin <= division.most(world)
         assert 0 <= min(rows) <= max(rows) <= division.rows
         assert division.whole or max(rows) - min(rows) <= 1
+
+
+@given(divisions, st.integers(1, 12), st.integers(1, 4), st.data())
+def test_workers_that_share_rows_are_one_to_the_data(
+    division: Division, groups: int, sharing: int, data: st.DataObject
+) -> None:
+    shared, world = replace(division, sharing=sharing), groups * sharing
+    total = data.draw(st.integers(1, division.sequences))
+    for rank in range(world):
+        begin, end = shared.bounds(total, rank, world)
+        assert (begin, end) == division.bounds(total, rank // sharing, groups)
+        assert shared.pass_rows(begin, end, world) == division.pass_rows(begin, end, groups)
+    assert shared.efficiency(world) == division.efficiency(groups)
+
+
+def test_rows_that_are_shared_divide_more_finely() -> None:
+    """Chameleon 7B's batch, when a machine of 8 of 1,024 GPUs is lost."""
+    assert Division(2048, rows=1).efficiency(1016) == pytest.approx(0.67, abs=0.01)
+    assert Division(2048, rows=1, sharing=8).efficiency(1016) == pytest.approx(0.949, abs=0.001)
 
 
 # Sequences of a global batch, workers at full size, the least share of proportional speed at every size from half of
@@ -58,3 +79,5 @@ def test_one_worker_less_no_longer_halves_the_speed() -> None:
 def test_what_cannot_be_divided_is_refused() -> None:
     with pytest.raises(ValueError, match="found 0 and 2"):
         Division(0, 2)
+    with pytest.raises(ValueError, match="5 workers are no multiple of the 2 that share their sequences"):
+        Division(8, 1, sharing=2).passes(5)

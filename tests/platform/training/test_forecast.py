@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -199,6 +200,37 @@ def test_workers_without_a_place_or_work_are_told() -> None:
         "workers": 4096, "gpus_per_worker": 1, "cpus_per_worker": 8,
     })  # fmt: skip
     assert [problem.advice for problem in idle.problems] == ["set resources.workers to at most 3072"]
+
+
+def test_rows_that_are_too_long_for_one_gpu_are_shared() -> None:
+    """34B at 128 thousand tokens: a part of the activations each, and as many whole groups as there are."""
+    long = PRESETS["chameleon-34b"] | {"context": 131_072}
+    asked = {"workers": 64, "gpus_per_worker": 1, "cpus_per_worker": 8}
+    changes = {"checkpoint_activations": True, "rows_per_pass": 1, "micro_batches": 64, "resources": asked}
+
+    def of(nodes: str, **more: Any) -> Any:
+        one = training(**changes | more)
+        return forecast(replace(one, config=ModelConfig(**long)), parse_nodes(nodes))
+
+    alone = of("8x8xH100")
+    assert not alone.fits
+    shared = of("8x8xH100", sequence_parallel=8)
+    assert shared.fits, shared.problems
+    assert shared.memory.activations == pytest.approx(alone.memory.activations / 8, rel=0.1)
+    assert shared.memory.states == alone.memory.states
+    assert (shared.passes, shared.time.arithmetic_seconds) == (16, pytest.approx(alone.time.arithmetic_seconds))
+    config, sent = ModelConfig(**long), shared.time.network_bytes - alone.time.network_bytes * shared.passes / 2
+    token = 2 * 2 * config.head_size * (config.heads + config.kv_heads)  # q, k, v and the result, in bfloat16
+    exchanged = 16 * 131_072 / 8 * config.layers * token * 3 * 7 / 8
+    assert sent == pytest.approx(exchanged, rel=0.05)
+    elastic = asked | {"workers": {"min": 8, "max": 64}}
+    assert of("7x8xH100", sequence_parallel=8, resources=elastic | {"cpus_per_worker": 22}).workers == 56
+    assert of("10x8xH100", sequence_parallel=16, resources=elastic | {"workers": {"min": 16, "max": 96}}).workers == 80
+
+
+def test_what_cannot_be_shared_is_told() -> None:
+    (problem,) = on("8x8xH100", checkpoint_activations=True, sequence_parallel=16).problems
+    assert str(problem).startswith("sequence_parallel: 16 workers cannot share 8 key-value heads")
 
 
 def test_a_group_must_fit_at_its_smallest() -> None:

@@ -83,10 +83,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         yield found
 
 
-def scaling(coordinator: Coordinator) -> Any:
+def scaling(coordinator: Coordinator, multiple: int = 1) -> Any:
     from ray.train.v2.api.config import ScalingConfig
 
-    policy = policies.scaling_policy(ScalingConfig(num_workers=(1, 3), resources_per_worker={"CPU": 1}))
+    policy = policies.scaling_policy(ScalingConfig(num_workers=(1, 3), resources_per_worker={"CPU": 1}), multiple)
     policy.GET_RESERVED_RESOURCES_INTERVAL_S = 0
     asked = SimpleNamespace(maybe_send_resource_request=lambda *given: None, _autoscaling_coordinator=coordinator)
     policy._coordinator_client = asked
@@ -128,3 +128,14 @@ def test_a_running_group_sees_a_node_that_joined_at_its_next_look() -> None:
         assert not hasattr(policy.make_decision_for_running_worker_group(running, None), "num_workers")
         coordinator.cpus["second"] = 1
         assert policy.make_decision_for_running_worker_group(running, None).num_workers == 3
+
+
+def test_groups_whose_workers_share_rows_grow_and_shrink_by_whole_ones(nodes: list[dict[str, Any]]) -> None:
+    nodes[1]["Alive"] = False
+    coordinator = Coordinator()
+    policy = scaling(coordinator, multiple=2)
+    for cpus, workers in ((3, 2), (2, 2)):
+        coordinator.cpus = {"first": cpus}
+        assert policy.make_decision_for_non_running_worker_group().num_workers == workers
+    coordinator.cpus = {"first": 1}
+    assert not hasattr(policy.make_decision_for_non_running_worker_group(), "num_workers")

@@ -24,12 +24,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from calumma import model
 from calumma.model import load
 from calumma.model.config import ImageTokenizerConfig, ModelConfig
+from calumma.model.document import Document, Text
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform import storage
+from calumma.platform.shards import documents as document_shards
 from calumma.platform.shards import tokens as token_shards
 from calumma.platform.shards.row_groups import RowGroupReader, all_micro_batches
 from calumma.platform.shards.tokens import PackedRow
@@ -112,6 +115,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, number, chaos in (("train", 40, False), ("held-out", 4, False), ("chaos", 4, True)):
         publish_tokens(f"{root}/tokens/{name}", vocabulary, number, chaos)
     publish_packed(f"{root}/tokens/packed", vocabulary)
+    asked = [Document((Text("one two", "user"), Text(word, "assistant"))) for word in ("three", "four")]
+    data = document_shards.to_parquet(asked)
+    storage.write_bytes(f"{root}/curated/asked/shard.parquet", data)
+    entry = FileEntry.from_bytes("shard.parquet", data, rows=2, row_groups=1)
+    Manifest(kind=document_shards.CURATED, files=[entry]).write(f"{root}/curated/asked")
     for kind in ("text", "image"):
         Manifest(kind=f"{kind}_tokenizer").write(f"{root}/tokenizers/{kind}")
     return root
@@ -176,7 +184,7 @@ QUANTIZED: dict[str, Any] = {
 }
 AS_TEXT_MODELS = {"query_key_norm": "rms", "own_head_size": 12, "query_key_value_bias": True, "tied": True}
 SCENARIOS: dict[str, list[tuple[dict[str, Any], Script]]] = {
-    "plain": [(PLAIN, {})],
+    "plain": [(PLAIN | {"held_out": {"packed": "tokens/packed"}}, {})],
     "continued": [(PLAIN | {"initial": "stages/plain", "model": None, "continue_schedule": True}, {})],
     "dropout": [(DROPOUT, {})],
     "straight": [
@@ -223,6 +231,22 @@ SCENARIOS: dict[str, list[tuple[dict[str, Any], Script]]] = {
             {"chaos": [9, 10]},
         )
     ],
+    "early": [
+        (
+            {
+                "held_out": {"counting": "tokens/held-out"},
+                "held_out_every": 2,
+                "early_stopping": {"patience": 9},
+                "evaluation": {"tasks": [{"name": "next", "kind": "recognition", "documents": "curated/asked"}]}
+                | {"every": 4},
+                "samples": ["one two"],
+                "steps": 10,
+                "zero_stage": 3,
+                "schedule": {"kind": "constant", "warmup_steps": 0},
+            },
+            {"chaos": [9, 10]},
+        )
+    ],
     "from a checkpoint": [
         ({"initial": "stages/straight/checkpoints/step-00000016", "model": None, "steps": 4, "log_every": 1}, {})
     ],
@@ -261,7 +285,20 @@ TOGETHER: dict[str, list[tuple[dict[str, Any], Script]]] = {
     "back, two workers": SCENARIOS["back"],
     "dropout, two workers": SCENARIOS["dropout"],
     "quantized, two workers": SCENARIOS["quantized"],
+    "early, two workers": SCENARIOS["early"],
+    "plain, shared by two workers": [
+        (
+            PLAIN
+            | {"sequence_parallel": 2, "resources": {"workers": 2}, "zero_stage": 3}
+            | {"held_out": {"packed": "tokens/packed"}, "samples": ["one two"]},
+            {},
+        )
+    ],
 }
+
+
+def refuse_loading(*given: Any) -> None:
+    raise AssertionError("a second model is loaded beside the training state")
 
 
 class Died(Exception):
@@ -284,6 +321,7 @@ def work(rank: int, world: int, root: str, folder: str, runs: dict[str, list[Run
         world_size=world,
         timeout=timedelta(minutes=5),  # a worker that fails alone fails the others
     )
+    model.load = refuse_loading  # type: ignore[assignment]
     loop.set_up_worker = lambda: Worker(rank, world, torch.device("cpu"))
     beats, beat = list[int](), Watchdog.beat
     Watchdog.beat = lambda dog: beats.append(1) or beat(dog)  # type: ignore[func-returns-value, method-assign]
@@ -324,7 +362,8 @@ def scripted(spec: PretrainSpecification, script: Script, first: int) -> None:
                 raise Died(f"before step {now[0]}")
             found = rows["chaos" if now[0] in script.get("chaos", ()) else "usual"]
             reader, begin = RowGroupReader(), step * spec.micro_batches
-            numbers = range(worker.rank, spec.micro_batches, worker.world)
+            group_of, groups = worker.rank // spec.sequence_parallel, worker.world // spec.sequence_parallel
+            numbers = range(group_of, spec.micro_batches, groups)
             group = [held_out.read_row_group(reader, found[(begin + number) % len(found)]) for number in numbers]
             yield step, [replace(batch, number=number) for batch, number in zip(group, numbers, strict=True)]
 

@@ -138,6 +138,20 @@ def test_weights_are_those_of_plain_pytorch(scenarios: Any, plain: Plain, spec: 
             torch.testing.assert_close(value, expected[weight], rtol=0, atol=1e-4, msg=lambda m, w=weight: f"{w}: {m}")
 
 
+def test_two_workers_that_share_every_row_come_to_the_losses_and_weights_of_one(scenarios: Any) -> None:
+    """The whole loop, with packed documents apart: what it reports, measures on held-out rows and publishes."""
+    one, two = "plain", "plain, shared by two workers"
+    for metric in ("loss", "loss_text", "loss_image", "gradient_norm", "z", "stability/layer_01/query_norm"):
+        assert scenarios.history(two, metric) == pytest.approx(scenarios.history(one, metric), rel=1e-4), metric
+    assert scenarios.report(two)["tokens"] == scenarios.report(one)["tokens"]
+    assert scenarios.report(two)["held_out"]["packed"] == pytest.approx(
+        scenarios.report(one)["held_out"]["packed"], rel=1e-4
+    )
+    expected = scenarios.weights(one)
+    for weight, value in scenarios.weights(two).items():
+        torch.testing.assert_close(value, expected[weight], rtol=0, atol=1e-4)
+
+
 def test_dropout_and_held_out_losses_are_the_same_by_two_workers(scenarios: Any) -> None:
     alone, together = (scenarios.history(name, "loss") for name in ("dropout", "dropout, two workers"))
     assert together == pytest.approx(alone, rel=1e-4)

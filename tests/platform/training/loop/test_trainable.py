@@ -14,7 +14,9 @@ from calumma.model.adapters.files import read_adapter
 from calumma.model.config import ModelConfig
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.specification import SpecificationError
+from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training import preparation
+from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.trainable import lora
 
 STEPS = 20
@@ -65,6 +67,22 @@ def test_the_model_of_four_bits_and_adapters_is_the_one_that_was_measured(scenar
         weight_OI = before[f"{name}.weight"]
         stored = to_nf4(weight_OI, 64, weight_OI.numel() // 64).get_original_weight()
         torch.testing.assert_close(found[f"{name}.weight"], layer.merged(stored), rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_of_adapters_has_the_bytes_of_what_is_trained(scenarios: Any, root: str) -> None:
+    """Twelve for each trained parameter, a float32 weight and two moments, and what every checkpoint has besides: an
+    index, a report. The frozen weights are not in it."""
+
+    def written(name: str) -> int:
+        (step, *_) = catalog.published_steps(f"{root}/stages/{name}")
+        manifest = Manifest.read(catalog.checkpoint_uri(f"{root}/stages/{name}", step))
+        return sum(file.bytes for file in manifest.files)
+
+    trained, whole = (scenarios.report("lora")[key] for key in ("trained_parameters", "parameters"))
+    besides = written("straight") - 12 * whole
+    assert 0 < besides < 24_000
+    assert 12 * trained < written("lora") < 12 * trained + 2 * besides
+    assert written("lora") < written("straight") / 4
 
 
 def test_an_image_head_changes_the_rows_of_image_ids_alone(scenarios: Any, root: str) -> None:

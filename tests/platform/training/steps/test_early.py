@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from calumma.platform.training.construction.sources import DirectoryWeights, Wanted
 from calumma.platform.training.sections import EarlyStopping
-from calumma.platform.training.steps.early import EarlyStopper
+from calumma.platform.training.steps.early import FILE, EarlyStopper
 
 
 def test_it_stops_after_so_many_measurements_without_a_better_one(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_it_stops_after_so_many_measurements_without_a_better_one(tmp_path: Path
 
 def test_the_best_weights_come_back(tmp_path: Path) -> None:
     stopper = EarlyStopper(EarlyStopping(), {}, str(tmp_path))
-    stopper.keep({"a": torch.ones(2)})
-    found = stopper.restored({"a": torch.zeros(2), "b": torch.zeros(1)})
-    assert found["a"].tolist() == [1, 1]
-    assert found["b"].tolist() == [0]
+    stopper.keep({"a": torch.arange(6.0).view(2, 3)})
+    found = torch.zeros(3)
+    DirectoryWeights(stopper.place, FILE).fill([Wanted("a", 2, found)])
+    assert found.tolist() == [2, 3, 4]

@@ -27,7 +27,7 @@ class Engine:
     device = torch.device("cpu")
 
     def __init__(self, module: Transformer) -> None:
-        self.module = module
+        self.module, self.shared = module, module.shared
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         return self.module(*given, **named)
