@@ -179,7 +179,7 @@ class ModelSettings(Section):
     )
     cuda_graphs: bool | None = Field(
         None,
-        description="record the passes of answers in progress as CUDA graphs; none: on GPUs",
+        description="record the passes of answers in progress as CUDA graphs; none: where one GPU holds a replica",
     )
     max_queued: int = Field(
         256,

@@ -60,8 +60,9 @@ class Engine:
     jacobi_window: image codes that speculative Jacobi decoding drafts ahead and verifies in one pass, fewer the more
     images are drawn at once; 0 draws one code a pass. Codes come from the same distribution, but a seed gives others
     than with 0; any two other windows give the same.
-    cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so on a GPU. All
-    are recorded as the engine is made. On a CPU, or in a group without NCCL, they run unrecorded.
+    cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so where a
+    GPU has all of the model. All are recorded as the engine is made. On a CPU, or in a group without NCCL, they run
+    unrecorded.
     ahead: issue the next pass before this one's ids are read, while all requests only go on; None does so on a GPU,
     which would wait for the host. Events come a step later, and are the same.
     constraints: compiles the grammars that requests ask for (`calumma.model.tokenizers.grammar.GrammarCompiler`), in
@@ -121,7 +122,7 @@ class Engine:
         if jacobi_window < 0:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
         self.image_burst = 1 if jacobi_window else min(image_burst, FILLED)
-        graphs = transformer.embedding.weight.is_cuda if cuda_graphs is None else cuda_graphs
+        graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
         graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
         if disk_cache is not None and shard is not None:
             raise ValueError("blocks are kept on a disk of a model that one process has, not of one that is sharded")

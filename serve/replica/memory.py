@@ -123,7 +123,7 @@ def image_tokenizer_bytes(config: ImageTokenizerConfig, pixels: int) -> int:
 
 
 def _workload(settings: ModelSettings) -> Workload:
-    graphs = settings.gpus_per_replica > 0
+    graphs = settings.gpus_per_replica > 0 and settings.tensor_parallel == 1
     return Workload(
         settings.max_sequences,
         settings.prefill_tokens,
