@@ -123,7 +123,6 @@ class Engine:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
         self.image_burst = 1 if jacobi_window else min(image_burst, FILLED)
         graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
-        graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
         if disk_cache is not None and shard is not None:
             raise ValueError("blocks are kept on a disk of a model that one process has, not of one that is sharded")
         if adapters and shard is not None:
