@@ -27,7 +27,7 @@ from calumma.platform.training.checkpoints import branch, catalog, identity, roo
 from calumma.platform.training.publication import MODEL_FOLDER
 from calumma.platform.training.sections import Preference
 from calumma.platform.training.specification import FinetuneSpecification, TrainSpecification
-from calumma.platform.training.steps import engine, sequence
+from calumma.platform.training.steps import deepspeed_settings, sequence
 from calumma.platform.training.trainable import parameters
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def warn_of_many_metrics(spec: TrainSpecification, layers: int) -> int:
 def check_libraries(assignment: Assignment) -> None:
     """What only the libraries can judge. Raises SpecificationError."""
     spec = assignment.spec
-    engine.check_deepspeed_settings(spec)
+    deepspeed_settings.check_deepspeed_settings(spec)
     with torch.device("meta"):
         transformer = Transformer(assignment.config)
         parameters.check_trainable(transformer, spec)

@@ -33,8 +33,8 @@ from calumma.platform.training.construction.sources import (
     WeightSource,
 )
 from calumma.platform.training.specification import TrainSpecification
+from calumma.platform.training.steps import deepspeed_settings, float8
 from calumma.platform.training.steps import engine as engines
-from calumma.platform.training.steps import float8
 from calumma.platform.training.trainable import parameters
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def initialize(
     if spec.float8:
         float8.convert(described.model)
     model = described.model.checkpoint_activations(spec.checkpoint_activations)
-    configuration = engines.deepspeed_config(spec, world, sum(p.numel() for p in model.parameters()))
+    configuration = deepspeed_settings.deepspeed_config(spec, world, sum(p.numel() for p in model.parameters()))
     materialize(model, spec, device, configuration)
     if spec.compiled:
         model.compile_blocks()

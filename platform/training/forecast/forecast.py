@@ -80,7 +80,7 @@ class Training:
 
     def settings(self, world: int) -> dict[str, Any]:
         """DeepSpeed's."""
-        from calumma.platform.training.steps.engine import deepspeed_config
+        from calumma.platform.training.steps.deepspeed_settings import deepspeed_config
 
         return deepspeed_config(self.spec, world, Sizes.of(self.config, self.spec).total, self.division.passes(world))
 

@@ -83,7 +83,7 @@ def wire_bytes(settings: dict[str, Any], element: int) -> int:
 def gpu_memory(
     spec: TrainSpecification, config: ModelConfig, settings: dict[str, Any], world: int, rows: int
 ) -> Memory:
-    """Of each of `world` workers whose passes have so many rows; `settings`: `engine.deepspeed_config`."""
+    """Of each of `world` workers whose passes have so many rows; `settings`: `deepspeed_settings.deepspeed_config`."""
     sizes, element, zero = Sizes.of(config, spec), _element(spec), settings["zero_optimization"]
     stage = spec.zero_stage
     model, trained = sizes.total + sizes.added, sizes.trained

@@ -26,7 +26,7 @@ from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training.checkpoints import catalog, resumption, saver
 from calumma.platform.training.checkpoints.saver import Saver
 from calumma.platform.training.specification import PretrainSpecification
-from calumma.platform.training.steps import engine
+from calumma.platform.training.steps import deepspeed_settings, engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
 from calumma.platform.training.trainable import parameters
 
@@ -83,7 +83,7 @@ def steps(run: Any, spec: PretrainSpecification, world: int, rank: int, first: i
     seen = []
     for step in range(first, last):
         group = [rows(step, number) for number in range(rank, MICRO_BATCHES, world)]
-        group += [empty] * (engine.micro_batches_a_worker(spec, world) - len(group))
+        group += [empty] * (deepspeed_settings.micro_batches_a_worker(spec, world) - len(group))
         engine.set_learning_rate(run, RATES[step])
         counts = engine.count_tokens(group, image_mask_V, run.device)
         local, _ = engine.step(run, group, counts, image_mask_V, 1e-4, world, (0, step))

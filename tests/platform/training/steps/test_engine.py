@@ -19,7 +19,7 @@ from calumma.platform.specification import SpecificationError, validate
 from calumma.platform.training.forecast import shape as shape_of
 from calumma.platform.training.forecast.pace import network_bytes
 from calumma.platform.training.specification import PretrainSpecification
-from calumma.platform.training.steps import engine
+from calumma.platform.training.steps import deepspeed_settings, engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
 from calumma.platform.training.trainable import parameters
 
@@ -57,7 +57,7 @@ def specification(**fields: Any) -> PretrainSpecification:
 
 def test_settings_become_deepspeeds_and_raw_ones_have_the_last_word() -> None:
     spec = specification(deepspeed={"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
-    made = engine.deepspeed_config(spec, world=2, parameters=1000)
+    made = deepspeed_settings.deepspeed_config(spec, world=2, parameters=1000)
     assert made["gradient_accumulation_steps"] == 2  # three micro-batches on two workers
     assert made["zero_optimization"] == {
         "stage": 3,
@@ -71,7 +71,7 @@ def test_settings_become_deepspeeds_and_raw_ones_have_the_last_word() -> None:
 
 def test_offloading_becomes_deepspeeds_sections() -> None:
     spec = specification(zero_stage=3, offload={"optimizer": "nvme", "weights": "cpu", "nvme_path": "/disk"})
-    zero = engine.deepspeed_config(spec, world=1, parameters=10)["zero_optimization"]
+    zero = deepspeed_settings.deepspeed_config(spec, world=1, parameters=10)["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": True, "nvme_path": "/disk"}
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
 
@@ -113,14 +113,14 @@ def test_settings_that_cannot_be_are_refused_with_the_specification(fields: dict
 )
 def test_raw_settings_are_judged_by_deepspeed(raw: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecificationError, match=said):
-        engine.check_deepspeed_settings(specification(deepspeed=raw))
+        deepspeed_settings.check_deepspeed_settings(specification(deepspeed=raw))
 
 
 def test_raw_settings_that_deepspeed_knows_are_taken() -> None:
-    engine.check_deepspeed_settings(
+    deepspeed_settings.check_deepspeed_settings(
         specification(deepspeed={"zero_optimization": {"overlap_comm": False}, "prescale_gradients": True})
     )
-    engine.check_deepspeed_settings(
+    deepspeed_settings.check_deepspeed_settings(
         specification(deepspeed={"optimizer": {"type": "Adam", "params": {"lr": 0.1}}, "flops_profiler": {}})
     )
 
@@ -169,7 +169,7 @@ def taken(spec: PretrainSpecification, rank: int, world: int, plan: list[tuple[i
     usual, norms = engine.losses, []
     for step, what in plan:
         group = [rows(step, number) for number in range(rank, 3, world)]
-        group += [EMPTY] * (engine.micro_batches_a_worker(spec, world) - len(group))
+        group += [EMPTY] * (deepspeed_settings.micro_batches_a_worker(spec, world) - len(group))
         counts = engine.count_tokens(group, mask_V, run.device)
         if what == "broken" and rank == 1:
             engine.losses = lambda *given, **named: _broken(usual(*given, **named))
@@ -206,7 +206,7 @@ def sent_and_foretold(stage: int, world: int) -> tuple[float, float]:
     for name, sizes in comm.comms_logger.get_raw_data().items():
         sent += sum(shares.get(name, 1.0) * size * count for size, (count, *_) in sizes.items())
     comm.comms_logger.enabled = False
-    settings = engine.deepspeed_config(spec, world, sum(shape_of.parameters(config).values()), 3)
+    settings = deepspeed_settings.deepspeed_config(spec, world, sum(shape_of.parameters(config).values()), 3)
     return sent, network_bytes(spec, config, settings, world, passes=3)
 
 

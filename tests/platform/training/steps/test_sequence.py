@@ -16,7 +16,7 @@ from calumma.model.transformer import Transformer
 from calumma.platform.training.checkpoints import catalog, identity, resumption, saver
 from calumma.platform.training.forecast.shape import block_bytes, shared_bytes
 from calumma.platform.training.specification import PretrainSpecification
-from calumma.platform.training.steps import engine, sequence
+from calumma.platform.training.steps import deepspeed_settings, engine, sequence
 from calumma.platform.training.steps.held_out import HeldOutBatch
 
 SIZE, TOKENS = 50, 24  # of the vocabulary; of a row
@@ -60,7 +60,7 @@ class Trained:
         empty = HeldOutBatch(*(torch.zeros(0, TOKENS + 1, dtype=kind) for kind in (torch.long, torch.bool, torch.long)))
         for step in numbers:
             group = [rows(step, number) for number in range(self.rank // size, 3, self.world // size)]
-            group += [empty] * (engine.micro_batches_a_worker(self.spec, self.world) - len(group))
+            group += [empty] * (deepspeed_settings.micro_batches_a_worker(self.spec, self.world) - len(group))
             counts = engine.count_tokens(group, image_mask_V, self.run.device, size)
             local, measured = engine.step(
                 self.run, group, counts, image_mask_V, 1e-3, self.world, measure=self.rank < size and step == 1

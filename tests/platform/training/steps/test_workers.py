@@ -14,7 +14,7 @@ import torch
 from calumma.model.config import ModelConfig
 from calumma.model.transformer import Transformer
 from calumma.platform.training.specification import PretrainSpecification
-from calumma.platform.training.steps import engine
+from calumma.platform.training.steps import deepspeed_settings, engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
 
 SIZE = 50  # of the vocabulary
@@ -58,7 +58,7 @@ def take_steps(rank: int, world: int, spec: PretrainSpecification) -> dict[str, 
     seen = []
     for step in range(3):
         group = [rows(step, number) for number in range(rank, 3, world)]
-        group += [empty] * (engine.micro_batches_a_worker(spec, world) - len(group))
+        group += [empty] * (deepspeed_settings.micro_batches_a_worker(spec, world) - len(group))
         counts = engine.count_tokens(group, image_mask_V, run.device)
         local, stability = engine.step(
             run, group, counts, image_mask_V, 1e-3, world, (0, step), measure=rank == 0 and step == 1
