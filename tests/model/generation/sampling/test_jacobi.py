@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Statistics
+from calumma.model.generation.passes import runner
 from calumma.model.generation.sampling.jacobi import JacobiDraft
 from calumma.model.generation.sampling.neighbours import Neighbours
 from calumma.model.transformer import Transformer
@@ -179,8 +180,9 @@ def test_drafts_that_learn_take_fewer_passes() -> None:
     ],
 )
 def test_images_come_with_exactly_their_probability(
-    transformer: Transformer, window: int, image: PhaseSampling, limit: float
+    transformer: Transformer, window: int, image: PhaseSampling, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(runner, "DRAFTED_ON_CPU", 1000)  # all of them draft
     expected, count = exactly(transformer, image), 6000
     drawn, statistics = images(transformer, count, image, jacobi_window=window)
     observed = Counter(drawn)
