@@ -50,5 +50,6 @@ def attend_causal(q_TNH: Tensor, k_LKH: Tensor, v_LKH: Tensor) -> Tensor:
     if T < L:
         before_1NTH, before_1NT = fused(q, k[:, :, : L - T], v[:, :, : L - T], 0.0, False)
         share_1NT1 = torch.sigmoid(own_1NT - before_1NT)[..., None]
-        own_1NTH = torch.lerp(before_1NTH.float(), own_1NTH.float(), share_1NT1).to(q_TNH.dtype)
+        wide = share_1NT1.dtype  # float32 at least
+        own_1NTH = torch.lerp(before_1NTH.to(wide), own_1NTH.to(wide), share_1NT1).to(q_TNH.dtype)
     return own_1NTH[0].transpose(0, 1).reshape(T, -1)
