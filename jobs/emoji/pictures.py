@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PILImage
 
+from calumma.platform.specification import SpecificationError
+
 SKINS = ("light", "medium-light", "medium", "medium-dark", "dark")
 LICENSES = {"Noto": "Apache-2.0", "Fluent": "MIT"}
 SEPARATOR = " | "
@@ -88,22 +90,26 @@ def write_set(file: Path, pictures: Sequence[Picture]) -> int:
 
 
 def read_sets(folder: str | None = None) -> list[Picture]:
-    """Every picture of the sets that ship, or of those in a folder. Raises FileNotFoundError where there are none."""
+    """Every picture of the sets that ship, or of those in a folder. Raises SpecificationError where there are none."""
     with resources.as_file(resources.files("calumma.jobs.emoji") / "sets") as shipped:
         place = shipped if folder is None else Path(folder).expanduser()
         files = sorted(place.glob("*.parquet"))
         if not files:
-            raise FileNotFoundError(
-                f"{place} has no sets of pictures (*.parquet); calumma.jobs.emoji.rasterize makes them"
+            raise SpecificationError(
+                f"sets: {place} has no sets of pictures (*.parquet); calumma.jobs.emoji.rasterize makes them"
             )
         return [picture for file in files for picture in _read_set(file)]
 
 
 def _read_set(file: Path) -> Iterable[Picture]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(file)
-    style = (table.schema.metadata or {})[b"style"].decode()
+    try:
+        table = pq.read_table(file, columns=list(COLUMNS))
+        style = (table.schema.metadata or {})[b"style"].decode()
+    except (pa.ArrowException, KeyError) as error:
+        raise SpecificationError(f"sets: {file} is no set that calumma.jobs.emoji.rasterize has made") from error
     for row in table.to_pylist():
         keywords = tuple(row["keywords"])
         yield Picture(row["thing"], row["skin"], style, row["group"], keywords, row["picture"])

@@ -12,6 +12,7 @@ import pytest
 from calumma.jobs.emoji import rasterize
 from calumma.jobs.emoji.documents import FULL, WITH_SKINS
 from calumma.jobs.emoji.pictures import SKINS, Picture, choose, read_sets, split, write_set
+from calumma.platform.specification import SpecificationError
 
 SETS = Path(rasterize.__file__).parent / "sets"
 
@@ -115,7 +116,10 @@ def test_what_is_no_set_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "neither icons.json" in capsys.readouterr().err
     assert rasterize.main(["--out", str(tmp_path), "--annotations", str(tmp_path / "empty")]) == 1
     assert "holds no annotations" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="rasterize makes them"):
+    with pytest.raises(SpecificationError, match="rasterize makes them"):
+        read_sets(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SpecificationError, match=r"a\.parquet is no set"):
         read_sets(str(tmp_path / "empty"))
 
 
