@@ -181,8 +181,9 @@ def soak(directory: Path, prompt: list[int], options: argparse.Namespace) -> dic
     stop, all_of_it = threading.Event(), Tally()
     threads = crowd(url, keys["crowd"], options.clients, alone, all_of_it, stop)
     given = json.dumps([url, keys["bystander"], brief])
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads until the end would fill and stop it)
     bystander = subprocess.Popen(
-        [sys.executable, __file__, "--bystander", given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--bystander", given], stdin=subprocess.PIPE, stdout=said, text=True
     )
     names = [name for name in ATTACKS if name in options.attacks.split(",")]
     each = 60 * options.minutes / len(names)
@@ -202,11 +203,12 @@ def soak(directory: Path, prompt: list[int], options: argparse.Namespace) -> dic
     stop.set()
     for thread in threads:
         thread.join()
-    said, _ = bystander.communicate("")
+    bystander.communicate("")
     time.sleep(5.0)
     watch.close()
     at_end = memory()
-    times = [json.loads(line) for line in said.splitlines()]
+    said.seek(0)
+    times = [json.loads(line) for line in said]
     undeploy(NAME)
     return {
         "clients": dict(all_of_it.counts),
