@@ -70,6 +70,11 @@ class Recovery(Section):
         description="steps between two copies of the training state in the memory of its host and of another, from "
         "which a group that has lost workers goes on; null: it goes on from the newest checkpoint",
     )
+    node_local: str | None = Field(
+        None,
+        description="folder on every host's own disk that keeps what its workers write of the newest two checkpoints: "
+        "they read it there when they start again; null: from storage",
+    )
     spares: bool = Field(
         False,
         description="a process on every host that has imported everything, to take the place of a lost worker; where "

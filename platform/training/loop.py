@@ -107,7 +107,7 @@ def _return_to_published(
     report["published_step"] = best.step if best is not None else assignment.spec.steps
     if best is not None and best.step != assignment.spec.steps:
         report["held_out_loss"] = best.manifest.report["held_out_loss"]
-        resumption.load(run, best, beat=watchdog.beat)
+        resumption.load(run, best, beat=watchdog.beat, spec=assignment.spec)
 
 
 def train_from_newest(config: dict[str, Any]) -> dict[str, Any]:

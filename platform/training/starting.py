@@ -68,7 +68,7 @@ def _start_engine(assignment: Assignment, worker: Worker, watchdog: Watchdog) ->
         _recall(run, start, assignment.run.id)
     elif start is not None:
         own = assignment.resume is not None and not assignment.begins_branch
-        resumption.load(run, start, own=own, beat=watchdog.beat)
+        resumption.load(run, start, own=own, beat=watchdog.beat, spec=spec)
     watchdog.enter("starting")
     return run
 

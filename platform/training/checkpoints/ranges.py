@@ -16,6 +16,7 @@ from calumma.platform import storage
 from calumma.platform.storage.client import THREADS
 from calumma.platform.training.checkpoints.fragments import Fragment
 from calumma.platform.training.checkpoints.layout import Index, IndexedFile
+from calumma.platform.training.checkpoints.node_local import NodeLocal
 
 _REQUEST = 8 << 20  # bytes read at once, a thread
 
@@ -46,8 +47,9 @@ def fill(
     fragments: Iterable[Fragment],
     states: Sequence[str],
     beat: Callable[[], object] = lambda: None,
+    copies_here: NodeLocal | None = None,
 ) -> None:
-    """Fill the fragments' states from the files in `folder`; `beat` is called after every request.
+    """Fill the fragments' states from the files in `folder`, or copies of them; `beat` is called after every request.
 
     What is read besides is less than a piece at both ends of each range, and the checksums; in memory are a few
     requests of 8 MiB. Raises StorageError, Damaged where a checksum differs, ManifestError when something is missing.
@@ -65,7 +67,7 @@ def fill(
                 )
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read") as pool:
         work = [
-            pool.submit(_read, storage.join(folder, name), index.files[name], requests, beat)
+            pool.submit(_read, storage.join(folder, name), index.files[name], requests, beat, copies_here)
             for name, found in copies.items()
             for requests in _shared(_requests(found, index.files[name]))
         ]
@@ -110,13 +112,19 @@ def _shared(requests: list[_Request]) -> Iterator[list[_Request]]:
         yield requests[first : first + share]
 
 
-def _read(uri: str, file: IndexedFile, requests: list[_Request], beat: Callable[[], object]) -> None:
+def _read(
+    uri: str,
+    file: IndexedFile,
+    requests: list[_Request],
+    beat: Callable[[], object],
+    copies_here: NodeLocal | None,
+) -> None:
+    read_range = storage.read_range if copies_here is None else copies_here.read_range
     first, last = requests[0].begin // file.piece, -(-max(r.end for r in requests) // file.piece)
     table = storage.read_range(uri, file.begin + file.data_bytes + 4 * first, 4 * (last - first))
-    checksums = np.frombuffer(table, "<u4")
-
+    checksums = np.frombuffer(table, "<u4")  # storage's, of copies too
     for request in requests:
-        data = storage.read_range(
+        data = read_range(
             uri,
             file.begin + request.begin,
             request.end - request.begin,

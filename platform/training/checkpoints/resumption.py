@@ -17,6 +17,7 @@ from calumma.platform.training.checkpoints.agreement import gather_messages, rai
 from calumma.platform.training.checkpoints.catalog import find_damage, newest, quarantine
 from calumma.platform.training.checkpoints.fragments import OwnedState
 from calumma.platform.training.checkpoints.layout import Index
+from calumma.platform.training.checkpoints.node_local import node_local
 from calumma.platform.training.checkpoints.saver import COUNTERS, REPLICATED_FILE
 from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.specification import Resumable
@@ -71,19 +72,25 @@ def _damaged(uri: str, problem: object) -> TrainingFailed:
 
 
 def load(
-    engine: DeepSpeedEngine, checkpoint: Checkpoint, own: bool = True, beat: Callable[[], object] = lambda: None
+    engine: DeepSpeedEngine,
+    checkpoint: Checkpoint,
+    own: bool = True,
+    beat: Callable[[], object] = lambda: None,
+    spec: Resumable | None = None,
 ) -> None:
     """Weights, optimizer and counters of a checkpoint into an engine, whatever number of workers and ZeRO stage wrote
-    it: each worker reads what it owns. Every worker calls it; `beat` is called as it goes on.
+    it: each worker reads what it owns, from copies on its host's disk where the `spec` has such. Every worker calls it;
+    `beat` is called as it goes on.
 
     Raises Damaged on all of them when what one read is not what was written: the checkpoint is set aside then. Of one
     that is not this training's `own` it raises TrainingFailed. StorageError when it cannot be read.
     """
+    copies_here = node_local(spec) if spec is not None else None
     owned, counters, failed = OwnedState(engine), checkpoint.manifest.report["counters"], None
     try:
         index = Index.read(checkpoint.uri, checkpoint.manifest, checkpoint.manifest.report["folder"])
         for fragments in owned.filling(list(index.states), counters["step"]):
-            ranges.fill(checkpoint.files, index, fragments, list(index.states), beat)
+            ranges.fill(checkpoint.files, index, fragments, list(index.states), beat, copies_here)
     except (storage.StorageError, ManifestError) as error:
         failed = error
     try:
@@ -111,7 +118,7 @@ def load_newest(
     Every worker calls it."""
     while (checkpoint := agreed_checkpoint(output, spec, inputs, origin)) is not None:
         try:
-            load(engine, checkpoint, own=checkpoint != origin, beat=beat)
+            load(engine, checkpoint, own=checkpoint != origin, beat=beat, spec=spec)
         except storage.Damaged:  # set aside
             continue
         return checkpoint

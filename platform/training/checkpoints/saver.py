@@ -26,6 +26,7 @@ from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.training.checkpoints import catalog, layout, room
 from calumma.platform.training.checkpoints.agreement import gather_messages
 from calumma.platform.training.checkpoints.fragments import OwnedState
+from calumma.platform.training.checkpoints.node_local import node_local
 from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.specification import Resumable, TrainSpecification
 
@@ -77,7 +78,7 @@ class Saver:
         self._spec, self._inputs, self._published, self._retain = spec, inputs, published, retain
         self._fence = fence
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._memory = _HostMemory()
+        self._memory, self._copies_here = _HostMemory(), node_local(spec)
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
         self._written: Future[list[FileEntry]] | None = None
         self._manifest: Future[None] | None = None
@@ -195,9 +196,22 @@ class Saver:
         entries = []
         for file in files:
             uri = storage.join(save, file.name)
-            with _local_file(uri) as opened:
-                entries.append(file.write(opened))
+            entries.append(self._write_file(file, uri))
         return entries
+
+    def _write_file(self, file: _File, uri: str) -> FileEntry:
+        if self._copies_here is not None and storage.is_remote(uri):
+            try:
+                with self._copies_here.written(uri) as opened:
+                    entry = file.write(opened)
+            except OSError as error:
+                logger.warning("no copy of checkpoints is kept on this host any more: %s", error)
+                self._copies_here = None
+            else:
+                storage.upload(self._copies_here.path(uri), uri)
+                return entry
+        with _local_file(uri) as opened:
+            return file.write(opened)
 
     def _publish(self, uri: str, files: list[FileEntry], report: dict[str, Any]) -> None:
         entries = [entry.model_copy(update={"path": f"{report['folder']}/{entry.path}"}) for entry in files]

@@ -104,7 +104,7 @@ def part_of_a_run(
     run = started(spec, world, seed=0 if spec.lora else first)
     read = count_reads()
     if found:
-        resumption.load(run, found)
+        resumption.load(run, found, spec=spec)
     Path(f"{notes}-{first}-{rank}.read").write_text(str(sum(read)))
     seen = steps(run, spec, world, rank, first, last)
     report = {"step": last, "schedule_step": last, "tokens": {}, "loss": seen[-1][1]}
@@ -209,8 +209,14 @@ def test_adapters_and_the_frozen_weights_below_them_change_hands_too(tmp_path: P
 
 
 def test_a_checkpoint_in_s3_changes_hands_too(tmp_path: Path, s3: str, straight: list[list[float]]) -> None:
-    changed = trained(str(tmp_path / "changed"), [(2, 1, 2), (2, 1, 3), (1, 2, 4)], output=f"{s3}/stage")
+    """With copies on the host's disk, which are all of it that is read."""
+    notes, parts = str(tmp_path / "changed"), [(2, 1, 2), (2, 1, 3), (1, 2, 4)]
+    here = {"resources": {"recovery": {"node_local": str(tmp_path / "scratch")}}}
+    changed = trained(notes, parts, output=f"{s3}/stage", **here)
     assert [values[1] for values in changed] == pytest.approx([values[1] for values in straight[:4]], rel=1e-3)
+    read = sum(int(Path(f"{notes}-2-{rank}.read").read_text()) for rank in range(2))
+    state = sum(size for name, size in storage.sizes(f"{s3}/stage").items() if "step-00000002" in name)
+    assert read < 0.1 * state
 
 
 def rolled_back(rank: int, world: int, stage: int, output: str, notes: str) -> None:

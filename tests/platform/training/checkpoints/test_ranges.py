@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from calumma.platform.storage.manifest import FileEntry, Manifest, ManifestError
 from calumma.platform.training.checkpoints import layout, ranges
 from calumma.platform.training.checkpoints.fragments import Fragment
 from calumma.platform.training.checkpoints.layout import Index
+from calumma.platform.training.checkpoints.node_local import NodeLocal
 
 STATES = {"fp32": torch.float32, "exp_avg": torch.float32}
 Cut = list[list[tuple[str, int, int]]]  # of each worker: parameter, offset, elements
@@ -70,12 +72,14 @@ def write(folder: Path, values: dict[str, dict[str, torch.Tensor]], cut: Cut) ->
     return Index(layout.index_bytes(parts, STATES, names))
 
 
-def read(folder: Path, index: Index, own: list[tuple[str, int, int]]) -> list[Fragment]:
+def read(
+    folder: Path | str, index: Index, own: list[tuple[str, int, int]], copies: NodeLocal | None = None
+) -> list[Fragment]:
     fragments = [
         Fragment(name, offset, numel, {state: torch.full((numel,), -1.0) for state in STATES})
         for name, offset, numel in own
     ]
-    ranges.fill(str(folder), index, fragments, list(STATES))
+    ranges.fill(str(folder), index, fragments, list(STATES), copies_here=copies)
     return fragments
 
 
@@ -127,6 +131,53 @@ def test_all_workers_together_read_little_more_than_the_state(
     for own in cut(sizes, after):
         assert right(read(tmp_path, index, own), values)
     assert sum(asked) <= 1.1 * sum(sizes.values()) * 4 * len(STATES)
+
+
+@pytest.mark.parametrize("harm", ["none", "gone", "short", "flipped"])
+def test_a_copy_on_the_hosts_disk_is_read_where_it_is_whole_and_storage_where_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str, harm: str
+) -> None:
+    sizes = {"a": 50_000, "b": 30_000}
+    values, folder, copies = whole(sizes), f"{s3}/stage/checkpoints/step-00000003/save", NodeLocal(tmp_path / "here")
+    index = write(tmp_path, values, in_a_row(sizes, 2))
+    for part in tmp_path.glob("part-*"):
+        storage.upload(part, f"{folder}/{part.name}")
+        with copies.written(f"{folder}/{part.name}") as file:
+            file.write(part.read_bytes())
+    copy = copies.path(f"{folder}/part-00001.safetensors")
+    if harm == "gone":
+        copy.unlink()
+    elif harm != "none":
+        data = bytearray(copy.read_bytes())
+        data[len(data) // 2] ^= 1
+        copy.write_bytes(data if harm == "flipped" else data[:-50_000])
+    asked: list[int] = []
+    usual = storage.read_range
+
+    def counted(uri: str, offset: int, length: int, check: storage.ContentCheck | None = None) -> bytes:
+        asked.append(length)
+        return usual(uri, offset, length, check)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    assert right(read(folder, index, in_a_row(sizes, 1)[0], copies), values)
+    assert (sum(asked) > 10_000) is (harm != "none")
+
+
+def test_the_newest_two_copies_stay(tmp_path: Path) -> None:
+    copies = NodeLocal(tmp_path)
+    uris = [f"s3://bucket/{output}/checkpoints/step-0000000{step}/x/p" for output in "ab" for step in range(4)]
+    for uri in uris:
+        with copies.written(uri) as file:
+            file.write(b"state")
+    assert [uri for uri in uris if copies.path(uri).exists()] == [uri for uri in uris if uri[-5] in "23"]
+
+
+def test_a_copy_that_is_not_whole_is_none(tmp_path: Path) -> None:
+    copies = NodeLocal(tmp_path)
+    with suppress(KeyError), copies.written("s3://bucket/stage/checkpoints/step-00000001/x/p") as file:
+        file.write(b"sta")
+        raise KeyError
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_flipped_bit_is_found_by_whoever_reads_it_and_by_nobody_else(tmp_path: Path) -> None:
