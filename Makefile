@@ -12,7 +12,7 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 help:
 	@echo 'make quickstart   install into $(VENV), then train, evaluate and serve a small model (ARGS="--workdir DIR …")'
 	@echo 'make install      install the pinned packages and calumma into $(VENV); does nothing when nothing changed'
-	@echo 'make test         all tests, with coverage (ARGS="tests/model -k name" picks some)'
+	@echo 'make test         all tests (ARGS="tests/model -k name" picks some, ARGS="--cov" shows what they reach)'
 	@echo 'make test-clients clients that others made (LangChain, LiteLLM, llm, lm-evaluation-harness, schemathesis) against it'
 	@echo 'make check        formatting, lint, types, and what imports what'
 	@echo 'make docs         the documentation as a site in build/docs/site, with the reference made from the code'
@@ -35,7 +35,7 @@ quickstart: $(INSTALLED)
 
 # Two processes: one has the tests with a cluster, which mostly wait, the other one the rest (tests/conftest.py).
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # The clients have an environment of their own: calumma needs none of their packages, and some would change its pins.
 CLIENTS := .venv-clients
