@@ -154,17 +154,3 @@ def test_a_second_call_skips_what_is_finished(workdir: Path, mlflow: MlflowClien
     experiment = mlflow.get_experiment_by_name(steps.DIGITS.name)
     assert experiment is not None
     assert len(mlflow.search_runs([experiment.experiment_id])) == len(NAMES)
-
-
-def test_a_lost_result_is_made_again_and_what_follows_too(workdir: Path) -> None:
-    """The last two steps: the evaluation's manifest is gone, so the answers are asked for again as well."""
-    model = workdir / "storage" / "stages" / "finetuned" / "manifest.json"
-    trained = model.stat().st_mtime_ns
-    (workdir / "storage" / "evaluation" / "manifest.json").unlink()
-    done = call(workdir, "--port", "8100")
-    assert done.exit_code == 0, done.output
-    assert "Fine-tuning: already done" in done.output
-    assert "Evaluation: already done" not in done.output
-    assert "Serving and questions: already done" not in done.output
-    assert model.stat().st_mtime_ns == trained
-    assert (workdir / "storage" / "evaluation" / "manifest.json").is_file()
