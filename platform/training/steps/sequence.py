@@ -34,10 +34,11 @@ class UlyssesRows:
         self.size, self.number = size, dist.get_rank() % size
         self.group, _ = dist.new_subgroups(size, timeout=timeout)
         self._attention: Any = DistributedAttention(_attend_measured, self.group, scatter_idx=2, gather_idx=1)
+        # torch.compile would look into DeepSpeed's all-to-all, and lose its gradient (deepspeed/sequence/layer.py says
+        # so). Not a decorator: that would import the compiler wherever this module is.
+        self.attend = torch.compiler.disable(self._attend)
 
-    # torch.compile would look into DeepSpeed's all-to-all, and lose its gradient (deepspeed/sequence/layer.py says so)
-    @torch.compiler.disable
-    def attend(
+    def _attend(
         self, q_BtNH: Tensor, k_BtKH: Tensor, v_BtKH: Tensor, mask: Mask, measure: bool
     ) -> tuple[Tensor, Tensor | None]:
         found = list[Tensor]()

@@ -49,6 +49,7 @@ class LoraLinear(nn.Linear):
         if lora.quantize is not None:
             self.quantized = quantized.QuantizedWeight(lora.quantize, (self.out_features, self.in_features))
             self.register_parameter("weight", None)
+            self._product = quantized.product_outside_compiler()
 
     def forward(self, input: Tensor) -> Tensor:
         dropped = F.dropout(input, self.dropout, self.training) if self.dropout else input
@@ -61,7 +62,7 @@ class LoraLinear(nn.Linear):
     def _plain(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.quantized is None:
             return F.linear(input, self.weight, bias)
-        return quantized.product(input, self.quantized, bias)
+        return self._product(input, self.quantized, bias)
 
     @torch.no_grad()
     def _lengths(self) -> Tensor:

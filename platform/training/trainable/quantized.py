@@ -10,6 +10,7 @@ Shape suffixes: I inputs, O outputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -71,12 +72,19 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("weight", None)
         self.bias = plain.bias
         self.quantized = QuantizedWeight(bits, (plain.out_features, plain.in_features))
+        self._product = product_outside_compiler()
 
     def forward(self, input: Tensor) -> Tensor:
-        return product(input, self.quantized, self.bias)
+        return self._product(input, self.quantized, self.bias)
 
 
-@torch.compiler.disable
+def product_outside_compiler() -> Callable[[Tensor, QuantizedWeight, Tensor | None], Tensor]:
+    """`product` as torch.compile calls it and does not look into it. Not a decorator: that would import the compiler,
+    a second or two, wherever this module is."""
+    outside: Callable[[Tensor, QuantizedWeight, Tensor | None], Tensor] = torch.compiler.disable(product)
+    return outside
+
+
 def product(input: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """What a linear layer of this weight gives: FloatTensor [..., I] -> [..., O]."""
     output: Tensor = _Product.apply(input, weight)
