@@ -45,6 +45,10 @@ def finetune(
         typer.Option(help="How to learn from pairs of a chosen and a rejected answer; default: dpo."),
     ] = None,
     beta: Annotated[float, typer.Option(min=1e-6, help="How strongly a pair of answers pulls.")] = 0.1,
+    image_weight: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of an image code in an answer of a pair, beside 1 of a text token; default: 1, too."),
+    ] = None,
     epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the examples.")] = 3.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, in place of --epochs.")] = None,
     learning_rate: Annotated[
@@ -91,7 +95,7 @@ def finetune(
 
         options = Options(
             model=model, data=data, out=out, lora=lora, dora=dora, quantize=BITS[quantize],
-            preference=preference, beta=beta, epochs=epochs,
+            preference=preference, beta=beta, image_weight=image_weight, epochs=epochs,
             steps=steps, learning_rate=learning_rate, batch=batch, context=context, packing=packing, held_out=held_out,
             max_bad_share=max_bad_share, samples=samples, name=name,
             tracking_uri=tracking_uri, seed=seed,

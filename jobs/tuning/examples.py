@@ -28,15 +28,11 @@ class WrongExamples(ValueError):
 
 @dataclass
 class Examples:
-    """What was found. `faults`: kind of fault -> (how many, the first one's place). `first_text`, `first_image`: where
-    an answer has one."""
+    """What was found. `faults`: kind of fault -> (how many, the first one's place)."""
 
     documents: int = 0
     conversations: int = 0
     faults: dict[str, tuple[int, str]] = field(default_factory=dict)
-    first: str = ""
-    first_text: str = ""
-    first_image: str = ""
     unread: list[str] = field(default_factory=list)
 
     @property
@@ -52,12 +48,6 @@ class Examples:
             return
         self.documents += 1
         self.conversations += item.is_conversation
-        self.first = self.first or name_of(item)
-        for segment in answers(item):
-            if isinstance(segment, Image):
-                self.first_image = self.first_image or name_of(item)
-            else:
-                self.first_text = self.first_text or name_of(item)
 
     def told(self) -> list[str]:
         """A line for each kind of fault."""
@@ -119,9 +109,8 @@ def _first_unmarked(seen: Look, options: dict[str, object]) -> str:
     return next((bad.name for bad in plain.bad if "unmarked" in bad.reason), seen.location)
 
 
-def check(source: Source, max_bad_share: float, balanced: bool = False, progress: Progress = no_progress) -> Examples:
-    """Read all examples once. Raises WrongExamples on more faults than are allowed, where nothing is left, and, where
-    text and images are to be balanced, when answers have only one of them."""
+def check(source: Source, max_bad_share: float, progress: Progress = no_progress) -> Examples:
+    """Read all examples once. Raises WrongExamples on more faults than are allowed, and where nothing is left."""
     found, notes = Examples(), Notes()
     files, _ = list_source(source.format, source.location)
     items = (item for uri in files for item in read_source(source, uri, notes=notes))
@@ -141,9 +130,4 @@ def check(source: Source, max_bad_share: float, balanced: bool = False, progress
         )
     if not found.documents:
         raise WrongExamples(f"{source.location}: there are no examples in it")
-    if balanced and not (found.first_text and found.first_image):
-        lacks = "an image" if not found.first_image else "a text"
-        raise WrongExamples(
-            f"text and images are to be balanced, and no answer has {lacks}; the first of them: {found.first}"
-        )
     return found

@@ -46,6 +46,7 @@ class Options:
     quantize: Literal[4, 8] | None = None
     preference: Literal["dpo", "ipo", "orpo"] | None = None
     beta: float = 0.1
+    image_weight: float | None = None
     epochs: float = 3.0
     steps: int | None = None
     learning_rate: float | None = None
@@ -204,7 +205,7 @@ def training(
         image_tokenizer=f"{base.directory}/image_tokenizer",
         initial=base.given,
         mask_documents=None if options.packing == "together" and not pairs else True,
-        preference=Preference(loss=options.preference or "dpo", beta=options.beta) if pairs else None,
+        preference=_preference(options) if pairs else None,
         steps=steps,
         max_epochs=max(4.0, 1.1 * steps * micro_batches / row_groups),
         micro_batches=micro_batches,
@@ -222,6 +223,11 @@ def training(
     if machine.kind is None:
         return spec
     return fitted(spec, base.config, tokens.micro_batch, machine.kind, machine.gpus, machine.memory)
+
+
+def _preference(options: Options) -> Preference:
+    weights = {} if options.image_weight is None else {"text_weight": 1.0, "image_weight": options.image_weight}
+    return Preference(loss=options.preference or "dpo", beta=options.beta, **weights)
 
 
 def _adapters(options: Options) -> Lora | None:

@@ -80,10 +80,12 @@ def finetune(
     options.out.mkdir(parents=True, exist_ok=True)
     with display.step("look at the examples") as progress:
         pairs = examples.are_preferences(options.data)
-        if options.preference and not pairs:
-            raise examples.WrongExamples(
-                f"{options.data}: --preference takes pairs, records with `chosen` and `rejected`, and it has none"
-            )
+        asked_of_pairs = {"--preference": options.preference, "--image-weight": options.image_weight}
+        for name, given in asked_of_pairs.items():
+            if given is not None and not pairs:
+                raise examples.WrongExamples(
+                    f"{options.data}: {name} takes pairs, records with `chosen` and `rejected`, and it has none"
+                )
         source = None if pairs else examples.find_source(options.data, source_format, source_options)
         found = examples.check(source, options.max_bad_share, progress=progress) if source else examples.Examples()
     with display.step("look at the model"):

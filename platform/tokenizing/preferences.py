@@ -72,7 +72,7 @@ def run(spec: PreferenceTokensSpecification, run: Run, progress: Progress) -> Ma
             wrong(f"longer than the context of {spec.context} tokens", name)
             continue
         good += 1
-        writers[HELD_OUT if key < spec.held_out else TRAIN].add(encoded)
+        writers[HELD_OUT if key < spec.held_out else TRAIN].add(encoded, name)
         progress(good, 0, f"{good:,} pairs")
     _judge(spec, good, faults)
     manifests = {part: writer.finish() for part, writer in writers.items() if writer.pairs}
@@ -148,9 +148,10 @@ class _Writer:
         self.random = np.random.default_rng([spec.seed, part == HELD_OUT])
         self.files: list[FileEntry] = []
         self.waiting: list[EncodedPair] = []
-        self.pairs, self.counts = 0, Counter[str]()
+        self.pairs, self.counts, self.first = 0, Counter[str](), ""
 
-    def add(self, pair: EncodedPair) -> None:
+    def add(self, pair: EncodedPair, name: str) -> None:
+        self.first = self.first or name
         self.pairs += 1
         self.waiting.append(pair)
         if len(self.waiting) >= self.spec.window:
@@ -162,7 +163,7 @@ class _Writer:
             kind=PREFERENCES,
             files=self.files,
             specification=self.spec.model_dump(mode="json"),
-            report={"pairs": self.pairs, **self.counts},
+            report={"pairs": self.pairs, "first": self.first, **self.counts},
             inputs=self.inputs,
         )
         publishing.publish(self.uri, manifest)

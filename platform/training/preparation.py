@@ -206,7 +206,7 @@ def _check_kind(spec: TrainSpecification, field: str, uri: str, manifest: Manife
         if lacking and preference.text_weight and preference.image_weight:
             raise SpecificationError(
                 f"preference: text_weight and image_weight balance two modalities, and no answer in {uri} has a token "
-                f"of {lacking[0]}; leave them away, or look at the pairs"
+                f"of {lacking[0]}; the first: {manifest.report.get('first')}. Leave them away, or look at the pairs"
             )
 
 

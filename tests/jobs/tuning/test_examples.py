@@ -34,15 +34,14 @@ def written(folder: Path, *records: dict[str, Any]) -> str:
 GOOD = conversation(("human", "What is it?"), ("gpt", "a cat"))
 
 
-def looked_at(place: str, share: float = 0.0, balanced: bool = False) -> Any:
-    return check(find_source(place, None, {}), share, balanced)
+def looked_at(place: str, share: float = 0.0) -> Any:
+    return check(find_source(place, None, {}), share)
 
 
 def test_good_examples_are_counted(tmp_path: Path) -> None:
     drawn = conversation(("human", "Draw one."), ("gpt", "here: <image>"), images=[picture()])
-    found = looked_at(written(tmp_path, GOOD, drawn), balanced=True)
+    found = looked_at(written(tmp_path, GOOD, drawn))
     assert (found.documents, found.conversations, found.wrong) == (2, 2, 0)
-    assert found.first_image.endswith("line 2")
 
 
 @pytest.mark.parametrize(
@@ -72,11 +71,6 @@ def test_images_without_a_mark_are_no_guess(tmp_path: Path) -> None:
     with pytest.raises(WrongExamples, match=r"line 1: has images and no mark .* --option unmarked=first"):
         find_source(place, None, {})
     assert check(find_source(place, None, {"unmarked": "first"}), 0.0).documents == 2
-
-
-def test_one_modality_where_two_are_balanced(tmp_path: Path) -> None:
-    with pytest.raises(WrongExamples, match=r"are to be balanced, and no answer has an image; the first .* line 1"):
-        looked_at(written(tmp_path, GOOD, GOOD), balanced=True)
 
 
 def test_nothing_to_read_says_what_there_is(tmp_path: Path) -> None:

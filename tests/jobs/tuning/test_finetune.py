@@ -71,10 +71,13 @@ def test_pairs_of_answers_are_learned_from(ray_cluster: None, model_directory: P
     assert "already done, kept" in CliRunner().invoke(app, words).output
 
 
-def test_pairs_are_asked_for_only_where_there_are_some(model_directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [("--preference", "dpo"), ("--image-weight", "0.5")])
+def test_pairs_are_asked_for_only_where_there_are_some(
+    asked: tuple[str, str], model_directory: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "talks.jsonl"
     data.write_text(json.dumps(TALKS[0]) + "\n")
-    words = ["finetune", str(model_directory), str(data), "--out", str(tmp_path / "out"), "--preference", "dpo"]
+    words = ["finetune", str(model_directory), str(data), "--out", str(tmp_path / "out"), *asked]
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 1
-    assert "--preference takes pairs, records with `chosen` and `rejected`, and it has none" in found.output
+    assert f"{asked[0]} takes pairs, records with `chosen` and `rejected`, and it has none" in found.output

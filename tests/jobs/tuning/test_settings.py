@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from calumma.jobs.tuning.settings import Base, Machine, Options, context_for, tokenization, training, usual_rate
+from calumma.jobs.tuning.settings import Base, Machine, Options, context_for, pairs, tokenization, training, usual_rate
 from calumma.jobs.tuning.split import Parts
 from calumma.model.config import ModelConfig, preset
 from calumma.platform.specification import SpecificationError
@@ -43,6 +43,15 @@ def test_all_examples_are_passed_as_often_as_asked(gpus: int, lora: int | None) 
 def test_few_examples_still_take_several_steps() -> None:
     tokens = tokenization(OPTIONS, BASE, Parts(5, 1, 300, 60), Machine(2, 0))
     assert training(OPTIONS, BASE, Parts(5, 1, 300, 60), tokens, 1, Machine(2, 0)).steps == 3
+
+
+def test_a_weight_of_images_balances_the_two_modalities_of_pairs() -> None:
+    machine, options = Machine(2, 0), replace(OPTIONS, image_weight=0.25)
+    tokens = pairs(options, BASE, machine)
+    found = training(options, BASE, PARTS, tokens, 40, machine).preference
+    assert found is not None
+    assert found.model_fields_set >= {"text_weight", "image_weight"}  # both given: then both have to be in the pairs
+    assert (found.text_weight, found.image_weight) == (1.0, 0.25)
 
 
 def test_adapters_and_narrow_models_learn_faster() -> None:

@@ -76,6 +76,7 @@ def test_pairs_become_shards_and_their_prompts_stay_on_one_side(tmp_path: Path, 
     sides = {part: Manifest.read(f"{tmp_path}/preferences/{part}") for part in ("train", "held_out")}
     assert sum(each.report["pairs"] for each in sides.values()) == 40
     assert all(each.report["pairs"] % 4 == 0 for each in sides.values())  # four pairs have each prompt
+    assert any(each.report["first"].endswith("line 1") for each in sides.values())
     for part, each in sides.items():
         rows = pq.read_table(f"{tmp_path}/preferences/{part}/{each.files[0].path}").to_pylist()
         assert len(rows) % 2 == 0

@@ -11,14 +11,12 @@ import pytest
 
 from calumma.platform.specification import SpecificationError, Tracking
 from calumma.platform.storage.manifest import Manifest
-from calumma.platform.tokenizing.specification import TokenizeSpecification
+from calumma.platform.tokenizing.specification import PREFERENCES, TokenizeSpecification
 from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.tracking.run import Run
 from calumma.platform.training import preparation
 from calumma.platform.training.preparation import prepare
-from calumma.platform.training.specification import (
-    PretrainSpecification,
-)
+from calumma.platform.training.specification import FinetuneSpecification, PretrainSpecification
 
 Stage = Callable[..., PretrainSpecification]
 
@@ -44,6 +42,17 @@ def test_what_cannot_be_trained_is_refused_in_the_terms_of_the_specification(
 ) -> None:
     with pytest.raises(SpecificationError, match=said):
         prepare(stage(**fields), run)
+
+
+def test_pairs_without_one_of_two_balanced_modalities_are_told_with_the_first(
+    run: Run, stage: Stage, shards_of_its_own: str
+) -> None:
+    pairs = {"kind": PREFERENCES, "report": {"pairs": 2, "first": "pairs.jsonl: line 1", "trained_text": 8}}
+    Manifest.read(shards_of_its_own).model_copy(update=pairs).write(shards_of_its_own)
+    balanced = {"preference": {"text_weight": 1.0, "image_weight": 0.5}}
+    values = stage(mixture={shards_of_its_own: 1.0}).model_dump(exclude_unset=True) | balanced
+    with pytest.raises(SpecificationError, match=r"has a token of image; the first: pairs.jsonl: line 1"):
+        prepare(FinetuneSpecification.model_validate(values), run)
 
 
 # -- token shards and their tokenizers --
