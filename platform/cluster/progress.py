@@ -106,7 +106,8 @@ class Display:
 
     def skipped(self, name: str, why: str = "already done") -> None:
         """A line for a step that had nothing to do."""
-        self._bars.add_task(f"[green]{name}", total=1, completed=1, note=why)
+        task = self._bars.add_task(f"[green]{name}", total=1, note=why)
+        self._bars.update(task, completed=1)  # which stops its clock, as `add_task` does not
 
     def _listener(self, task: TaskID) -> Progress:
         def listener(done: float, total: float, note: str = "") -> None:

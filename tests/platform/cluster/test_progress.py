@@ -59,6 +59,7 @@ def test_the_display_names_steps_notes_and_how_they_ended() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120, record=True)
     with Display(console) as display:
         display.skipped("curate")
+        assert display._bars.tasks[0].finished  # its clock stands
         with display.step("tokenize") as progress:
             progress(1, 2, "photographs [1]")  # brackets are no markup
         with pytest.raises(ValueError, match="disk full"), display.step("pretrain"):
