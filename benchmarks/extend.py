@@ -70,7 +70,7 @@ class Sizes(NamedTuple):
     limit: int | None
 
 
-FULL, QUICK = Sizes(6, None, 30, 120, None), Sizes(1, 3, 2, 2, 8)
+FULL, QUICK = Sizes(6, None, 30, 150, None), Sizes(1, 3, 2, 2, 8)
 
 
 def texts_of(storage: Path, *sources: str) -> list[str]:
