@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from PIL import Image as PILImage
@@ -74,7 +75,7 @@ def decode(data: bytes, strict: bool = False, formats: tuple[str, ...] = FORMATS
         return _decode(data, None, formats)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         failure = error
-    if not strict and (mended := _mend(data)) is not None:
+    for mended in () if strict else _mended(data):
         try:
             return _decode(*mended, formats)
         except Exception as error:
@@ -88,12 +89,23 @@ def open_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> PILImage.Ima
         return PILImage.open(io.BytesIO(data), formats=formats)
     except Exception as error:
         failure = error
-    if (mended := _mend(data)) is not None:
+    for mended, _ in _mended(data):
         try:
-            return PILImage.open(io.BytesIO(mended[0]), formats=formats)
+            return PILImage.open(io.BytesIO(mended), formats=formats)
         except Exception as error:
             failure = error
     raise UnreadableImage(f"not a readable image: {_explained(data, failure, formats)}") from failure
+
+
+def is_no_image(data: bytes) -> bool:
+    """Whether bytes are something else, such as the page that a download got; damaged images are images."""
+    if kind_of(data).startswith(tuple(_DECODED)):
+        return False
+    try:
+        open_header(data).close()
+    except UnreadableImage:
+        return True
+    return False
 
 
 def _decode(data: bytes, mended: str | None, formats: tuple[str, ...]) -> DecodedImage:
@@ -128,11 +140,14 @@ def _listed(formats: tuple[str, ...]) -> str:
 # -- damage that is forgiven -------------------------------------------------------------------------------------------
 
 
-def _mend(data: bytes) -> tuple[bytes, str] | None:
-    """The bytes without their damage, and what it was; None where there is nothing to mend."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return _with_jpeg_end(data)
-    return _without_words(data) if data.startswith(PNG_SIGNATURE) else None
+def _mended(data: bytes) -> Iterator[tuple[bytes, str]]:
+    """The bytes without their damage, and what it was: what keeps most of them first."""
+    if data.startswith(b"\xff\xd8\xff") and (mended := _with_jpeg_end(data)) is not None:
+        yield mended
+    if data.startswith(PNG_SIGNATURE):
+        for kept in (_PNG_CHUNKS, frozenset((b"tRNS",)), frozenset[bytes]()):
+            if (mended := _without_words(data, kept)) is not None:
+                yield mended
 
 
 def _with_jpeg_end(data: bytes) -> tuple[bytes, str] | None:
@@ -161,8 +176,8 @@ def _with_jpeg_end(data: bytes) -> tuple[bytes, str] | None:
     return (data[:position] + JPEG_END, "a JPEG without its end") if scans else None
 
 
-def _without_words(data: bytes) -> tuple[bytes, str] | None:
-    """A PNG without the chunks that do not say how it looks, and without damaged ones of those that may be missing."""
+def _without_words(data: bytes, kept: frozenset[bytes]) -> tuple[bytes, str] | None:
+    """A PNG with what it cannot be without and, of the rest, what is intact and to be kept."""
     from zlib import crc32
 
     parts, position, left_out = [PNG_SIGNATURE], len(PNG_SIGNATURE), False
@@ -171,7 +186,7 @@ def _without_words(data: bytes) -> tuple[bytes, str] | None:
         name, chunk = data[position + 4 : position + 8], data[position:end]
         needed = name[:1].isupper()
         intact = len(chunk) == end - position and crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        if needed or (intact and name in _PNG_CHUNKS):
+        if needed or (intact and name in kept):
             parts.append(chunk)
         else:
             left_out = True

@@ -21,7 +21,7 @@ from typing import Any, Literal
 BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
 # A call is this, its arguments, "}" and END_CALL.
 HEAD = re.compile(r'\{"name": "(?P<name>[^"\\]+)", "arguments": ')
-NAME = r"^[A-Za-z0-9_.-]{1,64}$"
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MARK = re.compile(r"<(?=/?(?:tools|tool_call|tool_response)>)")
 INSTRUCTIONS = (
     "You may call these tools. To do so, end your answer with one call or several, each like this:\n"

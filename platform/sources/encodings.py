@@ -7,11 +7,20 @@ rule what somebody's program wrote by that name, with characters that the standa
 from __future__ import annotations
 
 import codecs
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from calumma.platform.sources.files import Malformed
 
 DEFAULT = "utf-8"
-_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+_MARKS = (  # that of UTF-32 begins as that of UTF-16 does
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 # The encodings of WHATWG that Python has under another name, or only a part of under the same.
 _CODECS = {
     "gbk": "gb18030",
@@ -24,6 +33,7 @@ _CODECS = {
     "windows-874": "cp874",
     "x-user-defined": "cp1252",
 }
+SHARE_OF_NULS = 4  # of text in UTF-16 that is mostly ASCII, every second byte is one
 _UNDEFINED_BYTES = "calumma-undefined-bytes"
 
 
@@ -48,8 +58,10 @@ def decode_text(data: bytes, declared: str | None = None, default: str | None = 
     # What can be read as far as a declaration is not UTF-16, whatever it says.
     if (codec := codec_of(declared or "")) is not None:
         return _decoded(data, DEFAULT if codec.startswith("utf-16") else codec, "it declares")
-    if default is not None and (named := _of_option(default)) != DEFAULT:
+    if default is not None and (named := codec_of_option(default)) != DEFAULT:
         return _decoded(data, named, "the source's options say")
+    if SHARE_OF_NULS * data.count(0) > len(data):
+        raise Malformed("is UTF-16 without a byte order mark, as it seems: the option `encoding` may name it")
     return _decoded(data, DEFAULT, "is the default: the option `encoding` may name another")
 
 
@@ -61,12 +73,20 @@ def codec_of(label: str) -> str | None:
     return None if encoding is None else _CODECS.get(encoding.name, encoding.name)
 
 
-def _of_option(name: str) -> str:
-    """The codec of an encoding as a person may write it: the web's label or Python's name. Raises Malformed."""
+def codec_of_option(name: str) -> str:
+    """The codec of an encoding as a person may write it: the web's label or Python's name. Raises ValueError."""
     try:
         return codec_of(name) or codecs.lookup(name).name
     except LookupError as error:
-        raise Malformed(f"the option `encoding` names {name!r}, which is no encoding") from error
+        raise ValueError("there is no encoding of this name") from error
+
+
+def _known(name: str) -> str:
+    codec_of_option(name)
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_known)]  # an option of readers
 
 
 def _decoded(data: bytes, codec: str, why: str) -> str:

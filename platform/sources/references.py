@@ -6,8 +6,6 @@ owner's: symbolic links in it are followed (Hugging Face's cache is made of them
 
 from __future__ import annotations
 
-import base64
-import binascii
 import errno
 import posixpath
 import re
@@ -19,6 +17,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from calumma.model.document import Document, Image, Segment, Text
+from calumma.model.images import from_base64, is_no_image
 from calumma.platform import storage
 from calumma.platform.sources.files import BadInput, Draft, DraftSegment, Item, Malformed, Reference
 from calumma.platform.sources.frames import frame_count, may_have_frames
@@ -29,7 +28,7 @@ PREFETCH = 32  # references, and documents, that are fetched ahead: object stora
 THREADS = 8
 LONGEST_KEY = 1024  # bytes of a key in S3
 SHOWN = 80  # characters of a reference in a message
-DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+DATA_URL = re.compile(r"data:(image/[\w.+-]+|application/octet-stream)?(;[^;,]*)*;\s*base64,", re.IGNORECASE)
 REMOTE = re.compile(r"(https?|ftp):|//", re.IGNORECASE)
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -90,6 +89,9 @@ def _item(item: Draft | Document | BadInput, images: list[Fetched], source: str,
             continue
         try:
             data, uri = next(fetched).result()
+            if part.optional and is_no_image(data):
+                notes.skip("images", "that cannot be had")
+                continue
             segments.append(Image(data, part.caption, part.role, part.trained))
             if refers and uri is not None:
                 notes.referred.add(_place(uri))
@@ -174,8 +176,8 @@ def _decode_data_url(url: str) -> bytes:
     if match is None:
         raise Malformed(f"the image {_abridged(url)} is no data URL of an image (data:image/…;base64,…)")
     try:
-        return base64.b64decode(url[match.end() :], validate=True)
-    except (binascii.Error, ValueError) as error:
+        return from_base64(url[match.end() :].encode())
+    except ValueError as error:
         raise Malformed(f"the image {_abridged(url)} is not valid base64: {error}") from error
 
 

@@ -106,7 +106,7 @@ def checked_options(format: str, read: Reader, options: Mapping[str, Any]) -> di
     parameters = inspect.signature(read).parameters.values()
     allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    hints = get_type_hints(read)
+    hints = get_type_hints(read, include_extras=True)
     values: dict[str, Any] = {}
     for name, value in options.items():
         if name not in allowed and not anything:

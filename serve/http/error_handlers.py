@@ -58,5 +58,5 @@ def _validation(request: Request, error: RequestValidationError) -> APIError:
         if "json" not in request.headers.get("content-type", ""):
             return APIError("send the body as JSON, with the header Content-Type: application/json")
         return APIError("the body must be a JSON object")
-    message, param = describe_errors(error.errors())
+    message, param = describe_errors(error.errors(), error.body)
     return APIError(message, param=param, code="invalid_value")

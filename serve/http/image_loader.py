@@ -9,7 +9,6 @@ and each redirect is checked the same way. No proxy settings and no credentials 
 from __future__ import annotations
 
 import asyncio
-import base64
 import http.client
 import ipaddress
 import socket
@@ -24,6 +23,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from PIL import Image as PILImage
 
+from calumma.model.images import from_base64
 from calumma.serve.http.images.pool import EncodedImage, ImagePool, ImageRefused
 from calumma.serve.http.images.turns import FairThreads
 from calumma.serve.http.wire.errors import APIError
@@ -32,6 +32,7 @@ from calumma.serve.shares import Shares
 
 CHUNK = 65536
 REDIRECTS = (301, 302, 303, 307, 308)
+TOO_MANY = "too_many"  # the code of an error: images in a request
 FETCHERS = 8  # images that are fetched at once
 AddressCheck = Callable[[str], bool]
 LoadedImages = Mapping[str, PILImage.Image | bytes]  # by the request's field
@@ -76,7 +77,7 @@ class ImageLoader:
             raise APIError(
                 f"the prompt has {len(parts)} images; this server takes {self._limits.images}",
                 param=parts[0].param.partition("[")[0],
-                code="too_many",
+                code=TOO_MANY,
             )
         if self._waiting.full(tenant, len(parts)):
             raise APIError(
@@ -201,7 +202,7 @@ class _PinnedConnection(http.client.HTTPConnection):
 def _base64_of(url: str, param: str) -> str:
     """What stands in a base64 data URL. Raises APIError."""
     header, comma, payload = url.partition(",")
-    header = header.strip().lower()
+    header = "".join(header.split()).lower()
     if not header.startswith("data:") or not comma:
         raise APIError(
             "not a data URL; it must look like data:image/png;base64,…", param=param, code="invalid_image_url"
@@ -212,4 +213,4 @@ def _base64_of(url: str, param: str) -> str:
 
 
 def _file(image: EncodedImage) -> bytes:
-    return base64.b64decode("".join(image.data.split())) if isinstance(image.data, str) else image.data
+    return from_base64(image.data.encode()) if isinstance(image.data, str) else image.data

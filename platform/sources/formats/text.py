@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from calumma.model.document import Text
-from calumma.platform.sources.encodings import decode_text
+from calumma.platform.sources.encodings import Encoding, decode_text
 from calumma.platform.sources.files import ABOUT_FIELDS, Draft, DraftSegment, File, Malformed, field_names, json_type
 from calumma.platform.sources.formats.records.containers import PACKED, SUFFIXES, records
 from calumma.platform.sources.formats.records.rows import drafts, json_lines
@@ -30,7 +30,7 @@ def text(file: File, *, field: str | None = None) -> Iterator[ReaderItem]:
 
 
 @reader("text_files", tuple(f"{form}{packed}" for form in (".txt", ".text", ".rst") for packed in PACKED))
-def text_files(file: File, *, encoding: str = "utf-8") -> Iterator[ReaderItem]:
+def text_files(file: File, *, encoding: Encoding = "utf-8") -> Iterator[ReaderItem]:
     """A file a document, without the byte order mark that it may begin with."""
     yield Draft((Text(decode_text(file.read_all(LARGEST), default=encoding)),), file.uri)
 

@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from calumma.serve.http.access.caller import behind, current_caller
 from calumma.serve.http.context import ServingContext
 from calumma.serve.http.endpoints.chat import chat_generation
+from calumma.serve.http.image_loader import TOO_MANY
 from calumma.serve.http.openapi import event_stream
 from calumma.serve.http.prompts import expand_choices, image_prompt, sampling_params
 from calumma.serve.http.streams import (
@@ -89,7 +90,7 @@ def add_images(app: FastAPI, context: ServingContext) -> None:
                 context, ChatRequest(messages=[message], modalities=["image"], **own), metadata.id
             )
         except APIError as error:
-            raise _of_edit(error) from error
+            raise _renamed(error) from error
         one = replace(one, previews=request.partial_images if request.stream else 0)
         return await _draw(context, request, one, metadata, "image_edit")
 
@@ -106,19 +107,23 @@ async def _draw(
         if request.size not in (None, "auto", f"{side}x{side}"):
             raise APIError(f"this model draws {side}x{side}; found size {request.size}", param="size")
     choices = expand_choices(one, request.n)
-    if not request.stream:
-        return images_response(metadata, await context.generate_all(choices, metadata.model), request)
-    streams = [context.generate(choice, metadata.model) for choice in choices]
-    started = await wait_all_started(streams)
+    try:
+        if not request.stream:
+            return images_response(metadata, await context.generate_all(choices, metadata.model), request)
+        streams = [context.generate(choice, metadata.model) for choice in choices]
+        started = await wait_all_started(streams)
+    except APIError as error:
+        raise _renamed(error) from error
     write = image_events(metadata, started, request, side, kind)
     return streaming_response(sse_stream(streams, [], write, lambda completion: []), request.headers)
 
 
-def _of_edit(error: APIError) -> APIError:
-    """An error of the chat that an edit becomes, naming the form's field."""
-    param = error.body["error"]["param"]
-    if param is not None and param.startswith("messages"):
-        error.body["error"]["param"] = "image" if "image_url" in param else "prompt"
+def _renamed(error: APIError) -> APIError:
+    """An error of the conversation that a prompt becomes, naming the endpoint's own field."""
+    told = error.body["error"]
+    param = told["param"] or ""
+    if param.startswith("messages"):
+        told["param"] = "image" if "image_url" in param or told["code"] == TOO_MANY else "prompt"
     return error
 
 

@@ -7,8 +7,6 @@ sends pixels and texts back, never objects.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import os
 import resource
@@ -18,7 +16,7 @@ from typing import Any, Literal
 
 from PIL import Image as PILImage
 
-from calumma.model.images import UnreadableImage, decode, open_header, to_square
+from calumma.model.images import UnreadableImage, decode, from_base64, open_header, to_square
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of the 43 that Pillow has
 NICENESS = 10
@@ -33,10 +31,10 @@ class Refused(Exception):
         self.index, self.code = index, code
 
 
-def from_base64(index: int, payload: bytes) -> bytes:
+def of_data_url(index: int, payload: bytes) -> bytes:
     try:
-        return base64.b64decode(b"".join(payload.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return from_base64(payload)
+    except ValueError as error:
         raise Refused(index, "invalid_base64", f"the data URL is not valid base64: {error}") from error
 
 
@@ -81,7 +79,7 @@ def serve(connection: Connection) -> None:
         images: list[PILImage.Image] = []
         try:
             files = [
-                from_base64(index, payload) if encoded else payload
+                of_data_url(index, payload) if encoded else payload
                 for index, (payload, encoded) in enumerate(zip(payloads, job["base64"], strict=True))
             ]
             del payloads

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from calumma.model.generation.constraint import Constraint
 from calumma.serve.http.wire.content import RequestModel
@@ -25,14 +25,25 @@ class NamedSchema(RequestModel):
 
 
 class ResponseFormat(RequestModel):
-    """OpenAI's `response_format`."""
+    """OpenAI's `response_format`. `schema`: where llama.cpp's and Together's clients send it."""
+
+    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+
+    @property
+    def schema_and_param(self) -> tuple[Schema, str] | None:
+        if self.json_schema is not None:
+            return self.json_schema.schema_, "json_schema.schema"
+        return None if self.schema_ is None else (self.schema_, "schema")
 
 
 class StructuredOutputs(RequestModel):
     """vLLM's `structured_outputs`; one of its fields."""
+
+    model_config = ConfigDict(extra="forbid")
 
     json_: Schema | str | None = Field(None, alias="json")
     regex: str | None = None
@@ -94,11 +105,12 @@ class ConstraintFields(RequestModel):
 def _of_format(asked: ResponseFormat | None) -> Constraint | None:
     if asked is None or asked.type == "text":
         return None
+    if asked.schema_and_param is not None:
+        schema, param = asked.schema_and_param
+        return _json(schema, f"response_format.{param}")
     if asked.type == "json_object":
         return Constraint("json")
-    if asked.json_schema is None:
-        raise APIError("type json_schema needs the schema", param="response_format.json_schema", code="invalid_value")
-    return _json(asked.json_schema.schema_, "response_format.json_schema.schema")
+    raise APIError("type json_schema needs the schema", param="response_format.json_schema", code="invalid_value")
 
 
 def _json(schema: Schema | str | None, param: str) -> Constraint | None:

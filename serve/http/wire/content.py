@@ -13,17 +13,17 @@ class WireModel(BaseModel):
 
 
 class RequestModel(WireModel):
-    """null in an optional field is the same as leaving it out: clients send every field that they know."""
+    """null is the same as leaving a field out, but for required ones: clients send every field that they know."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        optional = {
-            key for name, field in cls.model_fields.items() if not field.is_required() for key in (name, field.alias)
+        required = {
+            key for name, field in cls.model_fields.items() if field.is_required() for key in (name, field.alias)
         }
-        return {name: value for name, value in values.items() if value is not None or name not in optional}
+        return {name: value for name, value in values.items() if value is not None or name in required}
 
 
 class ImageURL(RequestModel):
@@ -53,9 +53,6 @@ class RefusalPart(RequestModel):
 
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 MessagePart = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
-# The tags that choose among parts of a message and items of an input: pydantic names them where it names a place.
-PART_TYPES = ("text", "image_url", "refusal", "input_text", "output_text", "input_image")
-ITEM_TYPES = ("message", "image_generation_call", "function_call", "function_call_output", "reasoning")
 
 
 def data_url(png: bytes) -> str:

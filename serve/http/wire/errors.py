@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calumma.serve.http.wire.content import ITEM_TYPES, PART_TYPES, WireModel
+from calumma.serve.http.wire.content import WireModel
 
 
 class ErrorDetail(WireModel):
@@ -49,26 +49,31 @@ class APIError(Exception):
         self.body = {"error": {"message": _sendable(message), "type": self.kind, "param": named, "code": code}}
 
 
-def describe_errors(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """pydantic's errors as one sentence a client can act on, and the first field's name."""
-    lines, first = [], None
+def describe_errors(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
+    """pydantic's errors about a body as one sentence a client can act on, and the first field's name."""
+    lines: dict[str, None] = {}  # those of a union's members may be equal
+    first = None
     for error in errors:
-        param = _param(error["loc"])
+        missing = error["type"] == "missing"
+        param = _param(error["loc"], body, missing)
         first = first or param
         given = error.get("input")
         shown = f" (given {given!r})" if isinstance(given, str | int | float) and len(repr(given)) <= 80 else ""
-        message = "is required" if error["type"] == "missing" else f"{error['msg']}{shown}"
-        lines.append(f"{param}: {message}" if param else message)
+        message = "is required" if missing else f"{error['msg']}{shown}"
+        lines[f"{param}: {message}" if param else message] = None
     return "; ".join(lines), first
 
 
-def _param(location: Sequence[str | int]) -> str | None:
-    """("body", "messages", 0, "content", 1, "image_url", "image_url", "url") -> messages[0].content[1].image_url.url"""
+def _param(location: Sequence[str | int], body: Any, missing: bool) -> str | None:
+    """("body", "messages", 0, "content", 1, "image_url", "image_url", "url") -> messages[0].content[1].image_url.url
+
+    What is not in the body is none of its fields, but pydantic's name for a member of a union."""
     parts = list(location[1:] if location and location[0] == "body" else location)
-    text = ""
-    for before, part in zip([None, *parts], parts, strict=False):
+    text, here = "", body
+    for number, part in enumerate(parts):
         if isinstance(part, int):
-            text += f"[{part}]"
-        elif not (isinstance(before, int) and part in (*PART_TYPES, *ITEM_TYPES)):
-            text += f".{part}" if text else str(part)
+            if isinstance(here, list) and part < len(here):
+                text, here = f"{text}[{part}]", here[part]
+        elif (there := isinstance(here, dict) and part in here) or (missing and number == len(parts) - 1):
+            text, here = f"{text}.{part}" if text else part, here[part] if there else None
     return text or None

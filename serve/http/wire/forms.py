@@ -41,7 +41,7 @@ def validated(model: type[Model], values: Any) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        message, param = describe_errors(error.errors())
+        message, param = describe_errors(error.errors(), values)
         raise APIError(message, param=param, code="invalid_value") from error
 
 

@@ -47,10 +47,14 @@ class Message(RequestModel):
     )
     tool_calls: list[SentCall] = Field([], description="what an earlier answer called")
     tool_call_id: str | None = Field(None, description="which call a `tool` message is the result of")
+    function_call: None = Field(None, description="calls stand in `tool_calls`")
+    audio: None = Field(None, description="answers that were spoken cannot be sent back")
 
     @model_validator(mode="before")
     @classmethod
     def _with_images(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("refusal") and not values.get("content"):
+            values = values | {"content": values["refusal"]}
         if isinstance(values, dict) and not values.get("parts") and isinstance(images := values.get("images"), list):
             content = _as_parts(values.get("content") or [])
             if images and isinstance(content, list):

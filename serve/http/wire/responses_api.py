@@ -170,6 +170,13 @@ class ResponsesRequest(SamplingFields):
 
     @model_validator(mode="before")
     @classmethod
+    def _no_template(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("prompt") is not None:
+            raise APIError("this server keeps no prompts; send `input`", param="prompt", code="unsupported")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
     def _known_tools(cls, values: Any) -> Any:
         tools = values.get("tools") if isinstance(values, dict) else None
         for index, tool in enumerate(tools if isinstance(tools, list) else ()):
@@ -248,22 +255,41 @@ class ResponsesRequest(SamplingFields):
         return messages
 
 
+# Fields of the chat that an input becomes -> what they are called here.
+NAMES = {"response_format": "text.format", "begin_with": "tool_choice", "max_tokens": "max_output_tokens"}
+
+
 def renamed(error: APIError, request: ResponsesRequest) -> APIError:
     """An error of the chat, naming the field as the Responses API calls it."""
     param = error.body["error"]["param"]
-    if param is not None and param.startswith(MESSAGES):
-        first = request.instructions is not None
-        number, bracket, rest = param.removeprefix(MESSAGES).removeprefix("[").partition("]")
-        if not bracket:
-            error.body["error"]["param"] = "input"
-        elif first and number == "0":
-            error.body["error"]["param"] = "instructions"
-        else:
-            error.body["error"]["param"] = f"input[{int(number) - first}]{rest}".replace("tool_call_id", "call_id")
-    elif param is not None and param.startswith("tools["):
+    if param is None:
+        return error
+    if param.startswith(MESSAGES):
+        named = _of_message(param, request)
+    elif param.startswith("tools["):
         number, _, rest = param.removeprefix("tools[").partition("]")
-        error.body["error"]["param"] = f"tools[{request.functions[int(number)][0]}]{rest.removeprefix('.function')}"
+        named = f"tools[{request.functions[int(number)][0]}]{rest.removeprefix('.function')}"
+    else:
+        named = NAMES.get(param.partition(".")[0], param)
+    error.body["error"]["param"] = named
     return error
+
+
+def _of_message(param: str, request: ResponsesRequest) -> str:
+    number, bracket, rest = param.removeprefix(MESSAGES).removeprefix("[").partition("]")
+    if not bracket:
+        return "input"
+    index = int(number) - (request.instructions is not None)
+    if index < 0:
+        return "instructions"
+    item = request.input[index]
+    if isinstance(item, ImageCall):
+        rest = ".result"
+    elif isinstance(item, FunctionOutput):
+        rest = rest.replace("content", "output").replace("tool_call_id", "call_id")
+    elif isinstance(item, FunctionCall):
+        rest = ""
+    return f"input[{index}]{rest.removesuffix('.url')}"
 
 
 def _message(role: Any, parts: list[TextPart | ImagePart]) -> Message:

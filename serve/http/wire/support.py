@@ -25,10 +25,15 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "input": (),
     "input_fidelity": ("low",),
+    "instructions": ("",),
     "logit_bias": ({},),
     "logprobs": (False,),
     "mask": (),
+    "max_completion_tokens": (),
+    "max_output_tokens": (),
+    "max_tokens": (),
     "max_tool_calls": (),
     "modalities": (["text"],),
     "moderation": ("auto",),
@@ -36,7 +41,7 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "previous_response_id": (),
     "quality": ("auto", "standard"),
-    "reasoning": ({},),
+    "reasoning": ({}, {"effort": "none"}),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "stop": ([], ""),
@@ -118,6 +123,7 @@ WITHOUT_EFFECT = frozenset(
         "service_tier",
         "spaces_between_special_tokens",
         "store",
+        "stream_options",
         "truncation",
         "user",
     }
@@ -132,6 +138,8 @@ def require_supported(values: Mapping[str, Any], known: Iterable[str]) -> None:
     for field, given in values.items():
         if field not in UNSUPPORTED_FIELDS or field in own or given is None:
             continue
+        if isinstance(given, dict):
+            given = {name: value for name, value in given.items() if value is not None}
         # of True and 1, which are equal in Python, each stands for itself alone
         if any(type(given) is type(one) and given == one for one in _harmless(field)):
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -74,7 +73,7 @@ def require_tools(tools: Sequence[FunctionDefinition], where: str) -> None:
     names: set[str] = set()
     for number, tool in enumerate(tools):
         param = where.format(number)
-        if not re.match(NAME, tool.name):
+        if not NAME.fullmatch(tool.name):
             raise APIError(
                 f"a tool's name has at most 64 letters, digits, `_`, `-` and `.`; given {tool.name[:100]!r}",
                 param=f"{param}.name",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from calumma.model.document import Image, UnreadableImage
-from calumma.model.images import decode, kind_of, open_header, suffixes
+from calumma.model.images import decode, from_base64, kind_of, open_header, suffixes
 
 PHOTO = PILImage.fromarray(np.random.default_rng(3).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 
@@ -71,6 +71,9 @@ WORDS = zlib.compress(b"x" * (2 << 20))
         with_chunk(stored("PNG"), b"zTXt", b"Comment\0\0not zlib", crc=1),
         with_chunk(stored("PNG"), b"iTXt", b"Comment\0\1\0\0\0" + WORDS),
         with_chunk(stored("PNG"), b"iCCP", b"name\0\0damaged", crc=9),
+        with_chunk(stored("PNG"), b"iCCP", b"name\0\0" + WORDS),
+        with_chunk(stored("PNG"), b"gAMA", b"\0"),
+        with_chunk(stored("PNG"), b"tRNS", b"\0"),
         with_chunk(stored("PNG"), b"tIME", b"\0", crc=9),
     ],
 )
@@ -93,6 +96,32 @@ def test_a_png_with_damaged_pixels_is_never_mended_into_others(place: int, bits:
     except UnreadableImage:
         return
     assert found.mended is None
+
+
+def test_the_transparency_of_a_png_outlives_damage_beside_it() -> None:
+    clear = PILImage.new("P", (4, 4))
+    clear.putpalette([9, 9, 9] * 256)
+    plain = stored("PNG", clear, transparency=0)
+    assert decode(with_chunk(plain, b"gAMA", b"\0")).image.tobytes() == decode(plain).image.tobytes()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"aGVsbG8=",
+        b"aGVsbG8",
+        b"aGVs\r\n bG8=",
+        b"aGVsbG8%3D",
+    ],
+)
+def test_base64_is_read_as_in_browsers(text: bytes) -> None:
+    assert from_base64(text) == b"hello"
+
+
+@pytest.mark.parametrize("text", [b"aGVsbG8==", b"aGVsb", b"aGVs_G8", b"!"])
+def test_what_is_no_base64_is_refused(text: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        from_base64(text)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,8 @@ def test_a_reader_need_not_look_out_for_damage(own: str, tmp_path: Path) -> None
         ("text", {"field": 5}, "option 'field': Input should be a valid string"),
         ("jsonl", {"field": "x"}, "it has none"),
         ("pages", {"other_images": "keep"}, "'bad' or 'leave_out'"),
+        ("pages", {"encoding": "no-such"}, "there is no encoding of this name"),
+        ("webdataset", {"encoding": "no-such"}, "there is no encoding of this name"),
     ],
 )
 def test_a_specification_names_a_known_format_and_its_options(

@@ -76,6 +76,11 @@ def test_what_is_no_unicode_or_endless_is_told_all_the_same(client: TestClient, 
     error_of(response)
 
 
+def test_an_image_s_prompt_is_named_as_its_endpoint_names_it(client: TestClient) -> None:
+    response = client.post("/v1/images/generations", json={"prompt": "x" * 400})
+    assert error_of(response)["param"] == "prompt"
+
+
 def test_other_errors_have_the_same_form(client: TestClient) -> None:
     assert "the API is below /v1" in error_of(client.get("/v2"))["message"]
     wrong_method = client.get(CHAT)

@@ -13,6 +13,7 @@ from typing import Any
 from calumma.model.document import Image
 from calumma.model.images import suffixes
 from calumma.platform import storage
+from calumma.platform.sources.encodings import Encoding
 from calumma.platform.sources.files import BadInput, Draft, File, Malformed
 from calumma.platform.sources.formats.images.captions import MEMBERS
 from calumma.platform.sources.formats.images.pairs import IMAGES as PATH_FIELDS
@@ -140,7 +141,7 @@ def _choose_samples(uris: list[str]) -> tuple[Collection[str], Collection[str]]:
 
 
 @reader("image_files", IMAGES, choose=_choose_samples)
-def image_files(file: File, *, caption: str | None = None, encoding: str = "utf-8") -> Iterator[ReaderItem]:
+def image_files(file: File, *, caption: str | None = None, encoding: Encoding = "utf-8") -> Iterator[ReaderItem]:
     """KEY.jpg beside KEY.txt (its caption) and KEY.json (the rest), as img2dataset's output format `files` has them;
     what holds the caption is as for webdataset."""
     key, suffix = posixpath.splitext(file.uri)

@@ -20,7 +20,7 @@ from calumma.platform.sources.files import (
     json_type,
     text_or_none,
 )
-from calumma.platform.sources.formats.images.values import OtherImages, image_segment, is_missing
+from calumma.platform.sources.formats.images.values import OtherImages, cannot_be_had, image_segment, is_missing
 from calumma.platform.sources.formats.records.containers import COLUMNAR, JSON, records
 from calumma.platform.sources.formats.records.json_array import Row
 from calumma.platform.sources.formats.records.rows import drafts
@@ -78,7 +78,7 @@ def page(row: dict[str, Any], notes: Notes, optional: bool = False) -> list[Draf
         raise Malformed(f"texts, images and captions must be equally long, found {lengths}")
     parts: list[DraftSegment] = []
     for index, (text, image, caption) in enumerate(zip(texts, images, captions, strict=True)):
-        if not is_missing(image):
+        if not (cannot_be_had(image) if optional else is_missing(image)):
             if text:  # an empty one is how some writers say none
                 raise Malformed(f"has both a text and an image at index {index}")
             parts.append(image_segment(image, f"the image at index {index}", text_or_none(caption), optional=optional))

@@ -51,6 +51,9 @@ def mmc4(
             index, name = info.get("matched_text_index"), info.get("image_name")
             if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(texts):
                 raise Malformed(f"image {number} is matched to the text {index!r} of {len(texts)}")
+            if name is None and other_images == "leave_out":
+                file.notes.skip("images", "that cannot be had")
+                continue
             if not isinstance(name, str):
                 raise Malformed(f"image {number} has no `image_name`")
             if isinstance(sim := info.get("matched_sim"), int | float) and sim < least_similarity:

@@ -21,7 +21,7 @@ from calumma.platform.sources.files import (
     field_names,
 )
 from calumma.platform.sources.formats.images.captions import NAMES, field_with_words, words_in
-from calumma.platform.sources.formats.images.values import OtherImages, image_segment, is_missing
+from calumma.platform.sources.formats.images.values import OtherImages, cannot_be_had, image_segment, is_missing
 from calumma.platform.sources.formats.records.containers import SUFFIXES, list_in, records
 from calumma.platform.sources.notes import Notes
 from calumma.platform.sources.registry import ReaderItem, reader
@@ -108,7 +108,7 @@ class PairFields:
             raise Malformed(f"`{field}` is empty")
         segments = []
         for index, each in enumerate(values):
-            if self._optional and is_missing(each):
+            if self._optional and cannot_be_had(each):
                 notes.skip("images", "that cannot be had")
                 continue
             what = f"`{field}`" if len(values) == 1 else f"image {index} of `{field}`"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from calumma.model.document import Image, Role
+from calumma.model.images import is_no_image
 from calumma.platform.sources.files import DraftSegment, Malformed, Reference, json_type
 
 OtherImages = Literal["bad", "leave_out"]
@@ -23,6 +24,12 @@ def is_missing(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(is_missing(value.get(key)) for key in ("bytes", *PATHS))
     return value is None or (isinstance(value, bytes | str) and not value)
+
+
+def cannot_be_had(value: Any) -> bool:
+    """Whether a value holds no image: nothing, or bytes that are none, such as a page that a download got instead."""
+    data = value.get("bytes") if isinstance(value, Mapping) else value
+    return is_missing(value) or (isinstance(data, bytes) and is_no_image(data))
 
 
 def image_segment(

@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import Literal
 
 from calumma.platform.sources import compression
+from calumma.platform.sources.encodings import Encoding
 from calumma.platform.sources.files import BadInput, File
 from calumma.platform.sources.formats.images.archive import Member, members, plain_name
 from calumma.platform.sources.formats.images.samples import sample_draft
@@ -28,7 +29,7 @@ def webdataset(
     caption: str | None = None,
     key: Key = "first_dot",
     images: Literal["one", "several"] = "one",
-    encoding: str = "utf-8",
+    encoding: Encoding = "utf-8",
 ) -> Iterator[ReaderItem]:
     """One document a key. The caption is the member `.txt`, `.caption`, `.text` or `.cls`, or of the `.json` the field
     `caption`, `captions` or `text`; or the member or field that `caption` names.

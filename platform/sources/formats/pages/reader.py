@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from calumma.platform import storage
-from calumma.platform.sources.encodings import decode_text
+from calumma.platform.sources.encodings import Encoding, decode_text
 from calumma.platform.sources.files import Draft, DraftSegment, File, Reference
 from calumma.platform.sources.formats.pages.html import Page, read_html
 from calumma.platform.sources.registry import ReaderItem, reader
@@ -31,7 +31,7 @@ _FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n(.*?\n)?(\1|\.\.\.)[ \t]*(\n|\Z
 
 @reader("pages", (*MARKDOWN, *HTML), references="location")
 def pages(
-    file: File, *, other_images: Literal["bad", "leave_out"] = "bad", encoding: str | None = None
+    file: File, *, other_images: Literal["bad", "leave_out"] = "bad", encoding: Encoding | None = None
 ) -> Iterator[ReaderItem]:
     """Headings, lists, code and tables as text, images in their places, alternative texts as their captions.
 
@@ -68,18 +68,15 @@ def _draft(page: Page, file: File, optional: bool) -> Draft:
 def _image_path(link: str, folder: str, base: str) -> str:
     """A link of a page in `folder`, which has another `base`, as a path below the images."""
     link = link.strip()
-    if base:
-        try:
-            link = urljoin(base, link)
-        except ValueError:
-            return link
     try:
-        parts = urlsplit(link)
+        parts, above = urlsplit(link), urlsplit(base).path
     except ValueError:
         return link
     if parts.scheme or parts.netloc:
         return link
     path = unquote(parts.path)
+    if path and not path.startswith("/"):
+        path = unquote(above[: above.rfind("/") + 1]) + path  # `urljoin` forgets the ".." of a relative base
     return path.lstrip("/") if path.startswith("/") else posixpath.join(folder, path) if path else ""
 
 

@@ -169,6 +169,16 @@ def test_a_file_of_text_is_a_document(tmp_path: Path) -> None:
     assert good(read("text_files", tmp_path / "d.txt", encoding="latin-1")) == [(Text("été"),)]
 
 
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
+def test_unicode_of_any_width_is_text_or_told(tmp_path: Path, codec: str) -> None:
+    write(tmp_path, {"a.txt": "été: hello".encode(codec)})
+    if codec.endswith(("le", "be")):
+        assert "UTF-16 without a byte order mark" in bad(read("text_files", tmp_path / "a.txt"))[0]
+        assert good(read("text_files", tmp_path / "a.txt", encoding=codec)) == [(Text("été: hello"),)]
+    else:
+        assert good(read("text_files", tmp_path / "a.txt")) == [(Text("été: hello"),)]
+
+
 # -- tables
 
 
@@ -326,18 +336,24 @@ def test_an_image_of_multimodal_c4_without_its_place_makes_the_page_bad(
 def test_lost_images_of_multimodal_c4_may_be_left_out(tmp_path: Path) -> None:
     write(tmp_path, {"a.jsonl": mmc4({"image_name": "lost.png", "matched_text_index": 0})})
     assert good(read("mmc4", tmp_path / "a.jsonl", other_images="leave_out")) == [(Text("First.\n"), Text("Second."))]
+    write(tmp_path, {"a.jsonl": mmc4({"image_name": None, "matched_text_index": 0})})
+    assert good(read("mmc4", tmp_path / "a.jsonl", other_images="leave_out")) == [(Text("First.\n"), Text("Second."))]
 
 
+PAGE = b"<!DOCTYPE html><title>404</title>"
 EMPTY: list[Any] = [None, {"bytes": b"", "path": ""}, {"bytes": None, "path": None}]
+NONE: list[Any] = [{"bytes": PAGE, "path": None}, {"bytes": None, "path": "page.png"}]
 
 
-@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("empty", EMPTY + NONE)
 def test_failed_downloads_of_a_page_may_be_left_out(tmp_path: Path, empty: Any) -> None:
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     row = {"texts": ["intro", None, None, "end"], "images": [None, {"bytes": png(1), "path": None}, empty, None]}
     schema = pa.schema([("texts", pa.list_(pa.string())), ("images", pa.list_(image))])
     pa.parquet.write_table(pa.Table.from_pylist([row], schema), tmp_path / "a.parquet")
-    assert "{other_images: leave_out}" in bad(read("interleaved", tmp_path / "a.parquet"))[0]
+    write(tmp_path, {"page.png": PAGE})
+    if empty in EMPTY:
+        assert "{other_images: leave_out}" in bad(read("interleaved", tmp_path / "a.parquet"))[0]
     notes = Notes()
     items = read("interleaved", tmp_path / "a.parquet", notes, other_images="leave_out")
     assert good(items) == [(Text("intro"), Image(png(1)), Text("end"))]

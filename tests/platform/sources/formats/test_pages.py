@@ -395,6 +395,11 @@ def test_links_begin_from_the_base_that_a_page_names(tmp_path: Path) -> None:
     (item,) = read_source(source, f"{tmp_path}/a.html")
     assert isinstance(item, Document)
     assert len(item.images) == 3
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/a.html").write_text("<base href='../img/x.html'><img src=a.png><img src=../b.png>")
+    (item,) = read_source(source, f"{tmp_path}/c/a.html")
+    assert isinstance(item, Document)
+    assert len(item.images) == 2
     (tmp_path / "a.html").write_text("<base href='https://x.test/img/'><img src=b.png>")  # saved from there
     (item,) = read_source(source, f"{tmp_path}/a.html")
     assert isinstance(item, Document)

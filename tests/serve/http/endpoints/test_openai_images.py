@@ -84,6 +84,8 @@ def test_an_edit_over_a_real_engine(openai_client: OpenAI, png: bytes) -> None:
         ({"size": "1024x1024"}, "size", "this model draws 8x8"),
         ({"n": 11}, "n", "less than or equal to 10"),
         ({"prompt": ""}, "prompt", "at least 1 character"),
+        ({"prompt": "x" * 200}, "prompt", "more than the context"),
+        ({"image": [("a.png", b"x")] * 17}, "image", "this server takes 16"),
         ({"extra_body": {"image_temperature": "warm"}}, "image_temperature", "valid number"),
     ],
 )

@@ -127,6 +127,7 @@ def test_a_call_that_is_cut_says_so(tools_client: OpenAI) -> None:
         ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "line\n"}}]}, "tools[0].function.name"),
         ({"tools": TOOLS + TOOLS}, "tools[2].function.name"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"messages": [*ASK, {"role": "tool", "tool_call_id": "x", "content": "y"}]}, "messages[1].tool_call_id"),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import requests
@@ -129,7 +130,9 @@ def test_the_model_sees_what_it_would_see_of_the_file(pool: ImagePool, fit: Any,
 
 
 def test_base64_is_read_where_images_are(pool: ImagePool) -> None:
-    assert squares(pool, base64.encodebytes(PNG).decode()) == squares(pool, PNG)
+    text = base64.b64encode(PNG).decode()
+    for spelled in (base64.encodebytes(PNG).decode(), text.rstrip("="), quote(text, safe=""), text.replace("=", "%3D")):
+        assert squares(pool, spelled) == squares(pool, PNG)
     refused = refusal(pool, PNG, "a")
     assert (refused.index, refused.code) == (1, "invalid_base64")
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from calumma.model.generation.constraint import Constraint
 from calumma.serve.http.wire.constraints import NamedSchema, ResponseFormat, StructuredOutputs
-from calumma.serve.http.wire.content import RequestModel
+from calumma.serve.http.wire.content import RequestModel, TextPart
 from calumma.serve.http.wire.errors import APIError, describe_errors
 from calumma.serve.http.wire.requests import (
     ChatRequest,
@@ -64,7 +64,11 @@ def test_null_in_an_optional_field_is_its_absence(model: type[RequestModel]) -> 
 
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, ImageRequest])
 def test_null_in_a_field_that_is_not_supported_is_its_absence(model: type[RequestModel]) -> None:
-    model.model_validate(REQUESTS[model] | dict.fromkeys(UNSUPPORTED_FIELDS))
+    others = set(UNSUPPORTED_FIELDS) - set(model.model_fields)
+    asked = model.model_validate(
+        REQUESTS[model] | dict.fromkeys([*others, "unknown"]) | {"reasoning": {"effort": None}}
+    )
+    assert asked.headers == {}
 
 
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, ImageRequest])
@@ -91,6 +95,7 @@ def test_fields_without_effect_are_taken_without_a_word() -> None:
     asked = chat(
         user("x"), n=1, stop=None, tools=[], logprobs=False, response_format={"type": "text"}, store=True, user="me",
         metadata={"a": "b"}, service_tier="auto", parallel_tool_calls=True, length_penalty=1.0,
+        reasoning={"effort": "none"},
     )  # fmt: skip
     assert asked.headers == {}
 
@@ -124,7 +129,7 @@ def test_a_seed_is_any_integer_of_64_bits(seed: int) -> None:
 def test_other_seeds_are_refused_by_name(seed: float) -> None:
     with pytest.raises(ValidationError) as error:
         chat(user("x"), seed=seed)
-    assert describe_errors(error.value.errors())[1] == "seed"
+    assert describe_errors(error.value.errors(), {"seed": seed})[1] == "seed"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +148,7 @@ def test_other_seeds_are_refused_by_name(seed: float) -> None:
 def test_values_out_of_range_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(ValidationError) as error:
         chat(user("x"), **fields)
-    assert (describe_errors(error.value.errors())[1] or "").startswith(param)
+    assert (describe_errors(error.value.errors(), fields)[1] or "").startswith(param)
 
 
 def test_min_tokens_fit_under_max_tokens() -> None:
@@ -168,6 +173,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
             },
             Constraint("json_schema", json.dumps(SCHEMA)),
         ),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, Constraint("json_schema", json.dumps(SCHEMA))),
         ({"guided_json": SCHEMA}, Constraint("json_schema", json.dumps(SCHEMA))),
         ({"guided_json": json.dumps(SCHEMA)}, Constraint("json_schema", json.dumps(SCHEMA))),
         ({"guided_regex": "a+"}, Constraint("regex", "a+")),
@@ -215,11 +221,35 @@ def test_several_images_may_be_asked_for_at_once() -> None:
         ({"messages": [user([{"type": "image_url", "image_url": {}}])]}, "messages[0].content[0].image_url.url"),
         ({"messages": [user([{"type": "video"}])]}, "messages[0].content[0]"),
         ({"messages": [user("x")], "stream_options": {"include_usage": "often"}}, "stream_options.include_usage"),
+        ({"messages": [user("x")], "tool_choice": "any"}, "tool_choice"),
+        ({"messages": [user("x")], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"messages": [user("x")], "guided_json": 5}, "guided_json"),
+        ({"messages": [user("x")], "logit_bias": {"abc": 1}}, "logit_bias.abc"),
+        ({"messages": [user("x")], "response_format": {"type": "text", "regex": "a"}}, "response_format.regex"),
+        ({"messages": [user("x")], "structured_outputs": {"ebnf": "a"}}, "structured_outputs.ebnf"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
     ],
 )
 def test_validation_errors_name_the_field_as_the_client_knows_it(body: dict[str, Any], param: str) -> None:
     with pytest.raises(ValidationError) as error:
         ChatRequest.model_validate(body)
-    message, named = describe_errors(error.value.errors())
+    message, named = describe_errors(error.value.errors(), body)
     assert named == param
     assert param in message
+
+
+@pytest.mark.parametrize("prompt", [5, [], [[]], [1, "a"], ["a", None], {"a": 1}])
+def test_an_error_of_a_union_names_the_field_and_none_of_its_members(prompt: Any) -> None:
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest.model_validate({"prompt": prompt})
+    message, named = describe_errors(error.value.errors(), {"prompt": prompt})
+    assert named == "prompt"
+    parts = message.split("; ")
+    assert all(part.startswith("prompt") and "list[" not in part.partition(":")[0] for part in parts)
+    assert len(parts) == len(set(parts))
+
+
+def test_a_refusal_that_stands_for_the_content_is_its_text() -> None:
+    message = Message.model_validate({"role": "assistant", "content": None, "refusal": "I will not."})
+    assert [part.text for part in message.body if isinstance(part, TextPart)] == ["I will not."]
