@@ -75,7 +75,9 @@ def decode(data: bytes, strict: bool = False, formats: tuple[str, ...] = FORMATS
         return _decode(data, None, formats)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         failure = error
-    for mended in () if strict else _mended(data):
+    for mended in _mended(data):
+        if strict:
+            break
         try:
             return _decode(*mended, formats)
         except Exception as error:

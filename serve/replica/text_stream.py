@@ -19,12 +19,14 @@ class StopChecker:
         self._held = ""
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """The text that is safe to send now: what may be the beginning of a stop string is held back."""
+    def push(self, text: str, stops: bool = True) -> str:
+        """The text that is safe to send now: what may be the beginning of a stop string is held back. stops: whether
+        one that completes in it counts."""
         if self.stopped:
             return ""
-        text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        held, text = len(self._held), self._held + text
+        ends = [(stop, text.find(stop, max(0, held - len(stop) + 1))) for stop in self._stops if stops]
+        found = [(at + len(stop), at) for stop, at in ends if at >= 0]
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
@@ -60,6 +62,7 @@ class TextStream:
         self._tokens = tokens
         self._pending: list[tuple[int, Token]] = []  # (where it ends, token)
         self._decoded = self._sent = 0  # characters
+        self._stops = True  # of the last token
 
     @property
     def stopped(self) -> bool:
@@ -76,8 +79,11 @@ class TextStream:
         """Tokens that no delta has named yet."""
         return len(self._pending)
 
-    def push(self, token: int, surface: bytes, logprob: float | None = None, top: TopLogprobs = ()) -> TextDelta | None:
-        """The text that may be sent after one more token."""
+    def push(
+        self, token: int, surface: bytes, logprob: float | None = None, top: TopLogprobs = (), stops: bool = True
+    ) -> TextDelta | None:
+        """The text that may be sent after one more token. stops: whether a stop string that it completes counts."""
+        self._stops = stops
         if self.stopped:
             return None
         begin = self._decoded
@@ -86,7 +92,7 @@ class TextStream:
         if self._tokens:
             begin = max(begin, self._decoded - _characters(surface))  # before it, what an earlier token left open
             self._pending.append((self._decoded, Token(token, surface, begin, logprob, top)))
-        return self._delta(self._checker.push(text))
+        return self._delta(self._checker.push(text, stops))
 
     def finish(self) -> TextDelta | None:
         """What is left when the text ends, or is interrupted by an image."""
@@ -94,7 +100,8 @@ class TextStream:
             return None
         text = self._decoder.finish()
         self._decoded += len(text)
-        return self._delta(self._checker.push(text) + ("" if self.stopped else self._checker.finish()), last=True)
+        text = self._checker.push(text, self._stops)
+        return self._delta(text + ("" if self.stopped else self._checker.finish()), last=True)
 
     def _delta(self, text: str, last: bool = False) -> TextDelta | None:
         self._sent += len(text)

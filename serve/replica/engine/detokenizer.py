@@ -131,7 +131,8 @@ class Detokenizer:
             return self._image_progress(len(self._codes))
         self.text_tokens += 1
         surface = self._tokenizer.surface(token) if self.request.logprobs is not None else b""
-        delta = self._stream.push(token, surface, logprob, top)
+        stops = self.text_tokens + self.image_tokens > self.request.params.min_tokens
+        delta = self._stream.push(token, surface, logprob, top, stops)
         return [delta] if delta else []
 
     def _new_stream(self) -> TextStream:

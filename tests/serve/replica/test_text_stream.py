@@ -35,6 +35,21 @@ def test_stop_strings_cut_the_same_however_the_text_comes(text: str, stops: list
     assert (shown, watch.stopped) == reference(text, stops)
 
 
+@given(before=letters, text=letters, stops=stops)
+def test_stop_strings_that_complete_too_early_do_not_cut(before: str, text: str, stops: list[str]) -> None:
+    watch = StopChecker(stops)
+    shown = watch.push(before, stops=False) + watch.push(text) + watch.finish()
+    ends = range(len(before) + 1, len(before + text) + 1)
+    cuts = [min(end - len(s) for s in found) for end in ends if (found := _completed((before + text)[:end], stops))]
+    assert shown == (before + text)[: max(cuts[0], len(shown)) if cuts else None]
+    assert watch.stopped == bool(cuts)
+    assert len(shown) >= min([len(before + text), *cuts[:1]])
+
+
+def _completed(text: str, stops: list[str]) -> list[str]:
+    return [stop for stop in stops if text.endswith(stop)]
+
+
 def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     watch = StopChecker(["\n\nUser:"])
     assert watch.push("two\n") == "two"

@@ -28,7 +28,8 @@ class Shown(Detokenizer):
 @pytest.fixture
 def detokenizer(model: MixedModalModel) -> Make:
     def make(**fields: Any) -> Detokenizer:
-        return Shown(model, GenerationRequest("a", Document(()), SamplingParams(), **fields), lambda output: None)
+        params = fields.pop("params", SamplingParams())
+        return Shown(model, GenerationRequest("a", Document(()), params, **fields), lambda output: None)
 
     return make
 
@@ -64,6 +65,16 @@ def test_text_and_images_are_counted_and_keep_their_order(
     assert isinstance(codes, ImageCodes)
     assert (codes.codes, codes.total) == (list(range(16)), 16)
     assert outputs[-1] == Finished("stop", TokenCount(len(one) + len(two), 18))
+
+
+@pytest.mark.parametrize(("least", "shown"), [(0, "Whi"), (4, "Which digit is"), (40, "Which digit is this?")])
+def test_no_stop_string_ends_an_answer_before_its_least_tokens(
+    detokenizer: Make, model: MixedModalModel, least: int, shown: str
+) -> None:
+    ids = model.text_tokenizer.encode("Which digit is this?")
+    early = next(n for n in range(1, len(ids) + 1) if model.text_tokenizer.decode(ids[:n]).startswith("Which"))
+    request = detokenizer(stop=("ch", " this"), params=SamplingParams(min_tokens=min(least, 1) and max(least, early)))
+    assert text_of([output for token in ids for output in request.process(event([token]))]) == shown
 
 
 def test_previews_and_reports_are_spread_over_an_image(detokenizer: Make, image: list[int]) -> None:
