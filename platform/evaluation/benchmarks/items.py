@@ -16,6 +16,12 @@ class BenchmarkDataError(ValueError):
     """A benchmark's files that are missing, half there or of another form; the message names location and file."""
 
 
+NUMBERS = {  # no shares
+    "psnr", "ssim", "fid", "rfid", "clip_score", "diversity", "diversity_within", "frechet", "nearest", "nearest_real",
+}  # fmt: skip
+BEYOND_ONE = NUMBERS | {"cider"}  # shown times 100, and may be above
+
+
 @dataclass(frozen=True)
 class Item:
     """One question. `text`: what of it would be known to a model trained on it (question and answer), for the check of
@@ -41,7 +47,7 @@ class Graded:
 @dataclass(frozen=True)
 class Measured:
     """A task's figures. `values`: of each item, in order, for intervals and paired tests; `metrics` has their means and
-    what is measured of all items together. Figures are shares in [0, 1], but for those that `report.percent` names.
+    what is measured of all items together. Figures are shares in [0, 1], but for those that `NUMBERS` names.
     `sheets`: PNGs of all answers together."""
 
     metrics: dict[str, float]
@@ -52,7 +58,7 @@ class Measured:
 
     def interval(self, metric: str) -> Interval | None:
         values = self.values.get(metric)
-        return of_mean(values) if values else None
+        return of_mean(values, metric not in BEYOND_ONE) if values else None
 
 
 Answers = Sequence[Sequence[Answer]]  # of each item, one for each turn of the user

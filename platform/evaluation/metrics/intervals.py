@@ -49,11 +49,12 @@ def bootstrap(
     return Interval(float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975)))
 
 
-def of_mean(values: Sequence[float], seed: int = 0) -> Interval:
-    """Wilson's where every value is right or wrong, else the bootstrap's."""
-    if set(values) <= {0.0, 1.0}:
+def of_mean(values: Sequence[float], shares: bool = True, seed: int = 0) -> Interval | None:
+    """Wilson's where every value is right or wrong, else the bootstrap's. Of values that are no `shares` (CIDEr,
+    decibels), which have no bounds, 0 and 1 are figures like others, and values that are all the same tell none."""
+    if shares and set(values) <= {0.0, 1.0}:
         return wilson(sum(values), len(values))
-    return bootstrap(values, seed)
+    return bootstrap(values, seed) if shares or len(set(values)) > 1 else None
 
 
 class Comparison(NamedTuple):
@@ -66,13 +67,14 @@ class Comparison(NamedTuple):
     test: str
 
 
-def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Comparison:
-    """A paired test: McNemar's exact one where all is right or wrong, else of random signs of the differences."""
+def compare(first: Sequence[float], second: Sequence[float], shares: bool = True, seed: int = 0) -> Comparison:
+    """A paired test: McNemar's exact one where all is right or wrong (of `shares`), else of random signs of the
+    differences."""
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} and {len(second)} values do not pair")
     differences = np.asarray(second, float) - np.asarray(first, float)
     interval = bootstrap(differences.tolist(), seed)
-    if {*first, *second} <= {0.0, 1.0}:
+    if shares and {*first, *second} <= {0.0, 1.0}:
         better, worse = int((differences > 0).sum()), int((differences < 0).sum())
         return Comparison(float(differences.mean()), interval, mcnemar(better, worse), "McNemar's exact test")
     return Comparison(float(differences.mean()), interval, _random_signs(differences, seed), "permutation test")

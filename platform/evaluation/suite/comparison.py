@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from calumma.platform.evaluation.benchmarks.items import BEYOND_ONE
 from calumma.platform.evaluation.metrics.intervals import compare
 from calumma.platform.evaluation.suite.presets import metric_of
 from calumma.platform.evaluation.suite.report import figure, percent, title
@@ -60,7 +61,8 @@ def _row(one: TaskResult, other: TaskResult) -> Row:
     common = [key for key in values[0] if key in values[1]]
     if not common:
         return replace(row, note="they were asked different items")
-    found = compare([values[0][key] for key in common], [values[1][key] for key in common])
+    pairs = [[own[key] for key in common] for own in values]
+    found = compare(pairs[0], pairs[1], metric not in BEYOND_ONE)
     scale, digits = (100, 1) if percent(one, metric) else (1, 3)
     return replace(
         row,

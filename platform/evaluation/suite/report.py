@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calumma.platform import storage
+from calumma.platform.evaluation.benchmarks.items import NUMBERS
 from calumma.platform.evaluation.benchmarks.registry import BENCHMARKS
 from calumma.platform.evaluation.suite.presets import FIGURES, PaperFigure
 from calumma.platform.evaluation.suite.results import SuiteResults, TaskResult
@@ -16,9 +17,6 @@ SHEETS = {
     "sheet": "answers: green right, red wrong",
     "confusion": "what was asked for (rows) and what came (columns), answers",
 }
-NUMBERS = {  # no shares
-    "psnr", "ssim", "fid", "rfid", "clip_score", "diversity", "diversity_within", "frechet", "nearest", "nearest_real",
-}  # fmt: skip
 MOST_FIGURES = 24  # further figures of a task
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from calumma.platform.evaluation.benchmarks import safety
+from calumma.platform.evaluation.benchmarks.items import Graded, measured
 from calumma.platform.evaluation.metrics import captions, intervals, pictures, questions
 
 WORDS = st.lists(st.sampled_from("a red blue square lies on the".split()), min_size=1, max_size=9)  # noqa: SIM905
@@ -35,6 +36,19 @@ def test_wilsons_interval() -> None:
     assert intervals.wilson(0, 12).high > 0.2
     with pytest.raises(ValueError, match="no share"):
         intervals.wilson(0, 0)
+
+
+def test_what_is_no_share_has_no_interval_of_a_share() -> None:
+    """A dozen captions with nothing of their references: Wilson would say that CIDEr is below 0.25 of a bound that it
+    has not."""
+    nothing = captions.score(["xyzzy"] * 12, [["a red square"]] * 12)
+    found = measured([Graded({"cider": c, "rouge_l": r}, "", "") for c, r in zip(*nothing[3:], strict=True)])
+    assert found.values["cider"] == [0.0] * 12
+    assert found.interval("cider") is None
+    assert found.interval("rouge_l") == intervals.wilson(0, 12)
+    mixed = measured([Graded({"cider": value}, "", "") for value in (0.0, 1.0, 0.0, 1.0)])
+    assert mixed.interval("cider") == intervals.bootstrap([0.0, 1.0, 0.0, 1.0])
+    assert intervals.compare([0.0] * 9, [1.0] * 9, shares=False).test == "permutation test"
 
 
 def test_mcnemar_is_the_fair_coins() -> None:
