@@ -9,6 +9,7 @@ import logging
 import os
 import ssl
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
@@ -68,7 +69,23 @@ def connect(uri: str) -> MlflowClient:
     # Creating the database logs one line for each of some sixty migrations.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if (database := database_file(uri)) is not None and not database.exists():
+        _create(database)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _create(database: Path) -> None:
+    """A new database appears whole: MLflow does not go on with one whose creation was stopped. Of two processes that
+    create it at once, the first one's stays."""
+    from mlflow import MlflowClient
+
+    own = database.with_name(f".{database.name}.{os.getpid()}-{time.monotonic_ns()}")
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{own}").search_experiments(max_results=1)
+        with suppress(FileExistsError):
+            os.link(own, database)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def wait_for_server(uri: str, patience: float = PATIENCE) -> None:

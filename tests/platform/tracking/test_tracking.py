@@ -20,7 +20,7 @@ from calumma.platform.tracking import provenance, registry
 from calumma.platform.tracking.job_run import job_run
 from calumma.platform.tracking.names import flatten
 from calumma.platform.tracking.run import Run
-from calumma.platform.tracking.server import TrackingError, resolve_uri
+from calumma.platform.tracking.server import TrackingError, connect, resolve_uri
 from calumma.platform.training.specification import PretrainSpecification
 
 
@@ -65,6 +65,22 @@ def test_without_a_uri_runs_go_to_the_environments_server_or_below_the_working_f
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert resolve_uri(Tracking()) == "http://server:5000"
     assert resolve_uri(Tracking(uri="sqlite:///own.db")) == f"sqlite:///{tmp_path}/own.db"
+
+
+def test_a_database_whose_creation_was_stopped_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.store.db import utils
+
+    def stopped(engine: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_upgrade_db", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            connect(resolve_uri(Tracking(uri=str(tmp_path)))).search_experiments()
+    assert len(connect(resolve_uri(Tracking(uri=str(tmp_path)))).search_experiments()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
