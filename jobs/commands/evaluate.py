@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -61,13 +62,19 @@ def run(
         int, typer.Option(min=0, help="Engines on a cluster in this process; 0: one here, without a cluster.")
     ] = 0,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out tasks whose data is not there.")
+        bool, typer.Option("--skip-missing", help="Leave out tasks without data, and what an endpoint cannot.")
     ] = False,
     name: Annotated[str, typer.Option(help="What pages call the system.")] = "",
+    served_model: Annotated[str | None, typer.Option(help="Which of an endpoint's models; none: its first.")] = None,
+    images: Annotated[
+        str, typer.Option(help="How an endpoint draws: chat, images (/v1/images/generations), or none.")
+    ] = "chat",
     api_key: Annotated[str | None, typer.Option(help="Environment variable with the endpoint's key.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Discard the result that stands, and start over.")] = False,
 ) -> None:
     """Ask a system all tasks of a suite, and write one page. Done tasks are kept: the same command goes on."""
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars, one a subject of MMLU, would break ours
 
     def body() -> None:
         from calumma.jobs.specifications.table import job_function
@@ -79,10 +86,11 @@ def run(
 
         endpoint = system.startswith(("http://", "https://"))
         place = system if endpoint or system.startswith("models:") or "://" in system else str(Path(system).absolute())
+        asked = {"served_model": served_model, "images": images, "api_key": api_key}
         values: dict[str, Any] = {
             "storage": ".",
             "suite": suite,
-            "system": {("url" if endpoint else "model"): place, "name": name, "api_key": api_key},
+            "system": {("url" if endpoint else "model"): place, "name": name, **asked},
             "data": data if data == "miniature" or "://" in data else str(Path(data).absolute()),
             "only": only or [],
             "limit": limit,

@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from calumma.model.document import Document, Text
 from calumma.platform.evaluation.benchmarks import text_files
@@ -26,6 +26,7 @@ TASKS: dict[str, str] = {
     "arc_challenge": "arc_challenge", "openbookqa": "openbookqa", "boolq": "boolq", "gsm8k": "gsm8k",
     "math": "hendrycks_math", "mmlu": "mmlu",
 }  # fmt: skip
+GENERATED = ("gsm8k", "math")  # answered in words; of the others the likeliest choice is taken
 # Where the harness has them, below its own tasks.
 FOLDERS = ("piqa", "siqa", "hellaswag", "winogrande", "arc", "openbookqa", "super_glue", "gsm8k", "hendrycks_math",
            "mmlu/default")  # fmt: skip
@@ -100,6 +101,11 @@ class TextTask:
             text_files.text_of(row) for splits in self._subjects.values() for row in splits["asked"][: task.limit]
         ]
 
+    @property
+    def needs(self) -> Literal["continue", "score"]:
+        """Whether the harness asks for texts or for log-probabilities."""
+        return "continue" if self._task.benchmark in GENERATED else "score"
+
     def measure(self, system: System, progress: Progress | None = None) -> Measured:
         import logging
 
@@ -148,7 +154,7 @@ class TextTask:
             "num_fewshot": self._task.shots,
             **names,
         }
-        if self._task.benchmark in ("gsm8k", "math"):
+        if self._task.benchmark in GENERATED:
             spec |= self._votes()
         return spec
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -15,6 +16,8 @@ from calumma.platform.evaluation.benchmarks.specification import SuiteTask
 from calumma.platform.evaluation.judges.specification import JudgeSpecification
 from calumma.platform.evaluation.suite import presets
 from calumma.platform.evaluation.suite.specification import MINIATURE, SuiteSpecification
+from calumma.platform.evaluation.systems.abilities import Ability, lacking, needed
+from calumma.platform.evaluation.systems.prompts import Prompt, System
 from calumma.platform.specification import SpecificationError
 
 DEFAULT_JUDGES = {"keywords": JudgeSpecification(kind="keywords")}
@@ -34,6 +37,13 @@ class Prepared:
     @property
     def texts(self) -> list[str]:
         return self.text.texts if self.text is not None else [item.text for item in self.items]
+
+    @property
+    def needs(self) -> set[Ability]:
+        """What a system has to be able to."""
+        if self.text is not None:
+            return {self.text.needs}
+        return needed([Prompt(item.prompt, item.sampling) for item in self.items])
 
 
 def read_from(spec: SuiteSpecification) -> list[str]:
@@ -74,6 +84,26 @@ def prepare(spec: SuiteSpecification, progress: Progress) -> tuple[list[Prepared
     if not prepared:
         raise SpecificationError("no task is left to be done: " + "; ".join((*wrong.values(), *left_out.values())))
     return prepared, {**left_out, **wrong}
+
+
+def unable(spec: SuiteSpecification, system: System, prepared: Sequence[Prepared]) -> dict[str, str]:
+    """Tasks that an endpoint cannot be asked, each with the reason.
+
+    Raises SpecificationError for any, unless `skip_missing`, and where none is left; UnusableSystem."""
+    missing = lacking(system, set().union(*(one.needs for one in prepared)))
+    found = {
+        one.task.name: "; ".join(missing[each] for each in sorted(one.needs & missing.keys()))
+        for one in prepared
+        if one.needs & missing.keys()
+    }
+    if found and (not spec.skip_missing or len(found) == len(prepared)):
+        reasons = dict.fromkeys(found.values())
+        lines = [f"  {', '.join(name for name in found if found[name] == reason)}: {reason}" for reason in reasons]
+        raise SpecificationError("\n".join([
+            f"{spec.system.url} cannot be asked {len(found)} of {len(prepared)} tasks:", *lines,
+            "Choose others by `only`, or leave these out by `skip_missing`",
+        ]))  # fmt: skip
+    return found
 
 
 def _not_for(spec: SuiteSpecification, task: SuiteTask) -> str | None:

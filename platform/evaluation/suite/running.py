@@ -24,7 +24,7 @@ from calumma.platform.evaluation.benchmarks.items import Answers, Item, Measured
 from calumma.platform.evaluation.judges.kinds import Judge, open_judge
 from calumma.platform.evaluation.judges.specification import JudgeSpecification
 from calumma.platform.evaluation.suite import presets
-from calumma.platform.evaluation.suite.preparing import Prepared, judges_of, prepare, read_from
+from calumma.platform.evaluation.suite.preparing import Prepared, judges_of, prepare, read_from, unable
 from calumma.platform.evaluation.suite.results import (
     TASKS,
     Sample,
@@ -85,6 +85,8 @@ def measure(
     held = _contamination(spec, prepared, progress)
     with ExitStack() as stack:
         runner = _Runner(spec, output, stack, progress, len(prepared), inputs)
+        unable = runner.unable(prepared)
+        prepared, left_out = [one for one in prepared if one.task.name not in unable], {**left_out, **unable}
         results = [runner.result(number, one, held.get(one.task.name)) for number, one in enumerate(prepared)]
     found = SuiteResults(system=spec.system.title, suite=spec.suite, run=run.id, tasks=results, left_out=left_out)
     page = write_page(output, found)
@@ -137,9 +139,8 @@ class _Runner:
         """The task's figures, of an earlier run where nothing of what they are made from has changed."""
         key = self._key(one)
         self._number, self._note = number, one.task.name
-        before = TaskResult.find(self._output, one.task.name)
         count = None if held is None else sum(held)
-        if before is not None and before.key == key:
+        if (before := self._finished(one, key)) is not None:
             if before.contaminated != count:
                 before = before.model_copy(update={"contaminated": count})
                 before.write(self._output)
@@ -161,6 +162,17 @@ class _Runner:
         write_verdicts(self._output, one.task.name, _verdicts(one, found, result.ids))
         result.write(self._output)
         return result
+
+    def _finished(self, one: Prepared, key: str) -> TaskResult | None:
+        before = TaskResult.find(self._output, one.task.name)
+        return before if before is not None and before.key == key else None
+
+    def unable(self, prepared: Sequence[Prepared]) -> dict[str, str]:
+        """Of what is still to be asked, what an endpoint cannot, and why. Raises as `preparing.unable` does."""
+        if self._spec.system.url is None:
+            return {}
+        left = [one for one in prepared if self._finished(one, self._key(one)) is None]
+        return unable(self._spec, self._system, left) if left else {}
 
     def _tell(self, done: int, total: int) -> None:
         share = (self._number + done / max(1, total)) / self._tasks

@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from typing import Any, Self, TypeVar
 from calumma.model.document import Document, Image, Role, Segment, Text, Turn
 from calumma.platform.evaluation.systems.prompts import (
     Answer,
+    NoScores,
+    NoSuchPath,
     Progress,
     Prompt,
     Score,
@@ -27,10 +30,13 @@ from calumma.platform.evaluation.systems.prompts import (
     UnusableSystem,
 )
 from calumma.platform.evaluation.systems.specification import SystemSpecification
+from calumma.platform.evaluation.systems.worker import cut_at_stops
 
 T = TypeVar("T")
 AWAY = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another try
 UNUSABLE = (401, 403, 404, 405)  # no other prompt will fare better
+OPTIONAL = {"seed", "top_p", "response_format", "modalities"}  # a server without them is asked without them
+BROKEN = 4  # answers of 500 to one request, while others are answered: the request is why
 LONGEST_PAUSE = 30.0
 WORDS = 300  # of an error that are told
 
@@ -60,6 +66,7 @@ class EndpointSystem:
             self._session.headers["Authorization"] = f"Bearer {key}"
         self._closed = threading.Event()
         self._tokenizes: bool | None = None
+        self._untaken: set[str] = set()  # optional fields that it refuses
         self._model = spec.served_model or self._first_model()
         self.name = spec.name or self._model
 
@@ -107,6 +114,8 @@ class EndpointSystem:
         except RefusedPrompt as error:
             return Answer(Document(()), seconds=time.monotonic() - begin, finish="failed", error=str(error))
         document, usage, finish = answer
+        if prompt.sampling.stop:
+            document = cut_at_stops(document, prompt.sampling.stop)  # some servers take four, some leave them in
         details = usage.get("completion_tokens_details") or {}
         images = int(details.get("image_tokens") or 0)
         return Answer(
@@ -192,12 +201,10 @@ class EndpointSystem:
         try:
             logprobs = self._first_choice(self._post("/completions", body)).get("logprobs") or {}
         except RefusedPrompt as error:
-            raise UnusableSystem(
-                f"{self._url}: it scores no texts (/completions with echo and logprobs): {error}"
-            ) from error
+            raise NoScores(f"it scores no texts (/completions with echo and logprobs): {error}") from error
         values, tops = logprobs.get("token_logprobs"), logprobs.get("top_logprobs")
         if not isinstance(values, list) or not isinstance(tops, list):
-            raise UnusableSystem(f"{self._url}: /completions gives no log-probabilities of its prompt")
+            raise NoScores("it gives no log-probabilities of a prompt (/completions with echo and logprobs)")
         if before is None or ids is None:
             offsets = logprobs.get("text_offset") or []
             end = len(context) + len(continuation)
@@ -216,30 +223,64 @@ class EndpointSystem:
             reply = self._request(
                 "POST", f"{root}/tokenize", {"model": self._model, "prompt": text, "add_special_tokens": True}
             )
+        except SystemAway:
+            raise
         except (UnusableSystem, RefusedPrompt):
             if self._tokenizes:
                 raise
             self._tokenizes = False
             return None
+        tokens = reply.get("tokens")
+        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, int) for token in tokens):
+            self._tokenizes = False  # another server's path of this name: llama.cpp's wants `content`
+            return None
         self._tokenizes = True
-        return [int(token) for token in reply["tokens"]]
+        return tokens
 
     # -- requests
 
     def _first_model(self) -> str:
-        models = self._request("GET", f"{self._url}/models").get("data")
-        if not isinstance(models, list) or not models:
-            raise UnusableSystem(f"{self._url}/models names no model; give `served_model`")
+        url = f"{self._url}/models"
+        try:
+            models = self._request("GET", url).get("data")
+        except (NoSuchPath, RefusedPrompt) as error:
+            raise UnusableSystem(
+                f"{url} does not say which models there are ({error}); name one: `served_model`, --served-model"
+            ) from error
+        if not isinstance(models, list) or not models or not isinstance(models[0], dict):
+            raise UnusableSystem(f"{url} names no model; name one: `served_model`, --served-model")
         return str(models[0].get("id"))
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._request("POST", self._url + path, body)
+        """Without what the endpoint was seen to refuse of OpenAI's optional fields."""
+        while True:
+            sent = {name: value for name, value in body.items() if name not in self._untaken}
+            try:
+                return self._request("POST", self._url + path, sent)
+            except RefusedPrompt as error:
+                refused = {name for name in OPTIONAL & sent.keys() if re.search(rf"\b{name}\b", str(error))}
+                if sent.get("modalities") != ["text"]:
+                    refused.discard("modalities")
+                if not refused:
+                    raise
+                self._untaken |= refused
+                if self._told is not None:
+                    self._told(f"{self._url} takes no {', '.join(sorted(refused))}: asked without")
+
+    def _answers_others(self) -> bool:
+        import requests
+
+        body = {"model": self._model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        try:
+            return self._session.post(f"{self._url}/chat/completions", json=body, timeout=(10, self._spec.timeout)).ok
+        except requests.RequestException:
+            return False
 
     def _request(self, method: str, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Raises RefusedPrompt, UnusableSystem, and SystemAway when the endpoint was away for too long."""
         import requests
 
-        begin, pause, told = time.monotonic(), 0.5, False
+        begin, pause, told, broken = time.monotonic(), 0.5, False, 0
         while True:
             problem, wait = "", 0.0
             try:
@@ -253,9 +294,13 @@ class EndpointSystem:
                     return self._parsed(response.text, url)
                 problem = f"{response.status_code}: {_complaint(response.text)}"
                 if response.status_code in UNUSABLE:
-                    raise UnusableSystem(f"{url} answered {problem}")
+                    kind = NoSuchPath if response.status_code in (404, 405) else UnusableSystem
+                    raise kind(f"{url} answered {problem}")
                 if response.status_code not in AWAY:
                     raise RefusedPrompt(problem)
+                broken += response.status_code == 500
+                if broken >= BROKEN and (body is None or self._answers_others()):
+                    raise RefusedPrompt(f"{problem} ({broken} times)")
                 wait = _seconds(response.headers.get("Retry-After"))
             if time.monotonic() - begin > self._spec.patience or self._closed.is_set():
                 raise SystemAway(

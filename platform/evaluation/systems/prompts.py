@@ -67,6 +67,14 @@ class UnusableSystem(RuntimeError):
     """A system that cannot be used; the message says what was asked, what came back and what to do."""
 
 
+class NoScores(UnusableSystem):
+    """An endpoint that gives no log-probabilities of a text."""
+
+
+class NoSuchPath(UnusableSystem):
+    """An endpoint that does not have what was asked for (404, 405)."""
+
+
 class SystemAway(UnusableSystem):
     """An endpoint that did not answer for longer than its patience. Nothing of what was answered is lost."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image as PILImage
 
 from calumma.model import load
 from calumma.model.document import Document, Image, Text
+from calumma.platform.evaluation.systems import endpoint
 from calumma.platform.evaluation.systems.endpoint import EndpointSystem
 from calumma.platform.evaluation.systems.opening import open_system
 from calumma.platform.evaluation.systems.prompts import Prompt, Sampling, System, SystemAway, UnusableSystem
@@ -122,6 +124,7 @@ class Faulty(BaseHTTPRequestHandler):
     """Answers with what stands first in `script`: (status, body)."""
 
     script: list[tuple[int, str]] = []  # noqa: RUF012
+    asked: list[dict[str, Any]] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
         status, body = self.script.pop(0) if len(self.script) > 1 else self.script[0]
@@ -129,7 +132,9 @@ class Faulty(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
-    do_POST = do_GET
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.do_GET()
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
@@ -176,3 +181,38 @@ def test_patience_ends(faulty: str) -> None:
     Faulty.script = [(503, "")]
     with pytest.raises(SystemAway, match="the same command goes on"):
         EndpointSystem(SystemSpecification.of(faulty, patience=0))
+
+
+SAID = '{"choices": [{"message": {"content": "blue"}}]}'
+SCORED = (
+    '{"choices": [{"logprobs": {"text_offset": [0, 2, 4], "token_logprobs": [null, -1.5, -9], "top_logprobs": '
+    '[null, {"b": -1.5}, {"c": -1}]}}]}'
+)
+
+
+def test_a_prompt_that_breaks_the_server_costs_itself(faulty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 again and again, while others are answered, is no absence."""
+    monkeypatch.setattr(endpoint, "BROKEN", 2)
+    with EndpointSystem(SystemSpecification.of(faulty, served_model="one")) as system:
+        Faulty.script = [(500, "boom"), (500, "boom"), (200, SAID)]
+        [answer] = system.answer([PROMPTS[0]])
+        assert answer.error == "500: boom (2 times)"
+
+
+def test_optional_fields_that_a_server_refuses_are_left_out_and_told(faulty: str) -> None:
+    told: list[str] = []
+    with EndpointSystem(SystemSpecification.of(faulty, served_model="one", concurrency=1), told.append) as system:
+        Faulty.script, Faulty.asked = [(422, '{"detail": "extra_forbidden: seed"}'), (200, SAID)], []
+        assert [answer.error for answer in system.answer([PROMPTS[0], PROMPTS[1]])] == [None, None]
+        assert "takes no seed" in told[0]
+        assert "seed" not in Faulty.asked[-1]
+        Faulty.script = [(400, "no modalities here")]
+        [drawn] = system.answer([PROMPTS[3]])
+        assert drawn.error == "400: no modalities here"
+
+
+def test_a_path_to_tokens_of_another_meaning_is_passed_over(faulty: str) -> None:
+    Faulty.script = [(200, '{"tokens": []}'), (200, SCORED)]
+    with EndpointSystem(SystemSpecification.of(faulty, served_model="one", concurrency=1)) as system:
+        [score] = system.score([("a ", "b")])
+    assert (score.value, score.tokens, score.greedy) == (-1.5, 1, True)
