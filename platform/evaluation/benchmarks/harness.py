@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -43,14 +44,19 @@ def require_harness() -> None:
         ) from error
 
 
-def harness_model(system: System, progress: Progress | None = None) -> Any:
-    """The system as lm-evaluation-harness's own class of models."""
+def harness_model(system: System, progress: Progress | None = None, tokens: Counter[str] | None = None) -> Any:
+    """The system as lm-evaluation-harness's own class of models. `tokens` counts those of prompts and texts."""
     from lm_eval.api.model import LM
+
+    counted: Counter[str] = Counter() if tokens is None else tokens
 
     class SystemModel(LM):
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             pairs = [_divided(*request.args) for request in requests]
-            return [(score.value, score.greedy) for score in system.score(pairs, progress)]
+            scores = system.score(pairs, progress)
+            for score in scores:
+                counted.update(prompt=score.prompt_tokens, text=score.tokens)
+            return [(score.value, score.greedy) for score in scores]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
             return [score.value for score in system.score_whole([request.args[0] for request in requests], progress)]
@@ -63,6 +69,8 @@ def harness_model(system: System, progress: Progress | None = None) -> Any:
                 prompts.append(_prompt(context, options, seen[context]))
                 seen[context] += 1
             answers = system.answer(prompts, progress)
+            for answer in answers:
+                counted.update(prompt=answer.prompt_tokens, text=answer.text_tokens)
             return [answer.document.text for answer in answers]
 
     return SystemModel()
@@ -116,13 +124,14 @@ class TextTask:
         manager = _manager()
         graded: list[Graded] = []
         subjects: dict[str, float] = {}
+        tokens: Counter[str] = Counter()
         for subject, splits in self._subjects.items():
             specs = [_published(manager, self._specification(subject, splits))]
             loaded = manager.load(specs)
             for one in loaded["tasks"].values():
                 one.set_fewshot_seed(SHOTS_SEED)  # without it every run is shown other examples
             found = evaluator.evaluate(
-                lm=harness_model(system, progress),
+                lm=harness_model(system, progress, tokens),
                 task_dict=loaded,
                 limit=self._task.limit,
                 bootstrap_iters=0,
@@ -135,7 +144,7 @@ class TextTask:
             if subject and own:
                 name = next(iter(own[0].values))
                 subjects[f"{name}_{subject}"] = sum(one.values[name] for one in own) / len(own)
-        return measured(graded, subjects)
+        return replace(measured(graded, subjects), tokens=dict(tokens))
 
     def _specification(self, subject: str, splits: dict[str, list[text_files.Row]]) -> dict[str, Any]:
         from datasets import Dataset, DatasetDict

@@ -48,13 +48,14 @@ class Graded:
 class Measured:
     """A task's figures. `values`: of each item, in order, for intervals and paired tests; `metrics` has their means and
     what is measured of all items together. Figures are shares in [0, 1], but for those that `NUMBERS` names.
-    `sheets`: PNGs of all answers together."""
+    `sheets`: PNGs of all answers together. `tokens`: prompt and text, where answers do not tell."""
 
     metrics: dict[str, float]
     values: dict[str, list[float]]
     graded: list[Graded]
     notes: list[str] = field(default_factory=list)
     sheets: dict[str, bytes] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
 
     def interval(self, metric: str) -> Interval | None:
         values = self.values.get(metric)

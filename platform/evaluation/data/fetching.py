@@ -20,6 +20,7 @@ from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import sha256
 
 CHECKSUMS = "checksums.json"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 Checksums = dict[str, dict[str, str]]
 
 
@@ -124,6 +125,25 @@ def check(target: str, checksums: str | None = None) -> list[str]:
             elif sha256(uri) != digest:
                 wrong.append(f"{uri} is another file than the list says")
     return wrong
+
+
+def against_list(target: str, name: str) -> tuple[list[str], list[str]]:
+    """Of a benchmark's files what is missing or other than the list beside the data says, if there is one; and those
+    that are others than was published. Pictures are looked for, and not read."""
+    known = _read(storage.join(target, CHECKSUMS), required=False).get(name, {})
+    folder = storage.join(target, name)
+    present = {uri[len(folder.rstrip("/")) + 1 :]: uri for uri in storage.list_inputs(folder).sizes}
+    wrong = [f"{path} is missing, which {CHECKSUMS} has" for path in known if path not in present]
+    unlike = []
+    for path, uri in present.items():
+        if path.lower().endswith(PICTURES):
+            continue
+        digest = sha256(uri)
+        if known.get(path, digest) != digest:
+            wrong.append(f"{path} is another file than {CHECKSUMS} says")
+        if verdict(name, path, uri, digest) == "other":
+            unlike.append(path)
+    return wrong, unlike
 
 
 def verdicts(target: str, checksums: str | None = None) -> Fetched:

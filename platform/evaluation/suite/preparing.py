@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from calumma.platform import storage
@@ -13,6 +13,7 @@ from calumma.platform.evaluation.benchmarks.harness import TextTask
 from calumma.platform.evaluation.benchmarks.items import BenchmarkDataError, Item
 from calumma.platform.evaluation.benchmarks.registry import BENCHMARKS, Benchmark
 from calumma.platform.evaluation.benchmarks.specification import SuiteTask
+from calumma.platform.evaluation.data.fetching import against_list
 from calumma.platform.evaluation.judges.specification import JudgeSpecification
 from calumma.platform.evaluation.suite import presets
 from calumma.platform.evaluation.suite.specification import MINIATURE, SuiteSpecification
@@ -33,6 +34,7 @@ class Prepared:
     items: list[Item]
     text: TextTask | None = None
     pictures: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -72,7 +74,8 @@ def prepare(spec: SuiteSpecification, progress: Progress) -> tuple[list[Prepared
             left_out[task.name] = reason
             continue
         try:
-            prepared.append(_prepared(spec, task))
+            one = _prepared(spec, task)
+            prepared.append(replace(one, notes=_held_against_the_list(spec, task)))
         except BenchmarkDataError as error:
             wrong[task.name] = str(error)
     if wrong and not spec.skip_missing:
@@ -137,6 +140,18 @@ def data_location(spec: SuiteSpecification, task: SuiteTask) -> str:
     if task.data is None or "/" not in task.data:
         return storage.join(base, task.data or task.name)
     return spec.locate(task.data)
+
+
+def _held_against_the_list(spec: SuiteSpecification, task: SuiteTask) -> tuple[str, ...]:
+    """What the page says of a benchmark of another version than was published. Raises BenchmarkDataError where its
+    files are not those that were fetched."""
+    if spec.data == MINIATURE or (task.data is not None and "/" in task.data):
+        return ()
+    wrong, unlike = against_list(spec.locate(spec.data), task.data or task.name)
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise BenchmarkDataError(f"{data_location(spec, task)}: {wrong[0]}{more}")
+    return tuple(f"of another version than was published: {path}" for path in unlike)
 
 
 def _prepared(spec: SuiteSpecification, task: SuiteTask) -> Prepared:

@@ -281,7 +281,9 @@ def _result(
     tokens = {name: sum(getattr(a, f"{name}_tokens") for a in every) for name in ("prompt", "text", "image")}
     headline = presets.metric_of(one.task.name, one.benchmark.headline, found.metrics)
     failed = [answer.error for answer in every if answer.error is not None]
-    notes = found.notes + ([f"{len(failed)} prompts were not answered, the first: {failed[0]}"] if failed else [])
+    notes = [*one.notes, *found.notes] + (
+        [f"{len(failed)} prompts were not answered, the first: {failed[0]}"] if failed else []
+    )
     intervals = {name: interval for name in found.values if (interval := found.interval(name)) is not None}
     return TaskResult(
         name=one.task.name,
@@ -295,7 +297,7 @@ def _result(
         failures=len(failed),
         shots=one.task.shots,
         seconds=seconds,
-        tokens=tokens if every else {},
+        tokens=tokens if every else found.tokens,
         notes=notes,
         samples=_samples(one, found, answers),
         sheets={name: data_url(png) for name, png in found.sheets.items()},

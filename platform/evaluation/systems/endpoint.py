@@ -199,9 +199,10 @@ class EndpointSystem:
             prompt, before = ids, len(own or ())
         body = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
         try:
-            logprobs = self._first_choice(self._post("/completions", body)).get("logprobs") or {}
+            choice = self._first_choice(self._post("/completions", body))
         except RefusedPrompt as error:
             raise NoScores(f"it scores no texts (/completions with echo and logprobs): {error}") from error
+        logprobs = choice.get("logprobs") or {}
         values, tops = logprobs.get("token_logprobs"), logprobs.get("top_logprobs")
         if not isinstance(values, list) or not isinstance(tops, list):
             raise NoScores("it gives no log-probabilities of a prompt (/completions with echo and logprobs)")
@@ -212,7 +213,8 @@ class EndpointSystem:
         else:
             numbers = list(range(before, len(ids)))
         greedy = all(tops[n] and values[n] >= max(tops[n].values()) for n in numbers)
-        return Score(sum(float(values[n]) for n in numbers), len(numbers), greedy)
+        asked = int(choice["usage"].get("prompt_tokens") or 0)
+        return Score(sum(float(values[n]) for n in numbers), len(numbers), greedy, max(0, asked - len(numbers)))
 
     def _token_ids(self, text: str) -> list[int] | None:
         """By the endpoint's /tokenize, which vLLM has, too; None where there is none."""

@@ -56,11 +56,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Score:
-    """The natural log-probability of a text's tokens, how many they are, and whether each was the likeliest."""
+    """The natural log-probability of a text's tokens, how many they are, whether each was the likeliest, and how many
+    stood before them."""
 
     value: float
     tokens: int = 0
     greedy: bool = False
+    prompt_tokens: int = 0
 
 
 class UnusableSystem(RuntimeError):

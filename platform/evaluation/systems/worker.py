@@ -140,7 +140,7 @@ class ModelWorker:
                 raise UnusableSystem(f"a text of {len(ids)} tokens could not be scored: {outcome.error}")
             scored = outcome.logprobs[-count:]
             likeliest = all(entry.top[0][0] == token for entry, token in zip(scored, ids[-count:], strict=True))
-            scores.append(Score(sum(entry.value for entry in scored), count, likeliest))
+            scores.append(Score(sum(entry.value for entry in scored), count, likeliest, len(ids) - count))
         return scores
 
     def _encode(self, prompt: Prompt) -> list[int] | str:

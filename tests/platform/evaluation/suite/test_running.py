@@ -13,6 +13,7 @@ from calumma.model.document import Document, Text
 from calumma.platform import storage
 from calumma.platform.cluster.progress import no_progress
 from calumma.platform.evaluation.benchmarks.items import BenchmarkDataError
+from calumma.platform.evaluation.data.fetching import fetch
 from calumma.platform.evaluation.judges.kinds import AskedSystem, KeywordPolicy
 from calumma.platform.evaluation.miniatures.write import write_miniatures
 from calumma.platform.evaluation.suite import presets, running
@@ -79,6 +80,8 @@ def test_every_kind_of_task_has_its_figures(finished: tuple[SuiteSpecification, 
     assert {"distinct", "diversity", "judge_accuracy"} <= set(tasks["mnist_drawn"].metrics)
     assert tasks["vqav2"].tokens["image"] == 0
     assert tasks["drawing"].tokens["image"] == 4 * 16
+    if HARNESS:
+        assert all(tasks[name].tokens["prompt"] > tasks[name].tokens["text"] > 0 for name in TEXT)
 
 
 def test_the_page_has_the_papers_figures_beside_the_runs(finished: tuple[SuiteSpecification, SuiteResults]) -> None:
@@ -174,6 +177,22 @@ def test_all_that_is_missing_is_told_before_a_model_is_loaded(
     prepared, left_out = running.prepare(spec.model_copy(update={"skip_missing": True}), no_progress)
     assert [one.task.name for one in prepared] == ["okvqa"]
     assert set(left_out) == {"coco", "mnist", "vqav2", "squad"}
+
+
+def test_data_of_another_version_is_told_before_a_model_is_loaded(
+    tmp_path: Path, model_directory: Path, benchmarks: str
+) -> None:
+    data = str(tmp_path / "data")
+    list(fetch(data, ["squad", "okvqa"], benchmarks))
+    spec = specification(tmp_path, model_directory, data, only=["squad", "okvqa"])
+    prepared, _ = running.prepare(spec, no_progress)
+    notes = {one.task.name: one.notes for one in prepared}
+    assert notes["squad"] == ("of another version than was published: dev-v2.0.json",)  # a miniature
+    [file] = Path(data, "squad").glob("*.json")
+    file.write_text(file.read_text().replace("?", "??"))
+    with pytest.raises(BenchmarkDataError) as found:
+        running.prepare(spec, no_progress)
+    assert "dev-v2.0.json is another file than checksums.json says" in str(found.value)
 
 
 def test_items_that_the_training_data_hold_are_counted(tmp_path: Path, model_directory: Path, benchmarks: str) -> None:

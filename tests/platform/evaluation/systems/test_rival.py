@@ -18,6 +18,7 @@ from transformers.cli.serving import chat_completion, completion, model_manager,
 
 from calumma.model.document import Document, Text
 from calumma.platform.cluster.progress import no_progress
+from calumma.platform.evaluation.benchmarks import harness
 from calumma.platform.evaluation.benchmarks.harness import require_harness
 from calumma.platform.evaluation.miniatures.write import write_miniatures
 from calumma.platform.evaluation.suite import running
@@ -139,7 +140,10 @@ def test_what_it_cannot_is_told_by_task_before_anything_is_asked(
     assert not Path(tmp_path, "evaluations", "suite", "tasks").exists()
 
 
-def test_what_it_can_is_measured(tmp_path: Path, url: str, model: str, benchmarks: str) -> None:
+def test_what_it_can_is_measured(
+    tmp_path: Path, url: str, model: str, benchmarks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "LONGEST", 8)
     results = measure(specification(tmp_path, url, model, benchmarks, skip_missing=True))
     assert set(results.left_out) == {*CHOICES, "vqav2", "mnist_drawn"}
     assert {task.name: len(task.ids) for task in results.tasks} == dict.fromkeys(["squad", *CONTINUED], 2)
