@@ -73,6 +73,8 @@ def test_every_kind_of_task_has_its_figures(finished: tuple[SuiteSpecification, 
         assert task.failures == 0, task.notes
         assert len(task.samples) > 0
         for name, values in task.values.items():
+            if name == "cider" and not any(values):
+                continue  # no bounds, and nothing that differs: no interval
             low, high = task.intervals[name]
             assert low - 1e-9 <= sum(values) / len(values) <= high + 1e-9
     assert {"cider", "bleu_4", "rouge_l"} <= set(tasks["coco"].metrics)
