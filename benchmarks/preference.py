@@ -2,7 +2,7 @@
 pictures is judged by the digits that it draws.
 
     python benchmarks/preference.py quickstart/storage                 # some ten minutes on two cores
-    python benchmarks/preference.py quickstart/storage --losses dpo --trainings 3 --seeds 12
+    python benchmarks/preference.py quickstart/storage --losses dpo --trainings 3 --seeds 8
 
 The pairs are the model's own answers to the questions of training: of one question an answer whose every digit the
 judge finds right, and one with a wrong digit or more; where it has none that is right, the training's own. The judge is
@@ -47,7 +47,7 @@ SETTINGS = {
     "ipo": Preference(loss="ipo", beta=0.5, chosen_weight=0.2),
     "orpo": Preference(loss="orpo", beta=0.5),
 }
-RATES = {"dpo": 5e-4, "ipo": 5e-4, "orpo": 5e-4}
+RATES = {"dpo": 2e-4, "ipo": 2e-4, "orpo": 2e-4}
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="answers to each")
     parser.add_argument("--seeds", type=int, default=12, help="answers to each held-out question")
     parser.add_argument("--trainings", type=int, default=3, help="of each loss, with a seed of its own each")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rate", type=float, help="learning rate; default: of the loss")
     parser.add_argument("--workdir", type=Path, help="keep pairs and models here; default: a folder that is removed")
     given = parser.parse_args()
