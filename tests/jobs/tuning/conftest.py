@@ -1,7 +1,10 @@
-"""A tiny model directory with real tokenizers."""
+"""A tiny model directory with real tokenizers, and the tutorial's files."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from calumma.model.directory import save_model
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
 from calumma.model.transformer import Transformer
+
+PAGE = Path(__file__).resolve().parents[3] / "docs/pages/first-change.md"
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +46,13 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(model_directory: Path) -> MixedModalModel:
     return load(model_directory)
+
+
+@pytest.fixture(scope="session")
+def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tutorial of the first change after `python adding.py 40`."""
+    place = tmp_path_factory.mktemp("first-change")
+    for title, text in re.findall(r'```python title="([^"]+)"\n(.*?)```', PAGE.read_text(), re.DOTALL):
+        (place / title).write_text(text)
+    subprocess.run([sys.executable, "adding.py", "40"], cwd=place, check=True)
+    return place

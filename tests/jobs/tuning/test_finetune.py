@@ -1,4 +1,5 @@
-"""`calumma finetune`: from a model directory and a file of conversations to a registered model, once and again."""
+"""`calumma finetune`: from a model directory and a file of conversations to a registered model, once and again. The
+conversations are those of the tutorial of the first change."""
 
 from __future__ import annotations
 
@@ -17,29 +18,26 @@ from calumma.model.convert import export_hugging_face
 from calumma.platform.specification import Tracking
 from calumma.platform.tracking import registry
 
-TALKS = [
-    {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"answer {n}"}]}
-    for n in range(12)
-]
+TALK = {"messages": [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "answer"}]}
 
 
 @pytest.mark.cluster
 def test_one_command_tunes_registers_and_says_how_to_serve(
-    ray_cluster: None, model_directory: Path, tmp_path: Path
+    ray_cluster: None, model_directory: Path, tutorial: Path, tmp_path: Path
 ) -> None:
-    data, out, mlflow = tmp_path / "talks.jsonl", tmp_path / "poet", f"sqlite:///{tmp_path}/mlflow.db"
-    data.write_text("".join(json.dumps(talk) + "\n" for talk in TALKS))
-    words = ["finetune", str(model_directory), str(data), "--out", str(out), "--lora", "2", "--dora", "--steps", "2"]
+    out, mlflow = tmp_path / "poet", f"sqlite:///{tmp_path}/mlflow.db"
+    words = ["finetune", str(model_directory), str(tutorial / "adding.jsonl"), "--out", str(out), "--steps", "2"]
+    words += ["--lora", "2", "--dora"]
     words += ["--tracking-uri", mlflow, "--held-out", "0.2", "--samples", "1", "--lr", "0.05"]
     first = CliRunner().invoke(app, words)
     assert first.exit_code == 0, first.output
     assert f"calumma serve start models:/poet@champion --tracking-uri {mlflow}" in first.output
     page = (out / "report.html").read_text()
-    assert all(said in page for said in ("Question", "before", "after", "calumma serve start"))
+    assert all(said in page for said in ("plus", "before", "after", "calumma serve start"))
     registered = registry.model_source("models:/poet@champion", Tracking(uri=mlflow))
     tuned, base = load(registered), load(model_directory)
     beside = peft.PeftModel.from_pretrained(base.transformer, str(out / "tuned" / "adapter")).eval()  # type: ignore[arg-type]
-    tokens = torch.tensor([tuned.encoder.text_tokenizer.encode("Question 3?")])
+    tokens = torch.tensor([tuned.encoder.text_tokenizer.encode("Draw one plus two.")])
     expected = tuned.transformer(tokens)
     torch.testing.assert_close(beside(tokens), expected, rtol=0, atol=1e-5)
     assert not torch.equal(load(model_directory).transformer(tokens), expected)
@@ -76,7 +74,7 @@ def test_pairs_are_asked_for_only_where_there_are_some(
     asked: tuple[str, str], model_directory: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "talks.jsonl"
-    data.write_text(json.dumps(TALKS[0]) + "\n")
+    data.write_text(json.dumps(TALK) + "\n")
     words = ["finetune", str(model_directory), str(data), "--out", str(tmp_path / "out"), *asked]
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 1
