@@ -272,7 +272,11 @@ class EndpointSystem:
     def _answers_others(self) -> bool:
         import requests
 
-        body = {"model": self._model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 1,
+        }
         try:
             return self._session.post(f"{self._url}/chat/completions", json=body, timeout=(10, self._spec.timeout)).ok
         except requests.RequestException:
