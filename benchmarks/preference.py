@@ -8,7 +8,7 @@ The pairs are the model's own answers to the questions of training: of one quest
 judge finds right, and one with a wrong digit or more; where it has none that is right, the training's own. The judge is
 a classifier trained on training scans. Then the model, before and after, answers the held-out questions with several
 seeds each, the same before and after, so that every answer has its counterpart: what is gained is the mean of their
-differences, over several trainings with other seeds, beside its standard error over the answers and the p-value of a
+differences, over several trainings with other seeds, beside its standard error over the questions and the p-value of a
 paired t-test. Everything is done by the jobs tokenize_preferences and finetune.
 """
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=400, help="of training, to be answered")
     parser.add_argument("--samples", type=int, default=4, help="answers to each")
     parser.add_argument("--seeds", type=int, default=12, help="answers to each held-out question")
+    parser.add_argument("--first-seed", type=int, default=0, help="of these answers")
     parser.add_argument("--trainings", type=int, default=3, help="of each loss, with a seed of its own each")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rate", type=float, help="learning rate; default: of the loss")
@@ -77,7 +78,7 @@ def main() -> None:
         print(
             f"{count} pairs; the judge is right of {judge.accuracy(_labelled(storage / 'curated/scans_held_out')):.3f}"
         )
-        before = held_out_grades(model, storage, judge, given.seeds)
+        before = held_out_grades(model, storage, judge, given.seeds, given.first_seed)
         print(_line("before", measured(before), 0))
         with connection.embedded(lean=True):
             for loss in given.losses:
@@ -86,9 +87,10 @@ def main() -> None:
                     began = time.monotonic()
                     tuned = tune(work, base, loss, given.steps, given.rate or RATES[loss], seed)
                     seconds = time.monotonic() - began
-                    trained.append(held_out_grades(load(tuned), storage, judge, given.seeds))
+                    grades = held_out_grades(load(tuned), storage, judge, given.seeds, given.first_seed)
+                    trained.append(grades)
                     print(_line(loss, measured(trained[-1]), seconds), flush=True)
-                print(f"{loss}: {gained(before, trained)}", flush=True)
+                print(f"{loss}: {gained(before, trained, given.seeds)}", flush=True)
 
 
 def make_pairs(
@@ -129,24 +131,24 @@ def answered(
     return answers, [grade(case, answer, judge.classify) for case, answer in zip(cases, answers, strict=True)]
 
 
-def held_out_grades(model: MixedModalModel, storage: Path, judge: Judge, seeds: int) -> list[Grade]:
+def held_out_grades(model: MixedModalModel, storage: Path, judge: Judge, seeds: int, first: int) -> list[Grade]:
     """Of answers to the held-out questions, each with so many seeds."""
     cases = [make_case("interleaved", document) for document in read_documents(str(storage / HELD_OUT))]
-    return answered(model, [case for case in cases for _ in range(seeds)], judge, seed=0)[1]
+    return answered(model, [case for case in cases for _ in range(seeds)], judge, seed=first)[1]
 
 
-def gained(before: Sequence[Grade], trained: Sequence[Sequence[Grade]]) -> str:
-    """Points of digits right, answer by answer, of the mean of trainings over the model before them."""
+def gained(before: Sequence[Grade], trained: Sequence[Sequence[Grade]], seeds: int) -> str:
+    """Points of digits right that the trainings gain over the model before them, question by question: the answers to
+    one depend on each other."""
     from scipy.stats import ttest_1samp
 
     weights = np.array([len(each.digits) for each in before], float)
     rights = np.array([[sum(each.digits) for each in grades] for grades in (before, *trained)], float)
-    # of each answer, in digits, scaled so that their mean is the difference of shares
-    points = 100 * (rights[1:].mean(axis=0) - rights[0]) / weights.mean()
+    # of each question, in digits, scaled so that their mean is the difference of shares
+    points = (100 * (rights[1:].mean(axis=0) - rights[0]) / weights.mean()).reshape(-1, seeds).mean(axis=1)
     error, p = points.std(ddof=1) / len(points) ** 0.5, ttest_1samp(points, 0).pvalue
-    return (
-        f"{points.mean():+.1f} points of digits right, standard error {error:.1f} over {len(points)} answers, p {p:.2g}"
-    )
+    gain = f"{points.mean():+.1f} points of digits right"
+    return f"{gain}, standard error {error:.1f} over {len(points)} questions, p {p:.2g}"
 
 
 def measured(grades: Sequence[Grade]) -> dict[str, float]:
