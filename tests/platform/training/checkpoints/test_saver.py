@@ -174,6 +174,22 @@ def test_a_checkpoint_in_s3_is_whole(group_of_one: None, s3: str) -> None:
     assert [Path(entry.path).name for entry in manifest.files] == ["part-00000.safetensors", "index.parquet"]
 
 
+def test_a_host_whose_disk_takes_no_copy_goes_on_without(
+    group_of_one: None, s3: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(tmp_path, "full").write_text("no folder")
+    recovery = {"node_local": f"{tmp_path}/full"}
+    spec = specification(f"{s3}/stage").model_dump() | {"resources": {"recovery": recovery}}
+    uris = [catalog.checkpoint_uri(f"{s3}/stage", step) for step in (1, 2)]
+    with Saver(PretrainSpecification.model_validate(spec), {}) as saving:
+        for step, uri in enumerate(uris, 1):
+            saving.save(Engine(), uri, report(step))  # type: ignore[arg-type]
+        saving.wait_until_published()
+    for uri in uris:
+        Manifest.read(uri).verify(uri, content=True)
+    assert caplog.text.count("no copy of checkpoints") == 1
+
+
 def test_a_part_of_an_upload_that_fails_is_sent_again_and_one_that_fails_for_good_leaves_no_checkpoint(
     group_of_one: None, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
