@@ -129,12 +129,13 @@ def training_workers() -> Callable[[], list[psutil.Process]]:
     """Ray Train's workers below this process."""
 
     def found() -> list[psutil.Process]:
-        workers = []
+        workers = {}
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):  # it has just ended
                 if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
-                    workers.append(process)
-        return workers
+                    workers[process.pid] = process.ppid(), process
+        # a worker that starts another program has its own name in it for a moment
+        return [process for parent, process in workers.values() if parent not in workers]
 
     return found
 
