@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image as PILImage
@@ -38,6 +40,8 @@ def log_records(content: bytes) -> Iterator[bytes]:
             place += left
             continue
         length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
+        if place + 7 + length > len(content):  # it is being written
+            return
         held += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
@@ -45,21 +49,30 @@ def log_records(content: bytes) -> Iterator[bytes]:
             held = b""
 
 
-def test_wandb_keeps_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network: its client writes the run to a file that `wandb sync` sends."""
+def finished_run(folder: Path) -> list[Any]:
+    """The records of the only run, once its end is there: the client's own process writes them."""
     from wandb.proto import wandb_internal_pb2
 
+    end, records = time.monotonic() + 120, list[Any]()
+    while not any(record.HasField("exit") for record in records):
+        assert time.monotonic() < end, "the run has no end"
+        time.sleep(0.1)
+        records = []
+        for file in folder.glob("wandb/offline-run-*/*.wandb"):
+            records += [wandb_internal_pb2.Record.FromString(data) for data in log_records(file.read_bytes())]
+    return records
+
+
+def test_wandb_keeps_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network: its client writes the run to a file that `wandb sync` sends."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     told = Mirrors(Tracking(wandb="chameleons"), "run1", {"steps": 3}, "tuned")
     told.log({"loss": 2.5}, 1)
     told.log({"loss": 1.5}, 2)
     told.close()
-    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     values, projects = [], []
-    for data in log_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in finished_run(tmp_path):
         items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
         values += [float(items["loss"])] if "loss" in items else []
         projects += [record.run.project] if record.run.project else []
