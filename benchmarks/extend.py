@@ -70,7 +70,7 @@ class Sizes(NamedTuple):
     limit: int | None
 
 
-FULL, QUICK = Sizes(6, None, 300, 900, None), Sizes(1, 3, 2, 2, 8)
+FULL, QUICK = Sizes(6, None, 150, 900, None), Sizes(1, 3, 2, 2, 8)
 
 
 def texts_of(storage: Path, *sources: str) -> list[str]:
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="where everything is kept, and gone on with")
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step that is done")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
-    parser.add_argument("--rows", type=int, help="steps of the first stage; default: 300")
+    parser.add_argument("--rows", type=int, help="steps of the first stage; default: 150")
     parser.add_argument("--all", type=int, help="steps of the second; default: 900")
     given = parser.parse_args()
     storage, work, sizes = given.storage.absolute(), given.workdir.absolute(), QUICK if given.quick else FULL
