@@ -111,23 +111,28 @@ def test_any_group_finds_what_it_needs_in_what_any_other_wrote(
         assert right(read(folder, index, own), values)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (4, 1), (1, 4), (5, 4)])
-@pytest.mark.parametrize("cut", [in_a_row, each])
-def test_all_workers_together_read_little_more_than_the_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int, cut: Callable[[dict[str, int], int], Cut]
-) -> None:
-    """Counted where storage is asked."""
-    sizes = {f"layer.{number}.weight": 120_000 + 1000 * number for number in range(6)}
-    values = whole(sizes)
-    index = write(tmp_path, values, cut(sizes, before))
-    asked: list[int] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each range that storage is asked for."""
+    lengths: list[int] = []
     usual = storage.read_range
 
     def counted(uri: str, offset: int, length: int, check: storage.ContentCheck | None = None) -> bytes:
-        asked.append(length)
+        lengths.append(length)
         return usual(uri, offset, length, check)
 
     monkeypatch.setattr(storage, "read_range", counted)
+    return lengths
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (4, 1), (1, 4), (5, 4)])
+@pytest.mark.parametrize("cut", [in_a_row, each])
+def test_all_workers_together_read_little_more_than_the_state(
+    tmp_path: Path, asked: list[int], before: int, after: int, cut: Callable[[dict[str, int], int], Cut]
+) -> None:
+    sizes = {f"layer.{number}.weight": 120_000 + 1000 * number for number in range(6)}
+    values = whole(sizes)
+    index = write(tmp_path, values, cut(sizes, before))
     for own in cut(sizes, after):
         assert right(read(tmp_path, index, own), values)
     assert sum(asked) <= 1.1 * sum(sizes.values()) * 4 * len(STATES)
@@ -135,7 +140,7 @@ def test_all_workers_together_read_little_more_than_the_state(
 
 @pytest.mark.parametrize("harm", ["none", "gone", "short", "flipped"])
 def test_a_copy_on_the_hosts_disk_is_read_where_it_is_whole_and_storage_where_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str, harm: str
+    tmp_path: Path, asked: list[int], s3: str, harm: str
 ) -> None:
     sizes = {"a": 50_000, "b": 30_000}
     values, folder, copies = whole(sizes), f"{s3}/stage/checkpoints/step-00000003/save", NodeLocal(tmp_path / "here")
@@ -151,14 +156,6 @@ def test_a_copy_on_the_hosts_disk_is_read_where_it_is_whole_and_storage_where_no
         data = bytearray(copy.read_bytes())
         data[len(data) // 2] ^= 1
         copy.write_bytes(data if harm == "flipped" else data[:-50_000])
-    asked: list[int] = []
-    usual = storage.read_range
-
-    def counted(uri: str, offset: int, length: int, check: storage.ContentCheck | None = None) -> bytes:
-        asked.append(length)
-        return usual(uri, offset, length, check)
-
-    monkeypatch.setattr(storage, "read_range", counted)
     assert right(read(folder, index, in_a_row(sizes, 1)[0], copies), values)
     assert (sum(asked) > 10_000) is (harm != "none")
 
