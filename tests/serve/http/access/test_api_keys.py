@@ -244,16 +244,24 @@ def test_a_key_that_has_enough_under_way_gets_429_and_others_do_not() -> None:
         assert again.chat.completions.create(**fields).choices[0].message.content == "seven"
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/images/generations", "/v1/responses"])
-def test_requests_of_a_key_share_a_salt_that_no_other_key_has(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (CHAT, ask(n=2)),
+        ("/v1/completions", {"prompt": "x", "n": 2}),
+        ("/v1/images/generations", {"prompt": "x", "n": 2}),
+        ("/v1/responses", {"input": "x"}),
+    ],
+)
+def test_requests_of_a_key_share_a_salt_that_no_other_key_has(path: str, asked: dict[str, Any]) -> None:
     keys = [APIKey(name=name, sha256=hash_key(name)) for name in ("first", "second")]
     backend = StubBackend(script=lambda request: answered(ImageOutput(b"png")))
     salts = {}
     with TestClient(create_app(backend, stub_settings(keys=keys))) as client:
         for name in ("first", "second"):
             for stream in (False, True):
-                body = ask(prompt="x", input="x", stream=stream) | ({} if "responses" in path else {"n": 2})
-                client.post(path, json=body, headers={"Authorization": f"Bearer {name}"})
+                reply = client.post(path, json=asked | {"stream": stream}, headers={"Authorization": f"Bearer {name}"})
+                assert reply.status_code == 200, reply.text
             salts[name] = {request.salt for request in backend.requests}
             backend.requests.clear()
     assert [len(found) for found in salts.values()] == [1, 1]
