@@ -89,7 +89,7 @@ def main() -> None:
                     seconds = time.monotonic() - began
                     grades = held_out_grades(load(tuned), storage, judge, given.seeds, given.first_seed)
                     trained.append(grades)
-                    print(_line(loss, measured(trained[-1]), seconds), flush=True)
+                    print(_line(loss, measured(grades), seconds), flush=True)
                 print(f"{loss}: {gained(before, trained, given.seeds)}", flush=True)
 
 
