@@ -58,5 +58,8 @@ def _validation(request: Request, error: RequestValidationError) -> APIError:
         if "json" not in request.headers.get("content-type", ""):
             return APIError("send the body as JSON, with the header Content-Type: application/json")
         return APIError("the body must be a JSON object")
-    message, param = describe_errors(error.errors(), error.body)
+    asked = {"body": error.body, "query": dict(request.query_params)}
+    place = first["loc"][0]
+    errors = [one | {"loc": one["loc"][1:]} for one in error.errors() if one["loc"][0] == place]
+    message, param = describe_errors(errors, asked.get(place))
     return APIError(message, param=param, code="invalid_value")

@@ -65,18 +65,14 @@ def describe_errors(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
 
 
 def _param(location: Sequence[str | int], body: Any, missing: bool) -> str | None:
-    """("body", "messages", 0, "content", 1, "image_url", "image_url", "url") -> messages[0].content[1].image_url.url
+    """("messages", 0, "content", 1, "image_url", "image_url", "url") -> messages[0].content[1].image_url.url
 
-    What is not in the body is none of its fields, but pydantic's name for a member of a union; what is asked for in
-    the query has its own name."""
-    if location[:1] == ("query",) and not (isinstance(body, dict) and "query" in body):
-        return ".".join(str(part) for part in location[1:])
-    parts = list(location[1:] if location and location[0] == "body" else location)
+    What is not in the body is none of its fields, but pydantic's name for a member of a union."""
     text, here = "", body
-    for number, part in enumerate(parts):
+    for number, part in enumerate(location):
         if isinstance(part, int):
             if isinstance(here, list) and part < len(here):
                 text, here = f"{text}[{part}]", here[part]
-        elif (there := isinstance(here, dict) and part in here) or (missing and number == len(parts) - 1):
+        elif (there := isinstance(here, dict) and part in here) or (missing and number == len(location) - 1):
             text, here = f"{text}.{part}" if text else part, here[part] if there else None
     return text or None
