@@ -134,6 +134,11 @@ class TrainSpecification(MixtureSpecification):
     model: ModelConfig | None = Field(
         None, description="architecture, or {preset: name} and what differs from it; required without `initial`"
     )
+    image_embedding: Literal["random", "codebook"] = Field(
+        "random",
+        description="what the embedding's rows of image tokens begin as in a model from scratch; codebook: the image "
+        "tokenizer's own vectors, turned into the model's width, so that codes that look alike begin alike",
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="overrides the model's")
     mask_documents: bool | None = Field(
         None,
@@ -238,6 +243,8 @@ class TrainSpecification(MixtureSpecification):
             raise ValueError("`float8` needs `precision: bfloat16`: what is not in float8 stays in that")
         if (self.model is None) == (self.initial is None):
             raise ValueError("give exactly one of `model` (train from scratch) and `initial` (start from a stage)")
+        if self.image_embedding == "codebook" and self.initial is not None:
+            raise ValueError("`image_embedding: codebook` needs `model`: with `initial` the embedding is there already")
         if self.continue_schedule and self.initial is None:
             raise ValueError("`continue_schedule` needs `initial`")
         if self.early_stopping and not (self.held_out and self.held_out_every):

@@ -27,6 +27,7 @@ from calumma.platform.training.construction.quantizing import fill_quantized
 from calumma.platform.training.construction.sources import (
     AddedWeights,
     CheckpointWeights,
+    CodeRows,
     DirectoryWeights,
     SeededWeights,
     Wanted,
@@ -62,12 +63,14 @@ class Described:
     drawn: Mapping[str, Tensor]
     rows_of: Mapping[str, tuple[str, list[int], int]]
     lengths_of: Mapping[str, tuple[str, int]]
+    code_rows: CodeRows | None = None
+    """What image tokens' rows of the embedding begin as where weights are fresh; none: drawn as all are."""
 
     def source(self, config: ModelConfig, base: Base, device: torch.device) -> WeightSource:
         """Raises StorageError."""
         plain: WeightSource
         if base.initial is None:
-            plain = SeededWeights(config, base.seed, device)
+            plain = SeededWeights(config, base.seed, device, self.code_rows)
         elif (manifest := Manifest.find(base.initial)) is not None and manifest.kind == catalog.KIND:
             plain = CheckpointWeights(base.initial, manifest)
         else:
@@ -81,7 +84,11 @@ def describe(config: ModelConfig, spec: TrainSpecification, vocabulary: Vocabula
         model = Transformer(config)
     model = parameters.set_trainable(model, spec, vocabulary)
     drawn = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
-    return Described(model, drawn, parameters.added_rows(model, vocabulary), parameters.lengths_of_rows(model))
+    rows, lengths = parameters.added_rows(model, vocabulary), parameters.lengths_of_rows(model)
+    codes = None
+    if spec.image_embedding == "codebook":
+        codes = CodeRows(spec.locate(spec.image_tokenizer), vocabulary.image_codes)
+    return Described(model, drawn, rows, lengths, codes)
 
 
 def initialize(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from calumma.model.config import ModelConfig
+from calumma.model.tokenizers.image import WEIGHTS as IMAGE_TOKENIZER_WEIGHTS
 from calumma.model.transformer import Transformer
 from calumma.model.weights import DTYPES, FILE, INDEX
 from calumma.platform import storage
@@ -23,6 +24,8 @@ from calumma.platform.training.checkpoints import ranges
 from calumma.platform.training.checkpoints.fragments import MASTER, Fragment
 from calumma.platform.training.checkpoints.layout import Index
 
+CODEBOOK = "codebook.weight"  # of an image tokenizer
+EMBEDDING = "embedding.weight"  # of a Transformer
 _REQUEST = 8 << 20  # bytes read at once, a thread
 
 
@@ -43,18 +46,52 @@ class WeightSource(Protocol):
 
 
 @dataclass(frozen=True)
+class CodeRows:
+    """What rows of an embedding begin as: vectors of the codes of an image tokenizer, in the model's width."""
+
+    tokenizer: str
+    """URI of its folder."""
+    ids: Sequence[int]
+    """The row of each code."""
+
+    def settle(self, embedding_VD: Tensor, seed: int) -> None:
+        """Put the vectors into their rows, in place: centred, turned by a random orthonormal map, and with the mean
+        square that the matrix had, so that codes are as near to each other as in the codebook, and rows as long as any.
+
+        Raises StorageError where there is no codebook of so many codes."""
+        source = DirectoryWeights(self.tokenizer, IMAGE_TOKENIZER_WEIGHTS)
+        codes, width = len(self.ids), embedding_VD.shape[1]
+        flat = torch.empty(source.elements(CODEBOOK))
+        if len(flat) % codes:
+            raise storage.StorageError(f"{self.tokenizer} does not hold a codebook of {codes} codes")
+        source.fill([Wanted(CODEBOOK, 0, flat)])
+        vectors_KE = flat.view(codes, -1)
+        vectors_KE = vectors_KE - vectors_KE.mean(0)
+        longer = max(width, vectors_KE.shape[1])
+        random = torch.Generator().manual_seed(seed)
+        turn_EE, _ = torch.linalg.qr(torch.randn(longer, longer, generator=random))
+        rows_KD = vectors_KE @ turn_EE[: vectors_KE.shape[1], :width]
+        scale = embedding_VD.square().mean().sqrt().cpu() / rows_KD.square().mean().sqrt().clamp_min(1e-12)
+        embedding_VD[torch.as_tensor(self.ids, device=embedding_VD.device)] = (rows_KD * scale).to(embedding_VD)
+
+
+@dataclass(frozen=True)
 class SeededWeights:
-    """Fresh weights (`Transformer.initial_weights`), drawn one parameter at a time on a device."""
+    """Fresh weights (`Transformer.initial_weights`), drawn one parameter at a time on a device. `code_rows`: what some
+    rows of the embedding are in place of that."""
 
     config: ModelConfig
     seed: int
     device: torch.device
+    code_rows: CodeRows | None = None
 
     def fill(self, wanted: Sequence[Wanted], beat: Callable[[], object] = lambda: None) -> None:
         by_name = _by_parameter(wanted)
         with torch.device("meta"):
             model = Transformer(self.config)
         for name, value in model.initial_weights(self.seed, self.device):
+            if self.code_rows is not None and name == EMBEDDING and name in by_name:
+                self.code_rows.settle(value, self.seed)
             for _, offset, target in by_name.get(name, ()):
                 target.copy_(value.view(-1)[offset : offset + target.numel()])
             beat()
@@ -76,6 +113,12 @@ class DirectoryWeights:
         self._uri = uri
         files = _weight_files(uri) if file is None else [storage.join(uri, file)]
         self._stored = {name: stored for place in files for name, stored in _header(place)}
+
+    def elements(self, name: str) -> int:
+        """How many a weight has. Raises StorageError where there is none of that name."""
+        if name not in self._stored:
+            raise storage.StorageError(f"{self._uri} does not hold {name}")
+        return self._stored[name].elements
 
     def fill(self, wanted: Sequence[Wanted], beat: Callable[[], object] = lambda: None) -> None:
         work: list[tuple[_Stored, int, Tensor]] = []

@@ -8,10 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import pdist
 
-from calumma.model.config import ModelConfig
+from calumma.model.config import ImageTokenizerConfig, ModelConfig
+from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 from calumma.model.weights import LazyTensor, write_weights
@@ -106,6 +109,42 @@ def test_fresh_weights_are_drawn_as_they_are_in_place() -> None:
     drawn = dict(described.initial_weights(3))
     assert drawn.keys() == whole.keys()
     assert all(torch.equal(drawn[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("length", [8, 48])  # of a code's vector: shorter than the model is wide, and longer
+def test_image_tokens_begin_as_the_codes_that_they_stand_for(tmp_path: Path, length: int) -> None:
+    images = ImageTokenizer(
+        ImageTokenizerConfig(
+            resolution=8, codebook_size=10, embedding=length, base_channels=4, multipliers=[1, 1], residual_blocks=1
+        )
+    )
+    images.save(tmp_path)
+    spec = specification(image_embedding="codebook", image_tokenizer=str(tmp_path))
+    source = build.describe(SHAPE, spec, VOCABULARY).source(SHAPE, build.Base(None, 3), CPU)
+    found = torch.zeros(50, 32)
+    source.fill([Wanted("embedding.weight", 0, found.view(-1))])
+    plain = Transformer(SHAPE).initialize(3).embedding.weight.detach()
+    codes = images.codebook.weight.detach()
+    assert torch.equal(found[:40], plain[:40])
+    assert found[40:].norm().item() ** 2 / 10 == pytest.approx(plain.norm().item() ** 2 / 50, rel=1e-5)
+    ratio = pdist(found[40:].numpy()) / pdist(codes.numpy())
+    if length <= 32:
+        assert ratio == pytest.approx(ratio[0], rel=1e-4)
+    else:  # a projection: near stays nearer than far
+        assert np.corrcoef(pdist(found[40:].numpy()), pdist(codes.numpy()))[0, 1] > 0.5
+    part = torch.zeros(70)
+    source.fill([Wanted("embedding.weight", 1310, part)])
+    assert torch.equal(part, found.view(-1)[1310:1380])
+
+
+def test_a_codebook_of_another_size_is_told(tmp_path: Path) -> None:
+    ImageTokenizer(
+        ImageTokenizerConfig(resolution=8, codebook_size=7, embedding=3, base_channels=4, multipliers=[1, 1])
+    ).save(tmp_path)
+    spec = specification(image_embedding="codebook", image_tokenizer=str(tmp_path))
+    source = build.describe(SHAPE, spec, VOCABULARY).source(SHAPE, build.Base(None, 3), CPU)
+    with pytest.raises(storage.StorageError, match="does not hold a codebook of 10 codes"):
+        source.fill([Wanted("embedding.weight", 0, torch.zeros(1600))])
 
 
 def test_ranges_of_rows_come_from_the_rows_that_they_stand_for(tmp_path: Path) -> None:
