@@ -131,6 +131,7 @@ RUNS: dict[str, dict[str, str]] = {
         "TASK_digits": "Share of pictures that show what their word says.",
         "TASK_distinct": "Share of drawings that no earlier one equals pixel by pixel.",
         "TASK_diversity": "Mean distance of two drawings in 0..1; `TASK_diversity_within`: of those of one word.",
+        "TASK_diversity_of_real": "That over the same of the pictures in the expected answers.",
         "TASK/METRIC": "Figures of the benchmarks of `suite`.",
     },
     "evaluate_suite": {"TASK/METRIC": "Each figure of each task: a share in 0..1 unless the page says otherwise."},

@@ -39,6 +39,9 @@ def quickstart(
         Path | None,
         typer.Option(help="With --colour: a folder of sets by calumma.jobs.emoji.rasterize; default: those that ship."),
     ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of all that is trained and drawn; the documents and their split stay.")
+    ] = 0,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server, or the next free one.")] = PORT,
 ) -> None:
     """Make documents, train tokenizers and a small model, evaluate it, serve it, ask it. Resumes what was begun."""
@@ -55,7 +58,7 @@ def quickstart(
         f"{course.name}{'-fast' if fast else '-large' if large else ''}"
     )  # trying never replaces a real run
     options = steps.Options(
-        workdir, storage, fast, port, course, large, str(sets.expanduser().absolute()) if sets else None
+        workdir, storage, fast, port, course, large, str(sets.expanduser().absolute()) if sets else None, seed
     )
 
     def body() -> None:
@@ -96,5 +99,6 @@ def _resume_command(options: Options) -> str:
     words += ["--fast"] if options.fast else []
     words += ["--large"] if options.large else []
     words += ["--sets", options.sets] if options.sets else []
+    words += ["--seed", str(options.seed)] if options.seed else []
     words += ["--port", str(options.port)] if options.port != PORT else []
     return shlex.join(words)

@@ -55,7 +55,7 @@ MEASURED = {
     "recognition_accuracy": "Recognition: held-out scan to word",
     "generation_accuracy": "Generation: word to picture, judged",
     "generation_distinct": "Generation: drawings that no other equals",
-    "generation_diversity": "Generation: mean distance of two drawings",
+    "generation_diversity_of_real": "Generation: how much drawings of a word differ, over how much scans do",
     "judge_accuracy": "The judge itself, on held-out scans",
     "interleaved_valid": "Interleaved: alternation valid",
     "interleaved_words": "Interleaved: all words right",
@@ -112,7 +112,8 @@ class AnswersSpecification(JobSpecification):
 @dataclass(frozen=True)
 class Options:
     """`storage`: URI or folder; default: below the working folder. `port`: of the server, or the next free one.
-    `large`: for a GPU; `sets`: a folder of pictures in place of those that ship, where the course has such."""
+    `large`: for a GPU; `sets`: a folder of pictures in place of those that ship, where the course has such. `seed`: of
+    all that is trained and drawn; the documents and their split are the same with any."""
 
     workdir: Path
     storage: str | None = None
@@ -121,6 +122,7 @@ class Options:
     course: Course = DIGITS
     large: bool = False
     sets: str | None = None
+    seed: int = 0
 
     @property
     def root(self) -> str:
@@ -164,13 +166,15 @@ def step_specification(step: str, options: Options) -> JobSpecification:
     if step == "documents":
         return documents_spec
     if step == "serve":
-        return AnswersSpecification(**shared, model=_model_uri(options), documents=documents_spec.output_uri)
+        model = _model_uri(options)
+        return AnswersSpecification(**shared, seed=options.seed, model=model, documents=documents_spec.output_uri)
     recipes = resources.files("calumma.jobs") / options.course.recipes
     with resources.as_file(recipes) as folder:
         file = folder / f"{step}.yaml"
         changed = OVERRIDES if options.fast else LARGE if options.large else None
         overrides = _flattened((yaml.safe_load((folder / changed).read_text())[step] or {}) if changed else {})
         overrides |= {"storage": options.root, "tracking": options.tracking.model_dump(), "run_name": step}
+        overrides |= {"seed": options.seed}
         job = yaml.safe_load(file.read_text())["job"]
         # JSON is YAML: values survive whatever characters they hold
         return read_specification(

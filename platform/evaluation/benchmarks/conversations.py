@@ -131,15 +131,27 @@ def _likeness(training: str, drawn: Sequence[PILImage.Image], real: Sequence[PIL
 
 
 def _differences(cases: Sequence[Case], shown: Sequence[Sequence[PILImage.Image]]) -> dict[str, float]:
-    """How much drawings differ: all of them, and those of one word among each other."""
+    """How much drawings differ: all of them, those of one word among each other, and these over how much the pictures
+    differ that the expected answers have for the word."""
     every = [picture for each in shown for picture in each[:1]]
     found = {"distinct": distinct(every), "diversity": diversity(every)}
-    same: dict[str, list[PILImage.Image]] = {}
-    for case, each in zip(cases, shown, strict=True):
-        same.setdefault(case.words[0], []).extend(each[:1])
-    if several := [diversity(pictures) for pictures in same.values() if len(pictures) > 1]:
-        found["diversity_within"] = sum(several) / len(several)
+    words = [case.words[0] for case in cases]
+    within = _diversity_within(words, [each[:1] for each in shown])
+    real = _diversity_within(words, [[image.open() for image in case.expected.images[:1]] for case in cases])
+    if within is not None:
+        found["diversity_within"] = within
+        if real:
+            found["diversity_of_real"] = within / real
     return found
+
+
+def _diversity_within(words: Sequence[str], shown: Sequence[Sequence[PILImage.Image]]) -> float | None:
+    """The mean over words of the distance of two pictures of it; none: no word has two."""
+    same: dict[str, list[PILImage.Image]] = {}
+    for word, each in zip(words, shown, strict=True):
+        same.setdefault(word, []).extend(each)
+    several = [diversity(pictures) for pictures in same.values() if len(pictures) > 1]
+    return sum(several) / len(several) if several else None
 
 
 def _sheet(cases: Sequence[Case], answers: Sequence[Document], grades: Sequence[Grade]) -> PILImage.Image:

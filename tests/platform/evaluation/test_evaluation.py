@@ -20,6 +20,7 @@ from calumma.platform import storage
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import no_progress
 from calumma.platform.evaluation import evaluate, judge, tasks
+from calumma.platform.evaluation.benchmarks.conversations import _differences
 from calumma.platform.evaluation.judges.kinds import named
 from calumma.platform.evaluation.specification import EvaluateSpecification, EvaluationTask
 from calumma.platform.evaluation.suite import running
@@ -281,6 +282,19 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateSpecificati
     Manifest(kind="model").write(str(tmp_path / "one"))
     found = conversation_specification(tmp_path, "one")
     return found.model_copy(update={"tasks": found.tasks[:2]})
+
+
+def test_drawings_that_differ_half_as_much_as_real_pictures() -> None:
+    real = [PILImage.new("RGB", (8, 8), (shade,) * 3) for shade in (20, 120, 220, 0, 100)]
+    drawn = [PILImage.new("RGB", (8, 8), (shade,) * 3) for shade in (70, 120, 170, 30, 80)]
+    words = ["six", "six", "six", "nine", "nine"]
+    cases = [
+        Case("generation", Document(()), Document((Image(picture, word),)), (word,))
+        for picture, word in zip(real, words, strict=True)
+    ]
+    found = _differences(cases, [[picture] for picture in drawn])
+    assert found["diversity_of_real"] == pytest.approx(0.5, abs=1e-5)
+    assert found["diversity_within"] == pytest.approx((200 / 3 + 50) / 2 / 255, abs=1e-5)
 
 
 def test_a_system_that_draws_always_the_same_is_seen(spec: EvaluateSpecification) -> None:
