@@ -265,6 +265,7 @@ class Transformer(nn.Module):
         image_mask: Tensor | None = None,
         z_loss: float = 0.0,
         normalizer: float = 1.0,
+        image_weight: float = 1.0,
         measure: bool = False,
         scores: bool = False,
     ) -> Tensor | Loss:
@@ -272,8 +273,8 @@ class Transformer(nn.Module):
 
         Tokens and segments: see `hidden`. `needed`, LongTensor [B, P]: only the logits of these P tokens of each row,
         [B, P, V].
-        Loss: `targets` LongTensor [B, T], `mask` BoolTensor [B, T], `image_mask` BoolTensor [V], z_loss and normalizer
-        as in ops/loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (ops/stability.py).
+        Loss: `targets` LongTensor [B, T], `mask` BoolTensor [B, T], `image_mask` BoolTensor [V], z_loss, normalizer and
+        image_weight as in ops/loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (ops/stability.py).
         With `scores` FloatTensor [B, T] instead: the log-probability of each target where `mask` is, 0 elsewhere.
         """
         rows_R = None
@@ -302,6 +303,7 @@ class Transformer(nn.Module):
             image_mask_V=image_mask,
             z_loss=z_loss,
             normalizer=normalizer,
+            image_weight=image_weight,
         )
         return Loss(total, sums, stability.by_name(measured, measured_output))
 

@@ -37,8 +37,8 @@ class LossSums(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """`total` is what is minimized, 0-dim and differentiable: (sum of nll + z_loss x z_sum) / normalizer. `sums` are
-    without gradient. `stability`: see stability.py; empty unless asked for."""
+    """`total` is what is minimized, 0-dim and differentiable: (sum of nll + z_loss x z_sum) / normalizer, image tokens
+    by their weight. `sums` are without gradient, and without weights. `stability`: see stability.py; empty unless asked for."""
 
     total: Tensor
     sums: LossSums
@@ -70,12 +70,14 @@ def linear_loss(
     *,
     z_loss: float = 0.0,
     normalizer: float = 1.0,
+    image_weight: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, LossSums]:
     """The total loss and the sums of the logits `hidden @ weight.T`, over the tokens `rows_R` of B*T (`trained_rows`).
 
     hidden FloatTensor [B, T, D] and weight FloatTensor [V, D] of one dtype, float32 or bfloat16; targets LongTensor
-    [B, T]; image_mask BoolTensor [V]. `chunk`: tokens whose logits are held at once. Sums, softmax and the accumulation
+    [B, T]; image_mask BoolTensor [V]. `image_weight`: what an image token counts in the total, a text token counts 1.
+    `chunk`: tokens whose logits are held at once. Sums, softmax and the accumulation
     over chunks are float32. The gradients are those of `total` alone, and can be asked for once.
     """
     B, T, D = hidden_BTD.shape
@@ -87,11 +89,12 @@ def linear_loss(
     if len(rows_R) < B * T:
         x_RD, targets_R = x_RD[rows_R], targets_R[rows_R]
     differentiate = torch.is_grad_enabled() and (x_RD.requires_grad or weight_VD.requires_grad)
+    image_R = image_mask_V[targets_R]
+    counted_R = None if image_weight == 1 else torch.where(image_R, image_weight, 1.0)
     total, nll_R, log_z_R = _LinearLoss.apply(
-        x_RD.to(weight_VD.dtype), weight_VD, targets_R, z_loss, normalizer, chunk, differentiate
+        x_RD.to(weight_VD.dtype), weight_VD, targets_R, counted_R, z_loss, normalizer, chunk, differentiate
     )
-    everything = torch.ones_like(targets_R, dtype=torch.bool)
-    return total, _by_modality(nll_R, log_z_R, image_mask_V[targets_R], everything)
+    return total, _by_modality(nll_R, log_z_R, image_R, torch.ones_like(image_R))
 
 
 def linear_logprobs(
@@ -133,7 +136,8 @@ def _by_modality(nll: Tensor, log_z: Tensor, image: Tensor, mask: Tensor) -> Los
 
 
 class _LinearLoss(torch.autograd.Function):
-    """(x [R, D], weight [V, D], targets [R]) -> total, nll [R], log_z [R]; the gradients are made on the way."""
+    """(x [R, D], weight [V, D], targets [R], what each counts [R]; None: 1) -> total, nll [R], log_z [R]; the gradients
+    are made on the way."""
 
     @staticmethod
     def forward(
@@ -141,6 +145,7 @@ class _LinearLoss(torch.autograd.Function):
         x_RD: Tensor,
         weight_VD: Tensor,
         targets_R: Tensor,
+        counted_R: Tensor | None,
         z_loss: float,
         normalizer: float,
         chunk: int,
@@ -155,7 +160,10 @@ class _LinearLoss(torch.autograd.Function):
         for begin in range(0, R, chunk):
             rows = slice(begin, min(begin + chunk, R))
             logits_CV = torch.mm(x_RD[rows], weight_VD.T, out=buffer_CV[: rows.stop - rows.start])
-            nll_R[rows], log_z_R[rows] = _softmax(logits_CV, targets_R[rows], z_loss, normalizer, differentiate)
+            counted_C = None if counted_R is None else counted_R[rows]
+            nll_R[rows], log_z_R[rows] = _softmax(
+                logits_CV, targets_R[rows], counted_C, z_loss, normalizer, differentiate
+            )
             if grad_x_RD is not None and weight_sum is not None:  # from here logits_CV is their gradient
                 torch.mm(logits_CV, weight_VD, out=grad_x_RD[rows])
                 weight_sum.add(logits_CV, x_RD[rows])
@@ -163,7 +171,10 @@ class _LinearLoss(torch.autograd.Function):
         if weight_sum is not None:
             ctx.gradients = grad_x_RD, weight_sum.total()
         ctx.mark_non_differentiable(nll_R, log_z_R)
-        total = (nll_R.sum() + z_loss * log_z_R.square().sum()) / normalizer
+        if counted_R is None:
+            total = (nll_R.sum() + z_loss * log_z_R.square().sum()) / normalizer
+        else:
+            total = ((nll_R + z_loss * log_z_R.square()) * counted_R).sum() / normalizer
         return total, nll_R, log_z_R
 
     @staticmethod
@@ -175,15 +186,20 @@ class _LinearLoss(torch.autograd.Function):
         if grad_total.is_cuda or float(grad_total) != 1.0:  # asking a GPU would make the host wait
             for gradient in gradients:
                 gradient.mul_(grad_total)
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 def _softmax(
-    logits_CV: Tensor, targets_C: Tensor, z_loss: float, normalizer: float, differentiate: bool
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    counted_C: Tensor | None,
+    z_loss: float,
+    normalizer: float,
+    differentiate: bool,
 ) -> tuple[Tensor, Tensor]:
     """float32 nll [C] and log_z [C]; overwrites the logits with the total loss's gradient by them if asked to.
 
-    d total / d logit_v = ((1 + 2 z_loss log_z) softmax_v - [v is the target]) / normalizer
+    d total / d logit_v = ((1 + 2 z_loss log_z) softmax_v - [v is the target]) x what the token counts / normalizer
     """
     nll, log_z = [], []
     C, V = logits_CV.shape
@@ -198,8 +214,11 @@ def _softmax(
         nll.append((log_z_c1 - target_c1)[:, 0])
         log_z.append(log_z_c1[:, 0])
         if differentiate:
-            x_cV.mul_((1 + 2 * z_loss * log_z_c1) / (total_c1 * normalizer))
-            x_cV.scatter_add_(-1, targets_c1, torch.full_like(target_c1, -1 / normalizer))
+            share_c1 = torch.full_like(target_c1, 1 / normalizer)
+            if counted_C is not None:
+                share_c1 *= counted_C[begin : begin + tile, None]
+            x_cV.mul_((1 + 2 * z_loss * log_z_c1) * share_c1 / total_c1)
+            x_cV.scatter_add_(-1, targets_c1, -share_c1)
             if buffer_cV is not None:
                 logits_cV.copy_(x_cV)
     return torch.cat(nll), torch.cat(log_z)

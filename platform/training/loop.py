@@ -266,6 +266,7 @@ class _Stage:
                 spec.z_loss,
                 self.worker.world,
                 seeds,
+                spec.image_loss_weight,
                 measure=reports and self.worker.rank < spec.sequence_parallel,
                 accept=accept,
                 losses_of=self.objective.losses if self.objective else None,

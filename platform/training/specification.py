@@ -148,6 +148,12 @@ class TrainSpecification(MixtureSpecification):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2, which keeps logits small")
+    image_loss_weight: float = Field(
+        1.0,
+        ge=0,
+        description="what an image token counts in the loss beside a text token, which counts 1; images have many, of "
+        "which much cannot be foretold, so that less than 1 has words learned sooner. Reported losses are without it",
+    )
     trainable: str | list[str] | None = Field(
         None,
         description="`all`, `image_head` (the output rows of image ids), `image_rows` (all rows that an extended text "
@@ -332,6 +338,8 @@ class FinetuneSpecification(TrainSpecification):
                 "sequence_parallel: an answer's log-probability is of a whole row, and pairs are not learned from in "
                 "parts of rows; leave it away"
             )
+        if self.preference and self.image_loss_weight != 1:
+            raise ValueError("image_loss_weight: of pairs it is `preference.image_weight` that says what images count")
         if self.preference and (self.rows_per_pass or 2) % 2:
             raise ValueError(
                 f"rows_per_pass: pairs stand in two rows each, so it must be even; given {self.rows_per_pass}"

@@ -126,14 +126,15 @@ def step(
     z_loss: float,
     world: int,
     dropout: tuple[int, int] | None = None,
+    image_weight: float = 1.0,
     measure: bool = False,
     accept: Callable[[Tensor], bool] | None = None,
     losses_of: Callable[..., Loss] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward, backward and one optimizer step over this worker's micro-batches of a global batch.
 
-    The loss is the sum over all workers' trained tokens divided by their global count, so any number of workers takes
-    the same step. `dropout`, (seed, step), makes that true of dropped activations too: each micro-batch is seeded by
+    The loss is the sum over all workers' trained tokens, image tokens by their weight, divided by their global count,
+    so any number of workers takes the same step. `dropout`, (seed, step), makes that true of dropped activations too: each micro-batch is seeded by
     its number in the global batch (and, where workers share rows, by that of the part). `accept` is given the sums over
     all workers before the weights move; when it returns False, weights and optimizer stay as they are. They do so as
     well when the gradient is not finite.
@@ -144,12 +145,13 @@ def step(
     local = torch.zeros(3, dtype=torch.float64, device=engine.device)
     stability: dict[str, Tensor] = {}
     # DeepSpeed averages gradients over the workers, where the sum is what the global count divides.
-    normalizer = max(counts.trained, 1.0) / world
+    normalizer = (counts.text + image_weight * counts.image or 1.0) / world
     for turn, batch in enumerate(group):
         if dropout is not None:
             part = () if engine.module.shared is None else (engine.module.shared.number,)
             torch.manual_seed(hash((*dropout, batch.number, *part)) % 2**63)
-        settings = {"z_loss": z_loss, "normalizer": normalizer, "measure": measure and turn == 0}
+        settings = {"z_loss": z_loss, "normalizer": normalizer, "image_weight": image_weight}
+        settings["measure"] = measure and turn == 0
         loss = (losses_of or losses)(engine, batch, image_mask_V, **settings)
         # A copy: handed the forward pass's own result, DeepSpeed divides the gradient by the number of micro-batches
         # after all, without ZeRO and at stage 1 in bfloat16 (0.19.8: where it does not scale the loss itself, its hooks
@@ -195,8 +197,8 @@ def _clip_gradients(engine: DeepSpeedEngine) -> None:
 
 def losses(model: Any, batch: Batch, image_mask_V: Tensor, **settings: Any) -> Loss:
     """Forward pass of a Transformer, under DeepSpeed or not, on the mask's device over one micro-batch; an empty one
-    costs two tokens, or one for each worker that shares it, and weighs nothing. `settings`: z_loss, normalizer and
-    measure of `Transformer.forward`."""
+    costs two tokens, or one for each worker that shares it, and weighs nothing. `settings`: z_loss, normalizer,
+    image_weight and measure of `Transformer.forward`."""
     device = image_mask_V.device
     tokens, mask, segments = batch.tokens, batch.mask, batch.segments
     if not tokens.shape[0]:

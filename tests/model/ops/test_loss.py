@@ -20,11 +20,14 @@ V = 50
 
 
 def plain(hidden: Tensor, weight: Tensor, batch: dict[str, Any]) -> tuple[Tensor, LossSums]:
-    """By way of all logits."""
+    """By way of all logits, and PyTorch's cross-entropy."""
     logits = F.linear(hidden, weight).float()
-    found = sums(logits, batch["targets"], batch["mask"], batch["image_mask"])
-    total = found.text_nll + found.image_nll + batch["z_loss"] * found.z_sum
-    return total / batch["normalizer"], found
+    targets, mask = batch["targets"], batch["mask"]
+    found = sums(logits, targets, mask, batch["image_mask"])
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    each = nll + batch["z_loss"] * logits.logsumexp(-1).square()
+    counted = torch.where(batch["image_mask"][targets], batch.get("image_weight", 1.0), 1.0) * mask
+    return (each * counted).sum() / batch["normalizer"], found
 
 
 def chunked(hidden: Tensor, weight: Tensor, batch: dict[str, Any]) -> tuple[Tensor, LossSums]:
@@ -36,6 +39,7 @@ def chunked(hidden: Tensor, weight: Tensor, batch: dict[str, Any]) -> tuple[Tens
         batch["image_mask"],
         z_loss=batch["z_loss"],
         normalizer=batch["normalizer"],
+        image_weight=batch.get("image_weight", 1.0),
         chunk=batch["chunk"],
     )
 
@@ -57,6 +61,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "image_mask": torch.arange(V) < draw(st.sampled_from([0, 20, V])),
         "z_loss": draw(st.sampled_from([0.0, 1e-5, 1e-2])),
         "normalizer": draw(st.sampled_from([1.0, 13.0, 4096.0])),
+        "image_weight": draw(st.sampled_from([1.0, 0.25, 0.0])),
         "chunk": draw(st.sampled_from([1, 4, 100])),
     }
 

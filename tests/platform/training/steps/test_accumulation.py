@@ -18,6 +18,7 @@ from calumma.platform.training.steps import engine
 from calumma.platform.training.steps.held_out import HeldOutBatch
 
 SIZE, MICRO_BATCHES = 50, 64
+IMAGE_WEIGHT = 0.25
 ROUNDED = 2**-10  # of the error over the gradient: less than one rounding to bfloat16 costs
 STAGES = (1, 2, 3)
 
@@ -52,16 +53,19 @@ def work(rank: int, specs: dict[str, PretrainSpecification], folder: str) -> Non
             found[variant] = {name: safe_get_full_grad(p).clone() for name, p in module.named_parameters()}
             return True
 
-        engine.step(run, group, counts, image_mask_V, 1e-3, 2, accept=accept)
+        engine.step(run, group, counts, image_mask_V, 1e-3, 2, image_weight=spec.image_loss_weight, accept=accept)
     plain = fresh(spec).bfloat16()
     plain.rebuild_rope(torch.device("cpu"))  # it stays in float32
     found["expected"] = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in plain.named_parameters()}
+    found["expected, images less"] = {name: torch.zeros_like(sum) for name, sum in found["expected"].items()}
     for batch in map(rows, range(MICRO_BATCHES)):
-        plain.zero_grad()
-        engine.losses(plain, batch, image_mask_V, z_loss=1e-3, normalizer=counts.trained).total.backward()
-        for name, parameter in plain.named_parameters():
-            assert parameter.grad is not None
-            found["expected"][name] += parameter.grad.double()
+        for which, weight in (("expected", 1.0), ("expected, images less", IMAGE_WEIGHT)):
+            plain.zero_grad()
+            settings = {"image_weight": weight, "normalizer": counts.text + weight * counts.image}
+            engine.losses(plain, batch, image_mask_V, z_loss=1e-3, **settings).total.backward()
+            for name, parameter in plain.named_parameters():
+                assert parameter.grad is not None
+                found[which][name] += parameter.grad.double()
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
 
@@ -74,6 +78,7 @@ def found(
     fields = {"precision": "bfloat16", "micro_batches": MICRO_BATCHES}
     specs = {f"{number}": stage(zero_stage=number, **fields) for number in STAGES}
     specs["rounded"] = stage(zero_stage=2, gradient_reduction="bfloat16", **fields)
+    specs["images less"] = stage(zero_stage=2, image_loss_weight=IMAGE_WEIGHT, **fields)
     torch.multiprocessing.spawn(work, (specs, str(folder)), nprocs=2)
     return torch.load(Path(folder, "found.pt"))
 
@@ -83,6 +88,12 @@ def test_gradients_in_bfloat16_add_up_in_float32(found: dict[str, dict[str, torc
     """Within a worker, where those of 64 micro-batches would be off by more than a hundredth, and across workers."""
     for name, expected in found["expected"].items():
         assert error(found[f"{zero_stage}"][name], expected) < 1e-6, name
+
+
+def test_image_tokens_count_by_their_weight(found: dict[str, dict[str, torch.Tensor]]) -> None:
+    for name, expected in found["expected, images less"].items():
+        assert error(found["images less"][name], expected) < 1e-6, name
+        assert error(found["2"][name], expected) > 0.01, name
 
 
 def test_across_workers_they_are_rounded_where_that_is_asked_for(found: dict[str, dict[str, torch.Tensor]]) -> None:
