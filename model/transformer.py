@@ -274,7 +274,8 @@ class Transformer(nn.Module):
         Tokens and segments: see `hidden`. `needed`, LongTensor [B, P]: only the logits of these P tokens of each row,
         [B, P, V].
         Loss: `targets` LongTensor [B, T], `mask` BoolTensor [B, T], `image_mask` BoolTensor [V], z_loss, normalizer and
-        image_weight as in ops/loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability` (ops/stability.py).
+        image_weight as in ops/loss.py; no logits [B, T, V] exist on the way. `measure` fills its `stability`
+        (ops/stability.py).
         With `scores` FloatTensor [B, T] instead: the log-probability of each target where `mask` is, 0 elsewhere.
         """
         rows_R = None

@@ -38,7 +38,7 @@ class LossSums(NamedTuple):
 
 class Loss(NamedTuple):
     """`total` is what is minimized, 0-dim and differentiable: (sum of nll + z_loss x z_sum) / normalizer, image tokens
-    by their weight. `sums` are without gradient, and without weights. `stability`: see stability.py; empty unless asked for."""
+    by their weight. `sums` are without gradient and weight. `stability`: see stability.py; empty unless asked for."""
 
     total: Tensor
     sums: LossSums

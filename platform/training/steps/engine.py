@@ -134,10 +134,10 @@ def step(
     """Forward, backward and one optimizer step over this worker's micro-batches of a global batch.
 
     The loss is the sum over all workers' trained tokens, image tokens by their weight, divided by their global count,
-    so any number of workers takes the same step. `dropout`, (seed, step), makes that true of dropped activations too: each micro-batch is seeded by
-    its number in the global batch (and, where workers share rows, by that of the part). `accept` is given the sums over
-    all workers before the weights move; when it returns False, weights and optimizer stay as they are. They do so as
-    well when the gradient is not finite.
+    so any number of workers takes the same step. `dropout`, (seed, step), makes that true of dropped activations too:
+    each micro-batch is seeded by its number in the global batch (and, where workers share rows, by that of the part).
+    `accept` is given the sums over all workers before the weights move; when it returns False, weights and optimizer
+    stay as they are. They do so as well when the gradient is not finite.
     `losses_of`: what is minimized, in place of `losses`.
     Returns this worker's float64 Tensor [3]: summed text and image losses (nats) and log(Z)^2; and, with `measure`, the
     stability instruments of its first micro-batch (model/ops/stability.py).
