@@ -198,6 +198,7 @@ def test_the_wheel_contains_recipes_playground_templates_and_license(wheel: zipf
         *(ROOT / "serve").rglob("*.html"),
         *(ROOT / "serve").rglob("*.css"),
         *(ROOT / "model").rglob("*.cpp"),
+        *(ROOT / "model").rglob("*.h"),
     ]
     data += [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.html.j2")]
     expected = {"calumma/" + file.relative_to(ROOT).as_posix() for file in data}

@@ -112,12 +112,12 @@ class Operations:
             )
         self.eps, self._compiles = eps, sample.is_cuda
         self.native_rows = range(1, 1 if self.native is None else MOST_ROWS)  # products of so many rows are ours
-        self._measures = kernels == "auto" and self.native is not None
+        self.measures = kernels == "auto" and self.native is not None
 
     def measure(self, weights: Sequence[Tensor]) -> None:
         """Try products with some weights of one shape, ours and PyTorch's, with more and more rows: ours are taken as
         long as they are as fast, from one row on or from two. Small ones are ours, whose calls cost less."""
-        if not (self._measures and self.native is not None and weights[0].numel() >= MEASURED):
+        if not (self.measures and self.native is not None and weights[0].numel() >= MEASURED):
             return
         for rows in ROWS:
             x_RI = weights[0].new_zeros(rows, weights[0].shape[1])

@@ -29,16 +29,15 @@ from calumma.model.generation.passes.adapters import (
     AdapterBank,
     plain,
 )
+from calumma.model.generation.passes.head import Head
 from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.ops.adapter import Adapter
 from calumma.model.ops.fused import Kernels, Operations
 from calumma.model.ops.int8 import Int8Matrix, Matrix, beside
-from calumma.model.transformer import Output, Transformer, TransformerBlock
+from calumma.model.transformer import Transformer, TransformerBlock
 
 # Most bytes of projections that are copied to lie side by side.
 FUSED_BYTES = 1 << 28
-# Fewest bytes of an output projection that is packed on a CPU: the caches hold less, in whatever order it is read.
-PACKED_BYTES = 1 << 22
 TRIED = 8  # layers with which products are measured
 FusedProjection = tuple[Matrix, ...]  # that read the same input; one, where they lie side by side
 
@@ -87,7 +86,7 @@ class Decoder:
             self.operations.measure(down[:TRIED])
         self.adapters = AdapterBank(transformer, adapters) if adapters else None
         self.head = self._head() if self.shard.count > 1 else None
-        self._packed: dict[tuple[int, int], Tensor | None] = {}  # of the head, by first and last column
+        self.products = Head(transformer.output, self.operations)
         self.rope_LP2 = transformer.rope
 
     def hidden(self, tokens_T: Tensor, paged: PagedAttention, adapters_T: Tensor | None = None) -> Tensor:
@@ -115,26 +114,7 @@ class Decoder:
         if self.head is not None:
             logits_RV = self.shard.gather(F.linear(x_RD, self.head).float())
             return logits_RV[:, columns].contiguous()
-        native = self.operations.native
-        if native is not None and type(self.transformer.output) is Output and len(x_RD) in self.operations.native_rows:
-            weight_CD = self.transformer.output.weight.detach()[columns]
-            if weight_CD.dtype == x_RD.dtype and native.multiplies(weight_CD):
-                return native.product(x_RD, weight_CD).float()
-        if len(x_RD) > 1 and (packed := self._packed_head(columns)) is not None:
-            return torch.ops.mkldnn._linear_pointwise(x_RD, packed, None, "none", [], "").float()
-        logits_RC: Tensor = self.transformer.output(x_RD, columns=columns)
-        return logits_RC
-
-    def _packed_head(self, columns: slice) -> Tensor | None:
-        """Some columns of the head as oneDNN reads them from end to end, a copy that is kept; None where they are not
-        worth one. As they are stored MKL reads them for a few states at half that speed or less."""
-        key = (columns.start, columns.stop)
-        if key not in self._packed:
-            own = self.transformer.output.weight.detach()[columns]
-            worth = PACKED_BYTES <= own.numel() * own.element_size() <= FUSED_BYTES
-            packs = worth and own.device.type == "cpu" and _onednn_takes(own.dtype)
-            self._packed[key] = torch.ops.mkldnn._reorder_linear_weight(own) if packs else None
-        return self._packed[key]
+        return self.products.logits(x_RD, columns)
 
     def _embed(self, tokens_T: Tensor) -> Tensor:
         if self.shard.count == 1:
@@ -248,10 +228,3 @@ def _with_bias(projected: list[Tensor], biases: tuple[Tensor, ...] | None) -> li
     if biases is None:
         return projected
     return [output + bias for output, bias in zip(projected, biases, strict=True)]
-
-
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether this machine's oneDNN multiplies such matrices."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

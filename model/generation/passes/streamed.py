@@ -52,7 +52,7 @@ class StreamedDecoder(Decoder):
         self.shard, self._weights = Lockstep(), weights
         self.heads, self.kv_heads, self.head_size = config.heads, config.kv_heads, config.head_size
         self.swin = config.norm_order == "swin"
-        self._copied, self.head, self._packed, self.adapters = False, None, {}, None
+        self._copied, self.head, self.adapters = False, None, None
         with weights("norm.") as found:
             norm = found["norm.weight"].detach().to(device, copy=True)
         self.transformer.norm.weight = nn.Parameter(norm, requires_grad=False)

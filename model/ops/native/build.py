@@ -1,4 +1,4 @@
-"""Compiles kernels.cpp, once for a machine's kind of processor, and opens it.
+"""Compiles kernels.cpp and what it includes, once for a machine's kind of processor, and opens it.
 
 What is compiled lies below `$XDG_CACHE_HOME/calumma/kernels`, named by all that it depends on: source, compiler, flags,
 the processor's instructions. Who compiles holds a lock of the kernel's (flock), which ends with the process however it
@@ -68,7 +68,8 @@ def compiled(compiler: str, below: Path) -> Path:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
-    parts = [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), platform.machine().encode(), _instructions()]
+    sources = [each.read_bytes() for each in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    parts = [*sources, version, " ".join(FLAGS).encode(), platform.machine().encode(), _instructions()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 

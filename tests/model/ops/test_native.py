@@ -109,7 +109,7 @@ def test_what_is_no_number_stays_none_and_beyond_a_length_nothing_is_read(dtype:
 
 
 @dtypes
-@pytest.mark.parametrize(("outputs", "inputs"), [(4, 8), (20, 64), (300, 96)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(4, 8), (36, 24), (20, 64), (300, 96)])
 def test_products(dtype: torch.dtype, outputs: int, inputs: int) -> None:
     native, generator = kernels(dtype), torch.Generator().manual_seed(0)
     x_RI = torch.randn(11, inputs, generator=generator).to(dtype)

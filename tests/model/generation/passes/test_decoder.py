@@ -14,6 +14,7 @@ from calumma.model.generation.cache.contiguous import ContiguousCache
 from calumma.model.generation.cache.paged import PagedCache
 from calumma.model.generation.cache.sequence import Sequence
 from calumma.model.generation.passes import decoder as decoders
+from calumma.model.generation.passes import head as heads
 from calumma.model.generation.passes.decoder import Decoder
 from calumma.model.generation.passes.layout import BatchLayout
 from calumma.model.transformer import Transformer
@@ -72,16 +73,27 @@ def test_cached_passes_equal_the_full_forward(changes: dict[str, object], data: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_packed_head_gives_the_logits_of_the_plain_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "PACKED_BYTES", 1)
+    monkeypatch.setattr(heads, "LEAST_BYTES", 1)
     model = build().to(dtype)
-    decoder, states = Decoder(model), model.hidden(torch.randint(V, (1, 9)))[0]
-    for columns in (None, slice(7, 20), slice(3, 4)):
-        for count in (1, 2, 9):
-            found, expected = decoder.logits(states[:count], columns), model.output(states[:count], columns=columns)
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
-    packed = [head is not None for head in decoder._packed.values()]
-    assert packed == [decoders._onednn_takes(dtype)] * 3
+    decoder, states = Decoder(model), model.hidden(torch.randint(V, (1, 20)))[0]
+    for choice in ("native", "packed", "plain"):
+        decoder.products.choice = (choice,) * 3
+        for columns in (None, slice(7, 20), slice(3, 4)):
+            for count in (1, 2, 20):
+                found, expected = decoder.logits(states[:count], columns), model.output(states[:count], columns=columns)
+                assert found.dtype == torch.float32
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    packed = [head is not None for head in decoder.products._packed.values()]
+    assert packed == [heads._onednn_takes(dtype)] * 3
+
+
+def test_logits_are_by_whose_product_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "LEAST_BYTES", 1)
+    times = iter([3, 1, 2, 1, 2, 3, 3, 2, 1])  # ours, packed, plain; of 1 state, a few, many
+    monkeypatch.setattr(heads, "_seconds", lambda *given: next(times))
+    assert Decoder(build(vocabulary_size=32), kernels="auto").products.choice == ("packed", "native", "plain")
+    assert Decoder(build(vocabulary_size=32), kernels="native").products.choice == ("native",) * 3
+    assert Decoder(build(vocabulary_size=32), kernels="torch").products.choice == ("plain", "packed", "packed")
 
 
 @torch.no_grad()
