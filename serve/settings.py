@@ -171,11 +171,12 @@ class ModelSettings(Section):
         description="what the Transformer computes in; int8: in bfloat16, with its matrices in 8 bits; none: float32 "
         "on CPUs, and on GPUs bfloat16, or int8 where there is no room for more",
     )
-    speculative: int = Field(
-        0,
+    speculative: int | None = Field(
+        None,
         ge=0,
         description="image codes drafted ahead (speculative Jacobi decoding), fewer the more images are drawn at once; "
-        "0: none. A seed gives other images than with 0, the same with any other number",
+        "0: none; none given: on CPUs as many as are measured to pay, or 0. A seed gives other images than with 0, the "
+        "same with anything else",
     )
     cuda_graphs: bool | None = Field(
         None,

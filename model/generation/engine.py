@@ -41,6 +41,7 @@ from calumma.model.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
+IN_GROUPS = 8  # codes that a group drafts where it is left to it: its processes must agree
 Command = tuple[str, tuple[Request, RequestLimits] | None]  # a request by its id; None is an abort
 
 
@@ -59,7 +60,8 @@ class Engine:
     at most 64.
     jacobi_window: image codes that speculative Jacobi decoding drafts ahead and verifies in one pass, fewer the more
     images are drawn at once; 0 draws one code a pass. Codes come from the same distribution, but a seed gives others
-    than with 0; any two other windows give the same.
+    than with 0; any two other windows give the same. None drafts as many as pay, none among them, by what passes are
+    measured to cost as the engine starts and by how far drafts have stood; on a GPU it is 0, in a group 8.
     cuda_graphs: run passes of one token a sequence in fixed shapes, recorded as CUDA graphs; None does so where a
     GPU has all of the model. All are recorded as the engine is made. On a CPU, or in a group without NCCL, they run
     unrecorded.
@@ -94,7 +96,7 @@ class Engine:
         cache_tokens: int | None = None,
         block_size: int = BLOCK_SIZE,
         prefix_cache: bool = True,
-        jacobi_window: int = 0,
+        jacobi_window: int | None = 0,
         cuda_graphs: bool | None = None,
         ahead: bool | None = None,
         constraints: ConstraintCompiler | None = None,
@@ -119,9 +121,13 @@ class Engine:
             cache_tokens=block_size if cache_tokens is None else cache_tokens,
         )
         self.vocabulary, self.image_length, self.max_sequences = vocabulary, image_length, max_sequences
-        if jacobi_window < 0:
+        if jacobi_window is not None and jacobi_window < 0:
             raise ValueError(f"jacobi_window {jacobi_window} must be 1 or more, or 0 for none")
-        self.image_burst = 1 if jacobi_window else min(image_burst, FILLED)
+        if jacobi_window is None and transformer.embedding.weight.is_cuda:
+            jacobi_window = 0
+        if jacobi_window is None and shard is not None:
+            jacobi_window = IN_GROUPS
+        self.image_burst = min(image_burst, FILLED) if jacobi_window == 0 else 1
         graphs = transformer.embedding.weight.is_cuda and shard is None if cuda_graphs is None else cuda_graphs
         if disk_cache is not None and shard is not None:
             raise ValueError("blocks are kept on a disk of a model that one process has, not of one that is sharded")

@@ -16,6 +16,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 MODES: tuple[Mode, ...] = ("text", "image", "interleaved")
 SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine")
 MOST_LOGPROBS = 64
+LIKELY = 0.5  # top_p from which a proposed id is likely enough to lie in the nucleus
 MOST_PENALTY = 2.0  # OpenAI's range of presence and frequency penalties
 MOST_BIAS = 100.0  # and of logit biases
 MOST_BIASES = 1024
@@ -61,6 +62,11 @@ class PhaseSampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -MOST_PENALTY <= getattr(self, name) <= MOST_PENALTY:
                 raise ValueError(f"{name} {getattr(self, name)} must lie in {-MOST_PENALTY:g}..{MOST_PENALTY:g}")
+
+    @property
+    def proposes(self) -> bool:
+        """Whether a token drawn from all is mostly one that the filters leave, and it is simple to tell."""
+        return self.top_p >= LIKELY and not (self.top_k or self.min_p)
 
     @property
     def counted(self) -> bool:

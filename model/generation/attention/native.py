@@ -10,7 +10,7 @@ from torch import Tensor
 from calumma.model.generation.cache.paged import PagedCache
 from calumma.model.ops.native import NativeKernels
 
-MOST_TOKENS = 16  # of more in a sequence, products of matrices are faster
+MOST_TOKENS = 32  # of more in a sequence, products of matrices are faster
 
 
 class NativeReader:

@@ -39,9 +39,9 @@ def lay_out(scheduled: list[ScheduledRequest], block_size: int, first_code: int)
 def verify_drafts(
     batch: ImageBatch, p_RC: Tensor, logprobs_RC: Tensor, first_code: int, most: int
 ) -> list[RunnerOutput]:
-    """The accepted codes of each request's draft, and one code more. p: what each draw's code is distributed as;
-    logprobs: what is reported. most: codes that each drafts next. A request whose logits are no numbers fails; a draft
-    after which they are none is not looked at."""
+    """The accepted codes of each request's draft, and one code more. p: what each draw's code is distributed as, but
+    for filters that `proposes`; logprobs: what is reported. most: codes that each drafts next. A request whose logits
+    are no numbers fails; a draft after which they are none is not looked at."""
     finite = p_RC.isfinite().all(-1).tolist()
     outputs, begin = [], 0
     for state in batch.states:
@@ -52,7 +52,9 @@ def verify_drafts(
             outputs.append(RunnerOutput(state, [], [], NOT_FINITE))
             begin = end
             continue
-        accepted = state.drafts.verify(p_RC[begin : begin + sound], state.answered, state.codes_alike, most)
+        own_XC, image = p_RC[begin : begin + sound], state.params.image
+        top_p = image.top_p if image.proposes and image.temperature > 0 else 1.0
+        accepted = state.drafts.verify(own_XC, state.answered, state.codes_alike, most, top_p)
         rows_RC = logprobs_RC[begin : begin + len(accepted)]
         columns_R1 = torch.tensor(accepted, device=rows_RC.device)[:, None]
         values = rows_RC.gather(1, columns_R1)[:, 0].tolist()

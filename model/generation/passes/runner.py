@@ -9,6 +9,7 @@ R requests, C columns of the vocabulary.
 
 from __future__ import annotations
 
+import time
 from copy import copy
 from dataclasses import replace
 
@@ -18,9 +19,11 @@ from torch import Tensor
 from calumma.model.generation.attention.choice import fastest
 from calumma.model.generation.cache.contiguous import ContiguousCache
 from calumma.model.generation.cache.paged import PagedCache
+from calumma.model.generation.cache.sequence import Sequence
 from calumma.model.generation.cache.sizing import BRANCHES
 from calumma.model.generation.cache.verification import Note, Verification, Written
 from calumma.model.generation.passes.decoder import Decoder
+from calumma.model.generation.passes.draft_window import MOST, DraftWindow, GivenWindow, measured
 from calumma.model.generation.passes.drafts import lay_out, verify_drafts
 from calumma.model.generation.passes.graphs import CudaGraphs
 from calumma.model.generation.passes.image_batch import ImageBatch
@@ -30,21 +33,18 @@ from calumma.model.generation.passes.prompt_scores import score_prompt
 from calumma.model.generation.request import Failure
 from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.sampling.jacobi import JacobiDraft
-from calumma.model.generation.sampling.neighbours import NeighboursBySalt
+from calumma.model.generation.sampling.neighbours import Neighbours, NeighboursBySalt
 from calumma.model.generation.sampling.rules import masks_of
 from calumma.model.generation.sampling.sampler import IMAGE, TEXT, Sampler, SamplerOutput, SamplingMetadata, TextRows
 from calumma.model.generation.scheduler import ScheduledRequest
 from calumma.model.vocabulary import Vocabulary
 
-# Most codes that all sequences of a pass draft together: more requests than gain by it draft none. For a CPU a pass of
-# more tokens takes longer, so there several images share fewer (benchmarks/drafting.py).
-DRAFTED, DRAFTED_ON_CPU = 128, 8
-
 
 class ModelRunner:
     """The decoder, its cache of `blocks` blocks, and the sampler of `seats` requests.
 
-    window: image codes that are drafted ahead, 0 for none. graphs: record passes of fixed shapes (see CudaGraphs).
+    window: image codes that are drafted ahead, 0 for none, None for as many as pay. graphs: record passes of fixed
+    shapes (see CudaGraphs).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ModelRunner:
         block_size: int,
         seats: int,
         context: int,
-        window: int = 0,
+        window: int | None = 0,
         graphs: bool = False,
     ) -> None:
         weight, config = decoder.embedding, decoder.transformer.config
@@ -77,8 +77,12 @@ class ModelRunner:
         self.graphs = CudaGraphs(self.decoder, self.cache, -(-context // block_size), self.reader) if graphs else None
         if self.graphs is not None and self.device.type == "cuda":
             self.graphs.prepare(BRANCHES * seats)
-        self.vocabulary, self.image_length, self.window = vocabulary, image_length, window
+        self.vocabulary, self.image_length = vocabulary, image_length
         self.neighbours = NeighboursBySalt(image_length)
+        self.window = MOST if window is None else window
+        self.draft_window: DraftWindow = GivenWindow(self.device.type == "cpu")
+        if window is None:
+            self.draft_window = measured(self._seconds, blocks * block_size)
         self.verification: Verification[RequestState] = Verification()
         self.computed = self.drafted = self.accepted = 0
 
@@ -256,12 +260,30 @@ class ModelRunner:
     ) -> list[RunnerOutput]:
         logits_RC = images.guide(self.decoder.logits(x_BD, self.sampler.columns[IMAGE]))
         p_RC, logprobs_RC = self.sampler.image_probabilities(logits_RC, seats_R, metadata)
-        together = DRAFTED_ON_CPU if self.device.type == "cpu" and len(images.states) > 1 else DRAFTED
-        most = together // sum(len(state.sequences) for state in images.states)
+        most = self.draft_window.most(len(images.states), sum(len(state.sequences) for state in images.states))
+        drafted = [len(state.drafts.codes) if state.drafts else 0 for state in images.states]
         outputs = verify_drafts(images, self.decoder.shard.broadcast(p_RC), logprobs_RC, self._first_code, most)
+        for codes, output in zip(drafted, outputs, strict=True):
+            self.draft_window.note(codes, len(output.tokens) - 1)
         self.drafted += len(images.draws) - len(images.states)
         self.accepted += sum(len(output.tokens) - 1 for output in outputs)
         return outputs
+
+    @torch.inference_mode()
+    def _seconds(self, tokens: int) -> float:
+        """Of a pass of so many tokens of a sequence, and of verifying them as drafts."""
+        size = self.cache.block_size
+        blocks = list(range(-(-tokens // size)))
+        layout = BatchLayout([(Sequence([self._first_code] * tokens, 0, blocks), tokens)], size)
+        draft = JacobiDraft(0, tokens - 1, Neighbours(self.image_length))
+        draft.codes = [0] * (tokens - 1)
+        began = time.perf_counter()
+        x_TD = self._computed(self.tensor(layout.tokens), layout, 0)
+        p_TC = self.decoder.logits(x_TD, self.sampler.columns[IMAGE]).softmax(-1)
+        draft.verify(p_TC, 0, self.image_length)
+        seconds = time.perf_counter() - began
+        self.cache.clear(blocks)
+        return seconds
 
     def _count_cached(self, scheduled: list[ScheduledRequest], outputs: list[RunnerOutput], steps: int) -> None:
         """Note in each sequence how many of its tokens the cache now holds."""
@@ -292,6 +314,7 @@ class ModelRunner:
         return SamplingMetadata(
             random=any(each.temperature > 0 for each in sampling),
             filtered=any(each.filtered for each in sampling),
+            trimmed=any(each.filtered and not each.proposes for each in sampling),
             penalized=bool(penalized),
             seen=max((len(s.penalized_prompt) + s.answered for s in penalized), default=0),
             counted=any(s.params.text.counted for s in penalized),

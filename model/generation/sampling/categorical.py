@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calumma.model.generation.request import LIKELY
 from calumma.model.generation.sampling.filters import thresholds
 
 RUN = 256  # columns that are summed up, or looked through for the largest, at once
 TRIES = 4  # ids that are proposed for a nucleus before it is made out
-LIKELY = 0.5  # top_p from which a proposed id is likely enough to lie in the nucleus
 
 
 def draw_by_rejection(weights_RC: Tensor, filters_3R: Tensor | None, uniform_RX: Tensor) -> Tensor:

@@ -1,67 +1,77 @@
-"""What code follows its neighbours in an image: counts of the images drawn so far, to draft codes that no pass has
-looked at (sampling/jacobi.py). Drafts decide how many passes an image takes, never which image it is.
+"""What code follows its neighbours in an image: the distributions that passes have given so far, to draft codes that no
+pass has looked at, or only after other codes (sampling/jacobi.py). Drafts decide how many passes an image takes, never
+which image it is.
 
-Shape suffixes: C columns of the vocabulary.
+Shape suffixes: C columns of the vocabulary, X rows of a pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-CONTEXTS = 1 << 16  # that are remembered, the longest unused go first
-SURE = 1.0  # what a distribution counts for beside what was seen, in codes
-SALTS = 16  # whose counts are kept
-
+Weights = NDArray[np.float32]
 Context = tuple[int, ...]
+
+BYTES = 1 << 24  # of all sums of an image's kind: the contexts that are longest unused go first
+SALTS = 8  # whose sums are kept
+SURE = 0.05  # what is expected of any code before anything is seen, in codes
 
 
 class Neighbours:
-    """Codes by their neighbours in images of `length` codes: those to the left, above, and above to the right; or to
-    the left alone where images are no squares."""
+    """Sums of distributions by neighbours in images of `length` codes: those to the left and above, and both, and both
+    with the one above to the right; to the left alone where images are no squares."""
 
     def __init__(self, length: int) -> None:
         side = math.isqrt(length)
         self.side = side if side * side == length else 0
-        self._counts: OrderedDict[Context, Counter[int]] = OrderedDict()
+        self._sums: OrderedDict[Context, Weights] = OrderedDict()
+        self._seen: dict[Context, int] = {}  # how many each is of
 
-    def contexts(self, codes: Sequence[int], at: int) -> tuple[Context, Context]:
-        """A wider and a closer one of the code at a place, by the codes before it."""
+    def contexts(self, codes: Sequence[int], at: int) -> tuple[Context, ...]:
+        """Of the code at a place, by the codes before it; each begins with its kind."""
         left = codes[at - 1] if at else -1
         if not self.side:
-            return (left,), (codes[at - 2] if at > 1 else -1, left)
+            return (0, left), (2, left, codes[at - 2] if at > 1 else -1)
         left = left if at % self.side else -1
         above = codes[at - self.side] if at >= self.side else -1
         beside = codes[at - self.side + 1] if at >= self.side and (at + 1) % self.side else -1
-        return (left, above), (left, above, beside)
+        return (0, left), (1, above), (2, left, above), (3, left, above, beside)
 
-    def learn(self, codes: Sequence[int], begin: int) -> None:
-        """The codes from a place on are drawn."""
-        for at in range(begin, len(codes)):
-            for context in self.contexts(codes, at):
-                seen = self._counts.setdefault(context, Counter())
-                seen[codes[at]] += 1
-                self._counts.move_to_end(context)
-        while len(self._counts) > CONTEXTS:
-            self._counts.popitem(last=False)
+    def learn(self, p_XC: Weights, codes: Sequence[int], begin: int) -> None:
+        """What came to be expected at the places from `begin` on, each after the codes before it."""
+        sums = self._sums
+        for row, p_C in enumerate(p_XC):
+            for context in self.contexts(codes, begin + row):
+                if context in sums:
+                    sums[context] += p_C
+                    self._seen[context] += 1
+                    sums.move_to_end(context)
+                else:
+                    sums[context], self._seen[context] = p_C.copy(), 1
+        while len(sums) * p_XC.nbytes // len(p_XC) > BYTES:
+            del self._seen[sums.popitem(last=False)[0]]
 
-    def refine(self, p_C: Tensor, codes: Sequence[int], at: int) -> Tensor:
-        """What is known of a code, and what was seen with its neighbours: weights [C] of any sum."""
-        for context in self.contexts(codes, at):
-            if (seen := self._counts.get(context)) is not None:
-                p_C = p_C * (SURE / float(p_C.sum()))
-                columns = torch.tensor(list(seen), device=p_C.device)
-                counts = torch.tensor(list(seen.values()), device=p_C.device, dtype=p_C.dtype)
-                p_C = p_C.index_add(0, columns, counts)
-        return p_C
+    def expected(self, contexts: Sequence[Context], width: int) -> Weights:
+        """Weights [C] of any sum. A single neighbour counts for one code, both as often as they were seen."""
+        found = np.full(width, SURE / width, np.float32)
+        for context in contexts:
+            if (seen := self._sums.get(context)) is not None:
+                found += seen if context[0] > 1 else seen * np.float32(1 / self._seen[context])
+        return found
+
+    def corrected(self, p_C: Weights, supposed: Sequence[Context], contexts: Sequence[Context]) -> Weights:
+        """What a pass expected of a code after supposed neighbours, as these neighbours make it likelier or less."""
+        weights: Weights = p_C * self.expected(contexts, len(p_C)) / self.expected(supposed, len(p_C))
+        return weights
 
 
 class NeighboursBySalt:
-    """Counts of requests of the same root (block_manager.root_of): how soon an image is there tells nothing of others'
+    """Sums of requests of the same root (block_manager.root_of): how soon an image is there tells nothing of others'
     images."""
 
     def __init__(self, length: int) -> None:

@@ -57,8 +57,15 @@ class SeatNumbers:
 def exponential(seed: int, number: int, width: int, stream: int) -> Tensor:
     """FloatTensor [X] on the CPU, above 0 (and, one in 2^25, infinite): the numbers of a draw, exponentially
     distributed with mean 1. Small ones are as fine as large ones."""
-    words_X = _words(seed, number, 1, width, stream)[0]
-    return torch.from_numpy(((words_X + 0.5) * -(2.0**-32)).astype(np.float32)).log1p_().neg_()
+    return torch.from_numpy(exponentials(seed, number, 1, width, stream)[0])
+
+
+def exponentials(seed: int, first: int, count: int, width: int, stream: int) -> NDArray[np.float32]:
+    """[N, X]: those of `count` draws from `first` on."""
+    words_NX = _words(seed, first, count, width, stream)
+    negative_NX = ((words_NX + 0.5) * -(2.0**-32)).astype(np.float32)
+    found: NDArray[np.float32] = torch.from_numpy(negative_NX).log1p_().neg_().numpy()
+    return found
 
 
 def _words(seed: int, first: int, count: int, width: int, stream: int) -> NDArray[np.uint64]:

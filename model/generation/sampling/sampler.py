@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calumma.model.generation.request import MOST_LOGPROBS, SamplingParams
+from calumma.model.generation.request import LIKELY, MOST_LOGPROBS, SamplingParams
 from calumma.model.generation.sampling.adjustments import Adjusted, Adjustments
 from calumma.model.generation.sampling.categorical import TRIES, draw_by_rejection, largest
 from calumma.model.generation.sampling.filters import thresholds
@@ -35,13 +35,14 @@ BROKEN = -1  # where an id would be, of a row whose logits are no numbers
 class SamplingMetadata:
     """What the rows of a step ask for, all or some: the caller knows, and the device is not asked.
 
-    random: a temperature; filtered: top-p, top-k or min-p; penalized: any penalty; seen: ids that count for penalties,
-    at most so many; counted: it matters how often; biased: so many biases at most; top: so many most likely ids to
-    report.
+    random: a temperature; filtered: top-p, top-k or min-p; trimmed: filters that are not `proposes`; penalized: any
+    penalty; seen: ids that count for penalties, at most so many; counted: it matters how often; biased: so many biases
+    at most; top: so many most likely ids to report.
     """
 
     random: bool = False
     filtered: bool = False
+    trimmed: bool = False
     penalized: bool = False
     seen: int = 0
     counted: bool = False
@@ -157,14 +158,18 @@ class Sampler:
         self, logits_RC: Tensor, seats_R: Tensor, metadata: SamplingMetadata
     ) -> tuple[Tensor, Tensor]:
         """What image codes are drawn from, FloatTensor [R, C], and their log-probabilities, as in Event; from logits as
-        `sample` takes them. Rows whose logits are no numbers are none either."""
+        `sample` takes them. Where a request's filter `proposes`, it is left to who draws. Rows whose logits are no
+        numbers are none either."""
         logits_RC += self.bias[IMAGE]
         settings_R4 = self.settings_SP4[seats_R, IMAGE]
         temperature_R1 = settings_R4[:, :1]
         top_R1, token_R1 = largest(logits_RC)
         p_RC = ((logits_RC - top_R1) / torch.where(temperature_R1 > 0, temperature_R1, 1.0)).softmax(-1)
-        if metadata.filtered:
-            p_RC.masked_fill_(p_RC < thresholds(p_RC, *settings_R4[:, 1:].T)[:, None], 0)
+        if metadata.trimmed:
+            top_p_R, min_p_R, top_k_R = settings_R4[:, 1:].T
+            left_R = (top_p_R >= LIKELY) & (min_p_R <= 0) & (top_k_R <= 0)
+            top_p_R = torch.where(left_R, 1.0, top_p_R)
+            p_RC.masked_fill_(p_RC < thresholds(p_RC, top_p_R, min_p_R, top_k_R)[:, None], 0)
             p_RC /= p_RC.sum(-1, keepdim=True)
         certain_RC = torch.zeros_like(p_RC).scatter_(1, token_R1, 1.0)
         logprobs_RC = logits_RC.log_softmax(-1)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calumma.model.generation import Engine, PhaseSampling, Request, SamplingParams, Statistics
-from calumma.model.generation.passes import runner
+from calumma.model.generation.passes import draft_window
 from calumma.model.generation.sampling.jacobi import JacobiDraft
 from calumma.model.generation.sampling.neighbours import Neighbours
 from calumma.model.transformer import Transformer
@@ -61,6 +62,9 @@ def exactly(transformer: Transformer, image: PhaseSampling) -> dict[tuple[int, .
         p = ((nothing + 2.0 * (full - nothing)) / image.temperature).softmax(-1)
         if image.top_k:
             p = torch.where(p >= p.topk(image.top_k).values[-1], p, 0.0)
+        if image.top_p < 1:
+            likelier = (p * (p > p[:, None])).sum(-1)
+            p = torch.where(likelier < image.top_p, p, 0.0)
         return (p / p.sum()).tolist()
 
     found = {}
@@ -129,21 +133,31 @@ def test_what_is_drafted_changes_no_code(seed: int, windows: list[int], begin: i
 
 def test_neighbours_are_those_of_the_grid_and_what_followed_them_is_expected_again() -> None:
     neighbours, codes = Neighbours(9), [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    assert [neighbours.contexts(codes, at)[1] for at in (0, 1, 3, 4, 5)] == [
+    assert [neighbours.contexts(codes, at)[-1][1:] for at in (0, 1, 3, 4, 5)] == [
         (-1, -1, -1),
         (0, -1, -1),
         (-1, 0, 1),
         (3, 1, 2),
         (4, 2, -1),
     ]
-    assert Neighbours(8).contexts(codes, 4) == ((3,), (2, 3))
-    flat = torch.full((10,), 0.1)
-    assert torch.equal(neighbours.refine(flat, codes, 4), flat)
-    neighbours.learn(codes, 4)
-    assert int(neighbours.refine(flat, [0, 1, 2, 3], 4).argmax()) == 4
-    other = neighbours.refine(flat, [0, 1, 9, 3], 4)
-    assert int(other.argmax()) == 4, "by two of the three"
-    assert float(other.max() / other.sum()) < float((w := neighbours.refine(flat, codes, 4)).max() / w.sum())
+    assert Neighbours(8).contexts(codes, 4) == ((0, 3), (2, 3, 2))
+
+    def share(codes: list[int]) -> float:
+        """What is expected of a 4, of all."""
+        expected = neighbours.expected(neighbours.contexts(codes, 4), 10)
+        return float(expected[4] / expected.sum())
+
+    assert share(codes) == pytest.approx(0.1)
+    for _ in range(3):
+        neighbours.learn(np.eye(10, dtype=np.float32)[4:5], codes, 4)
+    shares = [share(context) for context in (codes, [0, 1, 9, 3], [0, 9, 9, 3], [0, 9, 9, 9])]
+    assert shares == sorted(shares, reverse=True), "the fewer neighbours are the same"
+    assert shares[0] > shares[1] > shares[2] > 0.9 > shares[3] == pytest.approx(0.1)
+    p = np.full(10, 0.1, np.float32)
+    contexts = [neighbours.contexts(each, 4) for each in (codes, [0, 9, 9, 9])]
+    assert neighbours.corrected(p, contexts[1], contexts[0]).argmax() == 4
+    assert neighbours.corrected(p, contexts[0], contexts[1]).argmin() == 4
+    assert np.allclose(neighbours.corrected(p, contexts[0], contexts[0]), p)
 
 
 def test_drafts_that_learn_take_fewer_passes() -> None:
@@ -177,12 +191,13 @@ def test_drafts_that_learn_take_fewer_passes() -> None:
         (0, PhaseSampling(1.0, 1.0), 60.1),
         (2, PhaseSampling(1.0, 1.0), 60.1),
         (2, PhaseSampling(1.5, 1.0, top_k=2), 29.9),
+        (2, PhaseSampling(1.5, 0.7), 60.1),
     ],
 )
 def test_images_come_with_exactly_their_probability(
     transformer: Transformer, window: int, image: PhaseSampling, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "DRAFTED_ON_CPU", 1000)  # all of them draft
+    monkeypatch.setattr(draft_window, "DRAFTED_ON_CPU", 1000)  # all of them draft
     expected, count = exactly(transformer, image), 6000
     drawn, statistics = images(transformer, count, image, jacobi_window=window)
     observed = Counter(drawn)
@@ -208,6 +223,7 @@ def test_a_seed_gives_the_same_image_in_any_company(transformer: Transformer) ->
     crowded, statistics = images(transformer, 4, image, length=12, jacobi_window=4, **options)
     assert crowded == alone
     assert statistics.counters.preemptions > 0
-    narrow = images(transformer, 4, image, length=12, jacobi_window=1)[0]
-    assert narrow == alone, "nor does it matter how far ahead is drafted"
+    for window in (1, None):
+        other = images(transformer, 4, image, length=12, jacobi_window=window)[0]
+        assert other == alone, "nor does it matter how far ahead is drafted"
     assert statistics.blocks_used == 0
