@@ -38,6 +38,7 @@ class Sizes(Section):
     groups: list[str] = Field(["Food & Drink", "Animals & Nature"], description="of Unicode, whose things are shown")
     things: int = Field(48, description="of these groups")
     with_skins: int = Field(8, description="hands and people in six skins, of 24")
+    more: int = 1500  # pictures of other things, which the image tokenizer alone learns from
     pairs: int = 4000
     pages: int = 600
     recognition: int = 2000
@@ -63,6 +64,7 @@ LARGE = Sizes(
     ],
     things=1200,
     with_skins=24,
+    more=4000,
     pairs=120_000,
     pages=20_000,
     recognition=60_000,
@@ -76,6 +78,7 @@ LARGE = Sizes(
 FAST = Sizes(
     things=12,
     with_skins=2,
+    more=20,
     pairs=80,
     pages=20,
     recognition=40,
@@ -155,13 +158,14 @@ def _file_makers(spec: ColourDocumentsSpecification, train: list[Picture], held_
     def pairs() -> Iterator[RawFile]:
         samples = (
             (f"{place:06d}-{p.name}", p.png(), talk.caption(p, kind))
-            for place, (p, kind) in enumerate(drawn(1, sizes.pairs, talk.CAPTIONS, 0.3))
+            for place, (p, kind) in enumerate(drawn(1, sizes.pairs, talk.CAPTIONS, 0.8))
         )
         return tars("pairs", samples, spec.samples_per_tar, {"license": "mixed"})
 
     return {
         "pictures_train": lambda: labelled("pictures_train", train, 0, 10),
         "pictures_held_out": lambda: labelled("pictures_held_out", held_out, 0, 11),
+        "pictures_more": lambda: labelled("pictures_more", _others(spec, [*train, *held_out]) or train, 0, 14),
         "judge_train": lambda: labelled("judge_train", [*train, *held_out], sizes.judge_copies, 12),
         "judge_held_out": lambda: moved("judge_held_out", held_out, 13),
         "pairs": pairs,
@@ -175,7 +179,7 @@ def _file_makers(spec: ColourDocumentsSpecification, train: list[Picture], held_
             "chat_style", [talk.style_chat(p, k) for p, k in drawn(4, sizes.styles, talk.STYLE)]
         ),
         "chat_drawing": lambda: chats(
-            "chat_drawing", [talk.drawing_chat(p, k) for p, k in drawn(5, sizes.drawing, talk.DRAWING)]
+            "chat_drawing", [talk.drawing_chat(p, k) for p, k in drawn(5, sizes.drawing, talk.DRAWING, 0.7)]
         ),
         "chat_edit": lambda: chats("chat_edit", _edits(album, sizes.edits, random(6))),
         "chat_story": lambda: chats(
@@ -251,7 +255,14 @@ def _edits(album: Album, count: int, random: np.random.Generator) -> list[Conver
 
 
 def _spread(pictures: Sequence[Picture], count: int) -> list[Picture]:
-    return [pictures[i] for i in np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)]
+    count = min(count, len(pictures))
+    return [pictures[i] for i in np.linspace(0, max(0, len(pictures) - 1), count).round().astype(int)]
+
+
+def _others(spec: ColourDocumentsSpecification, shown: Sequence[Picture]) -> list[Picture]:
+    """Pictures of none of the things that are shown."""
+    known = {p.thing for p in shown}
+    return _spread([p for p in read_sets(spec.sets) if p.thing not in known], spec.sizes.more)
 
 
 def _text(every: Sequence[Picture]) -> RawFile:

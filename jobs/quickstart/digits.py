@@ -6,6 +6,7 @@ Every use of a scan goes through `split`: a scan belongs to training or is held 
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,12 +44,16 @@ class Scan:
         return buffer.getvalue()
 
     def augmented(self, random: np.random.Generator) -> Scan:
-        """The same scan turned by up to 8 degrees and shifted by up to 1.5 pixels: another picture of the same ink."""
-        angle = float(random.uniform(-8, 8))
-        shift = (float(random.uniform(-1.5, 1.5)), float(random.uniform(-1.5, 1.5)))
-        turned = PILImage.fromarray(self.ink_HW).rotate(angle, PILImage.Resampling.BICUBIC)
-        moved = turned.transform(
-            turned.size, PILImage.Transform.AFFINE, (1, 0, shift[0], 0, 1, shift[1]), PILImage.Resampling.BICUBIC
+        """Another picture of the same ink: turned by up to 12 degrees, slanted by up to a sixth, 0.88 to 1.14 times as
+        wide and as high, shifted by up to 2 pixels."""
+        angle, slant = math.radians(random.uniform(-12, 12)), random.uniform(-1 / 6, 1 / 6)
+        turned = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        back_22 = turned @ np.array([[1, slant], [0, 1]]) @ np.diag(1 / random.uniform(0.88, 1.14, 2))
+        centre_2 = np.full(2, RESOLUTION / 2)  # Pillow counts from a pixel's corner
+        origin_2 = centre_2 - back_22 @ (centre_2 + random.uniform(-2, 2, 2))
+        where = tuple(np.column_stack([back_22, origin_2]).ravel().tolist())  # from a pixel to where it comes from
+        moved = PILImage.fromarray(self.ink_HW).transform(
+            (RESOLUTION, RESOLUTION), PILImage.Transform.AFFINE, where, PILImage.Resampling.BICUBIC
         )
         return Scan(self.number, self.digit, np.clip(np.asarray(moved, dtype=np.float32), 0, 1))
 

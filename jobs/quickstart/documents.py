@@ -2,7 +2,7 @@
 
 Digit scans (scikit-learn) as image-caption pairs in WebDataset tars, Python's reference and standard library as JSON
 lines, interleaved pages as Parquet, conversations as JSON lines. Scans are split into train and held-out first;
-only training scans are turned and shifted a little for further pictures (`Scan.augmented`).
+only training scans are turned, slanted, stretched and shifted a little for further pictures (`Scan.augmented`).
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Sizes(Section):
     """How much is written. None: all there is."""
 
     scans: int | None = None
-    copies: int = 3  # turned and shifted pictures of each training scan, beside the scan itself
+    copies: int = 4  # moved pictures of each training scan, beside the scan itself
     pages: int = 800
-    recognition: int = 9000
+    recognition: int = 16000
     drawing: int = 2000
     counting: int = 1500
     text_characters: int = 300_000
@@ -150,8 +150,8 @@ def _scan_report(spec: DocumentsSpecification) -> dict[str, Any]:
         "train": len(train),
         "held_out": len(held_out),
         "split": "by scan, stratified by digit, before anything else",
-        "augmentation": f"{spec.sizes.copies} pictures of each training scan, turned by up to 8 degrees and shifted "
-        "by up to 1.5 of 32 pixels; none of a held-out scan",
+        "augmentation": f"{spec.sizes.copies} pictures of each training scan, turned by up to 12 degrees, slanted by "
+        "up to a sixth, 0.88 to 1.14 times as wide and high, shifted by up to 2 of 32 pixels; none of a held-out scan",
     }
 
 

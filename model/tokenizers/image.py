@@ -121,9 +121,12 @@ class ImageTokenizer(nn.Module):
         batch: int | None = None,
         total: Callable[[Tensor], object] | None = None,
     ) -> int:
-        """Move the entries where `used_K` (BoolTensor [K]) is false onto random latents of a batch; how many moved
-        (Jukebox, arXiv 2005.00341, section 3.2: keeps the whole codebook in use).
+        """Move the entries where `used_K` (BoolTensor [K]) is false onto latents of a batch; how many moved (Jukebox,
+        arXiv 2005.00341, section 3.2: keeps the whole codebook in use).
 
+        A latent is drawn with its squared distance to the nearest used entry, as k-means++ seeds (Arthur and
+        Vassilvitskii 2007): plain ground, which is most of many pictures, does not get many codes. Where no entry is
+        used all are as likely.
         Workers that share a batch of `batch` images, this one's from number `first` on, move them alike: with equal
         generators, and `total`, which sums a tensor over all workers, in place.
         """
@@ -131,8 +134,20 @@ class ImageTokenizer(nn.Module):
         if len(dead):
             latents_BNE = self.quant_conv(self.encoder(images_BCHW)).flatten(2).transpose(1, 2)
             latents, codes = latents_BNE.flatten(0, 1), latents_BNE.shape[1]
-            pick = torch.randint((batch or len(images_BCHW)) * codes, (len(dead),), generator=generator)
-            pick = pick.to(latents.device) - first * codes
+            begin, everywhere = first * codes, (batch or len(images_BCHW)) * codes
+            chance = latents.new_zeros(everywhere)
+            chance[begin : begin + len(latents)] = _squared_distances(latents, self.codebook.weight[used_K])
+            if total is not None:
+                total(chance)
+            chance = chance.double().cpu()
+            enough = int((chance > 0).sum()) >= len(dead)
+            pick = torch.multinomial(
+                chance if enough else torch.ones_like(chance),
+                len(dead),
+                replacement=len(dead) > everywhere,
+                generator=generator,
+            )
+            pick = pick.to(latents.device) - begin
             mine = (pick >= 0) & (pick < len(latents))
             moved = latents.new_zeros(len(dead), latents.shape[1])
             moved[mine] = latents[pick[mine]]
@@ -161,3 +176,10 @@ class ImageTokenizer(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{directory}: the weights do not fit the configuration beside them: {error}") from error
         return tokenizer.float().eval()
+
+
+def _squared_distances(latents_LE: Tensor, entries_KE: Tensor) -> Tensor:
+    """FloatTensor [L]: of each latent to the nearest entry; 1 where there is none."""
+    if not len(entries_KE):
+        return latents_LE.new_ones(len(latents_LE))
+    return torch.cat([torch.cdist(part, entries_KE).amin(1).square() for part in latents_LE.split(4096)])

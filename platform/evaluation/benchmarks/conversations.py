@@ -95,10 +95,10 @@ def grade_conversations(
         drawn = [right for one in grades for right in one.digits]
         together["digits"] = sum(drawn) / len(drawn)
     if kind == "generation":
-        together |= _differences(cases, shown)
+        real = [[Image(each).open() for each in item.expected.pictures[:1]] for item in items]
+        together |= _differences([case.words[0] for case in cases], shown, real)
         if training is not None:
-            real = [each for item in items for each in item.expected.pictures[:1]]
-            together |= _likeness(training, [each[0] for each in shown if each], [Image(each).open() for each in real])
+            together |= _likeness(training, [each[0] for each in shown if each], [one for each in real for one in each])
     if kind != "recognition":
         together |= {f"judge_{name}": value for name, value in judged.items()}
     sheets = {"sheet": _png(_sheet(cases, documents, grades))}
@@ -130,18 +130,18 @@ def _likeness(training: str, drawn: Sequence[PILImage.Image], real: Sequence[PIL
     return Likeness([picture for picture, _ in labelled_pictures(training)]).measure(drawn, real)
 
 
-def _differences(cases: Sequence[Case], shown: Sequence[Sequence[PILImage.Image]]) -> dict[str, float]:
-    """How much drawings differ: all of them, those of one word among each other, and these over how much the pictures
-    differ that the expected answers have for the word."""
+def _differences(
+    words: Sequence[str], shown: Sequence[Sequence[PILImage.Image]], real: Sequence[Sequence[PILImage.Image]]
+) -> dict[str, float]:
+    """How much drawings differ: all of them, those of one word among each other, and these over how much the real
+    pictures differ that the expected answers have for the word."""
     every = [picture for each in shown for picture in each[:1]]
     found = {"distinct": distinct(every), "diversity": diversity(every)}
-    words = [case.words[0] for case in cases]
     within = _diversity_within(words, [each[:1] for each in shown])
-    real = _diversity_within(words, [[image.open() for image in case.expected.images[:1]] for case in cases])
     if within is not None:
         found["diversity_within"] = within
-        if real:
-            found["diversity_of_real"] = within / real
+        if usual := _diversity_within(words, real):
+            found["diversity_of_real"] = within / usual
     return found
 
 

@@ -23,7 +23,10 @@ SOURCES = {
     source["name"]: source["format"]
     for source in steps.step_specification("curate", Options(Path("w"), course=COLOUR)).model_dump()["sources"]
 }
-TRAINED = [name for name in SOURCES if name.startswith(("pairs", "pages", "chat_"))] + ["pictures_train"]
+TRAINED = [name for name in SOURCES if name.startswith(("pairs", "pages", "chat_"))] + [
+    "pictures_train",
+    "pictures_more",
+]
 
 
 @pytest.fixture(scope="module")

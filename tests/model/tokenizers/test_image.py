@@ -15,12 +15,12 @@ from calumma.model.tokenizers.image import ImageTokenizer, MissingDecoder
 from calumma.model.tokenizers.image_layers import AttentionBlock
 
 
-def build(multipliers: list[int], resolution: int = 16) -> ImageTokenizer:
+def build(multipliers: list[int], resolution: int = 16, codebook_size: int = 20) -> ImageTokenizer:
     torch.manual_seed(0)
     return ImageTokenizer(
         ImageTokenizerConfig(
             resolution=resolution,
-            codebook_size=20,
+            codebook_size=codebook_size,
             embedding=6,
             base_channels=8,
             multipliers=multipliers,
@@ -74,6 +74,19 @@ def test_dead_codes_move_onto_latents_and_live_ones_stay() -> None:
     latents = tokenizer.latents(images).flatten(0, 1)
     moved = (after[5:, None] - latents[None]).abs().amax(-1)  # one latent each, to rounding
     assert moved.min(1).values.max() < 1e-5
+
+
+def test_dead_codes_do_not_crowd_on_plain_ground() -> None:
+    tokenizer = build([1, 2], codebook_size=80)
+    images = torch.ones(4, 3, 16, 16)
+    images[0] = torch.rand(3, 16, 16) * 2 - 1
+    latents_LE = tokenizer.latents(images).flatten(0, 1).detach()
+    used = torch.arange(80) < 64
+    with torch.no_grad():  # what plain ground becomes, edges and corners too
+        tokenizer.codebook.weight[:64] = latents_LE[64:128]
+    tokenizer.restart_dead_codes(used, images, torch.Generator().manual_seed(0))
+    nearest = torch.cdist(tokenizer.codebook.weight[64:], latents_LE).argmin(1)
+    assert (nearest < 64).all()  # three in four latents are of plain ground
 
 
 def test_wrong_sizes_are_refused() -> None:

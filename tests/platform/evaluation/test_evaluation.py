@@ -288,11 +288,7 @@ def test_drawings_that_differ_half_as_much_as_real_pictures() -> None:
     real = [PILImage.new("RGB", (8, 8), (shade,) * 3) for shade in (20, 120, 220, 0, 100)]
     drawn = [PILImage.new("RGB", (8, 8), (shade,) * 3) for shade in (70, 120, 170, 30, 80)]
     words = ["six", "six", "six", "nine", "nine"]
-    cases = [
-        Case("generation", Document(()), Document((Image(picture, word),)), (word,))
-        for picture, word in zip(real, words, strict=True)
-    ]
-    found = _differences(cases, [[picture] for picture in drawn])
+    found = _differences(words, [[picture] for picture in drawn], [[picture] for picture in real])
     assert found["diversity_of_real"] == pytest.approx(0.5, abs=1e-5)
     assert found["diversity_within"] == pytest.approx((200 / 3 + 50) / 2 / 255, abs=1e-5)
 
