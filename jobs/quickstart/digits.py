@@ -43,14 +43,14 @@ class Scan:
         self.picture().save(buffer, format="PNG")
         return buffer.getvalue()
 
-    def augmented(self, random: np.random.Generator) -> Scan:
+    def augmented(self, random: np.random.Generator, most: float = 1.0) -> Scan:
         """Another picture of the same ink: turned by up to 12 degrees, slanted by up to a sixth, 0.88 to 1.14 times as
-        wide and as high, shifted by up to 2 pixels."""
-        angle, slant = math.radians(random.uniform(-12, 12)), random.uniform(-1 / 6, 1 / 6)
+        wide and as high, shifted by up to 2 pixels; all of it times `most`."""
+        angle, slant = most * math.radians(random.uniform(-12, 12)), most * random.uniform(-1 / 6, 1 / 6)
         turned = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        back_22 = turned @ np.array([[1, slant], [0, 1]]) @ np.diag(1 / random.uniform(0.88, 1.14, 2))
+        back_22 = turned @ np.array([[1, slant], [0, 1]]) @ np.diag(random.uniform(0.88, 1.14, 2) ** -most)
         centre_2 = np.full(2, RESOLUTION / 2)  # Pillow counts from a pixel's corner
-        origin_2 = centre_2 - back_22 @ (centre_2 + random.uniform(-2, 2, 2))
+        origin_2 = centre_2 - back_22 @ (centre_2 + most * random.uniform(-2, 2, 2))
         where = tuple(np.column_stack([back_22, origin_2]).ravel().tolist())  # from a pixel to where it comes from
         moved = PILImage.fromarray(self.ink_HW).transform(
             (RESOLUTION, RESOLUTION), PILImage.Transform.AFFINE, where, PILImage.Resampling.BICUBIC
