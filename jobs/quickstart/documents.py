@@ -151,8 +151,8 @@ def _scan_report(spec: DocumentsSpecification) -> dict[str, Any]:
         "held_out": len(held_out),
         "split": "by scan, stratified by digit, before anything else",
         "augmentation": f"{spec.sizes.copies} pictures of each training scan, turned by up to 12 degrees, slanted by "
-        "up to a sixth, 0.88 to 1.14 times as wide and high, shifted by up to 2 of 32 pixels, half of that in captioned "
-        "pairs; none of a held-out scan",
+        "up to a sixth, 0.88 to 1.14 times as wide and high, shifted by up to 2 of 32 pixels, half of that in pairs "
+        "with captions; none of a held-out scan",
     }
 
 
