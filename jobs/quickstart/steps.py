@@ -324,11 +324,23 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
 @contextmanager
 def _serving(spec: AnswersSpecification, options: Options) -> Iterator[tuple[str, str]]:
     """(URL, model name) of the registered model behind Ray Serve, for the length of the block."""
+    from calumma.platform.evaluation.specification import EvaluateSpecification
     from calumma.serve.deploy.endpoint import deploy, undeploy
-    from calumma.serve.settings import ServeSettings
+    from calumma.serve.settings import SamplingDefaults, ServeSettings
 
     name = spec.model.removeprefix("models:/").partition("@")[0]
-    settings = ServeSettings(model=spec.model, tracking=spec.tracking, name=name, port=free_port(options.port))
+    evaluated = step_specification("evaluate", options)
+    assert isinstance(evaluated, EvaluateSpecification)
+    drawn = evaluated.pictures  # as they were measured
+    sampling = SamplingDefaults(
+        image_temperature=drawn.temperature,
+        image_top_p=drawn.top_p,
+        guidance_text=drawn.guidance_text,
+        guidance_image=drawn.guidance_image,
+    )
+    settings = ServeSettings(
+        model=spec.model, tracking=spec.tracking, name=name, port=free_port(options.port), sampling=sampling
+    )
     url = deploy(settings)
     try:
         yield url, name

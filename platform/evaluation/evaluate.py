@@ -81,7 +81,7 @@ def suite_specification(spec: EvaluateSpecification) -> SuiteSpecification:
         **spec.model_dump(include={"storage", "tracking", "resources", "run_name", "seed", "output", "data"}),
         only=only,
         suite=spec.suite,
-        system=SystemSpecification(model=spec.model, batch=spec.batch),
+        system=SystemSpecification(model=spec.model, batch=spec.batch, pictures=spec.pictures),
         tasks=[
             SuiteTask(
                 name=task.name,

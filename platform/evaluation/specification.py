@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from calumma.platform.evaluation.systems.specification import PictureSampling
 from calumma.platform.specification import JobSpecification, Section
 
 
@@ -45,6 +46,7 @@ class EvaluateSpecification(JobSpecification):
         description="curated images the model has learned from: drawn pictures are compared with them and with the "
         "expected ones (Fréchet distance, nearest training picture)",
     )
+    pictures: PictureSampling = PictureSampling()
     labels: list[str] = Field([], description="what pictures may show, in the order of the confusion matrix")
     suite: Literal["paper", "safety", "none"] = Field(
         "none", description="benchmarks beside the tasks; tasks come in place of those of the same name"

@@ -35,7 +35,11 @@ from calumma.platform.evaluation.systems.worker import cut_at_stops
 T = TypeVar("T")
 AWAY = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another try
 UNUSABLE = (401, 403, 404, 405)  # no other prompt will fare better
-OPTIONAL = {"seed", "top_p", "response_format", "modalities"}  # a server without them is asked without them
+# What a server that does not take it is asked without.
+OPTIONAL = {
+    "seed", "top_p", "response_format", "modalities", "image_temperature", "image_top_p", "guidance_text",
+    "guidance_image",
+}  # fmt: skip
 BROKEN = 4  # answers of 500 to one request, while others are answered: the request is why
 LONGEST_PAUSE = 30.0
 WORDS = 300  # of an error that are told
@@ -156,6 +160,9 @@ class EndpointSystem:
             body["max_tokens"] = sampling.max_tokens
             if sampling.stop:
                 body["stop"] = list(sampling.stop)[:4]
+        if sampling.mode != "text" and (pictures := self._spec.pictures) is not None:
+            body |= {"image_temperature": pictures.temperature, "image_top_p": pictures.top_p}
+            body |= {"guidance_text": pictures.guidance_text, "guidance_image": pictures.guidance_image}
         if self._spec.images != "none":
             body["modalities"] = {"text": ["text"], "image": ["image"], "interleaved": ["text", "image"]}[sampling.mode]
         elif sampling.mode == "image":

@@ -31,7 +31,9 @@ class LocalSystem:
 
         assert spec.model is not None
         self.name, self._size = spec.title, CHUNKS_A_BATCH * spec.batch
-        self._worker: ModelWorker | None = ModelWorker(spec.model, tracking, spec.batch, dtype=spec.dtype)
+        self._worker: ModelWorker | None = ModelWorker(
+            spec.model, tracking, spec.batch, dtype=spec.dtype, pictures=spec.pictures
+        )
 
     def answer(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Answer]:
         return self._each("answer", prompts, progress)
@@ -80,7 +82,7 @@ class ClusterSystem(LocalSystem):
         self._batch = spec.batch
         self._starting: dict[Any, Any] = {}  # ping -> actor
         for _ in range(resources.max_workers):
-            one = actor.remote(spec.model, tracking, spec.batch, threads, spec.dtype)
+            one = actor.remote(spec.model, tracking, spec.batch, threads, spec.dtype, spec.pictures)
             self._starting[one.ping.remote()] = one
         self._ready: list[Any] = []
 

@@ -9,6 +9,18 @@ from pydantic import Field, model_validator
 from calumma.platform.specification import Section, basename
 
 
+class PictureSampling(Section):
+    """How the pictures of answers are drawn; the defaults are the public release's. Fit them on pictures that are not
+    those one measures with."""
+
+    temperature: float = Field(0.7, ge=0, le=2, description="of image codes; 0: the likeliest code")
+    top_p: float = Field(0.9, gt=0, le=1, description="of image codes: the likeliest that have this share together")
+    guidance_text: float = Field(3.0, ge=0, description="how far a picture follows its text; 1: no guidance")
+    guidance_image: float = Field(
+        1.2, ge=0, description="how far a picture follows the pictures before it; 1: no guidance"
+    )
+
+
 class SystemSpecification(Section):
     """A model directory or `models:/…`, answered by engines on the cluster, or the URL of an OpenAI-compatible API."""
 
@@ -30,6 +42,11 @@ class SystemSpecification(Section):
     batch: int = Field(16, ge=1, description="prompts that an engine answers at once")
     dtype: Literal["float32", "bfloat16", "float64"] | None = Field(
         None, description="of a model's weights; none: as stored"
+    )
+
+    pictures: PictureSampling | None = Field(
+        None,
+        description="how pictures are drawn; null: as the public release does, of an endpoint as it does by itself",
     )
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from calumma.model.document import Document, Role, Segment, Text
 from calumma.platform.evaluation.systems.prompts import Answer, Prompt, Sampling, Score, UnusableSystem
+from calumma.platform.evaluation.systems.specification import PictureSampling
 from calumma.platform.specification import Tracking
 
 if TYPE_CHECKING:
@@ -32,7 +33,15 @@ class _Outcome:
 class ModelWorker:
     """Holds a model; runs in this process or as a Ray actor. Work comes in lists, and so do results, in order."""
 
-    def __init__(self, model: str, tracking: Tracking, batch: int, threads: int = 0, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        tracking: Tracking,
+        batch: int,
+        threads: int = 0,
+        dtype: str | None = None,
+        pictures: PictureSampling | None = None,
+    ) -> None:
         import torch
 
         from calumma.model import load
@@ -57,6 +66,7 @@ class ModelWorker:
             self._model.transformer, self._model.vocabulary, self._model.image_length, batch, memory=memory
         )
         self._numbers = 0
+        self._pictures = pictures or PictureSampling()
 
     def ping(self) -> bool:
         return True
@@ -164,6 +174,9 @@ class ModelWorker:
             max_tokens=sampling.max_tokens + drawn,
             max_images=sampling.max_images,
             text=PhaseSampling(temperature=sampling.temperature, top_p=sampling.top_p),
+            image=PhaseSampling(temperature=self._pictures.temperature, top_p=self._pictures.top_p),
+            guidance_text=self._pictures.guidance_text,
+            guidance_image=self._pictures.guidance_image,
             seed=sampling.seed % 2**63,
         )
         return supported_params(params, self._model)

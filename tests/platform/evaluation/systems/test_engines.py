@@ -9,10 +9,26 @@ import pytest
 from calumma.model.document import Document, Text
 from calumma.platform.evaluation.systems.engines import ClusterSystem, LocalSystem
 from calumma.platform.evaluation.systems.prompts import Prompt, Sampling
-from calumma.platform.evaluation.systems.specification import SystemSpecification
+from calumma.platform.evaluation.systems.specification import PictureSampling, SystemSpecification
 from calumma.platform.specification import Resources, Tracking, WorkerRange
 
 WORDS = ("red", "blue", "square", "circle", "bread", "box", "yellow", "answer")
+
+
+def drawn(model: Path, pictures: PictureSampling | None) -> list[bytes]:
+    """What two seeds draw of one prompt."""
+    prompts = [Prompt(Document((Text("A red", "user"),)), Sampling(mode="image", seed=seed)) for seed in (1, 2)]
+    with LocalSystem(SystemSpecification.of(str(model), pictures=pictures), Tracking()) as system:
+        return [answer.document.images[0].open().tobytes() for answer in system.answer(prompts)]
+
+
+def test_pictures_are_drawn_as_the_system_says(model_directory: Path) -> None:
+    first, second = drawn(model_directory, None)
+    assert first != second
+    first, second = drawn(model_directory, PictureSampling(temperature=0.0))
+    assert first == second
+    guided, plain = (drawn(model_directory, PictureSampling(temperature=0.0, guidance_text=g)) for g in (9.0, 1.0))
+    assert guided != plain
 
 
 @pytest.mark.cluster
