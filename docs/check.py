@@ -29,6 +29,8 @@ PAGES = Path(__file__).resolve().parent / "pages"
 GUIDES = (
     "data",
     "pretraining",
+    "stability",
+    "scaling",
     "finetuning",
     "extending",
     "study",

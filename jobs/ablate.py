@@ -3,7 +3,7 @@
 import sys
 
 from calumma.jobs.entry import main
-from calumma.platform.training.ablation import run
+from calumma.platform.training.trials.ablation import run
 
 __all__ = ["run"]
 

@@ -108,7 +108,9 @@ class Resources(Section):
     """What the job asks of the cluster. A range of workers grows and shrinks with it while training runs."""
 
     workers: Annotated[int, Field(ge=0)] | WorkerRange = Field(
-        1, description="0: in the job's own process, without a cluster (curate, tokenize, evaluate and evaluate_suite)"
+        1,
+        description="0: in the job's own process, without a cluster (curate, tokenize, evaluate, evaluate_suite, "
+        "ablate and ladder)",
     )
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs, or a fraction")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs; training takes whole ones")
@@ -128,7 +130,7 @@ class Resources(Section):
 
 
 # Jobs that need no cluster when resources.workers is 0.
-IN_PROCESS = ("curate", "tokenize", "tokenize_preferences", "evaluate", "evaluate_suite")
+IN_PROCESS = ("curate", "tokenize", "tokenize_preferences", "evaluate", "evaluate_suite", "ablate", "ladder")
 
 
 class JobSpecification(Section):

@@ -135,7 +135,17 @@ RUNS: dict[str, dict[str, str]] = {
         "TASK/METRIC": "Figures of the benchmarks of `suite`.",
     },
     "evaluate_suite": {"TASK/METRIC": "Each figure of each task: a share in 0..1 unless the page says otherwise."},
-    "ablate": {"MEASURE/VARIANT/RATE": "Each curve: a measure of a variant at a learning rate."},
+    "ablate": {"MEASURE/VARIANT/RATE/SEED": "Each curve: a measure of a variant at a learning rate, by seed."},
+    "ladder": {
+        "loss/sweep/SIZE/RATE": "Training loss of a short training of the sweep.",
+        "loss/size/SIZE/SEED": "Training loss of a size; where a copy cooled down, the mean of that.",
+        "learning_rate": "The first size's, which the others' follow from.",
+        "predicted": "Held-out loss of the largest size at its longest, by the law of the smaller ones.",
+        "measured": "What that came to.",
+        "error": "Measured less predicted.",
+        "next_predicted": "Of the next size, by the law of all.",
+        "law_NUMBER": "The law of all: E, A, alpha, B, beta.",
+    },
     "quickstart": {"documents/SOURCE": "Documents written.", "seconds_a_question": "Mean time of an answer over HTTP."},
 }
 

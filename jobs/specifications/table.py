@@ -15,11 +15,11 @@ from calumma.platform.tokenizing.specification import (
     TokenizeSpecification,
 )
 from calumma.platform.training.specification import (
-    AblateSpecification,
     FinetuneSpecification,
     ImageTokenizerSpecification,
     PretrainSpecification,
 )
+from calumma.platform.training.trials.specification import AblateSpecification, LadderSpecification
 
 JOBS: dict[str, type[JobSpecification]] = {
     "curate": CurateSpecification,
@@ -32,6 +32,7 @@ JOBS: dict[str, type[JobSpecification]] = {
     "evaluate": EvaluateSpecification,
     "evaluate_suite": SuiteSpecification,
     "ablate": AblateSpecification,
+    "ladder": LadderSpecification,
 }
 
 

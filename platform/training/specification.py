@@ -1,4 +1,4 @@
-"""What the training of a stage, of an image tokenizer, and an ablation may be asked."""
+"""What the training of a stage and of an image tokenizer may be asked."""
 
 from __future__ import annotations
 
@@ -344,43 +344,6 @@ class FinetuneSpecification(TrainSpecification):
             raise ValueError(
                 f"rows_per_pass: pairs stand in two rows each, so it must be even; given {self.rows_per_pass}"
             )
-        return self
-
-
-class AblateSpecification(JobSpecification):
-    """Trains the same small model with one stabilizer changed at a time, at rising learning rates; draws the curves."""
-
-    job: Literal["ablate"] = "ablate"
-    mixture: dict[str, float] = Field(min_length=1, description="token shards -> weight")
-    text_tokenizer: str = Field("tokenizers/text", description="folder of a trained one: that of the token shards")
-    output: str = Field("ablation", description="folder of curves and figure")
-    model: ModelConfig
-    z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2, unless a variant says otherwise")
-    variants: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="name -> what differs: fields of `model`, and z_loss"
-    )
-    learning_rates: list[float] = Field(min_length=1, description="each variant is trained at each of them")
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule(kind="cosine", warmup_steps=20)
-    steps: int = Field(ge=1, description="of each training")
-    micro_batches: int = Field(ge=1, description="micro-batches a step")
-    log_every: int = Field(5, ge=1, description="steps between two points of a curve")
-
-    def variant(self, name: str) -> tuple[ModelConfig, float]:
-        """Its architecture and z-loss."""
-        given = dict(self.variants[name])
-        z_loss = float(given.pop("z_loss", self.z_loss))
-        return ModelConfig.model_validate(self.model.model_dump() | given), z_loss
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        for name in self.variants:
-            try:
-                self.variant(name)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"variants.{name}: {error}") from error
-        if low := [rate for rate in self.learning_rates if rate <= 0]:
-            raise ValueError(f"learning_rates must be above 0, found {low}")
         return self
 
 

@@ -42,7 +42,7 @@ def pretrain(model: str, stage: str) -> PretrainSpecification:
 
 def test_there_is_a_recipe_for_every_job_and_model() -> None:
     assert {shipped(file).job for file in FILES} == set(JOBS)
-    assert {file.parent.name for file in FILES} == {"quickstart", "emoji", "ablation", "extend", *MODELS}
+    assert {file.parent.name for file in FILES} == {"quickstart", "emoji", "ablation", "ladder", "extend", *MODELS}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
