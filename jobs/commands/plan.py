@@ -173,6 +173,9 @@ def rows(answer: Forecast, rates: Rates) -> Iterator[tuple[str, str, str]]:
             yield "  with the fewest workers", _gb(answer.memory_of_fewest), of
     if answer.host_memory is not None:
         yield "memory a host", _gb(answer.host_memory), f"of {_gb(answer.host_has)}"
+    if answer.host_disk is not None:
+        of = f"of {_gb(answer.host_disk_has)}" if answer.host_disk_has is not None else "of a size that is not known"
+        yield "own disk of a host", _gb(answer.host_disk), of
     if (time := answer.time) is not None:
         yield "network a step", _gb(time.network_bytes), f"sent by each GPU, {time.network_seconds:.2f} s"
         yield (

@@ -16,23 +16,35 @@ from pathlib import Path
 from typing import BinaryIO
 
 from calumma.platform import storage
+from calumma.platform.training.checkpoints import room
 from calumma.platform.training.specification import Resumable, TrainSpecification
 
 logger = logging.getLogger(__name__)
-_KEPT = 2  # checkpoints of an output: the newest, and the one before it until that is published
+KEPT = 2  # checkpoints of an output: the newest, and the one before it until that is published
 
 
 class NodeLocal:
     """Files of checkpoints below FOLDER/(digest of the output)/(step)-(folder of the save)/."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, workers: int = 1) -> None:
+        """`workers`: of this host, which write about as much each."""
+        self._folder, self._workers = folder, workers
 
     def path(self, uri: str) -> Path:
         """Where the copy of OUTPUT/checkpoints/STEP/SAVE/NAME is."""
         output, step, save, name = uri.rsplit("/", 3)
         digest = hashlib.sha256(output.encode()).hexdigest()[:16]
         return self._folder / digest / f"{step}-{save}" / name
+
+    def make_room(self, uri: str, size: int) -> str:
+        """Before `size` bytes of each of this host's workers are written, `uri` among them: what is wrong with the room
+        for them, with all copies of the output but the newest deleted where there is too little; empty when nothing
+        is. Raises OSError."""
+        place, output = str(self._folder), self.path(uri).parent.parent
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if room.lacking(place, size * self._workers) and output.exists():
+            self._keep_newest(output, 1)
+        return room.lacking(place, size * self._workers)
 
     @contextmanager
     def written(self, uri: str) -> Iterator[BinaryIO]:
@@ -49,7 +61,7 @@ class NodeLocal:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        self._keep_newest(path.parent.parent)
+        self._keep_newest(path.parent.parent, KEPT)
 
     def read_range(self, uri: str, offset: int, length: int, check: storage.ContentCheck | None = None) -> bytes:
         """As storage.read_range, from the copy where there is one."""
@@ -67,13 +79,13 @@ class NodeLocal:
             logger.warning("the copy %s cannot be read (%s): it is read from storage", self.path(uri), error)
         return storage.read_range(uri, offset, length, check)
 
-    def _keep_newest(self, output: Path) -> None:
+    def _keep_newest(self, output: Path, kept: int) -> None:
         """Several workers of a host do it at once."""
         found = []
         for folder in output.iterdir():
             with suppress(OSError):
                 found.append((folder.stat().st_mtime_ns, folder))
-        for _, folder in sorted(found, reverse=True)[_KEPT:]:
+        for _, folder in sorted(found, reverse=True)[kept:]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -81,4 +93,6 @@ def node_local(spec: Resumable) -> NodeLocal | None:
     """Where a training keeps copies on its hosts' disks; None where it keeps none, or its state is so small that
     every worker has all of it."""
     folder = spec.resources.recovery.node_local
-    return NodeLocal(Path(folder)) if folder is not None and isinstance(spec, TrainSpecification) else None
+    if folder is None or not isinstance(spec, TrainSpecification):
+        return None
+    return NodeLocal(Path(folder), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -193,25 +193,38 @@ class Saver:
                 logger.warning("what was written of the checkpoint %s could not be deleted: %s", self._uri, error)
 
     def _write(self, files: list[_File], save: str) -> list[FileEntry]:
-        entries = []
-        for file in files:
-            uri = storage.join(save, file.name)
-            entries.append(self._write_file(file, uri))
-        return entries
+        copied = bool(files) and storage.is_remote(save) and self._has_room_here(files, save)
+        return [self._write_file(file, storage.join(save, file.name), copied) for file in files]
 
-    def _write_file(self, file: _File, uri: str) -> FileEntry:
-        if self._copies_here is not None and storage.is_remote(uri):
+    def _has_room_here(self, files: list[_File], save: str) -> bool:
+        """Whether a copy of the files goes to this host's own disk first."""
+        if self._copies_here is None:
+            return False
+        try:
+            problem = self._copies_here.make_room(storage.join(save, files[0].name), sum(file.size for file in files))
+        except OSError as error:
+            self._no_copies(error)
+            return False
+        if problem:
+            logger.warning("no copy of the checkpoint %s is kept on this host: %s", self._uri, problem)
+        return not problem
+
+    def _write_file(self, file: _File, uri: str, copied: bool) -> FileEntry:
+        if copied and self._copies_here is not None:
             try:
                 with self._copies_here.written(uri) as opened:
                     entry = file.write(opened)
             except OSError as error:
-                logger.warning("no copy of checkpoints is kept on this host any more: %s", error)
-                self._copies_here = None
+                self._no_copies(error)
             else:
                 storage.upload(self._copies_here.path(uri), uri)
                 return entry
         with _local_file(uri) as opened:
             return file.write(opened)
+
+    def _no_copies(self, error: OSError) -> None:
+        logger.warning("no copy of checkpoints is kept on this host any more: %s", error)
+        self._copies_here = None
 
     def _publish(self, uri: str, files: list[FileEntry], report: dict[str, Any]) -> None:
         entries = [entry.model_copy(update={"path": f"{report['folder']}/{entry.path}"}) for entry in files]
@@ -240,6 +253,8 @@ class _File:
     """A file of a checkpoint, whose content is in host memory."""
 
     name: str
+    size: int
+    """Bytes, about."""
     write: Callable[[BinaryIO], FileEntry]
 
 
@@ -264,10 +279,11 @@ class _HostMemory:
                     copies[state].append(self._copied(fragment.states[state], key))
         _finish_copies()
         tensors, name = [tensor for state in states for tensor in copies[state]], layout.part_name(dist.get_rank())
-        files = [_File(name, lambda file: layout.write_part(file, name, header, part.piece, tensors))]
+        size = len(header) + part.data_bytes
+        files = [_File(name, size, lambda file: layout.write_part(file, name, header, part.piece, tensors))]
         if dist.get_rank() == 0:
             index = layout.index_bytes(parts, states, names)
-            files.append(_File(layout.INDEX, lambda file: _written_bytes(file, layout.INDEX, index)))
+            files.append(_File(layout.INDEX, len(index), lambda file: _written_bytes(file, layout.INDEX, index)))
         return files
 
     def copy_whole(self, trained: Replicated) -> list[_File]:
@@ -283,7 +299,7 @@ class _HostMemory:
             torch.save(copied, content)
             return _written_bytes(file, REPLICATED_FILE, content.getvalue())
 
-        return [_File(REPLICATED_FILE, write)]
+        return [_File(REPLICATED_FILE, 0, write)]
 
     def _copied(self, tensor: Tensor, key: tuple[str, ...]) -> Tensor:
         source = tensor.detach()

@@ -14,7 +14,7 @@ from calumma.model.config import ModelConfig
 from calumma.platform.specification import JobSpecification
 from calumma.platform.streaming.division import Division
 from calumma.platform.training.forecast.machines import Machines
-from calumma.platform.training.forecast.memory import Memory, gpu_memory, host_memory, pass_rows
+from calumma.platform.training.forecast.memory import Memory, gpu_memory, host_disk, host_memory, pass_rows
 from calumma.platform.training.forecast.pace import Rates, Time, times
 from calumma.platform.training.forecast.shape import Sizes
 from calumma.platform.training.specification import TrainSpecification
@@ -56,6 +56,9 @@ class Forecast:
     gpu_memory: float | None = None
     host_memory: float | None = None
     host_has: float = 0.0
+    host_disk: float | None = None
+    """Of a host's own disk, for `recovery.node_local`."""
+    host_disk_has: float | None = None
     time: Time | None = None
 
     @property
@@ -90,6 +93,9 @@ class Training:
     def host(self, world: int, local: int) -> float:
         return host_memory(self.spec, self.config, self.settings(world), world, local)
 
+    def disk(self, world: int, local: int) -> float:
+        return host_disk(self.spec, self.config, world, local)
+
     def changed(self, **fields: Any) -> Training:
         values = self.spec.model_dump() | fields
         return replace(self, spec=type(self.spec).model_validate(values))
@@ -122,6 +128,16 @@ def forecast(training: Training, machines: Machines, rates: Rates = Rates()) -> 
                 "take machines with more memory for each GPU, or offload nothing to their hosts",
             )
         )
+    disk = max(training.disk(workers, local), training.disk(fewest, min(fewest, local)))
+    if machine.disk is not None and disk > machine.disk:
+        problems.append(
+            Problem(
+                "resources.recovery.node_local",
+                f"a host with {local} workers keeps {_gb(disk)} of checkpoints on its own disk, a {machine.name} has "
+                f"{_gb(machine.disk)}",
+                "leave it away, or take more machines, each of which then keeps less",
+            )
+        )
     if not problems and division.efficiency(workers) < STEADY:
         warnings.append(_uneven(division, workers))
     time = None
@@ -147,6 +163,8 @@ def forecast(training: Training, machines: Machines, rates: Rates = Rates()) -> 
         gpu_memory=room,
         host_memory=host,
         host_has=machine.memory,
+        host_disk=disk or None,
+        host_disk_has=machine.disk,
         time=time,
     )
 

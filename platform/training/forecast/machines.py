@@ -1,8 +1,8 @@
 """Machines that a cluster is made of, and the clusters that a person or a cluster file describes.
 
-Facts of AWS's instance types: its pages of P4, P5, P6 and G6e instances (CPUs, memory, network). Prices in dollars an
-hour, the machine: EC2 Capacity Blocks for ML, end of 2024 (P4, P5), else on demand in us-west-2; they change, and
-`--price` has the last word.
+Facts of AWS's instance types: its pages of P4, P5, P6 and G6e instances (CPUs, memory, network, disks). Prices in
+dollars an hour, the machine: EC2 Capacity Blocks for ML, end of 2024 (P4, P5), else on demand in us-west-2; they
+change, and `--price` has the last word.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from calumma.model.devices import GPUS, Gpu, find_gpu
 from calumma.platform.specification import SpecificationError
 
-GIB, GBIT = 2**30, 1e9 / 8
+GIB, GBIT, TB = 2**30, 1e9 / 8, 1e12
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Machine:
     """Bytes a second that it sends to other machines."""
     price: float | None = None
     """Dollars an hour."""
+    disk: float | None = None
+    """Bytes of its own NVMe disks together; none: not known."""
 
     @property
     def kind(self) -> Gpu | None:
@@ -52,15 +54,15 @@ class Machines:
 INSTANCES = {
     machine.name: machine
     for machine in (
-        Machine("p4d.24xlarge", "A100-SXM4-40GB", 8, 96, 1152 * GIB, 400 * GBIT, 14.75),
-        Machine("p4de.24xlarge", "A100", 8, 96, 1152 * GIB, 400 * GBIT),
-        Machine("p5.48xlarge", "H100", 8, 192, 2048 * GIB, 3200 * GBIT, 39.33),
-        Machine("p5e.48xlarge", "H200", 8, 192, 2048 * GIB, 3200 * GBIT, 43.26),
-        Machine("p5en.48xlarge", "H200", 8, 192, 2048 * GIB, 3200 * GBIT),
-        Machine("p6-b200.48xlarge", "B200", 8, 192, 2048 * GIB, 3200 * GBIT),
-        Machine("g6e.12xlarge", "L40S", 4, 48, 384 * GIB, 100 * GBIT, 10.49),
-        Machine("g6e.48xlarge", "L40S", 8, 192, 1536 * GIB, 400 * GBIT, 30.13),
-        Machine("g6.12xlarge", "L4", 4, 48, 192 * GIB, 40 * GBIT, 4.60),
+        Machine("p4d.24xlarge", "A100-SXM4-40GB", 8, 96, 1152 * GIB, 400 * GBIT, 14.75, disk=8 * 1.0 * TB),
+        Machine("p4de.24xlarge", "A100", 8, 96, 1152 * GIB, 400 * GBIT, disk=8 * 1.0 * TB),
+        Machine("p5.48xlarge", "H100", 8, 192, 2048 * GIB, 3200 * GBIT, 39.33, disk=8 * 3.84 * TB),
+        Machine("p5e.48xlarge", "H200", 8, 192, 2048 * GIB, 3200 * GBIT, 43.26, disk=8 * 3.84 * TB),
+        Machine("p5en.48xlarge", "H200", 8, 192, 2048 * GIB, 3200 * GBIT, disk=8 * 3.84 * TB),
+        Machine("p6-b200.48xlarge", "B200", 8, 192, 2048 * GIB, 3200 * GBIT, disk=8 * 3.84 * TB),
+        Machine("g6e.12xlarge", "L40S", 4, 48, 384 * GIB, 100 * GBIT, 10.49, disk=2 * 1.9 * TB),
+        Machine("g6e.48xlarge", "L40S", 8, 192, 1536 * GIB, 400 * GBIT, 30.13, disk=4 * 1.9 * TB),
+        Machine("g6.12xlarge", "L4", 4, 48, 192 * GIB, 40 * GBIT, 4.60, disk=4 * 0.94 * TB),
         Machine("m7i.4xlarge", None, 0, 16, 64 * GIB, 12.5 * GBIT, 0.81),
         Machine("m7i.8xlarge", None, 0, 32, 128 * GIB, 12.5 * GBIT, 1.61),
     )

@@ -1,4 +1,4 @@
-"""Bytes of a GPU and of a host that a training needs, by what they are for.
+"""Bytes of a GPU, of a host and of its disk that a training needs, by what they are for.
 
 The states of ZeRO's stages are those that DeepSpeed 0.19 keeps, with which its own estimators agree
 (`estimate_zero2_model_states_mem_needs`, and ZeRO 3's): in bfloat16 a trained parameter has 2 bytes, a float32 master
@@ -12,6 +12,7 @@ from typing import Any
 
 from calumma.model.config import ModelConfig
 from calumma.platform.streaming.division import Division
+from calumma.platform.training.checkpoints.node_local import KEPT
 from calumma.platform.training.forecast import shape
 from calumma.platform.training.forecast.shape import Sizes
 from calumma.platform.training.specification import TrainSpecification
@@ -142,6 +143,14 @@ def host_memory(
     if not spec.resources.gpus_per_worker:
         on_cpu = gpu_memory(spec, config, settings, world, 1).total * local
     return _PROCESS * local + held + on_cpu + published
+
+
+def host_disk(spec: TrainSpecification, config: ModelConfig, world: int, local: int) -> float:
+    """Bytes that `recovery.node_local` takes of the own disk of a host with `local` workers of `world`: their parts of
+    the checkpoints that are kept, and of the one that is being written."""
+    if spec.resources.recovery.node_local is None:
+        return 0.0
+    return (KEPT + 1) * 12 * Sizes.of(config, spec).trained * local / world
 
 
 def _element(spec: TrainSpecification) -> int:

@@ -192,6 +192,24 @@ def test_copies_in_memory_take_what_their_memory_does() -> None:
     assert more == pytest.approx(2 * 8 * SLOTS * part.slot_bytes, rel=1e-3)
 
 
+def test_copies_on_a_hosts_disk_take_what_its_parts_of_checkpoints_do() -> None:
+    """Three of them at once, of eight workers: header, state and checksums as they are written."""
+    resources = {"workers": 64, "gpus_per_worker": 1, "cpus_per_worker": 8, "recovery": {"node_local": "/nvme"}}
+    states = dict.fromkeys(("fp32", "exp_avg", "exp_avg_sq"), torch.float32)
+    numel = sum(shape.parameters(ModelConfig(**PRESETS["chameleon-34b"])).values()) // 64
+    header, part = layout.part_layout([("weight", 0, numel)], states, ["weight"])
+    found = on("8x8xH100", resources=resources, checkpoint_activations=True)
+    assert found.fits
+    assert found.host_disk == pytest.approx(3 * 8 * (len(header) + part.data_bytes), rel=1e-3)
+    assert found.host_disk < found.host_disk_has == 8 * 3.84e12
+    assert on("8x8xH100", checkpoint_activations=True).host_disk is None
+    small = replace(INSTANCES["p5.48xlarge"], disk=found.host_disk * 0.99)
+    (problem,) = forecast(training(resources=resources, checkpoint_activations=True), Machines(small, 8)).problems
+    assert str(problem).startswith("resources.recovery.node_local: a host with 8 workers keeps ")
+    unknown = forecast(training(resources=resources, checkpoint_activations=True), parse_nodes("16x4xH100"))
+    assert (unknown.fits, unknown.host_disk_has) == (True, None)
+
+
 def test_workers_without_a_place_or_work_are_told() -> None:
     few = on("8xH100", checkpoint_activations=True)
     assert "64 workers" in few.problems[0].message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,13 @@ from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import Manifest
 from calumma.platform.training import preparation
 from calumma.platform.training.checkpoints import catalog, room
+from calumma.platform.training.checkpoints.node_local import NodeLocal
+from calumma.platform.training.checkpoints.saver import Saver
 from calumma.platform.training.errors import TrainingFailed
 from calumma.platform.training.group import supervisor
 from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.specification import PretrainSpecification
+from tests.platform.training.checkpoints.test_saver import Engine, report, specification
 
 MEGABYTE = 1 << 20
 
@@ -112,6 +116,42 @@ def test_older_checkpoints_make_room_where_that_is_asked_for(group_of_one: None,
     steps = whole(disk)
     assert steps[-1] == 9
     assert 2 <= len(steps) <= 3
+
+
+def test_a_hosts_own_disk_without_room_takes_no_copy_until_it_has_some(
+    group_of_one: None, s3: str, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two megabytes a checkpoint: first the older copy makes room, then there is none to be made; each checkpoint is in
+    storage all the same, and once others have left the disk it takes copies again."""
+    output, run, filler = f"{s3}/stage", Engine(MEGABYTE // 2), disk / "filler"
+    here = {"resources": {"recovery": {"node_local": str(disk / "here")}}}
+    spec = PretrainSpecification.model_validate(specification(output).model_dump() | here)
+
+    def copied(step: int) -> list[str]:
+        uri = catalog.checkpoint_uri(output, step)
+        with Saver(spec, {}) as saver:
+            saver.save(run, uri, report(step))  # type: ignore[arg-type]
+            saver.wait_until_published()
+        Manifest.read(uri).verify(uri, content=True)
+        return sorted({path.parent.name.split("-")[1].lstrip("0") for path in disk.rglob("part-*.safetensors")})
+
+    assert [copied(step) for step in (1, 2, 3)] == [["1"], ["1", "2"], ["2", "3"]]
+    filler.write_bytes(bytes(3 * MEGABYTE))
+    assert copied(4) == ["3", "4"]
+    assert "is kept on this host" not in caplog.text
+    shutil.rmtree(next(disk.rglob("step-00000003-*")))
+    filler.write_bytes(bytes(5 * MEGABYTE))
+    assert copied(5) == ["4"]
+    assert "no copy of the checkpoint" in caplog.text
+    assert "there is no room for 0.0021 GB" in caplog.text
+    filler.unlink()
+    assert copied(6) == ["4", "6"]
+
+
+def test_the_workers_of_a_host_ask_for_room_for_all_of_them(disk: Path) -> None:
+    uri = "s3://bucket/stage/checkpoints/step-00000001/x/part-00000.safetensors"
+    assert NodeLocal(disk / "here", workers=3).make_room(uri, 2 * MEGABYTE) == ""
+    assert "no room for" in NodeLocal(disk / "here", workers=5).make_room(uri, 2 * MEGABYTE)
 
 
 def test_a_stage_whose_first_checkpoint_has_no_room_is_refused(disk: Path) -> None:
