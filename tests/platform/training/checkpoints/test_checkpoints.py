@@ -10,6 +10,7 @@ import random
 import signal
 import threading
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -340,10 +341,15 @@ def survives(tmp_path: Path, output: str, kills: int, resized: bool = False, **f
         assert attempt < 5 * kills + 10
     seen = [json.loads(line) for line in Path(f"{notes}.jsonl").read_text().splitlines()]
     straight = {step: loss for step, loss, _ in trained(str(tmp_path / "straight"), [(2, 1, last)], **fields)}
+    near = dict.fromkeys(straight, 1e-6)
+    if resized:  # sums in another order: as far as another size alone has led by then, and some times more
+        alone = {step: loss for step, loss, _ in trained(str(tmp_path / "alone"), [(1, 0, last)], **fields)}
+        apart = accumulate((abs(alone[step] / straight[step] - 1) for step in range(last)), max)
+        near = {step: 1e-6 + 10 * distance for step, distance in enumerate(apart)}
     assert killed == kills
     assert sorted({step for _, _, step, *_ in seen}) == list(range(last))
     for _, _, step, loss, _ in seen:  # every time that a step was taken, not only the last
-        assert loss == pytest.approx(straight[step], rel=1e-5 if resized else 1e-6), f"step {step}"
+        assert loss == pytest.approx(straight[step], rel=near[step]), f"step {step}"
 
 
 @pytest.mark.parametrize("resized", [False, True])
