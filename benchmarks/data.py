@@ -115,13 +115,12 @@ def stream(
     first_step: int = 0,
     cache: ShardCache | None = None,
 ) -> Speed:
-    from calumma.platform.streaming.tensors import PlanDataConfig, micro_batches
+    from calumma.platform.streaming.tensors import PlanData, micro_batches
 
     began = time.perf_counter()
-    steps = (first_step, first_step + batches)
-    config = PlanDataConfig(1, {uri: 1.0}, {uri: manifest}, 1, *steps, cache=cache)
-    (share,) = config.configure({}, 1, None, None)
-    read = micro_batches(share["train"], 0, 1)
+    data = PlanData(1, {uri: 1.0}, {uri: manifest}, 1, first_step + batches, cache=cache)
+    (share,) = data.shards(1)
+    read = micro_batches(share.iterator(first_step), 0, 1)
     return Speed.of((batch.tokens.numel() for _, group in read for batch in group), began)
 
 

@@ -21,7 +21,7 @@ import cloudpickle
 from calumma.platform.cluster import connection
 from calumma.platform.storage.manifest import FileEntry, FooterDigest, Manifest
 from calumma.platform.streaming.division import Division
-from calumma.platform.streaming.tensors import PlanDataConfig
+from calumma.platform.streaming.tensors import PlanData
 
 SEQUENCES = {"7B": 2048, "34B": 3072}  # of a global batch, paper section 2.3
 STEPS = 100_000
@@ -55,32 +55,33 @@ class Measured:
         uri = "s3://simulated/tokens"
         manifests = {uri: manifest(shards)}
         began = time.perf_counter()
-        self.config = PlanDataConfig(0, {uri: 1.0}, manifests, 1024, 0, STEPS)
+        self.config = PlanData(0, {uri: 1.0}, manifests, 1024, STEPS)
         self.making = time.perf_counter() - began
         self.plan_bytes = len(pickle.dumps(self.config.plan, protocol=5))
         began = time.perf_counter()
-        self.config.configure({}, 1, None, None)  # the first group's start puts the plan, and imports Ray Data
+        self.config.shards(1)[0].iterator(0)  # the first group's start puts the plan, and imports Ray Data
         self.start = time.perf_counter() - began
         self.layout: dict[int, float] = {}
         for world in sizes:
             began = time.perf_counter()
-            iterators = self.config.configure({}, world, None, None)
-            self.layout[world] = (time.perf_counter() - began) / world
-        self.dataset_bytes = self._travelling(iterators[-1]["train"])
+            shards = self.config.shards(world)
+            shards[-1].iterator(0)
+            self.layout[world] = time.perf_counter() - began
+        self.dataset_bytes = self._travelling(shards[-1])
         began = time.perf_counter()
         for rank in range(0, sizes[-1], max(1, sizes[-1] // 16)):
             self.config.plan.shares(0, 1, rank, sizes[-1])
         self.first_step = (time.perf_counter() - began) / 16
 
-    def _travelling(self, iterator: Any) -> int:
-        """Bytes that a worker is sent: its dataset, without what the reference in it stands for."""
+    def _travelling(self, shard: Any) -> int:
+        """Bytes that a worker is sent: its share of the plan, without what the reference in it stands for."""
         from ray._private.worker import global_worker
 
         with io.BytesIO() as written:
             context = global_worker.get_serialization_context()
-            value = context.serialize(iterator)
+            value = context.serialize(shard)
             written.write(value.to_bytes())
-            return len(written.getvalue()) or len(cloudpickle.dumps(iterator))
+            return len(written.getvalue()) or len(cloudpickle.dumps(shard))
 
 
 def speeds(sequences: int, together: int, sizes: range) -> list[float]:

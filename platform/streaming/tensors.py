@@ -1,19 +1,18 @@
 """From the plan to tensors: each training worker's dataset, read by Ray Data ahead of the training that consumes it.
 
-`PlanDataConfig` builds the datasets whenever Ray Train (re)starts its group of workers, so a group of another size, or
-one that resumes, simply gets other pieces of the same plan. `micro_batches` is the worker's end.
-https://docs.ray.io/en/latest/train/user-guides/data-loading-preprocessing.html
+Whenever Ray Train (re)starts its group of workers each is given its `PlanShard`, and lays out its own dataset from the
+step that all have agreed on: a group of another size, or one that resumes, simply gets other pieces of the same plan.
+`micro_batches` is the worker's end.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ray.train import DataConfig
 
 from calumma.platform.shards.cache import ShardCache
 from calumma.platform.shards.row_groups import RowGroupReader, ShardError
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow
     import torch
     from ray import ObjectRef
-    from ray.data import DataIterator, Dataset
+    from ray.data import DataIterator
 
 logger = logging.getLogger(__name__)
 _BLOCKS_PER_TASK = 64  # blocks, about, that one reading task delivers one after the other
@@ -50,12 +49,8 @@ class MicroBatchTensors:
     """Its number among the passes of the global batch, the same on any number of workers where passes are whole."""
 
 
-class PlanDataConfig(DataConfig):
-    """Gives worker r of W its share of steps first_step .. last_step - 1 (as `range`, so last_step is not included).
-
-    Pass it to the trainer as `dataset_config`, with `datasets=PlanDataConfig.datasets()`. `first_step` may be a
-    function: it is asked each time the workers (re)start, so that they go on from the newest checkpoint.
-    """
+class PlanData:
+    """The order of the data of all steps before `last_step`, and how they are read."""
 
     def __init__(
         self,
@@ -63,9 +58,7 @@ class PlanDataConfig(DataConfig):
         mixture: Mapping[str, float],
         manifests: Mapping[str, Manifest],
         micro_batches: int,
-        first_step: int | Callable[[], int],
         last_step: int,
-        name: str = "train",
         verify: bool = True,
         cache: ShardCache | None = None,
         rows: int | None = None,
@@ -74,13 +67,10 @@ class PlanDataConfig(DataConfig):
     ) -> None:
         """Arguments of Plan, the last three too, and the steps. Whether to check what is read, and where to keep copies
         of shards. Raises PlanError."""
-        super().__init__(datasets_to_split="all")  # the workers wait for each other: one plan for all of them
         self.plan = Plan(seed, mixture, manifests, micro_batches, rows, whole, sharing)
         self._shared: ObjectRef[tuple[Plan, RowGroupReader]] | None = None
         self.reader = RowGroupReader(self.plan.context, verify, cache)
-        self.first_step = first_step
         self.last_step = last_step
-        self.name = name
         for uri in self.plan.sources if verify else ():
             without = sum(1 for file in manifests[uri].files if file.row_groups and not file.footer)
             if without:
@@ -90,25 +80,10 @@ class PlanDataConfig(DataConfig):
                     *(uri, without),
                 )
 
-    @staticmethod
-    def datasets(name: str = "train") -> dict[str, Callable[[], Dataset]]:
-        """What the trainer wants to be given: a stand-in that is never read, since the plan is the dataset."""
-        return {name: _placeholder_dataset}
-
-    def configure(
-        self,
-        datasets: dict[str, Dataset],
-        world_size: int,
-        worker_handles: list[Any] | None,
-        worker_node_ids: list[str] | None,
-        **kwargs: Any,
-    ) -> list[dict[str, DataIterator]]:
-        """One iterator a worker, in the order of the ranks. Called by Ray Train."""
-        first = self.first_step() if callable(self.first_step) else self.first_step
-        if first >= self.last_step:
-            raise ValueError(f"there is nothing to read: the first step is {first}, the end {self.last_step}")
-        shared = self._share_plan()
-        return [{self.name: self._dataset(shared, first, rank, world_size).iterator()} for rank in range(world_size)]
+    def shards(self, world: int) -> list[PlanShard]:
+        """What each worker of a group is given, in the order of the ranks."""
+        shared, size = self._share_plan(), step_bytes(self.plan, world)
+        return [PlanShard(shared, self.last_step, size, rank, world) for rank in range(world)]
 
     def _share_plan(self) -> ObjectRef[tuple[Plan, RowGroupReader]]:
         """The plan as one object of the cluster: nodes fetch it once, and its arrays are read where they lie."""
@@ -118,22 +93,55 @@ class PlanDataConfig(DataConfig):
             self._shared = ray.put((self.plan, self.reader))
         return self._shared
 
-    def _dataset(self, shared: ObjectRef[tuple[Plan, RowGroupReader]], first: int, rank: int, world: int) -> Dataset:
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shared": None}  # an object belongs to the process that put it
+
+
+@dataclass(frozen=True)
+class PlanShard:
+    """Worker r of W's share of the plan: a reference to it, and how it is cut. Ray Train takes it for a provider of
+    datasets, so that `ray.train.get_dataset_shard` returns it."""
+
+    shared: ObjectRef[tuple[Plan, RowGroupReader]]
+    last_step: int
+    step_bytes: int
+    rank: int
+    world: int
+
+    def get_dataset_shard(self, asked: object) -> PlanShard:
+        return self
+
+    def iterator(self, first: int) -> DataIterator:
+        """The data of steps `first` .. last_step - 1. Raises ValueError where there are none."""
         # Tasks are ranges of steps, and look up their micro-batches: to lay out every micro-batch of a long run here
         # would take minutes and gigabytes at each start.
         steps = self.last_step - first
-        length = max(1, _BLOCKS_PER_TASK * BLOCK_BYTES // step_bytes(self.plan, world), -(-steps // _MOST_TASKS))
-        dataset = layout(shared, range(first, self.last_step, length), self.last_step, rank, world)
+        if steps <= 0:
+            raise ValueError(f"there is nothing to read: the first step is {first}, the end {self.last_step}")
+        length = max(1, _BLOCKS_PER_TASK * BLOCK_BYTES // self.step_bytes, -(-steps // _MOST_TASKS))
+        dataset = layout(self.shared, range(first, self.last_step, length), self.last_step, self.rank, self.world)
         context = dataset.context
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         # Every block that a task yields goes its way at once, of whatever size: it is one row, and not cut further.
         context.target_max_block_size = 1
-        return dataset
+        return dataset.iterator()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shared": None}  # an object belongs to the process that put it
+
+def plan_callback(data: PlanData) -> Any:
+    """A callback of Ray Train's controller that gives every worker of a group its share of a plan.
+
+    Ray's own (`DatasetsCallback`, Ray 2.60) starts a process for it with each group, which workers wait for, and sends
+    the whole plan to each of them as part of the trainer's settings.
+    """
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class PlanCallback(WorkerGroupCallback):
+        def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+            return {"dataset_shard_provider": list(data.shards(len(workers)))}
+
+    return PlanCallback()
 
 
 def micro_batches(
@@ -167,12 +175,6 @@ def micro_batches(
                 raise ShardError(row.error)
     if group:
         yield step, group
-
-
-def _placeholder_dataset() -> Dataset:
-    import ray
-
-    return ray.data.range(1)
 
 
 def _quiet_ray_data() -> None:

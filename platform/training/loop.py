@@ -6,13 +6,13 @@ The driver's side is `stage.py`; what keeps a group of workers alive is `group/`
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -23,18 +23,18 @@ from calumma.platform.tracking.writer import BackgroundWriter
 from calumma.platform.training import publication
 from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import catalog, resumption
-from calumma.platform.training.construction import build
-from calumma.platform.training.construction.sources import DirectoryWeights
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.entry import watchdog_of
 from calumma.platform.training.group.supervisor import Supervisor
 from calumma.platform.training.group.watchdog import Watchdog
 from calumma.platform.training.group.worker import Worker, set_up_worker
+from calumma.platform.training.interludes import Interludes
 from calumma.platform.training.preferences.objective import PreferenceObjective
 from calumma.platform.training.preferences.reference import reference_scores
 from calumma.platform.training.standby import recall
+from calumma.platform.training.standby.leaving import Interruptible
 from calumma.platform.training.starting import base_of, report_so_far, require_undamaged_start, start_engine
-from calumma.platform.training.steps import early, engine, faults, held_out, meters, sequence
+from calumma.platform.training.steps import engine, faults, meters, sequence
 from calumma.platform.training.steps.schedule import learning_rate
 from calumma.platform.training.trainable import parameters, quantized
 
@@ -70,16 +70,17 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
         stage.score_reference(resumed=assignment.first_step > 0)
         report = stage.run()
         report.pop("faults", None)  # what they were is among the incidents
-        report.pop("base", None)
+        for name in ("base", "peak_flops"):
+            report.pop(name, None)
         watchdog.enter("held-out measurement")
-        report["held_out"] = stage.last_held_out or stage.held_out(report["step"])
+        report["held_out"] = stage.interludes.last_held_out or stage.interludes.held_out(report["step"])
         names = [name for name, p in run.module.named_parameters() if p.requires_grad]
         sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.module.named_parameters()}
         sizes |= {name: weight.numel for name, weight in quantized.weights_of(run.module).items()}
         report["parameters"] = sum(size for name, size in sizes.items() if not parameters.is_added(name))
         report["trained_parameters"] = sum(sizes[name] for name in names)
         if spec.early_stopping:
-            stage.return_to_best(report)
+            stage.interludes.return_to_best(report)
         else:
             _return_to_published(assignment, run, report, watchdog)
         if spec.samples:
@@ -138,17 +139,15 @@ class _Stage:
         self.watchdog = watchdog
         self.spec = assignment.spec
         self.report = report_so_far(assignment) | {"base": base_of(assignment).to_json()}
-        self.last_held_out: dict[str, dict[str, float]] = {}
         self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
         self.image_mask_V = assignment.vocabulary.mask(assignment.vocabulary.image_ids).to(run.device)
         preference = assignment.preference
         self.objective = PreferenceObjective(preference, self.image_mask_V) if preference else None
-        self.clock, self.interval = (
-            meters.ActivityClock(),
-            meters.LossInterval(run.device, first_step=assignment.first_step),
+        self.clock, self.interruptible = meters.ActivityClock(), Interruptible()
+        self.interval = meters.LossInterval(run.device, first_step=assignment.first_step)
+        self.interludes = Interludes(
+            assignment, worker, run, writer, watchdog, self.report, self.objective, self.image_mask_V
         )
-        stopping = self.spec.early_stopping
-        self.stopper = early.EarlyStopper(stopping, self.report, assignment.output) if stopping else None
         self.utilization = meters.Utilization(run.module, run.device, self.spec.precision, worker.world)
 
     def score_reference(self, resumed: bool) -> None:
@@ -171,68 +170,28 @@ class _Stage:
     def run(self) -> dict[str, Any]:
         """All steps, with metrics and checkpoints; the report so far."""
         spec, first = self.spec, self.assignment.first_step
-        if first >= spec.steps or self.stopped:
+        held = isinstance(self.assignment.resume, recall.Held)  # by one of these workers, a moment ago
+        if first >= spec.steps or self.interludes.stopped:
             return self.report
         if self.worker.is_main:
-            self.utilization.measure()
+            self.report["peak_flops"] = self.utilization.measure(self.report.get("peak_flops") if held else None)
         began, seen = time.monotonic(), 0.0
         with Supervisor(self.engine, self.assignment, self.worker, self._published, self.watchdog) as supervisor:
             if spec.faults.action == "roll_back" and first == 0:
                 self._save(supervisor, 0, due=True)  # something to go back to
             if first == 0 and self.assignment.initial and spec.held_out_every and spec.held_out:
-                self.report["held_out_before"] = self.held_out(0)  # what is to be kept, or to be bettered
-            for step, group in self._timed(_micro_batches(self.worker)):
+                self.report["held_out_before"] = self.interludes.held_out(0)  # what is to be kept, or to be bettered
+            for step, group in self._timed(_micro_batches(self.worker, first)):
                 supervisor.check_step(step)
                 seen += self._step(supervisor, step, group)
-                last = step + 1 == spec.steps or self.stopped
+                last = step + 1 == spec.steps or self.interludes.stopped
                 self._save(supervisor, step + 1, due=(step + 1) % spec.checkpoint_every == 0 or last)
                 if last:
                     break
+                if held and step == first:
+                    gc.collect()  # what the group before has left
         self.report["tokens_per_second"] = seen / max(time.monotonic() - began, 1e-9)
         return self.report
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the held-out loss has not fallen for long enough."""
-        return self.stopper is not None and self.stopper.stopped
-
-    def return_to_best(self, report: dict[str, Any]) -> None:
-        """Let the engine have the weights that had the lowest held-out loss, where those at the end have a higher one.
-        Every worker calls it. Raises StorageError."""
-        best, last = self.stopper.best if self.stopper else None, report.get("held_out_loss", math.inf)
-        if self.stopper is None or best is None or last <= best:
-            return
-        report |= {"held_out_loss": best, "best_step": report["early"]["step"]}
-        kept = DirectoryWeights(self.stopper.place, early.FILE)
-        build.fill(self.engine, kept, frozen=False, beat=self.watchdog.beat)
-
-    def held_out(self, done: int) -> dict[str, dict[str, float]]:
-        """Losses on held-out data, by its name; logged by the first worker. Every worker calls it."""
-        losses_of = {}
-        for name, uri in self.spec.held_out.items():
-            place = self.spec.locate(uri)
-            with self.objective.apart() if self.objective else nullcontext():
-                losses_of[name] = held_out.measure(
-                    self.engine,
-                    place,
-                    self.image_mask_V,
-                    self.worker.rank // self.spec.sequence_parallel,
-                    self.worker.world // self.spec.sequence_parallel,
-                    self.watchdog.beat,
-                    self.spec.data.reader(),
-                    self.objective.losses if self.objective else engine.losses,
-                )
-                if self.objective:
-                    losses_of[name] = {"loss": losses_of[name]["loss"]} | self.objective.metrics()
-        means = [values["loss"] for values in losses_of.values() if "loss" in values]
-        if means:
-            self.report |= {"held_out_loss": sum(means) / len(means), "held_out_step": done}
-            self.report["held_out_of"] = {name: self.spec.locate(uri) for name, uri in self.spec.held_out.items()}
-        for name, values in losses_of.items():
-            perplexities = {key.replace("loss", "perplexity"): meters.exponential(v) for key, v in values.items()}
-            more = values if self.objective else values | perplexities
-            self._log({f"held_out/{name}/{key}": value for key, value in more.items()}, done)
-        return losses_of
 
     def _step(self, supervisor: Supervisor, step: int, group: list[Any]) -> float:
         """One step and what is told of it; tokens trained on."""
@@ -258,19 +217,20 @@ class _Stage:
                 judged.append((loss, self.faults.guard.judge(loss)))
                 return judged[0][1] is None
 
-            local, stability = engine.step(
-                self.engine,
-                group,
-                counts,
-                self.image_mask_V,
-                spec.z_loss,
-                self.worker.world,
-                seeds,
-                spec.image_loss_weight,
-                measure=reports and self.worker.rank < spec.sequence_parallel,
-                accept=accept,
-                losses_of=self.objective.losses if self.objective else None,
-            )
+            with self.interruptible:
+                local, stability = engine.step(
+                    self.engine,
+                    group,
+                    counts,
+                    self.image_mask_V,
+                    spec.z_loss,
+                    self.worker.world,
+                    seeds,
+                    spec.image_loss_weight,
+                    measure=reports and self.worker.rank < spec.sequence_parallel,
+                    accept=accept,
+                    losses_of=self.objective.losses if self.objective else None,
+                )
             stability = sequence.combined(self.engine, stability)
             norm = engine.gradient_norm(self.engine)
         (loss, cause), trained = judged[0], 0.0
@@ -289,7 +249,7 @@ class _Stage:
             self._handle_bad_step(supervisor, done, cause, loss)
         if reports:
             self._report(done, rate, norm, {name: float(value) for name, value in stability.items()})
-        self._evaluate(done)
+        self._interlude(done)
         return trained
 
     def _report(self, done: int, rate: float, norm: float, stability: dict[str, float]) -> None:
@@ -310,29 +270,10 @@ class _Stage:
         self._log(metrics, done)
         self.interval = meters.LossInterval(self.engine.device, first_step=done)
 
-    def _evaluate(self, done: int) -> None:
-        """Held-out losses, samples and tasks where they are due before the end."""
-        spec = self.spec
-        tasks_every = spec.evaluation.every if spec.evaluation else None
-        due = [every is not None and done % every == 0 and done < spec.steps for every in
-               (spec.held_out_every, spec.samples_every if spec.samples else None, tasks_every)]  # fmt: skip
-        due[0] |= done == spec.steps and spec.publish == "best"  # before its checkpoint, which is compared by it
-        if not any(due):
-            return
+    def _interlude(self, done: int) -> None:
         began = time.monotonic()
         with self.clock("evaluation"):
-            if due[0] and spec.held_out:
-                measured = self.held_out(done)
-                self.last_held_out = measured if done == spec.steps else {}
-                if self.stopper is not None and self.stopper.record(done, self.report["held_out_loss"]):
-                    weights = engine.gathered_weights(self.engine, keep=self.worker.is_main, beat=self.watchdog.beat)
-                    names = {name for name, p in self.engine.module.named_parameters() if p.requires_grad}
-                    if self.worker.is_main:
-                        self.stopper.keep({name: weight for name, weight in weights.items() if name in names})
-            if due[1]:
-                publication.log_samples(self.assignment, self.engine, self.writer, done, self.watchdog.beat)
-            if due[2]:
-                publication.log_evaluation(self.assignment, self.engine, self.writer, done, self.watchdog.beat)
+            self.interludes.after_step(done)
         self.interval.paused += time.monotonic() - began
 
     def _handle_bad_step(self, supervisor: Supervisor, done: int, cause: faults.Cause, loss: float | None) -> None:
@@ -394,9 +335,10 @@ class _Stage:
             self.writer.log({key: value for key, value in metrics.items() if math.isfinite(value)}, done)
 
 
-def _micro_batches(worker: Worker) -> Any:
+def _micro_batches(worker: Worker, first: int) -> Any:
     import ray.train
 
-    from calumma.platform.streaming.tensors import micro_batches
+    from calumma.platform.streaming.tensors import PlanShard, micro_batches
 
-    return micro_batches(ray.train.get_dataset_shard("train"), worker.rank, worker.world)
+    shard = cast(PlanShard, ray.train.get_dataset_shard("train"))
+    return micro_batches(shard.iterator(first), worker.rank, worker.world)

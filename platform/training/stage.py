@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from calumma.platform import specification, storage
@@ -24,11 +25,12 @@ from calumma.platform.training.assignment import Assignment
 from calumma.platform.training.checkpoints import branch, catalog
 from calumma.platform.training.group import notice
 from calumma.platform.training.group.chart import worker_groups, worker_range
-from calumma.platform.training.group.control import FirstStep, worker_control
+from calumma.platform.training.group.control import worker_control
 from calumma.platform.training.group.fit import fit
 from calumma.platform.training.preparation import prepare, require_divisible
 from calumma.platform.training.publication import ADAPTER_FOLDER, MODEL_FOLDER
 from calumma.platform.training.specification import TrainSpecification
+from calumma.platform.training.standby.rehearsal import rehearse
 
 logger = logging.getLogger(__name__)
 KIND = "stage"
@@ -40,7 +42,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     Raises SpecificationError before anything starts, TrainingFailed, StorageError, TrackingError.
     """
     from calumma.platform.streaming.plan import PlanError
-    from calumma.platform.streaming.tensors import PlanDataConfig
+    from calumma.platform.streaming.tensors import PlanData
 
     began = time.monotonic()
     original, spec = spec, mixture.resolve_mixture(specification.with_absolute_storage(spec))
@@ -50,12 +52,11 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     manifests = {uri: Manifest.read(uri) for uri in weights}
     reader = spec.data.reader()
     try:
-        data = PlanDataConfig(
+        data = PlanData(
             spec.seed,
             weights,
             manifests,
             spec.micro_batches,
-            assignment.first_step,
             spec.steps,
             verify=reader.verify,
             cache=reader.cache,
@@ -75,11 +76,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
     passed = {uri: count / spec.steps for uri, count in epochs.items()}
     assignment = replace(assignment, epochs_a_step=passed, division=data.plan.division)
     _begin(assignment)
-    # asked by each group that starts
     copied = spec.resources.recovery.copy_every is not None
-    data.first_step = FirstStep(
-        assignment.output, spec, assignment.inputs, assignment.origin, run.id if copied else None
-    )
     finished = assignment.first_step >= spec.steps  # only what follows training is missing
     report = fit(
         loop.train_from_newest,
@@ -91,11 +88,11 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         steps=spec.steps,
         progress=progress,
         data=None if finished else data,
-        datasets=None if finished else PlanDataConfig.datasets(),
         control=worker_control(assignment.output, run, copied),
         multiple=spec.sequence_parallel,
         stacks=storage.join(assignment.output, "stacks"),
         copies=True,
+        rehearsal=partial(rehearse, spec, assignment.vocabulary),
     )
     groups = worker_groups(assignment)
     workers_at_end = groups[-1]["workers"] if groups else number

@@ -35,6 +35,7 @@ _RESUMED_FIELDS = (
     "faults",
     "incidents",
     "branches",
+    "peak_flops",
 )
 
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from calumma.platform.tracking.run import Run
-from calumma.platform.training.assignment import Checkpoint
-from calumma.platform.training.checkpoints import catalog, identity
+from calumma.platform.training.checkpoints import catalog
 from calumma.platform.training.group.notice import Action, none_pending, notify
-from calumma.platform.training.specification import TrainSpecification
 from calumma.platform.training.standby import recall
 
 _GRACE = 3.0  # times that writing a checkpoint takes
@@ -35,26 +33,6 @@ class WorkerControl:
             return max(least, _GRACE * self.write_seconds())
         except OSError:  # storage is away
             return least
-
-
-class FirstStep:
-    """Where the data of a group that starts now begin: asked by `PlanDataConfig` once its workers are there."""
-
-    def __init__(
-        self,
-        output: str,
-        spec: TrainSpecification,
-        inputs: dict[str, str],
-        origin: Checkpoint | None = None,
-        copied: str | None = None,
-    ) -> None:
-        """`copied`: the run whose state is copied in memory, which may be further."""
-        self._copied = copied
-        self._output, self._spec, self._inputs, self._origin = output, spec, inputs, origin
-
-    def __call__(self) -> int:
-        checkpoint = catalog.newest(self._output, identity.made_by(self._spec, self._inputs)) or self._origin
-        return max(checkpoint.step if checkpoint else 0, recall.newest_step(self._copied) if self._copied else 0)
 
 
 def _newest_step(output: str, copied: str | None) -> int:

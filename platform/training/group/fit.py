@@ -27,7 +27,7 @@ from calumma.platform.training.group.policies import (
 from calumma.platform.training.standby.processes import Standby, standby_callback
 
 if TYPE_CHECKING:
-    from ray.train import DataConfig
+    from calumma.platform.streaming.tensors import PlanData
 
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,12 @@ def fit(
     run: Run,
     steps: int,
     progress: Progress,
-    data: DataConfig | None = None,
-    datasets: dict[str, Any] | None = None,
+    data: PlanData | None = None,
     control: WorkerControl | None = None,
     stacks: str,
     copies: bool = False,
     multiple: int = 1,
+    rehearsal: Callable[[], object] | None = None,
 ) -> Any:
     """Run `loop(config)` on workers joined by torch.distributed; what the loop returned on rank 0.
 
@@ -74,7 +74,7 @@ def fit(
     traces go to the folder `stacks`.
     `workers` is their number or a range, in which it follows the size of the cluster, in multiples of `multiple`.
     With a `control`, workers that fail are started again, and Ctrl-C and SIGTERM let them write a checkpoint first.
-    `copies`: the loop can go on from copies of its state in memory.
+    `copies`: the loop can go on from copies of its state in memory. `rehearsal`: what a spare process does to be warm.
     Progress follows the run's metrics `step` and `loss`. Raises TrainingFailed, KeyboardInterrupt on Ctrl-C and
     SystemExit on SIGTERM, and in all cases leaves no worker behind.
     """
@@ -91,13 +91,13 @@ def fit(
     copied, spares = copies and recovery.copy_every is not None, recovery.spares and not resources.gpus_per_worker
     stands_by = control is not None and (copied or spares)
     if stands_by:
-        standby = Standby(entry.packed(loop) if spares else None, run.id if copied else None)
+        standby = Standby(entry.packed((loop, rehearsal)) if spares else None, run.id if copied else None)
         callbacks.append(standby_callback(standby))
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="calumma-train-") as folder:  # our own checkpoints go to our own storage
-        trainer = _trainer_class(control, recovery, signals, multiple)(
+        trainer = _trainer_class(control, recovery, signals, multiple, data)(
             entry.watched(loop, recovery.hang_seconds, stacks, used_again=stands_by and spares),
             train_loop_config={"payload": entry.packed(config)},
             torch_config=TorchConfig(
@@ -118,8 +118,6 @@ def fit(
                 callbacks=callbacks,
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
-            dataset_config=data,
-            datasets=datasets,
         )
         patience = ELASTIC_START_TIMEOUT if elastic else START_TIMEOUT
         with (
@@ -164,9 +162,11 @@ def look_seconds(workers: int) -> float:
     return min(2.0, 0.1 + workers / 500)
 
 
-def _trainer_class(control: WorkerControl | None, recovery: Recovery, signals: Signals, multiple: int) -> Any:
-    """Ray's TorchTrainer with our failure policy and signals, where there is a control; and without the
-    placement-group cleaner where there is no dashboard to ask.
+def _trainer_class(
+    control: WorkerControl | None, recovery: Recovery, signals: Signals, multiple: int, data: PlanData | None
+) -> Any:
+    """Ray's TorchTrainer with our failure policy and signals, where there is a control; with the plan's data; and
+    without the placement-group cleaner where there is no dashboard to ask.
 
     The cleaner is a process that asks the dashboard's state API every second whether the controller lives, and warns
     each time it cannot. A cluster without dashboard is an embedded one, which ends with its driver anyway. Ray 2.60
@@ -175,12 +175,15 @@ def _trainer_class(control: WorkerControl | None, recovery: Recovery, signals: S
     import ray
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+    from calumma.platform.streaming.tensors import plan_callback
+
     cleaner = bool(ray._private.worker.get_dashboard_url())
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [c for c in callbacks if cleaner or type(c).__name__ != "PlacementGroupCleanerCallback"]
+            left_out = {"DatasetsCallback"} | (set() if cleaner else {"PlacementGroupCleanerCallback"})
+            callbacks = [c for c in super()._create_default_callbacks() if type(c).__name__ not in left_out]
+            return callbacks if data is None else [*callbacks, plan_callback(data)]
 
         def _initialize_and_run_controller(self, **arguments: Any) -> Any:
             if control is not None:

@@ -9,6 +9,7 @@ keeps the processes and their place when a group has failed, and the group that 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from calumma.platform.training.standby.leaving import left_group, preload
 
 logger = logging.getLogger(__name__)
 _LEAVE = 20.0  # seconds that a living worker gets to notice, at its next collective, that its group has lost a part
+_READY = 10.0  # seconds that a spare gets to finish importing: about what a new process takes to start
+_SETTLE = 10.0  # seconds that a group has the cores to itself before spares import and rehearse beside it
 
 
 @dataclass
@@ -30,14 +33,16 @@ class Kept:
     """Workers by the number of their place."""
     nodes: dict[int, str]
     """Node by the number of a place."""
+    synchronizer: Any
+    """Ray Train's actor for barriers."""
 
 
 @dataclass
 class Standby:
-    """What the controller of a run has ready. `spare_loop`: what spares import, packed; none: there are no spares, and
-    processes are not used again."""
+    """What the controller of a run has ready. `spare_work`: what spares import and rehearse, packed; none: there are no
+    spares, and processes are not used again."""
 
-    spare_loop: bytes | None
+    spare_work: bytes | None
     keepers_run: str | None
     """The run whose state is copied in memory; none: it is not."""
     kept: Kept | None = None
@@ -56,7 +61,7 @@ class Standby:
 
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         nodes = {worker.placement_group_bundle_index: worker.metadata.node_id for worker in state.workers}
-        if self.spare_loop is None or self.resizing != len(state.workers) or not set(nodes.values()) <= alive:
+        if self.spare_work is None or self.resizing != len(state.workers) or not set(nodes.values()) <= alive:
             return False
         asked = {worker.actor.execute.remote(left_group, _LEAVE): worker for worker in state.workers}
         ray.wait(list(asked), num_returns=len(asked), timeout=1.5 * _LEAVE)
@@ -66,8 +71,9 @@ class Standby:
                 living[worker.placement_group_bundle_index] = worker
             else:
                 ray.kill(worker.actor)
-        ray.kill(state.sync_actor)
-        self.kept = Kept(state.placement_group_handle, context, living, nodes)
+        state.sync_actor.reset.remote()
+        state.sync_actor.set_required_ranks.remote(None)
+        self.kept = Kept(state.placement_group_handle, context, living, nodes, state.sync_actor)
         return True
 
     def take(self, context: Any) -> Kept | None:
@@ -89,16 +95,17 @@ class Standby:
         if actor is None:
             return None
         try:
-            return actor, ray.get(actor.get_metadata.remote())
-        except ray.exceptions.RayError as error:
-            logger.warning("the spare process of a node has died: %s", error)
+            return actor, ray.get(actor.get_metadata.remote(), timeout=_READY)
+        except ray.exceptions.RayError as error:  # a new process is started in its place
+            logger.warning("the spare process of a node has died, or is not ready: %s", error)
+            ray.kill(actor)
             return None
 
     def start_spares(self, nodes: Iterable[str], worker_class: Any, runtime_env: Any) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        if self.spare_loop is None:
+        if self.spare_work is None:
             return
         for node in nodes:
             if node not in self.spares:
@@ -107,7 +114,7 @@ class Standby:
                     .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
                     .remote()
                 )
-                self.spares[node] = actor, actor.execute.remote(preload, self.spare_loop)
+                self.spares[node] = actor, actor.execute.remote(preload, self.spare_work)
 
     # -- keepers --
 
@@ -167,6 +174,7 @@ def _give_up(kept: Kept) -> None:
 
     for worker in kept.living.values():
         ray.kill(worker.actor)
+    ray.kill(kept.synchronizer)
     kept.placement.shutdown()
 
 
@@ -186,9 +194,6 @@ def standby_callback(standby: Standby) -> Any:
         def after_worker_group_start(self, worker_group: Any) -> None:
             standby.start_keepers(nodes_of(worker_group))
 
-        def after_worker_group_training_start(self, worker_group: Any) -> None:
-            worker_group.start_spares()
-
         async def before_controller_shutdown(self) -> None:
             standby.release()
 
@@ -198,20 +203,52 @@ def standby_callback(standby: Standby) -> Any:
     return StandbyCallback()
 
 
+@dataclass(frozen=True)
+class _Existing:
+    """An actor that exists, in place of the class of which one would be started."""
+
+    actor: Any
+
+    def options(self, **given: Any) -> _Existing:
+        return self
+
+    def remote(self, **given: Any) -> Any:
+        return self.actor
+
+
 def nodes_of(worker_group: Any) -> list[str]:
     """The nodes of a group's workers, each once, by rank."""
     return list(dict.fromkeys(worker.metadata.node_id for worker in worker_group.get_workers()))
 
 
 def living_workers(standby: Standby) -> Any:
-    """Ray Train's group of workers, with two differences: one that fails leaves its living processes and its place to
-    the next of its size; and that takes them, and spares for those that are lost."""
+    """Ray Train's group of workers, with three differences: one that fails leaves its living processes and its place to
+    the next of its size; that takes them, and spares for those that are lost; and once it has settled it starts spares
+    for the next that is lost on each node."""
+    import ray.train.v2._internal.execution.worker_group.worker_group
     from ray.train.v2._internal.execution.worker_group.worker import Worker
     from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
     from ray.train.v2._internal.util import invoke_context_managers
 
+    theirs: Any = ray.train.v2._internal.execution.worker_group.worker_group
+
     class LivingWorkers(WorkerGroup):
         _taken: Kept | None = None
+        _spared = False
+
+        def _start_impl(self, builder: Any) -> None:
+            new = theirs.SynchronizationActor
+            try:
+                super()._start_impl(builder)
+            finally:
+                theirs.SynchronizationActor = new
+
+        def poll_status(self, timeout: float | None = None) -> Any:
+            status = super().poll_status(timeout)
+            if not self._spared and time.monotonic() > self.get_worker_group_state().start_time + _SETTLE:
+                self._spared = True
+                self._start_spares()
+            return status
 
         def shutdown(self) -> None:
             status = self.get_latest_poll_status()
@@ -233,6 +270,7 @@ def living_workers(standby: Standby) -> Any:
             standby.resizing = None
             self._taken = standby.take(worker_group_context)
             if self._taken is not None:
+                theirs.SynchronizationActor = _Existing(self._taken.synchronizer)
                 return self._taken.placement
             return super()._create_placement_group(scaling_config, worker_group_context)
 
@@ -267,8 +305,7 @@ def living_workers(standby: Standby) -> Any:
             ranked: list[Any] = WorkerGroup._assign_worker_ranks([found[place] for place in range(num_workers)])
             return ranked
 
-        def start_spares(self) -> None:
-            """For the next that is lost on each node."""
+        def _start_spares(self) -> None:
             settings: Any = self._train_run_context.run_config
             environment = self._get_worker_runtime_env(custom_runtime_env=settings.worker_runtime_env)
             standby.start_spares(nodes_of(self), self._worker_cls, environment)

@@ -107,9 +107,10 @@ class Utilization:
         self._flops = flops_per_token(model, model.config.context)
         self._peak = 0.0
 
-    def measure(self) -> None:
-        """Find out the peak; by a few matrix products where the device has no entry."""
-        self._peak = peak_flops(self._device, self._dtype)
+    def measure(self, known: float | None = None) -> float:
+        """The peak FLOP/s, `known` or found out, by a few matrix products where the device has no entry."""
+        self._peak = peak_flops(self._device, self._dtype) if known is None else known
+        return self._peak
 
     def metrics(self, tokens_per_second: float) -> dict[str, float]:
         """`mfu`, and the FLOP/s a worker that it is made of; none before `measure`."""

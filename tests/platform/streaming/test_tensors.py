@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
+import pickle
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from calumma.platform.shards.tokens import PackedRow
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.streaming import blocks
 from calumma.platform.streaming.plan import Share
-from calumma.platform.streaming.tensors import MicroBatchTensors, PlanDataConfig, ShardError, micro_batches
+from calumma.platform.streaming.tensors import (
+    MicroBatchTensors,
+    PlanData,
+    PlanShard,
+    ShardError,
+    micro_batches,
+    plan_callback,
+)
 
 CONTEXT = 12
 ROWS = 3  # of a micro-batch
@@ -65,9 +73,9 @@ def shards(tmp_path: Path) -> dict[str, Manifest]:
     return {pages: write_shards(pages, [4, 3], 1), pairs: write_shards(pairs, [5], 2)}
 
 
-def config(shards: dict[str, Manifest], micro_batches: int = 5, first: Any = 3, last: int = 40) -> PlanDataConfig:
+def config(shards: dict[str, Manifest], micro_batches: int = 5, last: int = 40) -> PlanData:
     weights = dict(zip(sorted(shards), (0.7, 0.3), strict=True))
-    return PlanDataConfig(7, weights, shards, micro_batches, first, last)
+    return PlanData(7, weights, shards, micro_batches, last)
 
 
 def expected(share: Share) -> list[MicroBatchTensors]:
@@ -101,11 +109,11 @@ def same(a: MicroBatchTensors, b: MicroBatchTensors) -> bool:
 @pytest.mark.cluster
 @pytest.mark.parametrize("world", [1, 3, 7])
 def test_workers_read_what_the_plan_says(ray_cluster: None, shards: dict[str, Manifest], world: int) -> None:
-    data = copy.deepcopy(config(shards))  # as Ray Train does
-    shares = data.configure({}, world, None, None)
+    data = pickle.loads(pickle.dumps(config(shards)))  # as Ray Train does
+    shares = data.shards(world)
     assert len(shares) == world
     for rank in {0, world - 1}:
-        steps = list(micro_batches(shares[rank]["train"], rank, world))
+        steps = list(micro_batches(shares[rank].iterator(3), rank, world))
         assert [step for step, _ in steps] == list(range(3, 40))
         for step, group in steps:
             wanted = expected(*data.plan.shares(step, step + 1, rank, world))
@@ -117,14 +125,12 @@ def test_workers_read_what_the_plan_says(ray_cluster: None, shards: dict[str, Ma
 def test_a_resumed_group_of_another_size_goes_on_where_the_first_stopped(
     ray_cluster: None, shards: dict[str, Manifest]
 ) -> None:
-    checkpoint = {"step": 0}
-    data = config(shards, micro_batches=4, first=lambda: checkpoint["step"], last=8)
+    data = config(shards, micro_batches=4, last=8)
     seen: list[tuple[int, torch.Tensor]] = []
-    (share,) = data.configure({}, 1, None, None)
-    for step, group in islice(micro_batches(share["train"], 0, 1), 5):
+    (share,) = data.shards(1)
+    for step, group in islice(micro_batches(share.iterator(0), 0, 1), 5):
         seen.append((step, all_rows(group)))
-    checkpoint["step"] = 5
-    halves = [list(micro_batches(s["train"], rank, 2)) for rank, s in enumerate(data.configure({}, 2, None, None))]
+    halves = [list(micro_batches(s.iterator(5), rank, 2)) for rank, s in enumerate(data.shards(2))]
     for (step, even), (other, odd) in zip(*halves, strict=True):
         assert step == other
         seen.append((step, torch.cat([all_rows(even), all_rows(odd)])))
@@ -142,37 +148,57 @@ def test_reading_goes_on_in_a_cluster_full_of_workers(ray_cluster: None, shards:
     group = placement_group([{"CPU": free}])
     try:
         assert ray.get(group.ready(), timeout=None)
-        (share,) = config(shards, last=6).configure({}, 1, None, None)
-        assert [step for step, _ in micro_batches(share["train"], 0, 1)] == [3, 4, 5]
+        (share,) = config(shards, last=6).shards(1)
+        assert [step for step, _ in micro_batches(share.iterator(3), 0, 1)] == [3, 4, 5]
     finally:
         remove_placement_group(group)
 
 
 @pytest.mark.cluster
 def test_a_worker_given_the_data_of_another_stops(ray_cluster: None, shards: dict[str, Manifest]) -> None:
-    shares = config(shards, last=4).configure({}, 2, None, None)
+    shares = config(shards, last=4).shards(2)
     with pytest.raises(RuntimeError, match="worker 0 of 2 was given the data of worker 1 of 2"):
-        next(micro_batches(shares[1]["train"], 0, 2))
+        next(micro_batches(shares[1].iterator(3), 0, 2))
 
 
 @pytest.mark.cluster
 def test_a_shard_that_changed_stops_training_by_name(ray_cluster: None, shards: dict[str, Manifest]) -> None:
     damaged = next(iter(shards)) + "/part-0.parquet"
     Path(damaged).write_bytes(Path(damaged).read_bytes()[:-1])
-    (share,) = config(shards).configure({}, 1, None, None)
+    (share,) = config(shards).shards(1)
     with pytest.raises(ShardError, match=f"^{damaged} has .* bytes, where its manifest says"):
-        list(micro_batches(share["train"], 0, 1))
+        list(micro_batches(share.iterator(3), 0, 1))
 
 
-def test_nothing_to_read_is_said(shards: dict[str, Manifest]) -> None:
+def test_nothing_to_read_is_said() -> None:
+    shard = PlanShard(None, 9, 1, 0, 1)  # type: ignore[arg-type]  # nothing is asked of the plan
     with pytest.raises(ValueError, match="the first step is 9, the end 9"):
-        config(shards, first=9, last=9).configure({}, 1, None, None)
+        shard.iterator(9)
+
+
+@pytest.mark.cluster
+def test_what_a_worker_is_given_has_nothing_of_the_plan(ray_cluster: None, shards: dict[str, Manifest]) -> None:
+    """The controller's callback hands out references: ten times the steps, sources and all, and not a byte more."""
+    import ray
+
+    def sizes(data: PlanData) -> set[int]:
+        given = plan_callback(data).before_init_train_context([None] * 3)["dataset_shard_provider"]
+        assert [(shard.rank, shard.world) for shard in given] == [(0, 3), (1, 3), (2, 3)]
+        assert all(shard.get_dataset_shard("train") is shard for shard in given)
+        assert len({shard.shared for shard in given}) == 1
+        return {len(pickle.dumps(replace(shard, shared=None))) for shard in given}
+
+    few, many = config(shards, last=40), config(shards, last=60)
+    assert sizes(few) == sizes(many)
+    assert max(sizes(many)) < 500 < len(pickle.dumps(many))
+    plan, _ = ray.get(many.shards(1)[0].shared)
+    assert plan.step(59) == many.plan.step(59)
 
 
 class Blocks:
     """What a worker is given, without Ray between: the blocks of the reading task."""
 
-    def __init__(self, data: PlanDataConfig, first: int, last: int, rank: int, world: int) -> None:
+    def __init__(self, data: PlanData, first: int, last: int, rank: int, world: int) -> None:
         self.blocks = list(blocks.read_blocks(first, last, data.plan, data.reader, rank, world))
 
     def iter_batches(self, **settings: Any) -> list[pa.Table]:
@@ -181,7 +207,7 @@ class Blocks:
 
 def test_shards_are_read_from_s3(s3: str) -> None:
     uri = storage.join(s3, "tokens")
-    data = PlanDataConfig(1, {uri: 1.0}, {uri: write_shards(uri, [3, 2], 4)}, 3, 0, 6)
+    data = PlanData(1, {uri: 1.0}, {uri: write_shards(uri, [3, 2], 4)}, 3, 6)
     read: Any = Blocks(data, 2, 6, 0, 2)
     for step, group in micro_batches(read, 0, 2):
         assert all(map(same, group, expected(*data.plan.shares(step, step + 1, 0, 2))))

@@ -17,7 +17,7 @@ from calumma.platform.shards.row_groups import RowGroupReader, ShardError
 from calumma.platform.shards.tokens import PackedRow
 from calumma.platform.storage.manifest import FileEntry, Manifest
 from calumma.platform.streaming import blocks
-from calumma.platform.streaming.tensors import PlanDataConfig
+from calumma.platform.streaming.tensors import PlanData
 
 CONTEXT = 40
 KINDS = ["drop", "reset", "delay", "truncate", "short", "corrupt", "error", "slow down"]
@@ -53,7 +53,7 @@ def everything(uri: str, manifest: Manifest, cache: ShardCache | None = None) ->
     """All that a worker of one is handed in an epoch, as plain values; a fresh process knows no footers."""
     steps = 8
     row_groups._footer_cache.cache_clear()
-    data = PlanDataConfig(3, {uri: 1.0}, {uri: manifest}, 3, 0, steps, cache=cache)
+    data = PlanData(3, {uri: 1.0}, {uri: manifest}, 3, steps, cache=cache)
     tables = blocks.read_blocks(0, steps, data.plan, data.reader, 0, 1)
     return [table.to_pylist() for table in tables]
 
@@ -94,7 +94,7 @@ def test_a_fault_that_stays_is_an_error_that_names_the_object(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     manifest = publish(s3, shards=1)
     reader = RowGroupReader(CONTEXT)
-    first, second = PlanDataConfig(3, {s3: 1.0}, {s3: manifest}, 2, 0, 1).plan.step(0)
+    first, second = PlanData(3, {s3: 1.0}, {s3: manifest}, 2, 1).plan.step(0)
     reader.read(first)  # so that the footer is known
     proxy.disturb(kind, share=1.0, most=10**6)
     with pytest.raises((storage.StorageError, ShardError)) as caught:

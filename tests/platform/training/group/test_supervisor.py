@@ -154,16 +154,6 @@ def test_checkpoints_remember_every_group_of_workers(group_of_one: None, tmp_pat
     assert len(picture.getcolors(1 << 24) or []) > 2
 
 
-def test_a_group_that_starts_goes_on_from_the_newest_checkpoint_of_then(group_of_one: None, tmp_path: Path) -> None:
-    output = str(tmp_path)
-    given = assignment(output)
-    first_step = control.FirstStep(output, given.spec, {})
-    assert first_step() == 0
-    with supervised(output) as stage:
-        train(stage, 0, 10)
-    assert first_step() == 10
-
-
 def test_checkpoints_come_by_time_too(group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every seven minutes, of steps of two; those by steps begin the time anew."""
     now = [1000.0]

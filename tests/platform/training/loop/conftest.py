@@ -337,7 +337,7 @@ def work(rank: int, world: int, root: str, folder: str, runs: dict[str, list[Run
             places.clear()
             try:
                 assignment = preparation.prepare(spec, run)
-                scripted(spec, script, assignment.first_step)
+                scripted(spec, script)
                 outcome["report"] = loop.train({"assignment": assignment})
             except Exception as error:
                 outcome["error"] = f"{type(error).__name__}: {error}"
@@ -348,14 +348,14 @@ def work(rank: int, world: int, root: str, folder: str, runs: dict[str, list[Run
 USUAL = engine.losses
 
 
-def scripted(spec: PretrainSpecification, script: Script, first: int) -> None:
+def scripted(spec: PretrainSpecification, script: Script) -> None:
     """Let the data and the forward pass do what the script says."""
     now = [0]
     (usual,) = spec.mixture
     places = {"usual": spec.locate(usual), "chaos": spec.locate("tokens/chaos")}
     rows = {name: all_micro_batches(uri, Manifest.read(uri)) for name, uri in places.items()}
 
-    def data(worker: Worker) -> Iterator[tuple[int, list[Any]]]:
+    def data(worker: Worker, first: int) -> Iterator[tuple[int, list[Any]]]:
         for step in range(first, spec.steps):
             now[0] = step + 1
             if now[0] == script.get("dies"):

@@ -1,4 +1,4 @@
-"""A worker that lives on when another is lost is, in the same process, a worker of the next group."""
+"""A worker that lives on when another is lost is, in the same process, a worker of the next group; a spare is ready."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from calumma.platform.training.standby import recall
 from calumma.platform.training.standby.copies import Copies
 from calumma.platform.training.standby.keeper import Keeper
-from calumma.platform.training.standby.leaving import leave_group
+from calumma.platform.training.standby.leaving import GroupLost, Interruptible, leave_group
 from tests.platform.training.checkpoints.test_checkpoints import join, report, specification, started, steps
 from tests.platform.training.standby.test_memory import Node
 
@@ -86,3 +91,121 @@ def test_a_process_goes_on_in_another_group(tmp_path: Path, keepers: list[Keeper
         process.join()
     straight = [json.loads(line) for line in Path(f"{plain}-{pair[0].pid}").read_text().splitlines()]
     assert [loss for _, _, loss, _ in found] == pytest.approx([loss for _, _, loss, _ in straight], rel=1e-6)
+
+
+# -- a step that is of no use --
+
+
+def ended(work: Callable[[Interruptible], None]) -> tuple[BaseException | None, Interruptible]:
+    """What a thread's work was ended by, and what it can be ended with."""
+    found: list[BaseException | None] = [None]
+    given: list[Interruptible] = []
+
+    def run() -> None:
+        given.append(Interruptible())
+        try:
+            work(given[0])
+        except BaseException as error:
+            found[0] = error
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0], given[0]
+
+
+def test_a_step_ends_in_the_middle_of_its_backward_pass() -> None:
+    """Fifty layers, whose gradients are looked at one by one as DeepSpeed does; the group is lost at the third."""
+    seen: list[int] = []
+
+    def step(interruptible: Interruptible) -> None:
+        x = torch.ones(1, requires_grad=True)
+        for layer in range(50):
+            x = x * 1.5
+            x.register_hook(lambda gradient, layer=layer: look(layer))
+
+        def look(layer: int) -> None:
+            seen.append(layer)
+            if len(seen) == 3:
+                other = threading.Thread(target=interruptible.end)
+                other.start()
+                other.join()
+
+        with interruptible:
+            x.backward()
+
+    error, _ = ended(step)
+    assert isinstance(error, GroupLost)
+    assert seen[:3] == [49, 48, 47]
+    assert len(seen) < 6
+
+
+def test_an_end_that_is_swallowed_comes_when_the_step_does() -> None:
+    def step(interruptible: Interruptible) -> None:
+        with interruptible, suppress(GroupLost):
+            interruptible.end()
+            for _ in range(1000):
+                pass
+        raise AssertionError("it went on")
+
+    assert isinstance(ended(step)[0], GroupLost)
+
+
+def test_nothing_but_a_step_is_ended() -> None:
+    """Cleaning up after it, say, is not; nor is there a second end for one group."""
+
+    def step(interruptible: Interruptible) -> None:
+        interruptible.end()
+        with interruptible:
+            pass
+        interruptible.end()
+
+    error, interruptible = ended(step)
+    assert error is None
+    interruptible.end()
+
+
+# -- a spare --
+
+SPARE = """
+import pickle, sys
+from functools import partial
+import torch.distributed as dist
+from calumma.platform.training import loop
+from calumma.platform.training.standby.leaving import preload
+from calumma.platform.training.standby.rehearsal import rehearse_step
+from tests.platform.training.checkpoints.test_checkpoints import VOCABULARY, join, specification, started, steps
+
+spec = specification(sys.argv[1], zero_stage=1)
+rehearsal = partial(rehearse_step, spec, VOCABULARY) if sys.argv[2] == "rehearses" else None
+preload(pickle.dumps((loop.train_from_newest, rehearsal)))
+assert not dist.is_initialized()
+known = set(sys.modules)
+join(0, 1, sys.argv[1] + "/meeting")
+((step, loss, norm),) = steps(started(spec, 1), spec, 1, 0, 0, 1)
+print(len(set(sys.modules) - known), loss, norm)
+"""
+
+
+@pytest.mark.parametrize("rehearses", [True, False])
+def test_a_spare_that_has_rehearsed_finds_everything_imported(tmp_path: Path, rehearses: bool) -> None:
+    """A process that has only imported what the loop imports meets hundreds of modules at its first real step, one that
+    has rehearsed none; the step is that of a process that has done neither."""
+    command = [sys.executable, "-c", SPARE, str(tmp_path), "rehearses" if rehearses else "does not"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "could not rehearse" not in done.stderr
+    imported, loss, norm = map(float, done.stdout.split()[-3:])
+    assert imported == 0 if rehearses else imported > 100
+    plain = tmp_path / "plain.json"
+    one = multiprocessing.get_context("fork").Process(target=first_step, args=(tmp_path, plain))
+    one.start()
+    one.join()
+    assert [loss, norm] == pytest.approx(json.loads(plain.read_text()), rel=1e-6)
+
+
+def first_step(folder: Path, found: Path) -> None:
+    join(0, 1, f"{folder}/other-meeting")
+    spec = specification(str(folder), zero_stage=1)
+    ((_, loss, norm),) = steps(started(spec, 1), spec, 1, 0, 0, 1)
+    found.write_text(json.dumps([loss, norm]))
