@@ -1,7 +1,8 @@
 """Training under Ray Train and DeepSpeed beside a bare PyTorch loop of the same model: `python benchmarks/training.py`.
 
 The whole stage runs (`run_stage`: data through Ray Data, metrics, checkpoints), with one worker and with two; the bare
-loop takes the same steps of the same micro-batches in a process of its own. On a CPU each has one thread, so that Ray's
+loop takes the same steps of the same micro-batches in a process of its own, and two such loops side by side show what
+the machine leaves of twice one's speed. On a CPU each has one thread, so that Ray's
 own processes, which a training node has cores for, do not count as the loop's. Each counts with its fastest intervals
 of ten steps: a neighbour on the machine only ever slows one down. Further: the share of a step that waits for data, how
 long a checkpoint stops training beside a plain `torch.save` of the same state, and the time from kill -9 of a worker
@@ -51,6 +52,7 @@ from calumma.platform.training.steps import engine, held_out
 SMALL = {"layers": 6, "width": 256, "heads": 4, "kv_heads": 4, "ffn_width": 768}
 CODES = 16
 FASTEST = 3  # intervals whose median counts
+SPARE_SECONDS = 4  # of a processor that a spare has used before it waits
 
 
 def corpus(root: str, context: int, micro_batch: int) -> None:
@@ -246,30 +248,43 @@ def whole_stage(root: str, given: argparse.Namespace, workers: int) -> dict[str,
     return found
 
 
-def killed(root: str, given: argparse.Namespace, recovery: dict[str, Any]) -> dict[str, float]:
-    """Seconds from kill -9 of a worker to the end of the next optimizer step, and steps that were taken twice."""
+def killed(root: str, given: argparse.Namespace, recovery: dict[str, Any], workers: int) -> dict[str, float]:
+    """Seconds from kill -9 of a worker to the end of the next optimizer step, those of a step, and steps that were
+    taken twice. Where there are spares, once one has imported and rehearsed all."""
     from calumma.platform.training.stage import run_stage
 
     every, output = 5, f"stages/killed-{len(recovery)}"
-    spec = specification(root, given, output=output, steps=30, checkpoint_every=every, log_every=1)
-    resources = spec.resources.model_dump() | {"recovery": recovery}
+    spec = specification(root, given, output=output, steps=80, checkpoint_every=every, log_every=1)
+    resources = spec.resources.model_dump() | {"recovery": recovery, "workers": workers}
     spec = PretrainSpecification.model_validate(spec.model_dump() | {"resources": resources})
     place, at = spec.locate(output), list[float]()
 
-    def kill() -> None:
-        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-        at.append(time.time())
-        min(workers, key=lambda worker: worker.create_time()).kill()  # the others are spares
+    def found() -> list[psutil.Process]:
+        below = psutil.Process().children(recursive=True)
+        return sorted((p for p in below if "RayTrainWorker" in " ".join(p.cmdline())), key=lambda p: p.create_time())
 
-    once(lambda: catalog.newest_step(place) >= every, kill)
+    def ready() -> bool:
+        if catalog.newest_step(place) < every:
+            return False
+        spares = found()[workers:]
+        waiting = [p for p in spares if sum(p.cpu_times()[:2]) > SPARE_SECONDS and p.cpu_percent(0.5) < 5]
+        return bool(waiting) or not recovery.get("spares")
+
+    def kill() -> None:
+        at.append(time.time())
+        found()[0].kill()
+
+    once(ready, kill)
     with job_run(spec) as run:
         manifest = run_stage(spec, run, no_progress)
     (moment,) = at
-    before = [m.step for m in run.client.get_metric_history(run.id, "loss") if m.timestamp / 1000 <= moment]
-    after = [m.timestamp / 1000 for m in run.client.get_metric_history(run.id, "loss") if m.timestamp / 1000 > moment]
+    history = sorted(run.client.get_metric_history(run.id, "loss"), key=lambda m: m.timestamp)
+    before = [m.step for m in history if m.timestamp / 1000 <= moment]
+    after = [m.timestamp / 1000 for m in history if m.timestamp / 1000 > moment]
     # what was still on its way to MLflow when the worker died comes at once; the new group's first step after a gap
-    gaps = [(later - earlier, later) for earlier, later in zip([moment, *sorted(after)], sorted(after), strict=False)]
-    return {"seconds": max(gaps)[1] - moment, "lost": max(before) - manifest.report["groups"][-1]["step"]}
+    gaps = [(later - earlier, later) for earlier, later in zip([moment, *after], after, strict=False)]
+    seconds, lost = max(gaps)[1] - moment, max(before) - manifest.report["groups"][-1]["step"]
+    return {"seconds": seconds, "lost": lost, "step": statistics.median(gap for gap, _ in gaps)}
 
 
 def once(happened: Callable[[], bool], act: Callable[[], None]) -> None:
@@ -282,12 +297,18 @@ def once(happened: Callable[[], bool], act: Callable[[], None]) -> None:
 
 
 def in_a_process(what: str, root: str, threads: int) -> dict[str, float]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure", what, "--root", root, "--threads", str(threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{what} failed with exit code {done.returncode}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    (found,) = in_processes(1, what, root, threads)
     return found
+
+
+def in_processes(number: int, what: str, root: str, threads: int) -> list[dict[str, float]]:
+    """The same in so many processes at once, which know nothing of each other."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", what, "--root", root, "--threads", str(threads)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(number)]
+    printed = [process.communicate()[0] for process in started]
+    if failed := [process.returncode for process in started if process.returncode]:
+        raise SystemExit(f"{what} failed with exit code {failed[0]}")
+    return [json.loads(output.splitlines()[-1]) for output in printed]
 
 
 def verdict(value: float, target: float, below: bool = False) -> str:
@@ -319,23 +340,31 @@ def table(root: str, given: argparse.Namespace) -> None:
     threads = cores if given.gpus else 1
     os.environ[THREADS_VARIABLE] = str(threads)
     before = in_a_process("bare", root, threads)["tokens_per_second"]
+    beside = [] if given.gpus == 1 else in_processes(2, "bare", root, threads)
     with connection.embedded(lean=True):
         one = whole_stage(root, given, 1)
         two = None if given.gpus == 1 else whole_stage(root, given, 2)
-        kill = killed(root, given, {})
-        kept = killed(root, given, {"copy_every": 1, "spares": True})
+        group = 1 if given.gpus == 1 else 2
+        kill = killed(root, given, {}, group)
+        kept = killed(root, given, {"copy_every": 1, "spares": True}, group)
     loop = max(before, in_a_process("bare", root, threads)["tokens_per_second"])
     row("bare PyTorch loop", f"{loop:.0f} tokens/s")
     share = one["tokens_per_second"] / loop
     row("stage, one worker", f"{one['tokens_per_second']:.0f} tokens/s, {share:.3f} of it", verdict(share, 0.95))
     if two is not None:
         per = two["tokens_per_second"] / one["tokens_per_second"] / 2
-        row("stage, two workers", f"{two['tokens_per_second']:.0f} tokens/s, {per:.3f} of twice as many")
+        apart = sum(found["tokens_per_second"] for found in beside)
+        row("two bare loops side by side", f"{apart:.0f} tokens/s, {apart / loop / 2:.3f} of twice as many as one")
+        row("stage, two workers", f"{two['tokens_per_second']:.0f} tokens/s, {per:.3f} of twice one", verdict(per, 0.9))
     row("waiting for data", f"{one['waiting']:.2%} of a step", verdict(one["waiting"], 0.02, below=True))
     if given.gpus and "mfu" in one:
         row("model FLOP utilization", f"{one['mfu']:.1%}", "torchtitan: 33-39 % (H100, 8B)")
-    row("kill -9 to the next optimizer step", f"{kill['seconds']:.1f} s, {kill['lost']} steps taken twice")
-    row("the same from memory", f"{kept['seconds']:.1f} s, {kept['lost']}", verdict(kept["seconds"], 2, below=True))
+    for what, found, target in (
+        (f"kill -9 of one of {group} to the next optimizer step", kill, ""),
+        ("the same from memory, with a spare", kept, verdict(kept["seconds"], 2, below=True)),
+    ):
+        twice = f"{found['lost']} steps taken twice"
+        row(what, f"{found['seconds']:.1f} s, of them {found['step']:.1f} s for that step; {twice}", target)
 
 
 def main() -> None:
