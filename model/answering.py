@@ -17,8 +17,6 @@ from calumma.model.tokenizers.grammar import GrammarCompiler
 if TYPE_CHECKING:
     from calumma.model.directory import MixedModalModel
 
-WINDOW = 8  # image codes that are drafted ahead on a CPU, where a server drafts, too: a seed gives the same image here
-
 
 def supported_params(params: SamplingParams, model: MixedModalModel) -> SamplingParams:
     """The parameters as a model can fulfil them: where it has no decoder of images, free alternation becomes text.
@@ -57,9 +55,7 @@ def generate(
     encoded = model.encoder.encode_many(prompts, complete=False)
     trained = model.transformer.training
     compiler = GrammarCompiler(model.text_tokenizer, model.vocabulary)
-    options: dict[str, Any] = {"jacobi_window": 0 if model.device.type == "cuda" else WINDOW}
-    if decoder is not None:
-        options = {"decoder": decoder, "cuda_graphs": False}
+    options: dict[str, Any] = {} if decoder is None else {"decoder": decoder, "cuda_graphs": False}
     requests = [
         Request(str(number), prompt.ids, own) for number, (prompt, own) in enumerate(zip(encoded, each, strict=True), 1)
     ]

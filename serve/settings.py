@@ -172,11 +172,11 @@ class ModelSettings(Section):
         "on CPUs, and on GPUs bfloat16, or int8 where there is no room for more",
     )
     speculative: int | None = Field(
-        None,
+        0,
         ge=0,
         description="image codes drafted ahead (speculative Jacobi decoding), fewer the more images are drawn at once; "
-        "0: none; none given: on CPUs as many as are measured to pay, or 0. A seed gives other images than with 0, the "
-        "same with anything else",
+        "0: none; null: on CPUs as many as are measured to pay. A seed gives other images than with 0, the same with "
+        "anything else",
     )
     cuda_graphs: bool | None = Field(
         None,

@@ -127,7 +127,7 @@ def model(model_directory: Path) -> MixedModalModel:
 
 @pytest.fixture(scope="session")
 def replica(model: MixedModalModel) -> Iterator[EngineReplica]:
-    replica = EngineReplica(model, max_sequences=12, jacobi_window=None)  # as a server is set
+    replica = EngineReplica(model, max_sequences=12)
     yield replica
     replica.close()
 
