@@ -70,7 +70,7 @@ FAST = Sizes(
     text_characters=30_000,
     code_characters=30_000,
     code_questions=10,
-    asked_drawings=1,
+    asked_drawings=2,
 )
 
 
