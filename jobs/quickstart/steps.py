@@ -43,12 +43,12 @@ STEPS = (
     Step("documents", "Documents", 8),
     Step("curate", "Curation", 10),
     Step("train_text_tokenizer", "Text tokenizer", 2),
-    Step("train_image_tokenizer", "Image tokenizer", 65),
-    Step("tokenize", "Token shards", 27),
-    Step("stage1", "Pre-training, stage 1", 155),
-    Step("stage2", "Pre-training, stage 2", 57),
-    Step("finetune", "Fine-tuning", 280),
-    Step("evaluate", "Evaluation", 18),
+    Step("train_image_tokenizer", "Image tokenizer", 42),
+    Step("tokenize", "Token shards", 21),
+    Step("stage1", "Pre-training, stage 1", 115),
+    Step("stage2", "Pre-training, stage 2", 43),
+    Step("finetune", "Fine-tuning", 195),
+    Step("evaluate", "Evaluation", 12),
     Step("serve", "Serving and questions", 18),
 )
 MEASURED = {
