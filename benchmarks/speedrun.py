@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     runs = {seed: run(options.workdir / str(seed), seed) for seed in options.seeds}
-    print("\n| seed | all steps | command | load before, after |", *TARGETS, sep=" | ", end=" |\n")
+    print("\n| seed | all steps | command | load before, after", *TARGETS, sep=" | ", end=" |\n")
     print("| --- " * (4 + len(TARGETS)) + "|")
     for seed, found in runs.items():
         before, after = found["load"]

@@ -139,7 +139,7 @@ class ImageTokenizer(nn.Module):
             chance[begin : begin + len(latents)] = _squared_distances(latents, self.codebook.weight[used_K])
             if total is not None:
                 total(chance)
-            chance = chance.double().cpu()
+            chance = chance.nan_to_num(0.0, posinf=0.0).double().cpu()
             enough = int((chance > 0).sum()) >= len(dead)
             pick = torch.multinomial(
                 chance if enough else torch.ones_like(chance),

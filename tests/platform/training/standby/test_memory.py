@@ -72,6 +72,7 @@ def group_of_workers(
     copies = Copies(lambda: [keepers[own], *(k for n, k in keepers.items() if n != own)], every=1, first=first)
     for step in range(first, last):
         if rank == killed and step == last - 1:
+            Path(f"{notes}-{step}-killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         seen = steps(run, spec, world, rank, step, step + 1)
         copies.after_step(run, step + 1, report(step + 1, tokens={"step": step + 1}))
@@ -83,10 +84,13 @@ def losses(notes: str, last: int) -> list[float]:
     return [json.loads(Path(f"{notes}-{step}.json").read_text())[1] for step in range(last)]
 
 
-def killed_in(function: Callable[[], None]) -> None:
-    """Of the two ends, the killed worker's and that of the other, whose connection is reset, either is told first."""
+def killed_in(step: int, notes: str, function: Callable[[], None]) -> None:
+    """Of the two ends, the killed worker's and that of the other, whose connection is reset, either is told first; the
+    step in which it was killed has no loss."""
     with pytest.raises(ProcessException, match=r"SIGKILL|Connection"):
         function()
+    assert Path(f"{notes}-{step}-killed").is_file()
+    assert not Path(f"{notes}-{step}.json").exists()
 
 
 def until_replicated(keepers: Nodes, step: int, times: int) -> None:
@@ -102,8 +106,8 @@ def test_a_worker_killed_in_a_step_loses_no_step_and_changes_no_loss(
     then one whole node is gone, and what its workers had comes from its peer."""
     keepers, straight, notes = nodes("a", "b"), str(tmp_path / "straight"), str(tmp_path / "run")
     in_a_group(group_of_workers, 2, 1, 0, 8, nodes("c"), ["c", "c"], -1, straight)
-    killed_in(lambda: in_a_group(group_of_workers, 2, 1, 0, 4, keepers, ["a", "b"], 1, notes))
-    killed_in(lambda: in_a_group(group_of_workers, 2, 1, 3, 6, keepers, ["a", "b"], 0, notes))
+    killed_in(3, notes, lambda: in_a_group(group_of_workers, 2, 1, 0, 4, keepers, ["a", "b"], 1, notes))
+    killed_in(5, notes, lambda: in_a_group(group_of_workers, 2, 1, 3, 6, keepers, ["a", "b"], 0, notes))
     in_a_group(group_of_workers, 3, 3, 5, 7, keepers, ["a", "b", "b"], -1, notes)
     until_replicated(keepers, step=7, times=6)
     left = {"a": keepers["a"]}  # node b is lost, with two of three workers
