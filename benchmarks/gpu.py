@@ -94,11 +94,9 @@ def parity(device: str, quick: bool) -> Iterator[Row]:
         for name, alone in kernels():
             yield compared(f"{name}, causal, {shape}", exact, _under, alone, attend, q, k, v, None)
         within = reference(q, k, v, same_BTT)
-        yield compared(
-            f"dense mask, documents, {shape}", within, attend, q, k, v, document_mask(segments_BT, flex=False)
-        )
+        yield compared(f"dense mask, documents, {shape}", within, attend, q, k, v, document_mask(segments_BT, "dense"))
         if device != "cpu":
-            blocks = document_mask(segments_BT, flex=True)
+            blocks = document_mask(segments_BT, "flex")
             yield compared(f"FlexAttention, documents, {shape}", within, attend, q, k, v, blocks)
         yield from reader_parity(device, dtype, heads, kv_heads)
         bias_B11T = torch.zeros(2, 1, 1, T, device=device, dtype=dtype)

@@ -187,6 +187,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.output = Output(config, self.embedding)
         self.shared: SharedRows | None = None
+        self._compiled = False  # the blocks are
         self.register_buffer("rope", torch.empty(0), persistent=False)
         self.rebuild_rope(self.embedding.weight.device)
 
@@ -227,6 +228,7 @@ class Transformer(nn.Module):
         """torch.compile every block, in place: names and weights stay, and equal blocks share one compilation."""
         for block in self.blocks:
             block.compile(**options)
+        self._compiled = True  # which would compile for each number of tokens of a document anew
         return self
 
     def initialize(self, seed: int) -> Transformer:
@@ -324,7 +326,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{T} tokens are more than the model's context of {self.config.context}")
         rope_BTP2 = self.rope[None, :T]
         if segments_BT is not None and self.config.mask_documents:
-            mask = document_mask(segments_BT)
+            mask = document_mask(segments_BT, "dense" if self._compiled and not segments_BT.is_cuda else None)
         rope_BTP2, tokens_BT = part_of(rope_BTP2, self.shared), part_of(tokens_BT, self.shared)
         x_BTD, measured = self.embedding(tokens_BT), []
         for block in self.blocks:
