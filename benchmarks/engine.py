@@ -2,11 +2,12 @@
 
 Text: greedy answers of one and of 16 prompts over transformers' `generate` with the same weights, in tokens a second.
 Mixed: 16 requests (text, guided image, interleaved with a guided image first), all at once over one after the other on
-the same engine, in requests a second. Both sides take turns in one process, and each counts with its fastest turn: a
-neighbour on the machine only ever slows one down. Weights are random. `--model DIRECTORY` instead measures speculative
-Jacobi decoding on a trained model: the share of drafted codes that stand, and passes an image. `--busy` is for a
-machine with other work: one thread, and the seconds it computes instead of those that pass. `--quick` is a smoke test
-of the script. Host: what a process computes for a step beside the model and the draw, which answer at once there.
+the same engine, in requests a second, beside the most that the machine's memory and arithmetic leave of that ratio.
+Both sides take turns in one process, and each counts with its fastest turn: a neighbour on the machine only ever slows
+one down. Weights are random. `--model DIRECTORY` instead measures speculative Jacobi decoding on a trained model: the
+share of drafted codes that stand, and passes an image. `--busy` is for a machine with other work: one thread, and the
+seconds it computes instead of those that pass. `--quick` is a smoke test of the script. Host: what a process computes
+for a step beside the model and the draw, which answer at once there.
 """
 
 from __future__ import annotations
@@ -130,7 +131,10 @@ def mixed(shapes: Shapes, targeted: bool) -> Iterator[Row]:
     def one_by_one() -> float:
         return sum(run(engine, [request], shapes.clock)[0] for request in requests)
 
-    alone, together = fastest(shapes.turns, one_by_one, lambda: run(engine, requests, shapes.clock)[0])
+    def at_once() -> float:
+        return run(engine, requests, shapes.clock)[0]
+
+    alone, together = fastest(shapes.turns, one_by_one, at_once)
     rates = f"{alone / together:.2f} ({len(requests) / together:.2f} : {len(requests) / alone:.2f})"
     yield (
         f"{shapes.name}, {shapes.vocabulary:,} ids: {shapes.together} mixed requests, {shapes.image} codes an image, "
@@ -139,6 +143,51 @@ def mixed(shapes: Shapes, targeted: bool) -> Iterator[Row]:
         rates,
         training.verdict(alone / together, 4) if targeted else "for information",
     )
+    limits = roofline_limits(shapes)
+    least_alone, least_together = (least_seconds(engine, work, limits) for work in (one_by_one, at_once))
+    yield (
+        f"the same, by {limits.bandwidth / 1e9:,.0f} GB/s and {limits.operations / 1e9:,.0f} GFLOP/s, measured here",
+        "least seconds one at a time over those together",
+        f"{least_alone / least_together:.2f} ({least_alone:.2f} : {least_together:.2f} s, of {alone:.2f} : "
+        f"{together:.2f} s: {least_alone / alone:.0%} and {least_together / together:.0%})",
+        "for information",
+    )
+
+
+def roofline_limits(shapes: Shapes) -> Any:
+    roofline = importlib.import_module("roofline")  # which imports this script
+    roofline.CLOCKS.append(shapes.clock)
+    return roofline.Limits(roofline.bandwidth(shapes.device), training.ceiling(shapes.case(), shapes.clock))
+
+
+def least_seconds(engine: Engine, work: Callable[[], float], limits: Any) -> float:
+    """What the passes of some work take at least: each reads its matrices once and multiplies all its rows by them;
+    attention, sampler and scheduler take no time."""
+    decoder, least = engine._runner.decoder, [0.0]
+    hidden, logits = decoder.hidden, decoder.logits
+    config = decoder.transformer.config
+    size = decoder.transformer.output.weight.element_size()
+    key_value = config.kv_heads * config.head_size
+    layers = config.layers * config.width * (2 * config.width + 2 * key_value + 3 * config.ffn_width)
+
+    def count(numbers: int, rows: int) -> None:
+        least[0] += max(size * numbers / limits.bandwidth, 2 * rows * numbers / limits.operations)
+
+    def counted_hidden(tokens_T: torch.Tensor, *given: Any) -> torch.Tensor:
+        count(layers, len(tokens_T))
+        return hidden(tokens_T, *given)
+
+    def counted_logits(x_RD: torch.Tensor, columns: slice | None = None) -> torch.Tensor:
+        logits_RC = logits(x_RD, columns)
+        count(config.width * logits_RC.shape[1], len(x_RD))
+        return logits_RC
+
+    decoder.hidden, decoder.logits = counted_hidden, counted_logits  # type: ignore[method-assign]
+    try:
+        work()
+    finally:
+        decoder.hidden, decoder.logits = hidden, logits  # type: ignore[method-assign]
+    return least[0]
 
 
 def text(shapes: Shapes, count: int) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from calumma.model.generation.admission import RequestLimits, check_sizes
-from calumma.model.generation.cache.below import below_statistics, host_blocks
+from calumma.model.generation.cache.below import host_blocks
 from calumma.model.generation.cache.block_manager import BLOCK_SIZE, BlockManager
 from calumma.model.generation.cache.device_memory import MemoryBudget
 from calumma.model.generation.cache.disk_blocks import DiskCache
@@ -32,7 +32,7 @@ from calumma.model.generation.request import Event, Failure, Request
 from calumma.model.generation.request_state import RequestState
 from calumma.model.generation.sampling.randomness import FILLED
 from calumma.model.generation.scheduler import ScheduledRequest, Scheduler
-from calumma.model.generation.statistics import Counters, Statistics
+from calumma.model.generation.statistics import Counters, Statistics, snapshot
 from calumma.model.generation.tensor_parallel import Shard
 from calumma.model.ops.adapter import Adapter
 from calumma.model.ops.fused import Kernels
@@ -212,34 +212,8 @@ class Engine:
     @property
     def statistics(self) -> Statistics:
         """What is going on and what has been done."""
-        running, waiting = list(self._scheduler.running), list(self._scheduler.waiting)
         added = [command[1][0] for command in list(self._inbox) if command[1] is not None]
-        drawing = sum(state.drawing for state in running)
-        blocks = self._blocks
-        counters = replace(
-            self._counters,
-            computed_tokens=self._runner.computed,
-            preemptions=self._scheduler.preemptions,
-            drafted=self._runner.drafted,
-            accepted=self._runner.accepted,
-        )
-        return Statistics(
-            blocks=blocks.count,
-            block_size=blocks.size,
-            blocks_used=blocks.used,
-            blocks_cached=blocks.idle,
-            blocks_free=blocks.free,
-            running_text=len(running) - drawing,
-            running_image=drawing,
-            waiting=len(waiting) + len(added),
-            waiting_tokens=sum(len(s.full.tokens) for s in waiting) + sum(len(request.tokens) for request in added),
-            prefix_hit_tokens=blocks.hit_tokens,
-            evictions=blocks.evictions,
-            prefix_tokens=blocks.looked_up_tokens,
-            restored_tokens=blocks.restored_tokens,
-            **below_statistics(self._host_blocks, blocks.size),
-            counters=counters,
-        )
+        return snapshot(self._counters, self._runner, self._blocks, self._host_blocks, self._scheduler, added)
 
     def step(self) -> list[Event]:
         """Carry out additions and aborts, then one forward pass: the next chunk of prompts, and the next token (or

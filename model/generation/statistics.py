@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from calumma.model.generation.cache.below import below_statistics
+
+if TYPE_CHECKING:
+    from calumma.model.generation.cache.block_manager import BlockManager
+    from calumma.model.generation.cache.host_blocks import HostBlocks
+    from calumma.model.generation.passes.runner import ModelRunner
+    from calumma.model.generation.request import Request
+    from calumma.model.generation.scheduler import Scheduler
 
 
 @dataclass
@@ -63,3 +73,39 @@ class Statistics:
     def acceptance(self) -> float:
         """Share of drafted image codes that were kept; 0 where none was drafted."""
         return self.counters.accepted / self.counters.drafted if self.counters.drafted else 0.0
+
+
+def snapshot(
+    counters: Counters,
+    runner: ModelRunner,
+    blocks: BlockManager,
+    below: HostBlocks | None,
+    scheduler: Scheduler,
+    added: list[Request],
+) -> Statistics:
+    """Of an engine's parts; `added` are requests that the scheduler does not know yet. From any thread."""
+    running, waiting = list(scheduler.running), list(scheduler.waiting)
+    drawing = sum(state.drawing for state in running)
+    return Statistics(
+        blocks=blocks.count,
+        block_size=blocks.size,
+        blocks_used=blocks.used,
+        blocks_cached=blocks.idle,
+        blocks_free=blocks.free,
+        running_text=len(running) - drawing,
+        running_image=drawing,
+        waiting=len(waiting) + len(added),
+        waiting_tokens=sum(len(s.full.tokens) for s in waiting) + sum(len(request.tokens) for request in added),
+        prefix_hit_tokens=blocks.hit_tokens,
+        evictions=blocks.evictions,
+        prefix_tokens=blocks.looked_up_tokens,
+        restored_tokens=blocks.restored_tokens,
+        **below_statistics(below, blocks.size),
+        counters=replace(
+            counters,
+            computed_tokens=runner.computed,
+            preemptions=scheduler.preemptions,
+            drafted=runner.drafted,
+            accepted=runner.accepted,
+        ),
+    )
