@@ -49,6 +49,9 @@ class Sizes(Section):
     keywords: int = 200
     asked: int = 96  # held-out combinations asked about, at most
     judge_copies: int = 3  # moved copies of each real picture for the judge
+    moved_pairs: float = Field(0.3, description="share of captioned pictures that are turned, scaled and shifted")
+    moved_recognition: float = Field(0.8, description="of those asked about: else they are told by a few codes' places")
+    moved_drawing: float = Field(0.0, description="of those to be drawn: each more is another picture to learn")
 
 
 FULL = Sizes()
@@ -158,7 +161,7 @@ def _file_makers(spec: ColourDocumentsSpecification, train: list[Picture], held_
     def pairs() -> Iterator[RawFile]:
         samples = (
             (f"{place:06d}-{p.name}", p.png(), talk.caption(p, kind))
-            for place, (p, kind) in enumerate(drawn(1, sizes.pairs, talk.CAPTIONS, 0.8))
+            for place, (p, kind) in enumerate(drawn(1, sizes.pairs, talk.CAPTIONS, sizes.moved_pairs))
         )
         return tars("pairs", samples, spec.samples_per_tar, {"license": "mixed"})
 
@@ -173,13 +176,17 @@ def _file_makers(spec: ColourDocumentsSpecification, train: list[Picture], held_
         "pages": lambda: [_pages(album, sizes.pages, random(2))],
         "chat_recognition": lambda: chats(
             "chat_recognition",
-            [talk.recognition_chat(p, k) for p, k in drawn(3, sizes.recognition, talk.RECOGNITION, 0.7)],
+            [
+                talk.recognition_chat(p, k)
+                for p, k in drawn(3, sizes.recognition, talk.RECOGNITION, sizes.moved_recognition)
+            ],
         ),
         "chat_style": lambda: chats(
             "chat_style", [talk.style_chat(p, k) for p, k in drawn(4, sizes.styles, talk.STYLE)]
         ),
         "chat_drawing": lambda: chats(
-            "chat_drawing", [talk.drawing_chat(p, k) for p, k in drawn(5, sizes.drawing, talk.DRAWING, 0.7)]
+            "chat_drawing",
+            [talk.drawing_chat(p, k) for p, k in drawn(5, sizes.drawing, talk.DRAWING, sizes.moved_drawing)],
         ),
         "chat_edit": lambda: chats("chat_edit", _edits(album, sizes.edits, random(6))),
         "chat_story": lambda: chats(
