@@ -45,6 +45,9 @@ def deepspeed_config(
         "allgather_bucket_size": bucket,
         "overlap_comm": spec.overlapped,
     }
+    if not torch.cuda.is_available():
+        # gloo moves half as much when it reduces each part to the worker that keeps it (benchmarks/RESULTS.md)
+        zero["use_multi_rank_bucket_allreduce"] = False
     for name, device in (("offload_optimizer", spec.offload.optimizer), ("offload_param", spec.offload.weights)):
         if device != "none":
             zero[name] = {"device": device, "pin_memory": spec.offload.pin_memory}
