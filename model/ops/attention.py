@@ -25,7 +25,7 @@ class Runs:
 # None: causal. BoolTensor [B, 1, T, L]: true where a token attends. BlockMask: the same for FlexAttention. Runs: causal
 # within each.
 Mask = Tensor | BlockMask | Runs | None
-SHORT = 48  # tokens of documents on average, below which a call for each costs more than it spares
+SHORT = 24  # tokens of documents on average, below which a call for each costs more than it spares
 
 
 def rotate(x_BTNH: Tensor, rope_BTP2: Tensor) -> Tensor:
