@@ -1,12 +1,13 @@
 """How many passes an image takes with drafts (speculative Jacobi decoding): `python benchmarks/drafting.py`.
 
 A small Transformer is trained here for some minutes on handwritten digits (scikit-learn's scans, drawn 16 by 16 with 16
-levels of grey: 256 codes an image), so that its codes are as predictable as images are; or `--model` takes a trained
-model directory, which is asked to draw PROMPTS. Then the same images are drawn with and without drafts, guided and
-filtered as the server does by default, an engine for each window, which learns from image to image. Passes are counted;
-seconds are the least of some rounds, windows in turns, one image alone and eight at once. Images with drafts must be
-those without, code for code, where both race (window 1 drafts one code). "measured" is left to the engine.
-`--busy` is for a machine with other work: one thread, and the seconds it computes instead of those that pass.
+levels of grey: 256 codes an image), so that its codes are as predictable as images are; or `--model` takes a model
+directory of the recipe in colour, which is asked for its held-out combinations. Then the same images are drawn with and
+without drafts, guided and filtered as the server does by default, an engine for each window, which learns from image to
+image. Passes are counted; seconds are the least of some rounds, windows in turns, one image alone and eight at once.
+Images with drafts must be those without, code for code, where both race (window 1 drafts one code). "measured" is left
+to the engine. `--busy` is for a machine with other work: one thread, and the seconds it computes instead of those that
+pass.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ VOCABULARY = Vocabulary(
     image_codes=list(range(FIRST_CODE, FIRST_CODE + LEVELS)),
 )
 WINDOWS = (0, 1, 8, 16, 24, None)
-PROMPTS = ("red apple, Noto", "waving hand, Fluent", "green book, Noto", "yellow star, Fluent", "cat face, Noto")
 
 
 def sequences() -> Tensor:
@@ -116,10 +116,13 @@ class Drawing:
 
 
 def of_directory(directory: str) -> Drawing:
+    from calumma.jobs.emoji.conversations import drawing_question
+    from calumma.jobs.emoji.documents import ColourDocumentsSpecification, pictures
     from calumma.model import Document, Text, load
 
     model = load(directory)
-    asked = [Document((Text(f"Draw: {prompt}", "user"),)) for prompt in PROMPTS]
+    _, held_out = pictures(ColourDocumentsSpecification(storage="."))
+    asked = [Document((Text(drawing_question(picture), "user"),)) for picture in held_out]
     prompts = [encoded.ids for encoded in model.encoder.encode_many(asked, complete=False)]
     return Drawing(model.transformer, model.vocabulary, model.image_length, prompts)
 
