@@ -157,7 +157,7 @@ class Operations:
         """x @ weight.T."""
         if (
             self.native is not None
-            and len(x_TX) in self.native_rows
+            and x_TX.shape[0] in self.native_rows
             and isinstance(weight, Tensor)
             and self.native.multiplies(weight)
         ):

@@ -99,16 +99,17 @@ class NativeKernels:
 
     @staticmethod
     def multiplies(weight_OI: Tensor) -> bool:
-        return weight_OI.is_contiguous() and not (len(weight_OI) % 4 or weight_OI.shape[1] % VECTOR)
+        outputs, inputs = weight_OI.shape  # len() of a tensor takes microseconds
+        return weight_OI.is_contiguous() and not (outputs % 4 or inputs % VECTOR)
 
     def product(self, x_RI: Tensor, weight_OI: Tensor) -> Tensor:
         """[R, O]; `multiplies` says of which weights. Of one row the same bits, whatever the others are."""
         x_RI = x_RI.contiguous()
-        out_RO = x_RI.new_empty(len(x_RI), len(weight_OI))
+        (R, inputs), outputs = x_RI.shape, weight_OI.shape[0]
+        out_RO = x_RI.new_empty(R, outputs)
         self.calls += 1
         self._product(
-            x_RI.data_ptr(), len(x_RI), weight_OI.data_ptr(), *reversed(weight_OI.shape), out_RO.data_ptr(),
-            torch.get_num_threads(),
+            x_RI.data_ptr(), R, weight_OI.data_ptr(), inputs, outputs, out_RO.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out_RO
 
@@ -124,9 +125,10 @@ class NativeKernels:
 
     def gate(self, both_RX: Tensor) -> Tensor:
         """silu of the first half times the second, [R, 2F] -> [R, F]."""
-        out_RF = both_RX.new_empty(len(both_RX), both_RX.shape[1] // 2)
+        R, both = both_RX.shape
+        out_RF = both_RX.new_empty(R, both // 2)
         self.calls += 1
-        self._gate(both_RX.data_ptr(), out_RF.data_ptr(), *out_RF.shape, torch.get_num_threads())
+        self._gate(both_RX.data_ptr(), out_RF.data_ptr(), R, both // 2, torch.get_num_threads())
         return out_RF
 
     def norm_rotate(
@@ -144,7 +146,7 @@ class NativeKernels:
         """The queries [T, N, H] of a projection with queries, keys and values side by side, normalized and turned;
         keys, too, and values go to their slots. norm: weight and bias [N + K, H], LayerNorm's; RMSNorm's without a
         bias."""
-        T, (_, K, H) = len(projected_TX), keys_SKH.shape
+        T, (_, K, H) = projected_TX.shape[0], keys_SKH.shape
         q_TNH = projected_TX.new_empty(T, heads, H)
         kind = None if norm is None else "rms" if norm[1] is None else "layer"
         weight, bias = norm or (None, None)
