@@ -56,12 +56,11 @@ def _attend_runs(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, lengths: tuple[
     B, N, T, H = q_BNTH.shape
     runs = [x_BNTH.transpose(1, 2).flatten(0, 1).split(lengths) for x_BNTH in (q_BNTH, k_BKTH, v_BKTH)]
     # split and cat, since a slice's backward pass would fill the whole with zeros for each
-    out = [
-        F.scaled_dot_product_attention(
-            *(x_LNH.transpose(0, 1)[None] for x_LNH in run), is_causal=True, enable_gqa=k_BKTH.shape[1] != N
-        )
-        for run in zip(*runs, strict=True)
-    ]
+    out = []
+    for run in zip(*runs, strict=True):
+        q_1NLH, k_1KLH, v_1KLH = (x_LNH.transpose(0, 1)[None] for x_LNH in run)
+        grouped = k_1KLH.shape[1] != N
+        out.append(F.scaled_dot_product_attention(q_1NLH, k_1KLH, v_1KLH, is_causal=True, enable_gqa=grouped))
     return torch.cat([out_1NLH[0].transpose(0, 1) for out_1NLH in out]).view(B, T, N, H).transpose(1, 2)
 
 
