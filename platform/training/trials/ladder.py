@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,13 +63,7 @@ def run(spec: LadderSpecification, run: Run, progress: Progress) -> Manifest:
     before = _cost(spec, shapes, sweep=True)
     cases = size_cases(spec, shapes, rate, inputs)
     events = run_cases(cases, spec.checkpoints, spec.resources, part, heard, spec.checkpoint_minutes)
-    trainings = [
-        Training(size, seed, _count(shapes[size]), event["tokens"], event["nll"], event["counts"])
-        for case in cases
-        for (_, size, _, seed, _) in (case.arguments,)
-        for event in events[case.name]
-        if "nll" in event
-    ]
+    trainings = _trainings(cases, events, shapes)
     found = findings(spec, shapes, rate, swept, trainings)
     output = spec.output_uri
     _publish(spec, found, output, run)
@@ -157,6 +151,28 @@ def best_rate(swept: Sequence[Swept]) -> float:
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     curvature = (right - left) / (x2 - x0)
     return math.exp((x0 + x1) / 2 - left / (2 * curvature)) if curvature > 0 else finite[at].learning_rate
+
+
+def _trainings(
+    cases: Sequence[Case], events: Mapping[str, Sequence[Event]], shapes: Sequence[ModelConfig]
+) -> list[Training]:
+    """Every length of every case. Seeds of a size pack other documents into as many steps: all count with the mean of
+    their tokens."""
+    ended = [
+        (size, seed, event)
+        for case in cases
+        for (_, size, _, seed, _) in (case.arguments,)
+        for event in events[case.name]
+        if "nll" in event
+    ]
+    lengths: dict[tuple[int, int], list[int]] = {}
+    for size, _, event in ended:
+        lengths.setdefault((size, int(event["step"])), []).append(event["tokens"])
+    tokens = {key: round(sum(each) / len(each)) for key, each in lengths.items()}
+    return [
+        Training(size, seed, _count(shapes[size]), tokens[size, int(event["step"])], event["nll"], event["counts"])
+        for size, seed, event in ended
+    ]
 
 
 # -- what it found -----------------------------------------------------------------------------------------------------

@@ -150,3 +150,23 @@ def test_a_ladder_is_run_published_and_not_trained_again(
     assert again.report["measured"] == manifest.report["measured"]
     with pytest.raises(AssertionError, match="trained again"):
         runner.run_job(spec.model_copy(update={"seed": 1}), ladder.run)
+
+
+def test_seeds_that_packed_other_numbers_of_tokens_are_one_length(values: dict[str, Any]) -> None:
+    """Steps hold as many documents as fit: as many steps of another seed have a few tokens more or less."""
+    sizes = [{"parameters": size, "steps": 16, "seeds": 2} for size in (4e4, 1e5, 2e5, 4e5)]
+    spec = LadderSpecification.model_validate(values | {"sizes": sizes})
+    shapes = [spec.shape(number, read_vocabulary(spec).size) for number in range(4)]
+    cases = ladder.size_cases(spec, shapes, 0.01, {})
+    events = {
+        case.name: [
+            {"step": end, "tokens": 100 * end + seed, "nll": [9.0 / end + size / 8, 5.0 / end], "counts": [1, 2]}
+            for end in spec.ends(size)
+        ]
+        for case in cases
+        for (_, size, _, seed, _) in (case.arguments,)
+    }
+    trainings = ladder._trainings(cases, events, shapes)
+    assert len({(one.size, one.tokens) for one in trainings}) * 2 == len(trainings)
+    found = ladder.findings(spec, shapes, 0.01, [], trainings)
+    assert [check["tokens"] for check in found["checks"]] == sorted({one.tokens for one in trainings if one.size == 3})
