@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -95,6 +95,7 @@ class Drawing:
     codes: int
     prompts: Sequence[list[int]]
     clock: Callable[[], float] = time.perf_counter
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(mode="image"))
 
     def engine(self, window: int | None) -> Engine:
         burst = 1 if window is None or window else 8
@@ -105,7 +106,7 @@ class Drawing:
         before = engine.statistics.counters.steps
         for number in range(images):
             prompt = self.prompts[(seed + number) % len(self.prompts)]
-            engine.add(Request(str(number), prompt, SamplingParams(mode="image", seed=seed + number)))
+            engine.add(Request(str(number), prompt, replace(self.params, seed=seed + number)))
         found: list[list[int]] = [[] for _ in range(images)]
         begin = self.clock()
         while engine.has_work:
@@ -135,6 +136,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    default = SamplingParams()
+    parser.add_argument("--temperature", type=float, default=default.image.temperature)
+    parser.add_argument("--guidance", type=float, default=default.guidance_text, help="by text; 1 is none")
     given = parser.parse_args()
     if given.busy:
         torch.set_num_threads(1)
@@ -145,6 +149,13 @@ def main() -> None:
         prompts = [[VOCABULARY.bos, FIRST_DIGIT + number] for number in range(DIGITS)]
         drawing = Drawing(model, VOCABULARY, SIDE * SIDE, prompts)
         print(f"loss {loss:.3f} nats a code")
+    params = SamplingParams(
+        mode="image",
+        image=replace(default.image, temperature=given.temperature),
+        guidance_text=given.guidance,
+        guidance_image=default.guidance_image if given.guidance > 1 else 1,
+    )
+    drawing = replace(drawing, params=params)
     if given.busy:
         drawing = replace(drawing, clock=time.process_time)
     print(f"{drawing.codes} codes an image\n")
