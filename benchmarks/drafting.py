@@ -41,7 +41,7 @@ VOCABULARY = Vocabulary(
     end_turn=6,
     image_codes=list(range(FIRST_CODE, FIRST_CODE + LEVELS)),
 )
-WINDOWS = (0, 1, 8, 16, 24, None)
+WINDOWS = (0, 1, 8, 16, 31, None)
 
 
 def sequences() -> Tensor:

@@ -45,7 +45,7 @@ class Sizes(Section):
     styles: int = 400
     drawing: int = 2000
     edits: int = 1200
-    stories: int = Field(2000, description="few that come often are learned by heart, names and all")
+    stories: int = 500
     keywords: int = 200
     asked: int = 96  # held-out combinations asked about, at most
     judge_copies: int = 3  # moved copies of each real picture for the judge
