@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -260,8 +261,12 @@ def killed(root: str, given: argparse.Namespace, recovery: dict[str, Any], worke
     place, at = spec.locate(output), list[float]()
 
     def found() -> list[psutil.Process]:
-        below = psutil.Process().children(recursive=True)
-        return sorted((p for p in below if "RayTrainWorker" in " ".join(p.cmdline())), key=lambda p: p.create_time())
+        workers = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # which has just ended
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    workers.append((process.create_time(), process))
+        return [process for _, process in sorted(workers, key=lambda each: each[0])]
 
     def ready() -> bool:
         if catalog.newest_step(place) < every:
