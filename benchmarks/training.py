@@ -261,12 +261,12 @@ def killed(root: str, given: argparse.Namespace, recovery: dict[str, Any], worke
     place, at = spec.locate(output), list[float]()
 
     def found() -> list[psutil.Process]:
-        workers = []
+        alive = []
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):  # which has just ended
                 if "RayTrainWorker" in " ".join(process.cmdline()):
-                    workers.append((process.create_time(), process))
-        return [process for _, process in sorted(workers, key=lambda each: each[0])]
+                    alive.append((process.create_time(), process))
+        return [process for _, process in sorted(alive, key=lambda each: each[0])]
 
     def ready() -> bool:
         if catalog.newest_step(place) < every:
