@@ -25,6 +25,7 @@ from torch import Tensor
 
 from calumma.model.config import ModelConfig
 from calumma.model.generation import Engine, Request, SamplingParams
+from calumma.model.generation.passes.draft_window import MOST
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
 
@@ -41,7 +42,7 @@ VOCABULARY = Vocabulary(
     end_turn=6,
     image_codes=list(range(FIRST_CODE, FIRST_CODE + LEVELS)),
 )
-WINDOWS = (0, 1, 8, 16, 31, None)
+WINDOWS = (0, 1, 8, 16, MOST, None)
 
 
 def sequences() -> Tensor:

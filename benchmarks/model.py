@@ -3,9 +3,8 @@
 Speed: both models, of the same configuration and weights, take turns in one process, and each counts with its fastest
 step: a neighbour on the machine only ever slows one down. Peak memory: each takes its steps in a process of its own. A
 step is forward, loss over a vocabulary of 65,536 (all tokens are trained), backward and AdamW (fused). Against the
-limit: the step's floating-point operations a second over the best matrix product of the same process. Documents:
-attention, forward and backward, over rows packed with documents, each alone (`Runs`) and all behind PyTorch's dense
-mask, in turns. `--quick` is a smoke test of the script itself.
+limit: the step's floating-point operations a second over the best matrix product of the same process. `--quick` is a
+smoke test of the script itself.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from calumma.model.config import PRESETS, ModelConfig
-from calumma.model.ops.attention import attend, document_mask
 from calumma.model.transformer import HeadNorm, Transformer
 
 VOCABULARY = 65536
@@ -360,36 +357,6 @@ def side_by_side(case: Case) -> Iterator[Row]:
     yield name, "loss of the first step", f"{fast['loss']:.4f} : {fast['their_loss']:.4f}", "equal"
 
 
-# Rows, tokens, heads, numbers of a head: passes of the recipes of the quickstart and in colour.
-PACKED = ((8, 256, 4, 32), (4, 576, 5, 32))
-LENGTHS = (12, 30, 60, 120, 250)  # tokens of a document
-
-
-def documents(quick: bool) -> Iterator[Row]:
-    torch.set_num_threads(1)  # as a worker has
-    for rows, tokens, heads, size in PACKED[: 1 if quick else None]:
-        generator = torch.Generator().manual_seed(0)
-        shape = (rows, heads, tokens, size)
-        qkv = [torch.randn(shape, generator=generator, requires_grad=True) for _ in range(3)]
-        for length in LENGTHS[: 1 if quick else None]:
-            segments_BT = torch.arange(tokens).expand(rows, -1) // length
-
-            def seconds(form: Any, qkv: Any = qkv, segments_BT: Tensor = segments_BT) -> float:
-                began = time.process_time()
-                out = attend(*qkv, document_mask(segments_BT, form))
-                torch.autograd.grad(out, qkv, torch.ones_like(out))
-                return time.process_time() - began
-
-            turns = [(seconds("dense"), seconds("runs")) for _ in range(3 if quick else 30)]
-            masked, alone = (min(each) for each in zip(*turns, strict=True))
-            yield (
-                f"{rows} rows of {tokens} tokens, {heads} heads of {size}: documents of {length}",
-                "attention behind a dense mask over each alone",
-                f"{masked / alone:.2f} ({1e3 * masked:.1f} : {1e3 * alone:.1f} ms)",
-                "for information",
-            )
-
-
 def machine(device: str) -> str:
     found = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in _cpu_information() if ":" in line}
     name = torch.cuda.get_device_name() if device == "cuda" else found.get("model name", platform.processor())
@@ -407,7 +374,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether the script works, not how fast")
-    parser.add_argument("--part", choices=["all", "compared", "limit", "documents"], default="all")
+    parser.add_argument("--part", choices=["all", "compared", "limit"], default="all", help="side by side, or limits")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
@@ -419,10 +386,7 @@ def main() -> None:
         raise SystemExit("--device cuda: PyTorch finds no CUDA device here")
     print(f"Machine: {machine(given.device)}\n")
     print("| case | measured | calumma | target |\n| --- | --- | --- | --- |")
-    rows = report(given.device, given.quick, given.part) if given.part != "documents" else iter(())
-    if given.device == "cpu" and given.part in ("all", "documents"):
-        rows = chain(rows, documents(given.quick))
-    for row in rows:
+    for row in report(given.device, given.quick, given.part):
         print(f"| {' | '.join(row)} |", flush=True)
     if given.device == "cpu":
         print(
