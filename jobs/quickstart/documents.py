@@ -114,7 +114,8 @@ def write_sources(
             storage.write_bytes(storage.join(folder, file), data)
             entries.append(FileEntry.from_bytes(file, data, rows=rows))
         _delete_stale_files(folder, name, keep={entry.path for entry in entries})
-        source = Manifest(kind="documents", files=entries, specification={**specification, "source": name})
+        # No sizes of other sources: what is made of an unchanged source stands.
+        source = Manifest(kind="documents", files=entries, specification={"job": spec.job, "source": name})
         source.write(folder)
         documents[name] = source.rows
         everything += [entry.model_copy(update={"path": f"{name}/{entry.path}"}) for entry in entries]

@@ -1,13 +1,14 @@
 """The quickstart: documents, then seven jobs with the shipped recipes, evaluation, and questions over HTTP.
 
-Nothing in it is special: a step is a job specification, finished when its manifest stands, and run by `run_job`.
+Nothing in it is special: a step is a job specification, run by `run_job`, and finished when its manifest stands and
+what it was made from is still the same.
 """
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -27,7 +28,11 @@ from calumma.platform.cluster import connection, runner
 from calumma.platform.cluster.progress import Progress
 from calumma.platform.reports.contact_sheet import Cell
 from calumma.platform.specification import JobSpecification, SpecificationError, Tracking
-from calumma.platform.training.specification import FinetuneSpecification, TrainSpecification
+from calumma.platform.training.specification import (
+    FinetuneSpecification,
+    ImageTokenizerSpecification,
+    TrainSpecification,
+)
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -210,7 +215,7 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
     manifests: dict[str, Manifest] = {}
     ran: list[str] = []
     with Board(_display_rows(steps), console) as board, ExitStack() as stack:
-        for number, step in enumerate(steps):
+        for step in steps:
             spec = specs[step.name]
             if (reusable := _reusable_result(spec)) is not None:
                 manifests[step.name] = reusable
@@ -221,11 +226,8 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                     stack.enter_context(connection.embedded(lean=options.fast, logs=options.workdir / "logs"))
                 ran.append(CLUSTER.name)
                 step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
-            for later in steps[number + 1 :]:  # what they made came from what is about to be replaced
-                runner.delete_result(specs[later.name])
-            if isinstance(spec, TrainSpecification) and _is_published(spec):
-                # A finished training by another recipe: its checkpoints are not to be continued.
-                runner.delete_result(spec)
+            if isinstance(spec, TrainSpecification | ImageTokenizerSpecification):
+                _begin(spec, options.root, manifests)
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)
             step_times.record(step.name, board.seconds(step.name))
@@ -240,10 +242,21 @@ def _display_rows(steps: Sequence[Step]) -> list[Row]:
     return [first, Row(CLUSTER.name, CLUSTER.title, CLUSTER.usual), *others]
 
 
-def _is_published(spec: JobSpecification) -> bool:
-    from calumma.platform.storage.manifest import Manifest
+def _begin(spec: JobSpecification, root: str, made: Mapping[str, Manifest]) -> None:
+    """Delete a training's checkpoints unless it was begun by an equal recipe after equal steps and did not end."""
+    from calumma.platform import storage
+    from calumma.platform.storage.manifest import Manifest, json_digest
 
-    return Manifest.find(spec.output_uri) is not None
+    place = storage.join(root, "begun", f"{spec.run_name or spec.job}.json")
+    values = spec.model_dump(mode="json", exclude={"tracking", "resources"})
+    key = json_digest([values, {name: manifest.model_dump(mode="json") for name, manifest in made.items()}])
+    try:
+        begun = storage.read_bytes(place).decode()
+    except storage.NotFound:
+        begun = ""
+    if begun != key or Manifest.find(spec.output_uri) is not None:
+        runner.delete_result(spec)
+    storage.write_bytes(place, key.encode())
 
 
 def _reusable_result(spec: JobSpecification) -> Manifest | None:

@@ -117,9 +117,7 @@ def _plan(spec: CurateSpecification) -> list[SourceJob]:
             for uri in [*(spec.locate(s.location) for s in specification.sources), *lists, *against]
         }
         everything = {uri: size for s in specification.sources for uri, size in listed[s.name][0].items()}
-        fingerprint = publishing.fingerprint(
-            specification, everything | {uri: fingerprints_of[uri] for uri in lists + against}
-        )
+        fingerprint = publishing.fingerprint(specification, everything | inputs)  # an equal size is no equal content
         output = storage.join(spec.locate(spec.output), source.name)
         files, size = list(sizes), -(-len(sizes) // MAX_TASKS)
         source_tasks = [

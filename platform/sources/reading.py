@@ -16,6 +16,7 @@ from calumma.platform.sources.references import resolve_references
 from calumma.platform.sources.registry import Reader, ReaderItem, checked_options
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import SpecificationError
+from calumma.platform.storage.manifest import Manifest, ManifestError
 
 MISSING = "files that are not there"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -56,8 +57,8 @@ def list_source(format: str, location: str) -> tuple[dict[str, int], dict[str, U
     """(URI -> bytes of the files to read, URI -> what others are, as `Notes.skip` counts it) at a location: the file
     itself, all below a folder, or what a pattern matches.
 
-    No input are: files of other suffixes, a manifest, what is hidden (`hidden_part`), links that lead nowhere. Raises
-    StorageError, SpecificationError.
+    No input are: files of other suffixes, a manifest (a job's own is not even among the others), what is hidden
+    (`hidden_part`), links that lead nowhere. Raises StorageError, SpecificationError.
     """
     form = find_format(format)
     suffixes = form.suffixes or ("",)
@@ -71,6 +72,8 @@ def list_source(format: str, location: str) -> tuple[dict[str, int], dict[str, U
     for uri, size in sizes.items():
         if (part := hidden_part(_below(uri, base))) is not None:
             others[uri] = ("hidden files", part)
+        elif PurePosixPath(uri).name == storage.MANIFEST and _is_own_manifest(uri):
+            continue
         elif PurePosixPath(uri).name == storage.MANIFEST or not uri.lower().endswith(suffixes):
             others[uri] = ("files", suffix(uri))
         else:
@@ -83,6 +86,15 @@ def list_source(format: str, location: str) -> tuple[dict[str, int], dict[str, U
     others |= {uri: ("links and devices", PurePosixPath(uri).name) for uri in listing.broken}
     others |= {uri: (MISSING, PurePosixPath(uri).name) for uri in listing.missing}
     return files, others
+
+
+def _is_own_manifest(uri: str) -> bool:
+    """Whether it is what a job has published with its files, and no stranger's of the same name."""
+    try:
+        Manifest.read(uri.rpartition("/")[0])
+    except ManifestError:
+        return False
+    return True
 
 
 def _below(uri: str, base: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +16,16 @@ from typer.testing import CliRunner
 
 from calumma.jobs import entry
 from calumma.jobs.commands.quickstart import quickstart
-from calumma.jobs.quickstart import display, questions, steps
+from calumma.jobs.quickstart import display, documents, questions, steps
 from calumma.jobs.quickstart.digits import read_scans, split
 from calumma.jobs.quickstart.display import Board, Row
+from calumma.jobs.quickstart.documents import FAST, DocumentsSpecification, Sizes
 from calumma.jobs.quickstart.steps import Options
 from calumma.platform.cluster import runner
 from calumma.platform.cluster.progress import Progress
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.manifest import Manifest
+from calumma.platform.tracking.fingerprints import fingerprints
 from calumma.platform.training.specification import FinetuneSpecification
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -115,8 +118,10 @@ def test_a_server_that_is_not_there_is_told() -> None:
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Steps that ran, in order; each publishes an empty result without computing anything. No cluster starts."""
+    """Steps that ran, in order; each publishes an empty result, made from the step before's, and computes nothing. No
+    cluster starts."""
     ran: list[str] = []
+    numbers = itertools.count()
     registered: dict[str, str] = {}
 
     def publish(spec: steps.JobSpecification, options: Options, progress: Progress) -> Manifest:
@@ -124,7 +129,10 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if name in failing:
             raise failing[name]
         ran.append(name)
-        manifest = Manifest(kind="test", specification=spec.model_dump(mode="json"))
+        order = [steps.step_specification(step, options).output_uri for step in NAMES]
+        before = order[max(0, order.index(spec.output_uri) - 1) : order.index(spec.output_uri)]
+        values = {"specification": spec.model_dump(mode="json"), "report": {"run": next(numbers)}}
+        manifest = Manifest(kind="test", inputs=fingerprints(before), **values)
         manifest.write(spec.output_uri)
         if isinstance(spec, FinetuneSpecification):
             registered[f"models:/{spec.register_as}@{spec.alias}"] = f"{spec.output_uri}/model"
@@ -177,6 +185,34 @@ def test_a_lost_step_and_all_after_it_run_again(tmp_path: Path, jobs: list[str])
     run(tmp_path)
     after = NAMES.index("stage1")
     assert jobs == ["cluster", *NAMES[after:], "cluster stopped"]
+
+
+def test_a_changed_kind_of_document_leaves_what_is_not_made_from_it(tmp_path: Path) -> None:
+    def source(name: str, sizes: Sizes) -> str:
+        spec = DocumentsSpecification(storage=str(tmp_path), sizes=sizes)
+        written = documents.write(spec)
+        assert written.specification["sizes"]["counting"] == sizes.counting
+        return fingerprints([f"{spec.output_uri}/{name}"])[f"{spec.output_uri}/{name}"]
+
+    more = FAST.model_copy(update={"counting": FAST.counting + 5})
+    for name, changes in (("pairs", False), ("chat_counting", True)):
+        assert (source(name, FAST) != source(name, more)) == changes
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_unfinished_training_goes_on_only_after_equal_steps(tmp_path: Path, jobs: list[str], changed: bool) -> None:
+    failing["stage1"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    failing.clear()
+    options = Options(tmp_path, fast=True)
+    checkpoint = Path(steps.step_specification("stage1", options).checkpoints) / "step-00000002" / "state"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("half")
+    if changed:
+        runner.delete_result(steps.step_specification("tokenize", options))
+    run(tmp_path)
+    assert checkpoint.exists() != changed
 
 
 def test_ctrl_c_says_how_to_resume_and_the_next_call_does(

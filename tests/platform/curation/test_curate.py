@@ -357,6 +357,17 @@ def test_a_changed_specification_replaces_what_was_published(tmp_path: Path, her
     assert {entry.path for entry in Manifest.read(f"{tmp_path}/curated/pairs").files} == after - {MANIFEST}
 
 
+def test_other_content_of_an_equal_size_gets_shards_of_other_names(tmp_path: Path, here: list[str]) -> None:
+    """What an interrupted run has finished is found by these names."""
+    raw(tmp_path)
+    run_curate(curation(tmp_path))
+    before = set(files_below(tmp_path / "curated/pairs"))
+    tar = next((tmp_path / "raw/pairs").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes())
+    run_curate(curation(tmp_path))
+    assert before & set(files_below(tmp_path / "curated/pairs")) == {MANIFEST}
+
+
 def test_a_published_source_is_kept_unless_a_file_of_it_is_gone(tmp_path: Path, here: list[str]) -> None:
     raw(tmp_path)
     manifest, _ = run_curate(curation(tmp_path))

@@ -26,6 +26,7 @@ from calumma.platform.sources.references import PREFETCH, fetch, path_of, resolv
 from calumma.platform.sources.specification import Source
 from calumma.platform.specification import SpecificationError
 from calumma.platform.storage.client import s3_client
+from calumma.platform.storage.manifest import Manifest
 
 
 def png(shade: int = 0) -> bytes:
@@ -213,6 +214,8 @@ def test_without_suffixes_a_reader_reads_all_files(own: str, tmp_path: Path) -> 
     files, others = list_source(f"{own}:plain", str(tmp_path / "data"))
     assert [Path(file).name for file in files] == ["a.x", "b"]
     assert [Path(file).name for file in others] == ["manifest.json"]
+    Manifest(kind="documents").write(str(tmp_path / "data"))  # a job's own is no news to anyone
+    assert list_source(f"{own}:plain", str(tmp_path / "data")) == (files, {})
     items = list(read_file(f"{own}:plain", "source", next(iter(files))))
     assert items == [
         Document((Text("a.x"),), source="source"),
