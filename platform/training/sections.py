@@ -78,8 +78,13 @@ class Resume(Section):
 
 
 class Optimizer(Section):
-    """AdamW (paper section 2.3)."""
+    """AdamW (paper section 2.3), or Muon."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: matrices of the blocks move by the nearest orthogonal matrix to their momentum, the rest by "
+        "AdamW, at one learning rate; fewer steps, some more time each; needs `zero_stage: 0`",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="its peak")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of their squares")

@@ -228,7 +228,9 @@ class TrainSpecification(MixtureSpecification):
     def _default_stage(cls, values: Any) -> Any:
         """In bfloat16 stage 1 keeps float32 gradients of all weights on every worker, stage 2 its part of them."""
         if isinstance(values, dict) and "zero_stage" not in values and values.get("precision") == "float32":
-            return values | {"zero_stage": 1}
+            optimizer = values.get("optimizer")
+            whole = isinstance(optimizer, dict) and optimizer.get("kind") == "muon"
+            return values | {"zero_stage": 0 if whole else 1}
         return values
 
     @model_validator(mode="after")
@@ -242,6 +244,15 @@ class TrainSpecification(MixtureSpecification):
             raise ValueError(
                 "`zero_stage: 0` needs `precision: float32`: in bfloat16 DeepSpeed counts Adam's first step twice "
                 "there. Leave it away for stage 2, which takes the same steps"
+            )
+        if self.optimizer.kind == "muon" and self.zero_stage != 0:
+            raise ValueError(
+                "`optimizer.kind: muon` takes whole matrices, which the optimizers of ZeRO 1 to 3 do not see: set "
+                f"`zero_stage: 0` and `precision: float32`, given {self.zero_stage} and {self.precision}"
+            )
+        if self.optimizer.kind == "muon" and "optimizer" in self.deepspeed:
+            raise ValueError(
+                "`optimizer.kind: muon` and `deepspeed.optimizer` both choose an optimizer; leave one away"
             )
         if self.float8 and not self.resources.gpus_per_worker:
             raise ValueError("`float8` needs GPUs: set `resources.gpus_per_worker`")

@@ -120,7 +120,8 @@ class OwnedState:
             if name != MASTER and name not in kept:
                 kept[name] = torch.zeros_like(flat.key, dtype=torch.float32, requires_grad=False)
         # one of its own for each: torch's optimizers raise it in place
-        torchs = type(self._optimizer).__module__.startswith("torch.optim")
+        kinds = [kind for kind in type(self._optimizer).__mro__ if kind is not torch.optim.Optimizer]
+        torchs = any(kind.__module__.startswith("torch.optim") for kind in kinds)
         kept["step"] = torch.tensor(float(step)) if torchs else step
 
     def settle(self) -> None:

@@ -21,7 +21,7 @@ from calumma.model.ops.loss import Loss
 from calumma.model.transformer import Transformer
 from calumma.platform.specification import SpecificationError
 from calumma.platform.training.specification import TrainSpecification
-from calumma.platform.training.steps import sequence
+from calumma.platform.training.steps import muon, sequence
 from calumma.platform.training.steps.deepspeed_settings import deepspeed_config
 from calumma.platform.training.trainable import quantized
 
@@ -89,8 +89,8 @@ def _use_gloo() -> None:
 
 
 def initialize(model: Transformer, spec: TrainSpecification, world: int, passes: int | None = None) -> DeepSpeedEngine:
-    """The model under DeepSpeed's ZeRO, with torch's AdamW; `passes` as in `deepspeed_config`. torch.distributed must
-    be up."""
+    """The model under DeepSpeed's ZeRO, with torch's AdamW or with Muon; `passes` as in `deepspeed_config`.
+    torch.distributed must be up."""
     import deepspeed
 
     _use_gloo()
@@ -98,7 +98,7 @@ def initialize(model: Transformer, spec: TrainSpecification, world: int, passes:
         _require_nvme(spec)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     configuration = deepspeed_config(spec, world, parameters, passes)
-    optimizer = None if "optimizer" in configuration else _adamw(model, spec)
+    optimizer = None if "optimizer" in configuration else _optimizer(model, spec)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration, dist_init_required=False)
     sequence.share_rows(model, spec.sequence_parallel, timedelta(seconds=spec.resources.recovery.collective_seconds))
     engine.module.rebuild_rope(engine.device)  # DeepSpeed has rounded it to bfloat16 with the weights
@@ -249,8 +249,9 @@ def sum_over_workers(local: Tensor) -> Tensor:
     return local
 
 
-def _adamw(model: nn.Module, spec: TrainSpecification) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed's own where the state of a GPU's weights is kept on its host, several times as fast there."""
+def _optimizer(model: nn.Module, spec: TrainSpecification) -> torch.optim.Optimizer:
+    """Muon or AdamW; DeepSpeed's own AdamW where the state of a GPU's weights is kept on its host, several times as
+    fast there."""
     import deepspeed
 
     optimizer = spec.optimizer
@@ -262,6 +263,8 @@ def _adamw(model: nn.Module, spec: TrainSpecification) -> torch.optim.Optimizer:
     groups = parameter_groups(model, optimizer.weight_decay)
     if spec.offload.optimizer != "none" and deepspeed.get_accelerator().device_name() != "cpu":
         return cpu_adamw(groups, settings)
+    if optimizer.kind == "muon":
+        return muon.Muon(muon.groups(model, groups), **settings)
     return torch.optim.AdamW(groups, **settings)
 
 

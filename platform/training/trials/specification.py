@@ -25,6 +25,12 @@ class TrialsSpecification(JobSpecification):
         "float32", description="of the forward and backward pass; masters are float32"
     )
 
+    @model_validator(mode="after")
+    def _plain_optimizer(self) -> Self:
+        if self.optimizer.kind != "adamw":
+            raise ValueError(f"optimizer.kind: the `{self.job}` job trains with AdamW, given {self.optimizer.kind}")
+        return self
+
 
 class AblateSpecification(TrialsSpecification):
     """Trains the same small model with one stabilizer changed at a time, at rising learning rates and over seeds; draws

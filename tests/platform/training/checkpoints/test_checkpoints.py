@@ -192,9 +192,11 @@ def test_weights_that_are_kept_in_bfloat16_change_hands_without_rounding_their_m
         assert other == pytest.approx(loss, rel=1e-3), f"step {step}"
 
 
-def test_without_zero_the_number_of_workers_changes_too(tmp_path: Path) -> None:
-    straight = trained(str(tmp_path / "straight"), [(1, 0, 4)])
-    changed = trained(str(tmp_path / "changed"), [(2, 0, 2), (1, 0, 4)])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_without_zero_the_number_of_workers_changes_too(tmp_path: Path, kind: str) -> None:
+    fields: dict[str, Any] = {"optimizer": {"kind": kind, "learning_rate": 0.003}}
+    straight = trained(str(tmp_path / "straight"), [(1, 0, 4)], **fields)
+    changed = trained(str(tmp_path / "changed"), [(2, 0, 2), (1, 0, 4)], **fields)
     expected = [values[1] for values in straight]
     assert [values[1] for values in changed] == pytest.approx(expected, rel=1e-3)
 
