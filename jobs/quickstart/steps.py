@@ -26,6 +26,7 @@ from calumma.jobs.specifications.reading import read_specification
 from calumma.jobs.specifications.table import JOBS, job_function
 from calumma.platform.cluster import connection, runner
 from calumma.platform.cluster.progress import Progress
+from calumma.platform.evaluation.specification import EvaluateSpecification, PictureSampling
 from calumma.platform.reports.contact_sheet import Cell
 from calumma.platform.specification import JobSpecification, SpecificationError, Tracking
 from calumma.platform.training.specification import (
@@ -112,6 +113,7 @@ class AnswersSpecification(JobSpecification):
     output: str = "answers"
     model: str
     documents: str  # URI of those whose held-out pictures are asked about
+    pictures: PictureSampling  # as they were measured
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,15 @@ def step_specification(step: str, options: Options) -> JobSpecification:
         return documents_spec
     if step == "serve":
         model = _model_uri(options)
-        return AnswersSpecification(**shared, seed=options.seed, model=model, documents=documents_spec.output_uri)
+        evaluated = step_specification("evaluate", options)
+        assert isinstance(evaluated, EvaluateSpecification)
+        return AnswersSpecification(
+            **shared,
+            seed=options.seed,
+            model=model,
+            documents=documents_spec.output_uri,
+            pictures=evaluated.pictures,
+        )
     recipes = resources.files("calumma.jobs") / options.course.recipes
     with resources.as_file(recipes) as folder:
         file = folder / f"{step}.yaml"
@@ -208,6 +218,8 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
 
     Raises what the steps raise; KeyboardInterrupt leaves finished steps finished and no process behind.
     """
+    from calumma.platform import storage
+
     options.workdir.mkdir(parents=True, exist_ok=True)
     steps = options.course.steps
     specs = {step.name: step_specification(step.name, options) for step in steps}
@@ -228,6 +240,8 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                 step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
             if isinstance(spec, TrainSpecification | ImageTokenizerSpecification):
                 _begin(spec, options.root, manifests)
+            else:  # its parts stand or fall by themselves; killed among them it must not be found whole
+                storage.delete(storage.join(spec.output_uri, storage.MANIFEST))
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)
             step_times.record(step.name, board.seconds(step.name))
@@ -313,7 +327,7 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
     answers: list[Answer] = []
     with job_run(spec) as run:
         progress(0, len(asked) + 1, f"deploying {spec.model}")
-        with _serving(spec, options) as (url, model):
+        with _serving(spec, options.port) as (url, model):
             for number, question in enumerate(asked):
                 progress(number + 1, len(asked) + 1, question.text)
                 answers.append(ask(url, model, question, spec.seed + number))
@@ -335,16 +349,13 @@ def _tracked_answers(spec: AnswersSpecification, options: Options, progress: Pro
 
 
 @contextmanager
-def _serving(spec: AnswersSpecification, options: Options) -> Iterator[tuple[str, str]]:
+def _serving(spec: AnswersSpecification, port: int) -> Iterator[tuple[str, str]]:
     """(URL, model name) of the registered model behind Ray Serve, for the length of the block."""
-    from calumma.platform.evaluation.specification import EvaluateSpecification
     from calumma.serve.deploy.endpoint import deploy, undeploy
     from calumma.serve.settings import SamplingDefaults, ServeSettings
 
     name = spec.model.removeprefix("models:/").partition("@")[0]
-    evaluated = step_specification("evaluate", options)
-    assert isinstance(evaluated, EvaluateSpecification)
-    drawn = evaluated.pictures  # as they were measured
+    drawn = spec.pictures
     sampling = SamplingDefaults(
         image_temperature=drawn.temperature,
         image_top_p=drawn.top_p,
@@ -352,7 +363,7 @@ def _serving(spec: AnswersSpecification, options: Options) -> Iterator[tuple[str
         guidance_image=drawn.guidance_image,
     )
     settings = ServeSettings(
-        model=spec.model, tracking=spec.tracking, name=name, port=free_port(options.port), sampling=sampling
+        model=spec.model, tracking=spec.tracking, name=name, port=free_port(port), sampling=sampling
     )
     url = deploy(settings)
     try:

@@ -91,8 +91,8 @@ def list_source(format: str, location: str) -> tuple[dict[str, int], dict[str, U
 def _is_own_manifest(uri: str) -> bool:
     """Whether it is what a job has published with its files, and no stranger's of the same name."""
     try:
-        Manifest.read(uri.rpartition("/")[0])
-    except ManifestError:
+        Manifest.read(uri.rpartition("/")[0] or ".")
+    except (ManifestError, storage.StorageError):
         return False
     return True
 

@@ -208,7 +208,8 @@ class _Runner:
         values = [
             one.task.model_dump(mode="json"), system, self._inputs.get(self._model), items, one.texts, one.pictures,
             {name: judge.model_dump(mode="json") for name, judge in judges.items()}, self._spec.seed,
-            [self._inputs.get(self._spec.locate(judge.training)) for judge in judges.values() if judge.training],
+            [self._inputs.get(self._spec.locate(p)) for j in judges.values() for p in (j.training, j.held_out) if p],
+            self._inputs.get(self._spec.locate(one.task.training_pictures)) if one.task.training_pictures else None,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -207,7 +207,7 @@ def test_a_reader_of_ones_own_is_a_function_named_by_its_module(own: str, tmp_pa
     assert name_of(good(items)[0]) == f"{tmp_path}/data/a.words: line 2"
 
 
-def test_without_suffixes_a_reader_reads_all_files(own: str, tmp_path: Path) -> None:
+def test_without_suffixes_a_reader_reads_all_files(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     for name in ("a.x", "b", "manifest.json"):
         (tmp_path / "data" / name).write_text(name)
@@ -216,6 +216,8 @@ def test_without_suffixes_a_reader_reads_all_files(own: str, tmp_path: Path) -> 
     assert [Path(file).name for file in others] == ["manifest.json"]
     Manifest(kind="documents").write(str(tmp_path / "data"))  # a job's own is no news to anyone
     assert list_source(f"{own}:plain", str(tmp_path / "data")) == (files, {})
+    monkeypatch.chdir(tmp_path / "data")
+    assert [sorted(map(str, found)) for found in list_source(f"{own}:plain", ".")] == [["a.x", "b"], []]
     items = list(read_file(f"{own}:plain", "source", next(iter(files))))
     assert items == [
         Document((Text("a.x"),), source="source"),
