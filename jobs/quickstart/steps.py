@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from calumma.jobs.quickstart import documents
+from calumma.jobs.quickstart.begun import begin
 from calumma.jobs.quickstart.course import CLUSTER, FROM_IMAGE_TOKENIZER, Course, Extent, Step
 from calumma.jobs.quickstart.display import Board, Row
 from calumma.jobs.quickstart.documents import FAST, FULL, DocumentsSpecification
@@ -29,11 +30,7 @@ from calumma.platform.cluster.progress import Progress
 from calumma.platform.evaluation.specification import EvaluateSpecification, PictureSampling
 from calumma.platform.reports.contact_sheet import Cell
 from calumma.platform.specification import JobSpecification, SpecificationError, Tracking
-from calumma.platform.training.specification import (
-    FinetuneSpecification,
-    ImageTokenizerSpecification,
-    TrainSpecification,
-)
+from calumma.platform.training.specification import FinetuneSpecification
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -218,8 +215,6 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
 
     Raises what the steps raise; KeyboardInterrupt leaves finished steps finished and no process behind.
     """
-    from calumma.platform import storage
-
     options.workdir.mkdir(parents=True, exist_ok=True)
     steps = options.course.steps
     specs = {step.name: step_specification(step.name, options) for step in steps}
@@ -238,10 +233,7 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                     stack.enter_context(connection.embedded(lean=options.fast, logs=options.workdir / "logs"))
                 ran.append(CLUSTER.name)
                 step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
-            if isinstance(spec, TrainSpecification | ImageTokenizerSpecification):
-                _begin(spec, options.root, manifests)
-            else:  # its parts stand or fall by themselves; killed among them it must not be found whole
-                storage.delete(storage.join(spec.output_uri, storage.MANIFEST))
+            begin(spec, options.root, manifests)
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)
             step_times.record(step.name, board.seconds(step.name))
@@ -254,23 +246,6 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
 def _display_rows(steps: Sequence[Step]) -> list[Row]:
     first, *others = (Row(s.name, s.title, s.usual) for s in steps)
     return [first, Row(CLUSTER.name, CLUSTER.title, CLUSTER.usual), *others]
-
-
-def _begin(spec: JobSpecification, root: str, made: Mapping[str, Manifest]) -> None:
-    """Delete a training's checkpoints unless it was begun by an equal recipe after equal steps and did not end."""
-    from calumma.platform import storage
-    from calumma.platform.storage.manifest import Manifest, json_digest
-
-    place = storage.join(root, "begun", f"{spec.run_name or spec.job}.json")
-    values = spec.model_dump(mode="json", exclude={"tracking", "resources"})
-    key = json_digest([values, {name: manifest.model_dump(mode="json") for name, manifest in made.items()}])
-    try:
-        begun = storage.read_bytes(place).decode()
-    except storage.NotFound:
-        begun = ""
-    if begun != key or Manifest.find(spec.output_uri) is not None:
-        runner.delete_result(spec)
-    storage.write_bytes(place, key.encode())
 
 
 def _reusable_result(spec: JobSpecification) -> Manifest | None:

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from calumma.jobs import entry
 from calumma.jobs.commands.quickstart import quickstart
+from calumma.jobs.emoji.course import COLOUR
 from calumma.jobs.quickstart import display, documents, questions, steps
+from calumma.jobs.quickstart.course import Course
 from calumma.jobs.quickstart.digits import read_scans, split
 from calumma.jobs.quickstart.display import Board, Row
 from calumma.jobs.quickstart.documents import FAST, DocumentsSpecification, Sizes
@@ -197,6 +199,24 @@ def test_a_changed_kind_of_document_leaves_what_is_not_made_from_it(tmp_path: Pa
     more = FAST.model_copy(update={"counting": FAST.counting + 5})
     for name, changes in (("pairs", False), ("chat_counting", True)):
         assert (source(name, FAST) != source(name, more)) == changes
+
+
+@pytest.mark.parametrize("course", [steps.DIGITS, COLOUR])
+def test_answers_depend_on_the_sampling_that_was_measured(course: Course, tmp_path: Path) -> None:
+    served, measured = (
+        steps.step_specification(step, Options(tmp_path, course=course)).model_dump() for step in ("serve", "evaluate")
+    )
+    assert served["pictures"] == measured["pictures"]
+
+
+def test_a_step_that_is_killed_is_not_found_whole(tmp_path: Path, jobs: list[str]) -> None:
+    run(tmp_path)
+    spec = steps.step_specification("curate", Options(tmp_path, fast=True))
+    runner.delete_result(steps.step_specification("documents", Options(tmp_path, fast=True)))
+    failing["curate"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert Manifest.find(spec.output_uri) is None
 
 
 @pytest.mark.parametrize("changed", [False, True])
