@@ -6,10 +6,11 @@ other threads run. What comes out depends on the window alone, not on how these 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 # Documents whose texts one thread encodes: at least so many, of so many characters together; not more than.
 LEAST_DOCUMENTS, LEAST_CHARACTERS, MOST_DOCUMENTS = 64, 1 << 18, 8192
 _WRITER_THREADS = 4  # shards of a window written at once
+KNOWN_IMAGES = 16_384  # images of a window whose codes are kept, the last ones met: some kilobytes each
 
 
 class UnusableDocuments(ValueError):
@@ -50,8 +52,16 @@ class _DocumentBatch:
     uri: str
     documents: list[Document]
     texts: Future[list[NDArray[np.int32]]]
-    images: list[NDArray[np.int32]] = field(default_factory=list)  # coded so far
+    images: list[_CodedImage] = field(default_factory=list)
     uncoded: int = 0
+
+
+@dataclass(eq=False)
+class _CodedImage:
+    """A picture that is coded once, wherever it stands; ids: None until then. waiting: whose it is meanwhile."""
+
+    ids: NDArray[np.int32] | None = None
+    waiting: list[_DocumentBatch] = field(default_factory=list)
 
 
 class _InlineExecutor(Executor):
@@ -156,29 +166,52 @@ def encode_documents(
     encoder: DocumentEncoder, shards: Sequence[tuple[str, str]], image_batch: int, threads: int
 ) -> Iterator[tuple[Document, EncodedArrays]]:
     """Every document of some shards with its tokens, in order; the images of all documents are coded in batches of
-    `image_batch` (the last one smaller). Raises UnusableDocuments, ShardError and StorageError."""
+    `image_batch` (the last one smaller), equal ones once. Raises UnusableDocuments, ShardError and StorageError."""
     chunks: deque[_DocumentBatch] = deque()
-    waiting: deque[tuple[_DocumentBatch, Image]] = deque()
-    opened: deque[tuple[_DocumentBatch, Future[torch.Tensor]]] = deque()
+    uncoded: deque[tuple[_DocumentBatch, Image, _CodedImage]] = deque()
+    opened: deque[tuple[_DocumentBatch, Future[torch.Tensor], _CodedImage]] = deque()
+    known: OrderedDict[bytes, _CodedImage] = OrderedDict()
+    met = 0  # images since some were coded, known ones too: what waits for them is held
     pool = ThreadPoolExecutor(threads)
     texts = pool if threads > 1 else _InlineExecutor()
 
+    def add_image(chunk: _DocumentBatch, image: Image) -> None:
+        nonlocal met
+        met += 1
+        key = _key(image)
+        coded = known.get(key)
+        if coded is None:
+            coded = known[key] = _CodedImage()
+            uncoded.append((chunk, image, coded))
+            if len(known) > KNOWN_IMAGES:
+                known.popitem(last=False)
+        else:
+            known.move_to_end(key)
+        chunk.images.append(coded)
+        if coded.ids is None:
+            coded.waiting.append(chunk)
+            chunk.uncoded += 1
+
     def open_images() -> None:
-        while waiting and len(opened) < 2 * image_batch:  # those of the next batch, and of the one after it
-            chunk, image = waiting.popleft()
-            opened.append((chunk, pool.submit(encoder.pixels, image)))
+        while uncoded and len(opened) < 2 * image_batch:  # those of the next batch, and of the one after it
+            chunk, image, coded = uncoded.popleft()
+            opened.append((chunk, pool.submit(encoder.pixels, image), coded))
 
     def code() -> None:
+        nonlocal met
+        met = 0
         batch = [opened.popleft() for _ in range(min(image_batch, len(opened)))]
         open_images()
-        ids = encoder.code([_result(chunk, pixels) for chunk, pixels in batch])
-        for (chunk, _), each in zip(batch, ids, strict=True):
-            chunk.images.append(each)
-            chunk.uncoded -= 1
+        ids = encoder.code([_result(chunk, pixels) for chunk, pixels, _ in batch])
+        for (_, _, coded), each in zip(batch, ids, strict=True):
+            coded.ids = each
+            for chunk in coded.waiting:
+                chunk.uncoded -= 1
+            coded.waiting.clear()
 
     def assembled() -> Iterator[tuple[Document, EncodedArrays]]:
         chunk = chunks.popleft()
-        tokens = encoder.assemble(chunk.documents, _result(chunk, chunk.texts), iter(chunk.images))
+        tokens = encoder.assemble(chunk.documents, _result(chunk, chunk.texts), map(_ids, chunk.images))
         yield from zip(chunk.documents, tokens, strict=True)
 
     try:
@@ -186,11 +219,11 @@ def encode_documents(
             for documents in _batches(document_shards.read_shard(uri, sha256)):
                 chunk = _DocumentBatch(uri, documents, texts.submit(encoder.text_ids, documents))
                 chunks.append(chunk)
-                images = [s for document in documents for s in document.segments if isinstance(s, Image)]
-                chunk.uncoded = len(images)
-                waiting.extend((chunk, image) for image in images)
+                for document in documents:
+                    for image in document.images:
+                        add_image(chunk, image)
                 open_images()
-                while len(waiting) + len(opened) >= 2 * image_batch:
+                while len(uncoded) + len(opened) >= 2 * image_batch or (opened and met >= 4 * image_batch):
                     code()
                 while chunks and not chunks[0].uncoded and (chunks[0].texts.done() or len(chunks) > 2 * threads):
                     yield from assembled()
@@ -200,6 +233,17 @@ def encode_documents(
             yield from assembled()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _ids(coded: _CodedImage) -> NDArray[np.int32]:
+    assert coded.ids is not None
+    return coded.ids
+
+
+def _key(image: Image) -> bytes:
+    """Equal for images that have the same codes: those of prompts are cut another way (DocumentEncoder.pixels)."""
+    data = image.data if isinstance(image.data, bytes) else image.png()
+    return blake2b(data, digest_size=16).digest() + (b"prompt" if image.role == "user" else b"")
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

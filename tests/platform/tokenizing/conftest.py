@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image as PILImage
 
 from calumma.model.config import ImageTokenizerConfig
 from calumma.model.document import Document, Image, Text
 from calumma.model.encoding import DocumentEncoder
+from calumma.model.images import preprocess
 from calumma.model.tokenizers.image import ImageTokenizer
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.tokenizers.text_training import train_text_tokenizer
@@ -81,7 +83,12 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = ImageTokenizerConfig(
         resolution=8, codebook_size=CODES, embedding=4, base_channels=4, multipliers=[1, 1], residual_blocks=1
     )
-    ImageTokenizer(small).save(folder / "image")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image, random = ImageTokenizer(small), torch.Generator().manual_seed(0)
+    shades = torch.stack([preprocess(Image(png(n)).open(), 8, "crop") for n in range(0, 300, 3)])
+    image.restart_dead_codes(torch.zeros(CODES, dtype=torch.bool), shades, random)  # which tell pictures apart
+    image.save(folder / "image")
     return folder
 
 

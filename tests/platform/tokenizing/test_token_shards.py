@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 
 from calumma.model.document import Document, Image, Segment, Text
 from calumma.model.encoding import DocumentEncoder, EncodedArrays
@@ -186,6 +189,52 @@ def test_documents_meet_their_own_texts_and_images_again(
     assert [document for document, _ in found] == documents * 2
     expected = [encoder.encode(document) for document in documents] * 2
     assert [(tokens.ids.tolist(), tokens.trained.tolist()) for _, tokens in found] == expected
+
+
+@pytest.mark.parametrize("known", [1000, 2])
+def test_equal_pictures_are_coded_once_while_they_are_known(
+    tmp_path: Path, encoder: DocumentEncoder, monkeypatch: pytest.MonkeyPatch, known: int
+) -> None:
+    wide = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (16, 64), dtype=np.uint8)
+    PILImage.fromarray(noise).save(wide, "PNG")  # a prompt's is padded, another one is cut
+    pictures = [Image(png(n % 4)) for n in range(40)] + [Image(wide.getvalue())]
+    documents = [Document((picture,)) for picture in pictures]
+    documents.append(Document((Image(wide.getvalue(), None, "user"), Text("a", "assistant"))))
+    uri = str(tmp_path / "a.parquet")
+    data = document_shards.to_parquet(documents)
+    storage.write_bytes(uri, data)
+    coded = list[int]()
+    code = encoder.code
+    monkeypatch.setattr(encoder, "code", lambda pixels: coded.append(len(pixels)) or code(pixels))
+    monkeypatch.setattr(actor, "KNOWN_IMAGES", known)
+    found = list(actor.encode_documents(encoder, [(uri, hashlib.sha256(data).hexdigest())], 3, 1))
+    assert sum(coded) == (4 + 2 if known > 2 else 40 + 2)
+    monkeypatch.undo()
+    assert [tokens.ids.tolist() for _, tokens in found] == [encoder.encode(document).ids for document in documents]
+    codes = [[n for n in tokens.ids if n in encoder.vocabulary.code_of] for _, tokens in found[-2:]]
+    assert codes[0] != codes[1]
+
+
+def test_what_waits_for_few_pictures_is_not_the_whole_window(tmp_path: Path, encoder: DocumentEncoder) -> None:
+    documents = [Document((Image(png(n % 3)),)) for n in range(4000)]
+    uri = str(tmp_path / "a.parquet")
+    data = document_shards.to_parquet(documents)
+    storage.write_bytes(uri, data)
+    read = list[Document]()
+
+    def reading(*given: Any) -> Iterator[Document]:
+        for document in read_shard(*given):
+            read.append(document)
+            yield document
+
+    read_shard = document_shards.read_shard
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(document_shards, "read_shard", reading)
+        found = actor.encode_documents(encoder, [(uri, hashlib.sha256(data).hexdigest())], 16, 1)
+        ahead = [len(read) - number for number, _ in enumerate(found)]
+    assert len(ahead) == 4000
+    assert max(ahead) <= 4 * 16 + 2 * actor.LEAST_DOCUMENTS
 
 
 @given(st.lists(st.integers(1, 20_000) | st.none(), max_size=300))
