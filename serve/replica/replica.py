@@ -44,6 +44,7 @@ from calumma.serve.replica.engine.client import (
     EngineOutput,
     ImageCodes,
     PromptLogprobs,
+    Texts,
 )
 from calumma.serve.replica.engine.thread import EngineThread
 from calumma.serve.replica.image_coder import ImageCoder, LocalImageCoder, PromptEncoder
@@ -190,6 +191,7 @@ class EngineReplica:
             if isinstance(output, ImageCodes) and events:
                 yield EventBatch(events, tuple(tokens), count)
                 events, tokens, count = [], [], 0
+            count += output.count - 1 if isinstance(output, Texts) else 0
             event, last = await self._event(output), events[-1] if events else None
             count += not isinstance(event, FINAL_EVENTS)
             if isinstance(event, TextDelta) and isinstance(last, TextDelta):
@@ -313,6 +315,8 @@ class EngineReplica:
         """The output, with an image's codes decoded."""
         if isinstance(output, Admitted | PromptLogprobs | Answered):
             raise AssertionError(f"{type(output).__name__} comes before the output")
+        if isinstance(output, Texts):
+            return output.delta
         if not isinstance(output, ImageCodes):
             return output
         try:

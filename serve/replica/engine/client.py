@@ -48,8 +48,18 @@ class Answered:
     tokens: tuple[int, ...]
 
 
-EngineOutput = Admitted | TextDelta | ImageProgress | ImageCodes | PromptLogprobs | Answered | Finished | RequestFailed
-NOT_URGENT = (TextDelta, ImageProgress, Answered)
+@dataclass(frozen=True)
+class Texts:
+    """Texts that came one after the other, as one. count: how many."""
+
+    delta: TextDelta
+    count: int
+
+
+EngineOutput = (
+    Admitted | TextDelta | Texts | ImageProgress | ImageCodes | PromptLogprobs | Answered | Finished | RequestFailed
+)
+NOT_URGENT = (TextDelta, Texts, ImageProgress, Answered)
 OnOutput = Callable[[EngineOutput], None]
 
 

@@ -24,7 +24,8 @@ from calumma.model.directory import IMAGE_TOKENIZER
 from calumma.model.tokenizers.text import TextTokenizer
 from calumma.model.transformer import Transformer
 from calumma.model.vocabulary import Vocabulary
-from calumma.serve.replica.engine.client import NOT_URGENT, EngineOutput, OnOutput
+from calumma.serve.protocol import TextDelta
+from calumma.serve.replica.engine.client import NOT_URGENT, Answered, EngineOutput, OnOutput, Texts
 from calumma.serve.replica.engine.messages import Abort, Close, EngineFailed, Outputs, Ready, Start, Submit
 from calumma.serve.replica.engine.thread import EngineThread, requests_in_step
 from calumma.serve.replica.engine.watchdog import StepCounter
@@ -83,13 +84,42 @@ class OutputBatcher:
             if due or idle or now:
                 outputs, self._outputs, self._urgent = self._outputs, [], False
                 self._sent += since
-                self._connection.send(Outputs(outputs, statistics()))
+                self._connection.send(Outputs(merged(outputs), statistics()))
             if idle:
                 self._begun.clear()
 
     def send(self, message: Ready | EngineFailed) -> None:
         with self._lock:
             self._connection.send(message)
+
+
+def merged(outputs: list[tuple[str, EngineOutput]]) -> list[tuple[str, EngineOutput]]:
+    """The same in fewer parts: each request's adjacent texts as one, and then the ids that they gave."""
+    found: list[tuple[str, EngineOutput]] = []
+    texts: dict[str, list[TextDelta]] = {}
+    answered: dict[str, list[int]] = {}
+
+    def end(request_id: str) -> None:
+        deltas, ids = texts.pop(request_id, []), answered.pop(request_id, [])
+        if len(deltas) > 1:
+            whole = TextDelta("".join(d.text for d in deltas), tuple(t for d in deltas for t in d.tokens))
+            found.append((request_id, Texts(whole, len(deltas))))
+        elif deltas:
+            found.append((request_id, deltas[0]))
+        if ids:
+            found.append((request_id, Answered(tuple(ids))))
+
+    for request_id, output in outputs:
+        if isinstance(output, TextDelta):
+            texts.setdefault(request_id, []).append(output)
+        elif isinstance(output, Answered):
+            answered.setdefault(request_id, []).extend(output.tokens)
+        else:
+            end(request_id)
+            found.append((request_id, output))
+    for request_id in list(texts | answered):
+        end(request_id)
+    return found
 
 
 def load_model(start: Start) -> tuple[LoadedModel, dict[str, object]]:

@@ -29,7 +29,7 @@ from calumma.serve.protocol import (
     Token,
     TokenCount,
 )
-from calumma.serve.replica.engine.client import Admitted, Answered, ImageCodes
+from calumma.serve.replica.engine.client import Admitted, Answered, ImageCodes, Texts
 from calumma.serve.replica.replica import EngineReplica
 
 from ..conftest import CONTEXT
@@ -119,7 +119,7 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
             Admitted(),
             TextDelta("a ", (A,)),
             Answered((5,)),
-            TextDelta("three: ", (THREE,)),
+            Texts(TextDelta("three: ", (THREE,)), 3),
             Answered((6, 7)),
             ImageCodes([1], 1, 0.0),
             TextDelta("."),
@@ -142,7 +142,7 @@ def test_what_comes_together_travels_together_and_text_does_not_wait_for_the_ima
 
     started, before, after = run(read())
     assert isinstance(started.events[0], Started)
-    assert before == EventBatch([TextDelta("a three: ", (A, THREE))], (5, 6, 7), 2)
+    assert before == EventBatch([TextDelta("a three: ", (A, THREE))], (5, 6, 7), 4)
     image, *rest = after.events
     assert isinstance(image, ImageOutput)
     assert rest == [TextDelta("."), Finished("stop", TokenCount())]

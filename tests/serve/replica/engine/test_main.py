@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from calumma.model.generation import Request, SamplingParams
-from calumma.serve.protocol import Finished, GenerationRequest, TextDelta, TokenCount
+from calumma.serve.protocol import Finished, GenerationRequest, ImageProgress, TextDelta, Token, TokenCount
 from calumma.serve.replica.engine import main
-from calumma.serve.replica.engine.client import Admitted, EngineOutput, ImageCodes
-from calumma.serve.replica.engine.main import BATCH_SECONDS, STATISTICS_SECONDS, OutputBatcher, load_model
+from calumma.serve.replica.engine.client import Admitted, Answered, EngineOutput, ImageCodes, Texts
+from calumma.serve.replica.engine.main import (
+    BATCH_SECONDS,
+    STATISTICS_SECONDS,
+    OutputBatcher,
+    load_model,
+    merged,
+)
 from calumma.serve.replica.engine.messages import Outputs, Start
 from calumma.serve.replica.engine.thread import EngineThread
 from calumma.serve.settings import ModelSettings
@@ -92,7 +101,7 @@ def test_the_first_text_and_what_is_urgent_are_sent_at_once_and_the_rest_togethe
 
     assert sent(TextDelta("a")) == [TextDelta("a")]
     assert sent(TextDelta("b")) is None
-    assert sent(TextDelta("c"), urgent) == [TextDelta("b"), TextDelta("c"), urgent]
+    assert sent(TextDelta("c"), urgent) == [Texts(TextDelta("bc"), 2), urgent]
     assert sent(TextDelta("d")) is None
     assert sent(after=BATCH_SECONDS) == [TextDelta("d")]
     assert sent(after=BATCH_SECONDS) is None, "nothing is nothing to send"
@@ -101,3 +110,40 @@ def test_the_first_text_and_what_is_urgent_are_sent_at_once_and_the_rest_togethe
     assert sent(TextDelta("e")) is None
     batcher.flush(dict, idle=True)
     assert connection.messages[-1].outputs == [("a", TextDelta("e"))], "no later step is waited for"
+
+
+TEXTS = st.builds(
+    TextDelta, st.text("ab", max_size=2), st.lists(st.just(Token(7, b"a", 0, None)), max_size=2).map(tuple)
+)
+OTHERS = st.sampled_from([Admitted(), ImageProgress(1, 2), ImageCodes([1], 1, 0.0), Finished("stop", TokenCount())])
+ANSWERS = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple).map(Answered)
+
+
+@given(st.lists(st.tuples(st.sampled_from("xyz"), TEXTS | TEXTS | ANSWERS | OTHERS), max_size=30))
+def test_merged_outputs_say_of_every_request_what_the_single_ones_did(outputs: list[tuple[str, EngineOutput]]) -> None:
+    def said(given: list[tuple[str, EngineOutput]], request_id: str) -> list[Any]:
+        """Between two outputs of another kind: text, its tokens, how many texts, ids."""
+        parts: list[Any] = [("", (), 0, ())]
+        for text, tokens, count, ids, other in (_parts(output) for name, output in given if name == request_id):
+            last = parts[-1]
+            parts[-1] = (last[0] + text, last[1] + tokens, last[2] + count, last[3] + ids)
+            parts += [other, ("", (), 0, ())] if other is not None else []
+        return parts
+
+    found = merged(outputs)
+    assert all(said(found, name) == said(outputs, name) for name in "xyz")
+    for name in "xyz":
+        kinds = [type(output) for other, output in found if other == name]
+        assert not any({a, b} <= {TextDelta, Texts} or a == b == Answered for a, b in pairwise(kinds))
+
+
+def _parts(output: EngineOutput) -> tuple[str, tuple[Token, ...], int, tuple[int, ...], EngineOutput | None]:
+    match output:
+        case Texts(delta, count):
+            return delta.text, delta.tokens, count, (), None
+        case TextDelta(text, tokens):
+            return text, tokens, 1, (), None
+        case Answered(ids):
+            return "", (), 0, ids, None
+        case other:
+            return "", (), 0, (), other
