@@ -258,13 +258,14 @@ def _too_large(training: Training, room: float, fewest: int, workers: int) -> Pr
     }
     most = sorted(parts.items(), key=lambda part: -part[1])[:2]
     listed = ", ".join(f"{name} {_gb(size)}" for name, size in most)
-    field = "rows_per_pass" if most[0][0] == "activations" else "zero_stage"
+    muon = training.spec.optimizer.kind == "muon"
+    field = "rows_per_pass" if most[0][0] == "activations" else "optimizer" if muon else "zero_stage"
     message = f"{_gb(needed)} a GPU are needed with {fewest} workers (of them {listed}), there are {_gb(room)}"
     for changes in _remedies(training):
         fields = {key: value for change in changes for key, value in change.items()}
         changed = training.changed(**fields)
         if needs(changed) <= room:
-            said = ", ".join(f"{key}: {_yaml(value)}" for key, value in fields.items())
+            said = ", ".join(_said(key, value) for key, value in fields.items())
             return Problem(field, message, f"set {said}, which needs {_gb(needs(changed))}")
     for world in (2**power for power in range(1, 14)):
         if world > workers and training.gpu(world).total <= room:
@@ -280,13 +281,20 @@ def _remedies(training: Training) -> Iterator[tuple[dict[str, Any], ...]]:
         single.append({"checkpoint_activations": True})
     if training.division.rows > 1:
         single.append({"rows_per_pass": 1})
-    single += [{"zero_stage": stage} for stage in (2, 3) if stage > spec.zero_stage]
+    # muon moves whole matrices, which only stage 0 has
+    whole = {"optimizer": spec.optimizer.model_dump() | {"kind": "adamw"}} if spec.optimizer.kind == "muon" else {}
+    single += [{"zero_stage": stage} | whole for stage in (2, 3) if stage > spec.zero_stage]
     if spec.offload.optimizer == "none" and spec.zero_stage:
         single.append({"offload": spec.offload.model_dump() | {"optimizer": "cpu"}})
     for number in range(1, 5):
         for found in combinations(single, number):
-            if len({key for change in found for key in change}) == number:
+            keys = [key for change in found for key in change]
+            if len(set(keys)) == len(keys):
                 yield found
+
+
+def _said(key: str, value: Any) -> str:
+    return f"optimizer.kind: {value['kind']}" if key == "optimizer" else f"{key}: {_yaml(value)}"
 
 
 def _yaml(value: Any) -> str:

@@ -181,6 +181,18 @@ def test_what_does_not_fit_is_told_with_what_would(changes: dict[str, Any], node
         assert followed.memory.total <= followed.gpu_memory >= followed.memory_of_fewest
 
 
+def test_muon_that_does_not_fit_is_told_to_be_adamw_where_parts_are_needed() -> None:
+    """It moves whole matrices, so no other stage of ZeRO is to be had with it."""
+    muon = {"optimizer": {"kind": "muon", "learning_rate": 0.002}, "zero_stage": 0, "precision": "float32"}
+    muon |= {"checkpoint_activations": True, "rows_per_pass": 1}
+    [problem] = [p for p in on("8x8xH100", model="chameleon-7b", **muon).problems if "a GPU are needed" in p.message]
+    assert problem.field == "optimizer"
+    assert "optimizer.kind: adamw" in problem.advice
+    stage = int(problem.advice.partition("zero_stage: ")[2][0])
+    adamw = muon | {"optimizer": {"learning_rate": 0.002}, "zero_stage": stage}
+    assert on("8x8xH100", model="chameleon-7b", **adamw).fits
+
+
 def test_copies_in_memory_take_what_their_memory_does() -> None:
     """Of eight workers of a host, and as many again of the host whose copies it has."""
     resources = {"workers": 64, "gpus_per_worker": 1, "cpus_per_worker": 8, "recovery": {"copy_every": 1}}
