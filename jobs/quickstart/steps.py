@@ -43,16 +43,16 @@ OVERRIDES = "fast.yaml"  # what --fast changes, beside the recipes
 LARGE = "large.yaml"  # what --large changes
 PORTS = 50  # how many ports from the wished one on are tried
 STEPS = (
-    Step("documents", "Documents", 8),
-    Step("curate", "Curation", 10),
-    Step("train_text_tokenizer", "Text tokenizer", 2),
-    Step("train_image_tokenizer", "Image tokenizer", 42),
-    Step("tokenize", "Token shards", 21),
-    Step("stage1", "Pre-training, stage 1", 115),
-    Step("stage2", "Pre-training, stage 2", 43),
-    Step("finetune", "Fine-tuning", 195),
+    Step("documents", "Documents", 10),
+    Step("curate", "Curation", 11),
+    Step("train_text_tokenizer", "Text tokenizer", 1),
+    Step("train_image_tokenizer", "Image tokenizer", 48),
+    Step("tokenize", "Token shards", 28),
+    Step("stage1", "Pre-training, stage 1", 60),
+    Step("stage2", "Pre-training, stage 2", 25),
+    Step("finetune", "Fine-tuning", 105),
     Step("evaluate", "Evaluation", 12),
-    Step("serve", "Serving and questions", 18),
+    Step("serve", "Serving and questions", 20),
 )
 MEASURED = {
     "recognition_accuracy": "Recognition: held-out scan to word",
@@ -230,7 +230,7 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                 continue
             if step.name != "documents" and CLUSTER.name not in ran:
                 with board.step(CLUSTER.name):
-                    stack.enter_context(connection.embedded(lean=options.fast, logs=options.workdir / "logs"))
+                    stack.enter_context(connection.embedded(lean=not options.large, logs=options.workdir / "logs"))
                 ran.append(CLUSTER.name)
                 step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
             begin(spec, options.root, manifests)
