@@ -14,8 +14,13 @@ CAPTIONS = ("{a_thing}, in the style of {style}", "{thing}, {style}", "a picture
 RECOGNITION = ("What is this? <image>", "<image> What is this?", "What does the picture show? <image>")
 STYLE = ("In which style is this? <image>", "<image> Whose style is this?")
 DRAWING = ("Draw {a_thing}, in the style of {style}.", "Please draw {thing} in the style of {style}.")
-SKIN = ("<image> The same with {skin} skin.", "Give this {skin} skin: <image>")
-RESTYLED = ("<image> The same in the style of {style}.", "Draw this in the style of {style}: <image>")
+# Chat clients, and the quickstart's own questions, send a picture after the words or before them.
+SKIN = ("The same with {skin} skin. <image>", "<image> The same with {skin} skin.", "Give this {skin} skin: <image>")
+RESTYLED = (
+    "The same in the style of {style}. <image>",
+    "<image> The same in the style of {style}.",
+    "Draw this in the style of {style}: <image>",
+)
 STORY = ("Tell of {a_first} and {a_second}, with pictures in the style of {style}.",)
 KEYWORDS = ("Which words go with {thing}?", "Give keywords for {thing}.")
 # Pages name two things of one group; a group that is not here gets the last opening.

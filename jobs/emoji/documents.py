@@ -103,6 +103,7 @@ class ColourDocumentsSpecification(JobSpecification):
     sets: str | None = Field(None, description="folder of sets by calumma.jobs.emoji.rasterize; none: those that ship")
     sizes: Sizes = FULL
     samples_per_tar: int = 500
+    wordings: Literal[2] = 2  # counts up when the questions are worded anew
 
 
 def pictures(spec: ColourDocumentsSpecification) -> tuple[list[Picture], list[Picture]]:
