@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -22,6 +23,15 @@ settings.register_profile("calumma", deadline=None, suppress_health_check=[Healt
 settings.load_profile("calumma")
 
 BUCKET = "calumma-tests"
+
+
+def _leave_garbage_to_parent() -> None:
+    """Before a fork: Ray's objects among it would call the cluster from a child that has none of its threads."""
+    gc.collect()
+    gc.freeze()
+
+
+os.register_at_fork(before=_leave_garbage_to_parent, after_in_parent=gc.unfreeze)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
