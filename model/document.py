@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from itertools import groupby
 from typing import Any, Literal
 
@@ -50,6 +51,21 @@ class Image:
             return DecodedImage(rgb(self.data))
         except Exception as error:
             raise UnreadableImage(f"not a readable image: {error}") from error
+
+    def key(self, salt: bytes = b"") -> bytes:
+        """Equal for images that have the same codes: of its file, or its pixels; and of its role, by which it is padded
+        or cropped (DocumentEncoder.pixels)."""
+        role = b"user" if self.role == "user" else b"other"
+        if isinstance(self.data, bytes):
+            head, content = b"file", self.data
+        else:
+            head, content = f"{self.data.mode} {self.data.size}".encode(), self.data.tobytes()
+            if self.data.mode == "P":
+                head += bytes(self.data.getpalette() or b"")
+        whole = blake2b(digest_size=16)
+        for part in (len(salt).to_bytes(4, "big"), salt, role, len(head).to_bytes(4, "big"), head, content):
+            whole.update(part)
+        return whole.digest()
 
     def png(self) -> bytes:
         """The image as PNG bytes. Raises UnreadableImage."""

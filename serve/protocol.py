@@ -95,6 +95,9 @@ class TextDelta:
     text: str
     tokens: tuple[Token, ...] = ()
 
+    def __add__(self, more: TextDelta) -> TextDelta:
+        return TextDelta(self.text + more.text, self.tokens + more.tokens)
+
 
 @dataclass(frozen=True)
 class Started:

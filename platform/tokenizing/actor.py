@@ -10,7 +10,6 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -178,7 +177,7 @@ def encode_documents(
     def add_image(chunk: _DocumentBatch, image: Image) -> None:
         nonlocal met
         met += 1
-        key = _key(image)
+        key = image.key()
         coded = known.get(key)
         if coded is None:
             coded = known[key] = _CodedImage()
@@ -238,12 +237,6 @@ def encode_documents(
 def _ids(coded: _CodedImage) -> NDArray[np.int32]:
     assert coded.ids is not None
     return coded.ids
-
-
-def _key(image: Image) -> bytes:
-    """Equal for images that have the same codes: those of prompts are cut another way (DocumentEncoder.pixels)."""
-    data = image.data if isinstance(image.data, bytes) else image.png()
-    return blake2b(data, digest_size=16).digest() + (b"prompt" if image.role == "user" else b"")
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from hashlib import blake2b
 
 from calumma.model.document import Image
 
@@ -26,7 +25,7 @@ class ImageCodeCache:
         """The token ids of each image, those that are not known by `code`, each once."""
         if not images:
             return []
-        keys = [_key(image, salt) for image in images]
+        keys = [image.key(salt) for image in images]
         found = {key: self._codes[key] for key in keys if key in self._codes}
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
         if new:
@@ -39,19 +38,3 @@ class ImageCodeCache:
         while len(self._codes) > self.most:
             self._codes.popitem(last=False)
         return [found[key] for key in keys]
-
-
-def _key(image: Image, salt: bytes) -> bytes:
-    """Of its pixels, or its file; and of what else its codes depend on, whether it is padded or cropped."""
-    role = b"user" if image.role == "user" else b"other"
-    if isinstance(image.data, bytes):
-        head, content = b"file", image.data
-    else:
-        head, content = f"{image.data.mode} {image.data.size}".encode(), image.data.tobytes()
-        if image.data.mode == "P":
-            head += bytes(image.data.getpalette() or b"")
-    parts = [len(salt).to_bytes(4, "big"), salt, role, len(head).to_bytes(4, "big"), head, content]
-    whole = blake2b(digest_size=16)
-    for part in parts:
-        whole.update(part)
-    return whole.digest()

@@ -191,11 +191,10 @@ class EngineReplica:
             if isinstance(output, ImageCodes) and events:
                 yield EventBatch(events, tuple(tokens), count)
                 events, tokens, count = [], [], 0
-            count += output.count - 1 if isinstance(output, Texts) else 0
             event, last = await self._event(output), events[-1] if events else None
-            count += not isinstance(event, FINAL_EVENTS)
+            count += output.count if isinstance(output, Texts) else not isinstance(event, FINAL_EVENTS)
             if isinstance(event, TextDelta) and isinstance(last, TextDelta):
-                events[-1] = TextDelta(last.text + event.text, last.tokens + event.tokens)
+                events[-1] = last + event
             elif isinstance(output, ImageProgress) and isinstance(last, ImageProgress) and last.preview is None:
                 events[-1] = output
             else:

@@ -101,11 +101,9 @@ def merged(outputs: list[tuple[str, EngineOutput]]) -> list[tuple[str, EngineOut
 
     def end(request_id: str) -> None:
         deltas, ids = texts.pop(request_id, []), answered.pop(request_id, [])
-        if len(deltas) > 1:
-            whole = TextDelta("".join(d.text for d in deltas), tuple(t for d in deltas for t in d.tokens))
-            found.append((request_id, Texts(whole, len(deltas))))
-        elif deltas:
-            found.append((request_id, deltas[0]))
+        if deltas:
+            whole = sum(deltas[1:], deltas[0])
+            found.append((request_id, Texts(whole, len(deltas)) if len(deltas) > 1 else whole))
         if ids:
             found.append((request_id, Answered(tuple(ids))))
 
