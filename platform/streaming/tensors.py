@@ -8,9 +8,11 @@ step that all have agreed on: a group of another size, or one that resumes, simp
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ray.data import DataIterator
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 _BLOCKS_PER_TASK = 64  # blocks, about, that one reading task delivers one after the other
 _MOST_TASKS = 1024  # at most, of a worker's dataset: each is an object in its worker's Ray store
 
@@ -175,6 +178,30 @@ def micro_batches(
                 raise ShardError(row.error)
     if group:
         yield step, group
+
+
+def begun(make: Callable[[], Iterator[Item]], device: torch.device) -> Iterator[Item]:
+    """The items of `make()`, which a thread begins to make at once: it takes the first, whoever iterates the others.
+    `device`: whose memory is pinned, if any is. What the thread raises comes with the first item."""
+
+    import torch
+
+    def begin() -> tuple[list[Item], Iterator[Item]]:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: or every worker of a node would open a context on its first
+        items = make()
+        return list(islice(items, 1)), items
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="data")
+    beginning = pool.submit(begin)
+    pool.shutdown(wait=False)
+
+    def all_of_them() -> Iterator[Item]:
+        first, others = beginning.result()
+        yield from first
+        yield from others
+
+    return all_of_them()
 
 
 def _quiet_ray_data() -> None:

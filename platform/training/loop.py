@@ -55,6 +55,7 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     spec = assignment.spec
     torch.manual_seed(spec.seed)
+    steps = _steps(assignment, worker)
     watchdog.enter("reading what it starts from")
     require_undamaged_start(assignment)
     run = start_engine(assignment, worker, watchdog)
@@ -66,7 +67,7 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
     try:
         if writer is not None:
             publication.log_inputs(assignment, worker, writer)
-        stage = _Stage(assignment, worker, run, writer, watchdog)
+        stage = _Stage(assignment, worker, run, writer, watchdog, steps)
         stage.score_reference(resumed=assignment.first_step > 0)
         report = stage.run()
         report.pop("faults", None)  # what they were is among the incidents
@@ -134,9 +135,11 @@ class _Stage:
         run: DeepSpeedEngine,
         writer: BackgroundWriter | None,
         watchdog: Watchdog,
+        steps: Iterator[tuple[int, list[Any]]],
     ) -> None:
+        """`steps`: each with this worker's micro-batches, from the first that is to be taken on."""
         self.assignment, self.worker, self.engine, self.writer = assignment, worker, run, writer
-        self.watchdog = watchdog
+        self.watchdog, self.steps = watchdog, steps
         self.spec = assignment.spec
         self.report = report_so_far(assignment) | {"base": base_of(assignment).to_json()}
         self.faults = faults.FaultHandler(self.spec.faults, self.report, self.spec.steps)
@@ -181,7 +184,7 @@ class _Stage:
                 self._save(supervisor, 0, due=True)  # something to go back to
             if first == 0 and self.assignment.initial and spec.held_out_every and spec.held_out:
                 self.report["held_out_before"] = self.interludes.held_out(0)  # what is to be kept, or to be bettered
-            for step, group in self._timed(_micro_batches(self.worker, first)):
+            for step, group in self._timed(self.steps):
                 supervisor.check_step(step)
                 seen += self._step(supervisor, step, group)
                 last = step + 1 == spec.steps or self.interludes.stopped
@@ -335,10 +338,15 @@ class _Stage:
             self.writer.log({key: value for key, value in metrics.items() if math.isfinite(value)}, done)
 
 
-def _micro_batches(worker: Worker, first: int) -> Any:
+def _steps(assignment: Assignment, worker: Worker) -> Iterator[tuple[int, list[Any]]]:
+    """The data of the steps that are left. They are laid out and read from now on, beside what else it takes to start:
+    Ray Data may have to start processes of its own."""
     import ray.train
 
-    from calumma.platform.streaming.tensors import PlanShard, micro_batches
+    from calumma.platform.streaming.tensors import PlanShard, begun, micro_batches
 
+    first = assignment.first_step
+    if first >= assignment.spec.steps:
+        return iter(())
     shard = cast(PlanShard, ray.train.get_dataset_shard("train"))
-    return micro_batches(shard.iterator(first), worker.rank, worker.world)
+    return begun(lambda: micro_batches(shard.iterator(first), worker.rank, worker.world), worker.device)

@@ -92,7 +92,7 @@ def run_stage(spec: TrainSpecification, run: Run, progress: Progress) -> Manifes
         multiple=spec.sequence_parallel,
         stacks=storage.join(assignment.output, "stacks"),
         copies=True,
-        rehearsal=partial(rehearse, spec, assignment.vocabulary),
+        rehearsal=partial(rehearse, spec, assignment.vocabulary, run),
     )
     groups = worker_groups(assignment)
     workers_at_end = groups[-1]["workers"] if groups else number

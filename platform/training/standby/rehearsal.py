@@ -1,23 +1,32 @@
 """What a spare process does while it waits: it takes a step of a tiny model and reads a block of data, so that the
-first of the real ones, should it take a lost worker's place, find everything imported and looked up. A process that has
-only imported torch, DeepSpeed and Ray Data spends seconds on what these import when they are first used."""
+first of the real ones, should it take a lost worker's place, find everything imported and looked up; and it asks the
+tracking server for its run. A process that has only imported torch, DeepSpeed, Ray Data and MLflow spends seconds on
+what these import when they are first used."""
 
 from __future__ import annotations
 
+import logging
 import os
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
 
 from calumma.model.config import ModelConfig
 from calumma.model.vocabulary import Vocabulary
 from calumma.platform.training.specification import TrainSpecification
 
+if TYPE_CHECKING:
+    from calumma.platform.tracking.run import Run
+
+logger = logging.getLogger(__name__)
 _CONTEXT = 16
+_PATIENCE = 5.0  # seconds that a tracking server gets to answer: a spare is no less ready where it is away
 
 
-def rehearse(spec: TrainSpecification, vocabulary: Vocabulary) -> None:
+def rehearse(spec: TrainSpecification, vocabulary: Vocabulary, run: Run) -> None:
     """On a Ray cluster."""
     rehearse_step(spec, vocabulary)
     rehearse_reading()
+    rehearse_tracking(run)
 
 
 def rehearse_step(spec: TrainSpecification, vocabulary: Vocabulary) -> None:
@@ -65,3 +74,18 @@ def rehearse_reading() -> None:
 
     blocks: Any = ray.data.from_arrow(pyarrow.table({"tokens": [0]})).iterator()
     list(blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+
+
+def rehearse_tracking(run: Run) -> None:
+    """Open the store that metrics go to: what MLflow imports for one in a database takes seconds, and the thread that
+    writes metrics would do it beside the first step, whose every operation then waits for the interpreter's lock."""
+
+    def ask() -> None:
+        try:
+            run.latest()
+        except Exception as error:  # a server that is away is met by the outbox
+            logger.info("the tracking server could not be asked: %s", error)
+
+    asking = threading.Thread(target=ask, name="rehearsal", daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -28,6 +30,7 @@ from calumma.platform.streaming.tensors import (
     PlanData,
     PlanShard,
     ShardError,
+    begun,
     micro_batches,
     plan_callback,
 )
@@ -281,3 +284,34 @@ def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest
     taken = [next(reading) for _ in range(5)]
     reading.close()
     assert len(begun) <= sum(len(table["steps"][0]) for table in taken) + 5, "the taken ones and the next"
+
+
+# -- beginning ahead --
+
+
+def test_the_first_item_is_made_ahead_the_others_when_they_are_wanted() -> None:
+    made: list[tuple[int, threading.Thread]] = []
+    first = threading.Event()
+
+    def make() -> Iterator[int]:
+        for number in range(3):
+            made.append((number, threading.current_thread()))
+            first.set()
+            yield number
+
+    items = begun(make, torch.device("cpu"))
+    assert first.wait(60), "nothing was made before somebody asked"
+    assert list(items) == [0, 1, 2]
+    assert [number for number, _ in made] == [0, 1, 2]
+    assert [thread is threading.current_thread() for _, thread in made] == [False, True, True]
+
+
+def test_what_fails_ahead_is_told_where_the_first_item_is_wanted() -> None:
+    def make() -> Iterator[int]:
+        raise ShardError("a shard is damaged")
+        yield 0
+
+    items = begun(make, torch.device("cpu"))
+    with pytest.raises(ShardError, match="damaged"):
+        next(items)
+    assert not list(begun(lambda: iter(()), torch.device("cpu")))

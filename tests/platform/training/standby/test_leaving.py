@@ -18,7 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from calumma.platform.training.standby import recall
+from calumma.platform.tracking.run import Run
+from calumma.platform.tracking.server import TrackingError, connect
+from calumma.platform.training.standby import recall, rehearsal
 from calumma.platform.training.standby.copies import Copies
 from calumma.platform.training.standby.keeper import Keeper
 from calumma.platform.training.standby.leaving import GroupLost, Interruptible, leave_group
@@ -202,6 +204,52 @@ def test_a_spare_that_has_rehearsed_finds_everything_imported(tmp_path: Path, re
     one.start()
     one.join()
     assert [loss, norm] == pytest.approx(json.loads(plain.read_text()), rel=1e-6)
+
+
+METRICS = """
+import sys
+import mlflow
+from calumma.platform.tracking.run import Run
+from calumma.platform.tracking.writer import BackgroundWriter
+from calumma.platform.training.standby.rehearsal import rehearse_tracking
+
+run = Run(sys.argv[1], sys.argv[2])
+if sys.argv[3] == "rehearses":
+    rehearse_tracking(run)
+known = set(sys.modules)
+writer = BackgroundWriter(run)
+writer.log({"loss": 1.0}, 1)
+writer.close()
+print(len(set(sys.modules) - known), run.latest()["loss"])
+"""
+
+
+@pytest.mark.parametrize("rehearses", [True, False])
+def test_a_spare_that_has_rehearsed_writes_metrics_at_once(tmp_path: Path, rehearses: bool) -> None:
+    """Or else it imports MLflow's database store, beside the first step."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run = connect(uri).create_run("0").info.run_id
+    command = [sys.executable, "-c", METRICS, uri, run, "rehearses" if rehearses else "does not"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported, loss = done.stdout.split()
+    assert loss == "1.0"
+    assert int(imported) < 20 if rehearses else int(imported) > 100
+
+
+def test_a_tracking_server_that_is_away_keeps_no_spare_from_being_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    class Away(Run):
+        def latest(self) -> dict[str, float]:
+            asked.set()
+            answer.wait()
+            raise TrackingError("away")
+
+    monkeypatch.setattr(rehearsal, "_PATIENCE", 0.01)
+    rehearsal.rehearse_tracking(Away("http://127.0.0.1:9", "run"))
+    assert asked.wait(60)
+    answer.set()
 
 
 def first_step(folder: Path, found: Path) -> None:
