@@ -31,6 +31,7 @@ from calumma.platform.evaluation.specification import EvaluateSpecification, Pic
 from calumma.platform.reports.contact_sheet import Cell
 from calumma.platform.specification import JobSpecification, SpecificationError, Tracking
 from calumma.platform.training.specification import FinetuneSpecification
+from calumma.platform.training.standby.handed_on import handing_on
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -222,6 +223,7 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
     manifests: dict[str, Manifest] = {}
     ran: list[str] = []
     with Board(_display_rows(steps), console) as board, ExitStack() as stack:
+        workers = stack.enter_context(handing_on())  # from each training to the next
         for step in steps:
             spec = specs[step.name]
             if (reusable := _reusable_result(spec)) is not None:
@@ -233,6 +235,8 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                     stack.enter_context(connection.embedded(lean=not options.large, logs=options.workdir / "logs"))
                 ran.append(CLUSTER.name)
                 step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
+            if step.name == "evaluate":
+                workers.close()
             begin(spec, options.root, manifests)
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)

@@ -24,6 +24,7 @@ from calumma.platform.training.group.policies import (
     scaling_policy,
     wait_until,
 )
+from calumma.platform.training.standby.handed_on import handed_on_callback, taken
 from calumma.platform.training.standby.processes import Standby, standby_callback
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def fit(
     if stands_by:
         standby = Standby(entry.packed((loop, rehearsal)) if spares else None, run.id if copied else None)
         callbacks.append(standby_callback(standby))
+    elif isinstance(workers, int) and not resources.gpus_per_worker:
+        callbacks += [handed_on_callback(actors) for actors in [taken(workers, entry.packed((loop, None)))] if actors]
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker

@@ -62,6 +62,12 @@ def leave_group(error: BaseException) -> None:
         release_group()
 
 
+def leave_finished() -> None:
+    """The same where training has ended well: its process will be one of the next training's."""
+    gc.collect()
+    release_group()
+
+
 def release_group() -> None:
     """Leave the group of torch.distributed, and let DeepSpeed forget those that it remembers of its own."""
     import torch.distributed as dist
