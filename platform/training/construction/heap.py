@@ -1,4 +1,5 @@
-"""The C library's heap while a model is built: what is freed goes back to the system at once.
+"""The C library's heap: what is freed goes back to the system at once while a model is built, and stays for the next
+step while it is trained.
 
 glibc raises the size from which an allocation is a mapping of its own, up to 32 MiB, with the largest that is freed;
 what is smaller then comes from heaps, one for each few threads, of which only the end is given back. Layers that are
@@ -19,8 +20,8 @@ _LARGEST = 32 << 20  # glibc's own limit for both on 64 bits, where training's b
 @contextmanager
 def returned_at_once() -> Iterator[None]:
     """Within it what is freed is not kept; where the C library is not glibc nothing is changed."""
-    library = ctypes.CDLL(None)
-    if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):
+    library = _glibc()
+    if library is None:
         yield
         return
     library.mallopt(_MMAP_THRESHOLD, _OWN_MAPPING)
@@ -28,6 +29,17 @@ def returned_at_once() -> Iterator[None]:
         yield
     finally:
         library.malloc_trim(0)
-        # a pass's buffers are taken and freed all the time: mapped anew each would cost its pages
+        kept_for_the_next_step()
+
+
+def kept_for_the_next_step() -> None:
+    """From now on: a step's buffers are taken and freed all the time, and each would cost its pages anew."""
+    library = _glibc()
+    if library is not None:
         library.mallopt(_MMAP_THRESHOLD, _LARGEST)
         library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None

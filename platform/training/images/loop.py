@@ -23,6 +23,7 @@ from calumma.platform.tracking.writer import BackgroundWriter
 from calumma.platform.training import publication
 from calumma.platform.training.assignment import ImageAssignment
 from calumma.platform.training.checkpoints import catalog, resumption
+from calumma.platform.training.construction import heap
 from calumma.platform.training.errors import Stopped, TrainingFailed
 from calumma.platform.training.group.entry import watchdog_of
 from calumma.platform.training.group.supervisor import Supervisor
@@ -59,6 +60,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 
 def _train(submitted: ImageAssignment, watchdog: Watchdog) -> dict[str, Any]:
     worker = set_up_worker()
+    heap.kept_for_the_next_step()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # what it does not take is sent again from the outbox
     submitted.run.check_output()
     assignment = replace(

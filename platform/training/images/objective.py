@@ -202,7 +202,7 @@ class _Network:
         self.module, self.peak, self._clip = module, peak, settings.gradient_clip
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self._trained, lr=peak, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay
+            self._trained, lr=peak, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
         )
         self.model: nn.Module = module if alone else DistributedDataParallel(module)
 
