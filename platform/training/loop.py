@@ -341,12 +341,18 @@ class _Stage:
 def _steps(assignment: Assignment, worker: Worker) -> Iterator[tuple[int, list[Any]]]:
     """The data of the steps that are left. They are laid out and read from now on, beside what else it takes to start:
     Ray Data may have to start processes of its own."""
-    import ray.train
-
-    from calumma.platform.streaming.tensors import PlanShard, begun, micro_batches
+    from calumma.platform.streaming.tensors import begun
 
     first = assignment.first_step
     if first >= assignment.spec.steps:
         return iter(())
+    return begun(lambda: _micro_batches(worker, first), worker.device)
+
+
+def _micro_batches(worker: Worker, first: int) -> Any:
+    import ray.train
+
+    from calumma.platform.streaming.tensors import PlanShard, micro_batches
+
     shard = cast(PlanShard, ray.train.get_dataset_shard("train"))
-    return begun(lambda: micro_batches(shard.iterator(first), worker.rank, worker.world), worker.device)
+    return micro_batches(shard.iterator(first), worker.rank, worker.world)
