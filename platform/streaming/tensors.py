@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -196,12 +196,14 @@ def begun(make: Callable[[], Iterator[Item]], device: torch.device) -> Iterator[
     beginning = pool.submit(begin)
     pool.shutdown(wait=False)
 
-    def all_of_them() -> Iterator[Item]:
+    def all_of_them(beginning: Future[tuple[list[Item], Iterator[Item]]]) -> Iterator[Item]:
         first, others = beginning.result()
-        yield from first
+        del beginning  # which would keep the first item as long as there are others
+        while first:
+            yield first.pop()
         yield from others
 
-    return all_of_them()
+    return all_of_them(beginning)
 
 
 def _quiet_ray_data() -> None:
