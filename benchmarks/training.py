@@ -54,7 +54,6 @@ SMALL = {"layers": 6, "width": 256, "heads": 4, "kv_heads": 4, "ffn_width": 768}
 CODES = 16
 FASTEST = 3  # intervals whose median counts
 SPARE_SECONDS = 4  # of a processor that a spare has used before it waits
-SETTLED = 3.0  # seconds that it does nothing then
 
 
 def corpus(root: str, context: int, micro_batch: int) -> None:
@@ -273,7 +272,7 @@ def killed(root: str, given: argparse.Namespace, recovery: dict[str, Any], worke
         if catalog.newest_step(place) < every:
             return False
         spares = found()[workers:]
-        waiting = [p for p in spares if sum(p.cpu_times()[:2]) > SPARE_SECONDS and p.cpu_percent(SETTLED) < 5]
+        waiting = [p for p in spares if sum(p.cpu_times()[:2]) > SPARE_SECONDS and p.cpu_percent(3.0) < 5]
         return bool(waiting) or not recovery.get("spares")
 
     def kill() -> None:

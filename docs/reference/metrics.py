@@ -71,7 +71,7 @@ RUNS: dict[str, dict[str, str]] = {
         "seconds/compute": "Computing since the last report.",
         "seconds/checkpoint": "Training stood still for a checkpoint.",
         "seconds/evaluation": "Held-out losses and samples.",
-        "memory/host_gib": "Peak of the worker's process.",
+        "memory/host_gib": "Peak of the worker's process, which may have run the training before this one.",
         "memory/device_gib": "Peak of its GPU since the last report.",
     },
     "train_image_tokenizer": {

@@ -226,6 +226,8 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
         workers = stack.enter_context(handing_on())  # from each training to the next
         for step in steps:
             spec = specs[step.name]
+            if step.name == "evaluate":
+                workers.close()  # no training is left
             if (reusable := _reusable_result(spec)) is not None:
                 manifests[step.name] = reusable
                 board.skip(step.name, step_times.values.get(step.name))
@@ -235,8 +237,6 @@ def quickstart(options: Options, console: Console) -> QuickstartResult:
                     stack.enter_context(connection.embedded(lean=not options.large, logs=options.workdir / "logs"))
                 ran.append(CLUSTER.name)
                 step_times.record(CLUSTER.name, board.seconds(CLUSTER.name))
-            if step.name == "evaluate":
-                workers.close()
             begin(spec, options.root, manifests)
             with board.step(step.name) as progress:
                 manifests[step.name] = _run(spec, options, progress)

@@ -97,6 +97,7 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
     finally:
         if writer is not None:
             writer.close()
+        engine.release(run)
     return report
 
 

@@ -24,7 +24,7 @@ from calumma.platform.training.group.policies import (
     scaling_policy,
     wait_until,
 )
-from calumma.platform.training.standby.handed_on import handed_on_callback, taken
+from calumma.platform.training.standby.handed_on import ended_by_failure, handed_on_callback, taken
 from calumma.platform.training.standby.processes import Standby, standby_callback
 
 if TYPE_CHECKING:
@@ -94,8 +94,11 @@ def fit(
     if stands_by:
         standby = Standby(entry.packed((loop, rehearsal)) if spares else None, run.id if copied else None)
         callbacks.append(standby_callback(standby))
-    elif isinstance(workers, int) and not resources.gpus_per_worker:
-        callbacks += [handed_on_callback(actors) for actors in [taken(workers, entry.packed((loop, None)))] if actors]
+    ready: list[Any] = []
+    if not stands_by and isinstance(workers, int) and not resources.gpus_per_worker:
+        ready = taken(workers, entry.packed((loop, None)))
+    if ready:
+        callbacks.append(handed_on_callback(ready, recovery.hang_seconds))
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
@@ -127,6 +130,7 @@ def fit(
             console.progress_from_metrics(run, name, steps, progress),
             _interruptible(signals),
             _ray_train_settings(patience, look_seconds(resources.max_workers) if stands_by else None),
+            ended_by_failure(ready),
         ):
             try:
                 result = trainer.fit()

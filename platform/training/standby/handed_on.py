@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calumma.platform.training.standby.leaving import leave_finished, preload
+from calumma.platform.training.standby.processes import shut_down, value_of
 
 logger = logging.getLogger(__name__)
-_LEAVE = 20.0  # seconds that a process gets to leave a group that has finished
+_LEAVE = 20.0  # seconds that a process gets to leave a group that has finished, and to answer
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Processes:
 
     def take(self, number: int, work: bytes) -> list[Any]:
         """So many that live, those that were there first; new ones begin to import what `work` needs (see `preload`).
-        None where the cluster has more than one node: which of them a worker will be on is Ray's to say."""
+        Empty where the cluster has more than one node: which of them a worker will be on is Ray's to say."""
         import ray
         from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
         from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
@@ -45,125 +47,126 @@ class Processes:
         return self.actors[:number]
 
     def close(self) -> None:
-        import ray
-
-        for actor in self.actors:
-            ray.kill(actor)
+        end(self.actors)
         self.actors = []
 
 
-_kept: Processes | None = None
+_kept: ContextVar[Processes | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
 def handing_on() -> Iterator[Processes]:
     """Within the block trainings hand their processes on; they end with it, or when they are closed."""
-    global _kept
-    before, _kept = _kept, Processes()
+    processes = Processes()
+    before = _kept.set(processes)
     try:
-        yield _kept
+        yield processes
     finally:
-        import ray
-
-        mine, _kept = _kept, before
-        if ray.is_initialized():
-            mine.close()
+        _kept.reset(before)
+        processes.close()
 
 
 def taken(number: int, work: bytes) -> list[Any]:
     """What a group of so many workers has of them; none outside of such a block."""
-    return _kept.take(number, work) if _kept is not None else []
+    processes = _kept.get()
+    return processes.take(number, work) if processes is not None else []
+
+
+@contextmanager
+def ended_by_failure(actors: list[Any]) -> Iterator[None]:
+    """Processes end where the block does not end well: whoever ran their group may be gone, and they would go on."""
+    try:
+        yield
+    except BaseException:
+        end(actors)
+        raise
+
+
+def end(actors: list[Any]) -> None:
+    """End processes; those of a cluster that has ended have ended with it."""
+    if not actors:
+        return
+    import ray
+
+    for actor in actors if ray.is_initialized() else ():
+        ray.kill(actor)
 
 
 def _lives(actor: Any) -> bool:
     import ray
 
-    with suppress(ray.exceptions.RayError):
+    try:
         ray.get(actor.get_metadata.remote(), timeout=_LEAVE)
-        return True
-    ray.kill(actor)
-    return False
+    except ray.exceptions.RayError:
+        ray.kill(actor)
+        return False
+    return True
 
 
-def handed_on_callback(actors: list[Any]) -> Any:
-    """A callback of Ray Train's controller by which its first group has these processes."""
+def handed_on_callback(actors: list[Any], patience: float) -> Any:
+    """A callback of Ray Train's controller by which its first group has these processes, if they answer within
+    `patience` seconds."""
     from ray.train.v2._internal.execution.callback import ControllerCallback
 
     class HandedOnCallback(ControllerCallback):
         def after_controller_start(self, train_run_context: Any) -> None:
             from ray.train.v2._internal.execution.controller.controller import TrainController
 
-            TrainController.worker_group_cls = group_of(actors)  # of this process, which is this run's alone
+            TrainController.worker_group_cls = group_of(actors, patience)  # of this process, which is this run's alone
 
     return HandedOnCallback()
 
 
-def group_of(actors: list[Any]) -> Any:
+def group_of(actors: list[Any], patience: float) -> Any:
     """Ray Train's group of workers, with two differences: the first has the processes `actors`, and where it finishes
-    it leaves them. One that fails ends them, and those that follow start their own."""
+    it leaves those that have left what they did. One that fails, or does not start, ends them, and those that follow
+    start their own."""
     import ray
     from ray.train.v2._internal.execution.worker_group.worker import Worker
     from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
-    from ray.train.v2._internal.util import invoke_context_managers
 
     ready, own = list(actors), {actor._actor_id for actor in actors}
 
     class HandedOn(WorkerGroup):
-        def _create_workers(
-            self,
-            num_workers: int,
-            placement_group: Any,
-            resources_per_worker: dict[str, float],
-            *given: Any,
-            **named: Any,
-        ) -> list[Any]:
+        def _create_workers(self, num_workers: int, *given: Any, **named: Any) -> list[Any]:
             mine, ready[:] = list(ready), []
-            known: list[Any] = []
-            if len(mine) == num_workers:
-                try:
-                    known = ray.get([actor.get_metadata.remote() for actor in mine])
-                except ray.exceptions.RayError as error:
-                    logger.warning("processes of the training before cannot be used again: %s", error)
-            if not known:
-                started: list[Any] = super()._create_workers(
-                    num_workers, placement_group, resources_per_worker, *given, **named
-                )
+            try:
+                known = ray.get([actor.get_metadata.remote() for actor in mine], timeout=patience)
+            except ray.exceptions.RayError as error:
+                logger.warning("processes of the training before cannot be used again: %s", error)
+                known = []
+            if len(known) != num_workers:
+                end(actors)
+                started: list[Any] = super()._create_workers(num_workers, *given, **named)
                 return started
-            ranked: list[Any] = WorkerGroup._assign_worker_ranks(
-                [
-                    Worker(actor, metadata, resources_per_worker, placement_group_bundle_index=place)
-                    for place, (actor, metadata) in enumerate(zip(mine, known, strict=True))
-                ]
-            )
+            resources = self._worker_group_context.resources_per_worker
+            workers = [
+                Worker(actor, metadata, resources, placement_group_bundle_index=place)
+                for place, (actor, metadata) in enumerate(zip(mine, known, strict=True))
+            ]
+            ranked: list[Any] = WorkerGroup._assign_worker_ranks(workers)
             return ranked
 
         def shutdown(self) -> None:
             status: Any = self.get_latest_poll_status()
             if status is None or status.errors or not status.finished:
                 super().shutdown()
-                return
-            state: Any = self._worker_group_state
-            around: list[Any] = [callback.on_worker_group_shutdown for callback in self._callbacks]
-            with invoke_context_managers(around):
-                for callback in self._callbacks:
-                    callback.before_worker_group_shutdown(self)
-                others = self._without_handed_on(state.workers)
-                if others:
-                    replace(state, workers=others).shutdown()
-                else:
-                    ray.kill(state.sync_actor)
-                    state.placement_group_handle.shutdown()
-                self._clear_state()
-                for callback in self._callbacks:
-                    callback.after_worker_group_shutdown(self._worker_group_context)
+            else:
+                shut_down(self, _end_others)
 
-        def _without_handed_on(self, workers: list[Any]) -> list[Any]:
-            """Those that end: all but the driver's that have left what they did."""
-            asked = {w.actor.execute.remote(leave_finished): w for w in workers if w.actor._actor_id in own}
-            if not asked:
-                return workers
-            done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_LEAVE)
-            left = [asked[answer].actor._actor_id for answer in done]
-            return [worker for worker in workers if worker.actor._actor_id not in left]
+    def _end_others(state: Any) -> None:
+        """End a group but for the driver's processes that say that they have left it."""
+        theirs = [worker for worker in state.workers if worker.actor._actor_id in own]
+        for worker in theirs:
+            worker.actor.shutdown.remote()
+        asked = {worker.actor.execute.remote(leave_finished): worker.actor._actor_id for worker in theirs}
+        if asked:
+            ray.wait(list(asked), num_returns=len(asked), timeout=_LEAVE)
+        left = {actor for answer, actor in asked.items() if value_of(answer) is True}
+        if others := [worker for worker in state.workers if worker.actor._actor_id not in left]:
+            replace(state, workers=others).shutdown()
+        else:
+            ray.kill(state.sync_actor)
+            state.placement_group_handle.shutdown()
 
     return HandedOn

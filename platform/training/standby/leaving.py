@@ -62,10 +62,13 @@ def leave_group(error: BaseException) -> None:
         release_group()
 
 
-def leave_finished() -> None:
-    """The same where training has ended well: its process will be one of the next training's."""
+def leave_finished() -> bool:
+    """The same where training has ended well; whether its process can be one of the next training's."""
+    import torch.distributed as dist
+
     gc.collect()
     release_group()
+    return not dist.is_initialized()
 
 
 def release_group() -> None:

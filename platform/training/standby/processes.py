@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ class Standby:
         ray.wait(list(asked), num_returns=len(asked), timeout=1.5 * _LEAVE)
         living = {}
         for answer, worker in asked.items():
-            if _value(answer) is True:
+            if value_of(answer) is True:
                 living[worker.placement_group_bundle_index] = worker
             else:
                 ray.kill(worker.actor)
@@ -149,7 +149,7 @@ class Standby:
         self.spares, self.keepers = {}, {}
 
 
-def _value(answer: Any) -> Any:
+def value_of(answer: Any) -> Any:
     """What a call has returned; None where it has failed, or has not yet."""
     import ray
 
@@ -221,6 +221,20 @@ def nodes_of(worker_group: Any) -> list[str]:
     return list(dict.fromkeys(worker.metadata.node_id for worker in worker_group.get_workers()))
 
 
+def shut_down(worker_group: Any, end: Callable[[Any], object]) -> None:
+    """What Ray Train's `WorkerGroup.shutdown` does, with `end(its state)` for ending all of its processes."""
+    from ray.train.v2._internal.util import invoke_context_managers
+
+    callbacks = worker_group._callbacks
+    with invoke_context_managers([callback.on_worker_group_shutdown for callback in callbacks]):
+        for callback in callbacks:
+            callback.before_worker_group_shutdown(worker_group)
+        end(worker_group._worker_group_state)
+        worker_group._clear_state()
+        for callback in callbacks:
+            callback.after_worker_group_shutdown(worker_group._worker_group_context)
+
+
 def living_workers(standby: Standby) -> Any:
     """Ray Train's group of workers, with three differences: one that fails leaves its living processes and its place to
     the next of its size; that takes them, and spares for those that are lost; and once it has settled it starts spares
@@ -228,7 +242,6 @@ def living_workers(standby: Standby) -> Any:
     import ray.train.v2._internal.execution.worker_group.worker_group
     from ray.train.v2._internal.execution.worker_group.worker import Worker
     from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
-    from ray.train.v2._internal.util import invoke_context_managers
 
     theirs: Any = ray.train.v2._internal.execution.worker_group.worker_group
 
@@ -255,16 +268,7 @@ def living_workers(standby: Standby) -> Any:
             if standby.resizing is None or status is None or not status.errors:
                 super().shutdown()
                 return
-            state: Any = self._worker_group_state
-            around: list[Any] = [callback.on_worker_group_shutdown for callback in self._callbacks]
-            with invoke_context_managers(around):
-                for callback in self._callbacks:
-                    callback.before_worker_group_shutdown(self)
-                if not standby.keep(state, self._worker_group_context):
-                    state.shutdown()
-                self._clear_state()
-                for callback in self._callbacks:
-                    callback.after_worker_group_shutdown(self._worker_group_context)
+            shut_down(self, lambda state: standby.keep(state, self._worker_group_context) or state.shutdown())
 
         def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
             standby.resizing = None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from calumma.model.config import ModelConfig
 from calumma.model.vocabulary import Vocabulary
+from calumma.platform.tracking.server import database_file
 from calumma.platform.training.specification import TrainSpecification
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _CONTEXT = 16
-_PATIENCE = 5.0  # seconds that a tracking server gets to answer: a spare is no less ready where it is away
+_PATIENCE = 5.0  # seconds that a server gets to answer: a spare is no less ready where it is away
 
 
 def rehearse(spec: TrainSpecification, vocabulary: Vocabulary, run: Run) -> None:
@@ -62,6 +63,7 @@ def rehearse_step(spec: TrainSpecification, vocabulary: Vocabulary) -> None:
         engine.step(run, [batch], counts, image_mask_V, spec.z_loss, 1, (0, 0), measure=True)
         engine.gradient_norm(run)
         Copies(lambda: [keeper], every=1, first=0).after_step(run, 1, {})
+        engine.release(run)
     finally:
         keeper.close()
         release_group()
@@ -78,7 +80,11 @@ def rehearse_reading() -> None:
 
 def rehearse_tracking(run: Run) -> None:
     """Open the store that metrics go to: what MLflow imports for one in a database takes seconds, and the thread that
-    writes metrics would do it beside the first step, whose every operation then waits for the interpreter's lock."""
+    writes metrics would do it beside the first step, whose every operation then waits for the interpreter's lock. A
+    database file that this host does not have is not made."""
+    file = database_file(run.uri)
+    if file is not None and not file.exists():
+        return
 
     def ask() -> None:
         try:
@@ -88,4 +94,4 @@ def rehearse_tracking(run: Run) -> None:
 
     asking = threading.Thread(target=ask, name="rehearsal", daemon=True)
     asking.start()
-    asking.join(_PATIENCE)
+    asking.join(_PATIENCE if file is None else None)

@@ -222,6 +222,12 @@ def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate
 
 
+def release(engine: DeepSpeedEngine) -> None:
+    """Let an engine go that is not used any more: DeepSpeed's hooks of ZeRO 1 and 2 would keep its weights and their
+    optimizer's state in a process that goes on to train another. Those of ZeRO 3 keep it all the same (0.19.8)."""
+    engine.destroy()
+
+
 def gathered_weights(
     engine: DeepSpeedEngine, keep: bool, beat: Callable[[], object] = lambda: None
 ) -> dict[str, Tensor]:

@@ -271,10 +271,10 @@ def test_shards_without_checksums_are_read_and_pointed_out(
 
 def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest], monkeypatch: Any) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
-    begun: list[MicroBatch] = []
+    opened: list[MicroBatch] = []
 
     def read(self: RowGroupReader, micro_batch: MicroBatch) -> Any:
-        begun.append(micro_batch)
+        opened.append(micro_batch)
         return original(self, micro_batch)
 
     original = RowGroupReader.read
@@ -283,7 +283,7 @@ def test_the_working_memory_of_a_task_is_a_few_blocks(shards: dict[str, Manifest
     reading = blocks.read_blocks(0, 10_000, data.plan, data.reader, 0, 1)
     taken = [next(reading) for _ in range(5)]
     reading.close()
-    assert len(begun) <= sum(len(table["steps"][0]) for table in taken) + 5, "the taken ones and the next"
+    assert len(opened) <= sum(len(table["steps"][0]) for table in taken) + 5, "the taken ones and the next"
 
 
 # -- beginning ahead --

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,9 @@ def train(ray_cluster: None, tmp_path: Path) -> Train:
     return train
 
 
-def wait_for_end(processes: list[int]) -> None:
-    while any(psutil.pid_exists(number) for number in processes):
-        threading.Event().wait(0.05)
+def wait_for_end(numbers: list[int]) -> None:
+    processes = [psutil.Process(number) for number in numbers if psutil.pid_exists(number)]
+    assert not psutil.wait_procs(processes, timeout=120)[1], "they live on"
 
 
 def test_processes_are_handed_on_until_a_training_fails(train: Train) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,8 @@ from calumma.platform.tracking.server import TrackingError, connect
 from calumma.platform.training.standby import recall, rehearsal
 from calumma.platform.training.standby.copies import Copies
 from calumma.platform.training.standby.keeper import Keeper
-from calumma.platform.training.standby.leaving import GroupLost, Interruptible, leave_group
+from calumma.platform.training.standby.leaving import GroupLost, Interruptible, leave_finished, leave_group
+from calumma.platform.training.steps import engine
 from tests.platform.training.checkpoints.test_checkpoints import join, report, specification, started, steps
 from tests.platform.training.standby.test_memory import Node
 
@@ -167,6 +169,42 @@ def test_nothing_but_a_step_is_ended() -> None:
     interruptible.end()
 
 
+# -- a training that has ended well --
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_an_engine_that_is_released_is_freed_before_the_next(tmp_path: Path, zero_stage: int) -> None:
+    freed = tmp_path / "freed"
+    one = multiprocessing.get_context("fork").Process(target=train_and_leave, args=(tmp_path, zero_stage, freed))
+    one.start()
+    one.join()
+    assert freed.read_text() == "[True, True]"
+
+
+def train_and_leave(folder: Path, zero_stage: int, freed: Path) -> None:
+    found = []
+    for turn in range(2):
+        join(0, 1, f"{folder}/meeting-{turn}")
+        spec = specification(str(folder), zero_stage=zero_stage)
+        run = started(spec, 1)
+        steps(run, spec, 1, 0, 0, 1)
+        parameters = weakref.ref(run), *(weakref.ref(p) for p in run.module.parameters())
+        engine.release(run)
+        del run
+        assert leave_finished()
+        found.append(not any(reference() is not None for reference in parameters))
+    freed.write_text(str(found))
+
+
+def test_a_process_that_cannot_leave_its_group_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("a group that hangs")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", fails)
+    assert not leave_finished()
+
+
 # -- a spare --
 
 SPARE = """
@@ -235,6 +273,11 @@ def test_a_spare_that_has_rehearsed_writes_metrics_at_once(tmp_path: Path, rehea
     imported, loss = done.stdout.split()
     assert loss == "1.0"
     assert int(imported) < 20 if rehearses else int(imported) > 100
+
+
+def test_a_database_that_this_host_does_not_have_is_not_made(tmp_path: Path) -> None:
+    rehearsal.rehearse_tracking(Run(f"sqlite:///{tmp_path}/elsewhere/mlflow.db", "run"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tracking_server_that_is_away_keeps_no_spare_from_being_ready(monkeypatch: pytest.MonkeyPatch) -> None:
