@@ -37,7 +37,7 @@ def optimizer_of(kind: str, model: Transformer, spec: PretrainSpecification) -> 
     groups = engine.parameter_groups(model, o.weight_decay)
     settings: dict[str, Any] = {"lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": o.eps}
     if kind == "muon":
-        return muon.Muon(muon.groups(model, groups), **settings)
+        return muon.Muon(muon.groups(model, groups, o.momentum), **settings)
     return torch.optim.AdamW(groups, **settings)
 
 
@@ -92,7 +92,7 @@ def times(shape: ModelConfig) -> tuple[float, float]:
     found = []
     for ours in (True, False):
         model = Transformer(shape).initialize(0)
-        groups = [g for g in muon.groups(model, engine.parameter_groups(model, 0.1)) if g["muon"]]
+        groups = [g for g in muon.groups(model, engine.parameter_groups(model, 0.1), None) if g["muon"]]
         matrices = [p for group in groups for p in group["params"]]
         optimizer = muon.Muon(groups, lr=0.01) if ours else torch.optim.Muon(matrices, lr=0.01)
         seconds = []

@@ -95,9 +95,9 @@ def _train(assignment: Assignment, watchdog: Watchdog) -> dict[str, Any]:
         if writer is not None:
             publication.publish_model(assignment, weights, report, watchdog.beat)
     finally:
+        engine.release(run)
         if writer is not None:
             writer.close()
-        engine.release(run)
     return report
 
 

@@ -43,9 +43,26 @@ class Schedule(Section):
         return self
 
 
-class ImageOptimizer(Section):
-    """AdamW of the image tokenizer; `learning_rate` stands beside it."""
+class _AdamWOrMuon(Section):
+    kind: Literal["adamw", "muon"] = "adamw"
+    momentum: float | None = None
 
+    @model_validator(mode="after")
+    def _of_muon(self) -> Self:
+        if self.momentum is not None and self.kind != "muon":
+            raise ValueError("`momentum` is Muon's: set `kind: muon`, or `beta1`, which is AdamW's")
+        return self
+
+
+class ImageOptimizer(_AdamWOrMuon):
+    """AdamW, or Muon, of the image tokenizer; `learning_rate` stands beside it. A discriminator has AdamW."""
+
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: convolutions move by the nearest orthogonal matrix to their momentum, the rest by AdamW; "
+        "fewer steps, more time each, in part divided among the workers",
+    )
+    momentum: float | None = Field(None, ge=0, lt=1, description="Muon's: decay of its mean of gradients; null: 0.9")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
     beta2: float = Field(0.99, ge=0, lt=1, description="decay of the mean of their squares")
     eps: float = Field(1e-8, gt=0, description="added to the divisor")
@@ -77,14 +94,15 @@ class Resume(Section):
     )
 
 
-class Optimizer(Section):
+class Optimizer(_AdamWOrMuon):
     """AdamW (paper section 2.3), or Muon."""
 
     kind: Literal["adamw", "muon"] = Field(
         "adamw",
         description="muon: matrices of the blocks move by the nearest orthogonal matrix to their momentum, the rest by "
-        "AdamW, at one learning rate; fewer steps, some more time each; needs `zero_stage: 0`",
+        "AdamW, at one learning rate; fewer steps, some more time each, which workers divide; needs `zero_stage: 0`",
     )
+    momentum: float | None = Field(None, ge=0, lt=1, description="Muon's: decay of its mean of gradients; null: 0.95")
     learning_rate: float = Field(1e-4, gt=0, description="its peak")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of their squares")

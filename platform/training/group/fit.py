@@ -77,7 +77,8 @@ def fit(
     With a `control`, workers that fail are started again, and Ctrl-C and SIGTERM let them write a checkpoint first.
     `copies`: the loop can go on from copies of its state in memory. `rehearsal`: what a spare process does to be warm.
     Progress follows the run's metrics `step` and `loss`. Raises TrainingFailed, KeyboardInterrupt on Ctrl-C and
-    SystemExit on SIGTERM, and in all cases leaves no worker behind.
+    SystemExit on SIGTERM, and in all cases leaves no worker at work behind: within `handing_on`, after an end without
+    an error, their processes, which wait for the next training.
     """
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig

@@ -42,7 +42,9 @@ from calumma.platform.training.steps.schedule import learning_rate
 KIND = "image_tokenizer"
 _PERIODS = 50  # in which codes must be used, or are moved
 _RESTART_SHARE = 0.7  # share of the steps in which unused codes are moved; then the codebook settles
-_MEASURED_IMAGES = 20_000  # training images, at most, that count the codes in use
+# Training images, at most, that tell which codes are in use, evenly from all: so many, and of a large codebook or few
+# codes an image as many as have so many codes for each of the codebook.
+_MEASURED_IMAGES, _MEASURED_CODES = 1_000, 64
 _PICTURED_IMAGES = 16  # images in the picture of reconstructions
 _RESUMED_FIELDS = (
     "step", "schedule_step", "loss", "held_out_loss", "held_out_step", "seconds", "faults", "incidents",
@@ -230,7 +232,11 @@ class Loop:
                 beat=self.watchdog.beat if self.watchdog else None,
             )
 
-        trained = measured(self.pool.images[: -(-_MEASURED_IMAGES // self.worker.world)])
+        config = self.spec.model
+        most = max(_MEASURED_IMAGES, -(-_MEASURED_CODES * config.codebook_size // config.codes_per_image))
+        images = self.pool.images
+        most = -(-most // self.worker.world)
+        trained = measured(images[:: max(1, -(-len(images) // most))])
         held_out = trained if self.held_out is None else measured(self.held_out)
         self.report["held_out_loss"] = held_out.squared
         return {

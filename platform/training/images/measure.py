@@ -37,8 +37,8 @@ def measure_reconstruction(
 ) -> ReconstructionErrors:
     """Encode and decode every image (ByteTensor [N, 3, H, W]) as serving does: clamped to what a picture can hold.
 
-    With `total`, which sums a tensor over all workers in place, it is measured over the images of all of them; every
-    worker calls it. `beat` is called after each batch.
+    With `all_reduce`, which sums a tensor over all workers in place, it is measured over the images of all of them;
+    every worker calls it. `beat` is called after each batch.
     """
     device = tokenizer.codebook.weight.device
     used_K = torch.zeros(tokenizer.config.codebook_size, dtype=torch.bool)

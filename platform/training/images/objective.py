@@ -1,6 +1,6 @@
-"""An image tokenizer in training: the losses of `model/tokenizers/image_losses.py`, AdamW, and restarts of unused
-codes (VQ-VAE, arXiv 1711.00937; Jukebox, arXiv 2005.00341, section 3.2; paper 2.1), with all the state that the next
-step depends on.
+"""An image tokenizer in training: the losses of `model/tokenizers/image_losses.py`, AdamW or Muon, and restarts of
+unused codes (VQ-VAE, arXiv 1711.00937; Jukebox, arXiv 2005.00341, section 3.2; paper 2.1), with all the state that the
+next step depends on.
 
 Shape suffixes: B a batch of images, C channels, H height, W width, K codebook.
 """
@@ -24,6 +24,7 @@ from calumma.platform.training.group.worker import Worker
 from calumma.platform.training.images.data import batch_shares
 from calumma.platform.training.sections import ImageOptimizer
 from calumma.platform.training.specification import ImageTokenizerSpecification
+from calumma.platform.training.steps.muon import Muon, convolution_groups
 
 
 def load_perceptual_loss(spec: ImageTokenizerSpecification) -> PerceptualLoss | None:
@@ -201,8 +202,14 @@ class _Network:
     ) -> None:
         self.module, self.peak, self._clip = module, peak, settings.gradient_clip
         self._trained = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self._trained, lr=peak, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
+        of_muon = settings.kind == "muon" and isinstance(module, ImageTokenizer)
+        self.optimizer = (Muon if of_muon else torch.optim.AdamW)(
+            convolution_groups(module, settings.momentum) if of_muon else self._trained,
+            lr=peak,
+            betas=betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.model: nn.Module = module if alone else DistributedDataParallel(module)
 

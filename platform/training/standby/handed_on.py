@@ -89,7 +89,10 @@ def end(actors: list[Any]) -> None:
     import ray
 
     for actor in actors if ray.is_initialized() else ():
-        ray.kill(actor)
+        try:
+            ray.kill(actor)
+        except Exception:  # the others end all the same
+            logger.warning("a process that was handed on could not be ended", exc_info=True)
 
 
 def _lives(actor: Any) -> bool:
@@ -130,15 +133,16 @@ def group_of(actors: list[Any], patience: float) -> Any:
     class HandedOn(WorkerGroup):
         def _create_workers(self, num_workers: int, *given: Any, **named: Any) -> list[Any]:
             mine, ready[:] = list(ready), []
+            if not mine:
+                return list(super()._create_workers(num_workers, *given, **named))
             try:
                 known = ray.get([actor.get_metadata.remote() for actor in mine], timeout=patience)
             except ray.exceptions.RayError as error:
                 logger.warning("processes of the training before cannot be used again: %s", error)
                 known = []
             if len(known) != num_workers:
-                end(actors)
-                started: list[Any] = super()._create_workers(num_workers, *given, **named)
-                return started
+                end(mine)
+                return list(super()._create_workers(num_workers, *given, **named))
             resources = self._worker_group_context.resources_per_worker
             workers = [
                 Worker(actor, metadata, resources, placement_group_bundle_index=place)

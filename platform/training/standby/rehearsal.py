@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _CONTEXT = 16
-_PATIENCE = 5.0  # seconds that a server gets to answer: a spare is no less ready where it is away
+# Seconds that a server gets to answer, for a spare is no less ready where it is away; and a database file, which may be
+# locked.
+_PATIENCE, _FILE_PATIENCE = 5.0, 60.0
 
 
 def rehearse(spec: TrainSpecification, vocabulary: Vocabulary, run: Run) -> None:
@@ -94,4 +96,4 @@ def rehearse_tracking(run: Run) -> None:
 
     asking = threading.Thread(target=ask, name="rehearsal", daemon=True)
     asking.start()
-    asking.join(_PATIENCE if file is None else None)
+    asking.join(_PATIENCE if file is None else _FILE_PATIENCE)

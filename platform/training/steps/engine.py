@@ -5,6 +5,7 @@ Shape suffixes: B rows of a micro-batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from calumma.platform.training.trainable import quantized
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(Protocol):
@@ -224,8 +227,15 @@ def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
 
 def release(engine: DeepSpeedEngine) -> None:
     """Let an engine go that is not used any more: DeepSpeed's hooks of ZeRO 1 and 2 would keep its weights and their
-    optimizer's state in a process that goes on to train another. Those of ZeRO 3 keep it all the same (0.19.8)."""
-    engine.destroy()
+    optimizer's state in a process that goes on to train another. Those of ZeRO 3 keep it all the same (0.19.8). On GPUs
+    a process trains once, and letting go would wait for whatever is under way: nothing is done there. Raises nothing.
+    """
+    if engine.device.type != "cpu":
+        return
+    try:
+        engine.destroy()
+    except Exception:
+        logger.warning("an engine that is not used any more could not be let go", exc_info=True)
 
 
 def gathered_weights(
@@ -270,7 +280,7 @@ def _optimizer(model: nn.Module, spec: TrainSpecification) -> torch.optim.Optimi
     if spec.offload.optimizer != "none" and deepspeed.get_accelerator().device_name() != "cpu":
         return cpu_adamw(groups, settings)
     if optimizer.kind == "muon":
-        return muon.Muon(muon.groups(model, groups), **settings)
+        return muon.Muon(muon.groups(model, groups, optimizer.momentum), **settings)
     return torch.optim.AdamW(groups, **settings)
 
 

@@ -25,6 +25,7 @@ from calumma.platform.training.images.augmentation import seen_in_step
 from calumma.platform.training.images.objective import ImageTraining
 from calumma.platform.training.images.streaming import ImageStream, image_order
 from calumma.platform.training.specification import ImageTokenizerSpecification
+from calumma.platform.training.steps.muon import Muon
 from tests.platform.training.images import test_resume as interrupted
 
 ALONE = Worker(0, 1, torch.device("cpu"))
@@ -160,9 +161,22 @@ def test_optimizer_and_schedule_are_those_of_the_specification() -> None:
     assert norm < 2e-9
 
 
+def test_muon_is_the_tokenizers_with_its_momentum_and_a_discriminator_has_adamw() -> None:
+    loss = {"adversarial": 0.1, "discriminator_channels": 4, "discriminator_layers": 2}
+    for given, momentum in (({}, 0.9), ({"momentum": 0.7}, 0.7)):
+        training = ImageTraining(specification(optimizer={"kind": "muon"} | given, loss=loss), ALONE)
+        of_tokenizer, of_critic = (training._networks[name].optimizer for name in ("tokenizer", "discriminator"))
+        assert type(of_tokenizer) is Muon
+        assert type(of_critic) is torch.optim.AdamW
+        [own] = [group for group in of_tokenizer.param_groups if group["muon"]]
+        assert own["momentum"] == momentum
+        assert len(own["params"]) > 5
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [
+        ({"optimizer": {"momentum": 0.8}}, "`momentum` is Muon's: set `kind: muon`, or `beta1`"),
         ({"resolutions": [15]}, "resolutions: 15 must be a multiple of 2 from 2 to model.resolution, 16"),
         ({"resolutions": [32]}, "resolutions: 32 must be a multiple of 2"),
         ({"stream": True, "sampling_weight": "a:b"}, "leave `stream` out"),

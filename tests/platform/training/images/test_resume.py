@@ -206,6 +206,16 @@ def test_a_run_that_died_goes_on_bit_for_bit_as_one_that_did_not(
     assert [(group["step"], group["workers"]) for group in newest.manifest.report["groups"]] == [(0, 1), (10, 1)]
 
 
+def test_so_does_one_with_muon(alone: None, root: Path, straight: tuple[Loop, Log], tmp_path: Path) -> None:
+    spec = specification(root, optimizer={"kind": "muon"})
+    whole, _ = train(spec, tmp_path / "whole")
+    with pytest.raises(Died):
+        train(spec, tmp_path / "died", at=dying(8))
+    loop, _ = train(spec, tmp_path / "died")
+    assert equal(loop.training.whole_state(), whole.training.whole_state())
+    assert not equal(whole.training.whole_state()["tokenizer"], straight[0].training.whole_state()["tokenizer"])
+
+
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(alone: None, root: Path, tmp_path: Path) -> None:
     spec = specification(root)
     with pytest.raises(Died):
@@ -317,9 +327,6 @@ def test_a_roll_back_returns_to_the_last_checkpoint_and_goes_on_with_other_image
     assert log.losses[STEPS] != straight[1].losses[STEPS]
 
 
-# -- what MLflow is told --
-
-
 def test_metrics_pictures_and_checkpoints_are_told(root: Path, straight: tuple[Loop, Log]) -> None:
     loop, log = straight
     names = {"loss", "reconstruction", "adversarial_loss", "discriminator_loss", "learning_rate", "gradient_norm"}
@@ -327,15 +334,16 @@ def test_metrics_pictures_and_checkpoints_are_told(root: Path, straight: tuple[L
     names |= {"seconds/data", "seconds/compute", "seconds/checkpoint", "seconds/evaluation"}
     assert names <= log.metrics[STEPS].keys()
     assert [step for step, metrics in log.metrics.items() if "image_reconstruction_error" in metrics] == [6, 12]
-    pictures = [path for path in log.files if path.endswith(".png")]
-    assert pictures == [f"samples/step-{step:08d}/reconstructions.png" for step in (6, 12)]
+    pictures = [f"samples/step-{step:08d}/reconstructions.png" for step in (6, 12)]
+    assert [path for path in log.files if path.endswith(".png")] == pictures
     assert list(log.checkpoints) == [f"step-{step:08d}" for step in (5, 10, 15, 16)]
     uri, step, metrics, _ = log.checkpoints["step-00000010"]
     assert (uri, step) == (catalog.checkpoint_uri(loop.assignment.output, 10), 10)
     assert metrics == {"loss": log.losses[10], "held_out_loss": log.metrics[6]["image_reconstruction_error"]}
 
 
-# -- several workers --
+# Rounding grows from step to step. Muon's matrices are divided among the workers.
+DIVIDED = {"sampling_weight": f"{__name__}:area", "steps": 10, "optimizer": {"kind": "muon"}}
 
 
 def work(rank: int, world: int, root: str, folder: str) -> None:
@@ -343,13 +351,17 @@ def work(rank: int, world: int, root: str, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     worker = Worker(rank, world, torch.device("cpu"))
-    spec = specification(root, sampling_weight=f"{__name__}:area", steps=10)  # rounding grows from step to step
+    spec = specification(root, **DIVIDED)
     pool = data.Pool(data.read_pool(spec, spec.documents, worker), worker)
     taken = [pool.take(drawn) for drawn in draws()]
     told = {}
     for name in ("together", "half"):
         loop, log = train(spec, f"{folder}/{name}", worker)
-        told[name] = {"metrics": log.metrics, "measured": loop._measured(), "codebook": codebook(loop)}
+        told[name] = {
+            "metrics": log.metrics,
+            "measured": loop._measured(),
+            "codebook": loop.training.tokenizer.codebook.weight.detach(),
+        }
     torch.save({"taken": taken, "told": told}, f"{folder}/{rank}.pt")
 
 
@@ -361,12 +373,8 @@ def draws() -> list[torch.Tensor]:
     return [torch.randint(IMAGES, (batch,), generator=generator) for batch in (BATCH, 3, 12)]
 
 
-def codebook(loop: Loop) -> torch.Tensor:
-    return loop.training.tokenizer.codebook.weight.detach().clone()
-
-
 def test_three_workers_take_the_steps_of_one_and_go_on_with_its_checkpoint(root: Path, tmp_path: Path) -> None:
-    spec = specification(root, sampling_weight=f"{__name__}:area", steps=10)  # rounding grows from step to step
+    spec = specification(root, **DIVIDED)
     with group_of_one():
         loop, log = train(spec, tmp_path / "alone")
         with pytest.raises(Died):

@@ -159,6 +159,24 @@ def test_perceptual_weights_are_read_from_storage(tmp_path: Path) -> None:
         train(spec, bars(), tmp_path)
 
 
+def test_the_training_images_that_are_measured_come_from_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of different pictures lie one after the other."""
+    monkeypatch.setattr(loop, "_MEASURED_IMAGES", 5)
+    monkeypatch.setattr(loop, "_MEASURED_CODES", 0)
+    measured: list[torch.Tensor] = []
+
+    def note(tokenizer: ImageTokenizer, images: torch.Tensor, **named: Any) -> measure.ReconstructionErrors:
+        measured.append(images)
+        return measure.measure_reconstruction(tokenizer, images, **named)
+
+    monkeypatch.setattr(loop, "measure_reconstruction", note)
+    images = torch.arange(24, dtype=torch.uint8)[:, None, None, None].expand(24, 3, 16, 16).contiguous()
+    train(specification(steps=2, held_out_every=1), images, tmp_path)
+    assert measured[0][:, 0, 0, 0].tolist() == [0, 5, 10, 15, 20]
+
+
 # -- what is published --
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,10 @@ def train(ray_cluster: None, tmp_path: Path) -> Train:
 
 
 def wait_for_end(numbers: list[int]) -> None:
-    processes = [psutil.Process(number) for number in numbers if psutil.pid_exists(number)]
+    processes = []
+    for number in numbers:
+        with suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(number))
     assert not psutil.wait_procs(processes, timeout=120)[1], "they live on"
 
 

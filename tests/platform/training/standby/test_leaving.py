@@ -177,7 +177,7 @@ def test_an_engine_that_is_released_is_freed_before_the_next(tmp_path: Path, zer
     freed = tmp_path / "freed"
     one = multiprocessing.get_context("fork").Process(target=train_and_leave, args=(tmp_path, zero_stage, freed))
     one.start()
-    one.join()
+    one.join(300)
     assert freed.read_text() == "[True, True]"
 
 
@@ -198,7 +198,7 @@ def train_and_leave(folder: Path, zero_stage: int, freed: Path) -> None:
 
 def test_a_process_that_cannot_leave_its_group_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
-        raise RuntimeError("a group that hangs")
+        raise RuntimeError("a group that cannot be left")
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", fails)

@@ -80,6 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "overlap_communication": True,
     },
 }
+MUON = "Muon, whose matrices are divided"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,7 @@ def found(
     folder = tmp_path_factory.mktemp("workers")
     optimizer = {"learning_rate": 0.01, "eps": 1e-3}
     variants = {name: stage(optimizer=optimizer, **fields) for name, fields in VARIANTS.items()}
+    variants[MUON] = stage(optimizer=optimizer | {"kind": "muon"}, zero_stage=0)
     for world in (1, 2):
         torch.multiprocessing.spawn(work, (world, variants, str(folder)), nprocs=world)
     return {world: torch.load(folder / f"{world}.pt") for world in (1, 2)}
@@ -104,7 +106,7 @@ def test_every_setting_takes_the_steps_of_the_plain_one(found: dict[int, dict[st
         ]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, MUON])
 def test_one_and_two_workers_take_the_same_steps(
     found: dict[int, dict[str, Any]], shape: ModelConfig, name: str
 ) -> None:
