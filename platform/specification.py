@@ -213,7 +213,7 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
     shown = "" if isinstance(value, dict) else f" (given {value!r})"
     if error["type"] == "string_type" and isinstance(value, bool):
         shown += "; YAML reads yes, no, on and off as truth values: quote the word"
-    return f"{location}: {error['msg']}{shown}"
+    return f"{location}: {error['msg'].removeprefix('Value error, ')}{shown}"
 
 
 def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -44,8 +44,17 @@ class Schedule(Section):
 
 
 class _AdamWOrMuon(Section):
-    kind: Literal["adamw", "muon"] = "adamw"
-    momentum: float | None = None
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: matrices of the blocks, or an image tokenizer's convolutions, move by the orthogonal matrix "
+        "nearest to their momentum, the rest by AdamW, at one learning rate; fewer steps, some more time each, which "
+        "workers divide; a Transformer needs `zero_stage: 0` for it",
+    )
+    momentum: float | None = Field(
+        None, ge=0, lt=1, description="Muon's: decay of its mean of gradients; null: 0.95, of an image tokenizer 0.9"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of a network's whole gradient")
 
     @model_validator(mode="after")
     def _of_muon(self) -> Self:
@@ -57,17 +66,9 @@ class _AdamWOrMuon(Section):
 class ImageOptimizer(_AdamWOrMuon):
     """AdamW, or Muon, of the image tokenizer; `learning_rate` stands beside it. A discriminator has AdamW."""
 
-    kind: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="muon: convolutions move by the nearest orthogonal matrix to their momentum, the rest by AdamW; "
-        "fewer steps, more time each, in part divided among the workers",
-    )
-    momentum: float | None = Field(None, ge=0, lt=1, description="Muon's: decay of its mean of gradients; null: 0.9")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
     beta2: float = Field(0.99, ge=0, lt=1, description="decay of the mean of their squares")
     eps: float = Field(1e-8, gt=0, description="added to the divisor")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of a network's gradient")
 
 
 class ImageAugmentation(Section):
@@ -97,18 +98,10 @@ class Resume(Section):
 class Optimizer(_AdamWOrMuon):
     """AdamW (paper section 2.3), or Muon."""
 
-    kind: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="muon: matrices of the blocks move by the nearest orthogonal matrix to their momentum, the rest by "
-        "AdamW, at one learning rate; fewer steps, some more time each, which workers divide; needs `zero_stage: 0`",
-    )
-    momentum: float | None = Field(None, ge=0, lt=1, description="Muon's: decay of its mean of gradients; null: 0.95")
     learning_rate: float = Field(1e-4, gt=0, description="its peak")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of their squares")
     eps: float = Field(1e-5, gt=0, description="added to the divisor")
     weight_decay: float = Field(0.1, ge=0, description="decoupled; of matrices, not of norms")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
 
 
 class Lora(Section):

@@ -232,11 +232,9 @@ class Loop:
                 beat=self.watchdog.beat if self.watchdog else None,
             )
 
-        config = self.spec.model
+        config, images = self.spec.model, self.pool.images
         most = max(_MEASURED_IMAGES, -(-_MEASURED_CODES * config.codebook_size // config.codes_per_image))
-        images = self.pool.images
-        most = -(-most // self.worker.world)
-        trained = measured(images[:: max(1, -(-len(images) // most))])
+        trained = measured(images[:: max(1, -(-len(images) * self.worker.world // most))])
         held_out = trained if self.held_out is None else measured(self.held_out)
         self.report["held_out_loss"] = held_out.squared
         return {

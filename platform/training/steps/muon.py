@@ -50,31 +50,30 @@ class Muon(torch.optim.AdamW):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
             state["step"] += 1
             state["exp_avg"].lerp_(weight.grad, 1 - settings[id(weight)]["momentum"])
-        for bucket in _buckets(weights, dist.get_world_size() if _shared() else 1):
-            for weight, update in self._updates(bucket, settings):
+        shared = dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+        for bucket in _buckets(weights, world):
+            for weight, update in self._updates(shares_of(bucket, world), rank, settings):
                 group = settings[id(weight)]
                 longest = max(len(weight), weight.numel() // len(weight))
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * 0.2 * longest**0.5)  # AdamW's mean square
 
-    def _updates(self, weights: list[Tensor], settings: dict[int, dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if _shared() else (0, 1)
-        shares = shares_of(weights, world)
+    def _updates(
+        self, shares: list[list[Tensor]], rank: int, settings: dict[int, dict[str, Any]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The weights of all workers' shares with their updates, of which this one makes its own."""
         size = max(sum(weight.numel() for weight in share) for share in shares)
-        found = [weights[0].new_zeros(size) for _ in shares]
+        found = [shares[0][0].new_zeros(size) for _ in shares]
         for weight, place in _places(shares[rank], found[rank]):
             assert weight.grad is not None
             momentum = settings[id(weight)]["momentum"]
             matrix = weight.grad.lerp(self.state[weight]["exp_avg"], momentum).flatten(1)
             place.copy_(orthogonal(matrix).view(weight.shape))
-        if world > 1:
+        if len(shares) > 1:
             dist.all_gather(found, found[rank])
         for share, flat in zip(shares, found, strict=True):
             yield from _places(share, flat)
-
-
-def _shared() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _buckets(weights: Sequence[Tensor], workers: int) -> Iterator[list[Tensor]]:
@@ -141,7 +140,7 @@ def convolution_groups(model: nn.Module, momentum: float | None) -> list[dict[st
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     return [
         {"params": [weight for weight in weights if weight.requires_grad], "muon": True, "momentum": momentum},
-        {"params": rest, "muon": False, "momentum": momentum},
+        {"params": rest, "muon": False},
     ]
 
 
